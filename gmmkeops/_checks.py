@@ -1,0 +1,183 @@
+"""What may come in: shapes, dtypes, finiteness; every refusal says what was got, what was expected, and one remedy.
+
+Nothing here changes its argument, so a refused call leaves every object as it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["ConvergenceWarning", "PrecisionWarning", "as_points", "as_tensor", "as_weights", "check_finite"]
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+class ConvergenceWarning(UserWarning):
+    """A fit stopped at ``max_iter`` before its tolerance was met."""
+
+
+class PrecisionWarning(UserWarning):
+    """The input itself is too coarse for what is asked of it."""
+
+
+def as_tensor(value: Any, *, name: str, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+    """Turns numbers in any container (list, numpy, DataFrame, tensor) into a float tensor, without a copy where it can.
+
+    Args:
+        value: Anything numeric. Integers and half floats are widened (to float64 and float32).
+        name: How messages call it.
+        dtype: Result dtype; by default float32 stays float32 and everything else becomes float64.
+        device: Result device; by default where the value is.
+
+    Raises:
+        TypeError: The value is not numeric, is complex, or cannot be read as an array.
+    """
+    if isinstance(value, Tensor):
+        tensor = value
+    else:
+        if hasattr(value, "to_numpy"):
+            value = value.to_numpy()
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError) as error:
+            raise TypeError(f"{name} must be an array of numbers; it could not be read as one ({error}).") from None
+        if array.dtype == object:
+            try:
+                array = array.astype(np.float64)
+            except (ValueError, TypeError):
+                raise TypeError(
+                    f"{name} must be numeric, got an array of Python objects; convert its columns to numbers first."
+                ) from None
+        if array.dtype.kind == "c":
+            raise TypeError(f"{name} must be real, got complex numbers ({array.dtype}); pass real and imaginary parts.")
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must be numeric, got dtype {array.dtype}; convert its columns to numbers first.")
+        if array.dtype.itemsize > 8:
+            array = array.astype(np.float64)
+        array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+        if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
+            array = array.copy()
+        tensor = torch.from_numpy(array)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, got complex numbers ({tensor.dtype}); pass real and imaginary parts.")
+    if dtype is None and tensor.dtype not in _FLOATS:
+        dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else torch.float64
+    return tensor.to(device=device, dtype=dtype)
+
+
+def check_finite(tensor: Tensor, *, name: str, rows: str = "row") -> None:
+    """Raises a ValueError that names the first entry of ``tensor`` that is NaN or infinite."""
+    detached = tensor.detach()
+    if bool(torch.isfinite(detached.sum(dtype=torch.float64))):
+        return
+    bad = ~torch.isfinite(detached)
+    if not bool(bad.any()):
+        return
+    where = [int(i) for i in bad.nonzero()[0]]
+    value = float(detached[tuple(where)])
+    place = f"{rows} {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "it"
+    raise ValueError(
+        f"{name} must be finite, got {value} at {place} ({int(bad.sum())} such entries in all); "
+        "drop or fill those rows first."
+    )
+
+
+def as_points(
+    x: Any,
+    *,
+    name: str = "x",
+    features: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    minimum: int = 1,
+) -> Tensor:
+    """Checks a cloud of points.
+
+    Args:
+        x: Points (N, D), any container of numbers; (N,) is not guessed at.
+        name: How messages call it.
+        features: Expected D, if known.
+        dtype: Result dtype (default: float32 stays, all else is float64).
+        device: Result device (default: where the points are).
+        minimum: The least number of rows.
+
+    Returns:
+        A finite tensor (N, D), float32 or float64.
+
+    Raises:
+        TypeError: Not numeric, or complex.
+        ValueError: Wrong shape, too few rows, NaN or infinite entries.
+    """
+    tensor = as_tensor(x, name=name, dtype=dtype, device=device)
+    if tensor.ndim != 2:
+        hint = "use x[:, None] for one column" if tensor.ndim == 1 else "flatten the leading dimensions"
+        raise ValueError(f"{name} must have shape (N, D), got {tuple(tensor.shape)}; {hint}.")
+    if tensor.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one column, got shape {tuple(tensor.shape)}.")
+    if features is not None and tensor.shape[1] != features:
+        raise ValueError(
+            f"{name} has {tensor.shape[1]} columns, expected {features} as in the model; pass the same columns."
+        )
+    if tensor.shape[0] < minimum:
+        few = "no rows" if tensor.shape[0] == 0 else f"{tensor.shape[0]} rows"
+        raise ValueError(f"{name} has {few}, expected at least {minimum}; pass more points or use fewer components.")
+    check_finite(tensor, name=name)
+    return tensor
+
+
+def as_weights(weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False) -> Tensor | None:
+    """Checks one weight per point; None stays None (all ones).
+
+    Args:
+        weights: Weights (N,), or None.
+        points: The points (N, D) they belong to; the result has their device.
+        name: How messages call it.
+        signed: Whether negative weights make sense here (gradients: yes; fits: no).
+
+    Raises:
+        ValueError: Wrong length, not finite, negative where that is refused, or nothing but zeros.
+    """
+    if weights is None:
+        return None
+    tensor = as_tensor(weights, name=name, dtype=torch.float64, device=points.device)
+    if tensor.shape != points.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape ({points.shape[0]},), one per point, got {tuple(tensor.shape)}; "
+            "pass a flat array as long as the points."
+        )
+    check_finite(tensor, name=name)
+    if not signed:
+        if bool((tensor < 0).any()):
+            row = int((tensor < 0).nonzero()[0, 0])
+            raise ValueError(f"{name} must not be negative, got {float(tensor[row])} at row {row}; clip them at zero.")
+        if not bool((tensor > 0).any()):
+            raise ValueError(f"{name} must not all be zero; leave {name} out to weigh every point alike.")
+    return tensor
+
+
+def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
+    """Warns when float32 input is so far from the origin that its own steps are a visible part of its spread.
+
+    Args:
+        x: The points as the user gave them (N, D).
+        spread: Standard deviation of each column (D,), data units.
+        magnitude: Largest absolute value of each column (D,), data units.
+    """
+    if x.dtype != torch.float32:
+        return
+    step = magnitude * torch.finfo(torch.float32).eps
+    coarse = (step > 1e-3 * spread) & (spread > 0)
+    if bool(coarse.any()):
+        column = int(coarse.nonzero()[0, 0])
+        warnings.warn(
+            f"x is float32 and as large as {float(magnitude[column]):.3g} in column {column}, where float32 steps by "
+            f"{float(step[column]):.2g}: that is coarse against its spread of {float(spread[column]):.2g}. "
+            "Pass float64, or subtract an offset before casting.",
+            PrecisionWarning,
+            stacklevel=4,
+        )

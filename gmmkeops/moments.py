@@ -1,0 +1,129 @@
+r"""Moments: what a sweep over the data leaves behind, a value that adds.
+
+.. math::
+
+    S^0_k = \sum_n r_{nk} \qquad
+    S^1_k = \sum_n r_{nk}\,(x_n - m_k) \qquad
+    S^2_k = \sum_n r_{nk}\,(x_n - m_k)(x_n - m_k)^\top, \qquad r_{nk} = g_n\, p(k \mid x_n)
+
+A minibatch is a partial sum, a stream a decayed one, several machines an all-reduced one. Sums about different centres
+:math:`m_k` meet by the parallel-axis theorem (Chan, Golub and LeVeque 1983, *Algorithms for computing the sample
+variance*).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Moments"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Responsibility-weighted sums about one centre per component, in float64.
+
+    Args:
+        S0: Mass of each component (K,).
+        S1: First moments (K, D), data units.
+        S2: Second moments: (K, D, D) full, (K, D) their diagonal, or (K,) their trace; squared data units.
+        centres: What S1 and S2 are about (K, D), data units.
+        total: Weighted log-likelihood :math:`\\sum_n g_n \\ell_n`, nats, scalar.
+        mass: Sum of the weights :math:`\\sum_n g_n`, scalar.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> parameters = torch.zeros(1), torch.zeros(1, 2), gk.DiagonalFactor(torch.zeros(1, 2))
+        >>> whole = gk.reductions.moments(x, *parameters)
+        >>> parts = gk.reductions.moments(x[:300], *parameters) + gk.reductions.moments(x[300:], *parameters)
+        >>> torch.allclose(whole.S2, parts.S2, rtol=1e-12)
+        True
+    """
+
+    S0: Tensor
+    S1: Tensor
+    S2: Tensor
+    centres: Tensor
+    total: Tensor
+    mass: Tensor
+
+    def __post_init__(self) -> None:
+        components, features = self.centres.shape
+        shapes = {(components, features, features), (components, features), (components,)}
+        if (
+            self.S0.shape != (components,)
+            or self.S1.shape != (components, features)
+            or tuple(self.S2.shape) not in shapes
+        ):
+            raise ValueError(
+                f"moments about centres {tuple(self.centres.shape)} must be S0 (K,), S1 (K, D) and S2 (K, D, D), (K, D) "
+                f"or (K,), got {tuple(self.S0.shape)}, {tuple(self.S1.shape)} and {tuple(self.S2.shape)}."
+            )
+
+    def recentre(self, centres: Tensor) -> Moments:
+        """The same sums about other centres (K, D), by the parallel-axis theorem."""
+        centres = centres.to(self.centres)
+        if centres.shape != self.centres.shape:
+            raise ValueError(f"centres must have shape {tuple(self.centres.shape)}, got {tuple(centres.shape)}.")
+        shift = centres - self.centres
+        S0 = self.S0
+        S1 = self.S1 - S0[:, None] * shift
+        if self.S2.ndim == 3:
+            cross = self.S1[:, :, None] * shift[:, None, :]
+            S2 = self.S2 - cross - cross.mT + S0[:, None, None] * shift[:, :, None] * shift[:, None, :]
+        elif self.S2.ndim == 2:
+            S2 = self.S2 - 2 * self.S1 * shift + S0[:, None] * shift**2
+        else:
+            S2 = self.S2 - 2 * (self.S1 * shift).sum(-1) + S0 * (shift**2).sum(-1)
+        return Moments(S0, S1, S2, centres, self.total, self.mass)
+
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets of points together, about this one's centres."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if other.S2.ndim != self.S2.ndim or other.centres.shape != self.centres.shape:
+            raise ValueError(
+                f"moments of different kinds do not add: S2 {tuple(self.S2.shape)} and {tuple(other.S2.shape)}; "
+                "sum moments of one model."
+            )
+        if not torch.equal(other.centres, self.centres):
+            other = other.recentre(self.centres)
+        return Moments(
+            self.S0 + other.S0,
+            self.S1 + other.S1,
+            self.S2 + other.S2,
+            self.centres,
+            self.total + other.total,
+            self.mass + other.mass,
+        )
+
+    def __mul__(self, factor: float) -> Moments:
+        """The moments of points that each weigh ``factor`` times as much (a decayed sum)."""
+        return Moments(
+            factor * self.S0,
+            factor * self.S1,
+            factor * self.S2,
+            self.centres,
+            factor * self.total,
+            factor * self.mass,
+        )
+
+    __rmul__ = __mul__
+
+    @property
+    def means(self) -> Tensor:
+        """Weighted mean of each component (K, D), data units; a component without mass keeps its centre."""
+        return self.centres + self.S1 / _safe(self.S0)[:, None]
+
+    @property
+    def scatters(self) -> Tensor:
+        """Weighted covariance of each component about its own mean, in S2's shape; zero without mass."""
+        about = self.recentre(self.means)
+        return about.S2 / _safe(about.S0).reshape(-1, *[1] * (about.S2.ndim - 1))
+
+
+def _safe(mass: Tensor) -> Tensor:
+    return torch.where(mass == 0, torch.ones_like(mass), mass)

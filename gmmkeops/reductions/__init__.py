@@ -1,0 +1,312 @@
+r"""Everything a fit or a score reads of the data: log-sum-exps, labels and moments of the exponents.
+
+.. math::
+
+    e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
+    \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
+
+Two engines with equal results, ``dense`` and ``keops``; neither builds an N x K array. The gradient of
+:math:`\sum_n g_n \ell_n` is made of the moments of r:
+
+.. math::
+
+    \partial_{c_k} = S^0_k, \qquad \partial_{\mu_k} = U_k U_k^\top S^1_k, \qquad \partial_{U_k} = -S^2_k U_k, \qquad
+    \partial_{x_n} = -\sum_k r_{nk}\, U_k U_k^\top (x_n - \mu_k)
+
+so one pass gives every parameter's gradient, and EM reads the same sums.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gmmkeops._checks import as_tensor, as_weights
+from gmmkeops.factors import Factor
+from gmmkeops.moments import Moments
+from gmmkeops.reductions import _dense, _keops
+from gmmkeops.reductions._exponents import Exponents, factor_tensor
+
+__all__ = ["BACKENDS", "argmax", "engine", "logsumexp", "moments", "topk", "total"]
+
+BACKENDS = ("auto", "keops", "dense")
+
+_warned: set[str] = set()
+
+
+def engine(problem: Exponents | Tensor, backend: str = "auto", *, full: bool = True) -> str:
+    """Which engine will run: ``"dense"`` or ``"keops"``.
+
+    On a CPU the dense tiles are the faster engine everywhere; on CUDA the KeOps formulas are for few dimensions (up to 6
+    with full factors, 16 with diagonal ones), where a tile's matrix products are too thin to fill the device.
+
+    Args:
+        problem: The points (N, D), or checked exponents.
+        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        full: Whether factors are full matrices, when only points are given.
+
+    Raises:
+        ValueError: The backend's name is unknown.
+
+    Warns:
+        UserWarning: Once for each reason, when KeOps was asked for and cannot run; dense runs instead.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    x, full = (problem.x, problem.is_full) if isinstance(problem, Exponents) else (problem, full)
+    if backend == "dense" or (backend == "auto" and not (x.is_cuda and x.shape[1] <= (6 if full else 16))):
+        return "dense"
+    reason = _keops.unavailable(x.device)
+    if reason is None:
+        return "keops"
+    if reason not in _warned and (backend == "keops" or "not see CUDA" in reason):
+        _warned.add(reason)
+        warnings.warn(f"KeOps was asked for but {reason}; using the dense engine.", UserWarning, stacklevel=3)
+    return "dense"
+
+
+def _values(problem: Exponents, backend: str) -> Tensor:
+    if engine(problem, backend) == "dense":
+        return _dense.logsumexp(problem)
+    values = _keops.logsumexp(problem)
+    overflowed = ~torch.isfinite(values)
+    if bool(overflowed.any()):
+        values[overflowed] = _dense.logsumexp(problem.rows(overflowed))
+    return values
+
+
+def _labels(problem: Exponents, backend: str) -> Tensor:
+    return _dense.argmax(problem) if engine(problem, backend) == "dense" else _keops.argmax(problem)
+
+
+def _moments(problem: Exponents, weights: Tensor | None, hard: bool, backend: str) -> Moments:
+    x = problem.x
+    mass = torch.tensor(float(x.shape[0]), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
+    if hard or engine(problem, backend) == "dense":
+        S0, S1, S2, total = _dense.moments(problem, weights, hard)
+    else:
+        values = _values(problem, backend)
+        g = torch.ones_like(values) if weights is None else weights
+        S0, S1, S2 = _keops.moments(problem, values, g)
+        S2 = S2.sum(1) if problem.U.shape[1:] == (1,) and x.shape[1] > 1 else S2
+        total = (values.double() * g).sum()
+    if problem.U.shape[1:] == (1,):
+        S2 = S2.reshape(-1)
+    return Moments(S0, S1, S2, problem.means + problem.centre, total, mass)
+
+
+def _parameter_gradients(problem: Exponents, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of Σ g ℓ in the offsets (K,), means (K, D) and U (K, ...), float64."""
+    U = problem.U
+    if problem.is_full:
+        return sums.S0, (U @ (U.mT @ sums.S1[:, :, None]))[:, :, 0], -sums.S2 @ U
+    return sums.S0, U**2 * sums.S1, -sums.S2.reshape(U.shape) * U
+
+
+def _point_gradient(problem: Exponents, weights: Tensor, backend: str) -> Tensor:
+    if engine(problem, backend) == "dense":
+        return _dense.point_gradient(problem, weights)
+    return _keops.point_gradient(problem, _values(problem, backend), weights)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """ℓ (N,), or with ``reduce`` Σ g ℓ; backward is one sweep for the moments, which ``reduce`` has already made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        offsets: Tensor,
+        means: Tensor,
+        U: Tensor,
+        weights: Tensor | None,
+        reduce: bool,
+        backend: str,
+    ) -> Tensor:
+        problem = Exponents.of(x, offsets, means, U)
+        ctx.problem, ctx.backend, ctx.reduce = problem, backend, reduce
+        ctx.like = (x, offsets, means, U)
+        if not reduce:
+            return _values(problem, backend)
+        ctx.weights = weights
+        ctx.sums = _moments(problem, weights, False, backend)
+        return ctx.sums.total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
+        problem, scale = ctx.problem, output.double()
+        if ctx.reduce:
+            g = torch.ones(problem.shape[0], dtype=torch.float64, device=output.device)
+            g = scale * (g if ctx.weights is None else ctx.weights)
+            gradients = [scale * part for part in _parameter_gradients(problem, ctx.sums)]
+        else:
+            g = scale
+            gradients = [None, None, None]
+            if any(ctx.needs_input_grad[1:4]):
+                gradients = list(_parameter_gradients(problem, _moments(problem, g, False, ctx.backend)))
+        first = _point_gradient(problem, g, ctx.backend) if ctx.needs_input_grad[0] else None
+        out = []
+        for part, like, wanted in zip([first, *gradients], ctx.like, ctx.needs_input_grad[:4], strict=True):
+            out.append(part.to(like.dtype).sum_to_size(like.shape) if wanted and part is not None else None)
+        return (*out, None, None, None)
+
+
+def _apply(
+    x: Any, offsets: Any, means: Any, factor: Any, weights: Tensor | None, reduce: bool, backend: str
+) -> Tensor:
+    offsets = as_tensor(offsets, name="offsets")
+    means = as_tensor(means, name="means")
+    U = as_tensor(factor_tensor(factor), name="factor")
+    return _LogSumExp.apply(as_tensor(x, name="x"), offsets, means, U, weights, reduce, backend)
+
+
+def logsumexp(
+    x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, *, backend: str = "auto"
+) -> Tensor:
+    r"""Log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
+
+    Differentiable (once) in the points, the offsets, the means and the factor. The dtype of the points decides the
+    precision of the result; the parameters may have any float dtype.
+
+    Args:
+        x: Points (N, D), float32 or float64, data units.
+        offsets: c (K,), nats; -inf for a component without weight.
+        means: μ (K, D), data units.
+        factor: A :class:`~gmmkeops.Factor`, or a tensor U (K or 1, D, D), (K or 1, D) or (K or 1, 1), 1 / data units.
+        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+
+    Returns:
+        ℓ (N,), nats, in the dtype of the points.
+
+    Raises:
+        TypeError: Not numeric, or complex.
+        ValueError: Shapes, devices or dtypes that do not fit, entries that are not finite, an unknown backend.
+
+    Reference:
+        Charlier, Feydy, Glaunès, Collin and Durif 2021, *Kernel operations on the GPU, with autodiff, without memory
+        overflows*, JMLR 22(74).
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.zeros(1, 2)
+        >>> gk.reductions.logsumexp(x, torch.zeros(2), torch.zeros(2, 2), torch.ones(1, 2)).exp()
+        tensor([2.])
+    """
+    return _apply(x, offsets, means, factor, None, False, backend)
+
+
+def total(
+    x: Tensor,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    weights: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Weighted total :math:`\sum_n g_n \ell_n`, whose gradient comes out of the same sweep as its value.
+
+    Args:
+        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+        weights: g (N,), may be negative; all ones if left out. Not differentiated.
+
+    Returns:
+        A float64 scalar, nats.
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`; weights of another length than the points.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> means = torch.zeros(1, 2, requires_grad=True)
+        >>> gk.reductions.total(torch.ones(5, 2), torch.zeros(1), means, torch.ones(1, 2)).backward()
+        >>> means.grad
+        tensor([[5., 5.]])
+    """
+    points = as_tensor(x, name="x")
+    return _apply(points, offsets, means, factor, as_weights(weights, points, signed=True), True, backend)
+
+
+def argmax(x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, *, backend: str = "auto") -> Tensor:
+    r"""Hard labels, :math:`\arg\max_k e_{nk}`.
+
+    Args:
+        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+
+    Returns:
+        Component of each point (N,), int64; the first one where exponents are equal.
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.argmax(torch.tensor([[0.1], [0.8]]), torch.zeros(2), torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
+        tensor([0, 1])
+    """
+    return _labels(Exponents.of(x, offsets, means, factor), backend)
+
+
+def topk(
+    x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, k: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    r"""The k largest exponents of each point and the components they belong to.
+
+    Args:
+        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+        k: How many, from 1 to K.
+
+    Returns:
+        Exponents (N, k) in falling order, nats, and components (N, k), int64. Responsibilities are
+        ``(exponents - logsumexp(...)[:, None]).exp()``.
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`; k out of range.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.topk(torch.zeros(1, 1), torch.tensor([0.0, 2.0, 1.0]), torch.zeros(3, 1), torch.ones(1, 1), 2)
+        (tensor([[2., 1.]]), tensor([[1, 2]]))
+    """
+    problem = Exponents.of(x, offsets, means, factor)
+    if not 1 <= int(k) <= problem.shape[1]:
+        raise ValueError(f"k must be between 1 and the {problem.shape[1]} components, got {k}.")
+    return (_dense if engine(problem, backend) == "dense" else _keops).topk(problem, int(k))
+
+
+def moments(
+    x: Tensor,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    weights: Tensor | None = None,
+    hard: bool = False,
+    backend: str = "auto",
+) -> Moments:
+    r"""Responsibility-weighted moments about the means: the E-step, and every gradient.
+
+    Args:
+        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+        weights: g (N,), may be negative; all ones if left out.
+        hard: Give each point wholly to its best component (classification EM, k-means); ``total`` is then
+            :math:`\sum_n g_n \max_k e_{nk}`, and the dense tiles do it on every backend.
+
+    Returns:
+        :class:`~gmmkeops.Moments` in float64, with S2 in the shape of the factor: (K, D, D), (K, D) or (K,).
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`; weights of another length than the points.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.moments(torch.ones(4, 1), torch.zeros(1), torch.zeros(1, 1), torch.ones(1, 1)).S1
+        tensor([[4.]], dtype=torch.float64)
+    """
+    problem = Exponents.of(x, offsets, means, factor)
+    return _moments(problem, as_weights(weights, problem.x, signed=True), hard, backend)

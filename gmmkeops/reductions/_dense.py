@@ -1,0 +1,264 @@
+r"""The dense engine: cache-sized tiles of torch, on any device, and the float64 oracle.
+
+For float32 points both halves of a sweep are one matrix product with the quadratic features
+:math:`\Phi(x) = (1, x, x x^\top)` of a tile, taken in float64 about the common centre:
+
+.. math:: E = B\,\Phi^\top, \qquad (S^0, S^1, S^2) = R\,\Phi,
+
+with B the natural parameters of the components. In float64 the cancellation of :math:`x^\top P x - 2\mu^\top P x + \dots`
+costs :math:`10^{-16} (|U| |x|)^2` nats, less than the rounding of the points themselves. For float64 points, where that
+would be felt, the exponents come from whitened residuals :math:`U_k^\top x - U_k^\top \mu_k` instead. Between the two
+products a tile is only ever touched by a softmax. No array of N x K numbers exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions._exponents import Exponents
+
+__all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
+
+# Numbers in one tile: 64Ki of them stay in a core's second-level cache with their copies; a GPU wants long kernels.
+_TILE_CPU = 65536
+_TILE_CUDA = 1 << 24
+# Pairs below which starting threads costs more than they save.
+_PAIRS_PER_THREAD = 500_000
+
+
+class _Tile:
+    """One worker's buffers, and the exponents of one tile of rows at a time."""
+
+    def __init__(self, problem: Exponents, rows: int, clamp: bool) -> None:
+        N, K, D = problem.shape
+        x = problem.x
+        self.problem, self.clamp = problem, clamp
+        wide = {"dtype": torch.float64, "device": x.device}
+        self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
+        # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
+        pairs = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
+        self.points = torch.empty(D, rows, **wide)
+        self.features = torch.empty(1 + D + pairs, rows, **wide)
+        self.features[0] = 1
+        self.wide = torch.empty(K * rows, **wide)
+        self.e = torch.empty(K * rows, dtype=x.dtype, device=x.device)
+        self.r = torch.empty_like(self.e)
+        self.row, self.column = torch.triu_indices(D, D, device=x.device)
+        self.sums = torch.zeros(self.features.shape[0], K, **wide)
+        self.total = torch.zeros((), **wide)
+        self.quadratic = x.dtype == torch.float32
+        if self.quadratic:
+            self.natural = self._natural()
+        else:
+            self.whitening = self._whitening()
+
+    def _natural(self) -> Tensor:
+        """B (K, P): the exponent's coefficients on 1, x and xxᵀ (upper triangle), about the centre."""
+        p = self.problem
+        if self.full:
+            P = p.U @ p.U.mT
+            linear = (P @ p.means[:, :, None])[:, :, 0]
+            square = -P[:, self.row, self.column] * torch.where(self.row == self.column, 0.5, 1.0)
+        else:
+            P = p.U**2
+            linear = P * p.means
+            square = -0.5 * P
+        constant = p.offsets - 0.5 * (linear * p.means).sum(1)
+        return torch.cat([constant[:, None], linear, square], 1)
+
+    def _whitening(self) -> list[tuple[Tensor, Tensor, slice]]:
+        """For each whitened coordinate: its row of Uᵀ (K, D or 1), Uᵀμ (K, 1), and the columns of x it reads."""
+        p = self.problem
+        D = p.means.shape[1]
+        if self.full:
+            shift = p.U.mT @ p.means[:, :, None]
+            return [(p.U[:, :, d].contiguous(), shift[:, d], slice(0, D)) for d in range(D)]
+        U = p.U.expand_as(p.means)
+        return [(U[:, d : d + 1].contiguous(), (U * p.means)[:, d : d + 1], slice(d, d + 1)) for d in range(D)]
+
+    def load(self, start: int, stop: int) -> None:
+        """Brings rows start:stop in, centred, and computes their exponents ``self.E`` (K, rows)."""
+        p, n = self.problem, stop - start
+        K, D = p.means.shape
+        X = self.points[:, :n]
+        torch.sub(p.x[start:stop].T, p.centre[:, None], out=X)
+        self.X = X
+        self.E, self.R = self.e[: K * n].view(K, n), self.r[: K * n].view(K, n)
+        self.W = self.wide[: K * n].view(K, n)
+        if self.quadratic:
+            torch.mm(self.natural, self.phi(), out=self.W)
+            if self.clamp:
+                self.W.clamp_(min=-3e38)
+            self.E.copy_(self.W)
+            return
+        self.E.copy_(p.offsets[:, None].expand(K, n))
+        for U, shift, columns in self.whitening:
+            torch.addmm(shift, U, X[columns], beta=-1, out=self.W)
+            self.E.addcmul_(self.W, self.W, value=-0.5)
+        if self.clamp:
+            self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
+
+    def phi(self, weights: Tensor | None = None) -> Tensor:
+        """The tile's features (P, rows): 1, x, and the upper triangle of xxᵀ, x² or |x|²; times the points' weights."""
+        X, F = self.X, self.features[:, : self.X.shape[1]]
+        D = X.shape[0]
+        F[0] = 1
+        F[1 : D + 1] = X
+        if self.full:
+            start = D + 1
+            for d in range(D):
+                torch.mul(X[d:], X[d], out=F[start : start + D - d])
+                start += D - d
+        elif self.spherical:
+            torch.sum(X * X, 0, out=F[D + 1])
+        else:
+            torch.mul(X, X, out=F[D + 1 :])
+        if weights is not None:
+            F *= weights
+        return F
+
+    def softmax(self) -> Tensor:
+        """Fills ``self.R`` with responsibilities; returns the log-sum-exps (rows,), from the largest entry of each."""
+        torch.softmax(self.E, 0, out=self.R)
+        return self.E.amax(0) - self.R.amax(0).log_()
+
+    def onehot(self) -> Tensor:
+        """Fills ``self.R`` with hard responsibilities; returns the largest exponents (rows,)."""
+        best, label = self.E.max(0)
+        self.R.zero_().scatter_(0, label[None], 1)
+        return best
+
+
+def _tile_rows(problem: Exponents) -> int:
+    N, K, D = problem.shape
+    width = K + (D * (D + 1) // 2 if problem.is_full else D)
+    size = _TILE_CUDA if problem.x.is_cuda else _TILE_CPU
+    return max(1, min(N, max(32, size // width), 8192 if not problem.x.is_cuda else N))
+
+
+def _sweep(problem: Exponents, body: Callable[[_Tile, int, int], None], clamp: bool) -> list[_Tile]:
+    """Runs ``body`` over all tiles, on as many threads as torch has; returns the workers' tiles in order of rows."""
+    N, K, _ = problem.shape
+    rows = _tile_rows(problem)
+    tiles = -(-N // rows)
+    threads = 1 if problem.x.is_cuda else torch.get_num_threads()
+    workers = max(1, min(threads, tiles, N * K // _PAIRS_PER_THREAD))
+    per_worker = -(-tiles // workers)
+
+    def work(worker: int) -> _Tile:
+        with torch.no_grad():
+            tile = _Tile(problem, rows, clamp)
+            for index in range(worker * per_worker, min(tiles, (worker + 1) * per_worker)):
+                start, stop = index * rows, min(N, (index + 1) * rows)
+                tile.load(start, stop)
+                body(tile, start, stop)
+        return tile
+
+    if workers == 1:
+        return [work(0)]
+
+    def on_one_core(worker: int) -> _Tile:
+        # A thread's own setting; the second call restores the default that torch hands to new threads.
+        torch.set_num_threads(1)
+        try:
+            return work(worker)
+        finally:
+            torch.set_num_threads(threads)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="gmmkeops") as pool:
+        return list(pool.map(on_one_core, range(workers)))
+
+
+def logsumexp(problem: Exponents) -> Tensor:
+    """ℓ (N,), nats, in the dtype of the points."""
+    values = problem.x.new_empty(problem.shape[0])
+
+    def body(tile: _Tile, start: int, stop: int) -> None:
+        values[start:stop] = tile.softmax()
+
+    _sweep(problem, body, clamp=False)
+    if not bool(torch.isfinite(values).all()):
+        _sweep(problem, body, clamp=True)
+    return values
+
+
+def argmax(problem: Exponents) -> Tensor:
+    """Index of the largest exponent (N,), int64."""
+    labels = torch.empty(problem.shape[0], dtype=torch.int64, device=problem.x.device)
+
+    def body(tile: _Tile, start: int, stop: int) -> None:
+        torch.argmax(tile.E, 0, out=labels[start:stop])
+
+    _sweep(problem, body, clamp=True)
+    return labels
+
+
+def topk(problem: Exponents, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest exponents (N, k), nats, in falling order, and their indices (N, k)."""
+    values = problem.x.new_empty(problem.shape[0], k)
+    indices = torch.empty(problem.shape[0], k, dtype=torch.int64, device=problem.x.device)
+
+    def body(tile: _Tile, start: int, stop: int) -> None:
+        best = tile.E.topk(k, dim=0)
+        values[start:stop], indices[start:stop] = best.values.T, best.indices.T
+
+    _sweep(problem, body, clamp=True)
+    return values, indices
+
+
+def moments(problem: Exponents, weights: Tensor | None, hard: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S0 (K,), S1 (K, D), S2 about the components' means, and Σ g ℓ, all float64."""
+    _, K, D = problem.shape
+
+    def body(tile: _Tile, start: int, stop: int) -> None:
+        values = tile.onehot() if hard else tile.softmax()
+        g = None if weights is None else weights[start:stop]
+        # The features are still in the buffer unless they must be weighted (or were never needed, in float64).
+        F = tile.features[:, : tile.X.shape[1]] if g is None and tile.quadratic else tile.phi(g)
+        tile.sums.addmm_(F, tile.W.copy_(tile.R).T)
+        wide = values.double()
+        tile.total += wide.sum() if g is None else wide @ g
+
+    workers = _sweep(problem, body, clamp=False)
+    if not bool(torch.isfinite(sum(tile.total for tile in workers))):
+        workers = _sweep(problem, body, clamp=True)
+    sums = sum(tile.sums for tile in workers)
+    total = sum(tile.total for tile in workers)
+    S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :]
+    mu = problem.means
+    if workers[0].full:
+        dense = S2.new_empty(K, D, D)
+        row, column = workers[0].row, workers[0].column
+        dense[:, row, column] = dense[:, column, row] = S2.T
+        cross = S1[:, :, None] * mu[:, None, :]
+        S2 = dense - cross - cross.mT + S0[:, None, None] * mu[:, :, None] * mu[:, None, :]
+    elif workers[0].spherical:
+        S2 = S2[0] - 2 * (S1 * mu).sum(1) + S0 * (mu**2).sum(1)
+    else:
+        S2 = S2.T - 2 * S1 * mu + S0[:, None] * mu**2
+    return S0, S1 - S0[:, None] * mu, S2, total
+
+
+def point_gradient(problem: Exponents, weights: Tensor) -> Tensor:
+    """∂(Σ g ℓ)/∂x = -g_n Σ_k r_nk U_k U_kᵀ (x_n - μ_k), (N, D) in the dtype of the points."""
+    _, K, D = problem.shape
+    U, mu = problem.U, problem.means
+    P = U @ U.mT if problem.is_full else U**2
+    linear = (P @ mu[:, :, None])[:, :, 0] if problem.is_full else P * mu
+    slopes = torch.cat([linear, P.reshape(K, -1)], 1).T.contiguous()
+    gradient = torch.empty_like(problem.x)
+
+    def body(tile: _Tile, start: int, stop: int) -> None:
+        tile.softmax()
+        averages = slopes @ tile.W.copy_(tile.R)
+        shape = (D, D, -1) if problem.is_full else (1, slopes.shape[0] - D, -1)
+        pull = averages[D:].reshape(shape)
+        pulled = (pull * tile.X).sum(1) if problem.is_full else pull[0] * tile.X
+        gradient[start:stop] = ((averages[:D] - pulled) * weights[start:stop]).T
+
+    _sweep(problem, body, clamp=True)
+    return gradient

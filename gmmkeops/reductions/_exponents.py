@@ -1,0 +1,108 @@
+r"""The exponents that every reduction reads, checked once and brought about a common centre.
+
+.. math:: e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2
+
+Points keep the dtype they came in, which is the dtype of the results; parameters are held in float64 about ``centre``,
+so that map coordinates lose their offset before anything is rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_points, as_tensor, check_finite
+from gmmkeops.factors import Factor
+
+__all__ = ["OFFSET_FLOOR", "Exponents", "factor_tensor"]
+
+# Offsets are log-weights plus constants: below this a component is dead for every finite point of any dtype, and the
+# number is still far from float32's edge, where KeOps' log-sum-exp turns an infinite first exponent into NaN.
+OFFSET_FLOOR = -1e30
+
+
+@dataclass(frozen=True)
+class Exponents:
+    """Points and component parameters that every engine can trust.
+
+    Args:
+        x: Points (N, D), float32 or float64, contiguous rows, data units.
+        offsets: c (K,), nats, float64, finite.
+        means: μ - centre (K, D), data units, float64.
+        U: Factors (K, D, D) full, (K, D) diagonal or (K, 1) spherical, 1 / data units, float64.
+        centre: Where the parameters are taken about (D,), float64.
+    """
+
+    x: Tensor
+    offsets: Tensor
+    means: Tensor
+    U: Tensor
+    centre: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, K, D)."""
+        return self.x.shape[0], self.means.shape[0], self.means.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the factors are matrices."""
+        return self.U.ndim == 3
+
+    def rows(self, index: Any) -> Exponents:
+        """The same components seen by some of the points."""
+        return Exponents(self.x[index], self.offsets, self.means, self.U, self.centre)
+
+    @classmethod
+    def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
+        """Checks what a user or a fit hands over; see :func:`gmmkeops.reductions.logsumexp` for shapes.
+
+        Raises:
+            TypeError, ValueError: One sentence for each thing that does not fit.
+        """
+        points = as_points(x)
+        D = points.shape[1]
+        means = as_tensor(means, name="means", dtype=torch.float64).detach()
+        if means.ndim != 2 or means.shape[0] == 0:
+            raise ValueError(f"means must have shape (K, D) with K > 0, got {tuple(means.shape)}; add a row dimension.")
+        if means.shape[1] != D:
+            raise ValueError(
+                f"x has {D} columns, expected {means.shape[1]} as the means have; pass the columns that were fitted."
+            )
+        offsets = as_tensor(offsets, name="offsets", dtype=torch.float64).detach()
+        if offsets.shape != means.shape[:1]:
+            raise ValueError(f"offsets must have shape ({means.shape[0]},), one per mean, got {tuple(offsets.shape)}.")
+        U = as_tensor(factor_tensor(factor), name="factor", dtype=torch.float64).detach()
+        K = means.shape[0]
+        if U.shape[0] not in (1, K) or tuple(U.shape[1:]) not in {(D, D), (D,), (1,)}:
+            raise ValueError(
+                f"factor must have shape (K or 1, D, D), (K or 1, D) or (K or 1, 1) with K={K} and D={D}, "
+                f"got {tuple(U.shape)}."
+            )
+        devices = {points.device, means.device, offsets.device, U.device}
+        if len(devices) > 1:
+            raise ValueError(
+                f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
+                "move all to one device with .to()."
+            )
+        check_finite(means, name="means", rows="component")
+        check_finite(U, name="factor", rows="component")
+        if bool(torch.isnan(offsets).any()):
+            raise ValueError("offsets must not be NaN; use -inf, or drop the component, for one without weight.")
+        # The median is a centre that a single runaway mean does not move.
+        centre = means.median(0).values
+        return cls(
+            points.detach().contiguous(),
+            offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR),
+            means - centre,
+            U.expand(K, *U.shape[1:]),
+            centre,
+        )
+
+
+def factor_tensor(factor: Factor | Tensor) -> Tensor:
+    """The tensor U of a factor, or the tensor itself."""
+    return factor.U if isinstance(factor, Factor) else factor
