@@ -1,6 +1,31 @@
 """Gaussian mixtures for point clouds that are too big for everybody else."""
 
-from gmmkeops import reductions
+from gmmkeops import penalties, reductions
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
+from gmmkeops.fitting import Adam, FitResult, Gradient, fit
+from gmmkeops.initialise import initialise
+from gmmkeops.mixture import Mixture
+from gmmkeops.module import GMM
 from gmmkeops.moments import Moments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GMM",
+    "Adam",
+    "ConvergenceWarning",
+    "DiagonalFactor",
+    "Factor",
+    "FitResult",
+    "FullFactor",
+    "Gradient",
+    "Mixture",
+    "Moments",
+    "PrecisionWarning",
+    "SphericalFactor",
+    "fit",
+    "initialise",
+    "penalties",
+    "reductions",
+]

@@ -1,0 +1,91 @@
+r"""The frame that a fit works in: centred columns of scale near one, so that float32 keeps its digits.
+
+.. math:: x' = (x - m) / s, \qquad \mu' = (\mu - m) / s, \qquad U' = \mathrm{diag}(s)\, U, \qquad
+          \log p(x) = \log p'(x') - \sum_d \log s_d
+
+The mean m is taken away in float64 before anything is cast; s is a power of two, so dividing by it rounds nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import warn_if_coarse
+from gmmkeops.mixture import Mixture
+
+__all__ = ["Frame"]
+
+# Rows turned to float64 at a time.
+_ROWS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An affine map per column, exactly invertible on mixtures.
+
+    Args:
+        shift: m (D,), data units, float64.
+        scale: s (D,), data units, powers of two, float64.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool) -> Frame:
+        """The frame of a cloud (N, D): its weighted mean, and standard deviations rounded to powers of two.
+
+        Spherical factors stay spherical only where all columns share one scale (``isotropic``).
+        """
+        g = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights
+        mass = g.sum()
+        # A first mean from near the data, a second pass about it: exact also at 10⁷ from the origin.
+        shift = sum((h @ part.double() for part, h in zip(x.split(_ROWS), g.split(_ROWS), strict=True))) / mass
+        variance = (
+            sum(
+                (h @ (part.double() - shift).square() for part, h in zip(x.split(_ROWS), g.split(_ROWS), strict=True))
+            )
+            / mass
+        )
+        if isotropic:
+            variance = variance.mean().expand_as(variance)
+        spread = variance.sqrt()
+        # A constant column has rounding noise for a spread; it gets the scale of the others, or one.
+        tiny = spread <= 1e-14 * (shift.abs() + spread.max())
+        largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
+        scale = torch.where(tiny, largest, spread).log2().round().exp2()
+        warn_if_coarse(x, spread, x.abs().amax(0).double())
+        return cls(shift, scale)
+
+    @property
+    def log_volume(self) -> float:
+        """Σ log s, what a log-density loses on its way back to the user's units, nats."""
+        return float(self.scale.log().sum())
+
+    def points(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The cloud in the frame (N, D), subtracted in float64 and then cast."""
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        for part, into in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
+            into.copy_((part.double() - self.shift) / self.scale)
+        return out
+
+    def enter(self, mixture: Mixture) -> Mixture:
+        """A mixture of the user's units, in the frame."""
+        return Mixture(
+            mixture.logits,
+            (mixture.means - self.shift) / self.scale,
+            mixture.factor.rescale(self.scale),
+            validate_args=False,
+        )
+
+    def leave(self, mixture: Mixture) -> Mixture:
+        """A mixture of the frame, in the user's units (differentiable)."""
+        return Mixture(
+            mixture.logits,
+            mixture.means * self.scale + self.shift,
+            mixture.factor.rescale(1 / self.scale),
+            validate_args=False,
+        )

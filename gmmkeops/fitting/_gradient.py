@@ -1,0 +1,207 @@
+r"""Gradient descent on the penalised likelihood by any ``torch.optim`` optimiser, full batch or minibatches.
+
+.. math:: \min_\theta\; -\frac1{\sum g} \sum_n g_n \log p_\theta(x_n) + \text{penalty}(\theta)
+
+The parameters are logits, means, the logarithms of the factors' diagonals and the entries above them, in float64 in the
+fit's frame; their gradient is one ``moments`` sweep. Reference: Kingma and Ba 2015, *Adam: a method for stochastic
+optimization*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.fitting._method import DEAD_POINTS, Evaluation, Method, Problem
+from gmmkeops.mixture import Mixture
+
+__all__ = ["Adam", "Gradient"]
+
+
+@dataclass
+class _State:
+    """The parked mixture of all K components, and the live part of it that the optimiser moves."""
+
+    parked: Mixture
+    live: Tensor
+    leaves: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    floored: Tensor
+
+    def mixture(self) -> Mixture:
+        """The live components, as functions of the leaves."""
+        leaves = dict(self.leaves)
+        logits, means = leaves.pop("logits"), leaves.pop("means")
+        return Mixture(logits, means, self.parked.factor.replace(**leaves), validate_args=False)
+
+    def whole(self, live: Mixture) -> Mixture:
+        """All K components: the live ones in their places, the dead ones as they were when they died."""
+        if len(self.live) == self.parked.components:
+            return live
+        return Mixture(
+            self.parked.logits.index_copy(0, self.live, live.log_weights),
+            self.parked.means.index_copy(0, self.live, live.means),
+            self.parked.factor.scatter(self.live, live.factor),
+            validate_args=False,
+        )
+
+
+@dataclass(frozen=True)
+class Gradient(Method[_State]):
+    """Fits by a ``torch.optim`` optimiser.
+
+    Args:
+        optimizer: Makes the optimiser from a list of tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
+        scheduler: Makes a learning-rate schedule from the optimiser, stepped once per iteration, e.g.
+            ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 500)``; or None.
+        batch_size: Points per step; None takes them all. An iteration is one pass over the data either way.
+        max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
+        tol: Stop when the objective moves by less over ``patience`` iterations, nats per point; 0 never stops early.
+        patience: See ``tol``.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+        >>> method = gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.1))
+        >>> result = gk.fit(gk.initialise(x, 2), x, method, max_iter=20)
+        >>> result.history["objective"][-1] < result.history["objective"][0]
+        True
+    """
+
+    optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
+    batch_size: int | None = None
+    max_iter: int = 300
+    tol: float = 0.0
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        if not callable(self.optimizer):
+            raise TypeError("optimizer must make an optimiser from tensors, e.g. lambda p: torch.optim.SGD(p, lr=0.1).")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+
+    def init(self, problem: Problem, mixture: Mixture) -> _State:
+        mixture, floored = problem.project(mixture.detach())
+        leaves = {"logits": mixture.log_weights, "means": mixture.means, **mixture.factor.tensors}
+        # A weight of zero has an infinite logit, which no gradient moves: it starts dead.
+        leaves["logits"] = leaves["logits"].clamp(min=-1e3)
+        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+        optimizer = self.optimizer(list(leaves.values()))
+        scheduler = None if self.scheduler is None else self.scheduler(optimizer)
+        live = torch.arange(mixture.components, device=mixture.means.device)
+        return _State(mixture, live, leaves, optimizer, scheduler, floored)
+
+    def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+        _prune(state, problem.mass)
+        found: list[tuple[float, float]] = []
+        before = state.whole(state.mixture()).detach()
+        for rows in self._batches(problem):
+            values = self._update(problem, state, rows)
+            if values is None:
+                found.append((math.nan, math.nan))
+                break
+            found.append(values)
+        if state.scheduler is not None:
+            state.scheduler.step()
+        exact = self.batch_size is None
+        objective, likelihood = (sum(column) / len(found) for column in zip(*found, strict=True))
+        # A running mean over minibatches describes the mixture it ended at better than the one it started from.
+        mixture = before if exact else state.whole(state.mixture()).detach()
+        return state, Evaluation(mixture, objective, likelihood, state.live, state.floored, exact)
+
+    def _batches(self, problem: Problem) -> Iterable[Tensor | None]:
+        if self.batch_size is None:
+            return (None,)
+        order = torch.randperm(len(problem.x), generator=problem.generator, device=problem.x.device)
+        return order.split(self.batch_size)
+
+    def _update(self, problem: Problem, state: _State, rows: Tensor | None) -> tuple[float, float] | None:
+        """One step of the optimiser; the objective and log-likelihood before it, or None where they are not finite."""
+        if not all(bool(torch.isfinite(leaf).all()) for leaf in state.leaves.values()):
+            return None
+        found: list[tuple[float, float]] = []
+
+        def closure() -> Tensor:
+            state.optimizer.zero_grad()
+            live = state.mixture()
+            likelihood = problem.negative_log_likelihood(live, rows)
+            objective = likelihood + problem.penalised(state.whole(live))
+            objective.backward()
+            found.append((objective.item(), -likelihood.item()))
+            return objective
+
+        state.optimizer.step(closure)
+        bounded, moved = problem.project(state.mixture())
+        if bool(moved.any()):
+            with torch.no_grad():
+                for name, tensor in {"means": bounded.means, **bounded.factor.tensors}.items():
+                    state.leaves[name].copy_(tensor)
+                state.floored[state.live[moved]] = True
+        return found[0]
+
+
+def _prune(state: _State, points: float) -> None:
+    """Takes the components that own less than a thousandth of a point out of the work, and their optimiser state."""
+    log_weights = state.leaves["logits"].detach().log_softmax(0)
+    keep = log_weights > math.log(DEAD_POINTS / points)
+    if bool(keep.all()) or not bool(keep.any()):
+        return
+    slots = state.optimizer.state
+    for leaf in state.leaves.values():
+        for value in slots.get(leaf, {}).values():
+            if not isinstance(value, Tensor) or (value.ndim > 0 and value.shape != leaf.shape):
+                return  # an optimiser such as L-BFGS, whose memory has no rows: nothing is lost but some work
+    state.parked = state.whole(state.mixture()).detach()
+    for name, leaf in state.leaves.items():
+        if leaf.shape[0] != len(keep) or (name not in ("logits", "means") and state.parked.factor.leading == 1):
+            continue
+        kept = leaf.detach()[keep].requires_grad_()
+        slots[kept] = {key: value[keep] if value.ndim else value for key, value in slots.pop(leaf, {}).items()}
+        for group in state.optimizer.param_groups:
+            group["params"] = [kept if old is leaf else old for old in group["params"]]
+        state.leaves[name] = kept
+    state.live = state.live[keep]
+
+
+def Adam(
+    lr: float = 0.05,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    batch_size: int | None = None,
+    max_iter: int = 300,
+    tol: float = 0.0,
+    patience: int = 10,
+) -> Gradient:
+    """Adam as a method.
+
+    Args:
+        lr: Step size. It is felt in the fit's frame, where each column's standard deviation is near one.
+        betas: Decay rates of the two moment estimates.
+        scheduler, batch_size, max_iter, tol, patience: As for :class:`Gradient`.
+
+    Raises:
+        ValueError: lr is not positive.
+
+    Reference:
+        Kingma and Ba 2015, *Adam: a method for stochastic optimization*, ICLR.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> gk.Adam(lr=0.1, batch_size=1000).batch_size
+        1000
+    """
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr!r}.")
+
+    def optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=lr, betas=betas)
+
+    return Gradient(optimizer, scheduler, batch_size, max_iter, tol, patience)

@@ -1,0 +1,295 @@
+r"""The one loop: tolerance, callbacks, progress, interruption, history. What a step is, the method knows.
+
+.. math:: \text{objective} = -\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}, \quad \text{nats per point, user's units}
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from gmmkeops import reductions
+from gmmkeops._checks import ConvergenceWarning, as_points, as_tensor, as_weights
+from gmmkeops.fitting._frame import Frame
+from gmmkeops.fitting._method import Evaluation, Method, Problem
+from gmmkeops.mixture import Mixture
+from gmmkeops.module import GMM
+from gmmkeops.penalties import Penalty, as_penalty
+
+__all__ = ["FitResult", "Report", "Step", "fit"]
+
+_logger = logging.getLogger("gmmkeops")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened on the way.
+
+    Args:
+        dead_components: Components that ended with less than a thousandth of a point, and left the work.
+        live_components: How many did not.
+        floors_hit: Components whose covariance was held up by a bound at least once.
+        engine: ``"dense"`` or ``"keops"``.
+        device: Where the fit ran.
+        dtype: What the points were computed in (parameters are float64).
+        seconds: Wall time, checks and frame included.
+        interrupted: Whether Ctrl-C ended it.
+    """
+
+    dead_components: tuple[int, ...]
+    live_components: int
+    floors_hit: tuple[int, ...]
+    engine: str
+    device: str
+    dtype: str
+    seconds: float
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A fitted mixture and how it came about.
+
+    Args:
+        mixture: The best mixture seen, all K components, float64, in the user's units.
+        objective: Its mean negative log-likelihood plus penalty, nats per point.
+        log_likelihood: Its mean log-likelihood, nats per point.
+        converged: Whether the tolerance was met.
+        n_iter: Iterations done.
+        history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
+            the iteration started from; with minibatches a running mean), "seconds" since the start, "live" components.
+        report: What happened on the way.
+    """
+
+    mixture: Mixture
+    objective: float
+    log_likelihood: float
+    converged: bool
+    n_iter: int
+    history: dict[str, list[float]]
+    report: Report
+
+    def __str__(self) -> str:
+        r, K = self.report, self.mixture.components
+        end = "interrupted" if r.interrupted else "converged" if self.converged else "stopped"
+        return (
+            f"{end} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
+            f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "
+            f"{r.live_components} of {K} components live"
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback sees of an iteration.
+
+    Args:
+        iteration: From 0.
+        objective: Nats per point, of ``mixture``.
+        log_likelihood: Nats per point, of ``mixture``.
+        live: Indices of the live components.
+        history: As in :class:`FitResult`, up to here.
+    """
+
+    iteration: int
+    objective: float
+    log_likelihood: float
+    live: torch.Tensor
+    history: dict[str, list[float]]
+    _evaluation: Evaluation = field(repr=False)
+    _frame: Frame = field(repr=False)
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The mixture that the objective belongs to, in the user's units, float64."""
+        return self._frame.leave(self._evaluation.mixture)
+
+
+def fit(
+    start: Mixture | GMM,
+    x: Any,
+    method: Method[Any],
+    *,
+    penalty: Penalty | Callable[[Mixture], Any] | None = None,
+    weights: Any = None,
+    max_iter: int | None = None,
+    tol: float | None = None,
+    backend: str = "auto",
+    callbacks: Callable[[Step], Any] | Iterable[Callable[[Step], Any]] = (),
+    progress: bool | None = None,
+    generator: torch.Generator | None = None,
+) -> FitResult:
+    r"""Fits a mixture to a cloud by a method.
+
+    Minimises :math:`-\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}` in a centred and scaled frame (so lengths
+    like map coordinates and micrometres are alike to it) and answers in the user's units. Components that come to own
+    less than a thousandth of a point leave the work; they keep their place in the result and are named in its report.
+
+    Args:
+        start: Where to begin: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM` without context, whose
+            parameters are then set to the result.
+        x: Points (N, D), data units. float32 points are computed in float32, all else in float64; on the points' device.
+        method: ``gmmkeops.Adam(...)`` or another method.
+        penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
+        weights: g (N,), not negative; all ones if left out.
+        max_iter: Iterations at most; the method's own number if left out.
+        tol: Tolerance, nats per point; the method's own if left out.
+        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit.
+        progress: Whether to show a progress bar; by default only in a terminal.
+        generator: Source of randomness (minibatches). Without one the seed is torch's initial seed; torch's own state
+            is left alone either way.
+
+    Returns:
+        A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far.
+
+    Raises:
+        TypeError: Wrong kinds of arguments.
+        ValueError: Bad points or weights, a start that does not fit them, or an objective that is not finite at the start.
+
+    Warns:
+        ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective stopped being finite.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) + 5e6
+        >>> x = x.double()
+        >>> result = gk.fit(gk.initialise(x, 3), x, gk.Adam(lr=0.05), penalty=gk.penalties.SqrtWeights(0.1), max_iter=50)
+        >>> result.n_iter, result.report.engine
+        (50, 'dense')
+    """
+    began = time.perf_counter()
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
+    if not isinstance(start, (Mixture, GMM)):
+        raise TypeError(f"start must be a Mixture or a GMM, got {type(start).__name__}; see gmmkeops.initialise.")
+    if isinstance(start, GMM) and start.context:
+        raise ValueError("fit takes a GMM without context; train a conditional one with -model(c).log_prob(x).mean().")
+    mixture = start() if isinstance(start, GMM) else start
+    if mixture.batch_shape:
+        raise ValueError(f"fit takes one mixture, got a batch {tuple(mixture.batch_shape)}; fit them one by one.")
+    max_iter = method.max_iter if max_iter is None else int(max_iter)
+    tol = method.tol if tol is None else float(tol)
+    if max_iter < 1:
+        raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}.")
+    x = as_points(x, features=mixture.features, minimum=mixture.components)
+    if x.device != mixture.means.device:
+        raise ValueError(f"x is on {x.device} but the start on {mixture.means.device}; move one with .to().")
+    g = as_weights(weights, x)
+    callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
+
+    frame = Frame.of(x, g, isotropic=mixture.factor.family == "spherical")
+    if generator is None:
+        generator = torch.Generator(x.device).manual_seed(torch.initial_seed() % (1 << 63))
+    mass = float(x.shape[0]) if g is None else float(g.sum())
+    problem = Problem(frame.points(x, x.dtype), g, mass, frame, as_penalty(penalty), backend, generator)
+    engine = reductions.engine(problem.x, backend, full=mixture.factor.family == "full")
+    state = method.init(problem, frame.enter(mixture.detach().to(torch.float64)))
+
+    history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
+    best: Evaluation | None = None
+    last: Evaluation | None = None
+    converged = interrupted = False
+    bar = _bar(max_iter, progress)
+    try:
+        for iteration in range(max_iter):
+            state, now = method.step(problem, state)
+            if not abs(now.objective) < float("inf"):
+                if best is None:
+                    raise ValueError(
+                        "the objective is not finite at the start; check the penalty, or start from gmmkeops.initialise."
+                    )
+                warnings.warn(
+                    f"the objective stopped being finite at iteration {iteration}; the best mixture before it is "
+                    "returned. A smaller learning rate usually helps.",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+                break
+            last = now
+            if best is None or now.objective < best.objective:
+                best = now
+            for name, value in (
+                ("objective", now.objective),
+                ("log_likelihood", now.log_likelihood),
+                ("seconds", time.perf_counter() - began),
+                ("live", len(now.live)),
+            ):
+                history[name].append(value)
+            if bar is not None:
+                bar.set_postfix(objective=f"{now.objective:.4f}", live=len(now.live), refresh=False)
+                bar.update()
+            step = Step(iteration, now.objective, now.log_likelihood, now.live, history, now, frame)
+            stops = [callback(step) for callback in callbacks]
+            converged = method.finished(history["objective"], tol)
+            if converged or any(stop is True for stop in stops):
+                break
+    except KeyboardInterrupt:
+        if best is None:
+            raise
+        interrupted = True
+    finally:
+        if bar is not None:
+            bar.close()
+    assert best is not None and last is not None
+    if tol > 0 and not converged and not interrupted and len(history["objective"]) == max_iter:
+        warnings.warn(
+            f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    result = _result(problem, best, last, history, converged, interrupted, engine, began)
+    if isinstance(start, GMM):
+        start.assign(result.mixture)
+    _logger.info("%s", result)
+    return result
+
+
+def _result(
+    problem: Problem,
+    best: Evaluation,
+    last: Evaluation,
+    history: dict[str, list[float]],
+    converged: bool,
+    interrupted: bool,
+    engine: str,
+    began: float,
+) -> FitResult:
+    objective, likelihood = best.objective, best.log_likelihood
+    if not best.exact:
+        with torch.no_grad():
+            negative = problem.negative_log_likelihood(best.mixture)
+            objective = float(negative + problem.penalised(best.mixture))
+            likelihood = -float(negative)
+    live = set(best.live.tolist())
+    x = problem.x
+    report = Report(
+        dead_components=tuple(k for k in range(best.mixture.components) if k not in live),
+        live_components=len(live),
+        floors_hit=tuple(last.floored.nonzero()[:, 0].tolist()),
+        engine=engine,
+        device=str(x.device),
+        dtype=str(x.dtype).removeprefix("torch."),
+        seconds=time.perf_counter() - began,
+        interrupted=interrupted,
+    )
+    mixture = problem.frame.leave(best.mixture)
+    return FitResult(mixture, objective, likelihood, converged, len(history["objective"]), history, report)
+
+
+def _bar(total: int, progress: bool | None) -> Any:
+    if progress is False:
+        return None
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=total, desc="fit", unit="it", disable=None if progress is None else False)
+    return None if bar.disable else bar

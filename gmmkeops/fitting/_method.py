@@ -1,0 +1,121 @@
+r"""What the loop and its methods say to each other: the problem, one evaluation, and the method's contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from gmmkeops import reductions
+from gmmkeops.fitting._frame import Frame
+from gmmkeops.mixture import Mixture
+from gmmkeops.penalties import Penalty, floor_eigenvalues
+
+__all__ = ["Evaluation", "Method", "Problem"]
+
+S = TypeVar("S")
+
+# Least eigenvalue of a covariance in the frame, where the data's own variance is about one: a fit may not put a
+# component on a single point and send its density to infinity.
+RELATIVE_FLOOR = 1e-12
+# A component is dead when it would own fewer points than this.
+DEAD_POINTS = 1e-3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The data of a fit, in the frame, and what is asked of it.
+
+    Args:
+        x: Points (N, D) in the frame, in the dtype of the work.
+        weights: g (N,) float64, or None.
+        mass: Σ g.
+        frame: The way back to the user's units.
+        penalty: In the user's units, nats per point.
+        backend: The engine to use.
+        generator: Source of randomness.
+    """
+
+    x: Tensor
+    weights: Tensor | None
+    mass: float
+    frame: Frame
+    penalty: Penalty
+    backend: str
+    generator: torch.Generator
+
+    def negative_log_likelihood(self, mixture: Mixture, rows: Tensor | None = None) -> Tensor:
+        """Mean over the points (or some of them), nats per point in the user's units; float64, differentiable."""
+        x, g = self.x, self.weights
+        if rows is not None:
+            x, g = x[rows], None if g is None else g[rows]
+        mass = float(x.shape[0]) if g is None else float(g.sum())
+        total = reductions.total(
+            x, mixture.offsets, mixture.means, mixture.factor, weights=g, backend=self.backend
+        )
+        return self.frame.log_volume - total / max(mass, 1e-300)
+
+    def penalised(self, mixture: Mixture) -> Tensor:
+        """The penalty of a mixture of the frame, nats per point."""
+        return self.penalty(self.frame.leave(mixture), self.mass)
+
+    def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
+        """The mixture (of the frame) within all bounds, and the components (K,) that hit one."""
+        factor, low = floor_eigenvalues(mixture.factor, RELATIVE_FLOOR)
+        hit = low.expand(mixture.components)
+        if bool(low.any()):
+            mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
+        bounded, moved = self.penalty.project(self.frame.leave(mixture))
+        return (self.frame.enter(bounded), hit | moved) if bool(moved.any()) else (mixture, hit)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one step of a method found out about the mixture it started from.
+
+    Args:
+        mixture: All K components, in the frame, detached.
+        objective: Mean negative log-likelihood plus penalty, nats per point.
+        log_likelihood: Mean log-likelihood, nats per point, in the user's units.
+        live: Indices of the components still in the work.
+        floored: Which components (K,) hit a bound on the way here.
+        exact: Whether the objective is this mixture's over all points, rather than a running mean over minibatches.
+    """
+
+    mixture: Mixture
+    objective: float
+    log_likelihood: float
+    live: Tensor
+    floored: Tensor
+    exact: bool
+
+
+class Method(ABC, Generic[S]):
+    """How a mixture is improved: a small frozen value; the loop (:func:`gmmkeops.fit`) does everything else.
+
+    Attributes:
+        max_iter: Iterations unless the fit says otherwise.
+        tol: Tolerance unless the fit says otherwise, nats per point; zero runs all iterations.
+        patience: The objective is compared with that of this many iterations before.
+    """
+
+    max_iter: int
+    tol: float
+    patience: int
+
+    @abstractmethod
+    def init(self, problem: Problem, mixture: Mixture) -> S:
+        """The state before the first step, from a mixture of the frame in float64."""
+
+    @abstractmethod
+    def step(self, problem: Problem, state: S) -> tuple[S, Evaluation]:
+        """One pass over the data: the next state, and the evaluation of the one before."""
+
+    def finished(self, objectives: list[float], tol: float) -> bool:
+        """Whether the objective has stopped moving: less than ``tol`` over ``patience`` iterations."""
+        if tol <= 0 or len(objectives) <= self.patience:
+            return False
+        return abs(objectives[-1 - self.patience] - objectives[-1]) < tol

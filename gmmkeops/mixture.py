@@ -1,0 +1,356 @@
+r"""The mixture: a torch distribution over components that share one kind of precision factor.
+
+.. math::
+
+    p(x) = \sum_k W_k\, \mathcal N(x;\, \mu_k, (U_k U_k^\top)^{-1}), \qquad W = \mathrm{softmax}(\mathrm{logits})
+
+The log-density is one log-sum-exp reduction with offsets :math:`c_k = \log W_k + \log |\det U_k| - \tfrac D2 \log 2\pi`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent, MultivariateNormal, Normal, constraints
+
+from gmmkeops import reductions
+from gmmkeops._checks import as_points, as_tensor, check_finite
+from gmmkeops.factors import Factor, factor_class
+
+__all__ = ["Mixture"]
+
+# Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
+_CHUNK = 1 << 22
+
+
+class Mixture(Distribution):
+    r"""A mixture of K Gaussians in D dimensions, as a :class:`torch.distributions.Distribution`.
+
+    Args:
+        logits: Unnormalised log-weights (*B, K), nats; -inf for a component without weight.
+        means: Component means (*B, K, D), data units.
+        factor: A precision factor with leading dimension K, or 1 when tied, and the same batch dimensions.
+        validate_args: False skips the checks of values (never those of shapes).
+
+    Raises:
+        ValueError: Shapes or devices do not fit, or values are NaN.
+
+    Reference:
+        McLachlan and Peel 2000, *Finite Mixture Models*.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> mixture = gk.Mixture.from_parameters([0.3, 0.7], [[0.0], [4.0]], [1.0, 1.0], covariance_type="spherical")
+        >>> mixture.log_prob(torch.tensor([[4.0]], dtype=torch.float64)).exp().round(decimals=4)
+        tensor([0.2793], dtype=torch.float64)
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    has_rsample = False
+
+    def __init__(self, logits: Tensor, means: Tensor, factor: Factor, validate_args: bool | None = None) -> None:
+        logits, means = as_tensor(logits, name="logits"), as_tensor(means, name="means")
+        if not isinstance(factor, Factor):
+            raise TypeError(f"factor must be a Factor, got {type(factor).__name__}; use Mixture.from_parameters.")
+        if means.ndim < 2 or logits.shape != means.shape[:-1] or logits.shape[-1] == 0:
+            raise ValueError(
+                f"logits must have shape (*B, K) and means (*B, K, D) with K > 0, got {tuple(logits.shape)} and "
+                f"{tuple(means.shape)}."
+            )
+        *batch, K, D = means.shape
+        if factor.features != D or factor.leading not in (1, K) or factor.batch_shape != torch.Size(batch):
+            raise ValueError(
+                f"factor must have batch {tuple(batch)}, leading dimension {K} or 1 and {D} features as the means do, "
+                f"got batch {tuple(factor.batch_shape)}, leading dimension {factor.leading} and {factor.features}."
+            )
+        if len({logits.device, means.device, factor.device}) > 1:
+            raise ValueError(
+                f"logits are on {logits.device}, means on {means.device} and the factor on {factor.device}; "
+                "move all to one device with .to()."
+            )
+        if validate_args is not False:
+            check_finite(means, name="means", rows="component")
+            if bool(torch.isnan(logits).any()) or bool((logits == math.inf).any()):
+                raise ValueError("logits must not be NaN or +inf; pass finite log-weights, or -inf for none.")
+            if bool((logits == -math.inf).all(-1).any()):
+                raise ValueError("logits must leave some component with weight, all are -inf.")
+            for name, tensor in factor.tensors.items():
+                check_finite(tensor, name=f"the factor's {name}", rows="component")
+        self.logits, self.means, self.factor = logits, means, factor
+        super().__init__(torch.Size(batch), torch.Size([D]), validate_args=False)
+
+    @classmethod
+    def from_parameters(
+        cls, weights: Any, means: Any, covariances: Any, covariance_type: str = "full", *, features: int | None = None
+    ) -> Mixture:
+        """A mixture from known parameters, in the shapes of scikit-learn and tgmm.
+
+        Args:
+            weights: (K,), not negative, summing to one.
+            means: (K, D), data units.
+            covariances: Squared data units: "full" (K, D, D), "tied" or "tied_full" (D, D), "diag" (K, D),
+                "spherical" (K,), "tied_diag" (D,), "tied_spherical" ().
+            covariance_type: One of those names.
+            features: D, only needed where the means do not tell it.
+
+        Raises:
+            ValueError: Shapes that do not fit, weights that are no distribution, or a covariance that is not positive
+                definite, with the component's number.
+
+        Example:
+            >>> import gmmkeops as gk
+            >>> gk.Mixture.from_parameters([1.0], [[0.0, 0.0]], [[[1.0, 0.5], [0.5, 1.0]]])
+            Mixture(components=1, features=2, factor=full)
+        """
+        kind, tied = factor_class(covariance_type)
+        weights = as_tensor(weights, name="weights")
+        means = as_tensor(means, name="means").to(weights.device)
+        covariances = as_tensor(covariances, name="covariances").to(weights.device)
+        if means.ndim != 2 or weights.shape != means.shape[:1]:
+            raise ValueError(
+                f"weights must have shape (K,) and means (K, D), got {tuple(weights.shape)} and {tuple(means.shape)}."
+            )
+        check_finite(weights, name="weights", rows="component")
+        if bool((weights < 0).any()):
+            component = int((weights < 0).nonzero()[0, 0])
+            raise ValueError(
+                f"weights must not be negative, got {float(weights[component]):.6g} in component {component}."
+            )
+        if abs(float(weights.sum(dtype=torch.float64)) - 1) > 1e-4:
+            raise ValueError(f"weights must sum to one, got {float(weights.sum()):.6g}; divide them by their sum.")
+        K, D = means.shape
+        leading = () if tied else (K,)
+        shape = {"full": (*leading, D, D), "diagonal": (*leading, D), "spherical": leading}[kind.family]
+        if tuple(covariances.shape) != shape:
+            raise ValueError(
+                f"covariances must have shape {shape} for covariance_type={covariance_type!r} with K={K} and D={D}, "
+                f"got {tuple(covariances.shape)}."
+            )
+        covariances = covariances.unsqueeze(0) if tied else covariances
+        return cls(weights.log(), means, kind.from_covariances(covariances, features=D))
+
+    @property
+    def components(self) -> int:
+        """K."""
+        return self.means.shape[-2]
+
+    @property
+    def features(self) -> int:
+        """D."""
+        return self.means.shape[-1]
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Normalised log-weights (*B, K), nats."""
+        return torch.log_softmax(self.logits, -1)
+
+    @property
+    def weights(self) -> Tensor:
+        """Weights (*B, K), summing to one."""
+        return torch.softmax(self.logits, -1)
+
+    @property
+    def offsets(self) -> Tensor:
+        """What the reductions add to each exponent (*B, K), nats: log W + log |det U| - D/2 log 2π."""
+        return self.log_weights + self.factor.log_determinant() - 0.5 * self.features * math.log(2 * math.pi)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of free parameters: weights, means and covariances."""
+        tied = self.factor.leading == 1 and self.components > 1
+        return self.components - 1 + self.means[..., 0].shape[-1] * self.features + type(self.factor).count(
+            self.components, self.features, tied
+        )
+
+    @property
+    def mixture_distribution(self) -> Categorical:
+        """The categorical distribution of the component."""
+        return Categorical(logits=self.logits)
+
+    @property
+    def component_distribution(self) -> Distribution:
+        """The K Gaussians, as a torch distribution with batch shape (*B, K)."""
+        if self.factor.family == "full":
+            cholesky = self.factor.cholesky().expand(*self.means.shape, self.features)
+            return MultivariateNormal(self.means, scale_tril=cholesky)
+        return Independent(Normal(self.means, (1 / self.factor.U).expand_as(self.means)), 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the whole mixture (*B, D), data units."""
+        return (self.weights.unsqueeze(-1) * self.means).sum(-2)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Covariance of the whole mixture (*B, D, D), squared data units: within plus between components."""
+        weights = self.weights[..., None, None]
+        between = (self.means - self.mean.unsqueeze(-2)).unsqueeze(-1)
+        return (weights * (self.factor.covariances() + between @ between.mT)).sum(-3)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variances of the whole mixture (*B, D), squared data units."""
+        return self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
+
+    def log_prob(self, value: Any, *, backend: str = "auto") -> Tensor:
+        r"""Log-density log p(x), the normalising constant included.
+
+        Args:
+            value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. Their dtype decides the precision.
+            backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+
+        Returns:
+            (*S, *B), nats per point, differentiable in points and parameters.
+
+        Raises:
+            TypeError, ValueError: Points that are not numeric, of the wrong width, empty, or not finite.
+        """
+        x = self._points(value)
+        if self.batch_shape:
+            return torch.logsumexp(self.log_joint(x), -1)
+        flat = as_points(x.reshape(-1, self.features), name="x", features=self.features)
+        values = reductions.logsumexp(flat, self.offsets, self.means, self.factor, backend=backend)
+        return values.reshape(x.shape[:-1])
+
+    def log_joint(self, value: Any) -> Tensor:
+        r"""log p(x, k) = log W_k + log N(x; μ_k, Σ_k), every component written out.
+
+        Args:
+            value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units.
+
+        Returns:
+            (*S, *B, K), nats, in the dtype of the points.
+        """
+        x = self._points(value)
+        offsets, wide = self.offsets, torch.promote_types(x.dtype, self.means.dtype)
+
+        def exponents(rows: Tensor) -> Tensor:
+            residuals = rows.unsqueeze(-2).to(wide) - self.means.to(wide)
+            return (offsets - 0.5 * self.factor.whiten(residuals).square().sum(-1)).to(rows.dtype)
+
+        rows = max(1, _CHUNK // self.means.numel())
+        if self.batch_shape or x.ndim < 2 or x.shape[:-1].numel() <= rows:
+            return exponents(x)
+        flat = x.reshape(-1, self.features)
+        return torch.cat([exponents(part) for part in flat.split(rows)]).reshape(*x.shape[:-1], self.components)
+
+    def responsibilities(self, value: Any, k: int | None = None, *, backend: str = "auto") -> Any:
+        """Posterior probabilities of the components, p(k | x).
+
+        Args:
+            value: Points (*S, D), data units.
+            k: Keep the k largest of each point, without ever holding them all; None for all K.
+            backend: For the few largest: ``"auto"``, ``"keops"`` or ``"dense"``.
+
+        Returns:
+            (*S, K); or with ``k`` the pair of probabilities (*S, k), in falling order, and components (*S, k).
+        """
+        if k is None:
+            return torch.softmax(self.log_joint(value), -1)
+        x, flat = self._flat(value)
+        arguments = (flat, self.offsets, self.means, self.factor)
+        exponents, indices = reductions.topk(*arguments, k, backend=backend)
+        values = reductions.logsumexp(*arguments, backend=backend).detach()
+        shape = (*x.shape[:-1], k)
+        return (exponents - values[:, None]).exp().reshape(shape), indices.reshape(shape)
+
+    def predict(self, value: Any, *, backend: str = "auto") -> Tensor:
+        """The most probable component of each point (*S, D): (*S,), int64."""
+        x, flat = self._flat(value)
+        labels = reductions.argmax(flat, self.offsets, self.means, self.factor, backend=backend)
+        return labels.reshape(x.shape[:-1])
+
+    def sample(
+        self, sample_shape: Any = (), *, return_labels: bool = False, generator: torch.Generator | None = None
+    ) -> Any:
+        """Draws points, and the component that each came from.
+
+        Args:
+            sample_shape: S, an int or a shape.
+            return_labels: Whether to return the components as well.
+            generator: Source of randomness; torch's own if left out.
+
+        Returns:
+            Points (*S, *B, D), data units; with ``return_labels`` also components (*S, *B), int64. Memory is that of
+            the points.
+        """
+        shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
+        with torch.no_grad():
+            count, K, D = shape.numel(), self.components, self.features
+            batch = self.batch_shape.numel()
+            weights = self.weights.double().reshape(batch, K)
+            if count == 0:
+                labels = torch.zeros(0, batch, dtype=torch.int64, device=self.means.device)
+            else:
+                labels = torch.multinomial(weights, count, replacement=True, generator=generator).T
+            first = torch.arange(batch, device=labels.device)
+            component = (labels + K * first).reshape(-1)
+            factor = self.factor.replace(**{n: t.reshape(-1, t.shape[-1]) for n, t in self.factor.tensors.items()})
+            which = component if self.factor.leading == K else first.expand_as(labels).reshape(-1)
+            draws = torch.randn(count * batch, D, generator=generator, dtype=self.means.dtype, device=labels.device)
+            means = self.means.reshape(-1, D)
+            rows = max(1, _CHUNK // (D * D))
+            for start in range(0, count * batch, rows):
+                part = slice(start, start + rows)
+                draws[part] = means[component[part]] + factor.unwhiten(draws[part], which[part])
+        points = draws.reshape(self._extended_shape(shape))
+        return (points, labels.reshape(*shape, *self.batch_shape)) if return_labels else points
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
+        """The same mixture for a larger batch, without a copy."""
+        batch_shape = torch.Size(batch_shape)
+        return Mixture(
+            self.logits.expand(*batch_shape, self.components),
+            self.means.expand(*batch_shape, self.components, self.features),
+            self.factor.expand(batch_shape),
+            validate_args=False,
+        )
+
+    def select(self, index: Tensor) -> Mixture:
+        """The mixture of some components (an index or mask over K), their weights brought back to a sum of one."""
+        return Mixture(
+            self.logits[..., index], self.means[..., index, :], self.factor.select(index), validate_args=False
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Mixture:
+        """Moves or casts the parameters, as :meth:`torch.Tensor.to`."""
+        return Mixture(
+            self.logits.to(*args, **kwargs),
+            self.means.to(*args, **kwargs),
+            self.factor.to(*args, **kwargs),
+            validate_args=False,
+        )
+
+    def detach(self) -> Mixture:
+        """The same mixture outside any autograd graph, in its own memory."""
+        return Mixture(
+            self.logits.detach().clone(), self.means.detach().clone(), self.factor.detach(), validate_args=False
+        )
+
+    def _points(self, value: Any) -> Tensor:
+        x = as_tensor(value, name="x")
+        if x.ndim == 0 or x.shape[-1] != self.features:
+            raise ValueError(
+                f"x must have {self.features} columns, shape (*, {self.features}), got {tuple(x.shape)}; "
+                "pass the same columns as the model has."
+            )
+        if x.device != self.means.device:
+            raise ValueError(f"x is on {x.device} but the mixture on {self.means.device}; move one with .to().")
+        return x
+
+    def _flat(self, value: Any) -> tuple[Tensor, Tensor]:
+        if self.batch_shape:
+            raise ValueError(
+                f"this is a batch {tuple(self.batch_shape)} of mixtures; index its parameters to take one of them."
+            )
+        x = self._points(value)
+        return x, x.reshape(-1, self.features)
+
+    def __repr__(self) -> str:
+        batch = f"batch={tuple(self.batch_shape)}, " if self.batch_shape else ""
+        tied = "tied " if self.factor.leading == 1 and self.components > 1 else ""
+        return f"Mixture({batch}components={self.components}, features={self.features}, factor={tied}{self.factor.family})"

@@ -1,0 +1,183 @@
+r"""A mixture's trainable parameters: an ``nn.Module`` that returns a :class:`~gmmkeops.Mixture` when called.
+
+With a context c the parameters come out of a multilayer perceptron, :math:`p(x \mid c) = \sum_k W_k(c)\,
+\mathcal N(x; \mu_k(c), \Sigma_k(c))`. References: Bishop 1994, *Mixture density networks*; the interface is that of
+Zuko's ``GMM`` (probabilists/zuko).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmmkeops._checks import as_tensor
+from gmmkeops.factors import factor_class
+from gmmkeops.initialise import initialise
+from gmmkeops.mixture import Mixture
+
+__all__ = ["GMM"]
+
+
+class GMM(nn.Module):
+    r"""A trainable Gaussian mixture, unconditional or conditioned on a context.
+
+    Args:
+        features: D, the number of columns of a point.
+        context: C, the number of columns of a context; 0 for none.
+        components: K.
+        covariance_type: ``"full"``, ``"diagonal"`` (or ``"diag"``) or ``"spherical"``; ``"tied_..."`` sets ``tied`` too.
+        tied: Whether all components share one covariance.
+        epsilon: Least conditional variance of a coordinate given those after it, squared data units: added to
+            :math:`1/U_{dd}^2`, so for diagonal and spherical factors to the variance itself.
+        hidden_features: Widths of the perceptron's hidden layers, with a context.
+        activation: Their activation's constructor.
+
+    Attributes:
+        logits, means, log_diagonal, upper: Parameters (K,), (K, D), (K or 1, D or 1) and, for full factors,
+            (K or 1, D(D-1)/2), without a context.
+        network: The perceptron, with one.
+
+    Raises:
+        ValueError: A size below one, or an unknown covariance type.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> model = gk.GMM(2, components=3)
+        >>> model.initialize(torch.randn(100, 2), "kmeans++")
+        GMM(features=2, context=0, components=3, covariance_type='full', tied=False)
+        >>> loss = -model().log_prob(torch.randn(100, 2)).mean()
+        >>> loss.backward()
+        >>> model.means.grad.shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        components: int = 2,
+        covariance_type: str = "full",
+        tied: bool = False,
+        epsilon: float = 1e-6,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("features", features, 1), ("context", context, 0), ("components", components, 1)):
+            if int(value) != value or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        if not (math.isfinite(epsilon) and epsilon >= 0):
+            raise ValueError(f"epsilon must be finite and not negative, got {epsilon!r}.")
+        self.kind, tied_name = factor_class(covariance_type)
+        self.features, self.context, self.components = int(features), int(context), int(components)
+        self.tied, self.epsilon = bool(tied or tied_name), float(epsilon)
+        leading, D = 1 if self.tied else self.components, self.features
+        self.shapes: dict[str, tuple[int, int]] = {
+            "logits": (1, self.components),
+            "means": (self.components, D),
+            "log_diagonal": (leading, 1 if self.kind.family == "spherical" else D),
+        }
+        if self.kind.family == "full":
+            self.shapes["upper"] = (leading, D * (D - 1) // 2)
+        if self.context:
+            widths = [self.context, *hidden_features]
+            layers: list[nn.Module] = []
+            for a, b in zip(widths[:-1], widths[1:], strict=True):
+                layers += [nn.Linear(a, b), activation()]
+            self.network = nn.Sequential(*layers, nn.Linear(widths[-1], sum(a * b for a, b in self.shapes.values())))
+        else:
+            self.logits = nn.Parameter(torch.zeros(self.components))
+            self.means = nn.Parameter(torch.randn(self.components, D))
+            self.log_diagonal = nn.Parameter(torch.zeros(self.shapes["log_diagonal"]))
+            if "upper" in self.shapes:
+                self.upper = nn.Parameter(torch.zeros(self.shapes["upper"]))
+
+    def forward(self, c: Any = None) -> Mixture:
+        """The mixture, or the batch of mixtures that belongs to contexts c (*B, C).
+
+        Raises:
+            ValueError: A context is missing, not expected, or of the wrong width.
+        """
+        if not self.context:
+            if c is not None:
+                raise ValueError("this GMM was made without a context; call model() or construct it with context=C.")
+            tensors = {name: getattr(self, name) for name in self.shapes}
+        else:
+            if c is None:
+                raise ValueError(f"this GMM needs a context of {self.context} columns; call model(c).")
+            c = as_tensor(c, name="the context", dtype=next(self.network.parameters()).dtype)
+            if c.ndim == 0 or c.shape[-1] != self.context:
+                raise ValueError(f"the context must have shape (*, {self.context}), got {tuple(c.shape)}.")
+            flat = self.network(c).split([a * b for a, b in self.shapes.values()], -1)
+            tensors = {n: t.unflatten(-1, s) for t, (n, s) in zip(flat, self.shapes.items(), strict=True)}
+            tensors["logits"] = tensors["logits"].squeeze(-2)
+        logits, means = tensors.pop("logits"), tensors.pop("means")
+        raw = tensors["log_diagonal"]
+        if self.epsilon:
+            tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(math.log(self.epsilon) + 2 * raw)
+        factor = self.kind(**tensors, **({"features": self.features} if self.kind.family == "spherical" else {}))
+        return Mixture(logits, means, factor, validate_args=False)
+
+    @torch.no_grad()
+    def assign(self, mixture: Mixture) -> GMM:
+        """Sets the parameters in place so that calling the module returns this mixture (in the module's dtype).
+
+        With a context, the last layer's weights are shrunk a hundredfold and its biases become the parameters, so that
+        every context starts near this mixture.
+
+        Raises:
+            ValueError: The mixture has another number of components, features, or another factor.
+        """
+        shapes = {"logits": mixture.logits.unsqueeze(-2), "means": mixture.means, **mixture.factor.tensors}
+        given = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
+        if given != self.shapes or mixture.factor.family != self.kind.family:
+            raise ValueError(f"the mixture's parameters have shapes {given}, this GMM's {self.shapes}.")
+        if self.epsilon:
+            used = (self.epsilon * (2 * shapes["log_diagonal"]).exp()).clamp(max=0.999)
+            shapes["log_diagonal"] = shapes["log_diagonal"] - 0.5 * torch.log1p(-used)
+        if self.context:
+            last = self.network[-1]
+            last.weight.mul_(0.01)
+            last.bias.copy_(torch.cat([tensor.reshape(-1) for tensor in shapes.values()]))
+        else:
+            for name, tensor in shapes.items():
+                getattr(self, name).copy_(tensor.reshape(getattr(self, name).shape))
+        return self
+
+    def initialize(
+        self, x: Any, strategy: str = "kmeans", *, weights: Any = None, generator: torch.Generator | None = None
+    ) -> GMM:
+        """Sets the parameters to the clusters of a cloud; see :func:`gmmkeops.initialise`.
+
+        Args:
+            x: Points (N, D), N >= K, data units.
+            strategy: ``"random"``, ``"kmeans"`` or ``"kmeans++"``.
+            weights: Weight of each point (N,), or None.
+            generator: Source of randomness.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            TypeError, ValueError: Bad points, or an unknown strategy; the parameters are then as they were.
+        """
+        names = {"full": "full", "diagonal": "diag", "spherical": "spherical"}
+        covariance_type = ("tied_" if self.tied else "") + names[self.kind.family]
+        x = as_tensor(x, name="x", device=next(self.parameters()).device)
+        if x.ndim == 2 and x.shape[1] != self.features:
+            raise ValueError(f"x has {x.shape[1]} columns, expected {self.features} as in the model.")
+        return self.assign(
+            initialise(
+                x, self.components, strategy, covariance_type=covariance_type, weights=weights, generator=generator
+            )
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"features={self.features}, context={self.context}, components={self.components}, "
+            f"covariance_type={self.kind.family!r}, tied={self.tied}"
+        )
