@@ -38,6 +38,11 @@ __all__ = [
 class Penalty(ABC):
     """A function of a mixture, in nats per point."""
 
+    @property
+    def bounds(self) -> bool:
+        """Whether :meth:`project` may move a mixture."""
+        return False
+
     @abstractmethod
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         """The penalty of a mixture.
@@ -67,14 +72,12 @@ class Penalty(ABC):
     __rmul__ = __mul__
 
 
-def as_penalty(penalty: Penalty | Callable[[Mixture], Any] | None) -> Penalty:
-    """A penalty from a penalty, any callable on a mixture, or None.
+def as_penalty(penalty: Penalty | Callable[[Mixture], Any]) -> Penalty:
+    """A penalty from a penalty, or from any callable on a mixture.
 
     Raises:
         TypeError: It cannot be called.
     """
-    if penalty is None:
-        return _Sum(())
     if isinstance(penalty, Penalty):
         return penalty
     if callable(penalty):
@@ -85,6 +88,10 @@ def as_penalty(penalty: Penalty | Callable[[Mixture], Any] | None) -> Penalty:
 @dataclass(frozen=True)
 class _Sum(Penalty):
     parts: tuple[Penalty, ...]
+
+    @property
+    def bounds(self) -> bool:
+        return any(part.bounds for part in self.parts)
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return sum((part(mixture, points) for part in self.parts), mixture.means.new_zeros(()))
@@ -101,6 +108,10 @@ class _Sum(Penalty):
 class _Scaled(Penalty):
     factor: float
     part: Penalty
+
+    @property
+    def bounds(self) -> bool:
+        return self.part.bounds
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.factor * self.part(mixture, points)
@@ -343,6 +354,10 @@ class EigenvalueFloor(Penalty):
 
     def __post_init__(self) -> None:
         _finite("minimum", self.minimum, 0, strict=True)
+
+    @property
+    def bounds(self) -> bool:
+        return True
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return mixture.means.new_zeros(())

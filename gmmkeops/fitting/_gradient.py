@@ -77,7 +77,7 @@ class Gradient(Method[_State]):
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     batch_size: int | None = None
-    max_iter: int = 300
+    max_iter: int = 200
     tol: float = 0.0
     patience: int = 10
 
@@ -124,7 +124,7 @@ class Gradient(Method[_State]):
 
     def _update(self, problem: Problem, state: _State, rows: Tensor | None) -> tuple[float, float] | None:
         """One step of the optimiser; the objective and log-likelihood before it, or None where they are not finite."""
-        if not all(bool(torch.isfinite(leaf).all()) for leaf in state.leaves.values()):
+        if not math.isfinite(sum(leaf.detach().sum() for leaf in state.leaves.values())):
             return None
         found: list[tuple[float, float]] = []
 
@@ -176,7 +176,7 @@ def Adam(
     betas: tuple[float, float] = (0.9, 0.999),
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     batch_size: int | None = None,
-    max_iter: int = 300,
+    max_iter: int = 200,
     tol: float = 0.0,
     patience: int = 10,
 ) -> Gradient:

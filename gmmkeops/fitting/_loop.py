@@ -191,7 +191,8 @@ def fit(
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(torch.initial_seed() % (1 << 63))
     mass = float(x.shape[0]) if g is None else float(g.sum())
-    problem = Problem(frame.points(x, x.dtype), g, mass, frame, as_penalty(penalty), backend, generator)
+    penalty = None if penalty is None else as_penalty(penalty)
+    problem = Problem(frame.points(x, x.dtype), g, mass, frame, penalty, backend, generator)
     engine = reductions.engine(problem.x, backend, full=mixture.factor.family == "full")
     state = method.init(problem, frame.enter(mixture.detach().to(torch.float64)))
 

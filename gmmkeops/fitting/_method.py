@@ -34,7 +34,7 @@ class Problem:
         weights: g (N,) float64, or None.
         mass: Σ g.
         frame: The way back to the user's units.
-        penalty: In the user's units, nats per point.
+        penalty: In the user's units, nats per point; or None.
         backend: The engine to use.
         generator: Source of randomness.
     """
@@ -43,7 +43,7 @@ class Problem:
     weights: Tensor | None
     mass: float
     frame: Frame
-    penalty: Penalty
+    penalty: Penalty | None
     backend: str
     generator: torch.Generator
 
@@ -60,6 +60,8 @@ class Problem:
 
     def penalised(self, mixture: Mixture) -> Tensor:
         """The penalty of a mixture of the frame, nats per point."""
+        if self.penalty is None:
+            return mixture.means.new_zeros(())
         return self.penalty(self.frame.leave(mixture), self.mass)
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
@@ -68,6 +70,8 @@ class Problem:
         hit = low.expand(mixture.components)
         if bool(low.any()):
             mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
+        if self.penalty is None or not self.penalty.bounds:
+            return mixture, hit
         bounded, moved = self.penalty.project(self.frame.leave(mixture))
         return (self.frame.enter(bounded), hit | moved) if bool(moved.any()) else (mixture, hit)
 

@@ -1,0 +1,190 @@
+r"""Pictures of mixtures and fits: densities, covariance ellipses, objectives.
+
+Every function draws into ``ax`` (the current axes if left out), changes no matplotlib default, and returns the artists.
+An ellipse at r standard deviations is :math:`\{\mu + r L u : |u| = 1\}` with :math:`\Sigma = L L^\top`; in two dimensions
+it holds :math:`1 - e^{-r^2/2}` of its component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gmmkeops._checks import as_points
+from gmmkeops.fitting import FitResult
+from gmmkeops.mixture import Mixture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["density", "ellipses", "objective", "points"]
+
+
+def _axes(ax: Any) -> Any:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.gca()
+
+
+def _plane(mixture: Mixture) -> None:
+    if mixture.features != 2 or mixture.batch_shape:
+        raise ValueError(f"this picture needs one mixture in 2 dimensions, got {mixture}; plot a marginal of it.")
+
+
+def density(
+    mixture: Mixture,
+    *,
+    ax: Axes | None = None,
+    extent: Sequence[float] | None = None,
+    resolution: int = 200,
+    levels: int = 41,
+    log: bool = False,
+    cmap: str = "Blues",
+) -> dict[str, Any]:
+    """Heat map of a two-dimensional density under contours of its logarithm.
+
+    Args:
+        mixture: One mixture in two dimensions.
+        ax: Matplotlib axes.
+        extent: (left, right, bottom, top), data units; by default all components to three standard deviations.
+        resolution: Pixels along each side.
+        levels: Number of log-contours; 0 draws none.
+        log: Colour by log-density rather than by density.
+        cmap: Matplotlib colour map.
+
+    Returns:
+        ``{"image": AxesImage, "contours": ContourSet or None}``.
+
+    Raises:
+        ValueError: The mixture is not two-dimensional, or the extent is empty.
+    """
+    _plane(mixture)
+    ax = _axes(ax)
+    left, right, bottom, top = _extent(mixture) if extent is None else extent
+    if not (left < right and bottom < top):
+        raise ValueError(f"extent must be (left, right, bottom, top) with left < right, bottom < top, got {extent}.")
+    # Pixel centres, so that the image and the contours agree.
+    step = (np.arange(resolution) + 0.5) / resolution
+    u, v = left + (right - left) * step, bottom + (top - bottom) * step
+    grid = torch.from_numpy(np.stack(np.meshgrid(u, v), -1)).to(mixture.means.device)
+    with torch.no_grad():
+        values = mixture.log_prob(grid).cpu().numpy()
+    image = ax.imshow(
+        values if log else np.exp(values),
+        extent=(left, right, bottom, top),
+        origin="lower",
+        cmap=cmap,
+        aspect="auto",
+        interpolation="bilinear",
+    )
+    contours = None
+    if levels:
+        # Beyond this the logarithm falls like a parabola and its contours only crowd the picture.
+        low, high = max(values.min(), values.max() - 20.0), values.max()
+        if high > low:
+            contours = ax.contour(
+                u, v, values, levels=np.linspace(low, high, levels), colors="k", linewidths=0.4, alpha=0.5
+            )
+    return {"image": image, "contours": contours}
+
+
+def _extent(mixture: Mixture) -> tuple[float, float, float, float]:
+    means = mixture.means.detach()
+    deviation = mixture.factor.covariances().detach().diagonal(dim1=-2, dim2=-1).sqrt()
+    heavy = mixture.weights.detach() > 1e-3
+    low = (means - 3 * deviation)[heavy].amin(0).tolist()
+    high = (means + 3 * deviation)[heavy].amax(0).tolist()
+    return low[0], high[0], low[1], high[1]
+
+
+def ellipses(
+    mixture: Mixture,
+    *,
+    ax: Axes | None = None,
+    deviations: float = 2.0,
+    minimum_weight: float = 1e-3,
+    color: Any = "#d95f02",
+    **style: Any,
+) -> list[Any]:
+    """One ellipse per component, at so many standard deviations, the fainter the lighter its weight.
+
+    Args:
+        mixture: One mixture in two dimensions.
+        ax: Matplotlib axes.
+        deviations: Radius, standard deviations.
+        minimum_weight: Components with less weight are left out.
+        color: Edge colour.
+        **style: Passed on to :class:`matplotlib.patches.Ellipse`.
+
+    Returns:
+        The ellipses drawn.
+
+    Raises:
+        ValueError: The mixture is not two-dimensional.
+    """
+    from matplotlib.patches import Ellipse
+
+    _plane(mixture)
+    ax = _axes(ax)
+    weights = mixture.weights.detach().cpu()
+    values, vectors = torch.linalg.eigh(mixture.factor.covariances().detach().cpu().expand(len(weights), 2, 2))
+    patches = []
+    for k in (weights >= minimum_weight).nonzero()[:, 0].tolist():
+        angle = float(torch.rad2deg(torch.atan2(vectors[k, 1, 1], vectors[k, 0, 1])))
+        height, width = (2 * deviations * values[k].sqrt()).tolist()
+        look = {"fill": False, "edgecolor": color, "linewidth": 1.5} | style
+        look.setdefault("alpha", 0.35 + 0.65 * float(weights[k] / weights.max()))
+        patches.append(ax.add_patch(Ellipse(mixture.means[k].tolist(), width, height, angle=angle, **look)))
+    ax.autoscale_view()
+    return patches
+
+
+def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = "k", **style: Any) -> Any:
+    """Scatter of a two-dimensional cloud, thinned evenly to ``limit`` points, dots the smaller the more there are.
+
+    Args:
+        x: Points (N, 2), data units.
+        ax: Matplotlib axes.
+        limit: Draw at most so many.
+        color: Colour of the dots, one or one per point.
+        **style: Passed on to :meth:`matplotlib.axes.Axes.scatter`.
+
+    Returns:
+        The collection drawn.
+    """
+    x = as_points(x, features=2).detach().cpu()
+    step = -(-len(x) // limit)
+    color = color[::step] if isinstance(color, np.ndarray | torch.Tensor) and len(color) == len(x) else color
+    x = x[::step]
+    look = {"s": max(0.5, min(20.0, 10_000 / len(x))), "linewidths": 0} | style
+    return _axes(ax).scatter(x[:, 0], x[:, 1], c=color, **look)
+
+
+def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iteration", **style: Any) -> list[Any]:
+    """Loss curve of a fit: objective in nats per point, against iterations or seconds.
+
+    Args:
+        result: What :func:`gmmkeops.fit` returned.
+        ax: Matplotlib axes.
+        against: ``"iteration"`` or ``"seconds"``.
+        **style: Passed on to :meth:`matplotlib.axes.Axes.plot`.
+
+    Returns:
+        The lines drawn.
+
+    Raises:
+        ValueError: ``against`` is neither.
+    """
+    if against not in ("iteration", "seconds"):
+        raise ValueError(f"against must be 'iteration' or 'seconds', got {against!r}.")
+    ax = _axes(ax)
+    values = result.history["objective"]
+    lines = ax.plot(range(len(values)) if against == "iteration" else result.history["seconds"], values, **style)
+    ax.set_xlabel(against if against == "iteration" else "time (s)")
+    ax.set_ylabel("objective (nats per point)")
+    return lines
