@@ -217,7 +217,7 @@ class FullFactor(Factor):
         return L @ L.mT
 
     def rescale(self, scale: Tensor) -> FullFactor:
-        row, column = torch.triu_indices(self.features, self.features, 1, device=self.device)
+        row = torch.triu_indices(self.features, self.features, 1, device=self.device)[0]
         return FullFactor(self.log_diagonal + scale.log(), self.upper * scale[row])
 
     @classmethod

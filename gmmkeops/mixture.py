@@ -10,7 +10,7 @@ The log-density is one log-sum-exp reduction with offsets :math:`c_k = \log W_k 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Mixture(Distribution):
         tensor([0.2793], dtype=torch.float64)
     """
 
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = False
 
@@ -162,8 +162,11 @@ class Mixture(Distribution):
     def parameter_count(self) -> int:
         """Number of free parameters: weights, means and covariances."""
         tied = self.factor.leading == 1 and self.components > 1
-        return self.components - 1 + self.means[..., 0].shape[-1] * self.features + type(self.factor).count(
-            self.components, self.features, tied
+        return (
+            self.components
+            - 1
+            + self.means[..., 0].shape[-1] * self.features
+            + type(self.factor).count(self.components, self.features, tied)
         )
 
     @property
@@ -353,4 +356,6 @@ class Mixture(Distribution):
     def __repr__(self) -> str:
         batch = f"batch={tuple(self.batch_shape)}, " if self.batch_shape else ""
         tied = "tied " if self.factor.leading == 1 and self.components > 1 else ""
-        return f"Mixture({batch}components={self.components}, features={self.features}, factor={tied}{self.factor.family})"
+        return (
+            f"Mixture({batch}components={self.components}, features={self.features}, factor={tied}{self.factor.family})"
+        )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gmmkeops._checks import as_tensor
 from gmmkeops.factors import factor_class
@@ -86,7 +87,7 @@ class GMM(nn.Module):
         if self.context:
             widths = [self.context, *hidden_features]
             layers: list[nn.Module] = []
-            for a, b in zip(widths[:-1], widths[1:], strict=True):
+            for a, b in pairwise(widths):
                 layers += [nn.Linear(a, b), activation()]
             self.network = nn.Sequential(*layers, nn.Linear(widths[-1], sum(a * b for a, b in self.shapes.values())))
         else:
@@ -140,7 +141,7 @@ class GMM(nn.Module):
             used = (self.epsilon * (2 * shapes["log_diagonal"]).exp()).clamp(max=0.999)
             shapes["log_diagonal"] = shapes["log_diagonal"] - 0.5 * torch.log1p(-used)
         if self.context:
-            last = self.network[-1]
+            last = cast(nn.Linear, self.network[-1])
             last.weight.mul_(0.01)
             last.bias.copy_(torch.cat([tensor.reshape(-1) for tensor in shapes.values()]))
         else:

@@ -233,7 +233,9 @@ class Dirichlet(Penalty):
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         alpha = as_tensor(self.concentration, name="concentration").to(mixture.logits)
         if alpha.ndim == 1 and alpha.shape[0] != mixture.components:
-            raise ValueError(f"concentration has {alpha.shape[0]} entries, the mixture {mixture.components} components.")
+            raise ValueError(
+                f"concentration has {alpha.shape[0]} entries, the mixture {mixture.components} components."
+            )
         return -((alpha - 1) * mixture.log_weights).sum() / points
 
 

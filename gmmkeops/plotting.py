@@ -139,7 +139,7 @@ def ellipses(
         height, width = (2 * deviations * values[k].sqrt()).tolist()
         look = {"fill": False, "edgecolor": color, "linewidth": 1.5} | style
         look.setdefault("alpha", 0.35 + 0.65 * float(weights[k] / weights.max()))
-        patches.append(ax.add_patch(Ellipse(mixture.means[k].tolist(), width, height, angle=angle, **look)))
+        patches.append(ax.add_patch(Ellipse(tuple(mixture.means[k].tolist()), width, height, angle=angle, **look)))
     ax.autoscale_view()
     return patches
 

@@ -45,9 +45,7 @@ class Frame:
         # A first mean from near the data, a second pass about it: exact also at 10⁷ from the origin.
         shift = sum((h @ part.double() for part, h in zip(x.split(_ROWS), g.split(_ROWS), strict=True))) / mass
         variance = (
-            sum(
-                (h @ (part.double() - shift).square() for part, h in zip(x.split(_ROWS), g.split(_ROWS), strict=True))
-            )
+            sum((h @ (part.double() - shift).square() for part, h in zip(x.split(_ROWS), g.split(_ROWS), strict=True)))
             / mass
         )
         if isotropic:

@@ -128,14 +128,14 @@ class Gradient(Method[_State]):
             return None
         found: list[tuple[float, float]] = []
 
-        def closure() -> Tensor:
+        def closure() -> float:
             state.optimizer.zero_grad()
             live = state.mixture()
             likelihood = problem.negative_log_likelihood(live, rows)
             objective = likelihood + problem.penalised(state.whole(live))
             objective.backward()
             found.append((objective.item(), -likelihood.item()))
-            return objective
+            return found[-1][0]
 
         state.optimizer.step(closure)
         bounded, moved = problem.project(state.mixture())

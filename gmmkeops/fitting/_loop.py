@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, as_points, as_tensor, as_weights
+from gmmkeops._checks import ConvergenceWarning, as_points, as_weights
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import Evaluation, Method, Problem
 from gmmkeops.mixture import Mixture
@@ -241,7 +241,8 @@ def fit(
     finally:
         if bar is not None:
             bar.close()
-    assert best is not None and last is not None
+    assert best is not None, "max_iter is at least 1"
+    assert last is not None, "set with best"
     if tol > 0 and not converged and not interrupted and len(history["objective"]) == max_iter:
         warnings.warn(
             f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol.",

@@ -53,9 +53,7 @@ class Problem:
         if rows is not None:
             x, g = x[rows], None if g is None else g[rows]
         mass = float(x.shape[0]) if g is None else float(g.sum())
-        total = reductions.total(
-            x, mixture.offsets, mixture.means, mixture.factor, weights=g, backend=self.backend
-        )
+        total = reductions.total(x, mixture.offsets, mixture.means, mixture.factor, weights=g, backend=self.backend)
         return self.frame.log_volume - total / max(mass, 1e-300)
 
     def penalised(self, mixture: Mixture) -> Tensor:

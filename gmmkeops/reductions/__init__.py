@@ -19,6 +19,7 @@ so one pass gives every parameter's gradient, and EM reads the same sums.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gmmkeops._checks import as_tensor, as_weights
-from gmmkeops.factors import Factor
+from gmmkeops.factors import DiagonalFactor, Factor
 from gmmkeops.moments import Moments
 from gmmkeops.reductions import _dense, _keops
 from gmmkeops.reductions._exponents import Exponents, factor_tensor
@@ -146,28 +147,26 @@ class _LogSumExp(torch.autograd.Function):
             gradients = [scale * part for part in _parameter_gradients(problem, ctx.sums)]
         else:
             g = scale
-            gradients = [None, None, None]
+            gradients = []
             if any(ctx.needs_input_grad[1:4]):
                 gradients = list(_parameter_gradients(problem, _moments(problem, g, False, ctx.backend)))
         first = _point_gradient(problem, g, ctx.backend) if ctx.needs_input_grad[0] else None
-        out = []
-        for part, like, wanted in zip([first, *gradients], ctx.like, ctx.needs_input_grad[:4], strict=True):
-            out.append(part.to(like.dtype).sum_to_size(like.shape) if wanted and part is not None else None)
+        parts = [first, *gradients] if gradients else [first, None, None, None]
+        out = [
+            part.to(like.dtype).sum_to_size(like.shape) if part is not None and wanted else None
+            for part, like, wanted in zip(parts, ctx.like, ctx.needs_input_grad[:4], strict=True)
+        ]
         return (*out, None, None, None)
 
 
-def _apply(
-    x: Any, offsets: Any, means: Any, factor: Any, weights: Tensor | None, reduce: bool, backend: str
-) -> Tensor:
+def _apply(x: Any, offsets: Any, means: Any, factor: Any, weights: Tensor | None, reduce: bool, backend: str) -> Tensor:
     offsets = as_tensor(offsets, name="offsets")
     means = as_tensor(means, name="means")
     U = as_tensor(factor_tensor(factor), name="factor")
     return _LogSumExp.apply(as_tensor(x, name="x"), offsets, means, U, weights, reduce, backend)
 
 
-def logsumexp(
-    x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, *, backend: str = "auto"
-) -> Tensor:
+def logsumexp(x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, *, backend: str = "auto") -> Tensor:
     r"""Log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
 
     Differentiable (once) in the points, the offsets, the means and the factor. The dtype of the points decides the
@@ -309,4 +308,8 @@ def moments(
         tensor([[4.]], dtype=torch.float64)
     """
     problem = Exponents.of(x, offsets, means, factor)
-    return _moments(problem, as_weights(weights, problem.x, signed=True), hard, backend)
+    sums = _moments(problem, as_weights(weights, problem.x, signed=True), hard, backend)
+    # In one dimension a diagonal factor's tensor looks like a spherical one's; its S2 keeps its column.
+    if isinstance(factor, DiagonalFactor) and sums.S2.ndim == 1:
+        return replace(sums, S2=sums.S2[:, None])
+    return sums

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +36,10 @@ class _Tile:
     """One worker's buffers, and the exponents of one tile of rows at a time."""
 
     def __init__(self, problem: Exponents, rows: int, clamp: bool) -> None:
-        N, K, D = problem.shape
+        _, K, D = problem.shape
         x = problem.x
         self.problem, self.clamp = problem, clamp
-        wide = {"dtype": torch.float64, "device": x.device}
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
         self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
         # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
         pairs = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
@@ -84,7 +85,7 @@ class _Tile:
     def load(self, start: int, stop: int) -> None:
         """Brings rows start:stop in, centred, and computes their exponents ``self.E`` (K, rows)."""
         p, n = self.problem, stop - start
-        K, D = p.means.shape
+        K = len(p.means)
         X = self.points[:, :n]
         torch.sub(p.x[start:stop].T, p.centre[:, None], out=X)
         self.X = X
@@ -225,10 +226,11 @@ def moments(problem: Exponents, weights: Tensor | None, hard: bool) -> tuple[Ten
         tile.total += wide.sum() if g is None else wide @ g
 
     workers = _sweep(problem, body, clamp=False)
-    if not bool(torch.isfinite(sum(tile.total for tile in workers))):
+    total = torch.stack([tile.total for tile in workers]).sum()
+    if not bool(torch.isfinite(total)):
         workers = _sweep(problem, body, clamp=True)
-    sums = sum(tile.sums for tile in workers)
-    total = sum(tile.total for tile in workers)
+        total = torch.stack([tile.total for tile in workers]).sum()
+    sums = torch.stack([tile.sums for tile in workers]).sum(0)
     S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :]
     mu = problem.means
     if workers[0].full:

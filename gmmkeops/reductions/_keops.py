@@ -131,7 +131,8 @@ class _Formula:
         U = problem.U.expand(K, D) if problem.U.shape[1:] == (1,) else problem.U
         # matvecmult reads its matrix row by row, so Uᵀ is what is laid out.
         U = U.mT if problem.is_full else U
-        lead, self.rows = (), N
+        lead: tuple[int, ...] = ()
+        self.rows = N
         if batches is not None:
             lead, self.rows = (1,), -(-N // batches)
             x = _padded(x, batches * self.rows).view(batches, self.rows, D)
