@@ -21,6 +21,9 @@ __all__ = ["STRATEGIES", "initialise"]
 
 STRATEGIES = ("random", "kmeans", "kmeans++")
 
+# Of the average cluster's mass: how much of the average cluster is mixed into each.
+_SHARE = 0.01
+
 
 def initialise(
     x: Any,
@@ -46,8 +49,8 @@ def initialise(
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
 
     Returns:
-        A float64 mixture with each cluster's share of the points, mean and covariance. A cluster counts as one point
-        more, spread like the clusters on average, so that one point alone has a covariance too.
+        A float64 mixture with each cluster's weight, mean and covariance. To every cluster a hundredth of the average
+        cluster's weight is added, spread like the clusters on average, so that one point alone has a covariance too.
 
     Raises:
         TypeError, ValueError: Bad points, more components than points, or an unknown strategy.
@@ -131,20 +134,21 @@ def _clusters(x: Tensor, g: Tensor | None, centres: Tensor, kind: Any, tied: boo
         x, centres.new_zeros(K), centres, shape[kind.family], weights=g, hard=True, backend=backend
     )
     about = sums.recentre(sums.means)
-    counts, scatter = about.S0 * (x.shape[0] / about.mass), about.S2 * (x.shape[0] / about.mass)
+    counts, scatter, mass = about.S0, about.S2, about.mass
     if kind.family == "spherical":
         scatter = scatter / D
-    pooled = scatter.sum(0, keepdim=True) / x.shape[0]
+    pooled = scatter.sum(0, keepdim=True) / mass
     # Even the average cluster can be flat (constant columns, K = N): a share of the whole cloud's variance is added.
-    mean = about.means.T @ about.S0 / about.mass
-    whole = (about.S0 @ (about.means - mean) ** 2) / about.mass
+    mean = about.means.T @ counts / mass
+    whole = (counts @ (about.means - mean) ** 2) / mass
     variance = float(whole.mean() + _mean_variance(pooled))
     floor = 1e-6 * variance if variance > 0 else 1e-12
     pooled = pooled + floor * (torch.eye(D, dtype=torch.float64, device=x.device) if pooled.ndim == 3 else 1)
     column = (-1, *[1] * (scatter.ndim - 1))
-    covariances = pooled if tied else (scatter + pooled) / (counts + 1).reshape(column)
-    # An empty cluster keeps half a point's weight, so that its logarithm is finite.
-    logits = counts.clamp(min=0.5).log()
+    share = _SHARE * mass / K
+    covariances = pooled if tied else (scatter + share * pooled) / (counts + share).reshape(column)
+    # An empty cluster keeps that share as its weight, so that its logarithm is finite.
+    logits = counts.clamp(min=share).log()
     return Mixture(torch.log_softmax(logits, 0), sums.means, kind.from_covariances(covariances, features=D))
 
 

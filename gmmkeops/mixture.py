@@ -292,7 +292,7 @@ class Mixture(Distribution):
                 labels = torch.multinomial(weights, count, replacement=True, generator=generator).T
             first = torch.arange(batch, device=labels.device)
             component = (labels + K * first).reshape(-1)
-            factor = self.factor.replace(**{n: t.reshape(-1, t.shape[-1]) for n, t in self.factor.tensors.items()})
+            factor = self.factor.replace(**{n: t.flatten(0, -2) for n, t in self.factor.tensors.items()})
             which = component if self.factor.leading == K else first.expand_as(labels).reshape(-1)
             draws = torch.randn(count * batch, D, generator=generator, dtype=self.means.dtype, device=labels.device)
             means = self.means.reshape(-1, D)

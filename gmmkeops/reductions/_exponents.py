@@ -92,8 +92,11 @@ class Exponents:
         check_finite(U, name="factor", rows="component")
         if bool(torch.isnan(offsets).any()):
             raise ValueError("offsets must not be NaN; use -inf, or drop the component, for one without weight.")
-        # The median is a centre that a single runaway mean does not move.
+        # The median is a centre that a single runaway mean does not move. Near the origin the origin itself is best:
+        # subtracting it rounds nothing.
         centre = means.median(0).values
+        near = centre.abs() <= 8 * (means - centre).abs().amax(0)
+        centre = torch.where(near, torch.zeros_like(centre), centre)
         return cls(
             points.detach().contiguous(),
             offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR),

@@ -39,13 +39,20 @@ _state: dict[str, Any] = {"reason": None, "lazy": None, "pid": None, "lock": Non
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why KeOps cannot run on this device, in one clause, or None when it can (imports pykeops on first use)."""
+    """Why KeOps cannot run on this device, in one clause, or None when it can (imports pykeops on first use).
+
+    Raises:
+        RuntimeError: In a process forked after KeOps has started.
+    """
     if _state["lazy"] is None and _state["reason"] is None:
         _state["reason"] = _load()
     if _state["reason"] is not None:
         return _state["reason"]
     if _state["pid"] not in (None, os.getpid()):
-        return "this process was forked after KeOps had started (start workers with 'spawn')"
+        raise RuntimeError(
+            "KeOps cannot run in a process forked after it has started (its threads hang there); start workers with the "
+            "'spawn' method, or pass backend='dense'."
+        )
     if device.type == "cuda":
         pykeops = sys.modules["pykeops"]
         if not pykeops.config.gpu_available:

@@ -1,0 +1,110 @@
+"""What several test files share: a float64 oracle written out in full, random problems, and who can run where."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import gmmkeops as gk
+
+HAS_KEOPS = importlib.util.find_spec("pykeops") is not None
+FAMILIES = [f"{tied}{family}" for tied in ("", "tied_") for family in ("full", "diag", "spherical")]
+
+needs_keops = [pytest.mark.keops, pytest.mark.skipif(not HAS_KEOPS, reason="pykeops is not installed")]
+needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ENGINES = [
+    pytest.param(("dense", "cpu"), id="dense-cpu"),
+    pytest.param(("keops", "cpu"), id="keops-cpu", marks=needs_keops),
+    pytest.param(("dense", "cuda"), id="dense-cuda", marks=needs_cuda),
+    pytest.param(("keops", "cuda"), id="keops-cuda", marks=[*needs_keops, *needs_cuda]),
+]
+
+
+@dataclass
+class Case:
+    """Points and parameters of one family in one dtype, with everything about them worked out densely in float64."""
+
+    x: torch.Tensor
+    offsets: torch.Tensor
+    means: torch.Tensor
+    factor: gk.Factor
+
+    @property
+    def arguments(self):
+        return self.x, self.offsets, self.means, self.factor
+
+    def oracle(self, weights=None):
+        x, c, mu = self.x.double(), self.offsets.double(), self.means.double()
+        U = self.factor.to(torch.float64).matrices().expand(len(mu), -1, -1)
+        z = x[:, None] - mu
+        y = torch.einsum("kde,nkd->nke", U, z)
+        e = c - 0.5 * y.square().sum(-1)
+        values = e.logsumexp(1)
+        g = torch.ones_like(values) if weights is None else weights.double()
+        r = g[:, None] * (e - values[:, None]).exp()
+        S2 = torch.einsum("nk,nkd,nke->kde", r, z, z)
+        family = self.factor.family
+        if family != "full":
+            S2 = S2.diagonal(dim1=1, dim2=2)
+        if family == "spherical":
+            S2 = S2.sum(-1)
+        P = U @ U.mT
+        return {
+            "e": e,
+            "values": values,
+            "S0": r.sum(0),
+            "S1": torch.einsum("nk,nkd->kd", r, z),
+            "S2": S2,
+            "total": g @ values,
+            "gradient": -torch.einsum("nk,kde,nke->nd", r, P, z),
+        }
+
+
+def make_factor(covariance_type, K, D, condition, generator):
+    """Random factors whose covariances have eigenvalues from 1/condition to 1."""
+    kind, tied = gk.factors.factor_class(covariance_type)
+    lead = 1 if tied else K
+    random = {"generator": generator, "dtype": torch.float64}
+    log_eigenvalues = -math.log(condition) * torch.rand(lead, D, **random)
+    if D > 1:
+        log_eigenvalues[:, 0], log_eigenvalues[:, 1] = 0.0, -math.log(condition)
+    if kind is gk.FullFactor:
+        Q, _ = torch.linalg.qr(torch.randn(lead, D, D, **random))
+        return kind.from_factors(Q * (-0.5 * log_eigenvalues).exp()[:, None, :])
+    if kind is gk.DiagonalFactor:
+        return kind.from_covariances(log_eigenvalues.exp())
+    return kind.from_covariances(log_eigenvalues[:, -1].exp(), features=D)
+
+
+def make_case(covariance_type, dtype, *, N=300, K=5, D=3, condition=1e3, seed=0, shift=0.0, device="cpu"):
+    """Means of a few units, points around them, covariances of the given condition."""
+    generator = torch.Generator().manual_seed(seed)
+    random = {"generator": generator, "dtype": torch.float64}
+    means = shift + 2 * torch.randn(K, D, **random)
+    factor = make_factor(covariance_type, K, D, condition, generator)
+    labels = torch.randint(K, (N,), generator=generator)
+    x = means[labels] + factor.unwhiten(torch.randn(N, D, **random), labels if factor.leading > 1 else labels * 0)
+    offsets = torch.randn(K, **random) + factor.log_determinant()
+    # The oracle must see the numbers that the engine sees, so they are rounded first.
+    return Case(x.to(device, dtype), offsets.to(device, dtype), means.to(device, dtype), factor.to(device).to(dtype))
+
+
+def spiral(N=10_000, K=30, seed=0):
+    """The KeOps tutorial's data and start."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.linspace(0, 2 * math.pi, N + 1)[:-1]
+    x = torch.stack((0.5 + 0.4 * (t / 7) * t.cos(), 0.5 + 0.3 * t.sin()), 1)
+    x = x + 0.02 * torch.randn(N, 2, generator=generator)
+    means = torch.rand(K, 2, generator=generator)
+    return x, gk.Mixture(torch.ones(K), means, gk.FullFactor.from_factors(15 * torch.eye(2).expand(K, 2, 2)))
+
+
+def random_mixture(covariance_type, K=4, D=2, dtype=torch.float64, seed=0, condition=10.0):
+    generator = torch.Generator().manual_seed(seed)
+    factor = make_factor(covariance_type, K, D, condition, generator).to(dtype)
+    logits = torch.randn(K, generator=generator, dtype=torch.float64).to(dtype)
+    return gk.Mixture(logits, 2 * torch.randn(K, D, generator=generator, dtype=torch.float64).to(dtype), factor)

@@ -1,0 +1,87 @@
+"""Imports point down the layers, and a bare import stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gmmkeops
+
+PACKAGE = Path(gmmkeops.__file__).parent
+
+# From the bottom up; a file may import only what stands on lines above its own.
+LAYERS = [
+    ["gmmkeops._checks"],
+    ["gmmkeops.moments"],
+    ["gmmkeops.factors"],
+    ["gmmkeops.reductions._exponents"],
+    ["gmmkeops.reductions._dense", "gmmkeops.reductions._keops"],
+    ["gmmkeops.reductions"],
+    ["gmmkeops.mixture"],
+    ["gmmkeops.initialise"],
+    ["gmmkeops.module"],
+    ["gmmkeops.penalties"],
+    ["gmmkeops.fitting._frame"],
+    ["gmmkeops.fitting._method"],
+    ["gmmkeops.fitting._gradient"],
+    ["gmmkeops.fitting._loop"],
+    ["gmmkeops.fitting"],
+    ["gmmkeops.plotting"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+LEAVES = {"gmmkeops.plotting"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in RANK else node.module
+
+
+def test_every_module_has_a_layer():
+    names = {name for _, name in modules()} - {"gmmkeops"}
+    assert names == set(RANK)
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{name} imports {other}"
+        for path, name in modules()
+        if name != "gmmkeops"
+        for other in imported(path)
+        if other.startswith("gmmkeops") and RANK.get(other, len(LAYERS)) >= RANK[name]
+    ]
+    assert wrong == []
+
+
+def test_nothing_imports_a_leaf():
+    assert [name for path, name in modules() for other in imported(path) if other in LEAVES] == []
+
+
+def test_only_the_keops_engine_imports_pykeops():
+    users = {name for path, name in modules() if "pykeops" in path.read_text() and "import_module" in path.read_text()}
+    assert users == {"gmmkeops.reductions._keops"}
+    assert not [name for path, name in modules() for other in imported(path) if other.split(".")[0] == "pykeops"]
+
+
+def test_bare_import_brings_torch_and_numpy_only():
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules); import gmmkeops;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "print(new & {'pykeops', 'keopscore', 'matplotlib', 'sklearn', 'tqdm', 'pandas', 'scipy', 'safetensors'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+    assert done.stderr == ""

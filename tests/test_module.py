@@ -1,0 +1,202 @@
+"""The trainable module, its initialisation, and what a reader of Zuko's page would type."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from conftest import FAMILIES, random_mixture
+from torch import nn
+
+import gmmkeops as gk
+
+ZUKO = [(family, tied) for family in ("full", "diagonal", "spherical") for tied in (False, True)]
+
+
+def blobs(N=3000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
+    labels = torch.randint(3, (N,), generator=generator)
+    return centres[labels] + torch.randn(N, 2, generator=generator) * torch.tensor([0.5, 1.0])
+
+
+@pytest.mark.parametrize(("family", "tied"), ZUKO)
+def test_parameters_are_real(family, tied):
+    model = gk.GMM(3, components=4, covariance_type=family, tied=tied)
+    names = {"logits", "means", "log_diagonal"} | ({"upper"} if family == "full" else set())
+    assert set(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.means.add_(1)
+    assert not torch.equal(twin.means, model.means)
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(5, 3)
+    assert torch.equal(twin().log_prob(x), model().log_prob(x))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    twin.load_state_dict(torch.load(buffer, weights_only=True))
+    wide = copy.deepcopy(model).to(torch.float64)
+    assert wide.means.dtype == torch.float64
+    assert torch.allclose(wide().log_prob(x).float(), model().log_prob(x), atol=1e-4)
+    model().log_prob(x).mean().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(("family", "tied"), ZUKO)
+@pytest.mark.parametrize("strategy", ["random", "kmeans", "kmeans++"])
+def test_initialised_density_is_not_below_a_baseline(family, tied, strategy):
+    """Three clusters explain the blobs better than one Gaussian; a square root lost would cost whole nats."""
+    x = blobs()
+    torch.manual_seed(0)
+    model = gk.GMM(2, components=3, covariance_type=family, tied=tied).initialize(x, strategy)
+    single = gk.initialise(x, 1, covariance_type="full").log_prob(x).mean()
+    assert model().log_prob(x).mean().item() > single.item() - (0.2 if strategy == "random" else -0.3)
+    weights = model().weights
+    assert bool((weights > 0.02).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initialise_matches_the_clusters(family):
+    x = blobs().double()
+    mixture = gk.initialise(x, 3, "kmeans", covariance_type=family)
+    labels = ((x[:, None] - mixture.means) ** 2).sum(-1).argmin(1)
+    for k in range(3):
+        cloud = x[labels == k]
+        assert torch.allclose(mixture.means[k], cloud.mean(0), atol=0.02)
+        assert abs(float(mixture.weights[k]) - len(cloud) / len(x)) < 0.02
+        if family == "full":
+            assert torch.allclose(mixture.factor.covariances()[k], torch.cov(cloud.T, correction=0), atol=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_clusters_of_weighted_points_are_those_of_repeated_ones(family):
+    x = blobs(60).double()
+    counts = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(1))
+    centres = x[:3]
+    kind, tied = gk.factors.factor_class(family)
+    clusters = gk.initialise.__globals__["_clusters"]
+    a = clusters(x, counts.double(), centres, kind, tied, "auto")
+    for b in (
+        clusters(x.repeat_interleave(counts, 0), None, centres, kind, tied, "auto"),
+        clusters(x, counts.double() * 1e-9, centres, kind, tied, "auto"),
+    ):
+        assert torch.allclose(a.weights, b.weights)
+        assert torch.allclose(a.means, b.means)
+        assert torch.allclose(a.factor.covariances(), b.factor.covariances())
+
+
+@pytest.mark.parametrize("strategy", ["random", "kmeans", "kmeans++"])
+def test_degenerate_clouds_have_a_start(strategy):
+    generator = torch.Generator().manual_seed(0)
+    line = torch.linspace(0, 1, 40).double()[:, None] * torch.tensor([1.0, 2.0]).double()
+    for x in (
+        torch.ones(10, 2),
+        line,
+        torch.randn(4, 2, generator=generator),
+        torch.cat([torch.randn(30, 2), torch.full((1, 2), 1e8)]),
+    ):
+        mixture = gk.initialise(x, 4, strategy, generator=generator)
+        assert bool(torch.isfinite(mixture.log_prob(x)).all())
+
+
+def test_initialise_is_reproducible_and_leaves_torch_alone():
+    x = blobs()
+    state = torch.get_rng_state()
+    first, second = gk.initialise(x, 5), gk.initialise(x, 5)
+    assert torch.equal(first.means, second.means)
+    assert torch.equal(state, torch.get_rng_state())
+    other = gk.initialise(x, 5, generator=torch.Generator().manual_seed(99))
+    assert not torch.equal(first.means, other.means)
+
+
+def test_epsilon_is_a_least_variance():
+    for family in ("diagonal", "spherical"):
+        model = gk.GMM(2, components=1, covariance_type=family, epsilon=0.25)
+        with torch.no_grad():
+            model.log_diagonal.zero_()
+        assert torch.allclose(model().factor.covariances(), 1.25 * torch.eye(2))
+    mixture = random_mixture("full", K=2, dtype=torch.float32)
+    model = gk.GMM(2, components=2).assign(mixture)
+    x = mixture.sample(20)
+    assert torch.allclose(model().log_prob(x), mixture.log_prob(x), atol=1e-4)
+
+
+def test_zuko_page_as_typed():
+    """The page's snippets, with its documented names (two of which its own class lacks)."""
+    torch.manual_seed(0)
+    x = blobs(1000)
+    gmm = gk.GMM(features=2, components=3, covariance_type="full", epsilon=1e-6)
+    gmm.initialize(x, strategy="kmeans")
+    optimizer = torch.optim.Adam(gmm.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = -gmm().log_prob(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    dist = gmm()
+    assert dist.sample((1000,)).shape == (1000, 2)
+    log_probs = dist.component_distribution.log_prob(x.unsqueeze(1)) + dist.mixture_distribution.logits
+    assert torch.equal(log_probs.argmax(-1), dist.predict(x))
+    assert torch.allclose(log_probs.softmax(-1), dist.responsibilities(x), atol=1e-5)
+    grid = torch.randn(100, 100, 2)
+    assert dist.log_prob(grid).shape == (100, 100)
+
+
+def test_conditional_gmm():
+    torch.manual_seed(0)
+    model = gk.GMM(features=2, context=5, components=3, hidden_features=[128, 128])
+    assert model(torch.randn(5)).sample((100,)).shape == (100, 2)
+    y = blobs(64)
+    model.initialize(y, "kmeans")
+    c = torch.randn(64, 5)
+    batch = model(c)
+    assert batch.batch_shape == (64,)
+    value = batch.log_prob(y)
+    assert value.shape == (64,)
+    one = model(c[7])
+    assert torch.allclose(one.log_prob(y[7]), value[7], atol=1e-5)
+    value.mean().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: gk.GMM(0), ValueError, "features must be an integer of at least 1, got 0"),
+        (lambda: gk.GMM(2, components=1.5), ValueError, "components must be an integer"),
+        (lambda: gk.GMM(2, covariance_type="foo"), ValueError, "covariance_type must be one of"),
+        (lambda: gk.GMM(2, epsilon=-1), ValueError, "epsilon must be finite"),
+        (lambda: gk.GMM(2)(torch.zeros(3)), ValueError, "made without a context"),
+        (lambda: gk.GMM(2, context=3)(), ValueError, "needs a context of 3 columns"),
+        (lambda: gk.GMM(2, context=3)(torch.zeros(2)), ValueError, r"shape \(\*, 3\), got \(2,\)"),
+        (
+            lambda: gk.GMM(2, components=5).initialize(torch.zeros(4, 2)),
+            ValueError,
+            "x has 4 rows, expected at least 5",
+        ),
+        (lambda: gk.GMM(2).initialize(torch.zeros(9, 2), "best"), ValueError, "strategy must be one of 'random'"),
+        (lambda: gk.GMM(2).initialize(torch.zeros(9, 3)), ValueError, "x has 3 columns, expected 2"),
+        (lambda: gk.GMM(2).assign(random_mixture("full", K=3)), ValueError, "the mixture's parameters have shapes"),
+        (lambda: gk.initialise(torch.zeros(9, 2), 0), ValueError, "components must be at least 1"),
+        (lambda: gk.initialise(torch.full((9, 2), math.nan), 2), ValueError, "x must be finite"),
+        (lambda: gk.initialise(torch.zeros(3, 2), 2, weights=[1, 0, 0]), ValueError, "at least 2 points with positive"),
+    ],
+)
+def test_bad_input_gets_one_sentence(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_refused_initialisation_leaves_the_module_as_it_was():
+    model = gk.GMM(2, components=3, activation=nn.Tanh)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="finite"):
+        model.initialize(torch.full((9, 2), math.inf))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
