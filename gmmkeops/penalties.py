@@ -389,7 +389,7 @@ def floor_eigenvalues(factor: Factor, minimum: float) -> tuple[Factor, Tensor]:
         over = values[:, 0] > ceiling * (1 + 1e-12)
         low[suspects] = over
         if bool(over.any()):
-            A = left[over] * values[over].clamp(max=ceiling)[:, None, :]
+            A = left[over] * values[over].clamp(1e-10 * ceiling, ceiling)[:, None, :]
             index = suspects[over]
             fixed = type(factor).from_factors(A)
             if factor.leading == 1:

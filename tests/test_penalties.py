@@ -40,7 +40,7 @@ def test_gradients(penalty, family):
 
 def test_closed_forms():
     mixture = random_mixture("full")
-    W, C, mu = mixture.weights, mixture.factor.covariances(), mixture.means
+    W, C = mixture.weights, mixture.factor.covariances()
     assert torch.allclose(P.SqrtWeights(20)(mixture), 5 * W.sqrt().sum())
     assert torch.allclose(P.WeightEntropy(3)(mixture), 3 * mixture.mixture_distribution.entropy())
     inverse = torch.linalg.inv(C)

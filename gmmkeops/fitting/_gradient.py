@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.fitting._method import DEAD_POINTS, Evaluation, Method, Problem
+from gmmkeops.fitting._method import DEAD_LOG_WEIGHT, DEAD_POINTS, Evaluation, Method, Problem
 from gmmkeops.mixture import Mixture
 
 __all__ = ["Adam", "Gradient"]
@@ -25,7 +25,7 @@ __all__ = ["Adam", "Gradient"]
 
 @dataclass
 class _State:
-    """The parked mixture of all K components, and the live part of it that the optimiser moves."""
+    """The parked mixture of all K components, and the live part of it that the optimiser moves while it is sound."""
 
     parked: Mixture
     live: Tensor
@@ -33,6 +33,7 @@ class _State:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     floored: Tensor
+    sound: bool = True
 
     def mixture(self) -> Mixture:
         """The live components, as functions of the leaves."""
@@ -124,7 +125,7 @@ class Gradient(Method[_State]):
 
     def _update(self, problem: Problem, state: _State, rows: Tensor | None) -> tuple[float, float] | None:
         """One step of the optimiser; the objective and log-likelihood before it, or None where they are not finite."""
-        if not math.isfinite(sum(leaf.detach().sum() for leaf in state.leaves.values())):
+        if not state.sound:
             return None
         found: list[tuple[float, float]] = []
 
@@ -138,6 +139,10 @@ class Gradient(Method[_State]):
             return found[-1][0]
 
         state.optimizer.step(closure)
+        # In the frame everything is near one: what has left this range (or is NaN) will not come back.
+        state.sound = all(bool((leaf.detach().abs() < 1e15).all()) for leaf in state.leaves.values())
+        if not state.sound:
+            return found[0]
         bounded, moved = problem.project(state.mixture())
         if bool(moved.any()):
             with torch.no_grad():
@@ -148,9 +153,14 @@ class Gradient(Method[_State]):
 
 
 def _prune(state: _State, points: float) -> None:
-    """Takes the components that own less than a thousandth of a point out of the work, and their optimiser state."""
-    log_weights = state.leaves["logits"].detach().log_softmax(0)
-    keep = log_weights > math.log(DEAD_POINTS / points)
+    """Takes the components that own less than a thousandth of a point out of the work, and their optimiser state.
+
+    One whose weight the objective would rather raise (a Dirichlet prior above one, say) stays.
+    """
+    logits = state.leaves["logits"]
+    keep = logits.detach().log_softmax(0) > math.log(DEAD_POINTS / points)
+    if logits.grad is not None:
+        keep |= logits.grad < 0
     if bool(keep.all()) or not bool(keep.any()):
         return
     slots = state.optimizer.state
@@ -158,7 +168,9 @@ def _prune(state: _State, points: float) -> None:
         for value in slots.get(leaf, {}).values():
             if not isinstance(value, Tensor) or (value.ndim > 0 and value.shape != leaf.shape):
                 return  # an optimiser such as L-BFGS, whose memory has no rows: nothing is lost but some work
-    state.parked = state.whole(state.mixture()).detach()
+    parked = state.whole(state.mixture()).detach()
+    parked.logits[state.live[~keep]] = DEAD_LOG_WEIGHT
+    state.parked = parked
     for name, leaf in state.leaves.items():
         if leaf.shape[0] != len(keep) or (name not in ("logits", "means") and state.parked.factor.leading == 1):
             continue

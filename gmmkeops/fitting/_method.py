@@ -21,8 +21,9 @@ S = TypeVar("S")
 # Least eigenvalue of a covariance in the frame, where the data's own variance is about one: a fit may not put a
 # component on a single point and send its density to infinity.
 RELATIVE_FLOOR = 1e-12
-# A component is dead when it would own fewer points than this.
+# A component is dead when it would own fewer points than this; its weight is then brought to nothing.
 DEAD_POINTS = 1e-3
+DEAD_LOG_WEIGHT = -100.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""Pictures: what was drawn is what the mixture says, and nothing global changed."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import random_mixture
+
+import gmmkeops as gk
+from gmmkeops import plotting
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def test_density_is_the_density(ax):
+    mixture = gk.Mixture.from_parameters([1.0], [[1.0, 2.0]], [[0.25, 1.0]], "diag")
+    drawn = plotting.density(mixture, ax=ax, extent=(0, 2, 0, 4), resolution=51)
+    values = drawn["image"].get_array()
+    assert abs(values.max() - 1 / (2 * np.pi * 0.5)) < 1e-6
+    assert np.unravel_index(values.argmax(), values.shape) == (25, 25)
+    assert list(drawn["image"].get_extent()) == [0, 2, 0, 4]
+    assert len(drawn["contours"].levels) == 41
+    assert plotting.density(mixture, ax=ax, levels=0)["contours"] is None
+
+
+def test_ellipses_are_level_sets(ax):
+    mixture = random_mixture("full", K=3)
+    patches = plotting.ellipses(mixture, ax=ax, deviations=1.5, minimum_weight=0)
+    assert len(patches) == 3
+    for k, patch in enumerate(patches):
+        border = torch.from_numpy(patch.get_verts())
+        border = ax.transData.inverted().transform(border)
+        z = torch.from_numpy(border) - mixture.means[k]
+        distance = (z @ mixture.factor.matrices()[k]).norm(dim=1)
+        assert torch.allclose(distance, torch.full_like(distance, 1.5), rtol=1e-2)
+
+
+def test_points_are_thinned_evenly(ax):
+    x = torch.arange(100.0)[:, None].expand(100, 2)
+    drawn = plotting.points(x, ax=ax, limit=10, color=np.arange(100))
+    assert drawn.get_offsets()[:, 0].tolist() == list(range(0, 100, 10))
+    assert drawn.get_array().tolist() == list(range(0, 100, 10))
+
+
+def test_objective_is_the_history(ax):
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    result = gk.fit(gk.initialise(x, 2), x, gk.Adam(), max_iter=5)
+    (line,) = plotting.objective(result, ax=ax)
+    assert line.get_ydata().tolist() == result.history["objective"]
+    (line,) = plotting.objective(result, ax=ax, against="seconds")
+    assert line.get_xdata().tolist() == result.history["seconds"]
+    assert "nats" in ax.get_ylabel()
+
+
+def test_current_axes_and_defaults(ax):
+    before = dict(matplotlib.rcParams)
+    plt.sca(ax)
+    plotting.ellipses(random_mixture("spherical"))
+    assert ax.patches
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plotting.density(random_mixture("full", D=3)), "needs one mixture in 2 dimensions"),
+        (lambda: plotting.ellipses(random_mixture("full", D=1)), "needs one mixture in 2 dimensions"),
+        (lambda: plotting.density(random_mixture("full"), extent=(1, 0, 0, 1)), "extent must be"),
+        (lambda: plotting.objective(None, against="hours"), "against must be 'iteration' or 'seconds'"),
+    ],
+)
+def test_bad_input_gets_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
