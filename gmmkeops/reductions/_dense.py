@@ -35,22 +35,21 @@ _PAIRS_PER_THREAD = 500_000
 class _Tile:
     """One worker's buffers, and the exponents of one tile of rows at a time."""
 
-    def __init__(self, problem: Exponents, rows: int, clamp: bool) -> None:
+    def __init__(self, problem: Exponents, rows: int, clamp: bool, featured: bool) -> None:
         _, K, D = problem.shape
         x = problem.x
-        self.problem, self.clamp = problem, clamp
+        self.problem, self.clamp, self.featured = problem, clamp, featured
         wide: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
         self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
         # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
         pairs = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
-        self.points = torch.empty(D, rows, **wide)
-        self.features = torch.empty(1 + D + pairs, rows, **wide)
-        self.features[0] = 1
-        self.wide = torch.empty(K * rows, **wide)
-        self.e = torch.empty(K * rows, dtype=x.dtype, device=x.device)
-        self.r = torch.empty_like(self.e)
+        self._features = torch.empty(1 + D + pairs, rows, **wide)
+        self._wide = torch.empty(K * rows, **wide)
+        self._e = torch.empty(K * rows, dtype=x.dtype, device=x.device)
+        self._r = torch.empty_like(self._e)
+        self.width = 0
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
-        self.sums = torch.zeros(self.features.shape[0], K, **wide)
+        self.sums = torch.zeros(1 + D + pairs, K, **wide)
         self.total = torch.zeros((), **wide)
         self.quadratic = x.dtype == torch.float32
         if self.quadratic:
@@ -82,46 +81,45 @@ class _Tile:
         U = p.U.expand_as(p.means)
         return [(U[:, d : d + 1].contiguous(), (U * p.means)[:, d : d + 1], slice(d, d + 1)) for d in range(D)]
 
+    def _narrow(self, n: int) -> None:
+        """Views of the buffers for n rows; the last tile may be short, all others share theirs."""
+        K, D = self.problem.means.shape
+        self.width = n
+        # Φ (P, n): a row of ones, the points X (D, n), then the products of their coordinates.
+        self.F = self._features[:, :n]
+        self.F[0] = 1
+        self.X, square = self.F[1 : D + 1], self.F[D + 1 :]
+        self.W = self._wide[: K * n].view(K, n)
+        self.E, self.R = self._e[: K * n].view(K, n), self._r[: K * n].view(K, n)
+        if self.full:
+            starts = [d * D - d * (d - 1) // 2 for d in range(D)]
+            self.products = [(self.X[d:], self.X[d], square[s : s + D - d]) for d, s in enumerate(starts)]
+        else:
+            self.products = [] if self.spherical else [(self.X, self.X, square)]
+
     def load(self, start: int, stop: int) -> None:
-        """Brings rows start:stop in, centred, and computes their exponents ``self.E`` (K, rows)."""
-        p, n = self.problem, stop - start
-        K = len(p.means)
-        X = self.points[:, :n]
-        torch.sub(p.x[start:stop].T, p.centre[:, None], out=X)
-        self.X = X
-        self.E, self.R = self.e[: K * n].view(K, n), self.r[: K * n].view(K, n)
-        self.W = self.wide[: K * n].view(K, n)
+        """Brings rows start:stop in, centred, and computes their features and exponents ``self.E`` (K, rows)."""
+        p = self.problem
+        if stop - start != self.width:
+            self._narrow(stop - start)
+        torch.sub(p.x[start:stop].T, p.centre[:, None], out=self.X)
+        if self.quadratic or self.featured:
+            for left, right, out in self.products:
+                torch.mul(left, right, out=out)
+            if self.spherical:
+                torch.sum(self.X * self.X, 0, out=self.F[-1])
         if self.quadratic:
-            torch.mm(self.natural, self.phi(), out=self.W)
+            torch.mm(self.natural, self.F, out=self.W)
             if self.clamp:
                 self.W.clamp_(min=-3e38)
             self.E.copy_(self.W)
             return
-        self.E.copy_(p.offsets[:, None].expand(K, n))
+        self.E.copy_(p.offsets[:, None].expand_as(self.E))
         for U, shift, columns in self.whitening:
-            torch.addmm(shift, U, X[columns], beta=-1, out=self.W)
+            torch.addmm(shift, U, self.X[columns], beta=-1, out=self.W)
             self.E.addcmul_(self.W, self.W, value=-0.5)
         if self.clamp:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
-
-    def phi(self, weights: Tensor | None = None) -> Tensor:
-        """The tile's features (P, rows): 1, x, and the upper triangle of xxᵀ, x² or |x|²; times the points' weights."""
-        X, F = self.X, self.features[:, : self.X.shape[1]]
-        D = X.shape[0]
-        F[0] = 1
-        F[1 : D + 1] = X
-        if self.full:
-            start = D + 1
-            for d in range(D):
-                torch.mul(X[d:], X[d], out=F[start : start + D - d])
-                start += D - d
-        elif self.spherical:
-            torch.sum(X * X, 0, out=F[D + 1])
-        else:
-            torch.mul(X, X, out=F[D + 1 :])
-        if weights is not None:
-            F *= weights
-        return F
 
     def softmax(self) -> Tensor:
         """Fills ``self.R`` with responsibilities; returns the log-sum-exps (rows,), from the largest entry of each."""
@@ -142,8 +140,14 @@ def _tile_rows(problem: Exponents) -> int:
     return max(1, min(N, max(32, size // width), 8192 if not problem.x.is_cuda else N))
 
 
-def _sweep(problem: Exponents, body: Callable[[_Tile, int, int], None], clamp: bool) -> list[_Tile]:
-    """Runs ``body`` over all tiles, on as many threads as torch has; returns the workers' tiles in order of rows."""
+def _sweep(
+    problem: Exponents, body: Callable[[_Tile, int, int], None], *, clamp: bool, featured: bool = False
+) -> list[_Tile]:
+    """Runs ``body`` over all tiles, on as many threads as torch has; returns the workers' tiles in order of rows.
+
+    ``clamp`` keeps exponents beyond the dtype's range finite; ``featured`` asks for the features where exponents do
+    without them.
+    """
     N, K, _ = problem.shape
     rows = _tile_rows(problem)
     tiles = -(-N // rows)
@@ -153,7 +157,7 @@ def _sweep(problem: Exponents, body: Callable[[_Tile, int, int], None], clamp: b
 
     def work(worker: int) -> _Tile:
         with torch.no_grad():
-            tile = _Tile(problem, rows, clamp)
+            tile = _Tile(problem, rows, clamp, featured)
             for index in range(worker * per_worker, min(tiles, (worker + 1) * per_worker)):
                 start, stop = index * rows, min(N, (index + 1) * rows)
                 tile.load(start, stop)
@@ -217,18 +221,20 @@ def moments(problem: Exponents, weights: Tensor | None, hard: bool) -> tuple[Ten
     _, K, D = problem.shape
 
     def body(tile: _Tile, start: int, stop: int) -> None:
-        values = tile.onehot() if hard else tile.softmax()
-        g = None if weights is None else weights[start:stop]
-        # The features are still in the buffer unless they must be weighted (or were never needed, in float64).
-        F = tile.features[:, : tile.X.shape[1]] if g is None and tile.quadratic else tile.phi(g)
-        tile.sums.addmm_(F, tile.W.copy_(tile.R).T)
-        wide = values.double()
-        tile.total += wide.sum() if g is None else wide @ g
+        values = (tile.onehot() if hard else tile.softmax()).double()
+        tile.W.copy_(tile.R)
+        if weights is None:
+            tile.sums.addmm_(tile.F, tile.W.T)
+            tile.total += values.sum()
+        else:
+            g = weights[start:stop]
+            tile.sums.addmm_(tile.F * g, tile.W.T)
+            tile.total += values @ g
 
-    workers = _sweep(problem, body, clamp=False)
+    workers = _sweep(problem, body, clamp=False, featured=True)
     total = torch.stack([tile.total for tile in workers]).sum()
     if not bool(torch.isfinite(total)):
-        workers = _sweep(problem, body, clamp=True)
+        workers = _sweep(problem, body, clamp=True, featured=True)
         total = torch.stack([tile.total for tile in workers]).sum()
     sums = torch.stack([tile.sums for tile in workers]).sum(0)
     S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :]
