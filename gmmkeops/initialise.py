@@ -1,6 +1,6 @@
 r"""Where a fit begins: centres from the data, and the mixture of their clusters.
 
-k-means is hard EM with a frozen, tied, spherical factor, so Lloyd's step is one ``moments(hard=True)``; the seeding is
+k-means is hard EM with a frozen, tied, spherical factor, so Lloyd's step is one ``moments(assignment="hard")``; the seeding is
 greedy k-means++ on a subsample. Reference: Arthur and Vassilvitskii 2007, *k-means++: the advantages of careful seeding*.
 """
 
@@ -117,7 +117,7 @@ def _lloyd(x: Tensor, g: Tensor | None, centres: Tensor, backend: str, iteration
     last = -math.inf
     for _ in range(iterations):
         sums = reductions.moments(
-            x, centres.new_zeros(len(centres)), centres, factor, weights=g, hard=True, backend=backend
+            x, centres.new_zeros(len(centres)), centres, factor, weights=g, assignment="hard", backend=backend
         )
         centres, inertia = sums.means, float(sums.total)
         if inertia - last < 1e-3 * abs(inertia):
@@ -131,7 +131,7 @@ def _clusters(x: Tensor, g: Tensor | None, centres: Tensor, kind: Any, tied: boo
     unit = torch.ones(1, 1, dtype=torch.float64, device=x.device)
     shape = {"full": unit[..., None] * torch.eye(D, device=x.device), "diagonal": unit.expand(1, D), "spherical": unit}
     sums = reductions.moments(
-        x, centres.new_zeros(K), centres, shape[kind.family], weights=g, hard=True, backend=backend
+        x, centres.new_zeros(K), centres, shape[kind.family], weights=g, assignment="hard", backend=backend
     )
     about = sums.recentre(sums.means)
     counts, scatter, mass = about.S0, about.S2, about.mass

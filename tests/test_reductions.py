@@ -164,7 +164,8 @@ def test_tiles_and_threads_change_nothing(dtype, monkeypatch):
     ones = reductions.logsumexp(*case.arguments, backend="dense")
     assert float((ones.sum(dtype=torch.float64) - tiled.total).abs() / tiled.total.abs()) < tolerance
     threads = torch.get_num_threads()
-    assert torch.equal(ones, reductions.logsumexp(*case.arguments, backend="dense"))
+    for _ in range(20):
+        assert torch.equal(ones, reductions.logsumexp(*case.arguments, backend="dense"))
     assert torch.get_num_threads() == threads
 
 
@@ -207,7 +208,7 @@ def test_hard_moments_are_sums_over_clusters():
     case = make_case("full", torch.float32)
     labels = case.oracle()["e"].argmax(1)
     g = torch.rand(len(case.x), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sums = reductions.moments(*case.arguments, weights=g, hard=True)
+    sums = reductions.moments(*case.arguments, weights=g, assignment="hard")
     for k in range(5):
         z = (case.x[labels == k] - case.means[k]).double()
         h = g[labels == k]
@@ -215,6 +216,20 @@ def test_hard_moments_are_sums_over_clusters():
         assert torch.allclose(sums.S1[k], h @ z, atol=1e-4)
         assert torch.allclose(sums.S2[k], (h[:, None] * z).mT @ z, atol=1e-4)
     assert torch.allclose(sums.total, g @ case.oracle()["e"].amax(1), rtol=1e-5)
+
+
+def test_stochastic_moments_are_draws():
+    """20 000 copies of three points; each count is within 5 standard deviations but for chance 6e-7 per entry."""
+    case = make_case("full", torch.float64, N=3, condition=10.0)
+    r = (case.oracle()["e"] - case.oracle()["values"][:, None]).exp()
+    x = case.x.repeat(20_000, 1)
+    sums = reductions.moments(x, *case.arguments[1:], assignment="stochastic", seed=1)
+    expected, deviation = 20_000 * r.sum(0), (20_000 * r * (1 - r)).sum(0).sqrt()
+    assert bool(((sums.S0 - expected).abs() <= 5 * deviation + 1e-9).all())
+    assert torch.equal(sums.S0, sums.S0.round())
+    assert abs(float(sums.total - 20_000 * case.oracle()["values"].sum())) < 1e-6
+    again = reductions.moments(x, *case.arguments[1:], assignment="stochastic", seed=1)
+    assert torch.equal(again.S2, sums.S2)
 
 
 @settings(max_examples=30, deadline=None)

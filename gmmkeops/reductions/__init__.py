@@ -32,9 +32,10 @@ from gmmkeops.moments import Moments
 from gmmkeops.reductions import _dense, _keops
 from gmmkeops.reductions._exponents import Exponents, factor_tensor
 
-__all__ = ["BACKENDS", "argmax", "engine", "logsumexp", "moments", "topk", "total"]
+__all__ = ["ASSIGNMENTS", "BACKENDS", "argmax", "engine", "logsumexp", "moments", "topk", "total"]
 
 BACKENDS = ("auto", "keops", "dense")
+ASSIGNMENTS = ("soft", "hard", "stochastic")
 
 _warned: set[str] = set()
 
@@ -84,11 +85,13 @@ def _labels(problem: Exponents, backend: str) -> Tensor:
     return _dense.argmax(problem) if engine(problem, backend) == "dense" else _keops.argmax(problem)
 
 
-def _moments(problem: Exponents, weights: Tensor | None, hard: bool, backend: str) -> Moments:
+def _moments(
+    problem: Exponents, weights: Tensor | None, backend: str, assignment: str = "soft", seed: int = 0
+) -> Moments:
     x = problem.x
     mass = torch.tensor(float(x.shape[0]), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
-    if hard or engine(problem, backend) == "dense":
-        S0, S1, S2, total = _dense.moments(problem, weights, hard)
+    if assignment != "soft" or engine(problem, backend) == "dense":
+        S0, S1, S2, total = _dense.moments(problem, weights, assignment, seed)
     else:
         values = _values(problem, backend)
         g = torch.ones_like(values) if weights is None else weights
@@ -134,7 +137,7 @@ class _LogSumExp(torch.autograd.Function):
         if not reduce:
             return _values(problem, backend)
         ctx.weights = weights
-        ctx.sums = _moments(problem, weights, False, backend)
+        ctx.sums = _moments(problem, weights, backend)
         return ctx.sums.total.clone()
 
     @staticmethod
@@ -149,7 +152,7 @@ class _LogSumExp(torch.autograd.Function):
             g = scale
             gradients = []
             if any(ctx.needs_input_grad[1:4]):
-                gradients = list(_parameter_gradients(problem, _moments(problem, g, False, ctx.backend)))
+                gradients = list(_parameter_gradients(problem, _moments(problem, g, ctx.backend)))
         first = _point_gradient(problem, g, ctx.backend) if ctx.needs_input_grad[0] else None
         parts = [first, *gradients] if gradients else [first, None, None, None]
         out = [
@@ -285,7 +288,8 @@ def moments(
     factor: Factor | Tensor,
     *,
     weights: Tensor | None = None,
-    hard: bool = False,
+    assignment: str = "soft",
+    seed: int = 0,
     backend: str = "auto",
 ) -> Moments:
     r"""Responsibility-weighted moments about the means: the E-step, and every gradient.
@@ -293,14 +297,19 @@ def moments(
     Args:
         x, offsets, means, factor, backend: As for :func:`logsumexp`.
         weights: g (N,), may be negative; all ones if left out.
-        hard: Give each point wholly to its best component (classification EM, k-means); ``total`` is then
-            :math:`\sum_n g_n \max_k e_{nk}`, and the dense tiles do it on every backend.
+        assignment: ``"soft"`` shares each point by its responsibilities. ``"hard"`` gives it wholly to its best component
+            (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"`` gives it
+            to one drawn by its responsibilities. The last two run on the dense tiles on every backend.
+        seed: Of the draws.
 
     Returns:
         :class:`~gmmkeops.Moments` in float64, with S2 in the shape of the factor: (K, D, D), (K, D) or (K,).
 
     Raises:
-        TypeError, ValueError: As :func:`logsumexp`; weights of another length than the points.
+        TypeError, ValueError: As :func:`logsumexp`; weights of another length than the points, an unknown assignment.
+
+    References:
+        Celeux and Govaert 1992, *A classification EM algorithm*; Celeux and Diebolt 1985, *The SEM algorithm*.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -308,7 +317,9 @@ def moments(
         tensor([[4.]], dtype=torch.float64)
     """
     problem = Exponents.of(x, offsets, means, factor)
-    sums = _moments(problem, as_weights(weights, problem.x, signed=True), hard, backend)
+    if assignment not in ASSIGNMENTS:
+        raise ValueError(f"assignment must be one of {', '.join(map(repr, ASSIGNMENTS))}, got {assignment!r}.")
+    sums = _moments(problem, as_weights(weights, problem.x, signed=True), backend, assignment, seed)
     # In one dimension a diagonal factor's tensor looks like a spherical one's; its S2 keeps its column.
     if isinstance(factor, DiagonalFactor) and sums.S2.ndim == 1:
         return replace(sums, S2=sums.S2[:, None])

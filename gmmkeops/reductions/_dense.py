@@ -132,6 +132,15 @@ class _Tile:
         self.R.zero_().scatter_(0, label[None], 1)
         return best
 
+    def draw(self, seed: int) -> Tensor:
+        """Fills ``self.R`` with one drawn label per point; returns the log-sum-exps (rows,)."""
+        values = self.softmax()
+        generator = torch.Generator(self.E.device).manual_seed(seed)
+        # The largest of e - log(Exponential) is a draw from softmax(e) (Gumbel's trick).
+        label = self.E.sub_(self.R.exponential_(generator=generator).log_()).argmax(0)
+        self.R.zero_().scatter_(0, label[None], 1)
+        return values
+
 
 def _tile_rows(problem: Exponents) -> int:
     N, K, D = problem.shape
@@ -168,15 +177,15 @@ def _sweep(
         return [work(0)]
 
     def on_one_core(worker: int) -> _Tile:
-        # A thread's own setting; the second call restores the default that torch hands to new threads.
         torch.set_num_threads(1)
-        try:
-            return work(worker)
-        finally:
-            torch.set_num_threads(threads)
+        return work(worker)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="gmmkeops") as pool:
-        return list(pool.map(on_one_core, range(workers)))
+    try:
+        with ThreadPoolExecutor(workers, thread_name_prefix="gmmkeops") as pool:
+            return list(pool.map(on_one_core, range(workers)))
+    finally:
+        # Torch hands the last setting to new threads, and part of it to all: it is restored once nobody works.
+        torch.set_num_threads(threads)
 
 
 def logsumexp(problem: Exponents) -> Tensor:
@@ -216,12 +225,19 @@ def topk(problem: Exponents, k: int) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def moments(problem: Exponents, weights: Tensor | None, hard: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def moments(
+    problem: Exponents, weights: Tensor | None, assignment: str, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S0 (K,), S1 (K, D), S2 about the components' means, and Σ g ℓ, all float64."""
     _, K, D = problem.shape
 
     def body(tile: _Tile, start: int, stop: int) -> None:
-        values = (tile.onehot() if hard else tile.softmax()).double()
+        if assignment == "soft":
+            values = tile.softmax().double()
+        elif assignment == "hard":
+            values = tile.onehot().double()
+        else:
+            values = tile.draw(seed + start).double()
         tile.W.copy_(tile.R)
         if weights is None:
             tile.sums.addmm_(tile.F, tile.W.T)
