@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gmmkeops._checks import as_tensor, check_finite
 
-__all__ = ["DiagonalFactor", "Factor", "FullFactor", "SphericalFactor", "factor_class"]
+__all__ = ["DiagonalFactor", "Factor", "FullFactor", "SphericalFactor", "factor_class", "floor_eigenvalues"]
 
 
 class Factor(ABC):
@@ -417,6 +417,33 @@ def factor_class(covariance_type: str) -> tuple[type[Factor], bool]:
     except (KeyError, TypeError):
         names = ", ".join(repr(name) for name in _FAMILIES)
         raise ValueError(f"covariance_type must be one of {names}, got {covariance_type!r}.") from None
+
+
+@torch.no_grad()
+def floor_eigenvalues(factor: Factor, minimum: float) -> tuple[Factor, Tensor]:
+    """The factor with the covariances' eigenvalues raised to ``minimum``, and which of them (K or 1,) were below."""
+    ceiling = minimum**-0.5
+    if factor.family != "full":
+        log_diagonal = factor.tensors["log_diagonal"]
+        limit = torch.tensor(ceiling, dtype=torch.float64).log().item()
+        low = (log_diagonal > limit + 1e-12).any(-1)
+        return (factor.replace(log_diagonal=log_diagonal.clamp(max=limit)), low) if bool(low.any()) else (factor, low)
+    # Only factors whose Frobenius norm allows a large singular value are decomposed.
+    U = factor.U
+    low = U.square().sum((-1, -2)) > ceiling**2
+    if bool(low.any()):
+        suspects = low.nonzero()[:, 0]
+        left, values, _ = torch.linalg.svd(U[suspects])
+        over = values[:, 0] > ceiling * (1 + 1e-12)
+        low[suspects] = over
+        if bool(over.any()):
+            A = left[over] * values[over].clamp(1e-10 * ceiling, ceiling)[:, None, :]
+            index = suspects[over]
+            fixed = type(factor).from_factors(A)
+            if factor.leading == 1:
+                return fixed, low
+            return factor.scatter(index, fixed), low
+    return factor, low
 
 
 def _features(features: int | None, given: Tensor) -> int:

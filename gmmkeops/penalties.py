@@ -13,26 +13,87 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_tensor
-from gmmkeops.factors import Factor
+from gmmkeops.factors import floor_eigenvalues
 from gmmkeops.mixture import Mixture
 
 __all__ = [
     "Dirichlet",
     "EigenvalueFloor",
+    "InverseWishart",
     "NormalInverseWishart",
+    "NormalMean",
     "Penalty",
     "PrecisionRidge",
     "SqrtWeights",
+    "Surrogate",
     "WeightEntropy",
     "as_penalty",
 ]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    r"""What penalties add to the expected log-likelihood of an M-step: N times an upper bound of each, tight where it is.
+
+    Conjugate priors are pseudo-points. Concave functions of the weights are replaced by their tangent at the current
+    weights, with slopes :math:`c_k` (majorise-minimise), so that the new weights solve
+
+    .. math:: W_k = \frac{S^0_k + a_k}{\lambda + N c_k}, \qquad \sum_k W_k = 1.
+
+    Args:
+        counts: a (K,), pseudo-points on the weights.
+        slopes: c (K,), nats per point.
+        means: Pairs of pseudo-points κ and the mean (D,) or (K, D) they sit at, data units.
+        scatter: Sum of squares (D, D) that is added to each covariance, squared data units.
+        degrees: Pseudo-points in the denominator of each covariance.
+        degrees_per_component: The same for each component (which differs from a covariance when tied).
+
+    Reference:
+        Hunter and Lange 2004, *A tutorial on MM algorithms*, The American Statistician 58.
+    """
+
+    counts: Tensor
+    slopes: Tensor
+    means: tuple[tuple[float, Tensor], ...] = ()
+    scatter: Tensor | None = None
+    degrees: float = 0.0
+    degrees_per_component: float = 0.0
+
+    @classmethod
+    def none(cls, mixture: Mixture) -> Surrogate:
+        """Adds nothing."""
+        zeros = mixture.means.new_zeros(mixture.components)
+        return cls(zeros, zeros)
+
+    def __add__(self, other: Surrogate) -> Surrogate:
+        scatter = other.scatter if self.scatter is None else self.scatter
+        if self.scatter is not None and other.scatter is not None:
+            scatter = self.scatter + other.scatter
+        return Surrogate(
+            self.counts + other.counts,
+            self.slopes + other.slopes,
+            self.means + other.means,
+            scatter,
+            self.degrees + other.degrees,
+            self.degrees_per_component + other.degrees_per_component,
+        )
+
+    def __mul__(self, factor: float) -> Surrogate:
+        return Surrogate(
+            factor * self.counts,
+            factor * self.slopes,
+            tuple((factor * points, mean) for points, mean in self.means),
+            None if self.scatter is None else factor * self.scatter,
+            factor * self.degrees,
+            factor * self.degrees_per_component,
+        )
 
 
 class Penalty(ABC):
@@ -54,6 +115,17 @@ class Penalty(ABC):
         Returns:
             A scalar, nats per point, differentiable in the mixture's parameters.
         """
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        """This penalty's part of an M-step at a mixture, for N points.
+
+        Raises:
+            TypeError: The penalty has none.
+        """
+        raise TypeError(
+            f"{type(self).__name__.strip('_')} has no M-step, so EM cannot minimise it; use gmmkeops.Adam(...) "
+            "(solver='adam' of the estimator), which takes any penalty."
+        )
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """The nearest mixture within this penalty's bounds, and which components (K,) had to move; most have none."""
@@ -96,6 +168,9 @@ class _Sum(Penalty):
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return sum((part(mixture, points) for part in self.parts), mixture.means.new_zeros(()))
 
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return sum((part.m_step(mixture, points) for part in self.parts), Surrogate.none(mixture))
+
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         moved = torch.zeros(mixture.components, dtype=torch.bool, device=mixture.means.device)
         for part in self.parts:
@@ -115,6 +190,11 @@ class _Scaled(Penalty):
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.factor * self.part(mixture, points)
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        if self.factor < 0:
+            raise TypeError("a negative multiple of a penalty has no M-step; use gmmkeops.Adam(...).")
+        return self.part.m_step(mixture, points) * self.factor
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         return self.part.project(mixture)
@@ -169,6 +249,10 @@ class SqrtWeights(Penalty):
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.strength * (0.5 * mixture.log_weights).exp().mean()
 
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        slopes = 0.5 * self.strength / mixture.components * (-0.5 * mixture.log_weights).exp()
+        return replace(Surrogate.none(mixture), slopes=slopes)
+
 
 @dataclass(frozen=True)
 class WeightEntropy(Penalty):
@@ -198,6 +282,13 @@ class WeightEntropy(Penalty):
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return -self.strength * (mixture.weights * mixture.log_weights).sum()
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        if self.strength < 0:
+            raise TypeError(
+                "WeightEntropy of negative strength is not concave and has no M-step; use gmmkeops.Adam(...)."
+            )
+        return replace(Surrogate.none(mixture), slopes=-self.strength * (mixture.log_weights + 1))
 
 
 @dataclass(frozen=True)
@@ -231,25 +322,130 @@ class Dirichlet(Penalty):
             )
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        return -((self._alpha(mixture) - 1) * mixture.log_weights).sum() / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        none = Surrogate.none(mixture)
+        return replace(none, counts=none.counts + self._alpha(mixture) - 1)
+
+    def _alpha(self, mixture: Mixture) -> Tensor:
         alpha = as_tensor(self.concentration, name="concentration").to(mixture.logits)
         if alpha.ndim == 1 and alpha.shape[0] != mixture.components:
             raise ValueError(
                 f"concentration has {alpha.shape[0]} entries, the mixture {mixture.components} components."
             )
-        return -((alpha - 1) * mixture.log_weights).sum() / points
+        return alpha
+
+
+@dataclass(frozen=True)
+class NormalMean(Penalty):
+    r"""Conjugate normal prior on each mean, :math:`\mu_k \sim \mathcal N(m, \Sigma_k / \kappa)`, up to its constant.
+
+    .. math:: \frac1N \sum_k \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m) + \tfrac12 \log |\Sigma_k|
+
+    It pulls means to m as if by κ points there.
+
+    Args:
+        mean: m (D,), or (K, D) for one per component, data units.
+        mean_precision: κ >= 0, in points.
+
+    Reference:
+        Gelman et al. 2013, *Bayesian Data Analysis*, 3rd ed., §3.6.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> one = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.ones(1, 2), "diag")
+        >>> float(gk.penalties.NormalMean(torch.ones(2), 2.0)(one))
+        2.0
+    """
+
+    mean: Any
+    mean_precision: float
+
+    def __post_init__(self) -> None:
+        _finite("mean_precision", self.mean_precision, 0)
+        as_tensor(self.mean, name="mean")
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        residuals = (mixture.means - self._centre(mixture)).expand_as(mixture.means)
+        pull = 0.5 * self.mean_precision * mixture.factor.whiten(residuals).square().sum()
+        return (pull - mixture.factor.log_determinant().expand(mixture.components).sum()) / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        pair = (float(self.mean_precision), self._centre(mixture))
+        return replace(Surrogate.none(mixture), means=(pair,), degrees_per_component=1.0)
+
+    def _centre(self, mixture: Mixture) -> Tensor:
+        centre = as_tensor(self.mean, name="mean").to(mixture.means)
+        K, D = mixture.components, mixture.features
+        if tuple(centre.shape) not in {(), (D,), (K, D)}:
+            raise ValueError(f"the prior's mean must have shape ({D},) or ({K}, {D}), got {tuple(centre.shape)}.")
+        return centre
+
+
+@dataclass(frozen=True)
+class InverseWishart(Penalty):
+    r"""Inverse-Wishart prior on each covariance, up to its normalising constant; a tied covariance counts once.
+
+    .. math:: \frac1N \sum_k \tfrac{\nu + D + 1}{2} \log |\Sigma_k| + \tfrac12 \mathrm{tr}(\Psi \Sigma_k^{-1})
+
+    It pulls covariances to Ψ / (ν + D + 1), with a weight of that many points, so that none can collapse.
+
+    Args:
+        scale: Ψ (D, D), squared data units; a number means that multiple of the identity.
+        degrees_of_freedom: ν > D - 1.
+
+    Reference:
+        Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> one = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.ones(1, 2), "diag")
+        >>> float(gk.penalties.InverseWishart(3.0, 4.0)(one))
+        3.0
+    """
+
+    scale: Any
+    degrees_of_freedom: float
+
+    def __post_init__(self) -> None:
+        _finite("degrees_of_freedom", self.degrees_of_freedom, 0, strict=True)
+        scale = as_tensor(self.scale, name="scale", dtype=torch.float64)
+        if scale.ndim not in (0, 2) or (scale.ndim == 0 and not float(scale) > 0):
+            raise ValueError(f"scale must be a positive number or a matrix (D, D), got {self.scale}.")
+        if scale.ndim == 2 and int(torch.linalg.cholesky_ex(scale).info) > 0:
+            raise ValueError("scale must be positive definite; add a small ridge to its diagonal.")
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        U = mixture.factor.matrices()
+        log_determinant = -self._degrees(mixture) * mixture.factor.log_determinant().sum()
+        return (log_determinant + 0.5 * (U * (self._psi(mixture) @ U)).sum()) / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return replace(Surrogate.none(mixture), scatter=self._psi(mixture), degrees=self._degrees(mixture))
+
+    def _degrees(self, mixture: Mixture) -> float:
+        D = mixture.features
+        if self.degrees_of_freedom <= D - 1:
+            raise ValueError(f"degrees_of_freedom must exceed D - 1 = {D - 1}, got {self.degrees_of_freedom}.")
+        return self.degrees_of_freedom + D + 1
+
+    def _psi(self, mixture: Mixture) -> Tensor:
+        psi = as_tensor(self.scale, name="scale").to(mixture.means)
+        D = mixture.features
+        if psi.ndim == 2 and psi.shape != (D, D):
+            raise ValueError(f"the prior's scale must have shape ({D}, {D}), got {tuple(psi.shape)}.")
+        return psi * torch.eye(D).to(psi) if psi.ndim == 0 else psi
 
 
 @dataclass(frozen=True)
 class NormalInverseWishart(Penalty):
-    r"""Normal-inverse-Wishart prior on each component's mean and covariance, up to its normalising constant.
+    r"""Normal-inverse-Wishart prior: :class:`NormalMean` and :class:`InverseWishart` at once, the full conjugate prior.
 
     .. math::
 
         \frac1N \sum_k \tfrac{\nu + D + 2}{2} \log |\Sigma_k| + \tfrac12 \mathrm{tr}(\Psi \Sigma_k^{-1})
         + \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m)
-
-    It pulls means to m as if by κ points there, and covariances to Ψ / (ν + D + 2); no covariance can collapse. A tied
-    covariance counts once, with one mean term for each component.
 
     Args:
         mean: m (D,) or (K, D), data units.
@@ -273,28 +469,16 @@ class NormalInverseWishart(Penalty):
     degrees_of_freedom: float
 
     def __post_init__(self) -> None:
-        _finite("mean_precision", self.mean_precision, 0)
-        _finite("degrees_of_freedom", self.degrees_of_freedom, 0, strict=True)
-        scale = as_tensor(self.scale, name="scale", dtype=torch.float64)
-        if scale.ndim not in (0, 2) or (scale.ndim == 0 and not float(scale) > 0):
-            raise ValueError(f"scale must be a positive number or a matrix (D, D), got {self.scale}.")
-        if scale.ndim == 2 and int(torch.linalg.cholesky_ex(scale).info) > 0:
-            raise ValueError("scale must be positive definite; add a small ridge to its diagonal.")
+        self._both()
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        D = mixture.features
-        if self.degrees_of_freedom <= D - 1:
-            raise ValueError(f"degrees_of_freedom must exceed D - 1 = {D - 1}, got {self.degrees_of_freedom}.")
-        like = mixture.means
-        centre = as_tensor(self.mean, name="mean").to(like)
-        psi = as_tensor(self.scale, name="scale").to(like)
-        psi = psi * torch.eye(D, dtype=like.dtype, device=like.device) if psi.ndim == 0 else psi
-        factor = mixture.factor
-        U = factor.matrices()
-        log_determinant = -(self.degrees_of_freedom + D + 2) * factor.log_determinant().sum()
-        trace = 0.5 * (U * (psi @ U)).sum()
-        pull = 0.5 * self.mean_precision * factor.whiten((like - centre).expand_as(like)).square().sum()
-        return (log_determinant + trace + pull) / points
+        return self._both()(mixture, points)
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return self._both().m_step(mixture, points)
+
+    def _both(self) -> Penalty:
+        return NormalMean(self.mean, self.mean_precision) + InverseWishart(self.scale, self.degrees_of_freedom)
 
 
 @dataclass(frozen=True)
@@ -326,6 +510,10 @@ class PrecisionRidge(Penalty):
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.strength * mixture.factor.matrices().square().sum((-1, -2)).mean()
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        eye = torch.eye(mixture.features).to(mixture.means)
+        return replace(Surrogate.none(mixture), scatter=2 * points * self.strength / mixture.factor.leading * eye)
 
 
 @dataclass(frozen=True)
@@ -364,35 +552,11 @@ class EigenvalueFloor(Penalty):
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return mixture.means.new_zeros(())
 
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return Surrogate.none(mixture)
+
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         factor, low = floor_eigenvalues(mixture.factor, self.minimum)
         if not bool(low.any()):
             return mixture, low.expand(mixture.components)
         return Mixture(mixture.logits, mixture.means, factor, validate_args=False), low.expand(mixture.components)
-
-
-@torch.no_grad()
-def floor_eigenvalues(factor: Factor, minimum: float) -> tuple[Factor, Tensor]:
-    """The factor with the covariances' eigenvalues raised to ``minimum``, and which of them (K or 1,) were below."""
-    ceiling = minimum**-0.5
-    if factor.family != "full":
-        log_diagonal = factor.tensors["log_diagonal"]
-        limit = torch.tensor(ceiling, dtype=torch.float64).log().item()
-        low = (log_diagonal > limit + 1e-12).any(-1)
-        return (factor.replace(log_diagonal=log_diagonal.clamp(max=limit)), low) if bool(low.any()) else (factor, low)
-    # Only factors whose Frobenius norm allows a large singular value are decomposed.
-    U = factor.U
-    low = U.square().sum((-1, -2)) > ceiling**2
-    if bool(low.any()):
-        suspects = low.nonzero()[:, 0]
-        left, values, _ = torch.linalg.svd(U[suspects])
-        over = values[:, 0] > ceiling * (1 + 1e-12)
-        low[suspects] = over
-        if bool(over.any()):
-            A = left[over] * values[over].clamp(1e-10 * ceiling, ceiling)[:, None, :]
-            index = suspects[over]
-            fixed = type(factor).from_factors(A)
-            if factor.leading == 1:
-                return fixed, low
-            return factor.scatter(index, fixed), low
-    return factor, low

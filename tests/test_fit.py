@@ -61,7 +61,7 @@ def test_tutorial_ends_with_a_handful():
     result = gk.fit(start, x, gk.Adam(lr=0.1), penalty=SqrtWeights(20), max_iter=501)
     assert result.n_iter == 501
     assert result.objective <= -0.38
-    assert result.objective == min(result.history["objective"])
+    assert result.objective <= min(result.history["objective"]) + 1e-6
     assert int((result.mixture.weights > 0.01).sum()) <= 8
     assert 3 <= result.report.live_components <= 15
     assert len(result.report.dead_components) == 30 - result.report.live_components

@@ -8,13 +8,14 @@ The mean m is taken away in float64 before anything is cast; s is a power of two
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gmmkeops._checks import warn_if_coarse
 from gmmkeops.mixture import Mixture
+from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
 
@@ -41,13 +42,13 @@ class Frame:
         Spherical factors stay spherical only where all columns share one scale (``isotropic``).
         """
         g = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights
-        mass = g.sum()
-        # A first mean from near the data, a second pass about it: exact also at 10⁷ from the origin.
-        shift = sum((h @ part.double() for part, h in zip(x.split(_ROWS), g.split(_ROWS), strict=True))) / mass
-        variance = (
-            sum((h @ (part.double() - shift).square() for part, h in zip(x.split(_ROWS), g.split(_ROWS), strict=True)))
-            / mass
-        )
+        shift, variance = _spread(x, g)
+        for _ in range(5):
+            # A few points far away would set the scale of all others: beyond three deviations they do not count.
+            trimmed, core = _spread(x, g, within=(shift, 3 * variance.sqrt()))
+            if not bool((core < variance / 4).any()):
+                break
+            shift, variance = trimmed, core
         if isotropic:
             variance = variance.mean().expand_as(variance)
         spread = variance.sqrt()
@@ -70,6 +71,15 @@ class Frame:
             into.copy_((part.double() - self.shift) / self.scale)
         return out
 
+    def surrogate(self, surrogate: Surrogate) -> Surrogate:
+        """What penalties add to an M-step, in the frame."""
+        scatter = surrogate.scatter
+        return replace(
+            surrogate,
+            means=tuple((points, (mean - self.shift) / self.scale) for points, mean in surrogate.means),
+            scatter=None if scatter is None else scatter / self.scale / self.scale[:, None],
+        )
+
     def enter(self, mixture: Mixture) -> Mixture:
         """A mixture of the user's units, in the frame."""
         return Mixture(
@@ -87,3 +97,18 @@ class Frame:
             mixture.factor.rescale(1 / self.scale),
             validate_args=False,
         )
+
+
+def _spread(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Weighted mean and variance of each column (D,), of all points or of those within some distance of a centre.
+
+    The mean comes first and the squares are taken about it: exact also at 10⁷ from the origin.
+    """
+    parts = list(zip(x.split(_ROWS), g.split(_ROWS), strict=True))
+    if within is not None:
+        centre, reach = within
+        parts = [(part, h * ((part.double() - centre).abs() <= reach).all(1)) for part, h in parts]
+    mass = torch.stack([h.sum() for _, h in parts]).sum().clamp(min=1e-300)
+    mean = torch.stack([h @ part.double() for part, h in parts]).sum(0) / mass
+    variance = torch.stack([h @ (part.double() - mean).square() for part, h in parts]).sum(0) / mass
+    return mean, variance

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.fitting._method import DEAD_LOG_WEIGHT, DEAD_POINTS, Evaluation, Method, Problem
+from gmmkeops.fitting._method import DEAD_POINTS, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
 
 __all__ = ["Adam", "Gradient"]
@@ -25,10 +25,9 @@ __all__ = ["Adam", "Gradient"]
 
 @dataclass
 class _State:
-    """The parked mixture of all K components, and the live part of it that the optimiser moves while it is sound."""
+    """The leaves that the optimiser moves, which are the live part of the population, while they are sound."""
 
-    parked: Mixture
-    live: Tensor
+    population: Population
     leaves: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -39,18 +38,7 @@ class _State:
         """The live components, as functions of the leaves."""
         leaves = dict(self.leaves)
         logits, means = leaves.pop("logits"), leaves.pop("means")
-        return Mixture(logits, means, self.parked.factor.replace(**leaves), validate_args=False)
-
-    def whole(self, live: Mixture) -> Mixture:
-        """All K components: the live ones in their places, the dead ones as they were when they died."""
-        if len(self.live) == self.parked.components:
-            return live
-        return Mixture(
-            self.parked.logits.index_copy(0, self.live, live.log_weights),
-            self.parked.means.index_copy(0, self.live, live.means),
-            self.parked.factor.scatter(self.live, live.factor),
-            validate_args=False,
-        )
+        return Mixture(logits, means, self.population.parked.factor.replace(**leaves), validate_args=False)
 
 
 @dataclass(frozen=True)
@@ -65,6 +53,7 @@ class Gradient(Method[_State]):
         max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
         tol: Stop when the objective moves by less over ``patience`` iterations, nats per point; 0 never stops early.
         patience: See ``tol``.
+        relative_tol: The same as a share of the objective.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -81,6 +70,7 @@ class Gradient(Method[_State]):
     max_iter: int = 200
     tol: float = 0.0
     patience: int = 10
+    relative_tol: float = 0.0
 
     def __post_init__(self) -> None:
         if not callable(self.optimizer):
@@ -96,13 +86,12 @@ class Gradient(Method[_State]):
         leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         optimizer = self.optimizer(list(leaves.values()))
         scheduler = None if self.scheduler is None else self.scheduler(optimizer)
-        live = torch.arange(mixture.components, device=mixture.means.device)
-        return _State(mixture, live, leaves, optimizer, scheduler, floored)
+        return _State(Population.of(mixture), leaves, optimizer, scheduler, floored)
 
     def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
-        _prune(state, problem.mass)
+        _prune(state, problem.count)
         found: list[tuple[float, float]] = []
-        before = state.whole(state.mixture()).detach()
+        before = state.population.whole(state.mixture()).detach()
         for rows in self._batches(problem):
             values = self._update(problem, state, rows)
             if values is None:
@@ -114,8 +103,11 @@ class Gradient(Method[_State]):
         exact = self.batch_size is None
         objective, likelihood = (sum(column) / len(found) for column in zip(*found, strict=True))
         # A running mean over minibatches describes the mixture it ended at better than the one it started from.
-        mixture = before if exact else state.whole(state.mixture()).detach()
-        return state, Evaluation(mixture, objective, likelihood, state.live, state.floored, exact)
+        mixture = before if exact else state.population.whole(state.mixture()).detach()
+        return state, Evaluation(mixture, objective, likelihood, state.population.live, state.floored.clone(), exact)
+
+    def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
+        return state.population, state.mixture(), state.floored.clone()
 
     def _batches(self, problem: Problem) -> Iterable[Tensor | None]:
         if self.batch_size is None:
@@ -133,7 +125,7 @@ class Gradient(Method[_State]):
             state.optimizer.zero_grad()
             live = state.mixture()
             likelihood = problem.negative_log_likelihood(live, rows)
-            objective = likelihood + problem.penalised(state.whole(live))
+            objective = likelihood + problem.penalised(state.population.whole(live))
             objective.backward()
             found.append((objective.item(), -likelihood.item()))
             return found[-1][0]
@@ -148,7 +140,7 @@ class Gradient(Method[_State]):
             with torch.no_grad():
                 for name, tensor in {"means": bounded.means, **bounded.factor.tensors}.items():
                     state.leaves[name].copy_(tensor)
-                state.floored[state.live[moved]] = True
+                state.floored[state.population.live[moved]] = True
         return found[0]
 
 
@@ -168,18 +160,17 @@ def _prune(state: _State, points: float) -> None:
         for value in slots.get(leaf, {}).values():
             if not isinstance(value, Tensor) or (value.ndim > 0 and value.shape != leaf.shape):
                 return  # an optimiser such as L-BFGS, whose memory has no rows: nothing is lost but some work
-    parked = state.whole(state.mixture()).detach()
-    parked.logits[state.live[~keep]] = DEAD_LOG_WEIGHT
-    state.parked = parked
+    state.population = state.population.retire(state.mixture(), keep)
     for name, leaf in state.leaves.items():
-        if leaf.shape[0] != len(keep) or (name not in ("logits", "means") and state.parked.factor.leading == 1):
+        if leaf.shape[0] != len(keep) or (
+            name not in ("logits", "means") and state.population.parked.factor.leading == 1
+        ):
             continue
         kept = leaf.detach()[keep].requires_grad_()
         slots[kept] = {key: value[keep] if value.ndim else value for key, value in slots.pop(leaf, {}).items()}
         for group in state.optimizer.param_groups:
             group["params"] = [kept if old is leaf else old for old in group["params"]]
         state.leaves[name] = kept
-    state.live = state.live[keep]
 
 
 def Adam(

@@ -58,7 +58,7 @@ class FitResult:
     """A fitted mixture and how it came about.
 
     Args:
-        mixture: The best mixture seen, all K components, float64, in the user's units.
+        mixture: The last mixture, or the best one seen where that is better; all K components, float64, user's units.
         objective: Its mean negative log-likelihood plus penalty, nats per point.
         log_likelihood: Its mean log-likelihood, nats per point.
         converged: Whether the tolerance was met.
@@ -191,15 +191,15 @@ def fit(
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(torch.initial_seed() % (1 << 63))
     mass = float(x.shape[0]) if g is None else float(g.sum())
+    count = mass if g is None else mass**2 / float(g.square().sum())
     penalty = None if penalty is None else as_penalty(penalty)
-    problem = Problem(frame.points(x, x.dtype), g, mass, frame, penalty, backend, generator)
+    problem = Problem(frame.points(x, x.dtype), g, mass, count, frame, penalty, backend, generator)
     engine = reductions.engine(problem.x, backend, full=mixture.factor.family == "full")
     state = method.init(problem, frame.enter(mixture.detach().to(torch.float64)))
 
     history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
     best: Evaluation | None = None
-    last: Evaluation | None = None
-    converged = interrupted = False
+    converged = interrupted = diverged = False
     bar = _bar(max_iter, progress)
     try:
         for iteration in range(max_iter):
@@ -215,8 +215,8 @@ def fit(
                     ConvergenceWarning,
                     stacklevel=2,
                 )
+                diverged = True
                 break
-            last = now
             if best is None or now.objective < best.objective:
                 best = now
             for name, value in (
@@ -242,14 +242,18 @@ def fit(
         if bar is not None:
             bar.close()
     assert best is not None, "max_iter is at least 1"
-    assert last is not None, "set with best"
+    if not interrupted and not diverged:
+        # The last step's mixture has not been looked at yet. It is the answer unless it is worse than the best before.
+        last = method.evaluate(problem, state)
+        if not best.exact or last.objective <= best.objective + 1e-8 * max(1.0, abs(best.objective)):
+            best = last
     if tol > 0 and not converged and not interrupted and len(history["objective"]) == max_iter:
         warnings.warn(
             f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol.",
             ConvergenceWarning,
             stacklevel=2,
         )
-    result = _result(problem, best, last, history, converged, interrupted, engine, began)
+    result = _result(problem, best, history, converged, interrupted, engine, began)
     if isinstance(start, GMM):
         start.assign(result.mixture)
     _logger.info("%s", result)
@@ -259,7 +263,6 @@ def fit(
 def _result(
     problem: Problem,
     best: Evaluation,
-    last: Evaluation,
     history: dict[str, list[float]],
     converged: bool,
     interrupted: bool,
@@ -269,15 +272,14 @@ def _result(
     objective, likelihood = best.objective, best.log_likelihood
     if not best.exact:
         with torch.no_grad():
-            negative = problem.negative_log_likelihood(best.mixture)
-            objective = float(negative + problem.penalised(best.mixture))
-            likelihood = -float(negative)
+            likelihood = -float(problem.negative_log_likelihood(best.mixture))
+            objective = float(problem.penalised(best.mixture)) - likelihood
     live = set(best.live.tolist())
     x = problem.x
     report = Report(
         dead_components=tuple(k for k in range(best.mixture.components) if k not in live),
         live_components=len(live),
-        floors_hit=tuple(last.floored.nonzero()[:, 0].tolist()),
+        floors_hit=tuple(best.floored.nonzero()[:, 0].tolist()),
         engine=engine,
         device=str(x.device),
         dtype=str(x.dtype).removeprefix("torch."),

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
+from gmmkeops.factors import floor_eigenvalues
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.mixture import Mixture
-from gmmkeops.penalties import Penalty, floor_eigenvalues
+from gmmkeops.penalties import Penalty, Surrogate
 
-__all__ = ["Evaluation", "Method", "Problem"]
+__all__ = ["Evaluation", "Method", "Population", "Problem"]
 
 S = TypeVar("S")
 
@@ -34,6 +35,7 @@ class Problem:
         x: Points (N, D) in the frame, in the dtype of the work.
         weights: g (N,) float64, or None.
         mass: Σ g.
+        count: Effective number of points, (Σ g)² / Σ g².
         frame: The way back to the user's units.
         penalty: In the user's units, nats per point; or None.
         backend: The engine to use.
@@ -43,6 +45,7 @@ class Problem:
     x: Tensor
     weights: Tensor | None
     mass: float
+    count: float
     frame: Frame
     penalty: Penalty | None
     backend: str
@@ -63,6 +66,12 @@ class Problem:
             return mixture.means.new_zeros(())
         return self.penalty(self.frame.leave(mixture), self.mass)
 
+    def surrogate(self, mixture: Mixture) -> Surrogate:
+        """What the penalty adds to an M-step at a mixture of the frame, in the frame."""
+        if self.penalty is None:
+            return Surrogate.none(mixture)
+        return self.frame.surrogate(self.penalty.m_step(self.frame.leave(mixture), self.mass))
+
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """The mixture (of the frame) within all bounds, and the components (K,) that hit one."""
         factor, low = floor_eigenvalues(mixture.factor, RELATIVE_FLOOR)
@@ -76,8 +85,43 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Population:
+    """All K components of a fit, of which the live ones are in the work.
+
+    Args:
+        parked: All K, in the frame; the live ones as they were when the last one died.
+        live: Their indices.
+    """
+
+    parked: Mixture
+    live: Tensor
+
+    @classmethod
+    def of(cls, mixture: Mixture) -> Population:
+        """Everybody lives."""
+        return cls(mixture, torch.arange(mixture.components, device=mixture.means.device))
+
+    def whole(self, live: Mixture) -> Mixture:
+        """All K components: the live ones in their places, the dead as they were but for their weight."""
+        if len(self.live) == self.parked.components:
+            return live
+        return Mixture(
+            self.parked.logits.index_copy(0, self.live, live.log_weights),
+            self.parked.means.index_copy(0, self.live, live.means),
+            self.parked.factor.scatter(self.live, live.factor),
+            validate_args=False,
+        )
+
+    def retire(self, live: Mixture, keep: Tensor) -> Population:
+        """Those not kept leave the work, and what is left of their weight goes to the others."""
+        parked = self.whole(live).detach()
+        parked.logits[self.live[~keep]] = DEAD_LOG_WEIGHT
+        return Population(parked, self.live[keep])
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What one step of a method found out about the mixture it started from.
+    """What is known of a mixture on the way; a step's evaluation is of the mixture that it started from.
 
     Args:
         mixture: All K components, in the frame, detached.
@@ -102,11 +146,13 @@ class Method(ABC, Generic[S]):
     Attributes:
         max_iter: Iterations unless the fit says otherwise.
         tol: Tolerance unless the fit says otherwise, nats per point; zero runs all iterations.
+        relative_tol: Tolerance as a share of the objective.
         patience: The objective is compared with that of this many iterations before.
     """
 
     max_iter: int
     tol: float
+    relative_tol: float
     patience: int
 
     @abstractmethod
@@ -117,8 +163,22 @@ class Method(ABC, Generic[S]):
     def step(self, problem: Problem, state: S) -> tuple[S, Evaluation]:
         """One pass over the data: the next state, and the evaluation of the one before."""
 
+    @abstractmethod
+    def current(self, problem: Problem, state: S) -> tuple[Population, Mixture, Tensor]:
+        """The population, its live mixture (what would be returned now), and the components (K,) that hit a bound."""
+
+    def evaluate(self, problem: Problem, state: S) -> Evaluation:
+        """The exact objective of the current mixture, by one more pass over the data."""
+        population, live, floored = self.current(problem, state)
+        with torch.no_grad():
+            whole = population.whole(live).detach()
+            negative = float(problem.negative_log_likelihood(live))
+            objective = negative + float(problem.penalised(whole))
+        return Evaluation(whole, objective, -negative, population.live, floored, exact=True)
+
     def finished(self, objectives: list[float], tol: float) -> bool:
-        """Whether the objective has stopped moving: less than ``tol`` over ``patience`` iterations."""
-        if tol <= 0 or len(objectives) <= self.patience:
+        """Whether the objective has stopped moving: less than a tolerance over ``patience`` iterations."""
+        if len(objectives) <= self.patience:
             return False
-        return abs(objectives[-1 - self.patience] - objectives[-1]) < tol
+        change = abs(objectives[-1 - self.patience] - objectives[-1])
+        return change < tol or change < self.relative_tol * abs(objectives[-1])
