@@ -3,7 +3,7 @@
 from gmmkeops import penalties, reductions
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
-from gmmkeops.fitting import Adam, FitResult, Gradient, fit
+from gmmkeops.fitting import EM, Adam, FitResult, Gradient, fit
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
@@ -12,6 +12,7 @@ from gmmkeops.moments import Moments
 __version__ = "0.1.0"
 
 __all__ = [
+    "EM",
     "GMM",
     "Adam",
     "ConvergenceWarning",

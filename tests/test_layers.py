@@ -25,7 +25,7 @@ LAYERS = [
     ["gmmkeops.penalties"],
     ["gmmkeops.fitting._frame"],
     ["gmmkeops.fitting._method"],
-    ["gmmkeops.fitting._gradient"],
+    ["gmmkeops.fitting._em", "gmmkeops.fitting._gradient"],
     ["gmmkeops.fitting._loop"],
     ["gmmkeops.fitting"],
     ["gmmkeops.plotting"],

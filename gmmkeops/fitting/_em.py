@@ -1,0 +1,413 @@
+r"""Expectation-maximisation, every variant of it a keyword; the data are read through ``moments`` alone.
+
+.. math::
+
+    \mu_k^+ = \frac{S^0_k \bar x_k + \kappa m}{S^0_k + \kappa}, \qquad
+    \Sigma_k^+ = \frac{S^2_k(\mu_k^+) + \kappa (\mu_k^+ - m)(\mu_k^+ - m)^\top + \Psi}{S^0_k + \text{degrees}}, \qquad
+    W_k^+ = \frac{S^0_k + a_k}{\lambda + N c_k}
+
+with the pseudo-points of conjugate priors and the tangents of concave ones (:class:`gmmkeops.penalties.Surrogate`).
+References: Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*; Cappé and
+Moulines 2009, *On-line EM algorithm for latent data models*; Varadhan and Roland 2008, *Simple and globally convergent
+methods for accelerating the convergence of any EM algorithm*; Ueda and Nakano 1998, *Deterministic annealing EM*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops import reductions
+from gmmkeops.factors import Factor, FullFactor
+from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
+from gmmkeops.mixture import Mixture
+from gmmkeops.moments import Moments
+
+__all__ = ["EM"]
+
+# How far an extrapolation may reach, in EM steps.
+_LONGEST_STRIDE = 64.0
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where EM is: the live mixture, and what stepwise EM remembers of earlier batches."""
+
+    population: Population
+    mixture: Mixture
+    floored: Tensor
+    iteration: int = 0
+    batches: int = 0
+    memory: Moments | None = None
+    average: Moments | None = None
+
+
+@dataclass(frozen=True)
+class EM(Method[_State]):
+    r"""Expectation-maximisation. All keywords combine.
+
+    Args:
+        assignment: ``"soft"`` is EM. ``"hard"`` gives each point to its best component (classification EM, which with a
+            tied spherical frozen covariance is k-means) and maximises the classification likelihood. ``"stochastic"``
+            draws the component (SEM).
+        batch_size: Points per step of stepwise EM, or None for all at once. Moments of the t-th batch enter with weight
+            :math:`(t + t_0)^{-\kappa}`; an iteration is one pass over the data either way.
+        step_exponent: κ, above 0.5 and at most 1.
+        step_offset: t_0 > 0.
+        average: Return the M-step of the moments averaged over all batches (Polyak-Ruppert) rather than the last.
+        temperature: (β, n): exponents are multiplied by an inverse temperature that rises from β to 1 over the first n
+            iterations (deterministic annealing); or None.
+        accelerate: Extrapolate every two EM steps by SQUAREM, kept only where the objective does not rise. An iteration
+            is then three passes over the data.
+        reg_covar: Added to the variances, squared data units.
+        frozen_weights, frozen_means, frozen_covariances: True, or one truth value per component: these stay as they
+            start. Of a tied covariance all or none.
+        max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
+        tol: Stop when the objective moves by less over ``patience`` iterations, nats per point.
+        relative_tol: The same as a share of the objective.
+        patience: See ``tol``.
+
+    Raises:
+        ValueError: A keyword out of its range.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+        >>> result = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=1e-4), penalty=gk.penalties.SqrtWeights(0.1))
+        >>> result.converged, all(b <= a for a, b in zip(*[result.history["objective"][i:] for i in (0, 1)]))
+        (True, True)
+    """
+
+    assignment: str = "soft"
+    batch_size: int | None = None
+    step_exponent: float = 0.6
+    step_offset: float = 2.0
+    average: bool = False
+    temperature: tuple[float, int] | None = None
+    accelerate: bool = False
+    reg_covar: float = 1e-6
+    frozen_weights: bool | Sequence[bool] = False
+    frozen_means: bool | Sequence[bool] = False
+    frozen_covariances: bool | Sequence[bool] = False
+    max_iter: int = 100
+    tol: float = 1e-3
+    relative_tol: float = 0.0
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        if self.assignment not in reductions.ASSIGNMENTS:
+            names = ", ".join(map(repr, reductions.ASSIGNMENTS))
+            raise ValueError(f"assignment must be one of {names}, got {self.assignment!r}.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if not 0.5 < self.step_exponent <= 1:
+            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
+        if not self.step_offset > 0:
+            raise ValueError(f"step_offset must be positive, got {self.step_offset}.")
+        if not 0 <= self.reg_covar < float("inf"):
+            raise ValueError(f"reg_covar must be finite and not negative, got {self.reg_covar}.")
+        if self.temperature is not None and not (0 < self.temperature[0] <= 1 and self.temperature[1] >= 0):
+            raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {self.temperature}.")
+
+    def init(self, problem: Problem, mixture: Mixture) -> _State:
+        problem.surrogate(mixture)  # a penalty without an M-step says so before any work is done
+        for name in ("frozen_weights", "frozen_means", "frozen_covariances"):
+            _mask(getattr(self, name), mixture, name)
+        mixture, floored = problem.project(mixture)
+        population = Population.of(mixture)
+        alive = mixture.log_weights.exp() > 0
+        if not bool(alive.all()):
+            population, mixture = population.retire(mixture, alive), mixture.select(alive.nonzero()[:, 0])
+        return _State(population, mixture, floored)
+
+    def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
+        if self.average and state.average is not None:
+            mixture, _ = self._m_step(problem, state, state.average)
+            return state.population, mixture, state.floored
+        return state.population, state.mixture, state.floored
+
+    def finished(self, objectives: list[float], tol: float) -> bool:
+        heated = 0 if self.temperature is None else self.temperature[1]
+        return len(objectives) > heated and super().finished(objectives, tol)
+
+    def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+        if self.batch_size is not None:
+            return self._pass(problem, state)
+        whole = state.population.whole(state.mixture)
+        sums, objective, likelihood = self._look(problem, state)
+        now = Evaluation(
+            whole, objective, likelihood, state.population.live, state.floored, exact=self.assignment != "hard"
+        )
+        state = self._move(problem, state, sums)
+        if self.accelerate:
+            state = self._extrapolate(problem, now, state)
+        return replace(state, iteration=state.iteration + 1), now
+
+    def _look(self, problem: Problem, state: _State) -> tuple[Moments, float, float]:
+        """The E-step: moments, and the objective and log-likelihood of the state's mixture."""
+        sums = self._moments(problem, state, None)
+        likelihood = float(sums.total / sums.mass) - problem.frame.log_volume
+        if self._beta(state) < 1:
+            with torch.no_grad():
+                likelihood = -float(problem.negative_log_likelihood(state.mixture))
+        penalty = float(problem.penalised(state.population.whole(state.mixture)))
+        return sums, penalty - likelihood, likelihood
+
+    def _beta(self, state: _State) -> float:
+        if self.temperature is None or state.iteration >= self.temperature[1]:
+            return 1.0
+        start, iterations = self.temperature
+        return start + (1 - start) * state.iteration / iterations
+
+    def _moments(self, problem: Problem, state: _State, rows: Tensor | None) -> Moments:
+        mixture, beta = state.mixture, self._beta(state)
+        factor, offsets = mixture.factor, mixture.offsets
+        if beta < 1:
+            factor, offsets = factor.rescale(torch.full_like(problem.frame.scale, beta**0.5)), beta * offsets
+        x, g = problem.x, problem.weights
+        if rows is not None:
+            x, g = x[rows], None if g is None else g[rows]
+        seed = 0
+        if self.assignment == "stochastic":
+            seed = int(torch.randint(1 << 62, (1,), generator=problem.generator, device=x.device))
+        return reductions.moments(
+            x,
+            offsets,
+            mixture.means,
+            factor,
+            weights=g,
+            assignment=self.assignment,
+            seed=seed,
+            backend=problem.backend,
+        )
+
+    def _move(self, problem: Problem, state: _State, sums: Moments) -> _State:
+        """The M-step, within bounds; components that it empties leave the work."""
+        mixture, hit = self._m_step(problem, state, sums)
+        floored = state.floored.clone()
+        floored[state.population.live[hit]] = True
+        state = replace(state, mixture=mixture, floored=floored)
+        keep = mixture.weights > DEAD_POINTS / problem.count
+        frozen = _mask(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
+        keep |= frozen
+        if bool(keep.all()) or not bool(keep.any()):
+            return state
+        index = keep.nonzero()[:, 0]
+        return replace(
+            state,
+            population=state.population.retire(mixture, keep),
+            mixture=mixture.select(index),
+            memory=None if state.memory is None else _select(state.memory, index),
+            average=None if state.average is None else _select(state.average, index),
+        )
+
+    def _m_step(self, problem: Problem, state: _State, sums: Moments) -> tuple[Mixture, Tensor]:
+        live, old = state.population.live, state.mixture
+        whole = state.population.whole(old)
+        prior = problem.surrogate(whole)
+        mass = float(sums.mass)
+
+        def alive(mean: Tensor) -> Tensor:
+            return mean[live] if mean.ndim == 2 else mean
+
+        # Sums over part of the points (a batch, or a memory of batches) stand for all of them.
+        scale = problem.mass / mass
+        S0, means = sums.S0 * scale, sums.means
+        pulls = [(points, alive(mean)) for points, mean in prior.means]
+        kappa = sum(points for points, _ in pulls)
+        if kappa:
+            pulled = sum((points * mean for points, mean in pulls), torch.zeros_like(means))
+            means = (S0[:, None] * means + pulled) / (S0 + kappa).clamp(min=1e-300)[:, None]
+        frozen = {
+            name: _mask(getattr(self, name), whole, name)[live]
+            for name in ("frozen_weights", "frozen_means", "frozen_covariances")
+        }
+        means = torch.where(frozen["frozen_means"][:, None], old.means, means)
+        about = sums.recentre(means)
+        scatter = about.S2 * scale
+        for points, mean in pulls:
+            scatter = scatter + points * _outer(means - mean, scatter.ndim)
+        factor, hit = self._covariances(problem, old, S0, scatter, prior, frozen["frozen_covariances"])
+        logits = _weights(
+            S0 + prior.counts[live], problem.mass * prior.slopes[live], old.log_weights, frozen["frozen_weights"]
+        )
+        mixture, low = problem.project(Mixture(logits, means, factor, validate_args=False))
+        return mixture, low | hit
+
+    def _covariances(
+        self, problem: Problem, old: Mixture, S0: Tensor, scatter: Tensor, prior: Any, frozen: Tensor
+    ) -> tuple[Factor, Tensor]:
+        """New factors from the scatter about the new means, and which components' needed a repair."""
+        D, tied = old.features, old.factor.leading == 1 and old.components > 1
+        mass = S0 + prior.degrees_per_component
+        if tied:
+            mass, scatter = mass.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
+        mass = mass + prior.degrees
+        if prior.scatter is not None:
+            scatter = scatter + _like(prior.scatter, scatter.ndim)
+        if scatter.ndim == 1:
+            mass = mass * D
+        covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
+        covariances = covariances + _like(torch.diag(self.reg_covar / problem.frame.scale**2), scatter.ndim, mean=True)
+        factor, repaired = _factor(type(old.factor), covariances, D)
+        if tied:
+            return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
+        # A component that owns nothing keeps its shape, as a frozen one does.
+        keep = frozen | ~(mass > 1e-200)
+        if bool(keep.any()):
+            index = keep.nonzero()[:, 0]
+            factor = factor.scatter(index, old.factor.select(index))
+        return factor, repaired & ~keep
+
+    def _extrapolate(self, problem: Problem, start: Evaluation, first: _State) -> _State:
+        """SQUAREM in unconstrained coordinates, from the mixture before and two EM steps; the better of both ends."""
+        sums, objective, _ = self._look(problem, first)
+        second = self._move(problem, first, sums)
+        if len(second.population.live) < len(start.live) or objective > start.objective:
+            return second
+        before = start.mixture.select(start.live)
+        a, b, c = (_coordinates(mixture) for mixture in (before, first.mixture, second.mixture))
+        r = b - a
+        v = (c - b) - r
+        stride = float((r.norm() / v.norm().clamp(min=1e-300)).clamp(1.0, _LONGEST_STRIDE))
+        if stride == 1.0:
+            return second
+        leap = _mixture(second.mixture, a + 2 * stride * r + stride**2 * v)
+        if not bool(torch.isfinite(_coordinates(leap)).all()):
+            return second
+        leap, _ = problem.project(leap)
+        third = replace(second, mixture=leap)
+        sums, there, _ = self._look(problem, third)
+        # ``objective`` is that of one EM step; two steps are no worse, so anything below both is kept.
+        return self._move(problem, third, sums) if there <= objective else second
+
+    def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+        """Stepwise EM over one shuffled pass: each batch's moments are blended into the memory of those before."""
+        assert self.batch_size is not None, "a pass is made of batches"
+        order = torch.randperm(len(problem.x), generator=problem.generator, device=problem.x.device)
+        total = seen = 0.0
+        for rows in order.split(self.batch_size):
+            sums = self._moments(problem, state, rows)
+            if not float(sums.mass) > 0:
+                continue
+            total, seen = total + float(sums.total), seen + float(sums.mass)
+            share = (state.batches + self.step_offset) ** -self.step_exponent
+            memory = _memory(state.mixture) if state.memory is None else state.memory
+            memory = memory * (1 - share) + sums * (share / float(sums.mass))
+            batches = state.batches + 1
+            average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
+            state = self._move(problem, replace(state, memory=memory, average=average, batches=batches), memory)
+        whole = state.population.whole(state.mixture)
+        likelihood = total / max(seen, 1e-300) - problem.frame.log_volume
+        objective = float(problem.penalised(whole)) - likelihood
+        now = Evaluation(whole, objective, likelihood, state.population.live, state.floored, exact=False)
+        return replace(state, iteration=state.iteration + 1), now
+
+
+def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:
+    """One truth value per component (K,) from True, False or a sequence."""
+    mask = torch.as_tensor(value, dtype=torch.bool, device=mixture.means.device)
+    if mask.ndim == 0:
+        return mask.expand(mixture.components)
+    if mask.shape != (mixture.components,):
+        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got {tuple(mask.shape)}.")
+    if name == "frozen_covariances" and mixture.factor.leading == 1 and bool(mask.any()) and not bool(mask.all()):
+        raise ValueError("a tied covariance is frozen for all components or for none; pass True or False.")
+    return mask
+
+
+def _memory(mixture: Mixture) -> Moments:
+    """The moments of one point's mass spread exactly as the mixture says: where stepwise EM starts to remember."""
+    W, zero = mixture.weights, mixture.means.new_zeros(())
+    C = mixture.factor.covariances().expand(mixture.components, -1, -1)
+    family = mixture.factor.family
+    if family != "full":
+        C = C.diagonal(dim1=-2, dim2=-1)
+    if family == "spherical":
+        C = C.sum(-1)
+    S2 = W.reshape(-1, *[1] * (C.ndim - 1)) * C
+    return Moments(W, torch.zeros_like(mixture.means), S2, mixture.means, zero, zero + 1)
+
+
+def _select(sums: Moments, index: Tensor) -> Moments:
+    return Moments(sums.S0[index], sums.S1[index], sums.S2[index], sums.centres[index], sums.total, sums.mass)
+
+
+def _outer(z: Tensor, ndim: int) -> Tensor:
+    """z zᵀ (K, D, D), its diagonal (K, D) or its trace (K,), as the second moments are kept."""
+    if ndim == 3:
+        return z[:, :, None] * z[:, None, :]
+    return z.square() if ndim == 2 else z.square().sum(-1)
+
+
+def _like(matrix: Tensor, ndim: int, *, mean: bool = False) -> Tensor:
+    """A matrix (D, D) as second moments keep it: itself, its diagonal, its trace, or ``mean`` over that diagonal."""
+    if ndim == 3:
+        return matrix
+    diagonal = matrix.diagonal()
+    return diagonal if ndim == 2 else diagonal.mean() if mean else diagonal.sum()
+
+
+def _factor(kind: type[Factor], covariances: Tensor, D: int) -> tuple[Factor, Tensor]:
+    """Factors of covariances in the frame; those that are not safely positive definite are raised to the floor."""
+    if kind is not FullFactor:
+        low = covariances < RELATIVE_FLOOR
+        repaired = low if low.ndim == 1 else low.any(1)
+        return kind.from_covariances(covariances.clamp(min=RELATIVE_FLOOR), features=D), repaired
+    _, info = torch.linalg.cholesky_ex(covariances)
+    repaired = info > 0
+    if bool(repaired.any()):
+        values, vectors = torch.linalg.eigh(covariances[repaired])
+        values = values.clamp(min=RELATIVE_FLOOR)
+        covariances = covariances.clone()
+        fixed = FullFactor.from_factors(vectors * values.rsqrt()[:, None, :])
+        covariances[repaired] = torch.eye(D).to(covariances)
+        return FullFactor.from_covariances(covariances).scatter(repaired.nonzero()[:, 0], fixed), repaired
+    return FullFactor.from_covariances(covariances), repaired
+
+
+def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:
+    """Log-weights (K,) that solve W = counts / (λ + slopes) with the sum that the frozen ones leave."""
+    counts = counts.clamp(min=0)
+    free = ~frozen
+    if not bool(free.any()):
+        return old
+    left = 1 - float(old[frozen].exp().sum()) if bool(frozen.any()) else 1.0
+    a, c = counts[free], slopes[free]
+    if not bool((a > 0).any()) or left <= 0:
+        return old
+    if bool((c == c[0]).all()):
+        W = left * a / a.sum()
+    else:
+        # Every term is at most the sum, and at least what it would be with the smallest slope.
+        low, high = float((a / left - c)[a > 0].max()), float(a.sum() / left - c[a > 0].min())
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            if middle in (low, high):
+                break
+            if float((a / (middle + c))[a > 0].sum()) > left:
+                low = middle
+            else:
+                high = middle
+        W = torch.where(a > 0, a / (high + c), torch.zeros_like(a))
+        W = left * W / W.sum()
+    logits = old.clone()
+    logits[free] = W.clamp(min=1e-300).log()
+    return logits
+
+
+def _coordinates(mixture: Mixture) -> Tensor:
+    parts = [mixture.log_weights, mixture.means, *mixture.factor.tensors.values()]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _mixture(like: Mixture, coordinates: Tensor) -> Mixture:
+    shapes = {"logits": like.logits, "means": like.means, **like.factor.tensors}
+    flat = coordinates.split([tensor.numel() for tensor in shapes.values()])
+    tensors = {name: part.reshape(t.shape) for part, (name, t) in zip(flat, shapes.items(), strict=True)}
+    logits, means = tensors.pop("logits"), tensors.pop("means")
+    return Mixture(logits, means, like.factor.replace(**tensors), validate_args=False)
