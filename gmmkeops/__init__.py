@@ -2,6 +2,7 @@
 
 from gmmkeops import penalties, reductions
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
+from gmmkeops.estimator import GaussianMixture
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.fitting import EM, Adam, FitResult, Gradient, fit
 from gmmkeops.initialise import initialise
@@ -20,6 +21,7 @@ __all__ = [
     "Factor",
     "FitResult",
     "FullFactor",
+    "GaussianMixture",
     "Gradient",
     "Mixture",
     "Moments",

@@ -49,9 +49,9 @@ def as_tensor(value: Any, *, name: str, dtype: torch.dtype | None = None, device
         if array.dtype == object:
             try:
                 array = array.astype(np.float64)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError) as error:
                 raise TypeError(
-                    f"{name} must be numeric, got an array of Python objects; convert its columns to numbers first."
+                    f"{name} must be numeric, got an array of Python objects ({error}); convert its columns to numbers first."
                 ) from None
         if array.dtype.kind == "c":
             raise TypeError(f"{name} must be real, got complex numbers ({array.dtype}); pass real and imaginary parts.")
@@ -79,7 +79,8 @@ def check_finite(tensor: Tensor, *, name: str, rows: str = "row") -> None:
     if not bool(bad.any()):
         return
     where = [int(i) for i in bad.nonzero()[0]]
-    value = float(detached[tuple(where)])
+    number = float(detached[tuple(where)])
+    value = "NaN" if number != number else str(number)
     place = f"{rows} {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "it"
     raise ValueError(
         f"{name} must be finite, got {value} at {place} ({int(bad.sum())} such entries in all); "

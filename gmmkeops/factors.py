@@ -16,7 +16,15 @@ from torch import Tensor
 
 from gmmkeops._checks import as_tensor, check_finite
 
-__all__ = ["DiagonalFactor", "Factor", "FullFactor", "SphericalFactor", "factor_class", "floor_eigenvalues"]
+__all__ = [
+    "DiagonalFactor",
+    "Factor",
+    "FullFactor",
+    "SphericalFactor",
+    "factor_class",
+    "floor_eigenvalues",
+    "nearest_factor",
+]
 
 
 class Factor(ABC):
@@ -444,6 +452,31 @@ def floor_eigenvalues(factor: Factor, minimum: float) -> tuple[Factor, Tensor]:
                 return fixed, low
             return factor.scatter(index, fixed), low
     return factor, low
+
+
+def nearest_factor(
+    kind: type[Factor], covariances: Tensor, features: int, floor: float | Tensor
+) -> tuple[Factor, Tensor]:
+    """Factors of covariances that rounding may have left without a factor, and which of them (K or 1,) had none.
+
+    Those alone are decomposed, and their eigenvalues raised to ``floor`` (one number, or one per covariance).
+    """
+    floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
+    if kind is not FullFactor:
+        low = covariances < (floor if covariances.ndim == 1 else floor[:, None])
+        raised = torch.maximum(covariances, floor if covariances.ndim == 1 else floor[:, None])
+        return kind.from_covariances(raised, features=features), low if low.ndim == 1 else low.any(1)
+    covariances = 0.5 * (covariances + covariances.mT)
+    broken = torch.linalg.cholesky_ex(covariances).info > 0
+    if not bool(broken.any()):
+        return FullFactor.from_covariances(covariances), broken
+    values, vectors = torch.linalg.eigh(covariances[broken])
+    values = torch.maximum(values, floor[broken, None])
+    fixed = FullFactor.from_factors(vectors * values.rsqrt()[:, None, :])
+    if len(covariances) == 1:
+        return fixed, broken
+    sound = torch.where(broken[:, None, None], torch.eye(features).to(covariances), covariances)
+    return FullFactor.from_covariances(sound).scatter(broken.nonzero()[:, 0], fixed), broken
 
 
 def _features(features: int | None, given: Tensor) -> int:

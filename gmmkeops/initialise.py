@@ -14,12 +14,16 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_weights
-from gmmkeops.factors import SphericalFactor, factor_class
+from gmmkeops.factors import SphericalFactor, factor_class, nearest_factor
 from gmmkeops.mixture import Mixture
+from gmmkeops.moments import Moments
 
 __all__ = ["STRATEGIES", "initialise"]
 
-STRATEGIES = ("random", "kmeans", "kmeans++")
+STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
+
+# Points that k-means works on, unless 20 per component are more.
+_SAMPLE = 20_000
 
 # Of the average cluster's mass: how much of the average cluster is mixed into each.
 _SHARE = 0.01
@@ -33,6 +37,7 @@ def initialise(
     covariance_type: str = "full",
     weights: Any = None,
     generator: torch.Generator | None = None,
+    runs: int = 3,
     backend: str = "auto",
 ) -> Mixture:
     r"""A mixture whose components are clusters of the data.
@@ -41,11 +46,12 @@ def initialise(
         x: Points (N, D), N >= K, data units.
         components: K.
         strategy: ``"random"`` (K points of the data as centres), ``"kmeans++"`` (K points, far apart), ``"kmeans"``
-            (those, improved by Lloyd's iterations).
+            (those, improved by Lloyd's iterations), ``"responsibilities"`` (every point shared at random).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         weights: Weight of each point (N,), or None.
         generator: Source of randomness. Without one the seed is torch's initial seed, and torch's own state is left
             alone, so that the same call gives the same start.
+        runs: Runs of k-means, of which the best is kept; they see a sample of the points.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
 
     Returns:
@@ -64,14 +70,21 @@ def initialise(
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
     kind, tied = factor_class(covariance_type)
-    if int(components) < 1:
+    K = int(components)
+    if K < 1:
         raise ValueError(f"components must be at least 1, got {components}.")
-    x = as_points(x, minimum=int(components))
+    x = as_points(x, minimum=K)
     g = as_weights(weights, x)
+    if g is not None and int((g > 0).sum()) < K:
+        raise ValueError(f"{K} components need at least {K} points with positive weight, got {int((g > 0).sum())}.")
     generator = _generator(generator, x.device)
-    centres = _seed(x, g, int(components), generator, spread=strategy != "random")
+    if strategy == "responsibilities":
+        return _mixture_of(_shared(x, g, K, kind, generator), kind, tied)
+    points, mass = _sample(x, g, max(_SAMPLE, 20 * K), generator)
     if strategy == "kmeans":
-        centres = _lloyd(x, g, centres, backend)
+        centres = _kmeans(points, mass, K, generator, backend, runs)
+    else:
+        centres = _seed(points, mass, K, generator, spread=strategy == "kmeans++")
     return _clusters(x, g, centres, kind, tied, backend)
 
 
@@ -84,55 +97,119 @@ def _generator(generator: torch.Generator | None, device: torch.device) -> torch
     return generator
 
 
-def _seed(x: Tensor, g: Tensor | None, K: int, generator: torch.Generator, spread: bool) -> Tensor:
-    """K points of the data (K, D), float64: any K, or by greedy k-means++ on a subsample of some 20 K."""
-    # Points without weight are no candidates, as if their rows were not there.
-    rows = torch.arange(x.shape[0], device=x.device) if g is None else (g > 0).nonzero()[:, 0]
-    if rows.shape[0] < K:
-        raise ValueError(f"{K} components need at least {K} points with positive weight, got {rows.shape[0]}.")
-    size = max(20 * K, 20_000) if spread else K
-    if rows.shape[0] > size:
-        rows = rows[torch.randperm(rows.shape[0], generator=generator, device=x.device)[:size]]
-    points = x[rows].double()
+def _sample(x: Tensor, g: Tensor | None, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At most about ``size`` distinct points (M, D), float64, and their masses (M,), which stand for the cloud.
+
+    Equal points are merged and sorted, so neither the order of the rows nor whether a point is repeated or weighted
+    changes what the same random numbers lead to. Rows of a larger cloud are taken evenly along its mass.
+    """
+    if x.shape[0] > size:
+        start = torch.rand((), generator=generator, dtype=torch.float64, device=x.device)
+        ticks = (torch.arange(size, dtype=torch.float64, device=x.device) + start) / size
+        if g is None:
+            rows = (ticks * x.shape[0]).long().clamp(max=x.shape[0] - 1)
+        else:
+            mass = g.cumsum(0)
+            rows = torch.searchsorted(mass, ticks * mass[-1]).clamp(max=x.shape[0] - 1)
+        x, g = x[rows], None
+    elif g is not None:
+        x, g = x[g > 0], g[g > 0]
+    points, inverse = torch.unique(x, dim=0, return_inverse=True)
+    ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
+    mass = torch.zeros(len(points), dtype=torch.float64, device=x.device)
+    return points.double(), mass.index_add(0, inverse, ones if g is None else g)
+
+
+def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices drawn with chances proportional to ``mass``, by inverting its cumulative sum."""
+    total = mass.cumsum(0)
+    u = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device)
+    return torch.searchsorted(total, u * total[-1]).clamp(max=len(mass) - 1)
+
+
+def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spread: bool) -> Tensor:
+    """K centres (K, D) among the points: any, by their mass, or far apart by greedy k-means++."""
     if not spread:
-        return points
-    points = points - (offset := points.mean(0))
-    share = torch.ones(len(points), dtype=torch.float64, device=x.device) if g is None else g[rows]
+        # The K smallest of Exponential / mass are draws without replacement; fewer distinct points are used again.
+        u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
+        order = (-torch.log1p(-u) / mass).argsort()
+        return points[order[torch.arange(K, device=mass.device) % len(order)]]
     trials = 2 + int(math.log(K))
-    first = torch.multinomial(share, 1, generator=generator)
+    first = _draw(mass, 1, generator)
     chosen, distance = [first[0]], ((points - points[first]) ** 2).sum(1)
     for _ in range(K - 1):
-        mass = share * distance
-        candidates = torch.multinomial(mass if float(mass.sum()) > 0 else share, trials, True, generator=generator)
-        reach = torch.minimum(distance, torch.cdist(points[candidates], points).square())
-        best = (reach @ share).argmin()
+        chance = mass * distance
+        candidates = _draw(chance if float(chance.sum()) > 0 else mass, trials, generator)
+        reach = torch.minimum(distance, ((points[candidates, None] - points) ** 2).sum(-1))
+        best = (reach @ mass).argmin()
         chosen.append(candidates[best])
         distance = reach[best]
-    return points[torch.stack(chosen)] + offset
+    return points[torch.stack(chosen)]
 
 
-def _lloyd(x: Tensor, g: Tensor | None, centres: Tensor, backend: str, iterations: int = 10) -> Tensor:
-    """Lloyd's iterations until the mean squared distance falls by less than a thousandth."""
+def _lloyd(points: Tensor, mass: Tensor, centres: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
+    """Lloyd's iterations until the mean squared distance falls by less than 10⁻⁴ of it; and that inertia."""
     factor = SphericalFactor(centres.new_zeros(1, 1), centres.shape[1])
-    last = -math.inf
+    last = math.inf
     for _ in range(iterations):
-        sums = reductions.moments(
-            x, centres.new_zeros(len(centres)), centres, factor, weights=g, assignment="hard", backend=backend
-        )
-        centres, inertia = sums.means, float(sums.total)
-        if inertia - last < 1e-3 * abs(inertia):
+        offsets = centres.new_zeros(len(centres))
+        arguments = (points, offsets, centres, factor)
+        sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
+        centres, inertia = sums.means, -float(sums.total)
+        if last - inertia < 1e-4 * inertia:
             break
         last = inertia
-    return centres
+    return centres, inertia
+
+
+def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:
+    """Centres (K, D) of the best of some runs of k-means, from points shifted to near the origin."""
+    offset = mass @ points / mass.sum()
+    points = points - offset
+    found = [
+        _lloyd(points, mass, _seed(points, mass, K, generator, spread=True), backend)
+        for _ in range(runs if K > 1 else 1)
+    ]
+    return min(found, key=lambda run: run[1])[0] + offset
+
+
+def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:
+    """Moments of responsibilities drawn uniformly and normalised, in chunks of rows."""
+    D = x.shape[1]
+    centre = x[: 1 << 16].double().mean(0)
+    S0, S1, S2 = torch.zeros(K), torch.zeros(K, D), torch.zeros(K, D, D)
+    sums = [part.to(dtype=torch.float64, device=x.device) for part in (S0, S1, S2)]
+    rows = max(1, (1 << 22) // (K + D * D))
+    for start in range(0, len(x), rows):
+        z = x[start : start + rows].double() - centre
+        r = torch.rand(len(z), K, generator=generator, dtype=torch.float64, device=x.device)
+        r = r / r.sum(1, keepdim=True)
+        r = r if g is None else r * g[start : start + rows, None]
+        sums[0] += r.sum(0)
+        sums[1] += r.mT @ z
+        sums[2] += (r.mT @ (z[:, :, None] * z[:, None, :]).flatten(1)).unflatten(1, (D, D))
+    S2 = sums[2]
+    if kind.family != "full":
+        S2 = S2.diagonal(dim1=1, dim2=2)
+    if kind.family == "spherical":
+        S2 = S2.sum(1)
+    mass = sums[0].sum()
+    return Moments(sums[0], sums[1], S2, centre.expand(K, D), torch.zeros_like(mass), mass)
 
 
 def _clusters(x: Tensor, g: Tensor | None, centres: Tensor, kind: Any, tied: bool, backend: str) -> Mixture:
+    """The mixture of the clusters of points nearest to each centre."""
     K, D = centres.shape
     unit = torch.ones(1, 1, dtype=torch.float64, device=x.device)
     shape = {"full": unit[..., None] * torch.eye(D, device=x.device), "diagonal": unit.expand(1, D), "spherical": unit}
-    sums = reductions.moments(
-        x, centres.new_zeros(K), centres, shape[kind.family], weights=g, assignment="hard", backend=backend
-    )
+    factor = kind.from_factors(shape[kind.family], features=D)
+    arguments = (x, centres.new_zeros(K), centres, factor)
+    return _mixture_of(reductions.moments(*arguments, weights=g, assignment="hard", backend=backend), kind, tied)
+
+
+def _mixture_of(sums: Moments, kind: Any, tied: bool) -> Mixture:
+    """Each component's share, mean and covariance, with a little of the average one."""
+    K, D = sums.centres.shape
     about = sums.recentre(sums.means)
     counts, scatter, mass = about.S0, about.S2, about.mass
     if kind.family == "spherical":
@@ -143,13 +220,16 @@ def _clusters(x: Tensor, g: Tensor | None, centres: Tensor, kind: Any, tied: boo
     whole = (counts @ (about.means - mean) ** 2) / mass
     variance = float(whole.mean() + _mean_variance(pooled))
     floor = 1e-6 * variance if variance > 0 else 1e-12
-    pooled = pooled + floor * (torch.eye(D, dtype=torch.float64, device=x.device) if pooled.ndim == 3 else 1)
+    pooled = pooled + floor * (torch.eye(D).to(pooled) if pooled.ndim == 3 else 1)
     column = (-1, *[1] * (scatter.ndim - 1))
     share = _SHARE * mass / K
     covariances = pooled if tied else (scatter + share * pooled) / (counts + share).reshape(column)
     # An empty cluster keeps that share as its weight, so that its logarithm is finite.
     logits = counts.clamp(min=share).log()
-    return Mixture(torch.log_softmax(logits, 0), sums.means, kind.from_covariances(covariances, features=D))
+    diagonal = covariances.diagonal(dim1=-2, dim2=-1) if covariances.ndim == 3 else covariances.reshape(-1, 1)
+    largest = diagonal.reshape(len(covariances), -1).amax(1)
+    factor, _ = nearest_factor(kind, covariances, D, 1e-12 * largest)
+    return Mixture(torch.log_softmax(logits, 0), sums.means, factor)
 
 
 def _mean_variance(covariance: Tensor) -> Tensor:

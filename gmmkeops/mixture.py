@@ -10,6 +10,7 @@ The log-density is one log-sum-exp reduction with offsets :math:`c_k = \log W_k 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_tensor, check_finite
-from gmmkeops.factors import Factor, factor_class
+from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
 __all__ = ["Mixture"]
 
@@ -268,40 +269,146 @@ class Mixture(Distribution):
         return labels.reshape(x.shape[:-1])
 
     def sample(
-        self, sample_shape: Any = (), *, return_labels: bool = False, generator: torch.Generator | None = None
+        self,
+        sample_shape: Any = (),
+        *,
+        return_labels: bool = False,
+        generator: torch.Generator | None = None,
+        component: int | None = None,
+        confidence: float | None = None,
+        std_range: tuple[float, float] | None = None,
     ) -> Any:
-        """Draws points, and the component that each came from.
+        r"""Draws points, and the component that each came from.
+
+        Within a region the draw is exact, not by rejection: the whitened point is a uniform direction times a radius from
+        the chi distribution with D degrees of freedom, truncated to the region, so a shell at five standard deviations is
+        as cheap as any.
 
         Args:
             sample_shape: S, an int or a shape.
             return_labels: Whether to return the components as well.
             generator: Source of randomness; torch's own if left out.
+            component: Draw from this component alone.
+            confidence: Draw within the ellipsoid that holds this share of a component, in (0, 1].
+            std_range: (a, b): draw at Mahalanobis distances from a to b of the component's mean; b may be infinite.
 
         Returns:
             Points (*S, *B, D), data units; with ``return_labels`` also components (*S, *B), int64. Memory is that of
             the points.
+
+        Raises:
+            ValueError: No such component, an empty region, or one so far out that its mass is no float64.
         """
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
+        if component is not None and not -self.components <= component < self.components:
+            raise ValueError(f"component must be below {self.components}, got {component}.")
+        low, high = _shell(confidence, std_range, self.features)
         with torch.no_grad():
             count, K, D = shape.numel(), self.components, self.features
             batch = self.batch_shape.numel()
-            weights = self.weights.double().reshape(batch, K)
-            if count == 0:
-                labels = torch.zeros(0, batch, dtype=torch.int64, device=self.means.device)
+            wide: Any = {"dtype": torch.float64, "device": self.means.device}
+            if component is not None or count == 0:
+                labels = torch.full((count, batch), (component or 0) % K, device=self.means.device)
             else:
+                weights = self.weights.double().reshape(batch, K)
                 labels = torch.multinomial(weights, count, replacement=True, generator=generator).T
             first = torch.arange(batch, device=labels.device)
-            component = (labels + K * first).reshape(-1)
+            index = (labels + K * first).reshape(-1)
             factor = self.factor.replace(**{n: t.flatten(0, -2) for n, t in self.factor.tensors.items()})
-            which = component if self.factor.leading == K else first.expand_as(labels).reshape(-1)
+            which = index if self.factor.leading == K else first.expand_as(labels).reshape(-1)
             draws = torch.randn(count * batch, D, generator=generator, dtype=self.means.dtype, device=labels.device)
+            if (low, high) != (0.0, math.inf):
+                radius = _radii(torch.rand(count * batch, 1, generator=generator, **wide), low, high, D)
+                draws = (draws.double() / draws.double().norm(dim=1, keepdim=True) * radius).to(draws.dtype)
             means = self.means.reshape(-1, D)
             rows = max(1, _CHUNK // (D * D))
             for start in range(0, count * batch, rows):
                 part = slice(start, start + rows)
-                draws[part] = means[component[part]] + factor.unwhiten(draws[part], which[part])
+                draws[part] = means[index[part]] + factor.unwhiten(draws[part], which[part])
         points = draws.reshape(self._extended_shape(shape))
         return (points, labels.reshape(*shape, *self.batch_shape)) if return_labels else points
+
+    def marginal(self, columns: Sequence[int] | int) -> Mixture:
+        """The distribution of some columns alone, exactly: a mixture again.
+
+        Args:
+            columns: Which, in the order they are wanted.
+
+        Raises:
+            ValueError: No such column, or one named twice.
+
+        Example:
+            >>> import gmmkeops as gk
+            >>> m = gk.Mixture.from_parameters([1.0], [[1.0, 2.0]], [[[2.0, 1.0], [1.0, 3.0]]]).marginal(1)
+            >>> m.mean.tolist(), m.variance.round(decimals=6).tolist()
+            ([2.0], [3.0])
+        """
+        keep = self._columns(columns)
+        factor = self.factor
+        if factor.family == "full":
+            factor = type(factor).from_covariances(factor.covariances()[..., keep, :][..., keep])
+        elif factor.family == "diagonal":
+            factor = factor.replace(log_diagonal=factor.tensors["log_diagonal"][..., keep])
+        else:
+            factor = SphericalFactor(factor.tensors["log_diagonal"], len(keep))
+        return Mixture(self.logits, self.means[..., keep], factor, validate_args=False)
+
+    def condition(self, columns: Sequence[int] | int, values: Any) -> Mixture:
+        r"""The distribution of the other columns where some are known, exactly: a mixture again, or a batch of them.
+
+        .. math::
+
+            \mu_{a|b} = \mu_a - P_{aa}^{-1} P_{ab} (x_b - \mu_b), \quad \Sigma_{a|b} = P_{aa}^{-1}, \quad
+            W_k \propto W_k\, \mathcal N(x_b; \mu_{k,b}, \Sigma_{k,bb})
+
+        Its mean is Gaussian-mixture regression.
+
+        Args:
+            columns: Which are known.
+            values: What they are (len(columns),), or (*B, len(columns)) for a batch of mixtures, data units.
+
+        Raises:
+            ValueError: No such column, all columns, or values of another shape.
+
+        Reference:
+            Bishop 2006, *Pattern Recognition and Machine Learning*, §2.3.1.
+
+        Example:
+            >>> import gmmkeops as gk
+            >>> m = gk.Mixture.from_parameters([1.0], [[0.0, 0.0]], [[[1.0, 0.5], [0.5, 1.0]]])
+            >>> m.condition(0, [2.0]).mean.tolist()
+            [1.0]
+        """
+        known = self._columns(columns)
+        rest = [d for d in range(self.features) if d not in known]
+        if not rest:
+            raise ValueError("condition must leave at least one column free; use log_prob for all of them.")
+        if self.batch_shape:
+            raise ValueError(f"this is a batch {tuple(self.batch_shape)} of mixtures; index its parameters first.")
+        x = as_tensor(values, name="values").to(self.means)
+        if x.ndim == 0 or x.shape[-1] != len(known):
+            raise ValueError(f"values must have shape (*, {len(known)}), one per known column, got {tuple(x.shape)}.")
+        check_finite(x, name="values")
+        logits = self.marginal(known).log_joint(x)
+        batch = x.shape[:-1]
+        means = self.means[:, rest].expand(*batch, -1, -1)
+        factor = self.factor
+        if factor.family == "full":
+            P = factor.precisions()
+            aa = P[:, rest, :][:, :, rest]
+            gain = torch.linalg.solve(aa, P[:, rest, :][:, :, known])
+            means = means - (gain @ (x.unsqueeze(-2) - self.means[:, known]).unsqueeze(-1)).squeeze(-1)
+            factor = type(factor).from_precisions(aa)
+        else:
+            factor = self.marginal(rest).factor
+        return Mixture(logits, means, factor.expand(batch), validate_args=False)
+
+    def _columns(self, columns: Sequence[int] | int) -> list[int]:
+        chosen = [columns] if isinstance(columns, int) else [int(column) for column in columns]
+        chosen = [column + self.features if column < 0 else column for column in chosen]
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= c < self.features for c in chosen):
+            raise ValueError(f"columns must be distinct and among the {self.features} of the mixture, got {columns}.")
+        return chosen
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
         """The same mixture for a larger batch, without a copy."""
@@ -359,3 +466,42 @@ class Mixture(Distribution):
         return (
             f"Mixture({batch}components={self.components}, features={self.features}, factor={tied}{self.factor.family})"
         )
+
+
+def _shell(confidence: float | None, std_range: tuple[float, float] | None, features: int) -> tuple[float, float]:
+    """The radii between which to draw, standard deviations."""
+    low, high = (0.0, math.inf) if std_range is None else (float(std_range[0]), float(std_range[1]))
+    if not 0 <= low < high:
+        raise ValueError(f"std_range must be (a, b) with 0 <= a < b, got {std_range}.")
+    if confidence is not None:
+        if not 0 < confidence <= 1:
+            raise ValueError(f"confidence must be above 0 and at most 1, got {confidence}.")
+        share = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)
+        high = min(high, float(_radii(share, 0.0, math.inf, features)) if confidence < 1 else math.inf)
+        if not low < high:
+            raise ValueError(f"confidence={confidence} ends at {high:.4g} standard deviations, below {low:.4g}.")
+    return low, high
+
+
+def _radii(share: Tensor, low: float, high: float, features: int) -> Tensor:
+    """Radii in [low, high] beyond which ``share`` of the chi distribution's mass between them lies.
+
+    Solved on the upper tail, which keeps its digits far out, by bisection.
+    """
+    half = torch.full_like(share, features / 2)
+
+    def beyond(radius: Tensor) -> Tensor:
+        return torch.special.gammaincc(half, 0.5 * radius.square())
+
+    near = torch.full_like(share, low)
+    # Past this the tail holds no float64.
+    far = torch.full_like(share, min(high, math.sqrt(features) + 40.0 + low))
+    top, bottom = beyond(near), beyond(far) if high < math.inf else torch.zeros_like(share)
+    if not float((top - bottom).min()) > 1e-290:
+        raise ValueError(f"no mass that float64 can tell lies between {low:g} and {high:g} standard deviations.")
+    target = bottom + share * (top - bottom)
+    for _ in range(80):
+        middle = 0.5 * (near + far)
+        outside = beyond(middle) > target
+        near, far = torch.where(outside, middle, near), torch.where(outside, far, middle)
+    return 0.5 * (near + far)

@@ -100,7 +100,7 @@ def test_select_scatter_expand_and_count():
         ),
         (lambda: FullFactor.from_covariances([[[1.0, 2.0], [0.0, 9.0]]]), ValueError, "must be symmetric, component 0"),
         (lambda: FullFactor.from_covariances([[1.0, 0.0], [0.0, 1.0]]), ValueError, r"shape \(K, D, D\)"),
-        (lambda: FullFactor.from_precisions([[[math.nan]]]), ValueError, "finite, got nan at component 0"),
+        (lambda: FullFactor.from_precisions([[[math.nan]]]), ValueError, "finite, got NaN at component 0"),
         (lambda: FullFactor.from_cholesky([[[-1.0]]]), ValueError, "must be positive"),
         (
             lambda: DiagonalFactor.from_covariances([[1.0, 0.0]]),

@@ -328,7 +328,7 @@ START = random_mixture("full", K=3)
         (lambda: gk.fit(START, X[:2], gk.Adam()), ValueError, "x has 2 rows, expected at least 3"),
         (lambda: gk.fit(START, X[:0], gk.Adam()), ValueError, "x has no rows, expected at least 3"),
         (lambda: gk.fit(START, torch.zeros(9, 5), gk.Adam()), ValueError, "x has 5 columns, expected 2"),
-        (lambda: gk.fit(START, X * math.nan, gk.Adam()), ValueError, "x must be finite, got nan at row 0, column 0"),
+        (lambda: gk.fit(START, X * math.nan, gk.Adam()), ValueError, "x must be finite, got NaN at row 0, column 0"),
         (lambda: gk.fit(START, X + 0j, gk.Adam()), TypeError, "x must be real, got complex"),
         (lambda: gk.fit(START, [["a", "b"]] * 9, gk.Adam()), TypeError, "x must be numeric"),
         (

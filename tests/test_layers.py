@@ -28,10 +28,10 @@ LAYERS = [
     ["gmmkeops.fitting._em", "gmmkeops.fitting._gradient"],
     ["gmmkeops.fitting._loop"],
     ["gmmkeops.fitting"],
-    ["gmmkeops.plotting"],
+    ["gmmkeops.plotting", "gmmkeops.estimator"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-LEAVES = {"gmmkeops.plotting"}
+LEAVES = {"gmmkeops.plotting", "gmmkeops.estimator"}
 
 
 def modules():

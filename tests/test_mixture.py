@@ -189,7 +189,7 @@ EYE = torch.eye(2).double()
             r"x must have 2 columns, shape \(\*, 2\)",
         ),
         (lambda: random_mixture("full").log_prob(torch.zeros(0, 2)), ValueError, "x has no rows"),
-        (lambda: random_mixture("full").log_prob([[math.nan, 0.0]]), ValueError, "x must be finite, got nan at row 0"),
+        (lambda: random_mixture("full").log_prob([[math.nan, 0.0]]), ValueError, "x must be finite, got NaN at row 0"),
         (lambda: random_mixture("full").log_prob([["a", "b"]]), TypeError, "x must be numeric"),
         (
             lambda: random_mixture("full").log_prob(torch.zeros(1, 2, device="meta")),

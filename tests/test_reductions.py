@@ -267,7 +267,7 @@ def bad(position, value):
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (bad(0, torch.tensor([[0.0, math.nan]])), ValueError, "x must be finite, got nan at row 0, column 1"),
+        (bad(0, torch.tensor([[0.0, math.nan]])), ValueError, "x must be finite, got NaN at row 0, column 1"),
         (bad(0, torch.tensor([[0.0, 1.0], [math.inf, 1.0]])), ValueError, "got inf at row 1, column 0"),
         (bad(0, torch.zeros(4)), ValueError, r"shape \(N, D\), got \(4,\); use x\[:, None\]"),
         (bad(0, torch.zeros(0, 2)), ValueError, "x has no rows"),

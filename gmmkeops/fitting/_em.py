@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops.factors import Factor, FullFactor
+from gmmkeops._checks import as_points, as_weights
+from gmmkeops.factors import Factor, nearest_factor
 from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
@@ -253,7 +254,7 @@ class EM(Method[_State]):
             mass = mass * D
         covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
         covariances = covariances + _like(torch.diag(self.reg_covar / problem.frame.scale**2), scatter.ndim, mean=True)
-        factor, repaired = _factor(type(old.factor), covariances, D)
+        factor, repaired = nearest_factor(type(old.factor), covariances, D, RELATIVE_FLOOR)
         if tied:
             return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
         # A component that owns nothing keeps its shape, as a frozen one does.
@@ -295,17 +296,63 @@ class EM(Method[_State]):
             if not float(sums.mass) > 0:
                 continue
             total, seen = total + float(sums.total), seen + float(sums.mass)
-            share = (state.batches + self.step_offset) ** -self.step_exponent
-            memory = _memory(state.mixture) if state.memory is None else state.memory
-            memory = memory * (1 - share) + sums * (share / float(sums.mass))
-            batches = state.batches + 1
-            average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
-            state = self._move(problem, replace(state, memory=memory, average=average, batches=batches), memory)
+            state = self._blend(state, sums)
+            assert state.memory is not None, "just blended"
+            state = self._move(problem, state, state.memory)
         whole = state.population.whole(state.mixture)
         likelihood = total / max(seen, 1e-300) - problem.frame.log_volume
         objective = float(problem.penalised(whole)) - likelihood
         now = Evaluation(whole, objective, likelihood, state.population.live, state.floored, exact=False)
         return replace(state, iteration=state.iteration + 1), now
+
+    def _blend(self, state: _State, sums: Moments) -> _State:
+        """A batch's moments enter the memory of those before, which begins as the start itself."""
+        share = (state.batches + self.step_offset) ** -self.step_exponent
+        memory = _memory(state.mixture) if state.memory is None else state.memory
+        memory = memory * (1 - share) + sums * (share / float(sums.mass))
+        batches = state.batches + 1
+        average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
+        return replace(state, memory=memory, average=average, batches=batches)
+
+    def update(
+        self,
+        mixture: Mixture,
+        x: Any,
+        memory: tuple[Moments, int, float] | None = None,
+        *,
+        penalty: Any = None,
+        weights: Any = None,
+        backend: str = "auto",
+    ) -> tuple[Mixture, tuple[Moments, int, float]]:
+        """One step of stepwise EM on one batch of a stream, whatever its size.
+
+        Args:
+            mixture: Where the stream has led so far.
+            x: Points (n, D) of this batch, data units.
+            memory: What the last update returned; None at first.
+            penalty, weights, backend: As for :func:`gmmkeops.fit`; priors weigh against all points seen so far.
+
+        Returns:
+            The new mixture (no component leaves a stream), and the memory to hand to the next update: blended moments in
+            data units, batches and mass seen.
+
+        Raises:
+            TypeError, ValueError: Bad points or weights.
+        """
+        x = as_points(x, features=mixture.features)
+        problem = Problem.of(
+            x, as_weights(weights, x), penalty, backend, None, isotropic=mixture.factor.family == "spherical"
+        )
+        state = self.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
+        seen = problem.mass
+        if memory is not None:
+            state = replace(state, memory=problem.frame.enter_moments(memory[0]), batches=memory[1])
+            seen += memory[2]
+        problem = replace(problem, mass=seen)
+        state = self._blend(state, self._moments(problem, state, None))
+        assert state.memory is not None, "just blended"
+        new, _ = self._m_step(problem, state, state.memory)
+        return problem.frame.leave(new), (problem.frame.leave_moments(state.memory), state.batches, seen)
 
 
 def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:
@@ -350,24 +397,6 @@ def _like(matrix: Tensor, ndim: int, *, mean: bool = False) -> Tensor:
         return matrix
     diagonal = matrix.diagonal()
     return diagonal if ndim == 2 else diagonal.mean() if mean else diagonal.sum()
-
-
-def _factor(kind: type[Factor], covariances: Tensor, D: int) -> tuple[Factor, Tensor]:
-    """Factors of covariances in the frame; those that are not safely positive definite are raised to the floor."""
-    if kind is not FullFactor:
-        low = covariances < RELATIVE_FLOOR
-        repaired = low if low.ndim == 1 else low.any(1)
-        return kind.from_covariances(covariances.clamp(min=RELATIVE_FLOOR), features=D), repaired
-    _, info = torch.linalg.cholesky_ex(covariances)
-    repaired = info > 0
-    if bool(repaired.any()):
-        values, vectors = torch.linalg.eigh(covariances[repaired])
-        values = values.clamp(min=RELATIVE_FLOOR)
-        covariances = covariances.clone()
-        fixed = FullFactor.from_factors(vectors * values.rsqrt()[:, None, :])
-        covariances[repaired] = torch.eye(D).to(covariances)
-        return FullFactor.from_covariances(covariances).scatter(repaired.nonzero()[:, 0], fixed), repaired
-    return FullFactor.from_covariances(covariances), repaired
 
 
 def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gmmkeops._checks import warn_if_coarse
 from gmmkeops.mixture import Mixture
+from gmmkeops.moments import Moments
 from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
@@ -79,6 +80,19 @@ class Frame:
             means=tuple((points, (mean - self.shift) / self.scale) for points, mean in surrogate.means),
             scatter=None if scatter is None else scatter / self.scale / self.scale[:, None],
         )
+
+    def enter_moments(self, sums: Moments) -> Moments:
+        """Moments of the user's units, in the frame."""
+        return self._moments(sums, (sums.centres - self.shift) / self.scale, 1 / self.scale)
+
+    def leave_moments(self, sums: Moments) -> Moments:
+        """Moments of the frame, in the user's units."""
+        return self._moments(sums, sums.centres * self.scale + self.shift, self.scale)
+
+    @staticmethod
+    def _moments(sums: Moments, centres: Tensor, scale: Tensor) -> Moments:
+        square = {3: scale[:, None] * scale, 2: scale**2, 1: scale[0] ** 2}[sums.S2.ndim]
+        return replace(sums, S1=sums.S1 * scale, S2=sums.S2 * square, centres=centres)
 
     def enter(self, mixture: Mixture) -> Mixture:
         """A mixture of the user's units, in the frame."""

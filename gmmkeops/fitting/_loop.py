@@ -21,7 +21,7 @@ from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import Evaluation, Method, Problem
 from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
-from gmmkeops.penalties import Penalty, as_penalty
+from gmmkeops.penalties import Penalty
 
 __all__ = ["FitResult", "Report", "Step", "fit"]
 
@@ -187,13 +187,8 @@ def fit(
     g = as_weights(weights, x)
     callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
 
-    frame = Frame.of(x, g, isotropic=mixture.factor.family == "spherical")
-    if generator is None:
-        generator = torch.Generator(x.device).manual_seed(torch.initial_seed() % (1 << 63))
-    mass = float(x.shape[0]) if g is None else float(g.sum())
-    count = mass if g is None else mass**2 / float(g.square().sum())
-    penalty = None if penalty is None else as_penalty(penalty)
-    problem = Problem(frame.points(x, x.dtype), g, mass, count, frame, penalty, backend, generator)
+    problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
+    frame = problem.frame
     engine = reductions.engine(problem.x, backend, full=mixture.factor.family == "full")
     state = method.init(problem, frame.enter(mixture.detach().to(torch.float64)))
 

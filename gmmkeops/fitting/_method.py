@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from gmmkeops import reductions
 from gmmkeops.factors import floor_eigenvalues
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.mixture import Mixture
-from gmmkeops.penalties import Penalty, Surrogate
+from gmmkeops.penalties import Penalty, Surrogate, as_penalty
 
 __all__ = ["Evaluation", "Method", "Population", "Problem"]
 
@@ -50,6 +50,26 @@ class Problem:
     penalty: Penalty | None
     backend: str
     generator: torch.Generator
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weights: Tensor | None,
+        penalty: Any,
+        backend: str,
+        generator: torch.Generator | None,
+        *,
+        isotropic: bool,
+    ) -> Problem:
+        """The problem that checked points (N, D) of the user pose, with a frame of their own."""
+        if generator is None:
+            generator = torch.Generator(x.device).manual_seed(torch.initial_seed() % (1 << 63))
+        mass = float(x.shape[0]) if weights is None else float(weights.sum())
+        count = mass if weights is None else mass**2 / float(weights.square().sum())
+        penalty = None if penalty is None else as_penalty(penalty)
+        frame = Frame.of(x, weights, isotropic=isotropic)
+        return cls(frame.points(x, x.dtype), weights, mass, count, frame, penalty, backend, generator)
 
     def negative_log_likelihood(self, mixture: Mixture, rows: Tensor | None = None) -> Tensor:
         """Mean over the points (or some of them), nats per point in the user's units; float64, differentiable."""
