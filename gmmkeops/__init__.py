@@ -1,11 +1,13 @@
 """Gaussian mixtures for point clouds that are too big for everybody else."""
 
-from gmmkeops import penalties, reductions
+from gmmkeops import compare, penalties, reductions, selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
 from gmmkeops.estimator import GaussianMixture
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.fitting import EM, Adam, FitResult, Gradient, fit
 from gmmkeops.initialise import initialise
+from gmmkeops.interop import from_sklearn, to_sklearn
+from gmmkeops.io import load, save
 from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
 from gmmkeops.moments import Moments
@@ -27,8 +29,14 @@ __all__ = [
     "Moments",
     "PrecisionWarning",
     "SphericalFactor",
+    "compare",
     "fit",
+    "from_sklearn",
     "initialise",
+    "load",
     "penalties",
     "reductions",
+    "save",
+    "selection",
+    "to_sklearn",
 ]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gmmkeops import io, selection
 from gmmkeops._checks import ConvergenceWarning, as_points, as_tensor, as_weights
 from gmmkeops.factors import Factor, factor_class
 from gmmkeops.fitting import EM, Adam, FitResult, Method, Step, fit
@@ -315,6 +316,16 @@ class GaussianMixture:
         model.n_features_in_, model.converged_, model.n_iter_ = mixture.features, True, 0
         return model
 
+    def save(self, path: Any) -> None:
+        """Writes the fitted mixture to a file; see :func:`gmmkeops.save`."""
+        self._require_fitted()
+        io.save(self.mixture_, path)
+
+    @classmethod
+    def load(cls, path: Any, device: Any = "cpu") -> GaussianMixture:
+        """An estimator with the mixture of a file; see :func:`gmmkeops.load` for what may be wrong with it."""
+        return cls.from_mixture(io.load(path, device=device))
+
     def _method(self) -> Method[Any]:
         for name, least in (("n_components", 1), ("max_iter", 1), ("n_init", 1)):
             value = getattr(self, name)
@@ -462,12 +473,15 @@ class GaussianMixture:
     def _out(values: Tensor, tensors: bool) -> Any:
         return values if tensors else values.cpu().numpy()
 
-    def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
+    def _require_fitted(self) -> None:
         if not self.fitted_:
             raise _not_fitted(
                 f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments, or make it "
                 "by from_mixture, before using this method."
             )
+
+    def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
+        self._require_fitted()
         x, _ = self._points(X)
         with torch.no_grad():
             return self._out(function(self.mixture_.to(x.device), x), torch.is_tensor(X))
@@ -494,12 +508,18 @@ class GaussianMixture:
 
     def bic(self, X: Any) -> float:
         """Bayesian information criterion, the lower the better: -2 N score + parameters · log N."""
-        n = len(X)
-        return -2 * self.score(X) * n + self.mixture_.parameter_count * float(np.log(n))
+        return self._criterion(X, selection.bic)
 
     def aic(self, X: Any) -> float:
         """Akaike information criterion, the lower the better: -2 N score + 2 parameters."""
-        return -2 * self.score(X) * len(X) + 2 * self.mixture_.parameter_count
+        return self._criterion(X, selection.aic)
+
+    def icl(self, X: Any) -> float:
+        """Integrated completed likelihood, the lower the better: BIC + 2 entropy of the assignments."""
+        return self._criterion(X, selection.icl)
+
+    def _criterion(self, X: Any, function: Callable[[Mixture, Tensor], float]) -> float:
+        return float(self._apply(X, lambda mixture, x: torch.tensor(function(mixture, x), dtype=torch.float64)))
 
     def sample(
         self,
@@ -521,10 +541,7 @@ class GaussianMixture:
         Raises:
             ValueError: n_samples is below one; or as :meth:`Mixture.sample`.
         """
-        if not self.fitted_:
-            raise _not_fitted(
-                f"This {type(self).__name__} instance is not fitted yet; call 'fit' or from_mixture first."
-            )
+        self._require_fitted()
         if n_samples < 1:
             raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
         x, labels = self.mixture_.sample(

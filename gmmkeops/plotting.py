@@ -16,11 +16,12 @@ import torch
 from gmmkeops._checks import as_points
 from gmmkeops.fitting import FitResult
 from gmmkeops.mixture import Mixture
+from gmmkeops.selection import Selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["density", "ellipses", "objective", "points"]
+__all__ = ["density", "ellipses", "objective", "pairs", "points", "selection"]
 
 
 def _axes(ax: Any) -> Any:
@@ -188,3 +189,99 @@ def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iter
     ax.set_xlabel(against if against == "iteration" else "time (s)")
     ax.set_ylabel("objective (nats per point)")
     return lines
+
+
+def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None = None, **style: Any) -> list[Any]:
+    """A criterion against the number of components, one line per covariance type, the best model circled.
+
+    Args:
+        table: What :func:`gmmkeops.selection.select` returned.
+        ax: Matplotlib axes.
+        criterion: "bic", "aic" or "icl"; the table's own if left out.
+        **style: Passed on to :meth:`matplotlib.axes.Axes.plot`.
+
+    Returns:
+        The lines drawn, then the circle.
+    """
+    ax = _axes(ax)
+    criterion = table.criterion if criterion is None else criterion
+    kinds = list(dict.fromkeys(row["covariance_type"] for row in table.rows))
+    drawn: list[Any] = []
+    for kind, marker in zip(kinds, "os^Dv*" * len(kinds), strict=False):
+        rows = sorted((row for row in table.rows if row["covariance_type"] == kind), key=lambda row: row["components"])
+        look = {"marker": marker, "label": kind} | style
+        drawn += ax.plot([row["components"] for row in rows], [row[criterion] for row in rows], **look)
+    best = min(table.rows, key=lambda row: row[criterion])
+    drawn.append(
+        ax.scatter([best["components"]], [best[criterion]], s=160, facecolors="none", edgecolors="k", zorder=3)
+    )
+    ax.set_xlabel("components")
+    ax.set_ylabel(f"{criterion.upper()} (nats, lower is better)")
+    ax.legend()
+    return drawn
+
+
+def pairs(
+    mixture: Mixture,
+    x: Any = None,
+    *,
+    names: Sequence[str] | None = None,
+    axes: Any = None,
+    limit: int = 5000,
+    deviations: float = 2.0,
+) -> Any:
+    """Every pair of columns: the exact marginal densities on the diagonal, ellipses (and points) below it.
+
+    Args:
+        mixture: One mixture in at least two dimensions.
+        x: Points (N, D) to draw as well, data units.
+        names: Column names, with their units.
+        axes: A D x D array of axes; a new figure if left out.
+        limit: Draw at most so many points in a panel.
+        deviations: Radius of the ellipses, standard deviations.
+
+    Returns:
+        The array of axes.
+
+    Raises:
+        ValueError: The mixture has a single column, or is a batch.
+    """
+    D = mixture.features
+    if D < 2 or mixture.batch_shape:
+        raise ValueError(f"pairs needs one mixture in at least 2 dimensions, got {mixture}.")
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots(D, D, figsize=(2.2 * D, 2.2 * D), layout="constrained", squeeze=False)[1]
+    cloud = None if x is None else as_points(x, features=D).detach().cpu()
+    names = [f"x{d}" for d in range(D)] if names is None else names
+    for row in range(D):
+        for column in range(D):
+            ax = axes[row][column]
+            if column > row:
+                ax.set_axis_off()
+                continue
+            if column == row:
+                _marginal(mixture.marginal(row), None if cloud is None else cloud[:, row], ax)
+            else:
+                if cloud is not None:
+                    points(cloud[:, [column, row]], ax=ax, limit=limit, s=2, alpha=0.3)
+                ellipses(mixture.marginal([column, row]), ax=ax, deviations=deviations)
+            ax.tick_params(labelbottom=row == D - 1, labelleft=column == 0 and row > 0)
+            if row == D - 1:
+                ax.set_xlabel(names[column])
+            if column == 0 and row > 0:
+                ax.set_ylabel(names[row])
+    return axes
+
+
+def _marginal(mixture: Mixture, x: torch.Tensor | None, ax: Any) -> None:
+    mean, deviation = mixture.means.detach()[:, 0], mixture.factor.covariances().detach()[:, 0, 0].sqrt()
+    heavy = mixture.weights.detach() > 1e-3
+    low, high = float((mean - 3 * deviation)[heavy].min()), float((mean + 3 * deviation)[heavy].max())
+    grid = torch.linspace(low, high, 400, dtype=torch.float64, device=mean.device)
+    with torch.no_grad():
+        ax.plot(grid.cpu(), mixture.log_prob(grid[:, None]).exp().cpu(), color="#1f78b4")
+    if x is not None:
+        ax.hist(x.numpy(), bins=60, range=(low, high), density=True, color="0.8")
+    ax.set_yticks([])

@@ -20,7 +20,7 @@ LAYERS = [
     ["gmmkeops.reductions._dense", "gmmkeops.reductions._keops"],
     ["gmmkeops.reductions"],
     ["gmmkeops.mixture"],
-    ["gmmkeops.initialise"],
+    ["gmmkeops.initialise", "gmmkeops.compare", "gmmkeops.io"],
     ["gmmkeops.module"],
     ["gmmkeops.penalties"],
     ["gmmkeops.fitting._frame"],
@@ -28,10 +28,12 @@ LAYERS = [
     ["gmmkeops.fitting._em", "gmmkeops.fitting._gradient"],
     ["gmmkeops.fitting._loop"],
     ["gmmkeops.fitting"],
-    ["gmmkeops.plotting", "gmmkeops.estimator"],
+    ["gmmkeops.selection"],
+    ["gmmkeops.estimator"],
+    ["gmmkeops.plotting", "gmmkeops.interop"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-LEAVES = {"gmmkeops.plotting", "gmmkeops.estimator"}
+LEAVES = {"gmmkeops.plotting", "gmmkeops.interop"}
 
 
 def modules():
@@ -67,7 +69,7 @@ def test_imports_point_down():
 
 
 def test_nothing_imports_a_leaf():
-    assert [name for path, name in modules() for other in imported(path) if other in LEAVES] == []
+    assert [name for path, name in modules() if name != "gmmkeops" for other in imported(path) if other in LEAVES] == []
 
 
 def test_only_the_keops_engine_imports_pykeops():

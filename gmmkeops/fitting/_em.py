@@ -14,6 +14,7 @@ methods for accelerating the convergence of any EM algorithm*; Ueda and Nakano 1
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_points, as_weights
+from gmmkeops._checks import PrecisionWarning, as_points, as_weights
 from gmmkeops.factors import Factor, nearest_factor
 from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
@@ -30,6 +31,8 @@ from gmmkeops.moments import Moments
 
 __all__ = ["EM"]
 
+# What stands for reg_covar where that is in other units than the data, as a share of the frame's unit variance.
+RELATIVE_RIDGE = 1e-6
 # How far an extrapolation may reach, in EM steps.
 _LONGEST_STRIDE = 64.0
 
@@ -118,6 +121,14 @@ class EM(Method[_State]):
         problem.surrogate(mixture)  # a penalty without an M-step says so before any work is done
         for name in ("frozen_weights", "frozen_means", "frozen_covariances"):
             _mask(getattr(self, name), mixture, name)
+        if self.reg_covar / float(problem.frame.scale.max()) ** 2 > 1:
+            warnings.warn(
+                f"reg_covar={self.reg_covar:g} is larger than the variance of every column (about "
+                f"{float(problem.frame.scale.max()) ** 2:.2g}); {RELATIVE_RIDGE:g} of that is added instead. Pass a "
+                "reg_covar in the data's squared units.",
+                PrecisionWarning,
+                stacklevel=3,
+            )
         mixture, floored = problem.project(mixture)
         population = Population.of(mixture)
         alive = mixture.log_weights.exp() > 0
@@ -253,7 +264,7 @@ class EM(Method[_State]):
         if scatter.ndim == 1:
             mass = mass * D
         covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
-        covariances = covariances + _like(torch.diag(self.reg_covar / problem.frame.scale**2), scatter.ndim, mean=True)
+        covariances = covariances + _like(torch.diag(self._ridge(problem)), scatter.ndim, mean=True)
         factor, repaired = nearest_factor(type(old.factor), covariances, D, RELATIVE_FLOOR)
         if tied:
             return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
@@ -263,6 +274,11 @@ class EM(Method[_State]):
             index = keep.nonzero()[:, 0]
             factor = factor.scatter(index, old.factor.select(index))
         return factor, repaired & ~keep
+
+    def _ridge(self, problem: Problem) -> Tensor:
+        """reg_covar in the frame (D,); where it would drown the data, a millionth of their own scale instead."""
+        ridge = self.reg_covar / problem.frame.scale**2
+        return torch.full_like(ridge, RELATIVE_RIDGE) if float(ridge.min()) > 1 else ridge
 
     def _extrapolate(self, problem: Problem, start: Evaluation, first: _State) -> _State:
         """SQUAREM in unconstrained coordinates, from the mixture before and two EM steps; the better of both ends."""

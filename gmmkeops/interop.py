@@ -1,0 +1,65 @@
+r"""To and from scikit-learn's fitted mixtures: the same parameters under the same names.
+
+.. math:: \Sigma_k^{-1} = U_k U_k^\top, \qquad U_k = \text{precisions\_cholesky\_}_k
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gmmkeops.estimator import GaussianMixture
+from gmmkeops.mixture import Mixture
+
+__all__ = ["from_sklearn", "to_sklearn"]
+
+
+def from_sklearn(model: Any) -> GaussianMixture:
+    """An estimator with the parameters of a fitted ``sklearn.mixture.GaussianMixture``.
+
+    Raises:
+        ValueError: The model is not fitted.
+
+    Example:
+        >>> import numpy as np, gmmkeops as gk
+        >>> from sklearn.mixture import GaussianMixture
+        >>> X = np.random.default_rng(0).normal(size=(50, 2))
+        >>> theirs = GaussianMixture(2, random_state=0).fit(X)
+        >>> bool(np.allclose(gk.from_sklearn(theirs).score_samples(X), theirs.score_samples(X)))
+        True
+    """
+    if not hasattr(model, "covariances_"):
+        raise ValueError(f"{type(model).__name__} is not fitted; call its fit first.")
+    mixture = Mixture.from_parameters(model.weights_, model.means_, model.covariances_, model.covariance_type)
+    ours = GaussianMixture.from_mixture(mixture)
+    ours.set_params(covariance_type=model.covariance_type)
+    return ours
+
+
+def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
+    """A fitted ``sklearn.mixture.GaussianMixture`` with these parameters (tied diagonal and spherical become tied full).
+
+    Args:
+        mixture: One mixture, or a fitted estimator.
+    """
+    from sklearn.mixture import GaussianMixture as Theirs
+
+    ours = mixture if isinstance(mixture, GaussianMixture) else GaussianMixture.from_mixture(mixture)
+    kind = {"tied_full": "tied", "tied_diag": "tied", "tied_spherical": "tied"}.get(ours.covariance_type)
+    theirs = Theirs(ours.mixture_.components, covariance_type=kind or ours.covariance_type)
+    fitted = ours.mixture_.detach().to(device="cpu", dtype=torch.float64)
+    covariances, precisions, factors = fitted.factor.covariances(), fitted.factor.precisions(), fitted.factor.matrices()
+    if theirs.covariance_type in ("diag", "spherical"):
+        covariances, precisions, factors = (m.diagonal(dim1=-2, dim2=-1) for m in (covariances, precisions, factors))
+    if theirs.covariance_type == "spherical":
+        covariances, precisions, factors = (m[:, 0] for m in (covariances, precisions, factors))
+    if theirs.covariance_type == "tied":
+        covariances, precisions, factors = covariances[0], precisions[0], factors[0]
+    theirs.weights_, theirs.means_ = fitted.weights.numpy(), fitted.means.numpy()
+    theirs.covariances_, theirs.precisions_ = covariances.numpy(), precisions.numpy()
+    theirs.precisions_cholesky_ = factors.numpy()
+    theirs.converged_, theirs.n_iter_ = bool(ours.converged_), int(ours.n_iter_)
+    theirs.n_features_in_ = fitted.features
+    theirs.lower_bound_ = getattr(ours, "lower_bound_", float("nan"))
+    return theirs

@@ -1,0 +1,122 @@
+r"""Mixtures in files: safetensors for the numbers, JSON in its header for what they mean; never pickle.
+
+A file is a complete :class:`~gmmkeops.Mixture`, of the family and shapes that its header names. Reading checks every
+name, shape and number before anything is made of them. Reference: the safetensors format, github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
+from gmmkeops.mixture import Mixture
+
+__all__ = ["load", "save"]
+
+_FORMAT = "gmmkeops.mixture"
+_VERSION = 1
+_KINDS: dict[str, type[Factor]] = {"full": FullFactor, "diagonal": DiagonalFactor, "spherical": SphericalFactor}
+
+
+def save(mixture: Any, path: str | os.PathLike[str]) -> None:
+    """Writes a mixture (or a fitted estimator's) to a file, whole or not at all.
+
+    Args:
+        mixture: A :class:`~gmmkeops.Mixture`, batches too, or a fitted :class:`~gmmkeops.GaussianMixture`.
+        path: The file, replaced in one step if it exists.
+
+    Raises:
+        TypeError: Neither of the two.
+        OSError: The folder cannot be written to.
+
+    Example:
+        >>> import os, tempfile, gmmkeops as gk
+        >>> mixture = gk.Mixture.from_parameters([1.0], [[0.0, 1.0]], [1.0], "spherical")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gk.save(mixture, os.path.join(folder, "m.safetensors"))
+        ...     gk.load(os.path.join(folder, "m.safetensors"))
+        Mixture(components=1, features=2, factor=spherical)
+    """
+    from safetensors.torch import save as serialise
+
+    mixture = getattr(mixture, "mixture_", mixture)
+    if not isinstance(mixture, Mixture):
+        raise TypeError(f"save takes a Mixture or a fitted GaussianMixture, got {type(mixture).__name__}.")
+    tensors = {"logits": mixture.logits, "means": mixture.means, **mixture.factor.tensors}
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "family": mixture.factor.family,
+        "features": mixture.features,
+        "components": mixture.components,
+    }
+    data = serialise(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {_FORMAT: json.dumps(header)}
+    )
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
+    """Reads a mixture that :func:`save` wrote.
+
+    Args:
+        path: The file.
+        device: Where to put it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or not a mixture; the sentence says how.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); write it again with gmmkeops.save."
+        ) from None
+    try:
+        header = json.loads(metadata[_FORMAT])
+        family, features, version = header["family"], int(header["features"]), header["version"]
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(f"{path} holds no gmmkeops mixture: its header has no {_FORMAT} entry.") from None
+    if version != _VERSION:
+        raise ValueError(f"{path} has version {version}, this gmmkeops reads {_VERSION}; upgrade gmmkeops.")
+    if family not in _KINDS:
+        raise ValueError(f"{path} names an unknown family {family!r}; expected one of {', '.join(_KINDS)}.")
+    names = {"logits", "means", "log_diagonal"} | ({"upper"} if family == "full" else set())
+    if set(tensors) != names:
+        raise ValueError(f"{path} holds the tensors {sorted(tensors)}, expected {sorted(names)} for {family}.")
+    if not all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors.values()):
+        raise ValueError(
+            f"{path} holds numbers that are neither float32 nor float64; write it again with gmmkeops.save."
+        )
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    logits, means = moved.pop("logits"), moved.pop("means")
+    try:
+        kind = _KINDS[family]
+        factor = kind(**moved, **({"features": features} if family == "spherical" else {}))
+        return Mixture(logits, means, factor)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

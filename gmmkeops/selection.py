@@ -1,0 +1,288 @@
+r"""How many components, of which shape, and how good a clustering they make.
+
+.. math::
+
+    \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N, \qquad \mathrm{AIC} = -2 \sum_n \log p(x_n) + 2P, \qquad
+    \mathrm{ICL} = \mathrm{BIC} + 2 \sum_n H(r_n)
+
+with P free parameters and H the entropy of a point's responsibilities. References: Schwarz 1978, *Estimating the dimension
+of a model*; Akaike 1974, *A new look at the statistical model identification*; Biernacki, Celeux and Govaert 2000,
+*Assessing a mixture model for clustering with the integrated completed likelihood*; Rousseeuw 1987, *Silhouettes*.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import ConvergenceWarning, as_points, as_weights
+from gmmkeops.fitting import EM, FitResult, Method, fit
+from gmmkeops.initialise import initialise
+from gmmkeops.mixture import Mixture
+
+__all__ = ["Selection", "aic", "anomaly_threshold", "bic", "icl", "select", "silhouette"]
+
+_ROWS = 1 << 16
+
+
+def _checked(mixture: Mixture, x: Any, weights: Any) -> tuple[Tensor, Tensor | None, float]:
+    points = as_points(x, features=mixture.features)
+    g = as_weights(weights, points)
+    return points, g, float(len(points)) if g is None else float(g.sum())
+
+
+def _log_likelihood(mixture: Mixture, x: Tensor, g: Tensor | None) -> float:
+    with torch.no_grad():
+        values = mixture.log_prob(x).double()
+    return float(values.sum() if g is None else values @ g)
+
+
+def bic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
+    """Bayesian information criterion, the lower the better.
+
+    Args:
+        mixture: One mixture.
+        x: Points (N, D), data units.
+        weights: Weight of each point (N,); their sum stands for N.
+    """
+    points, g, n = _checked(mixture, x, weights)
+    return -2 * _log_likelihood(mixture, points, g) + mixture.parameter_count * math.log(n)
+
+
+def aic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
+    """Akaike information criterion, the lower the better; arguments as for :func:`bic`."""
+    points, g, _ = _checked(mixture, x, weights)
+    return -2 * _log_likelihood(mixture, points, g) + 2 * mixture.parameter_count
+
+
+def icl(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
+    """Integrated completed likelihood, the lower the better: BIC plus twice the entropy of the assignments."""
+    points, g, _ = _checked(mixture, x, weights)
+    entropy, start = 0.0, 0
+    for part in points.split(max(1, (1 << 22) // mixture.components)):
+        with torch.no_grad():
+            h = torch.special.entr(mixture.responsibilities(part)).sum(1).double()
+        entropy += float(h.sum() if g is None else h @ g[start : start + len(part)])
+        start += len(part)
+    return bic(mixture, points, weights=g) + 2 * entropy
+
+
+def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> float:
+    """The log-density (nats) below which ``percentile`` per cent of the points lie; what scores lower is anomalous.
+
+    Args:
+        mixture: One mixture.
+        x: Points (N, D) that are mostly normal, data units.
+        percentile: Between 0 and 100.
+
+    Raises:
+        ValueError: The percentile is out of range.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> x = torch.linspace(-2, 2, 1001).double()[:, None]
+        >>> round(gk.selection.anomaly_threshold(m, x, 50), 3) == round(float(m.log_prob([[1.0]])[0]), 3)
+        True
+    """
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile must be between 0 and 100, got {percentile}.")
+    points, _, _ = _checked(mixture, x, None)
+    with torch.no_grad():
+        values = mixture.log_prob(points).double().sort().values
+    place = percentile / 100 * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return float(values[low] + (place - low) * (values[high] - values[low]))
+
+
+def silhouette(
+    x: Any, labels: Any, *, samples: int | None = 10_000, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    r"""Mean silhouette :math:`(b - a) / \max(a, b)` of a clustering, from -1 to 1.
+
+    Args:
+        x: Points (N, D), data units.
+        labels: Cluster of each point (N,), at least two of them.
+        samples: The exact form needs all distances, so it is taken on so many points drawn at random; None takes all.
+        generator: Source of randomness; by default seeded with torch's initial seed.
+
+    Returns:
+        The exact silhouette of that sample (as scikit-learn's ``silhouette_score``), and the centroid form of all points,
+        where a and b are distances to the own and to the nearest other cluster's mean.
+
+    Raises:
+        ValueError: Labels of another length, or fewer than two clusters.
+    """
+    points = as_points(x, minimum=2).double()
+    label = torch.as_tensor(labels, device=points.device)
+    if label.shape != points.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(points)},), got {tuple(label.shape)}.")
+    kinds, label = label.unique(return_inverse=True)
+    K = len(kinds)
+    if K < 2:
+        raise ValueError(f"a silhouette needs at least two clusters, got {K}.")
+    counts = torch.bincount(label, minlength=K).double()
+    means = torch.zeros(K, points.shape[1], dtype=torch.float64, device=points.device)
+    means = means.index_add(0, label, points) / counts[:, None]
+    total = 0.0
+    for part, own in zip(points.split(_ROWS), label.split(_ROWS), strict=True):
+        distance = torch.cdist(part, means)
+        a = distance.gather(1, own[:, None])[:, 0]
+        b = distance.scatter(1, own[:, None], math.inf).amin(1)
+        total += float(((b - a) / torch.maximum(a, b).clamp(min=1e-300)).sum())
+    return _exact_silhouette(points, label, K, samples, generator), total / len(points)
+
+
+def _exact_silhouette(
+    points: Tensor, label: Tensor, K: int, samples: int | None, generator: torch.Generator | None
+) -> float:
+    if samples is not None and samples < len(points):
+        if generator is None:
+            generator = torch.Generator(points.device).manual_seed(torch.initial_seed() % (1 << 63))
+        rows = torch.randperm(len(points), generator=generator, device=points.device)[:samples]
+        points, label = points[rows], label[rows]
+    onehot = torch.nn.functional.one_hot(label, K).double()
+    counts = onehot.sum(0)
+    values = []
+    for start in range(0, len(points), 1024):
+        own = label[start : start + 1024]
+        sums = torch.cdist(points[start : start + 1024], points) @ onehot
+        mine = counts[own]
+        a = sums.gather(1, own[:, None])[:, 0] / (mine - 1).clamp(min=1)
+        others = (sums / counts.clamp(min=1)).masked_fill(counts == 0, math.inf)
+        b = others.scatter(1, own[:, None], math.inf).amin(1)
+        value = (b - a) / torch.maximum(a, b).clamp(min=1e-300)
+        values.append(torch.where(mine > 1, value, torch.zeros_like(value)))
+    return float(torch.cat(values).mean())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A sweep over models.
+
+    Args:
+        rows: One dict per model: "covariance_type", "components", "log_likelihood" (mean, nats per point), "parameters",
+            "bic", "aic", "icl", "iterations", "seconds", "converged".
+        criterion: What "best" goes by.
+        results: The fits, in the order of the rows.
+    """
+
+    rows: list[dict[str, Any]]
+    criterion: str
+    results: list[FitResult]
+
+    @property
+    def best(self) -> Mixture:
+        """The mixture with the lowest criterion."""
+        values = [row[self.criterion] for row in self.rows]
+        return self.results[values.index(min(values))].mixture
+
+    def __str__(self) -> str:
+        names = [
+            "covariance_type",
+            "components",
+            "parameters",
+            "log_likelihood",
+            "bic",
+            "aic",
+            "icl",
+            "iterations",
+            "seconds",
+        ]
+        least = min(row[self.criterion] for row in self.rows)
+        cells = [[_cell(row[name]) for name in names] for row in self.rows]
+        widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+        lines = ["  ".join(name.rjust(width) for name, width in zip(names, widths, strict=True))]
+        for row, line in zip(self.rows, cells, strict=True):
+            mark = "  <- best" if row[self.criterion] == least else ""
+            lines.append("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + mark)
+        return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def select(
+    x: Any,
+    components: Iterable[int],
+    covariance_types: Sequence[str] = ("full",),
+    *,
+    method: Method[Any] | None = None,
+    criterion: str = "bic",
+    weights: Any = None,
+    runs: int = 3,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Selection:
+    """Fits every combination and tabulates the criteria.
+
+    The centres of each number of components are found once, on a sample, and serve every covariance type.
+
+    Args:
+        x: Points (N, D), data units.
+        components: Numbers of components to try.
+        covariance_types: Covariance types to try.
+        method: How to fit; ``gmmkeops.EM()`` if left out.
+        criterion: ``"bic"``, ``"aic"`` or ``"icl"``.
+        weights: Weight of each point (N,), or None.
+        runs: Runs of k-means for each start.
+        generator: Source of randomness; by default seeded with torch's initial seed.
+        **options: Passed on to :func:`gmmkeops.fit`.
+
+    Returns:
+        A :class:`Selection`; print it for the table, and see :func:`gmmkeops.plotting.selection` for the picture.
+
+    Raises:
+        ValueError: An unknown criterion, or nothing to try.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(300, 1, generator=torch.Generator().manual_seed(0))
+        >>> x[:150] += 8
+        >>> gk.selection.select(x, [1, 2, 3]).best.components
+        2
+    """
+    if criterion not in ("bic", "aic", "icl"):
+        raise ValueError(f"criterion must be 'bic', 'aic' or 'icl', got {criterion!r}.")
+    points = as_points(x)
+    g = as_weights(weights, points)
+    numbers = list(components)
+    if not numbers or not covariance_types:
+        raise ValueError("there is nothing to select from; pass at least one number of components and one type.")
+    if generator is None:
+        generator = torch.Generator(points.device).manual_seed(torch.initial_seed() % (1 << 63))
+    rows, results = [], []
+    for K in numbers:
+        seed = int(torch.randint(1 << 62, (1,), generator=generator, device=points.device))
+        for kind in covariance_types:
+            same = torch.Generator(points.device).manual_seed(seed)
+            start = initialise(points, K, "kmeans", covariance_type=kind, weights=g, runs=runs, generator=same)
+            with warnings.catch_warnings():
+                # The table says which fits did not converge.
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                result = fit(start, points, method or EM(), weights=g, **{"progress": False} | options)
+            mixture = result.mixture
+            results.append(result)
+            rows.append(
+                {
+                    "covariance_type": kind,
+                    "components": K,
+                    "log_likelihood": result.log_likelihood,
+                    "parameters": mixture.parameter_count,
+                    "bic": bic(mixture, points, weights=g),
+                    "aic": aic(mixture, points, weights=g),
+                    "icl": icl(mixture, points, weights=g),
+                    "iterations": result.n_iter,
+                    "seconds": result.report.seconds,
+                    "converged": result.converged,
+                }
+            )
+    return Selection(rows, criterion, results)
