@@ -167,7 +167,7 @@ def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
     Args:
         x: The points as the user gave them (N, D).
         spread: Standard deviation of each column (D,), data units.
-        magnitude: Largest absolute value of each column (D,), data units.
+        magnitude: Distance of the cloud's centre from the origin in each column (D,), data units.
     """
     if x.dtype != torch.float32:
         return
@@ -176,7 +176,7 @@ def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
     if bool(coarse.any()):
         column = int(coarse.nonzero()[0, 0])
         warnings.warn(
-            f"x is float32 and as large as {float(magnitude[column]):.3g} in column {column}, where float32 steps by "
+            f"x is float32 and around {float(magnitude[column]):.3g} in column {column}, where float32 steps by "
             f"{float(step[column]):.2g}: that is coarse against its spread of {float(spread[column]):.2g}. "
             "Pass float64, or subtract an offset before casting.",
             PrecisionWarning,

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -266,25 +266,23 @@ class GaussianMixture:
         """Fits, and returns the component of each point (N,)."""
         return self.fit(X, y, sample_weight).predict(X)
 
-    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
-        """One step of stepwise EM on a batch; the first call starts from the batch itself.
+    @property
+    def partial_fit(self) -> Callable[..., GaussianMixture]:
+        """One step of stepwise EM on a batch, ``partial_fit(X, y=None, sample_weight=None)``; returns the estimator.
 
-        Moments of the t-th batch enter with weight (t + 2)^-0.6, so a stream is averaged and slowly forgotten.
-
-        Args:
-            X: Points (N, D) of this batch; the first needs at least K of them.
-            y: Ignored.
-            sample_weight: Weight of each point (N,), or None.
-
-        Returns:
-            The estimator itself.
+        The first call starts from its batch, which needs at least K points. Moments of the t-th batch enter with weight
+        (t + 2)^-0.6, so a stream is averaged and slowly forgotten.
 
         Raises:
+            AttributeError: The solver is not EM.
             TypeError, ValueError: Bad parameters or data; the model is then as it was.
         """
-        method = self._method()
-        if not isinstance(method, EM):
-            raise ValueError('partial_fit is a step of EM; construct the estimator with solver="em".')
+        if self.solver != "em" and not isinstance(self.solver, EM):
+            raise AttributeError('partial_fit is a step of EM; construct the estimator with solver="em".')
+        return self._partial_fit
+
+    def _partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
+        method = cast(EM, self._method())
         x, names = self._points(X, fitting=not self.fitted_, minimum=1 if self.fitted_ else self.n_components)
         g = as_weights(sample_weight, x, name="sample_weight")
         start = (

@@ -33,6 +33,11 @@ __all__ = ["EM"]
 
 # What stands for reg_covar where that is in other units than the data, as a share of the frame's unit variance.
 RELATIVE_RIDGE = 1e-6
+# EM's weights fall by factors, not by steps, so it can wait until a death is no more than rounding to the objective.
+DEAD_SHARE = 1e-3
+# Shake of the means in each heated iteration, in the frame's unit: heated enough, all components sit in one place, which
+# is a fixed point that only noise leaves.
+SHAKE = 1e-2
 # How far an extrapolation may reach, in EM steps.
 _LONGEST_STRIDE = 64.0
 
@@ -64,7 +69,7 @@ class EM(Method[_State]):
         step_offset: t_0 > 0.
         average: Return the M-step of the moments averaged over all batches (Polyak-Ruppert) rather than the last.
         temperature: (β, n): exponents are multiplied by an inverse temperature that rises from β to 1 over the first n
-            iterations (deterministic annealing); or None.
+            iterations, and the means are shaken a little each time (deterministic annealing); or None.
         accelerate: Extrapolate every two EM steps by SQUAREM, kept only where the objective does not rise. An iteration
             is then three passes over the data.
         reg_covar: Added to the variances, squared data units.
@@ -154,8 +159,11 @@ class EM(Method[_State]):
         now = Evaluation(
             whole, objective, likelihood, state.population.live, state.floored, exact=self.assignment != "hard"
         )
+        heated = self._beta(state) < 1
         state = self._move(problem, state, sums)
-        if self.accelerate:
+        if heated:
+            state = _shaken(problem, state)
+        elif self.accelerate:
             state = self._extrapolate(problem, now, state)
         return replace(state, iteration=state.iteration + 1), now
 
@@ -203,7 +211,7 @@ class EM(Method[_State]):
         floored = state.floored.clone()
         floored[state.population.live[hit]] = True
         state = replace(state, mixture=mixture, floored=floored)
-        keep = mixture.weights > DEAD_POINTS / problem.count
+        keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / problem.count
         frozen = _mask(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
         keep |= frozen
         if bool(keep.all()) or not bool(keep.any()):
@@ -221,13 +229,12 @@ class EM(Method[_State]):
         live, old = state.population.live, state.mixture
         whole = state.population.whole(old)
         prior = problem.surrogate(whole)
-        mass = float(sums.mass)
 
         def alive(mean: Tensor) -> Tensor:
             return mean[live] if mean.ndim == 2 else mean
 
         # Sums over part of the points (a batch, or a memory of batches) stand for all of them.
-        scale = problem.mass / mass
+        scale = problem.mass / float(sums.mass)
         S0, means = sums.S0 * scale, sums.means
         pulls = [(points, alive(mean)) for points, mean in prior.means]
         kappa = sum(points for points, _ in pulls)
@@ -243,7 +250,19 @@ class EM(Method[_State]):
         scatter = about.S2 * scale
         for points, mean in pulls:
             scatter = scatter + points * _outer(means - mean, scatter.ndim)
-        factor, hit = self._covariances(problem, old, S0, scatter, prior, frozen["frozen_covariances"])
+        mass = S0 + prior.degrees_per_component
+        tied = whole.factor.leading == 1 and whole.components > 1
+        if tied and len(live) < whole.components:
+            # The dead have left the data, not the prior: their means still pull at the covariance they share.
+            dead = torch.ones(whole.components, dtype=torch.bool, device=live.device)
+            dead[live] = False
+            mass = torch.cat([mass, mass.new_full((int(dead.sum()),), prior.degrees_per_component)])
+            rest = torch.zeros_like(scatter[:1]).expand(int(dead.sum()), *scatter.shape[1:])
+            for points, mean in prior.means:
+                away = whole.means[dead] - (mean[dead] if mean.ndim == 2 else mean)
+                rest = rest + points * _outer(away, scatter.ndim)
+            scatter = torch.cat([scatter, rest])
+        factor, hit = self._covariances(problem, old, mass, scatter, prior, frozen["frozen_covariances"], tied)
         logits = _weights(
             S0 + prior.counts[live], problem.mass * prior.slopes[live], old.log_weights, frozen["frozen_weights"]
         )
@@ -251,11 +270,10 @@ class EM(Method[_State]):
         return mixture, low | hit
 
     def _covariances(
-        self, problem: Problem, old: Mixture, S0: Tensor, scatter: Tensor, prior: Any, frozen: Tensor
+        self, problem: Problem, old: Mixture, mass: Tensor, scatter: Tensor, prior: Any, frozen: Tensor, tied: bool
     ) -> tuple[Factor, Tensor]:
         """New factors from the scatter about the new means, and which components' needed a repair."""
-        D, tied = old.features, old.factor.leading == 1 and old.components > 1
-        mass = S0 + prior.degrees_per_component
+        D = old.features
         if tied:
             mass, scatter = mass.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
         mass = mass + prior.degrees
@@ -394,6 +412,14 @@ def _memory(mixture: Mixture) -> Moments:
         C = C.sum(-1)
     S2 = W.reshape(-1, *[1] * (C.ndim - 1)) * C
     return Moments(W, torch.zeros_like(mixture.means), S2, mixture.means, zero, zero + 1)
+
+
+def _shaken(problem: Problem, state: _State) -> _State:
+    mixture = state.mixture
+    noise = torch.randn(mixture.means.shape, generator=problem.generator, dtype=torch.float64, device=problem.x.device)
+    return replace(
+        state, mixture=Mixture(mixture.logits, mixture.means + SHAKE * noise, mixture.factor, validate_args=False)
+    )
 
 
 def _select(sums: Moments, index: Tensor) -> Moments:

@@ -57,7 +57,7 @@ class Frame:
         tiny = spread <= 1e-14 * (shift.abs() + spread.max())
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
         scale = torch.where(tiny, largest, spread).log2().round().exp2()
-        warn_if_coarse(x, spread, x.abs().amax(0).double())
+        warn_if_coarse(x, spread, shift.abs())
         return cls(shift, scale)
 
     @property
