@@ -9,11 +9,9 @@ tied types.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops import io, selection
-from gmmkeops._checks import ConvergenceWarning, as_points, as_tensor, as_weights
+from gmmkeops._checks import ConvergenceWarning, PrecisionWarning, as_points, as_tensor, as_weights
+from gmmkeops._contract import Estimator, NotFittedError, column_names, convergence_warning
 from gmmkeops.factors import Factor, factor_class
 from gmmkeops.fitting import EM, Adam, FitResult, Method, Step, fit
 from gmmkeops.initialise import initialise
@@ -29,6 +28,10 @@ from gmmkeops.mixture import Mixture
 
 __all__ = ["GaussianMixture", "NotFittedError"]
 
+# k-means starts that are tried, on a sample of so many points, by so many steps of EM.
+_CANDIDATES = 4
+_SAMPLE = 10_000
+_STEPS = 8
 _STRATEGIES = {
     "kmeans": "kmeans",
     "k-means++": "kmeans++",
@@ -40,20 +43,7 @@ _STRATEGIES = {
 }
 
 
-class NotFittedError(ValueError, AttributeError):
-    """The model has no parameters yet."""
-
-
-def _not_fitted(message: str) -> Exception:
-    """scikit-learn's own class where the user has it, so that its callers recognise it."""
-    if "sklearn" in sys.modules:
-        from sklearn.exceptions import NotFittedError as Theirs
-
-        return Theirs(message)
-    return NotFittedError(message)
-
-
-class GaussianMixture:
+class GaussianMixture(Estimator):
     r"""Gaussian mixture with scikit-learn's parameters, methods and attributes.
 
     Args:
@@ -143,56 +133,6 @@ class GaussianMixture:
         self.dtype = dtype
         self.backend = backend
 
-    # scikit-learn's protocol
-
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments by name."""
-        return {name: getattr(self, name) for name in self._names()}
-
-    def set_params(self, **params: Any) -> GaussianMixture:
-        """Sets arguments of the constructor by name.
-
-        Raises:
-            ValueError: There is no such argument.
-        """
-        names = self._names()
-        for name in params:
-            if name not in names:
-                raise ValueError(
-                    f"Invalid parameter {name!r} for estimator {self}. Valid parameters are: {sorted(names)!r}."
-                )
-        for name, value in params.items():
-            setattr(self, name, value)
-        return self
-
-    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
-        defaults = inspect.signature(type(self).__init__).parameters
-        changed = [
-            f"{name}={value!r}"
-            for name, value in self.get_params().items()
-            if repr(value) != repr(defaults[name].default)
-        ]
-        return f"{type(self).__name__}({', '.join(changed)})"
-
-    def __sklearn_tags__(self) -> Any:
-        from sklearn.utils import InputTags, Tags, TargetTags
-
-        return Tags(
-            estimator_type="density_estimator",
-            target_tags=TargetTags(required=False),
-            transformer_tags=None,
-            regressor_tags=None,
-            classifier_tags=None,
-            input_tags=InputTags(),
-        )
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "mixture_")
-
     @property
     def fitted_(self) -> bool:
         """Whether there are parameters."""
@@ -248,7 +188,7 @@ class GaussianMixture:
             warnings.warn(
                 f"The best of {self.n_init} starts did not converge to tol={self.tol:g} within {self.max_iter} "
                 "iterations; raise max_iter or tol, or check for degenerate data.",
-                _convergence_warning(),
+                convergence_warning(),
                 stacklevel=2,
             )
         self._adopt(best.mixture, torch.is_tensor(X))
@@ -345,15 +285,7 @@ class GaussianMixture:
         raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
 
     def _start(self, x: Tensor, g: Tensor | None, generator: torch.Generator) -> Mixture:
-        start = initialise(
-            x,
-            self.n_components,
-            _STRATEGIES[self.init_params],
-            covariance_type=self.covariance_type,
-            weights=g,
-            generator=generator,
-            backend=self.backend,
-        )
+        start = self._found_start(x, g, generator)
         wide: Any = {"dtype": torch.float64, "device": x.device}
         K, D = start.components, start.features
         logits, means, factor = start.logits, start.means, start.factor
@@ -369,6 +301,36 @@ class GaussianMixture:
         if self.precisions_init is not None:
             factor = self._given_factor(as_tensor(self.precisions_init, name="precisions_init", **wide), K, D)
         return Mixture(logits, means, factor)
+
+    def _found_start(self, x: Tensor, g: Tensor | None, generator: torch.Generator) -> Mixture:
+        """What ``init_params`` finds; of several k-means, the one that a few EM steps on a sample like best (em-EM).
+
+        Reference: Biernacki, Celeux and Govaert 2003, *Choosing starting values for the EM algorithm*, CSDA 41.
+        """
+        options: Any = {
+            "covariance_type": self.covariance_type,
+            "generator": generator,
+            "backend": self.backend,
+        }
+        K, strategy = self.n_components, _STRATEGIES[self.init_params]
+        given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
+        if strategy != "kmeans" or K == 1 or given:
+            return initialise(x, K, "random" if given else strategy, weights=g, **options)
+        step = max(1, len(x) // max(_SAMPLE, 200 * K))
+        part, share = x[::step], None if g is None else g[::step]
+        if share is not None and int((share > 0).sum()) < K:
+            part, share = x, g
+        best: FitResult | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PrecisionWarning)
+            for _ in range(_CANDIDATES):
+                start = initialise(part, K, strategy, weights=share, runs=1, **options)
+                method = EM(reg_covar=float(self.reg_covar), tol=0)
+                found = fit(start, part, method, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
+                if best is None or found.objective < best.objective:
+                    best = found
+        assert best is not None, "there are candidates"
+        return best.mixture
 
     def _given_factor(self, precisions: Tensor, K: int, D: int) -> Factor:
         kind, tied = factor_class(self.covariance_type)
@@ -397,7 +359,7 @@ class GaussianMixture:
     def _points(self, X: Any, *, fitting: bool = False, minimum: int = 1) -> tuple[Tensor, np.ndarray | None]:
         if hasattr(X, "toarray") and hasattr(X, "nnz"):
             raise TypeError("Sparse data was passed, but dense data is required; use X.toarray().")
-        names = _column_names(X)
+        names = column_names(X)
         if not fitting:
             self._check_names(names)
         dtype = None if self.dtype is None else getattr(torch, str(self.dtype).removeprefix("torch."))
@@ -423,33 +385,6 @@ class GaussianMixture:
             )
         return as_points(x, name="X"), names
 
-    def _check_names(self, names: np.ndarray | None) -> None:
-        fitted = getattr(self, "feature_names_in_", None)
-        if names is None and fitted is not None:
-            warnings.warn(
-                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names",
-                UserWarning,
-                stacklevel=4,
-            )
-        elif names is not None and fitted is None:
-            warnings.warn(
-                f"X has feature names, but {type(self).__name__} was fitted without feature names",
-                UserWarning,
-                stacklevel=4,
-            )
-        elif names is not None and fitted is not None and list(names) != list(fitted):
-            message = "The feature names should match those that were passed during fit.\n"
-            unseen, missing = sorted(set(names) - set(fitted)), sorted(set(fitted) - set(names))
-            if unseen:
-                message += "Feature names unseen at fit time:\n" + "".join(f"- {name}\n" for name in unseen)
-            if missing:
-                message += "Feature names seen at fit time, yet now missing:\n" + "".join(
-                    f"- {name}\n" for name in missing
-                )
-            if not unseen and not missing:
-                message += "Feature names must be in the same order as they were in fit.\n"
-            raise ValueError(message)
-
     def _adopt(self, mixture: Mixture, tensors: bool) -> None:
         self.mixture_, self._tensors = mixture, tensors
         factor = mixture.factor
@@ -470,13 +405,6 @@ class GaussianMixture:
     @staticmethod
     def _out(values: Tensor, tensors: bool) -> Any:
         return values if tensors else values.cpu().numpy()
-
-    def _require_fitted(self) -> None:
-        if not self.fitted_:
-            raise _not_fitted(
-                f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments, or make it "
-                "by from_mixture, before using this method."
-            )
 
     def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
         self._require_fitted()
@@ -553,20 +481,6 @@ class GaussianMixture:
         return self._out(x, self._tensors), self._out(labels, self._tensors)
 
 
-def _convergence_warning() -> type[Warning]:
-    """Ours, which is scikit-learn's too where the user has that."""
-    if "sklearn" not in sys.modules:
-        return ConvergenceWarning
-    from sklearn.exceptions import ConvergenceWarning as Theirs
-
-    return _both(Theirs)
-
-
-@cache
-def _both(theirs: type[Warning]) -> type[Warning]:
-    return type("ConvergenceWarning", (ConvergenceWarning, theirs), {})
-
-
 def _generator(random_state: Any, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     if random_state is None:
@@ -579,19 +493,3 @@ def _generator(random_state: Any, device: torch.device) -> torch.Generator:
     if isinstance(random_state, np.random.RandomState):
         return generator.manual_seed(int(random_state.randint(1 << 31)))
     raise TypeError(f"random_state must be None, an int or a numpy generator, got {type(random_state).__name__}.")
-
-
-def _column_names(X: Any) -> np.ndarray | None:
-    columns = getattr(X, "columns", None)
-    if columns is None or isinstance(X, (np.ndarray, Tensor)):
-        return None
-    names = np.asarray(columns, dtype=object)
-    kinds = sorted({type(name).__name__ for name in names})
-    if kinds == ["str"]:
-        return names
-    if "str" in kinds:
-        raise TypeError(
-            "Feature names are only supported if all input features have string names, but your input has "
-            f"{kinds} as feature name / column name types. Convert them with X.columns = X.columns.astype(str)."
-        )
-    return None

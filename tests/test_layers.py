@@ -29,6 +29,7 @@ LAYERS = [
     ["gmmkeops.fitting._loop"],
     ["gmmkeops.fitting"],
     ["gmmkeops.selection"],
+    ["gmmkeops._contract"],
     ["gmmkeops.estimator"],
     ["gmmkeops.plotting", "gmmkeops.interop"],
 ]
