@@ -52,6 +52,7 @@ u, v = np.meshgrid(np.linspace(-1.5, 2.5, 200), np.linspace(-1.25, 1.75, 200))
 left.contour(
     u, v, model.score_samples(np.stack([u, v], -1).reshape(-1, 2)).reshape(u.shape), [threshold], colors="#d95f02"
 )
+plotting.points(normal, ax=left, s=0.3, limit=8000, color="0.5")
 plotting.points(strays, ax=left, s=6, color="k")
 left.set(xlabel="x", ylabel="y", title="strays (dots) and the threshold (line)")
 bins = np.linspace(-30, 2, 80)

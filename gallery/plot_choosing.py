@@ -13,6 +13,8 @@ covariance is another idea of what a cloud looks like, so the sweep tries severa
 
 import matplotlib.pyplot as plt
 import torch
+from sklearn.datasets import load_iris
+from sklearn.metrics.cluster import contingency_matrix
 
 import gmmkeops as gk
 from gmmkeops import plotting, selection
@@ -44,8 +46,8 @@ best = table.best
 print(f"choosing: {best.components} components, {best.factor.family} covariances")
 
 # %%
-# The criterion against the number of components. The vertical axis is in nats for the whole sample, so its differences are
-# huge against any doubt: the likelihood ratio of two models ten nats apart is e¹⁰.
+# The criterion against the number of components. It counts twice the nats of the whole sample, so its differences are huge
+# against any doubt: models ten apart differ by a likelihood ratio of e⁵.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 plotting.selection(table, ax=left)
@@ -62,5 +64,16 @@ print(f"choosing: silhouette {exact:.3f} on 4000 cells, {centroid:.3f} by centro
 plt.show()
 
 # %%
+# The same question to a real cloud, Fisher's 150 irises of three species in four measures (cm).
+
+irises = load_iris()
+small = selection.select(irises.data, range(1, 7), ["full", "tied", "diag"], generator=generator, max_iter=500)
+chosen = small.best
+agree = contingency_matrix(irises.target, chosen.predict(irises.data).numpy())
+print(f"choosing: irises: {chosen.components} components, {chosen.factor.family} covariances; species by component:")
+print(agree)
+
+# %%
 # Full covariances find the five populations and no sixth; the other types buy their shape with more components. The
 # silhouette, which knows distances but no shapes, gives the same clustering a middling mark: close populations are close.
+# Of the irises it sees two kinds only: 150 flowers are too few to pay for telling versicolor from virginica.

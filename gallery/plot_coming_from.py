@@ -65,7 +65,7 @@ for name, points, color in (
 ):
     ax.scatter(*points.T, s=8, color=color, label=name)
 ax.set(xlabel="x", ylabel="y")
-ax.legend(loc="lower right")
+ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncol=3, fontsize=9)
 plt.show()
 
 # %%

@@ -23,7 +23,7 @@ from gmmkeops._checks import ConvergenceWarning, PrecisionWarning, as_points, as
 from gmmkeops._contract import Estimator, NotFittedError, column_names, convergence_warning
 from gmmkeops.factors import Factor, factor_class
 from gmmkeops.fitting import EM, Adam, FitResult, Method, Step, fit
-from gmmkeops.initialise import initialise
+from gmmkeops.initialise import initialise, stratified_rows
 from gmmkeops.mixture import Mixture
 
 __all__ = ["GaussianMixture", "NotFittedError"]
@@ -316,8 +316,10 @@ class GaussianMixture(Estimator):
         given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
         if strategy != "kmeans" or K == 1 or given:
             return initialise(x, K, "random" if given else strategy, weights=g, **options)
-        step = max(1, len(x) // max(_SAMPLE, 200 * K))
-        part, share = x[::step], None if g is None else g[::step]
+        part, share = x, g
+        if len(x) > max(_SAMPLE, 200 * K):
+            rows = stratified_rows(len(x), max(_SAMPLE, 200 * K), generator, x.device)
+            part, share = x[rows], None if g is None else g[rows]
         if share is not None and int((share > 0).sum()) < K:
             part, share = x, g
         best: FitResult | None = None

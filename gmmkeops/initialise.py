@@ -18,7 +18,7 @@ from gmmkeops.factors import SphericalFactor, factor_class, nearest_factor
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
 
-__all__ = ["STRATEGIES", "initialise"]
+__all__ = ["STRATEGIES", "initialise", "stratified_rows"]
 
 STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
 
@@ -104,12 +104,11 @@ def _sample(x: Tensor, g: Tensor | None, size: int, generator: torch.Generator) 
     changes what the same random numbers lead to. Rows of a larger cloud are taken evenly along its mass.
     """
     if x.shape[0] > size:
-        start = torch.rand((), generator=generator, dtype=torch.float64, device=x.device)
-        ticks = (torch.arange(size, dtype=torch.float64, device=x.device) + start) / size
         if g is None:
-            rows = (ticks * x.shape[0]).long().clamp(max=x.shape[0] - 1)
+            rows = stratified_rows(x.shape[0], size, generator, x.device)
         else:
             mass = g.cumsum(0)
+            ticks = _ticks(size, generator, x.device)
             rows = torch.searchsorted(mass, ticks * mass[-1]).clamp(max=x.shape[0] - 1)
         x, g = x[rows], None
     elif g is not None:
@@ -118,6 +117,19 @@ def _sample(x: Tensor, g: Tensor | None, size: int, generator: torch.Generator) 
     ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
     mass = torch.zeros(len(points), dtype=torch.float64, device=x.device)
     return points.double(), mass.index_add(0, inverse, ones if g is None else g)
+
+
+def _ticks(size: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """One random place in each of ``size`` equal parts of [0, 1): even, and in step with nothing."""
+    u = torch.rand(size, generator=generator, dtype=torch.float64, device=device)
+    return (torch.arange(size, dtype=torch.float64, device=device) + u) / size
+
+
+def stratified_rows(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """At most ``size`` of ``count`` rows, in order, one drawn from each of as many stretches; all if there are no more."""
+    if count <= size:
+        return torch.arange(count, device=device)
+    return (_ticks(size, generator, device) * count).long().clamp(max=count - 1)
 
 
 def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -216,7 +216,7 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
         ax.scatter([best["components"]], [best[criterion]], s=160, facecolors="none", edgecolors="k", zorder=3)
     )
     ax.set_xlabel("components")
-    ax.set_ylabel(f"{criterion.upper()} (nats, lower is better)")
+    ax.set_ylabel(f"{criterion.upper()} (lower is better)")
     ax.legend()
     return drawn
 

@@ -89,6 +89,15 @@ def test_clusters_of_weighted_points_are_those_of_repeated_ones(family):
         assert torch.allclose(a.factor.covariances(), b.factor.covariances())
 
 
+def test_rows_that_alternate_are_sampled_alike():
+    """Every second row belongs to another cloud: a strided sample would see one of them only."""
+    x = torch.randn(60_000, 2, generator=torch.Generator().manual_seed(0))
+    x[::2] += 20
+    assert gk.initialise(x, 2, "kmeans").weights.tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+    model = gk.GaussianMixture(2, random_state=0).fit(x)
+    assert model.weights_.tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
 @pytest.mark.parametrize("strategy", ["random", "kmeans", "kmeans++"])
 def test_degenerate_clouds_have_a_start(strategy):
     generator = torch.Generator().manual_seed(0)
