@@ -1,8 +1,9 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
 # make test    the whole test suite, with real KeOps formulas compiled and run
 # make check   formatter, linter, type checker
+# make gallery every gallery script, pictures in demo/
 # make gpu     the suite's GPU checks (needs a CUDA device)
-# make bench   loss + gradient against the KeOps tutorial's formula
+# make bench   against the KeOps tutorial's formula, scikit-learn, and tgmm where it is installed (~15 minutes)
 #
 # Each target makes .venv and installs into it first, and again only when pyproject.toml or constraints.txt change.
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check gpu bench clean
+.PHONY: demo gallery test check gpu bench clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -21,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python gallery/run.py demo gallery/plot_spiral.py gallery/plot_photograph.py
+
+gallery: $(READY)
+	$(BIN)/python gallery/run.py demo gallery/plot_*.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -35,6 +39,8 @@ gpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/tutorial.py
+	$(BIN)/python bench/em.py
+	$(BIN)/python bench/em.py --fit --repeats 1
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

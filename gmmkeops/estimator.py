@@ -28,10 +28,11 @@ from gmmkeops.mixture import Mixture
 
 __all__ = ["GaussianMixture", "NotFittedError"]
 
-# k-means starts that are tried, on a sample of so many points, by so many steps of EM.
-_CANDIDATES = 4
-_SAMPLE = 10_000
-_STEPS = 8
+# k-means starts that are tried by so many steps of EM: many where a sample of so many points stands for a larger cloud, a
+# few where the points are all there are and a try costs as much as the fit.
+_CANDIDATES, _FEW = 8, 3
+_SAMPLE = 20_000
+_STEPS = 20
 _STRATEGIES = {
     "kmeans": "kmeans",
     "k-means++": "kmeans++",
@@ -184,7 +185,7 @@ class GaussianMixture(Estimator):
                 if best is None or result.objective < best.objective:
                     best = result
         assert best is not None, "n_init is at least 1"
-        if not best.converged and not best.report.interrupted and self.tol > 0:
+        if not best.converged and not best.report.interrupted and self.tol > 0 and self.max_iter > 0:
             warnings.warn(
                 f"The best of {self.n_init} starts did not converge to tol={self.tol:g} within {self.max_iter} "
                 "iterations; raise max_iter or tol, or check for degenerate data.",
@@ -265,7 +266,7 @@ class GaussianMixture(Estimator):
         return cls.from_mixture(io.load(path, device=device))
 
     def _method(self) -> Method[Any]:
-        for name, least in (("n_components", 1), ("max_iter", 1), ("n_init", 1)):
+        for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1)):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
@@ -314,7 +315,7 @@ class GaussianMixture(Estimator):
         }
         K, strategy = self.n_components, _STRATEGIES[self.init_params]
         given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
-        if strategy != "kmeans" or K == 1 or given:
+        if strategy != "kmeans" or K == 1 or given or self.max_iter == 0:
             return initialise(x, K, "random" if given else strategy, weights=g, **options)
         part, share = x, g
         if len(x) > max(_SAMPLE, 200 * K):
@@ -325,7 +326,7 @@ class GaussianMixture(Estimator):
         best: FitResult | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrecisionWarning)
-            for _ in range(_CANDIDATES):
+            for _ in range(_CANDIDATES if len(part) < len(x) else _FEW):
                 start = initialise(part, K, strategy, weights=share, runs=1, **options)
                 method = EM(reg_covar=float(self.reg_covar), tol=0)
                 found = fit(start, part, method, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)

@@ -15,6 +15,7 @@ import torch
 
 from gmmkeops._checks import as_points
 from gmmkeops.fitting import FitResult
+from gmmkeops.initialise import stratified_rows
 from gmmkeops.mixture import Mixture
 from gmmkeops.selection import Selection
 
@@ -146,7 +147,9 @@ def ellipses(
 
 
 def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = "k", **style: Any) -> Any:
-    """Scatter of a two-dimensional cloud, thinned evenly to ``limit`` points, dots the smaller the more there are.
+    """Scatter of a two-dimensional cloud, thinned to ``limit`` points, dots the smaller the more there are.
+
+    One row is drawn from each of as many stretches of the cloud, always the same ones.
 
     Args:
         x: Points (N, 2), data units.
@@ -159,9 +162,10 @@ def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = 
         The collection drawn.
     """
     x = as_points(x, features=2).detach().cpu()
-    step = -(-len(x) // limit)
-    color = color[::step] if isinstance(color, np.ndarray | torch.Tensor) and len(color) == len(x) else color
-    x = x[::step]
+    rows = stratified_rows(len(x), limit, torch.Generator().manual_seed(0), x.device)
+    if isinstance(color, np.ndarray | torch.Tensor) and len(color) == len(x):
+        color = color[rows.numpy()]
+    x = x[rows]
     look = {"s": max(0.5, min(20.0, 10_000 / len(x))), "linewidths": 0} | style
     return _axes(ax).scatter(x[:, 0], x[:, 1], c=color, **look)
 

@@ -247,8 +247,9 @@ def test_a_ridge_in_other_units_is_called_out():
         gk.GaussianMixture(2, random_state=0).fit(x)
 
 
+@pytest.mark.parametrize("accelerate", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_frozen_parts_stay(family):
+def test_frozen_parts_stay(family, accelerate):
     x = cloud(6)
     start = random_mixture(family, K=3, D=2, condition=2.0)
     keep = [True, False, False]
@@ -256,7 +257,13 @@ def test_frozen_parts_stay(family):
     result = gk.fit(
         start,
         x,
-        gk.EM(tol=0, frozen_weights=keep, frozen_means=keep, frozen_covariances=True if tied else keep),
+        gk.EM(
+            tol=0,
+            frozen_weights=keep,
+            frozen_means=keep,
+            frozen_covariances=True if tied else keep,
+            accelerate=accelerate,
+        ),
         max_iter=10,
     )
     mixture = result.mixture

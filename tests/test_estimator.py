@@ -153,6 +153,41 @@ def test_given_starts(X):
     assert ours.n_iter_ == theirs.n_iter_
 
 
+def test_scikit_learns_user_guide(X):
+    """The calls of its mixture chapter's examples, with the import changed."""
+    # plot_gmm_init: the start alone, by no iterations
+    for init in ("kmeans", "random", "random_from_data", "k-means++"):
+        r = np.random.RandomState(1)
+        first = gk.GaussianMixture(n_components=4, init_params=init, tol=1e-9, max_iter=0, random_state=r).fit(X).means_
+        model = gk.GaussianMixture(n_components=4, means_init=first, tol=1e-9, max_iter=2000, random_state=r).fit(X)
+        assert model.n_iter_ > 0
+    # plot_gmm_selection: a search by BIC
+    grid = {"n_components": range(1, 7), "covariance_type": ["spherical", "tied", "diag", "full"]}
+    search = GridSearchCV(gk.GaussianMixture(), param_grid=grid, scoring=lambda estimator, X: -estimator.bic(X))
+    table = pd.DataFrame(search.fit(X).cv_results_)[["param_n_components", "param_covariance_type", "mean_test_score"]]
+    assert len(table) == 24
+    assert search.best_params_["n_components"] == 3
+    # plot_gmm_covariances: means set after construction, covariances by type
+    for kind in ("spherical", "diag", "tied", "full"):
+        estimator = gk.GaussianMixture(n_components=3, covariance_type=kind, max_iter=20, random_state=0)
+        estimator.means_init = X[[0, 300, 600]]
+        estimator.fit(X)
+        for n in range(3):
+            if kind == "full":
+                covariance = estimator.covariances_[n][:2, :2]
+            elif kind == "tied":
+                covariance = estimator.covariances_[:2, :2]
+            elif kind == "diag":
+                covariance = np.diag(estimator.covariances_[n][:2])
+            else:
+                covariance = np.eye(estimator.means_.shape[1]) * estimator.covariances_[n]
+            assert np.linalg.eigh(covariance)[0].min() > 0
+    # plot_gmm_pdf: the density on a grid
+    u, v = np.meshgrid(np.linspace(-20.0, 30.0), np.linspace(-20.0, 40.0))
+    Z = -estimator.score_samples(np.array([u.ravel(), v.ravel()]).T).reshape(u.shape)
+    assert np.isfinite(Z).all()
+
+
 def test_warm_start_goes_on(X):
     model = gk.GaussianMixture(3, random_state=0, warm_start=True, max_iter=1, tol=0, init_params="random_from_data")
     scores = [model.fit(X).lower_bound_ for _ in range(5)]

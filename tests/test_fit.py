@@ -285,6 +285,16 @@ def test_bounds_hold_after_every_step():
     assert result.report.floors_hit
 
 
+def test_no_iterations_look_at_the_start():
+    x = blobs().double()
+    start = gk.initialise(x, 3)
+    for method in (gk.Adam(), gk.EM()):
+        result = gk.fit(start, x, method, max_iter=0)
+        assert result.n_iter == 0
+        assert torch.allclose(result.mixture.means, start.means)
+        assert abs(result.log_likelihood - float(start.log_prob(x).mean())) < 1e-12
+
+
 def test_any_callable_is_a_penalty():
     x = blobs().double()
     start = gk.initialise(x, 2)
@@ -344,7 +354,7 @@ START = random_mixture("full", K=3)
             ValueError,
             "not finite at the start",
         ),
-        (lambda: gk.fit(START, X, gk.Adam(), max_iter=0), ValueError, "max_iter must be at least 1"),
+        (lambda: gk.fit(START, X, gk.Adam(), max_iter=-1), ValueError, "max_iter must not be negative"),
         (lambda: gk.fit(START, X, gk.Adam(), tol=-1), ValueError, "tol must not be negative"),
         (lambda: gk.fit(START, X, gk.Adam(), backend="cuda"), ValueError, "backend must be one of"),
         (lambda: gk.fit(START.to(device="meta"), X, gk.Adam()), ValueError, "x is on cpu but the start on meta"),

@@ -71,7 +71,7 @@ class EM(Method[_State]):
         temperature: (β, n): exponents are multiplied by an inverse temperature that rises from β to 1 over the first n
             iterations, and the means are shaken a little each time (deterministic annealing); or None.
         accelerate: Extrapolate every two EM steps by SQUAREM, kept only where the objective does not rise. An iteration
-            is then three passes over the data.
+            is then three passes over the data. Without effect on batches.
         reg_covar: Added to the variances, squared data units.
         frozen_weights, frozen_means, frozen_covariances: True, or one truth value per component: these stay as they
             start. Of a tied covariance all or none.
@@ -314,7 +314,10 @@ class EM(Method[_State]):
         leap = _mixture(second.mixture, a + 2 * stride * r + stride**2 * v)
         if not bool(torch.isfinite(_coordinates(leap)).all()):
             return second
-        leap, _ = problem.project(leap)
+        # Normalising the leap's weights must not move those that are frozen.
+        frozen = _mask(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
+        logits = _weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
+        leap, _ = problem.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third = replace(second, mixture=leap)
         sums, there, _ = self._look(problem, third)
         # ``objective`` is that of one EM step; two steps are no worse, so anything below both is kept.

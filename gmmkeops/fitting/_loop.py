@@ -139,7 +139,7 @@ def fit(
         method: ``gmmkeops.Adam(...)`` or another method.
         penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
         weights: g (N,), not negative; all ones if left out.
-        max_iter: Iterations at most; the method's own number if left out.
+        max_iter: Iterations at most; the method's own number if left out. With 0 the start is looked at and returned.
         tol: Tolerance, nats per point; the method's own if left out.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
         callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit.
@@ -177,8 +177,8 @@ def fit(
         raise ValueError(f"fit takes one mixture, got a batch {tuple(mixture.batch_shape)}; fit them one by one.")
     max_iter = method.max_iter if max_iter is None else int(max_iter)
     tol = method.tol if tol is None else float(tol)
-    if max_iter < 1:
-        raise ValueError(f"max_iter must be at least 1, got {max_iter}.")
+    if max_iter < 0:
+        raise ValueError(f"max_iter must not be negative, got {max_iter}.")
     if not tol >= 0:
         raise ValueError(f"tol must not be negative, got {tol}.")
     x = as_points(x, features=mixture.features, minimum=mixture.components)
@@ -236,13 +236,13 @@ def fit(
     finally:
         if bar is not None:
             bar.close()
-    assert best is not None, "max_iter is at least 1"
     if not interrupted and not diverged:
         # The last step's mixture has not been looked at yet. It is the answer unless it is worse than the best before.
         last = method.evaluate(problem, state)
-        if not best.exact or last.objective <= best.objective + 1e-8 * max(1.0, abs(best.objective)):
+        if best is None or not best.exact or last.objective <= best.objective + 1e-8 * max(1.0, abs(best.objective)):
             best = last
-    if tol > 0 and not converged and not interrupted and len(history["objective"]) == max_iter:
+    assert best is not None, "either a step or the last look has set it"
+    if tol > 0 and max_iter > 0 and not converged and not interrupted and len(history["objective"]) == max_iter:
         warnings.warn(
             f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol.",
             ConvergenceWarning,
