@@ -6,6 +6,7 @@ r"""The one loop: tolerance, callbacks, progress, interruption, history. What a 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -166,15 +167,7 @@ def fit(
         (50, 'dense')
     """
     began = time.perf_counter()
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
-    if not isinstance(start, (Mixture, GMM)):
-        raise TypeError(f"start must be a Mixture or a GMM, got {type(start).__name__}; see gmmkeops.initialise.")
-    if isinstance(start, GMM) and start.context:
-        raise ValueError("fit takes a GMM without context; train a conditional one with -model(c).log_prob(x).mean().")
-    mixture = start() if isinstance(start, GMM) else start
-    if mixture.batch_shape:
-        raise ValueError(f"fit takes one mixture, got a batch {tuple(mixture.batch_shape)}; fit them one by one.")
+    mixture = _starting_mixture(start, method)
     max_iter = method.max_iter if max_iter is None else int(max_iter)
     tol = method.tol if tol is None else float(tol)
     if max_iter < 0:
@@ -185,85 +178,122 @@ def fit(
     if x.device != mixture.means.device:
         raise ValueError(f"x is on {x.device} but the start on {mixture.means.device}; move one with .to().")
     g = as_weights(weights, x)
-    callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
-
     problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
-    frame = problem.frame
     engine = reductions.engine(problem.x, backend, full=mixture.factor.family == "full")
-    state = method.init(problem, frame.enter(mixture.detach().to(torch.float64)))
-
-    history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
-    best: Evaluation | None = None
-    converged = interrupted = diverged = False
+    state = method.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
+    run = _Run(problem, method, tol, (callbacks,) if callable(callbacks) else tuple(callbacks), began)
     bar = _bar(max_iter, progress)
     try:
-        for iteration in range(max_iter):
-            state, now = method.step(problem, state)
-            if not abs(now.objective) < float("inf"):
-                if best is None:
-                    raise ValueError(
-                        "the objective is not finite at the start; check the penalty, or start from gmmkeops.initialise."
-                    )
-                warnings.warn(
-                    f"the objective stopped being finite at iteration {iteration}; the best mixture before it is "
-                    "returned. A smaller learning rate usually helps.",
-                    ConvergenceWarning,
-                    stacklevel=2,
-                )
-                diverged = True
-                break
-            if best is None or now.objective < best.objective:
-                best = now
-            for name, value in (
-                ("objective", now.objective),
-                ("log_likelihood", now.log_likelihood),
-                ("seconds", time.perf_counter() - began),
-                ("live", len(now.live)),
-            ):
-                history[name].append(value)
-            if bar is not None:
-                bar.set_postfix(objective=f"{now.objective:.4f}", live=len(now.live), refresh=False)
-                bar.update()
-            step = Step(iteration, now.objective, now.log_likelihood, now.live, history, now, frame)
-            stops = [callback(step) for callback in callbacks]
-            converged = method.finished(history["objective"], tol)
-            if converged or any(stop is True for stop in stops):
-                break
-    except KeyboardInterrupt:
-        if best is None:
-            raise
-        interrupted = True
+        best = run.go(state, max_iter, bar)
     finally:
         if bar is not None:
             bar.close()
-    if not interrupted and not diverged:
-        # The last step's mixture has not been looked at yet. It is the answer unless it is worse than the best before.
-        last = method.evaluate(problem, state)
-        if best is None or not best.exact or last.objective <= best.objective + 1e-8 * max(1.0, abs(best.objective)):
-            best = last
-    assert best is not None, "either a step or the last look has set it"
-    if tol > 0 and max_iter > 0 and not converged and not interrupted and len(history["objective"]) == max_iter:
+    if run.ending == "finished" and tol > 0 and max_iter > 0 and run.iterations == max_iter:
         warnings.warn(
             f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol.",
             ConvergenceWarning,
             stacklevel=2,
         )
-    result = _result(problem, best, history, converged, interrupted, engine, began)
+    if run.ending == "diverged":
+        warnings.warn(
+            f"the objective stopped being finite at iteration {run.iterations}; the best mixture before it is returned. "
+            "A smaller learning rate usually helps.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    result = _result(problem, best, run, engine)
     if isinstance(start, GMM):
         start.assign(result.mixture)
     _logger.info("%s", result)
     return result
 
 
-def _result(
-    problem: Problem,
-    best: Evaluation,
-    history: dict[str, list[float]],
-    converged: bool,
-    interrupted: bool,
-    engine: str,
-    began: float,
-) -> FitResult:
+def _starting_mixture(start: Any, method: Any) -> Mixture:
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
+    if not isinstance(start, (Mixture, GMM)):
+        raise TypeError(f"start must be a Mixture or a GMM, got {type(start).__name__}; see gmmkeops.initialise.")
+    if isinstance(start, GMM) and start.context:
+        raise ValueError("fit takes a GMM without context; train a conditional one with -model(c).log_prob(x).mean().")
+    mixture = start() if isinstance(start, GMM) else start
+    if mixture.batch_shape:
+        raise ValueError(f"fit takes one mixture, got a batch {tuple(mixture.batch_shape)}; fit them one by one.")
+    return mixture
+
+
+class _Run:
+    """The iterations of one fit: what happened, and how it ended."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        method: Method[Any],
+        tol: float,
+        callbacks: tuple[Callable[[Step], Any], ...],
+        began: float,
+    ) -> None:
+        self.problem, self.method, self.tol, self.callbacks, self.began = problem, method, tol, callbacks, began
+        self.history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
+        self.ending = "finished"
+
+    @property
+    def iterations(self) -> int:
+        return len(self.history["objective"])
+
+    def go(self, state: Any, max_iter: int, bar: Any) -> Evaluation:
+        """Iterates until the method, a callback, the user or ``max_iter`` says stop; returns the answer."""
+        best: Evaluation | None = None
+        try:
+            for _ in range(max_iter):
+                state, now = self.method.step(self.problem, state)
+                if not math.isfinite(now.objective):
+                    self.ending = "diverged"
+                    break
+                if best is None or now.objective < best.objective:
+                    best = now
+                if self._tell(now, bar):
+                    break
+        except KeyboardInterrupt:
+            if best is None:
+                raise
+            self.ending = "interrupted"
+        if self.ending in ("finished", "converged", "stopped"):
+            # The last step's mixture has not been looked at yet. It is the answer unless it is worse than the best.
+            last = self.method.evaluate(self.problem, state)
+            slack = 0.0 if best is None else 1e-8 * max(1.0, abs(best.objective))
+            if math.isfinite(last.objective) and (
+                best is None or not best.exact or last.objective <= best.objective + slack
+            ):
+                best = last
+        if best is None:
+            raise ValueError(
+                "the objective is not finite at the start; check the penalty, or start from gmmkeops.initialise."
+            )
+        return best
+
+    def _tell(self, now: Evaluation, bar: Any) -> bool:
+        """Writes an iteration down, shows it, tells the callbacks; whether to end here."""
+        for name, value in (
+            ("objective", now.objective),
+            ("log_likelihood", now.log_likelihood),
+            ("seconds", time.perf_counter() - self.began),
+            ("live", len(now.live)),
+        ):
+            self.history[name].append(value)
+        if bar is not None:
+            bar.set_postfix(objective=f"{now.objective:.4f}", live=len(now.live), refresh=False)
+            bar.update()
+        frame, history = self.problem.frame, self.history
+        step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, frame)
+        stops = [callback(step) is True for callback in self.callbacks]
+        if self.method.finished(history["objective"], self.tol):
+            self.ending = "converged"
+        elif any(stops):
+            self.ending = "stopped"
+        return self.ending != "finished"
+
+
+def _result(problem: Problem, best: Evaluation, run: _Run, engine: str) -> FitResult:
     objective, likelihood = best.objective, best.log_likelihood
     if not best.exact:
         with torch.no_grad():
@@ -278,11 +308,12 @@ def _result(
         engine=engine,
         device=str(x.device),
         dtype=str(x.dtype).removeprefix("torch."),
-        seconds=time.perf_counter() - began,
-        interrupted=interrupted,
+        seconds=time.perf_counter() - run.began,
+        interrupted=run.ending == "interrupted",
     )
     mixture = problem.frame.leave(best.mixture)
-    return FitResult(mixture, objective, likelihood, converged, len(history["objective"]), history, report)
+    converged = run.ending == "converged"
+    return FitResult(mixture, objective, likelihood, converged, run.iterations, run.history, report)
 
 
 def _bar(total: int, progress: bool | None) -> Any:
