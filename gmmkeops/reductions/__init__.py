@@ -26,16 +26,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gmmkeops._checks import as_tensor, as_weights
+from gmmkeops._checks import as_points, as_tensor, as_weights
 from gmmkeops.factors import DiagonalFactor, Factor
 from gmmkeops.moments import Moments
 from gmmkeops.reductions import _dense, _keops
+from gmmkeops.reductions._blocks import Cloud, Truncation
 from gmmkeops.reductions._exponents import Exponents, factor_tensor
 
-__all__ = ["ASSIGNMENTS", "BACKENDS", "argmax", "engine", "logsumexp", "moments", "topk", "total"]
+__all__ = ["ASSIGNMENTS", "BACKENDS", "Truncation", "argmax", "arrange", "engine", "logsumexp", "moments", "topk", "total"]
 
 BACKENDS = ("auto", "keops", "dense")
 ASSIGNMENTS = ("soft", "hard", "stochastic")
+
+# What truncation may cost where nobody has said: what the dtype's rounding would lose anyway, nats per point.
+_EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 _warned: set[str] = set()
 
@@ -71,31 +75,104 @@ def engine(problem: Exponents | Tensor, backend: str = "auto", *, full: bool = T
     return "dense"
 
 
-def _values(problem: Exponents, backend: str) -> Tensor:
+def arrange(x: Any, components: int, truncate: float | None = None, *, sweeps: int = 1) -> Tensor | Truncation:
+    r"""Points in the order of a tree of boxes, for sweeps that leave out what no point of a box can feel.
+
+    Every reduction takes the result in the place of the points, and answers in the order of the points. A sweep then gives
+    :math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` at each point, certified by bounds, not hoped for;
+    labels, the largest exponents and moments of hard assignments are exact.
+
+    Args:
+        x: Points (N, D).
+        components: K of the mixtures that will be looked at.
+        truncate: ε in (0, 1); 0 for exact sweeps over all components. None decides: 1e-6 for float32 points and 1e-12 for
+            float64 ones, which rounding hides, where it pays.
+        sweeps: How many sweeps are to come, which decides whether arranging pays.
+
+    Returns:
+        The points themselves, or a :class:`Truncation`.
+
+    Raises:
+        TypeError, ValueError: Bad points, or a truncation that is no number from 0 to 1.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.linspace(0, 1, 4096)[:, None]
+        >>> cloud = gk.reductions.arrange(x, 64, 1e-4)
+        >>> means = torch.linspace(0, 1, 64)[:, None]
+        >>> sums = gk.reductions.moments(cloud, torch.zeros(64), means, torch.full((1, 1), 64.0))
+        >>> cloud.share < 0.5, 0 <= cloud.certificate <= 1e-4 * 1.0001
+        (True, True)
+    """
+    x = as_points(x)
+    if truncate is not None and not (isinstance(truncate, (int, float)) and 0 <= truncate < 1):
+        raise ValueError(f"truncate must be None or a number from 0 to below 1, got {truncate!r}.")
+    if truncate == 0 or (truncate is None and not _pays(x, components, sweeps)):
+        return x
+    N, D = x.shape
+    return Truncation(Cloud.of(x.detach(), _box_rows(N, components, D)), _EPSILON[x.dtype] if truncate is None else truncate)
+
+
+def _pays(x: Tensor, components: int, sweeps: int) -> bool:
+    """Whether arranging so many points for so many sweeps is likely to be worth it."""
+    N, D = x.shape
+    return D <= 16 and N * components >= 10_000_000 and components >= 64 and components * sweeps >= 1000
+
+
+def _box_rows(N: int, components: int, D: int) -> int:
+    return 512
+
+
+_Setup = tuple[Exponents, Truncation | None]
+
+
+def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None) -> _Setup:
+    """The exponents, in a cloud's order where there is one, and what may be left out of them."""
+    if isinstance(x, Truncation):
+        problem, blocks = Exponents.of(x.cloud.points, offsets, means, factor), x
+    else:
+        problem = Exponents.of(x, offsets, means, factor)
+        arranged = arrange(problem.x, problem.shape[1], truncate)
+        if isinstance(arranged, Tensor):
+            return problem, None
+        problem, blocks = replace(problem, x=arranged.cloud.points), arranged
+    if blocks.minima is None:
+        rows = blocks.sample()
+        blocks.suppose(_dense.logsumexp(problem.rows(rows.reshape(-1))).view(rows.shape))
+    return problem, blocks
+
+
+def _values(problem: Exponents, blocks: Truncation | None, backend: str) -> Tensor:
     if engine(problem, backend) == "dense":
-        return _dense.logsumexp(problem)
-    values = _keops.logsumexp(problem)
+        return _dense.logsumexp(problem, blocks)
+    values = _keops.logsumexp(problem, blocks)
     overflowed = ~torch.isfinite(values)
     if bool(overflowed.any()):
         values[overflowed] = _dense.logsumexp(problem.rows(overflowed))
     return values
 
 
-def _labels(problem: Exponents, backend: str) -> Tensor:
-    return _dense.argmax(problem) if engine(problem, backend) == "dense" else _keops.argmax(problem)
-
-
 def _moments(
-    problem: Exponents, weights: Tensor | None, backend: str, assignment: str = "soft", seed: int = 0
+    problem: Exponents,
+    blocks: Truncation | None,
+    weights: Tensor | None,
+    backend: str,
+    assignment: str = "soft",
+    seed: int = 0,
 ) -> Moments:
+    """Moments of points and weights that are in a cloud's order where there is one."""
     x = problem.x
-    mass = torch.tensor(float(x.shape[0]), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
+    count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
+    mass = torch.tensor(float(count), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
+    if weights is None and len(x) > count:
+        assert blocks is not None, "only a cloud repeats points"
+        weights = blocks.cloud.enter(x.new_ones(count, dtype=torch.float64))
     if assignment != "soft" or engine(problem, backend) == "dense":
-        S0, S1, S2, total = _dense.moments(problem, weights, assignment, seed)
+        S0, S1, S2, total = _dense.moments(problem, weights, assignment, seed, blocks)
     else:
-        values = _values(problem, backend)
+        values = _values(problem, blocks, backend)
         g = torch.ones_like(values) if weights is None else weights
-        S0, S1, S2 = _keops.moments(problem, values, g)
+        S0, S1, S2 = _keops.moments(problem, values, g, blocks)
         S2 = S2.sum(1) if problem.U.shape[1:] == (1,) and x.shape[1] > 1 else S2
         total = (values.double() * g).sum()
     if problem.U.shape[1:] == (1,):
@@ -111,10 +188,10 @@ def _parameter_gradients(problem: Exponents, sums: Moments) -> tuple[Tensor, Ten
     return sums.S0, U**2 * sums.S1, -sums.S2.reshape(U.shape) * U
 
 
-def _point_gradient(problem: Exponents, weights: Tensor, backend: str) -> Tensor:
+def _point_gradient(problem: Exponents, blocks: Truncation | None, weights: Tensor, backend: str) -> Tensor:
     if engine(problem, backend) == "dense":
-        return _dense.point_gradient(problem, weights)
-    return _keops.point_gradient(problem, _values(problem, backend), weights)
+        return _dense.point_gradient(problem, weights, blocks)
+    return _keops.point_gradient(problem, _values(problem, blocks, backend), weights, blocks)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -127,60 +204,85 @@ class _LogSumExp(torch.autograd.Function):
         offsets: Tensor,
         means: Tensor,
         U: Tensor,
+        blocks: Truncation | None,
         weights: Tensor | None,
         reduce: bool,
         backend: str,
+        truncate: float | None,
     ) -> Tensor:
-        problem = Exponents.of(x, offsets, means, U)
-        ctx.problem, ctx.backend, ctx.reduce = problem, backend, reduce
+        problem, blocks = _setup(x if blocks is None else blocks, offsets, means, U, truncate)
+        ctx.problem, ctx.blocks, ctx.backend, ctx.reduce = problem, blocks, backend, reduce
         ctx.like = (x, offsets, means, U)
         if not reduce:
-            return _values(problem, backend)
-        ctx.weights = weights
-        ctx.sums = _moments(problem, weights, backend)
+            values = _values(problem, blocks, backend)
+            return values if blocks is None else blocks.cloud.leave(values)
+        ctx.weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
+        ctx.sums = _moments(problem, blocks, ctx.weights, backend)
         return ctx.sums.total.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
-        problem, scale = ctx.problem, output.double()
+        problem, blocks, scale = ctx.problem, ctx.blocks, output.double()
         if ctx.reduce:
             g = torch.ones(problem.shape[0], dtype=torch.float64, device=output.device)
             g = scale * (g if ctx.weights is None else ctx.weights)
             gradients = [scale * part for part in _parameter_gradients(problem, ctx.sums)]
         else:
-            g = scale
+            g = scale if blocks is None else blocks.cloud.enter(scale)
             gradients = []
             if any(ctx.needs_input_grad[1:4]):
-                gradients = list(_parameter_gradients(problem, _moments(problem, g, ctx.backend)))
-        first = _point_gradient(problem, g, ctx.backend) if ctx.needs_input_grad[0] else None
+                gradients = list(_parameter_gradients(problem, _moments(problem, blocks, g, ctx.backend)))
+        first = _point_gradient(problem, blocks, g, ctx.backend) if ctx.needs_input_grad[0] else None
+        if first is not None and blocks is not None:
+            first = blocks.cloud.leave(first)
         parts = [first, *gradients] if gradients else [first, None, None, None]
         out = [
             part.to(like.dtype).sum_to_size(like.shape) if part is not None and wanted else None
             for part, like, wanted in zip(parts, ctx.like, ctx.needs_input_grad[:4], strict=True)
         ]
-        return (*out, None, None, None)
+        return (*out, None, None, None, None, None)
 
 
-def _apply(x: Any, offsets: Any, means: Any, factor: Any, weights: Tensor | None, reduce: bool, backend: str) -> Tensor:
+def _apply(
+    x: Any,
+    offsets: Any,
+    means: Any,
+    factor: Any,
+    weights: Tensor | None,
+    reduce: bool,
+    backend: str,
+    truncate: float | None,
+) -> Tensor:
     offsets = as_tensor(offsets, name="offsets")
     means = as_tensor(means, name="means")
     U = as_tensor(factor_tensor(factor), name="factor")
-    return _LogSumExp.apply(as_tensor(x, name="x"), offsets, means, U, weights, reduce, backend)
+    blocks = x if isinstance(x, Truncation) else None
+    x = as_tensor(x, name="x") if blocks is None else blocks.cloud.points
+    return _LogSumExp.apply(x, offsets, means, U, blocks, weights, reduce, backend, truncate)
 
 
-def logsumexp(x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, *, backend: str = "auto") -> Tensor:
+def logsumexp(
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    backend: str = "auto",
+    truncate: float | None = None,
+) -> Tensor:
     r"""Log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
 
     Differentiable (once) in the points, the offsets, the means and the factor. The dtype of the points decides the
     precision of the result; the parameters may have any float dtype.
 
     Args:
-        x: Points (N, D), float32 or float64, data units.
+        x: Points (N, D), float32 or float64, data units; or what :func:`arrange` made of them.
         offsets: c (K,), nats; -inf for a component without weight.
         means: μ (K, D), data units.
         factor: A :class:`~gmmkeops.Factor`, or a tensor U (K or 1, D, D), (K or 1, D) or (K or 1, 1), 1 / data units.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        truncate: As for :func:`arrange`; what was arranged keeps its own.
 
     Returns:
         ℓ (N,), nats, in the dtype of the points.
@@ -199,22 +301,23 @@ def logsumexp(x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor
         >>> gk.reductions.logsumexp(x, torch.zeros(2), torch.zeros(2, 2), torch.ones(1, 2)).exp()
         tensor([2.])
     """
-    return _apply(x, offsets, means, factor, None, False, backend)
+    return _apply(x, offsets, means, factor, None, False, backend, truncate)
 
 
 def total(
-    x: Tensor,
+    x: Tensor | Truncation,
     offsets: Tensor,
     means: Tensor,
     factor: Factor | Tensor,
     *,
     weights: Tensor | None = None,
     backend: str = "auto",
+    truncate: float | None = None,
 ) -> Tensor:
     r"""Weighted total :math:`\sum_n g_n \ell_n`, whose gradient comes out of the same sweep as its value.
 
     Args:
-        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
         weights: g (N,), may be negative; all ones if left out. Not differentiated.
 
     Returns:
@@ -230,15 +333,27 @@ def total(
         >>> means.grad
         tensor([[5., 5.]])
     """
-    points = as_tensor(x, name="x")
-    return _apply(points, offsets, means, factor, as_weights(weights, points, signed=True), True, backend)
+    points = x if isinstance(x, Truncation) else as_tensor(x, name="x")
+    return _apply(points, offsets, means, factor, _weights(weights, points), True, backend, truncate)
 
 
-def argmax(x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, *, backend: str = "auto") -> Tensor:
+def _weights(weights: Any, x: Any) -> Tensor | None:
+    return as_weights(weights, x.cloud.points[: len(x)] if isinstance(x, Truncation) else x, signed=True)
+
+
+def argmax(
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    backend: str = "auto",
+    truncate: float | None = None,
+) -> Tensor:
     r"""Hard labels, :math:`\arg\max_k e_{nk}`.
 
     Args:
-        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
 
     Returns:
         Component of each point (N,), int64; the first one where exponents are equal.
@@ -251,16 +366,25 @@ def argmax(x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, *
         >>> gk.reductions.argmax(torch.tensor([[0.1], [0.8]]), torch.zeros(2), torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
         tensor([0, 1])
     """
-    return _labels(Exponents.of(x, offsets, means, factor), backend)
+    problem, blocks = _setup(x, offsets, means, factor, truncate)
+    labels = (_dense if engine(problem, backend) == "dense" else _keops).argmax(problem, blocks)
+    return labels if blocks is None else blocks.cloud.leave(labels)
 
 
 def topk(
-    x: Tensor, offsets: Tensor, means: Tensor, factor: Factor | Tensor, k: int, *, backend: str = "auto"
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    k: int,
+    *,
+    backend: str = "auto",
+    truncate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The k largest exponents of each point and the components they belong to.
 
     Args:
-        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
         k: How many, from 1 to K.
 
     Returns:
@@ -275,14 +399,15 @@ def topk(
         >>> gk.reductions.topk(torch.zeros(1, 1), torch.tensor([0.0, 2.0, 1.0]), torch.zeros(3, 1), torch.ones(1, 1), 2)
         (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
-    problem = Exponents.of(x, offsets, means, factor)
+    problem, blocks = _setup(x, offsets, means, factor, truncate)
     if not 1 <= int(k) <= problem.shape[1]:
         raise ValueError(f"k must be between 1 and the {problem.shape[1]} components, got {k}.")
-    return (_dense if engine(problem, backend) == "dense" else _keops).topk(problem, int(k))
+    found = (_dense if engine(problem, backend) == "dense" else _keops).topk(problem, int(k), blocks)
+    return found if blocks is None else (blocks.cloud.leave(found[0]), blocks.cloud.leave(found[1]))
 
 
 def moments(
-    x: Tensor,
+    x: Tensor | Truncation,
     offsets: Tensor,
     means: Tensor,
     factor: Factor | Tensor,
@@ -291,11 +416,12 @@ def moments(
     assignment: str = "soft",
     seed: int = 0,
     backend: str = "auto",
+    truncate: float | None = None,
 ) -> Moments:
     r"""Responsibility-weighted moments about the means: the E-step, and every gradient.
 
     Args:
-        x, offsets, means, factor, backend: As for :func:`logsumexp`.
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
         weights: g (N,), may be negative; all ones if left out.
         assignment: ``"soft"`` shares each point by its responsibilities. ``"hard"`` gives it wholly to its best component
             (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"`` gives it
@@ -316,10 +442,12 @@ def moments(
         >>> gk.reductions.moments(torch.ones(4, 1), torch.zeros(1), torch.zeros(1, 1), torch.ones(1, 1)).S1
         tensor([[4.]], dtype=torch.float64)
     """
-    problem = Exponents.of(x, offsets, means, factor)
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment must be one of {', '.join(map(repr, ASSIGNMENTS))}, got {assignment!r}.")
-    sums = _moments(problem, as_weights(weights, problem.x, signed=True), backend, assignment, seed)
+    problem, blocks = _setup(x, offsets, means, factor, truncate)
+    g = _weights(weights, problem.x if blocks is None else blocks)
+    g = g if g is None or blocks is None else blocks.cloud.enter(g)
+    sums = _moments(problem, blocks, g, backend, assignment, seed)
     # In one dimension a diagonal factor's tensor looks like a spherical one's; its S2 keeps its column.
     if isinstance(factor, DiagonalFactor) and sums.S2.ndim == 1:
         return replace(sums, S2=sums.S2[:, None])

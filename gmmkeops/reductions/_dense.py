@@ -13,13 +13,15 @@ products a tile is only ever touched by a softmax. No array of N x K numbers exi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gmmkeops.reductions._blocks import Plan, Truncation
+from gmmkeops.reductions._cores import on_cores
 from gmmkeops.reductions._exponents import Exponents
 
 __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
@@ -30,28 +32,32 @@ _TILE_CPU = 262_144
 _TILE_CUDA = 1 << 24
 # Pairs below which starting threads costs more than they save.
 _PAIRS_PER_THREAD = 500_000
+# What a tile costs beside its pairs, in pairs.
+_PAIRS_PER_TILE = 10_000
 
 
 class _Tile:
-    """One worker's buffers, and the exponents of one tile of rows at a time."""
+    """One worker's buffers, and the exponents of one tile at a time: some rows, and all components or a list of them."""
 
-    def __init__(self, problem: Exponents, rows: int, clamp: bool, featured: bool) -> None:
+    def __init__(self, problem: Exponents, rows: int, pairs: int, clamp: bool, featured: bool) -> None:
         _, K, D = problem.shape
         x = problem.x
         self.problem, self.clamp, self.featured = problem, clamp, featured
         wide: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
         self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
         # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
-        pairs = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
-        self._features = torch.empty(1 + D + pairs, rows, **wide)
-        self._wide = torch.empty(K * rows, **wide)
-        self._e = torch.empty(K * rows, dtype=x.dtype, device=x.device)
+        products = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
+        self._features = torch.empty((1 + D + products) * rows, **wide)
+        self._wide = torch.empty(pairs, **wide)
+        self._e = torch.empty(pairs, dtype=x.dtype, device=x.device)
         self._r = torch.empty_like(self._e)
-        self.width = 0
+        self.width = self.height = 0
+        self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
-        self.sums = torch.zeros(1 + D + pairs, K, **wide)
+        self.sums = torch.zeros(K, 1 + D + products, **wide)
         self.total = torch.zeros((), **wide)
         self.quadratic = x.dtype == torch.float32
+        self.offsets = problem.offsets
         if self.quadratic:
             self.natural = self._natural()
         else:
@@ -81,27 +87,31 @@ class _Tile:
         U = p.U.expand_as(p.means)
         return [(U[:, d : d + 1].contiguous(), (U * p.means)[:, d : d + 1], slice(d, d + 1)) for d in range(D)]
 
-    def _narrow(self, n: int) -> None:
-        """Views of the buffers for n rows; the last tile may be short, all others share theirs."""
-        K, D = self.problem.means.shape
-        self.width = n
-        # Φ (P, n): a row of ones, the points X (D, n), then the products of their coordinates.
-        self.F = self._features[:, :n]
-        self.F[0] = 1
-        self.X, square = self.F[1 : D + 1], self.F[D + 1 :]
-        self.W = self._wide[: K * n].view(K, n)
-        self.E, self.R = self._e[: K * n].view(K, n), self._r[: K * n].view(K, n)
-        if self.full:
-            starts = [d * D - d * (d - 1) // 2 for d in range(D)]
-            self.products = [(self.X[d:], self.X[d], square[s : s + D - d]) for d, s in enumerate(starts)]
-        else:
-            self.products = [] if self.spherical else [(self.X, self.X, square)]
+    def _narrow(self, rows: int, components: int) -> None:
+        """Views of the buffers for a tile of another shape than the last one's."""
+        D = self.problem.means.shape[1]
+        if rows != self.width:
+            # Φ (P, rows): a row of ones, the points X (D, rows), then the products of their coordinates.
+            P = self.sums.shape[1]
+            self.F = self._features[: P * rows].view(P, rows)
+            self.F[0] = 1
+            self.X, square = self.F[1 : D + 1], self.F[D + 1 :]
+            if self.full:
+                starts = [d * D - d * (d - 1) // 2 for d in range(D)]
+                self.products = [(self.X[d:], self.X[d], square[s : s + D - d]) for d, s in enumerate(starts)]
+            else:
+                self.products = [] if self.spherical else [(self.X, self.X, square)]
+        self.width, self.height = rows, components
+        pairs = rows * components
+        self.W = self._wide[:pairs].view(components, rows)
+        self.E, self.R = self._e[:pairs].view(components, rows), self._r[:pairs].view(components, rows)
 
-    def load(self, start: int, stop: int) -> None:
-        """Brings rows start:stop in, centred, and computes their features and exponents ``self.E`` (K, rows)."""
-        p = self.problem
-        if stop - start != self.width:
-            self._narrow(stop - start)
+    def load(self, start: int, stop: int, index: Tensor | None = None) -> None:
+        """Brings rows start:stop in, centred, with their features and their exponents ``self.E`` (components, rows)."""
+        p, self.index = self.problem, index
+        height = p.means.shape[0] if index is None else len(index)
+        if (stop - start, height) != (self.width, self.height):
+            self._narrow(stop - start, height)
         torch.sub(p.x[start:stop].T, p.centre[:, None], out=self.X)
         if self.quadratic or self.featured:
             for left, right, out in self.products:
@@ -109,17 +119,43 @@ class _Tile:
             if self.spherical:
                 torch.sum(self.X * self.X, 0, out=self.F[-1])
         if self.quadratic:
-            torch.mm(self.natural, self.F, out=self.W)
+            torch.mm(self.chosen(self.natural), self.F, out=self.W)
             if self.clamp:
                 self.W.clamp_(min=-3e38)
             self.E.copy_(self.W)
             return
-        self.E.copy_(p.offsets[:, None].expand_as(self.E))
+        self.E.copy_(self.chosen(self.offsets)[:, None].expand_as(self.E))
         for U, shift, columns in self.whitening:
-            torch.addmm(shift, U, self.X[columns], beta=-1, out=self.W)
+            torch.addmm(self.chosen(shift), self.chosen(U), self.X[columns], beta=-1, out=self.W)
             self.E.addcmul_(self.W, self.W, value=-0.5)
         if self.clamp:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
+
+    def chosen(self, rows: Tensor) -> Tensor:
+        """Of one row for each component, those of the components in the tile."""
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+    def components(self, places: Tensor) -> Tensor:
+        """The components at places in the tile."""
+        return places if self.index is None else self.index[places]
+
+    def sees(self, values: Tensor) -> bool:
+        """Whether the tile's list is long enough for the values (rows,) found with it; they are remembered."""
+        if self.index is None:
+            return True
+        least = float(values.amin())
+        self.minima.append(least)
+        return not least < self.floor
+
+    def add(self, values: Tensor, weights: Tensor | None) -> None:
+        """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
+        self.total += values.sum() if weights is None else values @ weights
+        self.W.copy_(self.R)
+        features = self.F if weights is None else self.F * weights
+        if self.index is None:
+            self.sums.addmm_(self.W, features.T)
+        else:
+            self.sums.index_add_(0, self.index, self.W @ features.T)
 
     def softmax(self) -> Tensor:
         """Fills ``self.R`` with responsibilities; returns the log-sum-exps (rows,), from the largest entry of each."""
@@ -149,145 +185,173 @@ def _tile_rows(problem: Exponents) -> int:
     return max(1, min(N, max(32, size // width), 8192 if not problem.x.is_cuda else N))
 
 
+Body = Callable[["_Tile", int, int], None]
+
+
 def _sweep(
-    problem: Exponents, body: Callable[[_Tile, int, int], None], *, clamp: bool, featured: bool = False
+    problem: Exponents,
+    body: Body,
+    blocks: Truncation | None = None,
+    *,
+    clamp: bool,
+    featured: bool = False,
+    exact: bool = False,
 ) -> list[_Tile]:
     """Runs ``body`` over all tiles, on as many threads as torch has; returns the workers' tiles in order of rows.
 
-    ``clamp`` keeps exponents beyond the dtype's range finite; ``featured`` asks for the features where exponents do
-    without them.
+    Args:
+        problem: What is swept.
+        body: Called with the loaded tile and its first and last-plus-one row. It may write or add only after
+            ``tile.sees(values)`` has said that the tile's list is long enough for what it read.
+        blocks: Which components the tiles may leave out; None for none.
+        clamp: Keep exponents beyond the dtype's range finite.
+        featured: Load features also where the exponents do without them.
+        exact: As in :meth:`Truncation.begin`.
     """
-    N, K, _ = problem.shape
-    rows = _tile_rows(problem)
-    tiles = -(-N // rows)
-    threads = 1 if problem.x.is_cuda else torch.get_num_threads()
-    workers = max(1, min(threads, tiles, N * K // _PAIRS_PER_THREAD))
-    per_worker = -(-tiles // workers)
+    plan = None if blocks is None else blocks.begin(problem, exact)
+    if blocks is None or plan is None:
+        N, size = problem.shape[0], _tile_rows(problem)
+        tiles = [(start, min(N, start + size), None, math.inf) for start in range(0, N, size)]
+        return _run(problem, body, tiles, clamp, featured)
+    workers: list[_Tile] = []
+    while plan is not None:
+        plan = plan.split(2 * _TILE_CPU)
+        new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, exact)), clamp, featured)
+        workers += new
+        minima = torch.tensor([least for tile in new for least in tile.minima], dtype=torch.float64)
+        plan = blocks.again(problem, plan, minima.to(plan.dropped.device), exact)
+    return workers
 
-    def work(worker: int) -> _Tile:
-        with torch.no_grad():
-            tile = _Tile(problem, rows, clamp, featured)
-            for index in range(worker * per_worker, min(tiles, (worker + 1) * per_worker)):
-                start, stop = index * rows, min(N, (index + 1) * rows)
-                tile.load(start, stop)
-                body(tile, start, stop)
+
+def _stretches(plan: Plan, floors: Tensor) -> list[tuple[int, int, Tensor | None, float]]:
+    """Rows, components and the least value that each tile of a plan may find."""
+    ends = plan.pointer.tolist()
+    lists = [plan.index[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    rows = zip(plan.spans.tolist(), plan.owner.tolist(), floors.tolist(), strict=True)
+    return [(start, stop, lists[owner], floor) for (start, stop), owner, floor in rows]
+
+
+def _run(
+    problem: Exponents, body: Body, tiles: list[tuple[int, int, Tensor | None, float]], clamp: bool, featured: bool
+) -> list[_Tile]:
+    K = problem.shape[1]
+    rows = [stop - start for start, stop, _, _ in tiles]
+    pairs = [n * (K if index is None else len(index)) for n, (_, _, index, _) in zip(rows, tiles, strict=True)]
+    # A tile costs something whatever it holds.
+    work = torch.tensor(pairs).add_(_PAIRS_PER_TILE).cumsum(0)
+    threads = 1 if problem.x.is_cuda else torch.get_num_threads()
+    workers = max(1, min(threads, len(tiles), sum(pairs) // _PAIRS_PER_THREAD))
+    cuts = torch.searchsorted(work, torch.arange(1, workers) * (int(work[-1]) / workers)).tolist()
+    cuts = [0, *cuts, len(tiles)]
+
+    def run(worker: int) -> _Tile:
+        tile = _Tile(problem, max(rows), max(pairs), clamp, featured)
+        for start, stop, index, floor in tiles[cuts[worker] : cuts[worker + 1]]:
+            tile.load(start, stop, index)
+            tile.floor = floor
+            body(tile, start, stop)
         return tile
 
-    if problem.x.is_cuda:
-        return [work(0)]
-
-    def on_one_core(worker: int) -> _Tile:
-        torch.set_num_threads(1)
-        return work(worker)
-
-    # Each tile stays on one core: threads inside a torch call would wait for each other at its end, which on a busy
-    # machine takes longer than the call (measured: 30x on a small fit).
-    try:
-        if workers == 1:
-            return [on_one_core(0)]
-        with ThreadPoolExecutor(workers, thread_name_prefix="gmmkeops") as pool:
-            return list(pool.map(on_one_core, range(workers)))
-    finally:
-        # Torch hands the last setting to new threads, and part of it to all: it is restored once nobody works.
-        torch.set_num_threads(threads)
+    return on_cores(run, workers, problem.x.device)
 
 
-def logsumexp(problem: Exponents) -> Tensor:
+def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
     """ℓ (N,), nats, in the dtype of the points."""
     values = problem.x.new_empty(problem.shape[0])
 
     def body(tile: _Tile, start: int, stop: int) -> None:
-        values[start:stop] = tile.softmax()
+        found = tile.softmax()
+        if tile.sees(found):
+            values[start:stop] = found
 
-    _sweep(problem, body, clamp=False)
+    _sweep(problem, body, blocks, clamp=False)
     if not bool(torch.isfinite(values).all()):
-        _sweep(problem, body, clamp=True)
+        _sweep(problem, body, blocks, clamp=True)
     return values
 
 
-def argmax(problem: Exponents) -> Tensor:
+def argmax(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
     """Index of the largest exponent (N,), int64."""
     labels = torch.empty(problem.shape[0], dtype=torch.int64, device=problem.x.device)
 
     def body(tile: _Tile, start: int, stop: int) -> None:
-        torch.argmax(tile.E, 0, out=labels[start:stop])
+        best = tile.E.max(0)
+        if tile.sees(best.values):
+            labels[start:stop] = tile.components(best.indices)
 
-    _sweep(problem, body, clamp=True)
+    _sweep(problem, body, blocks, clamp=True, exact=True)
     return labels
 
 
-def topk(problem: Exponents, k: int) -> tuple[Tensor, Tensor]:
+def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[Tensor, Tensor]:
     """The k largest exponents (N, k), nats, in falling order, and their indices (N, k)."""
     values = problem.x.new_empty(problem.shape[0], k)
     indices = torch.empty(problem.shape[0], k, dtype=torch.int64, device=problem.x.device)
 
     def body(tile: _Tile, start: int, stop: int) -> None:
-        best = tile.E.topk(k, dim=0)
-        values[start:stop], indices[start:stop] = best.values.T, best.indices.T
+        best = tile.E.topk(min(k, tile.height), dim=0)
+        if tile.sees(best.values[-1] if tile.height >= k else best.values[-1] - math.inf):
+            values[start:stop], indices[start:stop] = best.values.T, tile.components(best.indices).T
 
-    _sweep(problem, body, clamp=True)
+    _sweep(problem, body, blocks, clamp=True, exact=True)
     return values, indices
 
 
 def moments(
-    problem: Exponents, weights: Tensor | None, assignment: str, seed: int
+    problem: Exponents, weights: Tensor | None, assignment: str, seed: int, blocks: Truncation | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S0 (K,), S1 (K, D), S2 about the components' means, and Σ g ℓ, all float64."""
     _, K, D = problem.shape
 
     def body(tile: _Tile, start: int, stop: int) -> None:
         if assignment == "soft":
-            values = tile.softmax().double()
+            values = tile.softmax()
         elif assignment == "hard":
-            values = tile.onehot().double()
+            values = tile.onehot()
         else:
-            values = tile.draw(seed + start).double()
-        tile.W.copy_(tile.R)
-        if weights is None:
-            tile.sums.addmm_(tile.F, tile.W.T)
-            tile.total += values.sum()
-        else:
-            g = weights[start:stop]
-            tile.sums.addmm_(tile.F * g, tile.W.T)
-            tile.total += values @ g
+            values = tile.draw(seed + start)
+        if tile.sees(values):
+            tile.add(values.double(), None if weights is None else weights[start:stop])
 
-    workers = _sweep(problem, body, clamp=False, featured=True)
+    options = {"featured": True, "exact": assignment == "hard"}
+    workers = _sweep(problem, body, blocks, clamp=False, **options)
     total = torch.stack([tile.total for tile in workers]).sum()
     if not bool(torch.isfinite(total)):
-        workers = _sweep(problem, body, clamp=True, featured=True)
+        workers = _sweep(problem, body, blocks, clamp=True, **options)
         total = torch.stack([tile.total for tile in workers]).sum()
     sums = torch.stack([tile.sums for tile in workers]).sum(0)
-    S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :]
+    S0, S1, S2 = sums[:, 0], sums[:, 1 : D + 1], sums[:, D + 1 :]
     mu = problem.means
     if workers[0].full:
         dense = S2.new_empty(K, D, D)
         row, column = workers[0].row, workers[0].column
-        dense[:, row, column] = dense[:, column, row] = S2.T
+        dense[:, row, column] = dense[:, column, row] = S2
         cross = S1[:, :, None] * mu[:, None, :]
         S2 = dense - cross - cross.mT + S0[:, None, None] * mu[:, :, None] * mu[:, None, :]
     elif workers[0].spherical:
-        S2 = S2[0] - 2 * (S1 * mu).sum(1) + S0 * (mu**2).sum(1)
+        S2 = S2[:, 0] - 2 * (S1 * mu).sum(1) + S0 * (mu**2).sum(1)
     else:
-        S2 = S2.T - 2 * S1 * mu + S0[:, None] * mu**2
+        S2 = S2 - 2 * S1 * mu + S0[:, None] * mu**2
     return S0, S1 - S0[:, None] * mu, S2, total
 
 
-def point_gradient(problem: Exponents, weights: Tensor) -> Tensor:
+def point_gradient(problem: Exponents, weights: Tensor, blocks: Truncation | None = None) -> Tensor:
     """∂(Σ g ℓ)/∂x = -g_n Σ_k r_nk U_k U_kᵀ (x_n - μ_k), (N, D) in the dtype of the points."""
     _, K, D = problem.shape
     U, mu = problem.U, problem.means
     P = U @ U.mT if problem.is_full else U**2
     linear = (P @ mu[:, :, None])[:, :, 0] if problem.is_full else P * mu
-    slopes = torch.cat([linear, P.reshape(K, -1)], 1).T.contiguous()
+    slopes = torch.cat([linear, P.reshape(K, -1)], 1)
     gradient = torch.empty_like(problem.x)
 
     def body(tile: _Tile, start: int, stop: int) -> None:
-        tile.softmax()
-        averages = slopes @ tile.W.copy_(tile.R)
-        shape = (D, D, -1) if problem.is_full else (1, slopes.shape[0] - D, -1)
+        if not tile.sees(tile.softmax()):
+            return
+        averages = tile.chosen(slopes).T @ tile.W.copy_(tile.R)
+        shape = (D, D, -1) if problem.is_full else (1, slopes.shape[1] - D, -1)
         pull = averages[D:].reshape(shape)
         pulled = (pull * tile.X).sum(1) if problem.is_full else pull[0] * tile.X
         gradient[start:stop] = ((averages[:D] - pulled) * weights[start:stop]).T
 
-    _sweep(problem, body, clamp=True)
+    _sweep(problem, body, blocks, clamp=True)
     return gradient

@@ -1,0 +1,421 @@
+r"""Boxes of near points, and certified lists of the components that each of them can feel.
+
+For a box with centre b and support function s (the smaller of its oriented box's and its enclosing ellipsoid's), and the
+residual :math:`y = U_k^\top (b - \mu_k)`, every point x of it has, by Cauchy and Schwarz,
+
+.. math::
+
+    \lVert U_k^\top (x - \mu_k) \rVert \ge \lVert y \rVert - s(U_k y) / \lVert y \rVert, \qquad\text{so}\qquad
+    e_k(x) \le u_k = c_k - \tfrac12 \max(0, \lVert y \rVert - s(U_k y) / \lVert y \rVert)^2 .
+
+A set of components with :math:`\sum \exp u_k \le \varepsilon \min_x \exp \ell(x)` may be left out:
+:math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` at each point. The minimum over the box is a guess from the
+sweep before; the sweep itself yields a valid one, since what is kept is a lower bound of the truth, and a box that fails is
+done again. Lists are found from the top of a tree of boxes down. Reference for the tree: Sproull 1991, *Refinements to
+nearest-neighbor searching in k-dimensional trees*.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions._cores import on_cores
+from gmmkeops.reductions._exponents import Exponents
+
+__all__ = ["Cloud", "Plan", "Truncation"]
+
+# Binary splits between two levels of boxes that lists are found on.
+_STEP = 3
+# Rows that a node's principal axis is estimated from.
+_AXIS_ROWS = 512
+# Pairs of box and component that are bounded at a time, so that the work stays in cache.
+_PAIRS = 1 << 15
+# Rows turned to float64 at a time.
+_ROWS = 1 << 19
+# Offsets below this belong to dead components, which no box feels.
+_DEAD = -1e29
+# Points of a box that a first guess looks at, and how far below their least ℓ the others' may be, nats.
+_GUESSES, _MARGIN = 4, 5.0
+# What a box that failed is given beside its own minimum, nats.
+_AGAIN = 0.1
+# Lists longer than this share of all components do not pay for being lists.
+_PAYS = 0.5
+# What float64's rounding may do to a bound, as a share of the lengths that went into it.
+_ROUNDING = 1e-13
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """One level of the tree: boxes in the order of the points.
+
+    Args:
+        centre: b (B, D).
+        axes: Q (B, D, D), orthonormal columns.
+        half: Half widths along the axes (B, D).
+        semi: Semi-axes of an enclosing ellipsoid along the same axes (B, D).
+        reach: Largest distance from the centre (B,), with room for rounding.
+    """
+
+    centre: Tensor
+    axes: Tensor
+    half: Tensor
+    semi: Tensor
+    reach: Tensor
+
+    @classmethod
+    def of(cls, points: Tensor) -> _Boxes:
+        """The boxes of points (B, rows, D)."""
+        parts = [cls._few(part) for part in points.split(max(1, _ROWS // points.shape[1]))]
+        return cls(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    @staticmethod
+    def _few(points: Tensor) -> tuple[Tensor, ...]:
+        z = points.double()
+        mean = z.mean(1, keepdim=True)
+        z = z - mean
+        _, axes = torch.linalg.eigh(z.mT @ z / z.shape[1])
+        t = z @ axes
+        low, high = t.amin(1, keepdim=True), t.amax(1, keepdim=True)
+        middle = 0.5 * (low + high)
+        t = t - middle
+        deviation = t.square().mean(1, keepdim=True).sqrt()
+        radius = (t / deviation.clamp(min=1e-300)).square().sum(-1).amax(1).sqrt()
+        half = 0.5 * (high - low)[:, 0]
+        centre = (mean + middle @ axes.mT)[:, 0]
+        return centre, axes, half, radius[:, None] * deviation[:, 0], half.norm(dim=1) + centre.abs().amax(1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep over boxes is to do: which rows see which components, and what that leaves out.
+
+    Args:
+        boxes: Boxes that have lists (T,).
+        index: Components of all lists, one after the other.
+        pointer: Where each list begins and the last one ends (T + 1,).
+        dropped: log Σ exp u of what each list leaves out (T,), nats.
+        spans: First and last-plus-one row of each stretch to sweep (S, 2).
+        owner: The list that each stretch sees (S,).
+    """
+
+    boxes: Tensor
+    index: Tensor
+    pointer: Tensor
+    dropped: Tensor
+    spans: Tensor
+    owner: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Components that each stretch sees (S,)."""
+        return self.pointer.diff()[self.owner]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of point and component that are looked at."""
+        return int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
+
+    def split(self, most: int) -> Plan:
+        """The same with long stretches cut, so that none has more than about ``most`` pairs."""
+        first, last = self.spans.T
+        rows = (most // self.lengths.clamp(min=1)).clamp(min=32)
+        parts = -((first - last) // rows)
+        if not bool((parts > 1).any()):
+            return self
+        owner = self.owner.repeat_interleave(parts)
+        number = torch.arange(len(owner), device=owner.device) - (parts.cumsum(0) - parts).repeat_interleave(parts)
+        start = first.repeat_interleave(parts) + number * rows.repeat_interleave(parts)
+        stop = torch.minimum(start + rows.repeat_interleave(parts), last.repeat_interleave(parts))
+        return replace(self, spans=torch.stack([start, stop], 1), owner=owner)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points in the order of a tree of boxes.
+
+    Args:
+        points: (M, D), in order; M is the number of boxes times the rows of each, a few points being repeated for it.
+        rank: Where in that order each of the N points is (N,).
+        levels: Boxes, from coarse to fine.
+    """
+
+    points: Tensor
+    rank: Tensor
+    levels: tuple[_Boxes, ...]
+
+    @classmethod
+    def of(cls, x: Tensor, rows: int) -> Cloud:
+        """The cloud of points (N, D), in boxes of at most ``rows``."""
+        depth = max(0, math.ceil(math.log2(len(x) / rows)))
+        position, points = _ordered(x, depth)
+        rank = torch.empty_like(position)
+        rank[position] = torch.arange(len(position), device=x.device)
+        return cls(points, rank[: len(x)], _levels(points, depth))
+
+    def part(self, rows: Tensor) -> tuple[Cloud, Tensor]:
+        """The cloud of some of its points, given by their places in the order (n,), and those places sorted."""
+        size = min(self.rows, len(rows))
+        depth = max(0, math.ceil(math.log2(len(rows) / size)))
+        rows = rows.sort().values
+        filled = torch.cat([rows, rows[-1:].expand((-(-len(rows) >> depth) << depth) - len(rows))])
+        points = self.points[filled]
+        rank = torch.arange(len(rows), device=rows.device)
+        return Cloud(points, rank, _levels(points, depth)), rows
+
+    @property
+    def boxes(self) -> int:
+        """How many boxes the finest level has."""
+        return len(self.levels[-1].centre)
+
+    @property
+    def rows(self) -> int:
+        """Points in each of them."""
+        return len(self.points) // self.boxes
+
+    def enter(self, values: Tensor) -> Tensor:
+        """Numbers of the points (N, ...) in the cloud's order (M, ...), zero where points are repeated."""
+        return values.new_zeros(len(self.points), *values.shape[1:]).index_copy_(0, self.rank, values)
+
+    def leave(self, values: Tensor) -> Tensor:
+        """Numbers in the cloud's order (M, ...) in that of the points (N, ...)."""
+        return values[self.rank]
+
+    def spans(self, boxes: Tensor) -> Tensor:
+        """First and last-plus-one row of each box (T, 2)."""
+        return torch.stack([boxes * self.rows, (boxes + 1) * self.rows], 1)
+
+    def lists(self, problem: Exponents, guess: Tensor, log_epsilon: float) -> Plan:
+        """The components that each box must see, given a guess of min ℓ over it.
+
+        Args:
+            problem: The components.
+            guess: Of each box (B,), nats; +inf leaves a box out of the plan.
+            log_epsilon: log ε.
+        """
+        alive = (problem.offsets > _DEAD).nonzero()[:, 0]
+        root = guess.new_zeros(1, dtype=torch.int64)
+        lists = _Lists(root, alive, root.new_tensor([0, len(alive)]), guess.new_full((1,), -math.inf))
+        bounds, above = _Bounds(problem), 1
+        for boxes in self.levels:
+            count = len(boxes.centre)
+            least = guess.view(count, -1).amin(1)
+            lists = _refine(lists, boxes, count // above, bounds, least + log_epsilon, exact=count == self.boxes)
+            above = count
+        owner = torch.arange(len(lists.boxes), device=guess.device)
+        return Plan(*lists, self.spans(lists.boxes), owner)
+
+
+@dataclass
+class Truncation:
+    """One sweep after another over a cloud, each with lists that leave out less than ε of every point's density.
+
+    Args:
+        cloud: The points.
+        epsilon: ε, in (0, 1).
+        minima: min ℓ over each box (B,) in the last sweep, or a guess of it, nats.
+        certificate: Most that the last sweep may have lost of any point's ℓ, nats.
+        share: Part of all pairs that the last sweep looked at.
+    """
+
+    cloud: Cloud
+    epsilon: float
+    minima: Tensor | None = None
+    certificate: float = 0.0
+    share: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.cloud.rank)
+
+    def sample(self) -> Tensor:
+        """Rows of a few points of each box (B, n), for a first guess."""
+        step = max(1, self.cloud.rows // _GUESSES)
+        return torch.arange(len(self.cloud.points), device=self.cloud.points.device).view(self.cloud.boxes, -1)[:, ::step]
+
+    def suppose(self, values: Tensor) -> None:
+        """Takes ℓ of the sample (B, n) as the first guess."""
+        self.minima = values.double().amin(1) - _MARGIN
+
+    def begin(self, problem: Exponents, exact: bool = False) -> Plan | None:
+        """The plan of a sweep; None where lists would not be shorter than all components by enough to pay.
+
+        Args:
+            problem: The components.
+            exact: Whether the sweep reads single exponents rather than their sum. No dropped one is then above half of
+                what it reads, which therefore is what it would read of all.
+        """
+        plan = self.cloud.lists(problem, self._guess(), self._log_epsilon(exact))
+        self.certificate, self.share = 0.0, self._share(problem, plan)
+        if self.share > _PAYS:
+            self.share = 1.0
+            return None
+        return plan
+
+    def again(self, problem: Exponents, plan: Plan, minima: Tensor, exact: bool = False) -> Plan | None:
+        """What is left to do after a sweep that found these minima (S,) over its stretches, or None."""
+        failed = minima < self.floor(problem, plan, exact)
+        # What is not a number has overflowed, and is looked at again with all components.
+        minima = torch.where(minima.isnan(), -math.inf, minima)
+        minima = minima - 2 * _rounding(problem) * minima.abs()
+        lost = plan.dropped[plan.owner] - minima
+        if not exact and not bool(failed.all()):
+            self.certificate = max(self.certificate, float(lost[~failed].max().exp().log1p()))
+        boxes = plan.boxes[plan.owner]
+        untouched = torch.full_like(self._guess(), math.inf)
+        new = untouched.scatter_reduce(0, boxes, minima, "amin")
+        self.minima = torch.where(new < math.inf, new, self._guess())
+        if not bool(failed.any()):
+            return None
+        guess = untouched.scatter_reduce(0, boxes[failed], minima[failed] - _AGAIN, "amin")
+        rest = self.cloud.lists(problem, guess, self._log_epsilon(exact))
+        rest = replace(rest, spans=plan.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
+        self.share += self._share(problem, rest)
+        return rest
+
+    def floor(self, problem: Exponents, plan: Plan, exact: bool = False) -> Tensor:
+        """The least value that each stretch (S,) may find with its list, nats."""
+        least = plan.dropped[plan.owner] - self._log_epsilon(exact)
+        return least + _rounding(problem) * least.abs().nan_to_num(posinf=0)
+
+    def _guess(self) -> Tensor:
+        if self.minima is None:
+            raise RuntimeError("a truncated sweep has no first guess; call suppose before begin.")
+        return self.minima
+
+    def _log_epsilon(self, exact: bool) -> float:
+        return math.log(0.5 if exact else self.epsilon)
+
+    def _share(self, problem: Exponents, plan: Plan) -> float:
+        return plan.pairs / (len(self.cloud.points) * problem.shape[1])
+
+
+class _Lists(NamedTuple):
+    """Lists of components of some boxes of a level: as in a plan."""
+
+    boxes: Tensor
+    index: Tensor
+    pointer: Tensor
+    dropped: Tensor
+
+
+def _rounding(problem: Exponents) -> float:
+    return 8 * torch.finfo(problem.x.dtype).eps
+
+
+def _levels(points: Tensor, depth: int) -> tuple[_Boxes, ...]:
+    """Boxes at every few splits, from coarse to fine."""
+    depths = sorted(range(depth, 0, -_STEP)) or [0]
+    return tuple(_Boxes.of(points.view(1 << d, -1, points.shape[1])) for d in depths)
+
+
+class _Bounds:
+    """Upper bounds u of exponents over boxes."""
+
+    def __init__(self, problem: Exponents) -> None:
+        self.offsets, self.means, self.centre = problem.offsets, problem.means, problem.centre
+        self.U, self.full = problem.U.contiguous(), problem.is_full
+        self.size = self.U.flatten(1).norm(dim=1)
+
+    def of(self, boxes: _Boxes, which: Tensor, index: Tensor) -> Tensor:
+        """u (P, C, L), nats, of C boxes ``which`` (P, C) and L components ``index`` (P, L)."""
+        P, C = which.shape
+        L, D = index.shape[1], self.means.shape[1]
+        b = boxes.centre[which] - self.centre
+        origin = b[:, :1]
+        b, mu, U = b - origin, self.means[index] - origin, self.U[index]
+        if self.full:
+            wide = U.permute(0, 2, 1, 3).reshape(P, D, L * D)
+            y = (b @ wide).view(P, C, L, D) - (mu[:, :, None] @ U).view(P, 1, L, D)
+            slope = y[..., :1] * U[:, None, :, :, 0]
+            for e in range(1, D):
+                slope.addcmul_(y[..., e : e + 1], U[:, None, :, :, e])
+        else:
+            U = U[:, None]
+            y = (b[:, :, None] - mu[:, None]) * U
+            slope = y * U
+        norm = y.norm(dim=-1)
+        t = slope @ boxes.axes[which]
+        box = (t.abs() @ boxes.half[which][..., None])[..., 0]
+        ellipsoid = (t * boxes.semi[which][:, :, None]).norm(dim=-1)
+        support = torch.minimum(box, ellipsoid) / norm.clamp(min=1e-300)
+        distances = mu.norm(dim=-1)[:, None] + (b.norm(dim=-1) + boxes.reach[which])[..., None]
+        slack = _ROUNDING * self.size[index][:, None] * distances
+        least = (norm - support * (1 + _ROUNDING) - slack).clamp_(min=0)
+        return self.offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()
+
+
+def _refine(plan: _Lists, boxes: _Boxes, children: int, bounds: _Bounds, limit: Tensor, exact: bool) -> _Lists:
+    """From the lists of parents to those of their children whose ``limit`` on log Σ exp u of the dropped is finite.
+
+    The last level drops as much as it may (``exact``); those above it drop only what is next to nothing.
+    """
+    lengths = plan.pointer.diff()
+    K = len(bounds.offsets)
+    # Chunks of parents, of about equal work.
+    work = (lengths * children).cumsum(0)
+    chunks = max(1, min(len(lengths), -(-int(work[-1]) // _PAIRS)))
+    cuts = torch.searchsorted(work, torch.arange(1, chunks, device=work.device) * (work[-1] / chunks)).unique()
+    parents = [part for part in torch.arange(len(lengths), device=work.device).tensor_split(cuts.cpu()) if len(part)]
+
+    def chunk(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        which = plan.boxes[rows][:, None] * children + torch.arange(children, device=rows.device)
+        longest = int(lengths[rows].max())
+        place = torch.arange(longest, device=rows.device)
+        index = plan.index[(plan.pointer[rows][:, None] + place).clamp(max=len(plan.index) - 1)]
+        u = bounds.of(boxes, which, index)
+        u.masked_fill_((place >= lengths[rows][:, None])[:, None], -math.inf)
+        most = limit[which][..., None]
+        if exact:
+            u, order = u.sort(dim=-1)
+            keep = torch.logaddexp(u.logcumsumexp(-1), plan.dropped[rows][:, None, None]) > most
+            index = index[:, None].expand_as(order).gather(2, order)
+        else:
+            keep = u > most - (math.log(K) + 3.0)
+            index = index[:, None].expand_as(u)
+        keep &= u > -math.inf
+        left = u.masked_fill_(keep, -math.inf).logsumexp(-1)
+        wanted = limit[which] < math.inf
+        keep &= wanted[..., None]
+        dropped = torch.logaddexp(left, plan.dropped[rows][:, None])
+        return which[wanted], index[keep], keep.sum(-1)[wanted], dropped[wanted]
+
+    workers = 1 if limit.is_cuda else max(1, min(torch.get_num_threads(), len(parents)))
+    share = -(-len(parents) // workers)
+    found = on_cores(lambda w: [chunk(rows) for rows in parents[w * share : (w + 1) * share]], workers, limit.device)
+    which, index, counts, dropped = (torch.cat(parts) for parts in zip(*sum(found, []), strict=True))
+    pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return _Lists(which, index, pointer, dropped)
+
+
+def _ordered(x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """The points split ``depth`` times at the median along each node's principal axis: positions, and points."""
+    N, D = x.shape
+    M = (-(-N // (1 << depth))) << depth
+    position = torch.arange(M, device=x.device)
+    points = x if M == N else torch.cat([x, x[-1:].expand(M - N, D)])
+    for level in range(depth):
+        nodes = points.view(1 << level, -1, D)
+        first = nodes.shape[1] * torch.arange(len(nodes), device=x.device)[:, None]
+        order = (_halves(_projections(nodes)) + first).view(-1)
+        points, position = points[order], position[order]
+    return position, points.contiguous()
+
+
+def _projections(nodes: Tensor) -> Tensor:
+    """Coordinates along each node's principal axis (nodes, size)."""
+    sample = nodes[:, :: max(1, nodes.shape[1] // _AXIS_ROWS)].double()
+    sample = sample - sample.mean(1, keepdim=True)
+    _, axes = torch.linalg.eigh(sample.mT @ sample)
+    return torch.bmm(nodes, axes[:, :, -1:].to(nodes.dtype))[:, :, 0]
+
+
+def _halves(along: Tensor) -> Tensor:
+    """For each row, an order of its entries whose first half is not above its second."""
+    if along.is_cuda:
+        return along.argsort(1)
+    return torch.from_numpy(np.argpartition(along.numpy(), along.shape[1] // 2, axis=1))
