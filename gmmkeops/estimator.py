@@ -67,6 +67,8 @@ class GaussianMixture(Estimator):
         device: Where to compute, e.g. "cuda"; by default where the data are.
         dtype: "float32" or "float64" to compute in; by default float32 data stay so and all else is float64.
         backend: "auto", "keops" or "dense".
+        truncate: ε that sweeps may leave out of each point's density, certified (:func:`gmmkeops.fit`); 0 for none. By
+            default what rounding hides, where that pays.
 
     Attributes:
         weights_ (K,), means_ (K, D), covariances_, precisions_, precisions_cholesky_: Parameters, float64, data units:
@@ -113,6 +115,7 @@ class GaussianMixture(Estimator):
         device: Any = None,
         dtype: Any = None,
         backend: str = "auto",
+        truncate: float | None = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -133,6 +136,7 @@ class GaussianMixture(Estimator):
         self.device = device
         self.dtype = dtype
         self.backend = backend
+        self.truncate = truncate
 
     @property
     def fitted_(self) -> bool:
@@ -177,6 +181,7 @@ class GaussianMixture(Estimator):
                     weights=g,
                     max_iter=self.max_iter,
                     tol=self.tol,
+                    truncate=self.truncate,
                     backend=self.backend,
                     callbacks=self._talk(run),
                     progress=False,
@@ -417,9 +422,12 @@ class GaussianMixture(Estimator):
 
     # inference
 
+    def _engine(self) -> dict[str, Any]:
+        return {"backend": self.backend, "truncate": self.truncate}
+
     def predict(self, X: Any) -> Any:
         """Component of each point (N,), int64."""
-        return self._apply(X, lambda mixture, x: mixture.predict(x, backend=self.backend))
+        return self._apply(X, lambda mixture, x: mixture.predict(x, **self._engine()))
 
     def predict_proba(self, X: Any) -> Any:
         """Responsibilities (N, K); for the few largest of a big cloud see :meth:`Mixture.responsibilities`."""
@@ -427,7 +435,7 @@ class GaussianMixture(Estimator):
 
     def score_samples(self, X: Any) -> Any:
         """Log-density of each point (N,), nats."""
-        return self._apply(X, lambda mixture, x: mixture.log_prob(x, backend=self.backend))
+        return self._apply(X, lambda mixture, x: mixture.log_prob(x, **self._engine()))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Mean log-density, nats per point."""

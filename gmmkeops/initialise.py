@@ -1,7 +1,8 @@
 r"""Where a fit begins: centres from the data, and the mixture of their clusters.
 
 k-means is hard EM with a frozen, tied, spherical factor, so Lloyd's step is one ``moments(assignment="hard")``; the seeding is
-greedy k-means++ on a subsample. Reference: Arthur and Vassilvitskii 2007, *k-means++: the advantages of careful seeding*.
+greedy k-means++ on a subsample, in rounds where centres are many. References: Arthur and Vassilvitskii 2007, *k-means++: the
+advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
 
 # Points that k-means works on, unless 20 per component are more.
 _SAMPLE = 20_000
+
+# Rounds in which seeding chooses its centres, when there are more.
+_ROUNDS = 64
 
 # Of the average cluster's mass: how much of the average cluster is mixed into each.
 _SHARE = 0.01
@@ -146,26 +150,39 @@ def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
         u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
         order = (-torch.log1p(-u) / mass).argsort()
         return points[order[torch.arange(K, device=mass.device) % len(order)]]
-    trials = 2 + int(math.log(K))
     first = _draw(mass, 1, generator)
-    chosen, distance = [first[0]], ((points - points[first]) ** 2).sum(1)
-    for _ in range(K - 1):
+    chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
+    while (left := K - sum(map(len, chosen))) > 0:
         chance = mass * distance
-        candidates = _draw(chance if float(chance.sum()) > 0 else mass, trials, generator)
+        # Many centres are chosen many at a time, a few by the best of some candidates for each.
+        several = min(left, K // _ROUNDS)
+        candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, 2 + int(math.log(K))), generator)
+        if several > 1:
+            chosen.append(candidates[:several])
+            distance = torch.minimum(distance, _nearest(points, points[chosen[-1]]))
+            continue
         reach = torch.minimum(distance, ((points[candidates, None] - points) ** 2).sum(-1))
         best = (reach @ mass).argmin()
-        chosen.append(candidates[best])
+        chosen.append(candidates[best : best + 1])
         distance = reach[best]
-    return points[torch.stack(chosen)]
+    return points[torch.cat(chosen)]
+
+
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    """Squared distance of each point (N,) to the nearest of some centres."""
+    unit = torch.ones(1, 1, dtype=torch.float64, device=points.device)
+    best, _ = reductions.topk(points, centres.new_zeros(len(centres)), centres, unit, 1)
+    return -2 * best[:, 0]
 
 
 def _lloyd(points: Tensor, mass: Tensor, centres: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
     """Lloyd's iterations until the mean squared distance falls by less than 10⁻⁴ of it; and that inertia."""
+    cloud = reductions.arrange(points, len(centres), sweeps=iterations)
     factor = SphericalFactor(centres.new_zeros(1, 1), centres.shape[1])
     last = math.inf
     for _ in range(iterations):
         offsets = centres.new_zeros(len(centres))
-        arguments = (points, offsets, centres, factor)
+        arguments = (cloud, offsets, centres, factor)
         sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
         centres, inertia = sums.means, -float(sums.total)
         if last - inertia < 1e-4 * inertia:

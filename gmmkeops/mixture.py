@@ -200,12 +200,14 @@ class Mixture(Distribution):
         """Variances of the whole mixture (*B, D), squared data units."""
         return self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
 
-    def log_prob(self, value: Any, *, backend: str = "auto") -> Tensor:
+    def log_prob(self, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
         r"""Log-density log p(x), the normalising constant included.
 
         Args:
             value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. Their dtype decides the precision.
             backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+            truncate: ε that may be left out of each point's density, 0 for none; as for
+                :func:`gmmkeops.reductions.arrange`.
 
         Returns:
             (*S, *B), nats per point, differentiable in points and parameters.
@@ -217,7 +219,8 @@ class Mixture(Distribution):
         if self.batch_shape:
             return torch.logsumexp(self.log_joint(x), -1)
         flat = as_points(x.reshape(-1, self.features), name="x", features=self.features)
-        values = reductions.logsumexp(flat, self.offsets, self.means, self.factor, backend=backend)
+        arguments = (flat, self.offsets, self.means, self.factor)
+        values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
         return values.reshape(x.shape[:-1])
 
     def log_joint(self, value: Any) -> Tensor:
@@ -242,13 +245,16 @@ class Mixture(Distribution):
         flat = x.reshape(-1, self.features)
         return torch.cat([exponents(part) for part in flat.split(rows)]).reshape(*x.shape[:-1], self.components)
 
-    def responsibilities(self, value: Any, k: int | None = None, *, backend: str = "auto") -> Any:
+    def responsibilities(
+        self, value: Any, k: int | None = None, *, backend: str = "auto", truncate: float | None = None
+    ) -> Any:
         """Posterior probabilities of the components, p(k | x).
 
         Args:
             value: Points (*S, D), data units.
             k: Keep the k largest of each point, without ever holding them all; None for all K.
             backend: For the few largest: ``"auto"``, ``"keops"`` or ``"dense"``.
+            truncate: For the few largest, as for :meth:`log_prob`.
 
         Returns:
             (*S, K); or with ``k`` the pair of probabilities (*S, k), in falling order, and components (*S, k).
@@ -256,16 +262,18 @@ class Mixture(Distribution):
         if k is None:
             return torch.softmax(self.log_joint(value), -1)
         x, flat = self._flat(value)
-        arguments = (flat, self.offsets, self.means, self.factor)
+        cloud = reductions.arrange(flat, self.components, truncate, sweeps=2)
+        arguments = (cloud, self.offsets.detach(), self.means.detach(), self.factor)
         exponents, indices = reductions.topk(*arguments, k, backend=backend)
         values = reductions.logsumexp(*arguments, backend=backend).detach()
         shape = (*x.shape[:-1], k)
         return (exponents - values[:, None]).exp().reshape(shape), indices.reshape(shape)
 
-    def predict(self, value: Any, *, backend: str = "auto") -> Tensor:
-        """The most probable component of each point (*S, D): (*S,), int64."""
+    def predict(self, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
+        """The most probable component of each point (*S, D): (*S,), int64; exact with any truncation."""
         x, flat = self._flat(value)
-        labels = reductions.argmax(flat, self.offsets, self.means, self.factor, backend=backend)
+        arguments = (flat, self.offsets, self.means, self.factor)
+        labels = reductions.argmax(*arguments, backend=backend, truncate=truncate)
         return labels.reshape(x.shape[:-1])
 
     def sample(

@@ -188,21 +188,18 @@ class EM(Method[_State]):
         factor, offsets = mixture.factor, mixture.offsets
         if beta < 1:
             factor, offsets = factor.rescale(torch.full_like(problem.frame.scale, beta**0.5)), beta * offsets
-        x, g = problem.x, problem.weights
-        if rows is not None:
-            x, g = x[rows], None if g is None else g[rows]
+        x, keywords = problem.read(rows)
         seed = 0
         if self.assignment == "stochastic":
-            seed = int(torch.randint(1 << 62, (1,), generator=problem.generator, device=x.device))
+            seed = int(torch.randint(1 << 62, (1,), generator=problem.generator, device=problem.x.device))
         return reductions.moments(
             x,
             offsets,
             mixture.means,
             factor,
-            weights=g,
             assignment=self.assignment,
             seed=seed,
-            backend=problem.backend,
+            **keywords,
         )
 
     def _move(self, problem: Problem, state: _State, sums: Moments) -> _State:

@@ -40,6 +40,10 @@ class Report:
         engine: ``"dense"`` or ``"keops"``.
         device: Where the fit ran.
         dtype: What the points were computed in (parameters are float64).
+        truncate: The ε of the truncation, 0 where every pair was looked at.
+        certificate: Most that truncation may have taken from any point's log-likelihood under ``mixture``, nats; what is
+            lost is never negative.
+        pairs: Share of all pairs of point and component that the last sweep looked at.
         seconds: Wall time, checks and frame included.
         interrupted: Whether Ctrl-C ended it.
     """
@@ -50,6 +54,9 @@ class Report:
     engine: str
     device: str
     dtype: str
+    truncate: float
+    certificate: float
+    pairs: float
     seconds: float
     interrupted: bool
 
@@ -84,6 +91,8 @@ class FitResult:
             f"{end} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
             f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "
             f"{r.live_components} of {K} components live"
+        ) + (
+            f"; {r.pairs:.2%} of all pairs looked at, no point short of {r.certificate:.0e} nats" if r.pairs < 1 else ""
         )
 
 
@@ -122,6 +131,7 @@ def fit(
     weights: Any = None,
     max_iter: int | None = None,
     tol: float | None = None,
+    truncate: float | None = None,
     backend: str = "auto",
     callbacks: Callable[[Step], Any] | Iterable[Callable[[Step], Any]] = (),
     progress: bool | None = None,
@@ -142,6 +152,9 @@ def fit(
         weights: g (N,), not negative; all ones if left out.
         max_iter: Iterations at most; the method's own number if left out. With 0 the start is looked at and returned.
         tol: Tolerance, nats per point; the method's own if left out.
+        truncate: ε: sweeps may leave out components that are certain to carry less than this share of a point's density
+            (:func:`gmmkeops.reductions.arrange`), and the report says how much was lost at most. 0 looks at every pair.
+            None leaves out what the points' own rounding hides, where that pays.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
         callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit.
         progress: Whether to show a progress bar; by default only in a terminal.
@@ -180,7 +193,9 @@ def fit(
     g = as_weights(weights, x)
     problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
     engine = reductions.engine(problem.x, backend, full=mixture.factor.family == "full")
-    state = method.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
+    inside = problem.frame.enter(mixture.detach().to(torch.float64))
+    problem = problem.truncated(truncate, inside, max_iter)
+    state = method.init(problem, inside)
     run = _Run(problem, method, tol, (callbacks,) if callable(callbacks) else tuple(callbacks), began)
     bar = _bar(max_iter, progress)
     try:
@@ -308,6 +323,9 @@ def _result(problem: Problem, best: Evaluation, run: _Run, engine: str) -> FitRe
         engine=engine,
         device=str(x.device),
         dtype=str(x.dtype).removeprefix("torch."),
+        truncate=0.0 if problem.cloud is None else problem.cloud.epsilon,
+        certificate=0.0 if problem.cloud is None else problem.cloud.certificate,
+        pairs=1.0 if problem.cloud is None else problem.cloud.share,
         seconds=time.perf_counter() - run.began,
         interrupted=run.ending == "interrupted",
     )

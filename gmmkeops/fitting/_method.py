@@ -3,7 +3,7 @@ r"""What the loop and its methods say to each other: the problem, one evaluation
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -40,6 +40,8 @@ class Problem:
         penalty: In the user's units, nats per point; or None.
         backend: The engine to use.
         generator: Source of randomness.
+        truncate: What sweeps may leave out, as the fit was asked.
+        cloud: The points arranged for sweeps that leave components out, or None.
     """
 
     x: Tensor
@@ -50,6 +52,8 @@ class Problem:
     penalty: Penalty | None
     backend: str
     generator: torch.Generator
+    truncate: float | None = None
+    cloud: reductions.Truncation | None = None
 
     @classmethod
     def of(
@@ -62,22 +66,40 @@ class Problem:
         *,
         isotropic: bool,
     ) -> Problem:
-        """The problem that checked points (N, D) of the user pose, with a frame of their own."""
+        """The problem that checked points (N, D) of the user pose, with a frame of their own, read exactly."""
         if generator is None:
             generator = torch.Generator(x.device).manual_seed(torch.initial_seed() % (1 << 63))
         mass = float(x.shape[0]) if weights is None else float(weights.sum())
         count = mass if weights is None else mass**2 / float(weights.square().sum())
         penalty = None if penalty is None else as_penalty(penalty)
         frame = Frame.of(x, weights, isotropic=isotropic)
-        return cls(frame.points(x, x.dtype), weights, mass, count, frame, penalty, backend, generator)
+        return cls(frame.points(x, x.dtype), weights, mass, count, frame, penalty, backend, generator, truncate=0)
+
+    def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Problem:
+        """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
+        K, labels = mixture.components, None
+        many = mixture.features > reductions.FEW
+        if many and (reductions.pays(self.x, K, sweeps, labelled=True) if truncate is None else truncate > 0):
+            arguments = (self.x, mixture.offsets, mixture.means, mixture.factor)
+            labels = reductions.argmax(*arguments, backend=self.backend, truncate=0)
+        arranged = reductions.arrange(self.x, K, truncate, sweeps=sweeps, labels=labels)
+        return replace(self, truncate=truncate, cloud=None if isinstance(arranged, Tensor) else arranged)
+
+    def read(self, rows: Tensor | None = None) -> tuple[Tensor | reductions.Truncation, dict[str, Any]]:
+        """What the reductions take for all points, or for some rows: points, and the keywords that go with them."""
+        g = self.weights if rows is None or self.weights is None else self.weights[rows]
+        keywords = {"weights": g, "backend": self.backend, "truncate": self.truncate}
+        if rows is not None:
+            return self.x[rows], keywords
+        # Arranging has been decided for all points, not for each sweep.
+        return (self.x, keywords | {"truncate": 0}) if self.cloud is None else (self.cloud, keywords)
 
     def negative_log_likelihood(self, mixture: Mixture, rows: Tensor | None = None) -> Tensor:
         """Mean over the points (or some of them), nats per point in the user's units; float64, differentiable."""
-        x, g = self.x, self.weights
-        if rows is not None:
-            x, g = x[rows], None if g is None else g[rows]
-        mass = float(x.shape[0]) if g is None else float(g.sum())
-        total = reductions.total(x, mixture.offsets, mixture.means, mixture.factor, weights=g, backend=self.backend)
+        x, keywords = self.read(rows)
+        g = keywords["weights"]
+        mass = float(len(x)) if g is None else float(g.sum())
+        total = reductions.total(x, mixture.offsets, mixture.means, mixture.factor, **keywords)
         return self.frame.log_volume - total / max(mass, 1e-300)
 
     def penalised(self, mixture: Mixture) -> Tensor:

@@ -33,10 +33,26 @@ from gmmkeops.reductions import _dense, _keops
 from gmmkeops.reductions._blocks import Cloud, Truncation
 from gmmkeops.reductions._exponents import Exponents, factor_tensor
 
-__all__ = ["ASSIGNMENTS", "BACKENDS", "Truncation", "argmax", "arrange", "engine", "logsumexp", "moments", "topk", "total"]
+__all__ = [
+    "ASSIGNMENTS",
+    "BACKENDS",
+    "FEW",
+    "Truncation",
+    "argmax",
+    "arrange",
+    "engine",
+    "logsumexp",
+    "moments",
+    "pays",
+    "topk",
+    "total",
+]
 
 BACKENDS = ("auto", "keops", "dense")
 ASSIGNMENTS = ("soft", "hard", "stochastic")
+
+# Dimensions up to which points are halved into small boxes without labels.
+FEW = 4
 
 # What truncation may cost where nobody has said: what the dtype's rounding would lose anyway, nats per point.
 _EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -75,7 +91,9 @@ def engine(problem: Exponents | Tensor, backend: str = "auto", *, full: bool = T
     return "dense"
 
 
-def arrange(x: Any, components: int, truncate: float | None = None, *, sweeps: int = 1) -> Tensor | Truncation:
+def arrange(
+    x: Any, components: int, truncate: float | None = None, *, sweeps: int = 1, labels: Tensor | None = None
+) -> Tensor | Truncation:
     r"""Points in the order of a tree of boxes, for sweeps that leave out what no point of a box can feel.
 
     Every reduction takes the result in the place of the points, and answers in the order of the points. A sweep then gives
@@ -88,6 +106,8 @@ def arrange(x: Any, components: int, truncate: float | None = None, *, sweeps: i
         truncate: ε in (0, 1); 0 for exact sweeps over all components. None decides: 1e-6 for float32 points and 1e-12 for
             float64 ones, which rounding hides, where it pays.
         sweeps: How many sweeps are to come, which decides whether arranging pays.
+        labels: Likely component of each point (N,), int64. Boxes are then made of points with one label, which is what
+            works in more than about four dimensions.
 
     Returns:
         The points themselves, or a :class:`Truncation`.
@@ -107,27 +127,34 @@ def arrange(x: Any, components: int, truncate: float | None = None, *, sweeps: i
     x = as_points(x)
     if truncate is not None and not (isinstance(truncate, (int, float)) and 0 <= truncate < 1):
         raise ValueError(f"truncate must be None or a number from 0 to below 1, got {truncate!r}.")
-    if truncate == 0 or (truncate is None and not _pays(x, components, sweeps)):
+    if truncate == 0 or (truncate is None and not pays(x, components, sweeps, labels is not None)):
         return x
+    rows = _box_rows(len(x), components)
+    cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels, rows)
+    return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
+
+
+def pays(x: Tensor, components: int, sweeps: int, labelled: bool = False) -> bool:
+    """Whether arranging points (N, D) for so many sweeps is likely to be worth it, with labels or without."""
     N, D = x.shape
-    return Truncation(Cloud.of(x.detach(), _box_rows(N, components, D)), _EPSILON[x.dtype] if truncate is None else truncate)
+    if labelled:
+        return components >= 16 and N * components >= 1_000_000 and sweeps >= 4
+    return D <= FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
 
 
-def _pays(x: Tensor, components: int, sweeps: int) -> bool:
-    """Whether arranging so many points for so many sweeps is likely to be worth it."""
-    N, D = x.shape
-    return D <= 16 and N * components >= 10_000_000 and components >= 64 and components * sweeps >= 1000
-
-
-def _box_rows(N: int, components: int, D: int) -> int:
-    return 512
+def _box_rows(N: int, components: int) -> int:
+    """Points in a box: two components' worth, within what makes a good tile."""
+    return min(4096, max(1024, 2 * N // components))
 
 
 _Setup = tuple[Exponents, Truncation | None]
 
 
-def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None) -> _Setup:
-    """The exponents, in a cloud's order where there is one, and what may be left out of them."""
+def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None, best: int = 0) -> _Setup:
+    """The exponents, in a cloud's order where there is one, and what may be left out of them.
+
+    ``best`` is which of a point's exponents, from the largest on, the lists are judged by; 0 for their log-sum-exp.
+    """
     if isinstance(x, Truncation):
         problem, blocks = Exponents.of(x.cloud.points, offsets, means, factor), x
     else:
@@ -138,18 +165,26 @@ def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None
         problem, blocks = replace(problem, x=arranged.cloud.points), arranged
     if blocks.minima is None:
         rows = blocks.sample()
-        blocks.suppose(_dense.logsumexp(problem.rows(rows.reshape(-1))).view(rows.shape))
+        few = problem.rows(rows.reshape(-1))
+        best = min(best, problem.shape[1])
+        values = _dense.topk(few, best)[0][:, -1] if best else _dense.logsumexp(few)
+        blocks.suppose(values.view(rows.shape))
     return problem, blocks
 
 
 def _values(problem: Exponents, blocks: Truncation | None, backend: str) -> Tensor:
     if engine(problem, backend) == "dense":
         return _dense.logsumexp(problem, blocks)
-    values = _keops.logsumexp(problem, blocks)
+    return _planned(problem, blocks)[0]
+
+
+def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any]:
+    """ℓ (N,) by KeOps, and the plans by which it was found."""
+    values, plans = _keops.planned(problem, blocks)
     overflowed = ~torch.isfinite(values)
     if bool(overflowed.any()):
         values[overflowed] = _dense.logsumexp(problem.rows(overflowed))
-    return values
+    return values, plans
 
 
 def _moments(
@@ -170,9 +205,9 @@ def _moments(
     if assignment != "soft" or engine(problem, backend) == "dense":
         S0, S1, S2, total = _dense.moments(problem, weights, assignment, seed, blocks)
     else:
-        values = _values(problem, blocks, backend)
+        values, plans = _planned(problem, blocks)
         g = torch.ones_like(values) if weights is None else weights
-        S0, S1, S2 = _keops.moments(problem, values, g, blocks)
+        S0, S1, S2 = _keops.moments(problem, values, g, plans)
         S2 = S2.sum(1) if problem.U.shape[1:] == (1,) and x.shape[1] > 1 else S2
         total = (values.double() * g).sum()
     if problem.U.shape[1:] == (1,):
@@ -191,7 +226,8 @@ def _parameter_gradients(problem: Exponents, sums: Moments) -> tuple[Tensor, Ten
 def _point_gradient(problem: Exponents, blocks: Truncation | None, weights: Tensor, backend: str) -> Tensor:
     if engine(problem, backend) == "dense":
         return _dense.point_gradient(problem, weights, blocks)
-    return _keops.point_gradient(problem, _values(problem, blocks, backend), weights, blocks)
+    values, plans = _planned(problem, blocks)
+    return _keops.point_gradient(problem, values, weights, plans)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -366,7 +402,7 @@ def argmax(
         >>> gk.reductions.argmax(torch.tensor([[0.1], [0.8]]), torch.zeros(2), torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
         tensor([0, 1])
     """
-    problem, blocks = _setup(x, offsets, means, factor, truncate)
+    problem, blocks = _setup(x, offsets, means, factor, truncate, best=1)
     labels = (_dense if engine(problem, backend) == "dense" else _keops).argmax(problem, blocks)
     return labels if blocks is None else blocks.cloud.leave(labels)
 
@@ -399,7 +435,7 @@ def topk(
         >>> gk.reductions.topk(torch.zeros(1, 1), torch.tensor([0.0, 2.0, 1.0]), torch.zeros(3, 1), torch.ones(1, 1), 2)
         (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
-    problem, blocks = _setup(x, offsets, means, factor, truncate)
+    problem, blocks = _setup(x, offsets, means, factor, truncate, best=max(1, int(k)))
     if not 1 <= int(k) <= problem.shape[1]:
         raise ValueError(f"k must be between 1 and the {problem.shape[1]} components, got {k}.")
     found = (_dense if engine(problem, backend) == "dense" else _keops).topk(problem, int(k), blocks)
@@ -444,7 +480,7 @@ def moments(
     """
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment must be one of {', '.join(map(repr, ASSIGNMENTS))}, got {assignment!r}.")
-    problem, blocks = _setup(x, offsets, means, factor, truncate)
+    problem, blocks = _setup(x, offsets, means, factor, truncate, best=1 if assignment == "hard" else 0)
     g = _weights(weights, problem.x if blocks is None else blocks)
     g = g if g is None or blocks is None else blocks.cloud.enter(g)
     sums = _moments(problem, blocks, g, backend, assignment, seed)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -40,10 +40,10 @@ _PAIRS = 1 << 15
 _ROWS = 1 << 19
 # Offsets below this belong to dead components, which no box feels.
 _DEAD = -1e29
-# Points of a box that a first guess looks at, and how far below their least ℓ the others' may be, nats.
-_GUESSES, _MARGIN = 4, 5.0
-# What a box that failed is given beside its own minimum, nats.
-_AGAIN = 0.1
+# Points of a box that a first guess looks at, and how far below their least ℓ the others' may be, in their ranges.
+_GUESSES, _MARGIN = 4, 2.0
+# Depths below the limit at which dropping is tried, nats, deepest first.
+_DEPTHS = (6.0, 4.0, 3.0, 2.0, 1.0)
 # Lists longer than this share of all components do not pay for being lists.
 _PAYS = 0.5
 # What float64's rounding may do to a bound, as a share of the lengths that went into it.
@@ -67,6 +67,11 @@ class _Boxes:
     half: Tensor
     semi: Tensor
     reach: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of it."""
+        return self.centre, self.axes, self.half, self.semi, self.reach
 
     @classmethod
     def of(cls, points: Tensor) -> _Boxes:
@@ -121,6 +126,39 @@ class Plan:
         """Pairs of point and component that are looked at."""
         return int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
 
+    @property
+    def rows(self) -> Tensor:
+        """All rows of its stretches, one after the other."""
+        first, last = self.spans.T
+        sizes = last - first
+        place = torch.arange(int(sizes.sum()), device=sizes.device)
+        return place + (first - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
+
+    def minima(self, values: Tensor) -> Tensor:
+        """Least of values on :attr:`rows` over each stretch (S,), float64."""
+        sizes = self.spans.diff(dim=1)[:, 0]
+        stretch = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        least = torch.full((len(sizes),), math.inf, dtype=torch.float64, device=values.device)
+        return least.scatter_reduce(0, stretch, values.double(), "amin")
+
+    def only(self, stretches: Tensor) -> Plan:
+        """Some of its stretches (a mask), with the lists that they see."""
+        lengths = self.pointer.diff()
+        kept = torch.zeros_like(self.boxes, dtype=torch.bool)
+        kept[self.owner[stretches]] = True
+        pointer = torch.cat([lengths.new_zeros(1), lengths[kept].cumsum(0)])
+        owner = (kept.cumsum(0) - 1)[self.owner[stretches]]
+        index = self.index[kept.repeat_interleave(lengths)]
+        return Plan(self.boxes[kept], index, pointer, self.dropped[kept], self.spans[stretches], owner)
+
+    def ranges(self) -> tuple[Tensor, ...]:
+        """The same for KeOps, on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
+        ends = self.spans.diff(dim=1)[:, 0].cumsum(0)
+        points = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1).int()
+        lists = torch.stack([self.pointer[:-1], self.pointer[1:]], 1).int()
+        slices = torch.arange(1, len(points) + 1, device=points.device).int()
+        return points, slices, lists[self.owner], lists, slices, points
+
     def split(self, most: int) -> Plan:
         """The same with long stretches cut, so that none has more than about ``most`` pairs."""
         first, last = self.spans.T
@@ -137,46 +175,57 @@ class Plan:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points in the order of a tree of boxes.
+    """Points in the order of boxes of near ones.
 
     Args:
-        points: (M, D), in order; M is the number of boxes times the rows of each, a few points being repeated for it.
+        points: (M, D), in order; M is N and a few points that are repeated to fill boxes.
         rank: Where in that order each of the N points is (N,).
         levels: Boxes, from coarse to fine.
+        starts: First row of each of the finest boxes, and M (B + 1,).
     """
 
     points: Tensor
     rank: Tensor
     levels: tuple[_Boxes, ...]
+    starts: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, rows: int) -> Cloud:
-        """The cloud of points (N, D), in boxes of at most ``rows``."""
+    def tree(cls, x: Tensor, rows: int) -> Cloud:
+        """The cloud of points (N, D), halved along principal axes until boxes have at most ``rows``."""
         depth = max(0, math.ceil(math.log2(len(x) / rows)))
         position, points = _ordered(x, depth)
         rank = torch.empty_like(position)
         rank[position] = torch.arange(len(position), device=x.device)
-        return cls(points, rank[: len(x)], _levels(points, depth))
+        # A level of boxes at every few splits.
+        depths = sorted(range(depth, 0, -_STEP)) or [0]
+        levels = tuple(_Boxes.of(points.view(1 << d, -1, x.shape[1])) for d in depths)
+        starts = torch.arange((1 << depth) + 1, device=x.device) * (len(points) >> depth)
+        return cls(points, rank[: len(x)], levels, starts)
 
-    def part(self, rows: Tensor) -> tuple[Cloud, Tensor]:
-        """The cloud of some of its points, given by their places in the order (n,), and those places sorted."""
-        size = min(self.rows, len(rows))
-        depth = max(0, math.ceil(math.log2(len(rows) / size)))
-        rows = rows.sort().values
-        filled = torch.cat([rows, rows[-1:].expand((-(-len(rows) >> depth) << depth) - len(rows))])
-        points = self.points[filled]
-        rank = torch.arange(len(rows), device=rows.device)
-        return Cloud(points, rank, _levels(points, depth)), rows
+    @classmethod
+    def grouped(cls, x: Tensor, labels: Tensor, rows: int) -> Cloud:
+        """The cloud of points (N, D) with one label (N,) in each box, in equal parts of at most ``rows``.
+
+        In more than a few dimensions halving cannot make boxes small, but the components of a mixture can.
+        """
+        order = labels.argsort(stable=True)
+        sizes = labels.bincount()
+        parts = -(-sizes // rows)
+        owner = torch.arange(len(sizes), device=x.device).repeat_interleave(parts)
+        number = torch.arange(len(owner), device=x.device) - (parts.cumsum(0) - parts)[owner]
+        first = (sizes.cumsum(0) - sizes)[owner]
+        starts = torch.cat([first + number * sizes[owner] // parts[owner], sizes.sum()[None]])
+        points = x[order]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=x.device)
+        boxes = [_Boxes.of(points[a:b][None]) for a, b in pairwise(starts.tolist())]
+        level = _Boxes(*(torch.cat(column) for column in zip(*(box.tensors for box in boxes), strict=True)))
+        return cls(points, rank, (level,), starts)
 
     @property
     def boxes(self) -> int:
         """How many boxes the finest level has."""
-        return len(self.levels[-1].centre)
-
-    @property
-    def rows(self) -> int:
-        """Points in each of them."""
-        return len(self.points) // self.boxes
+        return len(self.starts) - 1
 
     def enter(self, values: Tensor) -> Tensor:
         """Numbers of the points (N, ...) in the cloud's order (M, ...), zero where points are repeated."""
@@ -188,27 +237,28 @@ class Cloud:
 
     def spans(self, boxes: Tensor) -> Tensor:
         """First and last-plus-one row of each box (T, 2)."""
-        return torch.stack([boxes * self.rows, (boxes + 1) * self.rows], 1)
+        return torch.stack([self.starts[boxes], self.starts[boxes + 1]], 1)
 
-    def lists(self, problem: Exponents, guess: Tensor, log_epsilon: float) -> Plan:
-        """The components that each box must see, given a guess of min ℓ over it.
+    def lists(self, problem: Exponents, limit: Tensor, *, single: bool = False) -> Plan:
+        """The components that each box must see, so that what it drops stays below a limit.
 
         Args:
             problem: The components.
-            guess: Of each box (B,), nats; +inf leaves a box out of the plan.
-            log_epsilon: log ε.
+            limit: On log Σ exp u of those that a box drops (B,), nats; +inf leaves a box out of the plan.
+            single: Whether the limit is on each u instead.
         """
-        alive = (problem.offsets > _DEAD).nonzero()[:, 0]
-        root = guess.new_zeros(1, dtype=torch.int64)
-        lists = _Lists(root, alive, root.new_tensor([0, len(alive)]), guess.new_full((1,), -math.inf))
+        limit = limit.clamp(min=-1e300)
+        alive = ((problem.offsets > _DEAD) | (problem.offsets >= problem.offsets.max())).nonzero()[:, 0]
+        root = limit.new_zeros(1, dtype=torch.int64)
+        lists = _Lists(root, alive, root.new_tensor([0, len(alive)]), limit.new_full((1,), -math.inf))
         bounds, above = _Bounds(problem), 1
         for boxes in self.levels:
             count = len(boxes.centre)
-            least = guess.view(count, -1).amin(1)
-            lists = _refine(lists, boxes, count // above, bounds, least + log_epsilon, exact=count == self.boxes)
+            least = limit.view(count, -1).amin(1)
+            lists = _refine(lists, boxes, count // above, bounds, least, last=count == self.boxes, single=single)
             above = count
-        owner = torch.arange(len(lists.boxes), device=guess.device)
-        return Plan(*lists, self.spans(lists.boxes), owner)
+        owner = torch.arange(len(lists.boxes), device=limit.device)
+        return Plan(lists.boxes, lists.index, lists.pointer, lists.dropped, self.spans(lists.boxes), owner)
 
 
 @dataclass
@@ -234,36 +284,37 @@ class Truncation:
 
     def sample(self) -> Tensor:
         """Rows of a few points of each box (B, n), for a first guess."""
-        step = max(1, self.cloud.rows // _GUESSES)
-        return torch.arange(len(self.cloud.points), device=self.cloud.points.device).view(self.cloud.boxes, -1)[:, ::step]
+        first, sizes = self.cloud.starts[:-1, None], self.cloud.starts.diff()[:, None]
+        return first + torch.arange(_GUESSES, device=sizes.device) * sizes // _GUESSES
 
     def suppose(self, values: Tensor) -> None:
         """Takes ℓ of the sample (B, n) as the first guess."""
-        self.minima = values.double().amin(1) - _MARGIN
+        low, high = values.double().aminmax(dim=1)
+        self.minima = low - _MARGIN * (high - low)
 
-    def begin(self, problem: Exponents, exact: bool = False) -> Plan | None:
+    def begin(self, problem: Exponents, single: bool = False) -> Plan | None:
         """The plan of a sweep; None where lists would not be shorter than all components by enough to pay.
 
         Args:
             problem: The components.
-            exact: Whether the sweep reads single exponents rather than their sum. No dropped one is then above half of
-                what it reads, which therefore is what it would read of all.
+            single: Whether the sweep reads single exponents rather than their sum. No dropped one is then above what it
+                reads, which therefore is what it would read of all.
         """
-        plan = self.cloud.lists(problem, self._guess(), self._log_epsilon(exact))
+        plan = self.cloud.lists(problem, self._guess() + self._log_epsilon(single), single=single)
         self.certificate, self.share = 0.0, self._share(problem, plan)
         if self.share > _PAYS:
             self.share = 1.0
             return None
         return plan
 
-    def again(self, problem: Exponents, plan: Plan, minima: Tensor, exact: bool = False) -> Plan | None:
+    def again(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Plan | None:
         """What is left to do after a sweep that found these minima (S,) over its stretches, or None."""
-        failed = minima < self.floor(problem, plan, exact)
+        failed = minima < self.floor(problem, plan, single)
         # What is not a number has overflowed, and is looked at again with all components.
         minima = torch.where(minima.isnan(), -math.inf, minima)
         minima = minima - 2 * _rounding(problem) * minima.abs()
         lost = plan.dropped[plan.owner] - minima
-        if not exact and not bool(failed.all()):
+        if not single and not bool(failed.all()):
             self.certificate = max(self.certificate, float(lost[~failed].max().exp().log1p()))
         boxes = plan.boxes[plan.owner]
         untouched = torch.full_like(self._guess(), math.inf)
@@ -271,15 +322,15 @@ class Truncation:
         self.minima = torch.where(new < math.inf, new, self._guess())
         if not bool(failed.any()):
             return None
-        guess = untouched.scatter_reduce(0, boxes[failed], minima[failed] - _AGAIN, "amin")
-        rest = self.cloud.lists(problem, guess, self._log_epsilon(exact))
+        guess = untouched.scatter_reduce(0, boxes[failed], minima[failed], "amin")
+        rest = self.cloud.lists(problem, guess + self._log_epsilon(single), single=single)
         rest = replace(rest, spans=plan.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
         self.share += self._share(problem, rest)
         return rest
 
-    def floor(self, problem: Exponents, plan: Plan, exact: bool = False) -> Tensor:
+    def floor(self, problem: Exponents, plan: Plan, single: bool = False) -> Tensor:
         """The least value that each stretch (S,) may find with its list, nats."""
-        least = plan.dropped[plan.owner] - self._log_epsilon(exact)
+        least = plan.dropped[plan.owner] - self._log_epsilon(single)
         return least + _rounding(problem) * least.abs().nan_to_num(posinf=0)
 
     def _guess(self) -> Tensor:
@@ -287,14 +338,15 @@ class Truncation:
             raise RuntimeError("a truncated sweep has no first guess; call suppose before begin.")
         return self.minima
 
-    def _log_epsilon(self, exact: bool) -> float:
-        return math.log(0.5 if exact else self.epsilon)
+    def _log_epsilon(self, single: bool) -> float:
+        return 0.0 if single else math.log(self.epsilon)
 
     def _share(self, problem: Exponents, plan: Plan) -> float:
         return plan.pairs / (len(self.cloud.points) * problem.shape[1])
 
 
-class _Lists(NamedTuple):
+@dataclass(frozen=True)
+class _Lists:
     """Lists of components of some boxes of a level: as in a plan."""
 
     boxes: Tensor
@@ -305,12 +357,6 @@ class _Lists(NamedTuple):
 
 def _rounding(problem: Exponents) -> float:
     return 8 * torch.finfo(problem.x.dtype).eps
-
-
-def _levels(points: Tensor, depth: int) -> tuple[_Boxes, ...]:
-    """Boxes at every few splits, from coarse to fine."""
-    depths = sorted(range(depth, 0, -_STEP)) or [0]
-    return tuple(_Boxes.of(points.view(1 << d, -1, points.shape[1])) for d in depths)
 
 
 class _Bounds:
@@ -349,10 +395,31 @@ class _Bounds:
         return self.offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()
 
 
-def _refine(plan: _Lists, boxes: _Boxes, children: int, bounds: _Bounds, limit: Tensor, exact: bool) -> _Lists:
+def _drop(u: Tensor, before: Tensor, safe: float, *, spend: bool) -> tuple[Tensor, Tensor]:
+    """Which bounds u (P, C, L) to keep so that Σ exp u of the others, and of those dropped ``before`` (P, C), is below one.
+
+    Dropping what is below -``safe`` is always allowed; ``spend`` tries to drop more. Returns what is kept, and the sum.
+    """
+    size = u.exp().clamp_(max=2.0)
+    # A limit that is only a guess may be too high: one is always kept, and the sweep finds out.
+    best = u >= u.amax(-1, keepdim=True)
+    keep = (u > -safe) | best
+    left = (size * ~keep).sum(-1) + before
+    for depth in _DEPTHS if spend else ():
+        fewer = (u > -depth) | best
+        more = (size * ~fewer).sum(-1) + before
+        better = (more < 1) & (more > left)
+        keep, left = torch.where(better[..., None], fewer, keep), torch.where(better, more, left)
+    return keep, left
+
+
+def _refine(
+    plan: _Lists, boxes: _Boxes, children: int, bounds: _Bounds, limit: Tensor, *, last: bool, single: bool
+) -> _Lists:
     """From the lists of parents to those of their children whose ``limit`` on log Σ exp u of the dropped is finite.
 
-    The last level drops as much as it may (``exact``); those above it drop only what is next to nothing.
+    The last level drops as much as it may; those above it drop only what is next to nothing. With ``single`` the limit is
+    on each u instead of on their sum.
     """
     lengths = plan.pointer.diff()
     K = len(bounds.offsets)
@@ -370,24 +437,24 @@ def _refine(plan: _Lists, boxes: _Boxes, children: int, bounds: _Bounds, limit: 
         u = bounds.of(boxes, which, index)
         u.masked_fill_((place >= lengths[rows][:, None])[:, None], -math.inf)
         most = limit[which][..., None]
-        if exact:
-            u, order = u.sort(dim=-1)
-            keep = torch.logaddexp(u.logcumsumexp(-1), plan.dropped[rows][:, None, None]) > most
-            index = index[:, None].expand_as(order).gather(2, order)
+        before = plan.dropped[rows][:, None].expand(which.shape)
+        if single:
+            keep = u >= most
+            keep |= u >= u.amax(-1, keepdim=True)
+            dropped = torch.maximum(u.masked_fill(keep, -math.inf).amax(-1), before)
         else:
-            keep = u > most - (math.log(K) + 3.0)
-            index = index[:, None].expand_as(u)
-        keep &= u > -math.inf
-        left = u.masked_fill_(keep, -math.inf).logsumexp(-1)
+            keep, left = _drop(u - most, (before - limit[which]).exp(), math.log(K) + 3.0, spend=last)
+            dropped = left.log() + limit[which]
+            dropped = torch.where(left > 0, dropped, before)
         wanted = limit[which] < math.inf
-        keep &= wanted[..., None]
-        dropped = torch.logaddexp(left, plan.dropped[rows][:, None])
+        keep &= (u > -math.inf) & wanted[..., None]
+        index = index[:, None].expand_as(u)
         return which[wanted], index[keep], keep.sum(-1)[wanted], dropped[wanted]
 
     workers = 1 if limit.is_cuda else max(1, min(torch.get_num_threads(), len(parents)))
     share = -(-len(parents) // workers)
     found = on_cores(lambda w: [chunk(rows) for rows in parents[w * share : (w + 1) * share]], workers, limit.device)
-    which, index, counts, dropped = (torch.cat(parts) for parts in zip(*sum(found, []), strict=True))
+    which, index, counts, dropped = (torch.cat(parts) for parts in zip(*chain.from_iterable(found), strict=True))
     pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return _Lists(which, index, pointer, dropped)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -152,10 +153,12 @@ class _Tile:
         self.total += values.sum() if weights is None else values @ weights
         self.W.copy_(self.R)
         features = self.F if weights is None else self.F * weights
+        # Of a thin product the thin side goes first.
+        sums = (features @ self.W.T).T if len(features) < self.height else self.W @ features.T
         if self.index is None:
-            self.sums.addmm_(self.W, features.T)
+            self.sums += sums
         else:
-            self.sums.index_add_(0, self.index, self.W @ features.T)
+            self.sums.index_add_(0, self.index, sums)
 
     def softmax(self) -> Tensor:
         """Fills ``self.R`` with responsibilities; returns the log-sum-exps (rows,), from the largest entry of each."""
@@ -185,17 +188,19 @@ def _tile_rows(problem: Exponents) -> int:
     return max(1, min(N, max(32, size // width), 8192 if not problem.x.is_cuda else N))
 
 
-Body = Callable[["_Tile", int, int], None]
+_Body = Callable[[_Tile, int, int], None]
+# First row, last-plus-one row, components (None for all), least value that they may find.
+_Stretch = tuple[int, int, Tensor | None, float]
 
 
 def _sweep(
     problem: Exponents,
-    body: Body,
+    body: _Body,
     blocks: Truncation | None = None,
     *,
     clamp: bool,
     featured: bool = False,
-    exact: bool = False,
+    single: bool = False,
 ) -> list[_Tile]:
     """Runs ``body`` over all tiles, on as many threads as torch has; returns the workers' tiles in order of rows.
 
@@ -206,34 +211,32 @@ def _sweep(
         blocks: Which components the tiles may leave out; None for none.
         clamp: Keep exponents beyond the dtype's range finite.
         featured: Load features also where the exponents do without them.
-        exact: As in :meth:`Truncation.begin`.
+        single: As in :meth:`Truncation.begin`.
     """
-    plan = None if blocks is None else blocks.begin(problem, exact)
+    plan = None if blocks is None else blocks.begin(problem, single)
     if blocks is None or plan is None:
         N, size = problem.shape[0], _tile_rows(problem)
-        tiles = [(start, min(N, start + size), None, math.inf) for start in range(0, N, size)]
+        tiles: list[_Stretch] = [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
         return _run(problem, body, tiles, clamp, featured)
     workers: list[_Tile] = []
     while plan is not None:
         plan = plan.split(2 * _TILE_CPU)
-        new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, exact)), clamp, featured)
+        new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, single)), clamp, featured)
         workers += new
         minima = torch.tensor([least for tile in new for least in tile.minima], dtype=torch.float64)
-        plan = blocks.again(problem, plan, minima.to(plan.dropped.device), exact)
+        plan = blocks.again(problem, plan, minima.to(plan.dropped.device), single)
     return workers
 
 
-def _stretches(plan: Plan, floors: Tensor) -> list[tuple[int, int, Tensor | None, float]]:
+def _stretches(plan: Plan, floors: Tensor) -> list[_Stretch]:
     """Rows, components and the least value that each tile of a plan may find."""
     ends = plan.pointer.tolist()
-    lists = [plan.index[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    lists = [plan.index[a:b] for a, b in pairwise(ends)]
     rows = zip(plan.spans.tolist(), plan.owner.tolist(), floors.tolist(), strict=True)
     return [(start, stop, lists[owner], floor) for (start, stop), owner, floor in rows]
 
 
-def _run(
-    problem: Exponents, body: Body, tiles: list[tuple[int, int, Tensor | None, float]], clamp: bool, featured: bool
-) -> list[_Tile]:
+def _run(problem: Exponents, body: _Body, tiles: list[_Stretch], clamp: bool, featured: bool) -> list[_Tile]:
     K = problem.shape[1]
     rows = [stop - start for start, stop, _, _ in tiles]
     pairs = [n * (K if index is None else len(index)) for n, (_, _, index, _) in zip(rows, tiles, strict=True)]
@@ -279,7 +282,7 @@ def argmax(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
         if tile.sees(best.values):
             labels[start:stop] = tile.components(best.indices)
 
-    _sweep(problem, body, blocks, clamp=True, exact=True)
+    _sweep(problem, body, blocks, clamp=True, single=True)
     return labels
 
 
@@ -293,7 +296,7 @@ def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[
         if tile.sees(best.values[-1] if tile.height >= k else best.values[-1] - math.inf):
             values[start:stop], indices[start:stop] = best.values.T, tile.components(best.indices).T
 
-    _sweep(problem, body, blocks, clamp=True, exact=True)
+    _sweep(problem, body, blocks, clamp=True, single=True)
     return values, indices
 
 
@@ -313,7 +316,7 @@ def moments(
         if tile.sees(values):
             tile.add(values.double(), None if weights is None else weights[start:stop])
 
-    options = {"featured": True, "exact": assignment == "hard"}
+    options = {"featured": True, "single": assignment == "hard"}
     workers = _sweep(problem, body, blocks, clamp=False, **options)
     total = torch.stack([tile.total for tile in workers]).sum()
     if not bool(torch.isfinite(total)):

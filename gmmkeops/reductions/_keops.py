@@ -16,16 +16,17 @@ import importlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gmmkeops.reductions._blocks import Plan, Truncation
 from gmmkeops.reductions._exponents import Exponents
 
-__all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk", "unavailable"]
+__all__ = ["argmax", "logsumexp", "moments", "planned", "point_gradient", "topk", "unavailable"]
 
 # Compile flags worth 1.4-1.7x at D <= 3 (never -ffast-math: with gcc < 13 it sets flush-to-zero for the whole process).
 _FLAGS = "-march=native -include math.h -fno-math-errno -fno-trapping-math"
@@ -129,33 +130,40 @@ def _guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
 
 
 class _Formula:
-    """The residuals, their exponents and the family, over N points, or over B batches of them."""
+    """The residuals, their exponents and the family: over N points, over B batches of them, or over the boxes of a plan."""
 
-    def __init__(self, LazyTensor: Any, problem: Exponents, batches: int | None = None) -> None:
-        N, K, D = problem.shape
-        kind = {"dtype": problem.x.dtype, "device": problem.x.device}
-        x = (problem.x.double() - problem.centre).to(problem.x.dtype)
+    def __init__(
+        self, LazyTensor: Any, problem: Exponents, batches: int | None = None, plan: Plan | None = None
+    ) -> None:
+        _, K, D = problem.shape
+        self.kind: dict[str, Any] = {"dtype": problem.x.dtype, "device": problem.x.device}
+        x = problem.x if plan is None else problem.x[plan.rows]
+        x = (x.double() - problem.centre).to(problem.x.dtype)
         U = problem.U.expand(K, D) if problem.U.shape[1:] == (1,) else problem.U
         # matvecmult reads its matrix row by row, so Uᵀ is what is laid out.
         U = U.mT if problem.is_full else U
-        lead: tuple[int, ...] = ()
-        self.rows = N
+        self.lead: tuple[int, ...] = ()
+        self.rows = len(x)
         if batches is not None:
-            lead, self.rows = (1,), -(-N // batches)
+            self.lead, self.rows = (1,), -(-len(x) // batches)
             x = _padded(x, batches * self.rows).view(batches, self.rows, D)
         self.x = x
-        self.LazyTensor, self.batches, self.full = LazyTensor, batches, problem.is_full
-        self.z = LazyTensor(x.unsqueeze(-2).contiguous()) - self._j(problem.means, lead, K, kind)
-        U_j = self._j(U.reshape(K, -1), lead, K, kind)
+        self.LazyTensor, self.batches, self.plan, self.full = LazyTensor, batches, plan, problem.is_full
+        self.z = LazyTensor(x.unsqueeze(-2).contiguous()) - self.j(problem.means)
+        U_j = self.j(U.reshape(K, -1))
         y = U_j.matvecmult(self.z) if self.full else U_j * self.z
-        self.e = self._j(problem.offsets[:, None], lead, K, kind) - 0.5 * (y**2).sum(-1)
+        self.e = self.j(problem.offsets[:, None]) - 0.5 * (y**2).sum(-1)
+        if plan is not None:
+            self.e.ranges = plan.ranges()
 
-    def _j(self, values: Tensor, lead: tuple[int, ...], K: int, kind: dict[str, Any]) -> Any:
-        return self.LazyTensor(values.to(**kind).reshape(*lead, 1, K, -1).contiguous())
+    def j(self, values: Tensor) -> Any:
+        """Numbers of each component as a LazyTensor; those of a plan's lists one after the other."""
+        values = values if self.plan is None else values[self.plan.index]
+        return self.LazyTensor(values.to(**self.kind).reshape(*self.lead, 1, len(values), -1).contiguous())
 
     def i(self, values: Tensor) -> Any:
         """A per-point number as a LazyTensor; padding points get zero."""
-        values = values.to(self.x.dtype)
+        values = (values if self.plan is None else values[self.plan.rows]).to(self.x.dtype)
         if self.batches is not None:
             values = _padded(values, self.batches * self.rows).view(self.batches, self.rows)
         return self.LazyTensor(values[..., None, None].contiguous())
@@ -165,52 +173,113 @@ def _padded(values: Tensor, rows: int) -> Tensor:
     return torch.cat([values, values.new_zeros(rows - values.shape[0], *values.shape[1:])])
 
 
-def logsumexp(problem: Exponents) -> Tensor:
+def _looked(
+    problem: Exponents, blocks: Truncation | None, single: bool, look: Callable[[Plan | None], tuple[Tensor, ...]]
+) -> tuple[tuple[Tensor, ...], list[Plan] | None]:
+    """What ``look`` finds of all points, the first of it being judged by the plans; and the plans it was found with.
+
+    A plan's part that fails is looked at again with longer lists. Without blocks, or where they do not pay, there are none.
+    """
+    plan = None if blocks is None else blocks.begin(problem, single)
+    if blocks is None or plan is None:
+        return look(None), None
+    found: tuple[Tensor, ...] = ()
+    passed = []
+    while plan is not None:
+        parts = look(plan)
+        if not found:
+            found = tuple(part.new_empty(len(problem.x), *part.shape[1:]) for part in parts)
+        for all_, part in zip(found, parts, strict=True):
+            all_[plan.rows] = part
+        judged = parts[0] if parts[0].ndim == 1 else parts[0][:, -1]
+        minima = plan.minima(judged)
+        good = ~(minima < blocks.floor(problem, plan, single))
+        passed.append(plan.only(good))
+        plan = blocks.again(problem, plan, minima, single)
+    return found, passed
+
+
+def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
     """ℓ (N,), nats, in the dtype of the points; not finite where float32 overflows."""
+    return planned(problem, blocks)[0]
+
+
+def planned(problem: Exponents, blocks: Truncation | None = None) -> tuple[Tensor, list[Plan] | None]:
+    """ℓ (N,) as :func:`logsumexp` gives it, and the plans by which it was found."""
     with _guarded(problem, "logsumexp") as LazyTensor:
-        return _Formula(LazyTensor, problem).e.logsumexp(dim=1).view(-1)
+        found, plans = _looked(
+            problem, blocks, False, lambda plan: (_Formula(LazyTensor, problem, plan=plan).e.logsumexp(dim=1).view(-1),)
+        )
+    return found[0], plans
 
 
-def argmax(problem: Exponents) -> Tensor:
+def argmax(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
     """Index of the largest exponent (N,), int64."""
+    if blocks is not None:
+        return topk(problem, 1, blocks)[1][:, 0]
     with _guarded(problem, "argmax") as LazyTensor:
         return _Formula(LazyTensor, problem).e.argmax(dim=1).view(-1)
 
 
-def topk(problem: Exponents, k: int) -> tuple[Tensor, Tensor]:
+def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[Tensor, Tensor]:
     """The k largest exponents (N, k), nats, in falling order, and their indices (N, k)."""
+
+    def look(plan: Plan | None) -> tuple[Tensor, Tensor]:
+        values, places = (-_Formula(LazyTensor, problem, plan=plan).e).Kmin_argKmin(k, dim=1)
+        # Of a list shorter than k the places beyond it mean nothing.
+        index = places.long() if plan is None else plan.index[places.long().clamp(0, len(plan.index) - 1)]
+        return -values, index
+
     with _guarded(problem, "topk", k) as LazyTensor:
-        values, indices = (-_Formula(LazyTensor, problem).e).Kmin_argKmin(k, dim=1)
-    return -values, indices.long()
+        (values, indices), _ = _looked(problem, blocks, True, look)
+    return values, indices
 
 
-def moments(problem: Exponents, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def moments(
+    problem: Exponents, values: Tensor, weights: Tensor, plans: list[Plan] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """S0 (K,), S1 (K, D), S2 (K, D, D) or (K, D) about the components' means, float64, given ℓ (N,) and g (N,).
 
-    The points are split into batches: each sums few enough rows to keep its digits, and a GPU has enough rows to fill.
+    The points are split into batches, or into the boxes of plans: each sums few enough rows to keep its digits, and a GPU
+    has enough rows to fill.
     """
     N, K, D = problem.shape
-    batches = -(-N // _ROWS_PER_SUM)
-    if problem.x.is_cuda:
-        batches = min(N, max(batches, -(-_BLOCKS_CUDA // -(-K // 192))))
-    with _guarded(problem, "moments") as LazyTensor:
-        f = _Formula(LazyTensor, problem, batches)
+
+    def look(batches: int | None, plan: Plan | None) -> tuple[Tensor, bool]:
+        f = _Formula(LazyTensor, problem, batches, plan)
         r = (f.e - f.i(values)).exp() * f.i(weights)
         square = f.z.tensorprod(f.z) if f.full else f.z * f.z
-        sums = (r * LazyTensor.concatenate((f.z, square), axis=-1)).concat(r).sum(dim=1)
-    sums = sums.double().sum(0)
+        summand = (r * LazyTensor.concatenate((f.z, square), axis=-1)).concat(r)
+        return summand.sum(dim=1 if plan is None else 0).double(), f.full
+
+    with _guarded(problem, "moments", plans is None) as LazyTensor:
+        if plans is None:
+            batches = -(-N // _ROWS_PER_SUM)
+            if problem.x.is_cuda:
+                batches = min(N, max(batches, -(-_BLOCKS_CUDA // -(-K // 192))))
+            parts, full = look(batches, None)
+            sums = parts.sum(0)
+        else:
+            sums = torch.zeros(K, 0, dtype=torch.float64, device=problem.x.device)
+            for plan in plans:
+                parts, full = look(None, plan)
+                if not sums.shape[1]:
+                    sums = sums.new_zeros(K, parts.shape[1])
+                sums.index_add_(0, plan.index, parts)
     S1, S2, S0 = sums[:, :D], sums[:, D:-1], sums[:, -1]
-    return S0, S1, S2.reshape(K, D, D) if f.full else S2
+    return S0, S1, S2.reshape(K, D, D) if full else S2
 
 
-def point_gradient(problem: Exponents, values: Tensor, weights: Tensor) -> Tensor:
+def point_gradient(problem: Exponents, values: Tensor, weights: Tensor, plans: list[Plan] | None = None) -> Tensor:
     """∂(Σ g ℓ)/∂x (N, D), in the dtype of the points, given ℓ (N,)."""
     N, K, D = problem.shape
-    kind = {"dtype": problem.x.dtype, "device": problem.x.device}
+    P = problem.U @ problem.U.mT if problem.is_full else problem.U.expand(K, D) ** 2
+    averages = problem.x.new_empty(N, D)
     with _guarded(problem, "point_gradient") as LazyTensor:
-        f = _Formula(LazyTensor, problem)
-        P = problem.U @ problem.U.mT if problem.is_full else problem.U.expand(K, D) ** 2
-        P_j = f._j(P.reshape(K, -1), (), K, kind)
-        pull = P_j.matvecmult(f.z) if f.full else P_j * f.z
-        averages = ((f.e - f.i(values)).exp() * pull).sum(dim=1)
-    return -weights.to(averages)[:, None] * averages.view(N, D)
+        for plan in [None] if plans is None else plans:
+            f = _Formula(LazyTensor, problem, plan=plan)
+            P_j = f.j(P.reshape(K, -1))
+            pull = P_j.matvecmult(f.z) if f.full else P_j * f.z
+            rows = slice(None) if plan is None else plan.rows
+            averages[rows] = ((f.e - f.i(values)).exp() * pull).sum(dim=1).view(-1, D)
+    return -weights.to(averages)[:, None] * averages
