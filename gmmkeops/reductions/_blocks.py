@@ -18,7 +18,7 @@ nearest-neighbor searching in k-dimensional trees*.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
 import numpy as np
@@ -44,6 +44,11 @@ _DEAD = -1e29
 _GUESSES, _MARGIN = 4, 2.0
 # Depths below the limit at which dropping is tried, nats, deepest first.
 _DEPTHS = (6.0, 4.0, 3.0, 2.0, 1.0)
+# What lists are given beside the last minima, nats, so that few boxes fail when those sink a little.
+_GIVE = 0.25
+# Lists are made for so many moves as the last one, if those are no more than so many deviations on average; and made anew
+# when more than this share of the boxes fails with them.
+_AHEAD, _GENTLE, _FAILURES = 4.0, 0.5, 0.02
 # Lists longer than this share of all components do not pay for being lists.
 _PAYS = 0.5
 # What float64's rounding may do to a bound, as a share of the lengths that went into it.
@@ -239,19 +244,20 @@ class Cloud:
         """First and last-plus-one row of each box (T, 2)."""
         return torch.stack([self.starts[boxes], self.starts[boxes + 1]], 1)
 
-    def lists(self, problem: Exponents, limit: Tensor, *, single: bool = False) -> Plan:
+    def lists(self, problem: Exponents, limit: Tensor, *, single: bool = False, margin: _Drift | None = None) -> Plan:
         """The components that each box must see, so that what it drops stays below a limit.
 
         Args:
             problem: The components.
             limit: On log Σ exp u of those that a box drops (B,), nats; +inf leaves a box out of the plan.
             single: Whether the limit is on each u instead.
+            margin: How far the components may move before the plan is no longer valid; not at all if left out.
         """
         limit = limit.clamp(min=-1e300)
         alive = ((problem.offsets > _DEAD) | (problem.offsets >= problem.offsets.max())).nonzero()[:, 0]
         root = limit.new_zeros(1, dtype=torch.int64)
         lists = _Lists(root, alive, root.new_tensor([0, len(alive)]), limit.new_full((1,), -math.inf))
-        bounds, above = _Bounds(problem), 1
+        bounds, above = _Bounds(problem, margin), 1
         for boxes in self.levels:
             count = len(boxes.centre)
             least = limit.view(count, -1).amin(1)
@@ -259,6 +265,51 @@ class Cloud:
             above = count
         owner = torch.arange(len(lists.boxes), device=limit.device)
         return Plan(lists.boxes, lists.index, lists.pointer, lists.dropped, self.spans(lists.boxes), owner)
+
+
+@dataclass(frozen=True)
+class _Drift:
+    r"""How far each component has moved, or may.
+
+    .. math:: \lVert U'^\top (x - \mu') \rVert \ge (1 - \text{stretch}) \lVert U^\top (x - \mu) \rVert - \text{shift},
+              \qquad c' \le c + \text{rise}
+
+    since :math:`U'^\top z = A^\top U^\top z` with :math:`A = U^{-1} U'`, whose least singular value is at least
+    :math:`1 - \lVert A - I \rVert`.
+    """
+
+    stretch: Tensor
+    shift: Tensor
+    rise: Tensor
+
+    @classmethod
+    def between(cls, old: Exponents, new: Exponents) -> _Drift:
+        """From one set of K components to another; infinite where their number differs."""
+        if old.U.shape != new.U.shape:
+            infinite = torch.full_like(new.offsets, math.inf)
+            return cls(infinite, infinite, infinite)
+        moved = (new.means - old.means) + (new.centre - old.centre)
+        if new.is_full:
+            change, _ = torch.linalg.solve_ex(old.U, new.U - old.U)
+            shift = (new.U.mT @ moved[:, :, None]).flatten(1).norm(dim=1)
+        else:
+            change = (new.U - old.U) / old.U
+            shift = (new.U * moved).norm(dim=1)
+        stretch = change.flatten(1).norm(dim=1) if new.is_full else change.abs().amax(1)
+        return cls(stretch, shift, (new.offsets - old.offsets).clamp(min=0))
+
+    def __mul__(self, factor: float) -> _Drift:
+        return _Drift(*((part + part.mean()) * factor + 1e-6 for part in (self.stretch, self.shift, self.rise)))
+
+    def within(self, margin: _Drift) -> bool:
+        """Whether no component has moved further than allowed."""
+        pairs = zip((self.stretch, self.shift, self.rise), (margin.stretch, margin.shift, margin.rise), strict=True)
+        return len(self.rise) == len(margin.rise) and all(bool((a <= b).all()) for a, b in pairs)
+
+    @property
+    def gentle(self) -> bool:
+        """Whether lists that allow for so much would not be much longer; a few restless components do not matter."""
+        return float((self.shift + 5 * self.stretch).mean()) < _GENTLE
 
 
 @dataclass
@@ -278,6 +329,8 @@ class Truncation:
     minima: Tensor | None = None
     certificate: float = 0.0
     share: float = 1.0
+    _last: Exponents | None = field(default=None, repr=False)
+    _lists: tuple[Plan, Exponents, _Drift, bool] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.cloud.rank)
@@ -300,12 +353,27 @@ class Truncation:
             single: Whether the sweep reads single exponents rather than their sum. No dropped one is then above what it
                 reads, which therefore is what it would read of all.
         """
-        plan = self.cloud.lists(problem, self._guess() + self._log_epsilon(single), single=single)
+        plan = self._reused(problem, single)
+        if plan is None:
+            margin = None if self._last is None else _Drift.between(self._last, problem) * _AHEAD
+            if margin is not None and not margin.gentle:
+                margin = None
+            limit = self._guess() + self._log_epsilon(single) - (0 if single else _GIVE)
+            plan = self.cloud.lists(problem, limit, single=single, margin=margin)
+            self._lists = None if margin is None else (plan, problem, margin, single)
+        self._last = problem
         self.certificate, self.share = 0.0, self._share(problem, plan)
         if self.share > _PAYS:
             self.share = 1.0
             return None
         return plan
+
+    def _reused(self, problem: Exponents, single: bool) -> Plan | None:
+        """The last lists, if no component has moved further since than they allow for."""
+        if self._lists is None:
+            return None
+        plan, reference, margin, kind = self._lists
+        return plan if kind == single and _Drift.between(reference, problem).within(margin) else None
 
     def again(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Plan | None:
         """What is left to do after a sweep that found these minima (S,) over its stretches, or None."""
@@ -322,6 +390,8 @@ class Truncation:
         self.minima = torch.where(new < math.inf, new, self._guess())
         if not bool(failed.any()):
             return None
+        if int(failed.sum()) > _FAILURES * len(failed):
+            self._lists = None
         guess = untouched.scatter_reduce(0, boxes[failed], minima[failed], "amin")
         rest = self.cloud.lists(problem, guess + self._log_epsilon(single), single=single)
         rest = replace(rest, spans=plan.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
@@ -362,7 +432,8 @@ def _rounding(problem: Exponents) -> float:
 class _Bounds:
     """Upper bounds u of exponents over boxes."""
 
-    def __init__(self, problem: Exponents) -> None:
+    def __init__(self, problem: Exponents, margin: _Drift | None) -> None:
+        self.margin = margin
         self.offsets, self.means, self.centre = problem.offsets, problem.means, problem.centre
         self.U, self.full = problem.U.contiguous(), problem.is_full
         self.size = self.U.flatten(1).norm(dim=1)
@@ -392,7 +463,11 @@ class _Bounds:
         distances = mu.norm(dim=-1)[:, None] + (b.norm(dim=-1) + boxes.reach[which])[..., None]
         slack = _ROUNDING * self.size[index][:, None] * distances
         least = (norm - support * (1 + _ROUNDING) - slack).clamp_(min=0)
-        return self.offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()
+        offsets = self.offsets
+        if self.margin is not None:
+            stretch, shift, offsets = self.margin.stretch, self.margin.shift, offsets + self.margin.rise
+            least = (least * (1 - stretch[index])[:, None] - shift[index][:, None]).clamp_(min=0)
+        return offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()
 
 
 def _drop(u: Tensor, before: Tensor, safe: float, *, spend: bool) -> tuple[Tensor, Tensor]:
