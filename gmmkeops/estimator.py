@@ -29,8 +29,10 @@ from gmmkeops.mixture import Mixture
 __all__ = ["GaussianMixture", "NotFittedError"]
 
 # k-means starts that are tried by so many steps of EM: many where a sample of so many points stands for a larger cloud, a
-# few where the points are all there are and a try costs as much as the fit.
+# few where the points are all there are and a try costs as much as the fit; and only one where components are so many that
+# good and bad luck even out among them.
 _CANDIDATES, _FEW = 8, 3
+_MANY = 400
 _SAMPLE = 20_000
 _STEPS = 20
 _STRATEGIES = {
@@ -320,8 +322,8 @@ class GaussianMixture(Estimator):
         }
         K, strategy = self.n_components, _STRATEGIES[self.init_params]
         given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
-        if strategy != "kmeans" or K == 1 or given or self.max_iter == 0:
-            return initialise(x, K, "random" if given else strategy, weights=g, **options)
+        if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or self.max_iter == 0:
+            return initialise(x, K, "random" if given else strategy, weights=g, runs=1, **options)
         part, share = x, g
         if len(x) > max(_SAMPLE, 200 * K):
             rows = stratified_rows(len(x), max(_SAMPLE, 200 * K), generator, x.device)
@@ -331,7 +333,7 @@ class GaussianMixture(Estimator):
         best: FitResult | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrecisionWarning)
-            for _ in range(_CANDIDATES if len(part) < len(x) else _FEW):
+            for _ in range(min(_MANY // K, _CANDIDATES if len(part) < len(x) else _FEW)):
                 start = initialise(part, K, strategy, weights=share, runs=1, **options)
                 method = EM(reg_covar=float(self.reg_covar), tol=0)
                 found = fit(start, part, method, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
