@@ -32,10 +32,11 @@ LAYERS = [
     ["gmmkeops.selection"],
     ["gmmkeops._contract"],
     ["gmmkeops.estimator"],
-    ["gmmkeops.plotting", "gmmkeops.interop"],
+    ["gmmkeops.plotting", "gmmkeops.interop", "gmmkeops.doctor"],
+    ["gmmkeops.cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-LEAVES = {"gmmkeops.plotting", "gmmkeops.interop"}
+LEAVES = {"gmmkeops.plotting", "gmmkeops.interop", "gmmkeops.cli"}
 
 
 def modules():

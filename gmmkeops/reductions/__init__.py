@@ -129,7 +129,8 @@ def arrange(
         raise ValueError(f"truncate must be None or a number from 0 to below 1, got {truncate!r}.")
     if truncate == 0 or (truncate is None and not pays(x, components, sweeps, labels is not None)):
         return x
-    rows = _box_rows(len(x), components)
+    # Two components' worth, within what makes a good tile; a label of its own is cut as little as can be.
+    rows = min(4096, max(1024 if labels is None else 2048, 2 * len(x) // components))
     cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels, rows)
     return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
 
@@ -138,13 +139,8 @@ def pays(x: Tensor, components: int, sweeps: int, labelled: bool = False) -> boo
     """Whether arranging points (N, D) for so many sweeps is likely to be worth it, with labels or without."""
     N, D = x.shape
     if labelled:
-        return components >= 16 and N * components >= 1_000_000 and sweeps >= 4
+        return components >= 16 and N * components >= 1_000_000 and sweeps >= 8
     return D <= FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
-
-
-def _box_rows(N: int, components: int) -> int:
-    """Points in a box: two components' worth, within what makes a good tile."""
-    return min(4096, max(1024, 2 * N // components))
 
 
 _Setup = tuple[Exponents, Truncation | None]

@@ -98,8 +98,8 @@ class _Tile:
             self.F[0] = 1
             self.X, square = self.F[1 : D + 1], self.F[D + 1 :]
             if self.full:
-                starts = [d * D - d * (d - 1) // 2 for d in range(D)]
-                self.products = [(self.X[d:], self.X[d], square[s : s + D - d]) for d, s in enumerate(starts)]
+                parts = square.split(list(range(D, 0, -1)))
+                self.products = [(self.X[d:], x, part) for d, (x, part) in enumerate(zip(self.X, parts, strict=True))]
             else:
                 self.products = [] if self.spherical else [(self.X, self.X, square)]
         self.width, self.height = rows, components

@@ -1,0 +1,197 @@
+"""The report: a Markdown table of the committed results, and plots of them.
+
+    python bench/report.py
+
+Reads bench/results/cpu.json and cuda.json as far as they are there; writes bench/results/report.md, scaling.png (seconds
+per iteration against the number of components) and peers.png (every peer against this package).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "gmmkeops"
+TITLES = {
+    "em": "Seconds per EM iteration, same points, same start",
+    "loss": "Seconds per loss and gradient, same parameters",
+    "fit": "Whole fits, k-means to a tolerance of 1e-4",
+    "target": "Seconds from nothing to a mean log-likelihood, start included",
+}
+
+
+def seconds(value: float) -> str:
+    return (
+        f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value >= 1
+        else f"{value:.3f}"
+        if value >= 0.01
+        else f"{value:.5f}"
+    )
+
+
+def reference(rows: list[dict[str, Any]]) -> float:
+    """What the others of a case are compared with: this package as it comes, or its fastest way."""
+    own = [row for row in rows if row["peer"].startswith(OURS) and "seconds" in row]
+    default = [row for row in own if row["peer"] == OURS]
+    return (default or own)[0]["seconds"] if own else float("nan")
+
+
+def by_case(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["case"], []).append(row)
+    return found
+
+
+def roof(row: dict[str, Any], rates: dict[str, float]) -> str:
+    """Part of the machine's rate that an EM iteration over every pair reaches: two products and one exponential a pair."""
+    if row["kind"] != "em" or row.get("pairs") != 1 or row.get("engine") != "dense" or "float64_flops" not in rates:
+        return ""
+    features = 1 + row["D"] + row["D"] * (row["D"] + 1) // 2
+    least = row["N"] * row["K"] * (4 * features / rates["float64_flops"] + 1 / rates["exp_per_s"])
+    return f"{least / row['seconds']:.0%}"
+
+
+def table(record: dict[str, Any], kind: str) -> list[str]:
+    lines = [f"## {TITLES[kind]}", ""]
+    lines += [
+        "| case | who | seconds | ratio | cold | memory | log-likelihood | remarks |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, rows in by_case([row for row in record["rows"] if row["kind"] == kind]).items():
+        base = reference(rows)
+        for row in rows:
+            if "error" in row:
+                lines.append(f"| {case} | {row['peer']} | | | | | | {row['error']} |")
+                continue
+            remarks = [row["engine"]] if "engine" in row else []
+            if row.get("pairs", 1) < 1:
+                remarks.append(f"{row['pairs']:.2%} of all pairs, no point short of {row['certificate']:.0e} nats")
+            if part := roof(row, record["roofline"]):
+                remarks.append(f"{part} of the roof")
+            if "start_seconds" in row:
+                remarks.append(f"{row['iterations']} iterations, start {row['start_seconds']:.1f} s")
+            likelihood = f"{row['log_likelihood']:.5f}" if "log_likelihood" in row else ""
+            cold = seconds(row["cold_seconds"]) if "cold_seconds" in row else ""
+            lines.append(
+                f"| {case} | {row['peer']} | {seconds(row['seconds'])} | {row['seconds'] / base:.1f}x | {cold} | "
+                f"{row['peak_MB']:.0f} MB | {likelihood} | {', '.join(remarks)} |"
+            )
+    return [*lines, ""]
+
+
+def markdown(record: dict[str, Any]) -> list[str]:
+    machine, rates = record["machine"], record["roofline"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+        f"# {machine.get('gpu', machine['processor'])}, {machine['cores']} cores, {record['date']}",
+        "",
+        f"{record['what'].capitalize()}. {versions}, Python {machine['python']}.",
+        "",
+    ]
+    if "exp_per_s" in rates:
+        lines += [
+            f"The machine, with all cores, in the same run: {rates['exp_per_s']:.2e} float32 exponentials a second, "
+            f"{rates['float64_flops'] / 1e9:.0f} (float64) and {rates['float32_flops'] / 1e9:.0f} (float32) GFLOP/s in matrix "
+            "products. The roof of an EM iteration over every pair is two float64 products with the quadratic features and "
+            "one exponential for each pair.",
+            "",
+        ]
+    for kind in TITLES:
+        if any(row["kind"] == kind for row in record["rows"]):
+            lines += table(record, kind)
+    return lines
+
+
+def scaling(record: dict[str, Any], path: Path) -> None:
+    """Seconds per iteration on the surface against K: this package with lists and with every pair, and who can follow."""
+    import matplotlib.pyplot as plt
+
+    rows = [
+        row
+        for row in record["rows"]
+        if row["kind"] == "em" and row["case"].startswith("surface, 1e6") and "seconds" in row
+    ]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    names = {"gmmkeops, 1e-4": "gmmkeops, certified lists (ε = 1e-4)", "gmmkeops, every pair": "gmmkeops, every pair"}
+    marks = iter("so^Dv<>ph*")
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        if peer == OURS or "KeOps" in peer:
+            continue
+        points = sorted((row["K"], row["seconds"]) for row in rows if row["peer"] == peer)
+        axes.loglog(*zip(*points, strict=True), marker=next(marks), label=names.get(peer, peer))
+    known = [(row["K"], row["seconds"]) for row in rows if row["peer"] == "gmmkeops, 1e-4"]
+    if known:
+        K, first = min(known)
+        ends = [K, max(known)[0]]
+        axes.loglog(ends, [first * (k / K) ** 0.5 for k in ends], "k--", lw=0.8, label="growth as √K")
+    axes.set(
+        xlabel="components K",
+        ylabel="seconds per EM iteration",
+        title="10⁶ points of a surface, D = 3, full covariances",
+    )
+    axes.legend(fontsize=8, frameon=False)
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def peers(record: dict[str, Any], path: Path) -> None:
+    """How many times as long each peer takes for an EM iteration."""
+    import matplotlib.pyplot as plt
+
+    cases = {
+        case: rows
+        for case, rows in by_case([row for row in record["rows"] if row["kind"] == "em"]).items()
+        if any(not row["peer"].startswith(OURS) for row in rows)
+    }
+    names = list(
+        dict.fromkeys(row["peer"] for rows in cases.values() for row in rows if not row["peer"].startswith(OURS))
+    )
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    width = 0.8 / len(names)
+    for number, name in enumerate(names):
+        for place, rows in enumerate(cases.values()):
+            row = next((row for row in rows if row["peer"] == name), {})
+            x = place + (number - (len(names) - 1) / 2) * width
+            if "seconds" in row:
+                label = name if place == 0 else None
+                axes.bar(x, row["seconds"] / reference(rows), width, color=f"C{number}", label=label)
+            elif row:
+                axes.text(x, 1.1, row["error"], rotation=90, ha="center", va="bottom", fontsize=6, color=f"C{number}")
+    axes.axhline(1, color="k", lw=0.8)
+    axes.set(yscale="log", xticks=range(len(cases)), ylabel=f"times as long as {OURS}", title="One EM iteration")
+    axes.set_xticklabels(list(cases), fontsize=8)
+    axes.legend(fontsize=8, frameon=False, ncols=3)
+    axes.set_ylim(0.8, axes.get_ylim()[1] * 4)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    lines: list[str] = []
+    for device in ("cpu", "cuda"):
+        path = RESULTS / f"{device}.json"
+        if not path.exists():
+            continue
+        record = json.loads(path.read_text())
+        lines += markdown(record)
+        if device == "cpu":
+            scaling(record, RESULTS / "scaling.png")
+            peers(record, RESULTS / "peers.png")
+    if not lines:
+        raise SystemExit("there are no results yet; run python bench/run.py first.")
+    (RESULTS / "report.md").write_text("\n".join(lines).rstrip() + "\n")
+    print(f"wrote {RESULTS / 'report.md'}")
+
+
+if __name__ == "__main__":
+    main()
