@@ -2,8 +2,9 @@
 # make test    the whole test suite, with real KeOps formulas compiled and run
 # make check   formatter, linter, type checker
 # make gallery every gallery script, pictures in demo/
-# make gpu     the suite's GPU checks (needs a CUDA device)
-# make bench   against the KeOps tutorial's formula, scikit-learn, and tgmm where it is installed (~15 minutes)
+# make gpu     what works on this device, and the suite's checks of every reduction on it (needs CUDA)
+# make bench   every case by every peer that is installed (~10 minutes with scikit-learn alone), tables and plots
+# make bench-gpu  the same on CUDA, and which engine is faster in which dimension
 #
 # Each target makes .venv and installs into it first, and again only when pyproject.toml or constraints.txt change.
 
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo gallery test check gpu bench clean
+.PHONY: demo gallery test check gpu bench bench-gpu clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -35,12 +36,17 @@ check: $(READY)
 	$(BIN)/mypy
 
 gpu: $(READY)
+	$(BIN)/gmmkeops doctor
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(READY)
-	$(BIN)/python bench/tutorial.py
-	$(BIN)/python bench/em.py
-	$(BIN)/python bench/em.py --fit --repeats 1
+	$(BIN)/python bench/run.py
+	$(BIN)/python bench/report.py
+
+bench-gpu: $(READY)
+	$(BIN)/python bench/run.py --device cuda
+	$(BIN)/python bench/crossover.py --device cuda --json bench/results/crossover.json
+	$(BIN)/python bench/report.py
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

@@ -3,7 +3,7 @@
     python bench/report.py
 
 Reads bench/results/cpu.json and cuda.json as far as they are there; writes bench/results/report.md, scaling.png (seconds
-per iteration against the number of components) and peers.png (every peer against this package).
+per iteration against the number of components), peers.png (every peer against this package), and the README's tables.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- results -->", "<!-- end of results -->")
 OURS = "gmmkeops"
 TITLES = {
     "em": "Seconds per EM iteration, same points, same start",
@@ -108,6 +110,63 @@ def markdown(record: dict[str, Any]) -> list[str]:
     return lines
 
 
+def short(row: dict[str, Any] | None, base: float) -> str:
+    """A peer's seconds and ratio, or in a few words why there are none."""
+    if row is None:
+        return ""
+    if "error" in row:
+        words = {
+            "more than": "too slow",
+            "memory": "out of memory",
+            "installed": "not installed",
+            "finite": "not finite",
+        }
+        return next((brief for word, brief in words.items() if word in row["error"]), "fails")
+    return f"{seconds(row['seconds'])} s ({row['seconds'] / base:.1f}x)"
+
+
+def readme(record: dict[str, Any]) -> str:
+    """What the README says of the results, between its markers; a test holds it to this."""
+    em = by_case([row for row in record["rows"] if row["kind"] == "em"])
+    names = ("scikit-learn", "tgmm", "pomegranate", "torchgmm", "gmmx", "torch in chunks")
+    lines = ["| one EM iteration | gmmkeops | every pair | " + " | ".join(names) + " |"]
+    lines.append("|---" * (3 + len(names)) + "|")
+    for case, rows in em.items():
+        peers = {row["peer"]: row for row in rows}
+        if not any(name in peers for name in names):
+            continue
+        base = reference(rows)
+        first = next(row for row in rows if row["peer"].startswith(OURS) and row["seconds"] == base)
+        own = f"{seconds(base)} s, {first['peak_MB']:.0f} MB"
+        others = " | ".join(short(peers.get(name), base) for name in names)
+        lines.append(f"| {case} | {own} | {short(peers.get('gmmkeops, every pair'), base)} | {others} |")
+    lines += [
+        "",
+        "| 10⁶ points of a surface, D = 3, ε = 10⁻⁴ | s per iteration | pairs looked at | memory |",
+        "|---|---|---|---|",
+    ]
+    for rows in em.values():
+        for row in rows:
+            if row["peer"] == "gmmkeops, 1e-4" and "seconds" in row:
+                name = f"K = {row['K']}" if row["N"] == 1_000_000 else f"10⁷ points, K = {row['K']}"
+                lines.append(f"| {name} | {seconds(row['seconds'])} | {row['pairs']:.2%} | {row['peak_MB']:.0f} MB |")
+    lines += ["", "| from nothing, start included | who | seconds | mean log-likelihood |", "|---|---|---|---|"]
+    for row in record["rows"]:
+        if row["kind"] in ("target", "fit"):
+            value = f"{row['seconds']:.1f} | {row['log_likelihood']:.4f}" if "seconds" in row else f"{row['error']} | "
+            lines.append(f"| {row['case']} | {row['peer']} | {value} |")
+    lines += [
+        "",
+        "| one loss and its gradient | gmmkeops | `GMM` + `log_prob` | KeOps tutorial | zuko |",
+        "|---|---|---|---|---|",
+    ]
+    for case, rows in by_case([row for row in record["rows"] if row["kind"] == "loss"]).items():
+        peers, base = {row["peer"]: row for row in rows}, reference(rows)
+        others = " | ".join(short(peers.get(name), base) for name in ("GMM module", "KeOps tutorial", "zuko"))
+        lines.append(f"| {case.removeprefix('loss, ')} | {seconds(base)} s | {others} |")
+    return "\n".join(lines)
+
+
 def scaling(record: dict[str, Any], path: Path) -> None:
     """Seconds per iteration on the surface against K: this package with lists and with every pair, and who can follow."""
     import matplotlib.pyplot as plt
@@ -185,6 +244,9 @@ def main() -> None:
         record = json.loads(path.read_text())
         lines += markdown(record)
         if device == "cpu":
+            page = README.read_text()
+            head, rest = page.split(MARKS[0])
+            README.write_text(head + MARKS[0] + "\n" + readme(record) + "\n" + MARKS[1] + rest.split(MARKS[1])[1])
             scaling(record, RESULTS / "scaling.png")
             peers(record, RESULTS / "peers.png")
     if not lines:

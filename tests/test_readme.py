@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,8 +15,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def rows(name):
-    return json.loads((ROOT / "bench/results" / name).read_text())["rows"]
+RESULTS = ROOT / "bench/results"
+sys.path.insert(0, str(ROOT / "bench"))
+
+import report  # noqa: E402
 
 
 def test_code_blocks_run(tmp_path, monkeypatch, capsys):
@@ -31,35 +34,36 @@ def test_code_blocks_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_table_against_the_tutorial_is_the_committed_result():
-    for row in rows("tutorial.json"):
-        seconds = row["seconds"]
-        points = f"{row['N']:,}".replace(",", " ")
-        line = (
-            f"| {points} | {row['K']} | {row['D']} | {seconds['tutorial']:.3f} s | {seconds['module']:.3f} s | "
-            f"{seconds['fit']:.3f} s | {row['ratio']:.1f}x |"
-        )
-        assert line in README
+def test_tables_are_the_committed_results():
+    record = json.loads((RESULTS / "cpu.json").read_text())
+    between = README.split(report.MARKS[0])[1].split(report.MARKS[1])[0]
+    assert between.strip() == report.readme(record).strip()
+    assert (RESULTS / "report.md").read_text().startswith("\n".join(report.markdown(record)).rstrip()[:2000])
 
 
-def test_tables_against_peers_are_the_committed_results():
-    results = rows("em.json")
-    for case in {row["case"] for row in results}:
-        peers = {row["peer"]: row for row in results if row["case"] == case}
-        ours, sk, tg = (peers[name] for name in ("gmmkeops", "scikit-learn", "tgmm"))
-        line = (
-            f"| {case} | {ours['seconds']:.3f} s | {sk['seconds']:.3f} s ({sk['ratio']:.1f}x) | "
-            f"{tg['seconds']:.3f} s ({tg['ratio']:.1f}x) | "
-            f"{ours['peak_MB']:.0f} / {sk['peak_MB']:.0f} / {tg['peak_MB']:.0f} MB |"
-        )
-        assert line in README
-        assert ours["log_likelihood"] == pytest.approx(sk["log_likelihood"], abs=1e-4)
-    for row in rows("fit.json"):
-        assert (
-            f"| {row['peer']} | {row['seconds']:.1f} s | {row['ratio']:.1f}x | {row['log_likelihood']:.4f} |" in README
-        )
+def test_committed_results_agree_among_peers():
+    record = json.loads((RESULTS / "cpu.json").read_text())
+    assert {"exp_per_s", "float64_flops", "float32_flops"} <= set(record["roofline"])
+    for case, rows in report.by_case([row for row in record["rows"] if row["kind"] == "em"]).items():
+        found = {row["peer"]: row["log_likelihood"] for row in rows if "log_likelihood" in row}
+        ours = {peer: value for peer, value in found.items() if peer.startswith("gmmkeops")}
+        assert max(ours.values()) - min(ours.values()) < 2e-4, case
+        if "scikit-learn" in found:
+            assert found["scikit-learn"] == pytest.approx(next(iter(ours.values())), abs=1e-4), case
+    for row in record["rows"]:
+        if row.get("pairs", 1) < 1:
+            assert 0 <= row["certificate"] <= 1.01e-4
+    losses = [row for row in record["rows"] if "loss" in row]
+    for case, rows in report.by_case(losses).items():
+        values = [row["loss"] for row in rows]
+        assert max(values) - min(values) < 1e-4 * max(1.0, abs(values[0])), case
+
+
+def test_pictures_are_there():
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert matplotlib.image.imread(ROOT / name)[..., :3].std() > 0.02
 
 
 def test_commands_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"make (\w+)", README)) <= targets
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([\w-]+)", README)) <= targets

@@ -34,8 +34,8 @@ __all__ = ["Cloud", "Plan", "Truncation"]
 _STEP = 3
 # Rows that a node's principal axis is estimated from.
 _AXIS_ROWS = 512
-# Pairs of box and component that are bounded at a time, so that the work stays in cache.
-_PAIRS = 1 << 15
+# Pairs of box and component that are bounded at a time, so that the work stays in cache; a GPU wants long kernels.
+_PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
 # Rows turned to float64 at a time.
 _ROWS = 1 << 19
 # Offsets below this belong to dead components, which no box feels.
@@ -500,7 +500,7 @@ def _refine(
     K = len(bounds.offsets)
     # Chunks of parents, of about equal work.
     work = (lengths * children).cumsum(0)
-    chunks = max(1, min(len(lengths), -(-int(work[-1]) // _PAIRS)))
+    chunks = max(1, min(len(lengths), -(-int(work[-1]) // (_PAIRS_CUDA if limit.is_cuda else _PAIRS))))
     cuts = torch.searchsorted(work, torch.arange(1, chunks, device=work.device) * (work[-1] / chunks)).unique()
     parents = [part for part in torch.arange(len(lengths), device=work.device).tensor_split(cuts.cpu()) if len(part)]
 

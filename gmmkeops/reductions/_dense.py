@@ -151,8 +151,8 @@ class _Tile:
     def add(self, values: Tensor, weights: Tensor | None) -> None:
         """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
         self.total += values.sum() if weights is None else values @ weights
-        self.W.copy_(self.R)
         features = self.F if weights is None else self.F * weights
+        self.W.copy_(self.R)
         # Of a thin product the thin side goes first.
         sums = (features @ self.W.T).T if len(features) < self.height else self.W @ features.T
         if self.index is None:
@@ -236,7 +236,13 @@ def _stretches(plan: Plan, floors: Tensor) -> list[_Stretch]:
     return [(start, stop, lists[owner], floor) for (start, stop), owner, floor in rows]
 
 
-def _run(problem: Exponents, body: _Body, tiles: list[_Stretch], clamp: bool, featured: bool) -> list[_Tile]:
+def _run(
+    problem: Exponents,
+    body: _Body,
+    tiles: list[_Stretch],
+    clamp: bool,
+    featured: bool,
+) -> list[_Tile]:
     K = problem.shape[1]
     rows = [stop - start for start, stop, _, _ in tiles]
     pairs = [n * (K if index is None else len(index)) for n, (_, _, index, _) in zip(rows, tiles, strict=True)]

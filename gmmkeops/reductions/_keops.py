@@ -90,9 +90,26 @@ def _load() -> str | None:
             lazy = _import(settings)
     except Exception as error:
         return f"importing pykeops failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    if folder is not None:
+        _discard_truncated(folder)
     _state["lazy"] = lazy
     _state["lock"] = Path(sys.modules["pykeops"].get_build_folder()) / "gmmkeops.lock"
     return None
+
+
+def _discard_truncated(folder: Path) -> None:
+    """Removes compiled formulas that a killed process left cut short, which would crash where they are loaded."""
+    for path in folder.rglob("*.so"):
+        with contextlib.suppress(OSError):
+            with open(path, "rb") as file:
+                head = file.read(64)
+            if head[:5] != b"\x7fELF\x02":
+                continue
+            # The last thing in a shared object is its table of sections.
+            sections = int.from_bytes(head[40:48], "little")
+            end = sections + int.from_bytes(head[58:60], "little") * int.from_bytes(head[60:62], "little")
+            if path.stat().st_size < end or len(head) < 64:
+                path.unlink()
 
 
 def _import(settings: dict[str, str]) -> Any:

@@ -1,0 +1,105 @@
+"""The benchmark harness: peers do the same work, failures become rows, the report says what the results say."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import HAS_KEOPS
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+
+import adapters
+import cases
+import measure
+import report
+
+import run
+
+TINY = cases.Case("tiny", "em", "clusters", 3000, 4, 3, ("gmmkeops", "scikit-learn"), iterations=(1, 3))
+
+
+@pytest.mark.parametrize("data", ["clusters", "surface", "uniform"])
+def test_peers_run_the_same_iterations(data):
+    case = replace(TINY, data=data)
+    x = cases.cloud(case)
+    assert x.shape == (3000, 3)
+    assert x.dtype == np.float32
+    start = cases.start(case, x)
+    values = {}
+    for peer in ("gmmkeops", "gmmkeops, 1e-4", "gmmkeops, every pair", "scikit-learn", "torch in chunks"):
+        *parameters, _ = adapters.EM[peer](case, x, start)(3)
+        values[peer] = measure.referee(x, parameters, "cpu")
+    assert max(values.values()) - min(values.values()) < 1e-4, values
+    *parameters, _ = adapters.EM["gmmkeops"](case, x, start)(1)
+    assert measure.referee(x, parameters, "cpu") < values["gmmkeops"] - 1e-4
+
+
+@pytest.mark.skipif(not HAS_KEOPS, reason="pykeops is not installed")
+@pytest.mark.keops
+def test_losses_agree():
+    case = replace(TINY, kind="loss", data="uniform", D=2)
+    x = cases.cloud(case)
+    values = {peer: adapters.LOSS[peer](case, x)() for peer in ("gmmkeops", "GMM module", "KeOps tutorial")}
+    assert max(values.values()) - min(values.values()) < 1e-4
+
+
+def test_measurements_have_what_a_row_needs(monkeypatch):
+    monkeypatch.setattr(cases, "find", lambda name: TINY)
+    row = measure.em(TINY, "gmmkeops", cases.cloud(TINY))
+    assert {"seconds", "cold_seconds", "peak_MB", "log_likelihood", "iterations", "engine", "pairs"} <= set(row)
+    rates = measure.roofline()
+    assert rates["exp_per_s"] > 1e6
+    assert 1e8 < rates["float64_flops"] < 3 * rates["float32_flops"]
+
+
+def test_failures_are_rows():
+    assert run.measure("1e6 x 30, D=2", "nobody's package", 10, 8) == {"error": "is not installed"}
+    assert run.measure("1e6 x 30, D=2", "scikit-learn", 0.01, 8) == {"error": "takes more than 0.01 s"}
+    broken = run.measure("no such case", "scikit-learn", 60, 8)
+    assert "StopIteration" in broken["error"]
+    starved = run.measure("1e6 x 30, D=2", "scikit-learn", 60, 2)
+    assert "memory" in starved["error"].lower() or "allocate" in starved["error"].lower()
+
+
+def test_report_says_what_the_results_say(tmp_path):
+    size = {"N": 1_000_000, "K": 1000, "D": 3, "family": "full", "kind": "em", "peak_MB": 10.0, "log_likelihood": -1.0}
+    rows = [
+        {"case": "surface, 1e6 x 1000", "peer": "gmmkeops", "seconds": 0.5, "engine": "dense", "pairs": 1, **size},
+        {
+            "case": "surface, 1e6 x 1000",
+            "peer": "gmmkeops, 1e-4",
+            "seconds": 0.25,
+            "pairs": 0.1,
+            "certificate": 9e-5,
+            **size,
+        },
+        {"case": "surface, 1e6 x 1000", "peer": "tgmm", "seconds": 5.0, **size},
+        {"case": "surface, 1e6 x 1000", "peer": "scikit-learn", "error": "needs more than 16 GB of memory", **size},
+    ]
+    rates = {"exp_per_s": 1e9, "float64_flops": 8e10, "float32_flops": 1.6e11}
+    record = {
+        "what": "seconds",
+        "date": "2026-01-01",
+        "machine": {"processor": "p", "cores": 2, "python": "3"},
+        "versions": {"torch": "2"},
+        "roofline": rates,
+        "rows": rows,
+    }
+    text = "\n".join(report.markdown(record))
+    assert "| tgmm | 5.00 | 10.0x |" in text
+    assert "10.00% of all pairs, no point short of 9e-05 nats" in text
+    assert "needs more than 16 GB of memory" in text
+    # Two products of ten features, four operations a feature and pair, and one exponential: 1.5 s of 0.5 s measured.
+    assert f"{1e9 * (40 / 8e10 + 1e-9) / 0.5:.0%} of the roof" in text
+    page = report.readme(record)
+    assert "5.00 s (10.0x)" in page
+    assert "out of memory" in page
+    report.scaling(record, tmp_path / "scaling.png")
+    report.peers(record, tmp_path / "peers.png")
+    for name in ("scaling.png", "peers.png"):
+        assert matplotlib.image.imread(tmp_path / name)[..., :3].std() > 0.02
