@@ -68,12 +68,14 @@ def em(case: Any, peer: str, x: Any) -> dict[str, Any]:
     short, long = case.iterations
     before = peak()
     cold, _ = timed(run, short)
-    # What is quick is easily disturbed: the fastest of three counts.
+    # What is quick is easily disturbed: the fastest of several counts.
     first, second = math.inf, math.inf
-    for _ in range(3 if cold < _QUICK else 1):
+    for _ in range(3 if cold < _QUICK else 2 if cold < 4 * _QUICK else 1):
         first = min(first, timed(run, short)[0])
         seconds, (*parameters, note) = timed(run, long)
         second = min(second, seconds)
+    if second <= first:
+        return {"error": "stops before its iterations are done"}
     return {
         "seconds": (second - first) / (long - short),
         "cold_seconds": cold,

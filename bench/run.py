@@ -124,7 +124,10 @@ def run_case(case: cases.Case, memory: float) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="run the cases with this in their names, and print without saving")
+    parser.add_argument("--only", default="", help="run the cases with this in their names, and only print")
+    parser.add_argument(
+        "--save", action="store_true", help="with --only: put these cases' rows in the place of the saved ones"
+    )
     parser.add_argument(
         "--memory", type=float, default=16, help="GB of address space that a process on the CPU may take"
     )
@@ -137,21 +140,26 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             raise SystemExit("torch sees no CUDA device; `gmmkeops doctor` says what is missing.")
-    rates = measure("roofline", "", 60, 0)
-    rows = [row for case in chosen for row in run_case(case, options.memory)]
+    path = RESULTS / f"{options.device}.json"
     record = {
         "what": "seconds per EM iteration, per loss and gradient, or per fit, by kind; float32; the fastest of the repeats",
         "date": datetime.date.today().isoformat(),
         "machine": machine(options.device),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
-        "roofline": rates,
-        "rows": rows,
+        "roofline": measure("roofline", "", 60, 0),
+        "rows": [],
     }
-    if options.only:
-        return
-    path = RESULTS / f"{options.device}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"results in {path}; python bench/report.py makes the table and the plots")
+    if options.only and options.save:
+        record = json.loads(path.read_text())
+    for case in chosen:
+        rows = run_case(case, options.memory)
+        place = next((n for n, row in enumerate(record["rows"]) if row["case"] == case.name), len(record["rows"]))
+        others = [row for row in record["rows"] if row["case"] != case.name]
+        record["rows"] = others[:place] + rows + others[place:]
+        # After each case, so that an interrupted run keeps what it has.
+        if options.save or not options.only:
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    print("python bench/report.py makes the tables and the plots")
 
 
 if __name__ == "__main__":

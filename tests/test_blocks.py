@@ -62,6 +62,9 @@ def scenes():
     yield "dead components", x, gk.Mixture(logits, mixture.means, mixture.factor)
     x, mixture = random(8_000, 100, 3, "tied_spherical", scale=0.03)
     yield "map coordinates", x + 5e6, gk.Mixture(mixture.logits, mixture.means + 5e6, mixture.factor)
+    x, mixture = random(5_000, 64, 2)
+    U = mixture.factor.matrices() * torch.logspace(0, 100, 64, dtype=torch.float64)[:, None, None]
+    yield "factors over 100 orders", x, gk.Mixture(mixture.logits, mixture.means, gk.FullFactor.from_factors(U))
     x = torch.zeros(6_000, 3, dtype=torch.float64)
     x[:, 0] = torch.linspace(0, 1, 6_000)
     x[3_000:] = x[2_999]
@@ -91,7 +94,12 @@ def test_certificate_is_never_violated(name, dtype, epsilon):
         assert cloud.certificate <= -math.log1p(-epsilon) * (1 + 1e-9)
         lost = (truth - values).double()
         rounding = ROUNDING[dtype] * truth.double().abs().clamp(min=1)
-        if dtype == torch.float64 and name in ("thin", "ill conditioned", "clusters and outliers"):
+        if dtype == torch.float64 and name in (
+            "thin",
+            "ill conditioned",
+            "clusters and outliers",
+            "factors over 100 orders",
+        ):
             # Two orders of the same products: condition times the epsilon of float64.
             rounding = rounding * 1e3
         assert bool((lost >= -rounding).all())

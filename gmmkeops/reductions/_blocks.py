@@ -343,7 +343,8 @@ class Truncation:
     def suppose(self, values: Tensor) -> None:
         """Takes ℓ of the sample (B, n) as the first guess."""
         low, high = values.double().aminmax(dim=1)
-        self.minima = low - _MARGIN * (high - low)
+        guess = low - _MARGIN * (high - low)
+        self.minima = torch.where(guess.isnan(), -math.inf, guess)
 
     def begin(self, problem: Exponents, single: bool = False) -> Plan | None:
         """The plan of a sweep; None where lists would not be shorter than all components by enough to pay.
@@ -462,7 +463,8 @@ class _Bounds:
         support = torch.minimum(box, ellipsoid) / norm.clamp(min=1e-300)
         distances = mu.norm(dim=-1)[:, None] + (b.norm(dim=-1) + boxes.reach[which])[..., None]
         slack = _ROUNDING * self.size[index][:, None] * distances
-        least = (norm - support * (1 + _ROUNDING) - slack).clamp_(min=0)
+        # What has overflowed bounds nothing.
+        least = (norm - support * (1 + _ROUNDING) - slack).nan_to_num_(nan=0.0).clamp_(min=0)
         offsets = self.offsets
         if self.margin is not None:
             stretch, shift, offsets = self.margin.stretch, self.margin.shift, offsets + self.margin.rise
