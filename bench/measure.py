@@ -74,7 +74,7 @@ def em(case: Any, peer: str, x: Any) -> dict[str, Any]:
         first = min(first, timed(run, short)[0])
         seconds, (*parameters, note) = timed(run, long)
         second = min(second, seconds)
-    if second <= first:
+    if (second - first) / (long - short) < 0.05 * first / short:
         return {"error": "stops before its iterations are done"}
     return {
         "seconds": (second - first) / (long - short),

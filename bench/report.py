@@ -115,12 +115,7 @@ def short(row: dict[str, Any] | None, base: float) -> str:
     if row is None:
         return ""
     if "error" in row:
-        words = {
-            "more than": "too slow",
-            "memory": "out of memory",
-            "installed": "not installed",
-            "finite": "not finite",
-        }
+        words = {"memory": "out of memory", "takes": "too slow", "stops": "stops early", "installed": "not installed"}
         return next((brief for word, brief in words.items() if word in row["error"]), "fails")
     return f"{seconds(row['seconds'])} s ({row['seconds'] / base:.1f}x)"
 
@@ -227,6 +222,7 @@ def peers(record: dict[str, Any], path: Path) -> None:
     axes.set(yscale="log", xticks=range(len(cases)), ylabel=f"times as long as {OURS}", title="One EM iteration")
     axes.set_xticklabels(list(cases), fontsize=8)
     axes.legend(fontsize=8, frameon=False, ncols=3)
+    axes.set_xlim(-0.6, len(cases) - 0.4)
     axes.set_ylim(0.8, axes.get_ylim()[1] * 4)
     figure.savefig(path, dpi=130)
     plt.close(figure)
