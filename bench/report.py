@@ -93,7 +93,7 @@ def markdown(record: dict[str, Any]) -> list[str]:
     lines = [
         f"# {machine.get('gpu', machine['processor'])}, {machine['cores']} cores, {record['date']}",
         "",
-        f"{record['what'].capitalize()}. {versions}, Python {machine['python']}.",
+        f"{record['what'][:1].upper()}{record['what'][1:]}. {versions}, Python {machine['python']}.",
         "",
     ]
     if "exp_per_s" in rates:
