@@ -324,10 +324,9 @@ def fused(case: Any, x: np.ndarray) -> Callable[[], float]:
 
 
 def zuko(case: Any, x: np.ndarray) -> Callable[[], float]:
-    import torch
     from zuko.mixtures import GMM
 
-    points, w, mu, A = problem(case, x)
+    points, *_ = problem(case, x)
     model = GMM(case.D, components=case.K, covariance_type="full").to(case.device)
 
     def run() -> float:
@@ -338,7 +337,6 @@ def zuko(case: Any, x: np.ndarray) -> Callable[[], float]:
 
     # Its parameters are its own: the loss is another one, the work is the same.
     run.other_loss = True
-    del torch, w, mu, A
     return run
 
 

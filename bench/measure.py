@@ -27,7 +27,7 @@ def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
 
 
 def peak() -> float:
-    """Most memory that the process has held so far, MB; on a GPU the most that torch has held there."""
+    """Most memory that the process has held so far, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -182,6 +182,19 @@ def test_labels_and_largest_in_both_engines(engine):
     assert torch.equal(which, indices)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_more_are_asked_for_than_live(engine):
+    backend, device = engine
+    x, mixture = SCENES["surface"]
+    x, mixture = x.to(device), mixture.to(device)
+    offsets = torch.full_like(mixture.offsets, -math.inf)
+    offsets[:2] = 0
+    arguments = (offsets, mixture.means, mixture.factor)
+    expected, _ = reductions.topk(x, *arguments, 3, backend="dense", truncate=0)
+    found, _ = reductions.topk(x, *arguments, 3, backend=backend, truncate=1e-3)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("assignment", ["hard", "stochastic"])
 def test_assignments(assignment):
     x, mixture = SCENES["surface"]

@@ -176,7 +176,7 @@ def _values(problem: Exponents, blocks: Truncation | None, backend: str) -> Tens
 
 def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any]:
     """ℓ (N,) by KeOps, and the plans by which it was found."""
-    values, plans = _keops.planned(problem, blocks)
+    values, plans = _keops.logsumexp(problem, blocks)
     overflowed = ~torch.isfinite(values)
     if bool(overflowed.any()):
         values[overflowed] = _dense.logsumexp(problem.rows(overflowed))

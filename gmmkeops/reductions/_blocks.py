@@ -38,8 +38,6 @@ _AXIS_ROWS = 512
 _PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
 # Rows turned to float64 at a time.
 _ROWS = 1 << 19
-# Offsets below this belong to dead components, which no box feels.
-_DEAD = -1e29
 # Points of a box that a first guess looks at, and how far below their least ℓ the others' may be, in their ranges.
 _GUESSES, _MARGIN = 4, 2.0
 # Depths below the limit at which dropping is tried, nats, deepest first.
@@ -254,9 +252,8 @@ class Cloud:
             margin: How far the components may move before the plan is no longer valid; not at all if left out.
         """
         limit = limit.clamp(min=-1e300)
-        alive = ((problem.offsets > _DEAD) | (problem.offsets >= problem.offsets.max())).nonzero()[:, 0]
-        root = limit.new_zeros(1, dtype=torch.int64)
-        lists = _Lists(root, alive, root.new_tensor([0, len(alive)]), limit.new_full((1,), -math.inf))
+        root, everybody = limit.new_zeros(1, dtype=torch.int64), torch.arange(problem.shape[1], device=limit.device)
+        lists = _Lists(root, everybody, root.new_tensor([0, len(everybody)]), limit.new_full((1,), -math.inf))
         bounds, above = _Bounds(problem, margin), 1
         for boxes in self.levels:
             count = len(boxes.centre)

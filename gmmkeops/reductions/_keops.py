@@ -26,7 +26,7 @@ from torch import Tensor
 from gmmkeops.reductions._blocks import Plan, Truncation
 from gmmkeops.reductions._exponents import Exponents
 
-__all__ = ["argmax", "logsumexp", "moments", "planned", "point_gradient", "topk", "unavailable"]
+__all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk", "unavailable"]
 
 # Compile flags worth 1.4-1.7x at D <= 3 (never -ffast-math: with gcc < 13 it sets flush-to-zero for the whole process).
 _FLAGS = "-march=native -include math.h -fno-math-errno -fno-trapping-math"
@@ -216,13 +216,8 @@ def _looked(
     return found, passed
 
 
-def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
-    """ℓ (N,), nats, in the dtype of the points; not finite where float32 overflows."""
-    return planned(problem, blocks)[0]
-
-
-def planned(problem: Exponents, blocks: Truncation | None = None) -> tuple[Tensor, list[Plan] | None]:
-    """ℓ (N,) as :func:`logsumexp` gives it, and the plans by which it was found."""
+def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> tuple[Tensor, list[Plan] | None]:
+    """ℓ (N,), nats, in the dtype of the points, not finite where float32 overflows; and the plans by which it was found."""
     with _guarded(problem, "logsumexp") as LazyTensor:
         found, plans = _looked(
             problem, blocks, False, lambda plan: (_Formula(LazyTensor, problem, plan=plan).e.logsumexp(dim=1).view(-1),)
@@ -262,29 +257,26 @@ def moments(
     """
     N, K, D = problem.shape
 
-    def look(batches: int | None, plan: Plan | None) -> tuple[Tensor, bool]:
+    def look(batches: int | None, plan: Plan | None) -> Tensor:
         f = _Formula(LazyTensor, problem, batches, plan)
         r = (f.e - f.i(values)).exp() * f.i(weights)
         square = f.z.tensorprod(f.z) if f.full else f.z * f.z
         summand = (r * LazyTensor.concatenate((f.z, square), axis=-1)).concat(r)
-        return summand.sum(dim=1 if plan is None else 0).double(), f.full
+        return summand.sum(dim=1 if plan is None else 0).double()
 
     with _guarded(problem, "moments", plans is None) as LazyTensor:
         if plans is None:
             batches = -(-N // _ROWS_PER_SUM)
             if problem.x.is_cuda:
                 batches = min(N, max(batches, -(-_BLOCKS_CUDA // -(-K // 192))))
-            parts, full = look(batches, None)
-            sums = parts.sum(0)
+            sums = look(batches, None).sum(0)
         else:
-            sums = torch.zeros(K, 0, dtype=torch.float64, device=problem.x.device)
+            width = 1 + D + (D * D if problem.is_full else D)
+            sums = torch.zeros(K, width, dtype=torch.float64, device=problem.x.device)
             for plan in plans:
-                parts, full = look(None, plan)
-                if not sums.shape[1]:
-                    sums = sums.new_zeros(K, parts.shape[1])
-                sums.index_add_(0, plan.index, parts)
+                sums.index_add_(0, plan.index, look(None, plan))
     S1, S2, S0 = sums[:, :D], sums[:, D:-1], sums[:, -1]
-    return S0, S1, S2.reshape(K, D, D) if full else S2
+    return S0, S1, S2.reshape(K, D, D) if problem.is_full else S2
 
 
 def point_gradient(problem: Exponents, values: Tensor, weights: Tensor, plans: list[Plan] | None = None) -> Tensor:
