@@ -11,6 +11,7 @@ from gmmkeops.io import load, save
 from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
 from gmmkeops.moments import Moments
+from gmmkeops.sources import Source
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "Mixture",
     "Moments",
     "PrecisionWarning",
+    "Source",
     "SphericalFactor",
     "compare",
     "fit",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceWarning", "PrecisionWarning", "as_points", "as_tensor", "as_weights", "check_finite"]
+__all__ = ["ConvergenceWarning", "PrecisionWarning", "as_dtype", "as_points", "as_tensor", "as_weights", "check_finite"]
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -70,8 +70,23 @@ def as_tensor(value: Any, *, name: str, dtype: torch.dtype | None = None, device
     return tensor.to(device=device, dtype=dtype)
 
 
-def check_finite(tensor: Tensor, *, name: str, rows: str = "row") -> None:
-    """Raises a ValueError that names the first entry of ``tensor`` that is NaN or infinite."""
+def as_dtype(dtype: Any) -> torch.dtype | None:
+    """A float dtype of torch from its name, or from numpy's or torch's; None stays None.
+
+    Raises:
+        ValueError: It is neither float32 nor float64.
+    """
+    if dtype is None:
+        return None
+    name = dtype if isinstance(dtype, str) else str(dtype) if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if found not in _FLOATS:
+        raise ValueError(f"dtype must be float32 or float64, got {dtype!r}.")
+    return found
+
+
+def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0) -> None:
+    """Raises a ValueError that names the first entry of ``tensor`` (whose rows count from ``first``) that is not finite."""
     detached = tensor.detach()
     if bool(torch.isfinite(detached.sum(dtype=torch.float64))):
         return
@@ -81,7 +96,7 @@ def check_finite(tensor: Tensor, *, name: str, rows: str = "row") -> None:
     where = [int(i) for i in bad.nonzero()[0]]
     number = float(detached[tuple(where)])
     value = "NaN" if number != number else str(number)
-    place = f"{rows} {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "it"
+    place = f"{rows} {first + where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "it"
     raise ValueError(
         f"{name} must be finite, got {value} at {place} ({int(bad.sum())} such entries in all); "
         "drop or fill those rows first."
@@ -131,7 +146,9 @@ def as_points(
     return tensor
 
 
-def as_weights(weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False) -> Tensor | None:
+def as_weights(
+    weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False, some: bool = True
+) -> Tensor | None:
     """Checks one weight per point; None stays None (all ones).
 
     Args:
@@ -139,6 +156,7 @@ def as_weights(weights: Any, points: Tensor, *, name: str = "weights", signed: b
         points: The points (N, D) they belong to; the result has their device.
         name: How messages call it.
         signed: Whether negative weights make sense here (gradients: yes; fits: no).
+        some: Whether some must be positive (of a whole cloud: yes; of a part: no).
 
     Raises:
         ValueError: Wrong length, not finite, negative where that is refused, or nothing but zeros.
@@ -156,7 +174,7 @@ def as_weights(weights: Any, points: Tensor, *, name: str = "weights", signed: b
         if bool((tensor < 0).any()):
             row = int((tensor < 0).nonzero()[0, 0])
             raise ValueError(f"{name} must not be negative, got {float(tensor[row])} at row {row}; clip them at zero.")
-        if not bool((tensor > 0).any()):
+        if some and not bool((tensor > 0).any()):
             raise ValueError(f"{name} must not all be zero; leave {name} out to weigh every point alike.")
     return tensor
 

@@ -35,6 +35,8 @@ _CANDIDATES, _FEW = 8, 3
 _MANY = 400
 _SAMPLE = 20_000
 _STEPS = 20
+# Objectives that differ by less, as a share, are equal but for rounding; the first of them is taken.
+_TIE = 1e-9
 _STRATEGIES = {
     "kmeans": "kmeans",
     "k-means++": "kmeans++",
@@ -189,7 +191,7 @@ class GaussianMixture(Estimator):
                     progress=False,
                     generator=generator,
                 )
-                if best is None or result.objective < best.objective:
+                if _improves(result, best):
                     best = result
         assert best is not None, "n_init is at least 1"
         if not best.converged and not best.report.interrupted and self.tol > 0 and self.max_iter > 0:
@@ -337,7 +339,7 @@ class GaussianMixture(Estimator):
                 start = initialise(part, K, strategy, weights=share, runs=1, **options)
                 method = EM(reg_covar=float(self.reg_covar), tol=0)
                 found = fit(start, part, method, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
-                if best is None or found.objective < best.objective:
+                if _improves(found, best):
                     best = found
         assert best is not None, "there are candidates"
         return best.mixture
@@ -492,6 +494,10 @@ class GaussianMixture(Estimator):
             std_range=std_range,
         )
         return self._out(x, self._tensors), self._out(labels, self._tensors)
+
+
+def _improves(found: FitResult, best: FitResult | None) -> bool:
+    return best is None or found.objective < best.objective - _TIE * max(1.0, abs(best.objective))
 
 
 def _generator(random_state: Any, device: torch.device) -> torch.Generator:

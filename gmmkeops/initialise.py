@@ -199,7 +199,9 @@ def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, ba
         _lloyd(points, mass, _seed(points, mass, K, generator, spread=True), backend)
         for _ in range(runs if K > 1 else 1)
     ]
-    return min(found, key=lambda run: run[1])[0] + offset
+    # Equal but for rounding is equal: the first of them is taken.
+    least = min(inertia for _, inertia in found)
+    return next(centres for centres, inertia in found if inertia <= least * (1 + 1e-9)) + offset
 
 
 def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:

@@ -80,6 +80,15 @@ class Moments:
             S2 = self.S2 - 2 * (self.S1 * shift).sum(-1) + S0 * (shift**2).sum(-1)
         return Moments(S0, S1, S2, centres, self.total, self.mass)
 
+    @classmethod
+    def nothing(cls, centres: Tensor, family: str) -> Moments:
+        """The moments of no points, about some centres (K, D), as a factor of this family has them."""
+        K, D = centres.shape
+        shape = {"full": (K, D, D), "diagonal": (K, D), "spherical": (K,)}[family]
+        zero = torch.zeros((), dtype=torch.float64, device=centres.device)
+        centres = centres.detach()
+        return cls(zero.expand(K), zero.expand(K, D), zero.expand(shape), centres, zero, zero)
+
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets of points together, about this one's centres."""
         if not isinstance(other, Moments):

@@ -14,7 +14,10 @@ PACKAGE = Path(gmmkeops.__file__).parent
 # From the bottom up; a file may import only what stands on lines above its own.
 LAYERS = [
     ["gmmkeops._checks"],
+    ["gmmkeops._readers"],
+    ["gmmkeops.sources"],
     ["gmmkeops.moments"],
+    ["gmmkeops.distributed"],
     ["gmmkeops.factors"],
     ["gmmkeops.reductions._cores", "gmmkeops.reductions._exponents"],
     ["gmmkeops.reductions._blocks"],
@@ -25,6 +28,7 @@ LAYERS = [
     ["gmmkeops.module"],
     ["gmmkeops.penalties"],
     ["gmmkeops.fitting._frame"],
+    ["gmmkeops.fitting._data"],
     ["gmmkeops.fitting._method"],
     ["gmmkeops.fitting._em", "gmmkeops.fitting._gradient"],
     ["gmmkeops.fitting._loop"],

@@ -25,6 +25,7 @@ from torch import Tensor
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_points, as_weights
 from gmmkeops.factors import Factor, nearest_factor
+from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
@@ -183,24 +184,12 @@ class EM(Method[_State]):
         start, iterations = self.temperature
         return start + (1 - start) * state.iteration / iterations
 
-    def _moments(self, problem: Problem, state: _State, rows: Tensor | None) -> Moments:
+    def _moments(self, problem: Problem, state: _State, batch: list[Piece] | None) -> Moments:
         mixture, beta = state.mixture, self._beta(state)
         factor, offsets = mixture.factor, mixture.offsets
         if beta < 1:
             factor, offsets = factor.rescale(torch.full_like(problem.frame.scale, beta**0.5)), beta * offsets
-        x, keywords = problem.read(rows)
-        seed = 0
-        if self.assignment == "stochastic":
-            seed = int(torch.randint(1 << 62, (1,), generator=problem.generator, device=problem.x.device))
-        return reductions.moments(
-            x,
-            offsets,
-            mixture.means,
-            factor,
-            assignment=self.assignment,
-            seed=seed,
-            **keywords,
-        )
+        return problem.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
 
     def _move(self, problem: Problem, state: _State, sums: Moments) -> _State:
         """The M-step, within bounds; components that it empties leave the work."""
@@ -323,10 +312,9 @@ class EM(Method[_State]):
     def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
         """Stepwise EM over one shuffled pass: each batch's moments are blended into the memory of those before."""
         assert self.batch_size is not None, "a pass is made of batches"
-        order = torch.randperm(len(problem.x), generator=problem.generator, device=problem.x.device)
         total = seen = 0.0
-        for rows in order.split(self.batch_size):
-            sums = self._moments(problem, state, rows)
+        for batch in problem.batches(self.batch_size):
+            sums = self._moments(problem, state, batch)
             if not float(sums.mass) > 0:
                 continue
             total, seen = total + float(sums.total), seen + float(sums.mass)
@@ -416,7 +404,9 @@ def _memory(mixture: Mixture) -> Moments:
 
 def _shaken(problem: Problem, state: _State) -> _State:
     mixture = state.mixture
-    noise = torch.randn(mixture.means.shape, generator=problem.generator, dtype=torch.float64, device=problem.x.device)
+    noise = torch.randn(
+        mixture.means.shape, generator=problem.generator, dtype=torch.float64, device=mixture.means.device
+    )
     return replace(
         state, mixture=Mixture(mixture.logits, mixture.means + SHAKE * noise, mixture.factor, validate_args=False)
     )

@@ -20,6 +20,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._method import DEAD_POINTS, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
 
@@ -95,8 +96,8 @@ class Gradient(Method[_State]):
         _prune(state, problem.count)
         found: list[tuple[float, float]] = []
         before = state.population.whole(state.mixture()).detach()
-        for rows in self._batches(problem):
-            values = self._update(problem, state, rows)
+        for batch in [None] if self.batch_size is None else problem.batches(self.batch_size):
+            values = self._update(problem, state, batch)
             if values is None:
                 found.append((math.nan, math.nan))
                 break
@@ -112,13 +113,7 @@ class Gradient(Method[_State]):
     def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
         return state.population, state.mixture(), state.floored.clone()
 
-    def _batches(self, problem: Problem) -> Iterable[Tensor | None]:
-        if self.batch_size is None:
-            return (None,)
-        order = torch.randperm(len(problem.x), generator=problem.generator, device=problem.x.device)
-        return order.split(self.batch_size)
-
-    def _update(self, problem: Problem, state: _State, rows: Tensor | None) -> tuple[float, float] | None:
+    def _update(self, problem: Problem, state: _State, batch: list[Piece] | None) -> tuple[float, float] | None:
         """One step of the optimiser; the objective and log-likelihood before it, or None where they are not finite."""
         if not state.sound:
             return None
@@ -127,7 +122,7 @@ class Gradient(Method[_State]):
         def closure() -> float:
             state.optimizer.zero_grad()
             live = state.mixture()
-            likelihood = problem.negative_log_likelihood(live, rows)
+            likelihood = problem.negative_log_likelihood(live, batch)
             objective = likelihood + problem.penalised(state.population.whole(live))
             objective.backward()
             found.append((objective.item(), -likelihood.item()))

@@ -17,16 +17,21 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, as_points, as_weights
+from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights
+from gmmkeops.distributed import World
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import Evaluation, Method, Problem
 from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
 from gmmkeops.penalties import Penalty
+from gmmkeops.sources import Source, readable
 
 __all__ = ["FitResult", "Report", "Step", "fit"]
 
 _logger = logging.getLogger("gmmkeops")
+
+# Iterations after which labels by the mixture are much better than those by its start.
+_SETTLED = 4
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ def fit(
     tol: float | None = None,
     truncate: float | None = None,
     backend: str = "auto",
+    dtype: Any = None,
     callbacks: Callable[[Step], Any] | Iterable[Callable[[Step], Any]] = (),
     progress: bool | None = None,
     generator: torch.Generator | None = None,
@@ -146,7 +152,8 @@ def fit(
     Args:
         start: Where to begin: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM` without context, whose
             parameters are then set to the result.
-        x: Points (N, D), data units. float32 points are computed in float32, all else in float64; on the points' device.
+        x: Points (N, D), data units; on a device, they are computed there. Or what :meth:`gmmkeops.Source.of` takes: files,
+            memory maps, loaders, functions, which are read a chunk at a time on every pass.
         method: ``gmmkeops.Adam(...)`` or another method.
         penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
         weights: g (N,), not negative; all ones if left out.
@@ -156,6 +163,8 @@ def fit(
             (:func:`gmmkeops.reductions.arrange`), and the report says how much was lost at most. 0 looks at every pair.
             None leaves out what the points' own rounding hides, where that pays.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        dtype: ``"float32"`` or ``"float64"`` to compute in. By default float32 points are computed in float32 and all else
+            in float64. The points are centred in float64 first, so map coordinates lose no digits in float32.
         callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit.
         progress: Whether to show a progress bar; by default only in a terminal.
         generator: Source of randomness (minibatches). Without one the seed is torch's initial seed; torch's own state
@@ -180,29 +189,26 @@ def fit(
         (50, 'dense')
     """
     began = time.perf_counter()
-    mixture = _starting_mixture(start, method)
-    max_iter = method.max_iter if max_iter is None else int(max_iter)
-    tol = method.tol if tol is None else float(tol)
-    if max_iter < 0:
-        raise ValueError(f"max_iter must not be negative, got {max_iter}.")
-    if not tol >= 0:
-        raise ValueError(f"tol must not be negative, got {tol}.")
-    x = as_points(x, features=mixture.features, minimum=mixture.components)
-    if x.device != mixture.means.device:
-        raise ValueError(f"x is on {x.device} but the start on {mixture.means.device}; move one with .to().")
-    g = as_weights(weights, x)
-    problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
-    engine = reductions.engine(problem.x, backend, full=mixture.factor.family == "full")
-    inside = problem.frame.enter(mixture.detach().to(torch.float64))
-    problem = problem.truncated(truncate, inside, max_iter)
-    state = method.init(problem, inside)
-    run = _Run(problem, method, tol, (callbacks,) if callable(callbacks) else tuple(callbacks), began)
-    bar = _bar(max_iter, progress)
-    try:
-        best = run.go(state, max_iter, bar)
-    finally:
-        if bar is not None:
-            bar.close()
+    world = World()
+    with world.together():
+        mixture = _starting_mixture(start, method)
+        max_iter = method.max_iter if max_iter is None else int(max_iter)
+        tol = method.tol if tol is None else float(tol)
+        if max_iter < 0:
+            raise ValueError(f"max_iter must not be negative, got {max_iter}.")
+        if not tol >= 0:
+            raise ValueError(f"tol must not be negative, got {tol}.")
+        problem = _problem(mixture, x, weights, penalty, truncate, backend, as_dtype(dtype), generator, world)
+        inside = problem.frame.enter(mixture.detach().to(torch.float64))
+        problem = problem.truncated(truncate, inside, max_iter)
+        run = _Run(problem, method, tol, (callbacks,) if callable(callbacks) else tuple(callbacks), began)
+        bar = _bar(max_iter, progress)
+        try:
+            best = run.go(method.init(problem, inside), max_iter, bar)
+        finally:
+            if bar is not None:
+                bar.close()
+        result = _result(best, run)
     if run.ending == "finished" and tol > 0 and max_iter > 0 and run.iterations == max_iter:
         warnings.warn(
             f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol.",
@@ -216,11 +222,56 @@ def fit(
             ConvergenceWarning,
             stacklevel=2,
         )
-    result = _result(problem, best, run, engine)
     if isinstance(start, GMM):
         start.assign(result.mixture)
     _logger.info("%s", result)
     return result
+
+
+def _problem(
+    mixture: Mixture,
+    x: Any,
+    weights: Any,
+    penalty: Any,
+    truncate: float | None,
+    backend: str,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | None,
+    world: World,
+) -> Problem:
+    """What is asked, checked."""
+    K, D, device = mixture.components, mixture.features, mixture.means.device
+    source, g = None, None
+    if readable(x):
+        source = Source.of(x) if weights is None else Source.of(x, weights=weights)
+        if source.features != D:
+            raise ValueError(
+                f"{source.name} has {source.features} columns, expected {D} as in the model; pass the same columns."
+            )
+    else:
+        x = as_points(x, features=D, minimum=K if world.size == 1 else 0)
+        if x.device != device:
+            raise ValueError(f"x is on {x.device} but the start on {device}; move one with .to().")
+        g = as_weights(weights, x, some=world.size == 1)
+    problem = Problem.of(
+        x if source is None else source,
+        g,
+        penalty,
+        backend,
+        generator,
+        isotropic=mixture.factor.family == "spherical",
+        dtype=dtype,
+        device=device,
+        world=world,
+        truncate=truncate,
+    )
+    if problem.rows < K or not problem.mass > 0:
+        name = "x" if source is None else source.name
+        raise ValueError(
+            f"{name} has {problem.rows} rows of total weight {problem.mass:g}, expected at least {K}; "
+            "pass more points or use fewer components."
+        )
+    return problem
 
 
 def _starting_mixture(start: Any, method: Any) -> Mixture:
@@ -260,6 +311,8 @@ class _Run:
         best: Evaluation | None = None
         try:
             for _ in range(max_iter):
+                if self.iterations == _SETTLED:
+                    self.problem = self.problem.settled(self.method.current(self.problem, state)[1])
                 state, now = self.method.step(self.problem, state)
                 if not math.isfinite(now.objective):
                     self.ending = "diverged"
@@ -308,24 +361,26 @@ class _Run:
         return self.ending != "finished"
 
 
-def _result(problem: Problem, best: Evaluation, run: _Run, engine: str) -> FitResult:
+def _result(best: Evaluation, run: _Run) -> FitResult:
+    problem = run.problem
     objective, likelihood = best.objective, best.log_likelihood
     if not best.exact:
         with torch.no_grad():
             likelihood = -float(problem.negative_log_likelihood(best.mixture))
             objective = float(problem.penalised(best.mixture)) - likelihood
     live = set(best.live.tolist())
-    x = problem.x
+    ledger = problem.ledger.of_all(problem.world)
+    full = best.mixture.factor.family == "full"
     report = Report(
         dead_components=tuple(k for k in range(best.mixture.components) if k not in live),
         live_components=len(live),
         floors_hit=tuple(best.floored.nonzero()[:, 0].tolist()),
-        engine=engine,
-        device=str(x.device),
-        dtype=str(x.dtype).removeprefix("torch."),
-        truncate=0.0 if problem.cloud is None else problem.cloud.epsilon,
-        certificate=0.0 if problem.cloud is None else problem.cloud.certificate,
-        pairs=1.0 if problem.cloud is None else problem.cloud.share,
+        engine=reductions.engine(problem.data.device, problem.backend, features=problem.data.features, full=full),
+        device=str(problem.data.device),
+        dtype=str(problem.data.dtype).removeprefix("torch."),
+        truncate=ledger.epsilon,
+        certificate=ledger.certificate,
+        pairs=ledger.looked / max(ledger.pairs, 1.0),
         seconds=time.perf_counter() - run.began,
         interrupted=run.ending == "interrupted",
     )

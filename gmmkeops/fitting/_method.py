@@ -3,19 +3,24 @@ r"""What the loop and its methods say to each other: the problem, one evaluation
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops.factors import floor_eigenvalues
+from gmmkeops.distributed import World
+from gmmkeops.factors import Factor, floor_eigenvalues
+from gmmkeops.fitting._data import Data, Memory, Piece, Stream
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.mixture import Mixture
+from gmmkeops.moments import Moments
 from gmmkeops.penalties import Penalty, Surrogate, as_penalty
+from gmmkeops.sources import Source
 
-__all__ = ["Evaluation", "Method", "Population", "Problem"]
+__all__ = ["Evaluation", "Ledger", "Method", "Population", "Problem"]
 
 S = TypeVar("S")
 
@@ -27,80 +32,162 @@ DEAD_POINTS = 1e-3
 DEAD_LOG_WEIGHT = -100.0
 
 
+@dataclass
+class Ledger:
+    """What the last sweep over all points left out.
+
+    Args:
+        epsilon: The largest ε of its truncations.
+        certificate: Most that it may have lost of any point's log-likelihood, nats.
+        pairs, looked: Pairs of point and component, and how many of them were looked at.
+    """
+
+    epsilon: float = 0.0
+    certificate: float = 0.0
+    pairs: float = 0.0
+    looked: float = 0.0
+
+    def add(self, x: Tensor | reductions.Truncation, components: int) -> None:
+        """Enters a sweep over points, or what was arranged of them."""
+        pairs = float(len(x) * components)
+        self.pairs += pairs
+        if isinstance(x, Tensor):
+            self.looked += pairs
+            return
+        self.looked += x.share * pairs
+        self.epsilon = max(self.epsilon, x.epsilon)
+        self.certificate = max(self.certificate, x.certificate)
+
+    def of_all(self, world: World) -> Ledger:
+        """What truncation has done on all ranks."""
+        said = world.tell([self.epsilon, self.certificate, self.pairs, self.looked])
+        epsilon, certificate, pairs, looked = zip(*said, strict=True)
+        return Ledger(max(epsilon), max(certificate), sum(pairs), sum(looked))
+
+
 @dataclass(frozen=True)
 class Problem:
     """The data of a fit, in the frame, and what is asked of it.
 
     Args:
-        x: Points (N, D) in the frame, in the dtype of the work.
-        weights: g (N,) float64, or None.
+        data: The points in the frame, of this rank.
+        rows: How many there are, of all ranks.
         mass: Σ g.
         count: Effective number of points, (Σ g)² / Σ g².
         frame: The way back to the user's units.
         penalty: In the user's units, nats per point; or None.
         backend: The engine to use.
-        generator: Source of randomness.
-        truncate: What sweeps may leave out, as the fit was asked.
-        cloud: The points arranged for sweeps that leave components out, or None.
+        generator: Source of randomness, in step on all ranks.
+        world: The ranks.
+        ledger: What truncation has done.
     """
 
-    x: Tensor
-    weights: Tensor | None
+    data: Data
+    rows: int
     mass: float
     count: float
     frame: Frame
     penalty: Penalty | None
     backend: str
     generator: torch.Generator
-    truncate: float | None = None
-    cloud: reductions.Truncation | None = None
+    world: World = field(default_factory=World.alone)
+    ledger: Ledger = field(default_factory=Ledger)
 
     @classmethod
     def of(
         cls,
-        x: Tensor,
+        x: Tensor | Source,
         weights: Tensor | None,
         penalty: Any,
         backend: str,
         generator: torch.Generator | None,
         *,
         isotropic: bool,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        world: World | None = None,
+        truncate: float | None = 0,
     ) -> Problem:
-        """The problem that checked points (N, D) of the user pose, with a frame of their own, read exactly."""
+        """The problem that checked points (N, D) of the user pose, with a frame of their own."""
+        world = World.alone() if world is None else world
+        device = x.device if isinstance(x, Tensor) else torch.device("cpu" if device is None else device)
         if generator is None:
-            generator = torch.Generator(x.device).manual_seed(torch.initial_seed() % (1 << 63))
-        mass = float(x.shape[0]) if weights is None else float(weights.sum())
-        count = mass if weights is None else mass**2 / float(weights.square().sum())
+            generator = torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))
+        data: Data
+        if isinstance(x, Tensor) and world.size == 1:
+            rows, mass = len(x), float(len(x)) if weights is None else float(weights.sum())
+            count = mass if weights is None else mass**2 / float(weights.square().sum())
+            frame = Frame.of(x, weights, isotropic=isotropic)
+        else:
+            source = x if isinstance(x, Source) else Source.of(x, weights=weights)
+            survey = world.merged(source.survey())
+            rows, mass, count = survey.rows, survey.mass, survey.mass**2 / survey.squares
+            sample, masses = survey.reservoir.sample()
+            frame = Frame.of(sample.to(device), masses.to(device), isotropic=isotropic)
+            single = survey.single
+        if isinstance(x, Tensor):
+            first = 0 if world.size == 1 else world.before(len(x))
+            data = Memory(frame.points(x, x.dtype if dtype is None else dtype), weights, truncate, first=first)
+        else:
+            kept = torch.float32 if single else torch.float64
+            data = Stream(x, frame, kept if dtype is None else dtype, device, truncate)
         penalty = None if penalty is None else as_penalty(penalty)
-        frame = Frame.of(x, weights, isotropic=isotropic)
-        return cls(frame.points(x, x.dtype), weights, mass, count, frame, penalty, backend, generator, truncate=0)
+        return cls(data, rows, mass, count, frame, penalty, backend, generator, world)
 
     def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Problem:
         """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
-        K, labels = mixture.components, None
-        many = mixture.features > reductions.FEW
-        if many and (reductions.pays(self.x, K, sweeps, labelled=True) if truncate is None else truncate > 0):
-            arguments = (self.x, mixture.offsets, mixture.means, mixture.factor)
-            labels = reductions.argmax(*arguments, backend=self.backend, truncate=0)
-        arranged = reductions.arrange(self.x, K, truncate, sweeps=sweeps, labels=labels)
-        return replace(self, truncate=truncate, cloud=None if isinstance(arranged, Tensor) else arranged)
+        if not isinstance(self.data, Memory):
+            return self
+        return replace(self, data=self.data.arranged(truncate, mixture, sweeps, self.backend))
 
-    def read(self, rows: Tensor | None = None) -> tuple[Tensor | reductions.Truncation, dict[str, Any]]:
-        """What the reductions take for all points, or for some rows: points, and the keywords that go with them."""
-        g = self.weights if rows is None or self.weights is None else self.weights[rows]
-        keywords = {"weights": g, "backend": self.backend, "truncate": self.truncate}
-        if rows is not None:
-            return self.x[rows], keywords
-        # Arranging has been decided for all points, not for each sweep.
-        return (self.x, keywords | {"truncate": 0}) if self.cloud is None else (self.cloud, keywords)
+    def settled(self, mixture: Mixture) -> Problem:
+        """The same, with points that were grouped by the components of the start grouped by those it has led to."""
+        cloud = self.data.cloud if isinstance(self.data, Memory) else None
+        return self if cloud is None or not cloud.cloud.labelled else self.truncated(cloud.epsilon, mixture, 1)
 
-    def negative_log_likelihood(self, mixture: Mixture, rows: Tensor | None = None) -> Tensor:
+    def batches(self, size: int) -> Iterator[list[Piece]]:
+        """All points, once, in random order, about ``size`` of them at a time on all ranks together.
+
+        Every rank takes the same number of steps; one that has run out of points takes them with none.
+        """
+        seed = int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
+        pieces = self.data.batches(-(-size // self.world.size), seed + self.world.rank)
+        while True:
+            piece = next(pieces, None)
+            if not self.world.any(piece is not None):
+                return
+            yield [] if piece is None else [piece]
+
+    def moments(
+        self,
+        offsets: Tensor,
+        means: Tensor,
+        factor: Factor,
+        batch: Iterable[Piece] | None = None,
+        *,
+        assignment: str = "soft",
+    ) -> Moments:
+        """Moments of all points, or of some, on all ranks."""
+        seed = 0
+        if assignment == "stochastic":
+            seed = int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
+        sums, ledger = Moments.nothing(means, factor.family), Ledger()
+        for piece in self.data.pieces() if batch is None else batch:
+            x = piece.x
+            if isinstance(x, Tensor):
+                x = reductions.arrange(x, len(means), piece.truncate)
+            options = {"assignment": assignment, "seed": seed + piece.first, "backend": self.backend, "truncate": 0}
+            sums = sums + reductions.moments(x, offsets, means, factor, weights=piece.weights, **options)
+            ledger.add(x, len(means))
+        if batch is None:
+            vars(self.ledger).update(vars(ledger))
+        return self.world.added(sums)
+
+    def negative_log_likelihood(self, mixture: Mixture, batch: Iterable[Piece] | None = None) -> Tensor:
         """Mean over the points (or some of them), nats per point in the user's units; float64, differentiable."""
-        x, keywords = self.read(rows)
-        g = keywords["weights"]
-        mass = float(len(x)) if g is None else float(g.sum())
-        total = reductions.total(x, mixture.offsets, mixture.means, mixture.factor, **keywords)
-        return self.frame.log_volume - total / max(mass, 1e-300)
+        sums = self.moments(mixture.offsets, mixture.means, mixture.factor, batch)
+        total = reductions.attached(sums, mixture.offsets, mixture.means, mixture.factor)
+        return self.frame.log_volume - total / max(float(sums.mass), 1e-300)
 
     def penalised(self, mixture: Mixture) -> Tensor:
         """The penalty of a mixture of the frame, nats per point."""

@@ -19,6 +19,7 @@ so one pass gives every parameter's gradient, and EM reads the same sums.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,14 +37,13 @@ from gmmkeops.reductions._exponents import Exponents, factor_tensor
 __all__ = [
     "ASSIGNMENTS",
     "BACKENDS",
-    "FEW",
     "Truncation",
     "argmax",
     "arrange",
+    "attached",
     "engine",
     "logsumexp",
     "moments",
-    "pays",
     "topk",
     "total",
 ]
@@ -52,7 +52,7 @@ BACKENDS = ("auto", "keops", "dense")
 ASSIGNMENTS = ("soft", "hard", "stochastic")
 
 # Dimensions up to which points are halved into small boxes without labels.
-FEW = 4
+_FEW = 4
 
 # What truncation may cost where nobody has said: what the dtype's rounding would lose anyway, nats per point.
 _EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -60,16 +60,17 @@ _EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
 _warned: set[str] = set()
 
 
-def engine(problem: Exponents | Tensor, backend: str = "auto", *, full: bool = True) -> str:
+def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool = True) -> str:
     """Which engine will run: ``"dense"`` or ``"keops"``.
 
     On a CPU the dense tiles are the faster engine everywhere; on CUDA the KeOps formulas are for few dimensions (up to 6
     with full factors, 16 with diagonal ones), where a tile's matrix products are too thin to fill the device.
 
     Args:
-        problem: The points (N, D), or checked exponents.
+        problem: The points (N, D), checked exponents, or a device.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-        full: Whether factors are full matrices, when only points are given.
+        features: D, when only a device is given.
+        full: Whether factors are full matrices, when no exponents are given.
 
     Raises:
         ValueError: The backend's name is unknown.
@@ -79,10 +80,14 @@ def engine(problem: Exponents | Tensor, backend: str = "auto", *, full: bool = T
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
-    x, full = (problem.x, problem.is_full) if isinstance(problem, Exponents) else (problem, full)
-    if backend == "dense" or (backend == "auto" and not (x.is_cuda and x.shape[1] <= (6 if full else 16))):
+    if isinstance(problem, Exponents):
+        problem, full = problem.x, problem.is_full
+    if isinstance(problem, Tensor):
+        problem, features = problem.device, problem.shape[1]
+    device: torch.device = problem
+    if backend == "dense" or (backend == "auto" and not (device.type == "cuda" and features <= (6 if full else 16))):
         return "dense"
-    reason = _keops.unavailable(x.device)
+    reason = _keops.unavailable(device)
     if reason is None:
         return "keops"
     if reason not in _warned and (backend == "keops" or "not see CUDA" in reason):
@@ -92,7 +97,12 @@ def engine(problem: Exponents | Tensor, backend: str = "auto", *, full: bool = T
 
 
 def arrange(
-    x: Any, components: int, truncate: float | None = None, *, sweeps: int = 1, labels: Tensor | None = None
+    x: Any,
+    components: int,
+    truncate: float | None = None,
+    *,
+    sweeps: int = 1,
+    labels: Callable[[], Tensor] | None = None,
 ) -> Tensor | Truncation:
     r"""Points in the order of a tree of boxes, for sweeps that leave out what no point of a box can feel.
 
@@ -106,8 +116,8 @@ def arrange(
         truncate: ε in (0, 1); 0 for exact sweeps over all components. None decides: 1e-6 for float32 points and 1e-12 for
             float64 ones, which rounding hides, where it pays.
         sweeps: How many sweeps are to come, which decides whether arranging pays.
-        labels: Likely component of each point (N,), int64. Boxes are then made of points with one label, which is what
-            works in more than about four dimensions.
+        labels: Finds the likely component of each point (N,), int64. In more than four dimensions boxes are made of points
+            with one label, since halving does not make them small there; it is called only if that pays.
 
     Returns:
         The points themselves, or a :class:`Truncation`.
@@ -127,20 +137,21 @@ def arrange(
     x = as_points(x)
     if truncate is not None and not (isinstance(truncate, (int, float)) and 0 <= truncate < 1):
         raise ValueError(f"truncate must be None or a number from 0 to below 1, got {truncate!r}.")
-    if truncate == 0 or (truncate is None and not pays(x, components, sweeps, labels is not None)):
+    labels = None if x.shape[1] <= _FEW else labels
+    if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
         return x
     # Two components' worth, within what makes a good tile; a label of its own is cut as little as can be.
     rows = min(4096, max(1024 if labels is None else 2048, 2 * len(x) // components))
-    cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels, rows)
+    cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels(), rows)
     return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
 
 
-def pays(x: Tensor, components: int, sweeps: int, labelled: bool = False) -> bool:
+def _pays(x: Tensor, components: int, sweeps: int, labelled: bool) -> bool:
     """Whether arranging points (N, D) for so many sweeps is likely to be worth it, with labels or without."""
     N, D = x.shape
     if labelled:
         return components >= 16 and N * components >= 1_000_000 and sweeps >= 8
-    return D <= FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
+    return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
 
 
 _Setup = tuple[Exponents, Truncation | None]
@@ -211,10 +222,9 @@ def _moments(
     return Moments(S0, S1, S2, problem.means + problem.centre, total, mass)
 
 
-def _parameter_gradients(problem: Exponents, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:
+def _parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ g ℓ in the offsets (K,), means (K, D) and U (K, ...), float64."""
-    U = problem.U
-    if problem.is_full:
+    if U.ndim == 3:
         return sums.S0, (U @ (U.mT @ sums.S1[:, :, None]))[:, :, 0], -sums.S2 @ U
     return sums.S0, U**2 * sums.S1, -sums.S2.reshape(U.shape) * U
 
@@ -224,6 +234,28 @@ def _point_gradient(problem: Exponents, blocks: Truncation | None, weights: Tens
         return _dense.point_gradient(problem, weights, blocks)
     values, plans = _planned(problem, blocks)
     return _keops.point_gradient(problem, values, weights, plans)
+
+
+def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Tensor) -> Tensor:
+    r""":math:`\sum_n g_n \ell_n` of moments about the means, as a function of the parameters that they were found with.
+
+    Sums of parts, of ranks and of passes over files have gradients by this as one sweep over all points has.
+
+    Args:
+        sums: What :func:`moments` gave for these parameters, or sums of such.
+        offsets, means, factor: As for :func:`logsumexp`.
+
+    Returns:
+        A float64 scalar, nats, differentiable (once) in the parameters.
+    """
+    U = factor_tensor(factor)
+    wide = U.detach().double().expand(len(means), *U.shape[1:])
+    value = sums.total
+    for gradient, like in zip(_parameter_gradients(wide, sums), (offsets, means, U), strict=True):
+        if like.requires_grad:
+            # Zero by value; what it adds is the gradient.
+            value = value + (gradient.sum_to_size(like.shape) * (like - like.detach())).sum()
+    return value
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -259,12 +291,12 @@ class _LogSumExp(torch.autograd.Function):
         if ctx.reduce:
             g = torch.ones(problem.shape[0], dtype=torch.float64, device=output.device)
             g = scale * (g if ctx.weights is None else ctx.weights)
-            gradients = [scale * part for part in _parameter_gradients(problem, ctx.sums)]
+            gradients = [scale * part for part in _parameter_gradients(problem.U, ctx.sums)]
         else:
             g = scale if blocks is None else blocks.cloud.enter(scale)
             gradients = []
             if any(ctx.needs_input_grad[1:4]):
-                gradients = list(_parameter_gradients(problem, _moments(problem, blocks, g, ctx.backend)))
+                gradients = list(_parameter_gradients(problem.U, _moments(problem, blocks, g, ctx.backend)))
         first = _point_gradient(problem, blocks, g, ctx.backend) if ctx.needs_input_grad[0] else None
         if first is not None and blocks is not None:
             first = blocks.cloud.leave(first)

@@ -185,12 +185,14 @@ class Cloud:
         rank: Where in that order each of the N points is (N,).
         levels: Boxes, from coarse to fine.
         starts: First row of each of the finest boxes, and M (B + 1,).
+        labelled: Whether boxes were made of points with one label.
     """
 
     points: Tensor
     rank: Tensor
     levels: tuple[_Boxes, ...]
     starts: Tensor
+    labelled: bool = False
 
     @classmethod
     def tree(cls, x: Tensor, rows: int) -> Cloud:
@@ -223,7 +225,7 @@ class Cloud:
         rank[order] = torch.arange(len(order), device=x.device)
         boxes = [_Boxes.of(points[a:b][None]) for a, b in pairwise(starts.tolist())]
         level = _Boxes(*(torch.cat(column) for column in zip(*(box.tensors for box in boxes), strict=True)))
-        return cls(points, rank, (level,), starts)
+        return cls(points, rank, (level,), starts, labelled=True)
 
     @property
     def boxes(self) -> int:

@@ -1,0 +1,358 @@
+"""What points are read from: arrays, files and functions, each a few lines behind one protocol.
+
+A reader says how its rows fall into units and loads one unit at a time, in any order; one that can only be read from its
+beginning streams instead. The libraries for a file's format load when a file of that format is opened.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_tensor
+
+__all__ = ["SUFFIXES", "Arrays", "Chunk", "Files", "Reader", "Streams", "Unit", "open_file"]
+
+Columns = Sequence[str | int] | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows.
+
+    Args:
+        points: (n, D), float32 or float64, data units.
+        weights: (n,), or None where all weigh one.
+        first: Number of the first row among all.
+    """
+
+    points: Tensor
+    weights: Tensor | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows that are loaded together.
+
+    Args:
+        first: Number of its first row among all of the reader's.
+        rows: How many there are, before any are filtered out.
+    """
+
+    first: int
+    rows: int
+
+
+class Reader(ABC):
+    """Rows in storage.
+
+    Attributes:
+        name: How messages call it.
+        features: D.
+        rows: How many rows there are before any are filtered out; None where only reading tells.
+        paths: The files behind it.
+    """
+
+    name: str
+    features: int
+    rows: int | None
+    paths: tuple[Path, ...] = ()
+
+    def units(self, size: int) -> list[Unit]:
+        """All rows in units of at most about ``size``."""
+        return _cut(0, self.rows or 0, size)
+
+    @abstractmethod
+    def load(self, unit: Unit) -> Chunk:
+        """The rows of a unit."""
+
+
+def _cut(first: int, stop: int, size: int) -> list[Unit]:
+    return [Unit(start, min(size, stop - start)) for start in range(first, stop, size)]
+
+
+class Arrays(Reader):
+    """An array or tensor in memory, or on disk as a memory map; structured arrays too."""
+
+    def __init__(
+        self, x: Any, name: str = "x", columns: Columns = None, weights: str | int | None = None, path: Any = None
+    ) -> None:
+        if not isinstance(x, (np.ndarray, Tensor)):
+            x = as_tensor(x, name=name)
+        self.x, self.name, self.rows = x, name, len(x) if x.ndim else 0
+        path = getattr(x, "filename", None) if path is None else path
+        self.paths = () if path is None else (Path(path),)
+        if isinstance(x, np.ndarray) and x.dtype.names:
+            known: list[Any] = list(x.dtype.names)
+            if x.ndim != 1:
+                raise ValueError(f"{name} must be one row of named columns per point, got shape {x.shape}.")
+        else:
+            if x.ndim != 2:
+                hint = "use x[:, None] for one column" if x.ndim == 1 else "flatten the leading dimensions"
+                raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}; {hint}.")
+            known = list(range(x.shape[1]))
+        self.columns, self.weights = _chosen(name, known, columns, weights)
+        self.all = self.columns == list(range(len(known))) and self.weights is None
+        self.features = len(self.columns)
+
+    def load(self, unit: Unit) -> Chunk:
+        part = self.x[unit.first : unit.first + unit.rows]
+        if isinstance(part, Tensor) or self.x.dtype.names is None:
+            points = as_tensor(part if self.all else part[:, self.columns], name=self.name)
+            weights = None if self.weights is None else as_tensor(part[:, self.weights], name="weights")
+        else:
+            points = _stack([part[column] for column in self.columns], self.name)
+            weights = None if self.weights is None else as_tensor(part[self.weights].copy(), name="weights")
+        if isinstance(self.x, np.memmap):
+            points = points.clone() if np.shares_memory(points.numpy(), self.x) else points
+            # Pages that have been read would count as the process's memory until somebody needs theirs.
+            if self.x.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
+                self.x._mmap.madvise(mmap.MADV_DONTNEED)
+        return Chunk(points, weights)
+
+
+class Parquet(Reader):
+    """A Parquet file by row groups."""
+
+    def __init__(self, path: Path, columns: Columns, weights: str | int | None) -> None:
+        from pyarrow.parquet import ParquetFile
+
+        self._open = ParquetFile
+        self.name, self.paths = str(path), (path,)
+        with ParquetFile(path) as file:
+            names, metadata = file.schema_arrow.names, file.metadata
+            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self.columns, self.weights = _chosen(self.name, names, columns, weights)
+        self.features, self.rows = len(self.columns), sum(sizes)
+        self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        self._batches: Iterator[Any] = iter(())
+        self._next = -1
+
+    def units(self, size: int) -> list[Unit]:
+        groups = zip(self.starts[:-1], self.starts[1:], strict=True)
+        return [unit for first, stop in groups for unit in _cut(first, stop, size)]
+
+    def load(self, unit: Unit) -> Chunk:
+        if unit.first != self._next:
+            # A group is read from its beginning; most units go on where the last one ended.
+            group = bisect_right(self.starts, unit.first) - 1
+            self._batches, self._next = self._rows(group, unit.rows), self.starts[group]
+            while self._next < unit.first:
+                self._next += next(self._batches).num_rows
+        batch = next(self._batches)
+        self._next += batch.num_rows
+        arrays = [batch.column(name).to_numpy(zero_copy_only=False) for name in self.columns]
+        weights = None
+        if self.weights is not None:
+            weights = as_tensor(batch.column(self.weights).to_numpy(zero_copy_only=False), name="weights")
+        return Chunk(_stack(arrays, self.name), weights)
+
+    def _rows(self, group: int, size: int) -> Iterator[Any]:
+        columns = self.columns if self.weights is None else [*self.columns, self.weights]
+        with self._open(self.paths[0], pre_buffer=False) as file:
+            yield from file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+
+
+class Las(Reader):
+    """A LAS or LAZ file; coordinates as float64, scaled and offset."""
+
+    def __init__(self, path: Path, columns: Columns, classes: Sequence[int] | None, weights: str | int | None) -> None:
+        import laspy
+
+        self._open = laspy.open
+        self.name, self.paths = str(path), (path,)
+        with laspy.open(path) as file:
+            header = file.header
+            self.rows = int(header.point_count)
+            names = ["x", "y", "z", *header.point_format.dimension_names]
+            end = header.offset_to_point_data + self.rows * header.point_format.size
+            compressed = header.are_points_compressed
+        if not compressed and end > path.stat().st_size:
+            raise ValueError(
+                f"it has {path.stat().st_size} bytes and its header promises {self.rows} points, which end at byte {end}"
+            )
+        self.columns, self.weights = _chosen(self.name, names, ("x", "y", "z") if columns is None else columns, weights)
+        self.classes = None if classes is None else np.asarray(list(classes))
+        self.features = len(self.columns)
+
+    def load(self, unit: Unit) -> Chunk:
+        with self._open(self.paths[0]) as file:
+            file.seek(unit.first)
+            found = file.read_points(unit.rows)
+        if len(found) != unit.rows:
+            raise ValueError(
+                f"it ends after {unit.first + len(found)} of the {self.rows} points that its header promises"
+            )
+        if self.classes is not None:
+            found = found[np.isin(np.asarray(found["classification"]), self.classes)]
+        arrays = [np.asarray(getattr(found, name) if name in ("x", "y", "z") else found[name]) for name in self.columns]
+        weights = None
+        if self.weights is not None:
+            weights = as_tensor(np.array(found[self.weights], dtype=np.float64), name="weights")
+        return Chunk(_stack(arrays, self.name), weights)
+
+
+class Files(Reader):
+    """Several readers one after the other."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        first = readers[0]
+        for reader in readers:
+            if reader.features != first.features:
+                raise ValueError(
+                    f"{reader.name} has {reader.features} columns but {first.name} has {first.features}; "
+                    "pick the same ones with columns=."
+                )
+        self.readers = list(readers)
+        self.name = f"{len(readers)} files from {first.name}"
+        self.features = first.features
+        self.starts = np.concatenate([[0], np.cumsum([reader.rows or 0 for reader in readers])]).tolist()
+        self.rows = self.starts[-1]
+        self.paths = tuple(path for reader in readers for path in reader.paths)
+
+    def units(self, size: int) -> list[Unit]:
+        return [
+            Unit(start + unit.first, unit.rows)
+            for start, reader in zip(self.starts, self.readers, strict=False)
+            for unit in reader.units(size)
+        ]
+
+    def load(self, unit: Unit) -> Chunk:
+        which = bisect_right(self.starts, unit.first) - 1
+        reader = self.readers[which]
+        try:
+            return reader.load(Unit(unit.first - self.starts[which], unit.rows))
+        except Exception as error:
+            raise ValueError(f"{reader.name}: {error}") from error
+
+
+class Streams:
+    """A function that returns an iterator of chunks, or a DataLoader: read from the beginning each time."""
+
+    rows = None
+    paths: tuple[Path, ...] = ()
+
+    def __init__(self, make: Callable[[], Any], name: str) -> None:
+        self.make, self.name = make, name
+        first, second = iter(make()), iter(make())
+        if first is second:
+            raise TypeError(
+                f"{name} returned the same iterator twice, which can be read only once; make a new one at each call."
+            )
+        try:
+            self.features = int(self._chunk(next(first)).points.shape[1])
+        except StopIteration:
+            raise ValueError(f"{name} gave no chunks; it must give arrays (n, D).") from None
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All of it, from the beginning."""
+        return map(self._chunk, self.make())
+
+    def _chunk(self, item: Any) -> Chunk:
+        weights = None
+        if isinstance(item, (tuple, list)):
+            if isinstance(item, tuple) and len(item) == 2 and np.ndim(item[1]) == 1:
+                weights = as_tensor(item[1], name="weights")
+            item = item[0]
+        points = as_tensor(item, name=self.name)
+        if points.ndim != 2 or points.shape[1] == 0:
+            raise ValueError(f"{self.name} must give arrays of shape (n, D), got {tuple(points.shape)}.")
+        return Chunk(points, weights)
+
+
+def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: str | int | None) -> tuple[list[Any], Any]:
+    """The columns to read, and that of the weights, if they are there."""
+    wanted = [column for column in known if column != weights] if columns is None else list(columns)
+    for column in [*wanted, *([] if weights is None else [weights])]:
+        if column not in known:
+            raise ValueError(f"there is no column {column!r}; it has {', '.join(map(str, known))}")
+    if not wanted:
+        raise ValueError("no columns are left to read; name some with columns=")
+    return wanted, weights
+
+
+def _stack(arrays: list[Any], name: str) -> Tensor:
+    """Columns (n,) side by side (n, D): float32 if all of them are, else float64."""
+    single = all(array.dtype == np.float32 for array in arrays)
+    out = np.empty((len(arrays[0]), len(arrays)), np.float32 if single else np.float64)
+    for d, array in enumerate(arrays):
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must be numeric, got a column of {array.dtype}; choose others with columns=.")
+        out[:, d] = array
+    return torch.from_numpy(out)
+
+
+def _npy(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
+    return Arrays(np.load(path, mmap_mode="r", allow_pickle=False), str(path), columns, weights, path)
+
+
+def _parquet(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
+    return Parquet(path, columns, weights)
+
+
+def _las(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
+    return Las(path, columns, classes, weights)
+
+
+def _ply(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
+    from plyfile import PlyData
+
+    data = PlyData.read(path, mmap="r")["vertex"].data
+    return Arrays(data, str(path), ("x", "y", "z") if columns is None else columns, weights, path)
+
+
+# What opens a file of each suffix, and which extra of this package brings the library for it.
+SUFFIXES: dict[str, tuple[Callable[[Path, Columns, Any, Any], Reader], str]] = {
+    ".npy": (_npy, ""),
+    ".parquet": (_parquet, "parquet"),
+    ".pq": (_parquet, "parquet"),
+    ".las": (_las, "las"),
+    ".laz": (_las, "las"),
+    ".ply": (_ply, "ply"),
+}
+
+
+def open_file(
+    path: str | os.PathLike[str], columns: Columns, classes: Sequence[int] | None, weights: str | int | None
+) -> Reader:
+    """The reader of one file, by its suffix.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: It is not there, its library is not, or it cannot be read; one sentence.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}; read it yourself and pass an array or a function.")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}.")
+    if classes is not None and suffix not in (".las", ".laz"):
+        raise ValueError(f"classes choose points of LAS and LAZ files, and {path} is neither; leave them out.")
+    make, extra = SUFFIXES[suffix]
+    try:
+        return make(path, columns, classes, weights)
+    except ImportError as error:
+        raise ImportError(
+            f'reading {path} needs {error.name}; type: pip install "gmmkeops[{extra}]"', name=error.name
+        ) from None
+    except Exception as error:
+        if _no_decompressor(error):
+            raise ImportError(f'reading {path} needs lazrs; type: pip install "gmmkeops[las]"') from None
+        raise ValueError(
+            f"{path} cannot be read as {suffix[1:]} ({str(error).rstrip('.')}); it may be cut short or of another kind."
+        ) from error
+
+
+def _no_decompressor(error: Exception) -> bool:
+    return "LazBackend" in str(error)

@@ -1,0 +1,226 @@
+"""One fit on several processes: sums are added over all ranks of ``torch.distributed``, and everybody notices who is missing.
+
+Off unless a process group is initialised. Each rank sweeps its share of the points; moments and counts are all-reduced, so
+that every rank makes the same step from the same sums. A rank that is gone, stuck or in disagreement is named on all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gmmkeops.moments import Moments
+from gmmkeops.sources import Reservoir, Survey
+
+__all__ = ["RankError", "World"]
+
+# Seconds between two signs of life, between two looks at the others', and without one until a rank counts as gone.
+_BEAT, _LOOK, _GONE = 1.0, 0.5, 40.0
+# Seconds in which it shows who is gone, once a connection has broken.
+_VERDICT = 5.0
+
+_REMEDY = "; a fit with checkpoint= goes on from its last checkpoint when it is started again."
+
+_fits = itertools.count()
+
+
+class RankError(RuntimeError):
+    """A rank failed, is gone, or disagrees with the others."""
+
+
+class World:
+    """The ranks that fit together; one alone without a process group.
+
+    Attributes:
+        rank: This one.
+        size: How many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.size == 1:
+            return
+        self.device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+        self.key = f"gmmkeops/fit {next(_fits)}"
+        self.store = dist.distributed_c10d._get_default_store()
+        self.seen = {rank: ("", time.monotonic()) for rank in range(self.size)}
+        self.looked = time.monotonic()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """While it lasts this rank gives signs of life; what it fails with is told to the others."""
+        if self.size == 1:
+            yield
+            return
+        stop = threading.Event()
+        beat = threading.Thread(target=self._beat, args=(stop,), name="gmmkeops-heartbeat", daemon=True)
+        beat.start()
+        try:
+            yield
+        except RankError:
+            raise
+        except BaseException as error:
+            self._tell(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            stop.set()
+            beat.join()
+
+    def _beat(self, stop: threading.Event) -> None:
+        store = self.store.clone() if hasattr(self.store, "clone") else self.store
+        for number in itertools.count():
+            try:
+                store.set(f"gmmkeops/alive {self.rank}", str(number))
+            except RuntimeError:
+                return  # the others will find out that the store is gone
+            if stop.wait(_BEAT):
+                return
+
+    def _tell(self, verdict: str) -> None:
+        # Where the store itself is gone, the others see it by themselves.
+        with suppress(RuntimeError):
+            self.store.compare_set(f"{self.key}/verdict", "", verdict)
+
+    def _look(self, gone: float) -> None:
+        """Raises what has happened to another rank, if anything has; one that is silent for so many seconds is gone."""
+        self.looked = time.monotonic()
+        try:
+            if self.store.check([f"{self.key}/verdict"]):
+                raise RankError(self.store.get(f"{self.key}/verdict").decode() + _REMEDY)
+            for rank, (last, when) in self.seen.items():
+                key = f"gmmkeops/alive {rank}"
+                sign = self.store.get(key).decode() if self.store.check([key]) else ""
+                if sign != last:
+                    self.seen[rank] = (sign, self.looked)
+                elif rank != self.rank and self.looked - when > gone:
+                    self._tell(f"rank {rank} is gone: no sign of life for {self.looked - when:.0f} s")
+                    raise RankError(self.store.get(f"{self.key}/verdict").decode() + _REMEDY)
+        except RankError:
+            raise
+        except RuntimeError:
+            raise RankError("rank 0, or whoever else holds the store of the process group, is gone" + _REMEDY) from None
+
+    def _collect(self, start: Callable[[], Any]) -> None:
+        """Runs a collective to its end, with an eye on the others."""
+        pause = 2e-5
+        try:
+            work = start()
+            while not work.is_completed():
+                time.sleep(pause)
+                pause = min(2 * pause, 0.02)
+                if time.monotonic() - self.looked > _LOOK:
+                    self._look(_GONE)
+            work.wait()
+        except RankError:
+            raise
+        except RuntimeError as error:
+            # A connection has broken. Who was at its other end shows soon, by a word or by silence.
+            end = time.monotonic() + 2 * _VERDICT
+            while time.monotonic() < end:
+                self._look(_VERDICT)
+                time.sleep(_LOOK)
+            raise RankError(f"a connection between ranks broke ({error})" + _REMEDY) from None
+
+    @classmethod
+    def alone(cls) -> World:
+        """One process, whatever group it may be in."""
+        world = cls.__new__(cls)
+        world.rank, world.size = 0, 1
+        return world
+
+    def added(self, sums: Moments) -> Moments:
+        """The moments of all ranks, which have them about the same centres."""
+        if self.size == 1:
+            return sums
+        parts = [sums.S0, sums.S1, sums.S2, sums.total, sums.mass]
+        # Centres on which all agree have no spread between ranks.
+        place = sums.centres.sum() + (sums.centres * torch.arange(len(sums.centres)).to(sums.centres)[:, None]).mean()
+        flat = self.sum(torch.cat([part.reshape(-1) for part in parts] + [place[None], place.square()[None]]))
+        mean, square = flat[-2] / self.size, flat[-1] / self.size
+        if not float((square - mean.square()).abs()) <= 1e-10 * float(square + 1e-300):
+            places = self.tell(float(place))
+            odd = next((rank for rank, other in enumerate(places) if other != places[0]), 0)
+            raise RankError(f"rank {odd} is at another mixture than rank 0; all must do the same steps" + _REMEDY)
+        pieces = flat[:-2].split([part.numel() for part in parts])
+        S0, S1, S2, total, mass = (new.reshape(old.shape) for new, old in zip(pieces, parts, strict=True))
+        return Moments(S0, S1, S2, sums.centres, total, mass)
+
+    def merged(self, survey: Survey) -> Survey:
+        """The survey of all ranks' points."""
+        if self.size == 1:
+            return survey
+        rows, numbers = survey.reservoir.parts()
+        said = self.tell(
+            [
+                *(survey.rows, survey.mass, survey.squares, *survey.total, survey.fingerprint, survey.single),
+                *(rows.shape[1], survey.reservoir.size, survey.reservoir.seen),
+            ]
+        )
+        D = max(facts[7] for facts in said)
+        all_rows = self.gather(rows.double().reshape(len(rows), D))
+        all_numbers = self.gather(torch.from_numpy(numbers.T.copy()))
+        reservoir = Reservoir(max(facts[8] for facts in said))
+        single = all(facts[6] for facts in said)
+        for part, columns, facts in zip(all_rows, all_numbers, said, strict=True):
+            reservoir.merge(part.to(torch.float32 if single else torch.float64), columns.numpy().T, facts[9])
+        sums = [sum(facts[i] for facts in said) for i in range(6)]
+        return Survey(sums[0], sums[1], sums[2], (sums[3], sums[4]), sums[5] % (1 << 64), single, reservoir)
+
+    def before(self, count: int) -> int:
+        """How many rows the ranks before this one have, if each has so many."""
+        return sum(self.tell(count)[: self.rank])
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)], dtype=torch.float64)) > 0)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a float64 tensor over all ranks."""
+        if self.size == 1:
+            return values
+        out = values.detach().to(self.device, copy=True)
+        self._collect(lambda: dist.all_reduce(out, async_op=True))
+        return out.to(values.device)
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """Tensors of all ranks, which may differ in their first dimension."""
+        if self.size == 1:
+            return [values]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        mine = torch.tensor([len(values)], device=self.device)
+        self._collect(lambda: dist.all_gather(sizes, mine, async_op=True))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, *values.shape[1:], dtype=values.dtype, device=self.device)
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._collect(lambda: dist.all_gather(parts, padded, async_op=True))
+        return [part[: int(size)].to(values.device) for part, size in zip(parts, sizes, strict=True)]
+
+    def tell(self, value: Any) -> list[Any]:
+        """What JSON can hold, of all ranks."""
+        if self.size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(part.cpu().numpy().tobytes())) for part in self.gather(text)]
+
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Raises a RankError that names the first rank, and fact, which differ from rank 0's."""
+        said = self.tell(facts)
+        for rank, other in enumerate(said):
+            for name, value in said[0].items():
+                if other.get(name) != value:
+                    raise RankError(
+                        f"rank {rank} disagrees with rank 0 on the {name}: {other.get(name)} and {value}; "
+                        "run the same script with the same settings on all ranks."
+                    )

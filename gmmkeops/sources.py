@@ -1,0 +1,482 @@
+r"""Points that are too many for memory: files, memory maps, loaders and functions, read a chunk at a time, pass after pass.
+
+Rows are counted on every pass, so that a file that is cut short, grows or changes is an error and not a shorter fit. The
+first pass takes a sample that stands for all rows: priority sampling keeps the rows with the largest :math:`g_n / u_n`,
+each for a mass of :math:`\max(g_n, \tau)` with the largest priority left out, τ; sums over it are unbiased. The numbers
+:math:`u_n` depend on a row's number alone, so the sample is the same however the rows are cut or shared. Reference: Duffield,
+Lund and Thorup 2007, *Priority sampling for estimation of arbitrary subset sums*, JACM 54.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_weights, check_finite
+from gmmkeops._readers import SUFFIXES, Arrays, Chunk, Files, Reader, Streams, Unit, open_file
+
+__all__ = ["Chunk", "Reservoir", "Source", "Survey", "fingerprint", "readable", "sample"]
+
+# Numbers in a chunk: enough for long sweeps, little beside the rest of a process.
+_NUMBERS = 1 << 22
+# Rows that a survey's sample has unless more are asked for.
+_SAMPLE = 20_000
+# How far sums of the same numbers in another order may be apart, as a share of the sum of their magnitudes.
+_ROUNDING = 1e-11
+# Places that a chunk of a pass in random order is read from.
+_PLACES = 8
+# Rows whose random numbers are made at a time.
+_ROWS = 1 << 18
+
+
+def _uniform(first: int, count: int) -> np.ndarray:
+    """One number in (0, 1] for each row from ``first`` on (count,), which depends on the row's number alone.
+
+    Reference: Steele, Lea and Flood 2014, *Fast splittable pseudorandom number generators* (the finaliser of SplitMix64).
+    """
+    z = np.arange(first, first + count, dtype=np.uint64)
+    z += np.uint64(1)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return ((z >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
+
+
+class Reservoir:
+    """A sample of rows that come in any cut and order; reservoirs of parts merge into that of the whole.
+
+    Args:
+        size: How many rows are kept, if there are so many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.seen = size, 0
+        self._rows: list[Tensor] = []
+        self._weights: list[np.ndarray] = []
+        self._priorities: list[np.ndarray] = []
+        self._numbers: list[np.ndarray] = []
+        self._least = 0.0
+
+    def add(self, points: Tensor, weights: Tensor | None, first: int) -> None:
+        """Takes in points (n, D) with weights (n,), the first of which is row number ``first``."""
+        for start in range(0, len(points), _ROWS):
+            part = points[start : start + _ROWS]
+            g = np.ones(len(part)) if weights is None else weights[start : start + _ROWS].cpu().numpy()
+            priority = g / _uniform(first + start, len(part))
+            kept = np.flatnonzero((priority > self._least) & (g > 0))
+            self.seen += int(np.count_nonzero(g > 0))
+            numbers = first + start + kept
+            self._take(part[torch.from_numpy(kept).to(part.device)], g[kept], priority[kept], numbers)
+
+    def _take(self, rows: Tensor, weights: np.ndarray, priorities: np.ndarray, numbers: np.ndarray) -> None:
+        self._rows.append(rows.clone())
+        self._weights.append(weights)
+        self._priorities.append(priorities)
+        self._numbers.append(numbers)
+        if sum(map(len, self._weights)) > 2 * self.size + _ROWS // 8:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Keeps the rows of the largest priorities, one more than asked for, which is the threshold."""
+        if not self._rows:
+            return
+        priorities = np.concatenate(self._priorities)
+        if len(priorities) > self.size + 1:
+            best = np.argpartition(-priorities, self.size)[: self.size + 1]
+        else:
+            best = np.arange(len(priorities))
+        rows = torch.cat(self._rows)
+        self._rows = [rows[torch.from_numpy(best).to(rows.device)]]
+        self._weights, self._numbers = [np.concatenate(self._weights)[best]], [np.concatenate(self._numbers)[best]]
+        self._priorities = [priorities[best]]
+        self._least = float(self._priorities[0].min()) if len(best) > self.size else 0.0
+
+    def parts(self) -> tuple[Tensor, np.ndarray]:
+        """What is kept: rows (n, D), and their weights, priorities and numbers (3, n)."""
+        self._cut()
+        if not self._rows:
+            return torch.empty(0, 0), np.empty((3, 0))
+        return self._rows[0], np.stack([self._weights[0], self._priorities[0], self._numbers[0].astype(np.float64)])
+
+    def merge(self, rows: Tensor, numbers: np.ndarray, seen: int) -> None:
+        """Takes in what another reservoir kept of ``seen`` rows."""
+        self.seen += seen
+        if len(rows):
+            self._take(rows, *numbers)
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Rows (n, D) in the order of their numbers, and the mass that each stands for (n,), float64."""
+        rows, (weights, priorities, numbers) = self.parts()
+        order = np.argsort(numbers, kind="stable")
+        mass = weights
+        if len(rows) > self.size:
+            least = int(priorities.argmin())
+            mass, order = np.maximum(weights, priorities[least]), order[order != least]
+        return rows[torch.from_numpy(order).to(rows.device)], torch.from_numpy(mass[order]).to(rows.device)
+
+
+def sample(x: Tensor, weights: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+    """At most ``size`` rows of points (N, D) with masses that make them stand for all; the points themselves if no more."""
+    if len(x) <= size:
+        return x, weights
+    reservoir = Reservoir(size)
+    reservoir.add(x, weights, 0)
+    rows, mass = reservoir.sample()
+    return rows, None if weights is None else mass
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the points has shown.
+
+    Args:
+        rows: How many there are, after filters.
+        mass: Σ g.
+        squares: Σ g².
+        total: Sum of all coordinates, and of their magnitudes.
+        fingerprint: A number that is the same for the same rows in any order, and hardly ever for others.
+        single: Whether all of them are float32.
+        reservoir: The sample.
+    """
+
+    rows: int
+    mass: float
+    squares: float
+    total: tuple[float, float]
+    fingerprint: int
+    single: bool
+    reservoir: Reservoir
+
+
+def fingerprint(points: Tensor) -> int:
+    """A number of rows (n, D) that does not depend on their order, and adds modulo 2⁶⁴."""
+    total = 0
+    for part in points.split(_ROWS):
+        # Adding zero makes the two zeros one.
+        bits = (part.double() + 0.0).contiguous().cpu().numpy().view(np.uint64)
+        mixed = np.full(len(bits), 0x9E3779B97F4A7C15, dtype=np.uint64)
+        for column in bits.T:
+            mixed = (mixed ^ column) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed ^= mixed >> np.uint64(29)
+        total += int(mixed.sum(dtype=np.uint64))
+    return total % (1 << 64)
+
+
+class Source:
+    """Points (N, D) that can be read again and again, a chunk at a time; everything that fits and scores takes one.
+
+    Made by :meth:`of`, or by handing what it takes to :func:`gmmkeops.fit` and the like.
+
+    Attributes:
+        name: How messages call it.
+        features: D.
+    """
+
+    def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:
+        self.reader, self.name, self.features = reader, reader.name, reader.features
+        self.size = chunk_rows or max(1, _NUMBERS // self.features)
+        self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
+        self.share: tuple[int, int] | None = None
+        self._survey: Survey | None = None
+        self._stamps: list[tuple[int, int]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        *,
+        columns: Sequence[str | int] | None = None,
+        classes: Sequence[int] | None = None,
+        weights: Any = None,
+        chunk_rows: int | None = None,
+    ) -> Source:
+        """A source from anything that holds points.
+
+        Args:
+            x: An array, a tensor or a memory map (N, D); the path of a ``.npy``, Parquet, LAS, LAZ or PLY file, a folder or
+                a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns an
+                iterator of arrays (n, D), or of pairs (points, weights), anew at each call.
+            columns: Which columns are the coordinates: names, or numbers of an array's. By default all that are not the
+                weights; x, y and z of LAS and PLY.
+            classes: Which classes of a LAS file's points are read; all if left out.
+            weights: Name or number of the column with the points' weights; or an array (N,) of them.
+            chunk_rows: Rows that are read at a time; about four million numbers' worth if left out.
+
+        Raises:
+            TypeError: Nothing that can be read twice, such as a generator.
+            FileNotFoundError, ImportError: The file is not there, or the library for its format is not.
+            ValueError: The file is damaged, a column is not there, or shapes do not fit; in one sentence.
+
+        Example:
+            >>> import numpy as np, os, tempfile, gmmkeops as gk
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = os.path.join(folder, "points.npy")
+            ...     np.save(path, np.arange(12.0).reshape(6, 2))
+            ...     gk.Source.of(path).survey().rows
+            6
+        """
+        if isinstance(x, Source):
+            return x
+        column = weights if isinstance(weights, (str, int)) else None
+        given = None if column is not None else weights
+        reader = _reader(x, columns, classes, column)
+        if isinstance(reader, Streams) and (columns is not None or column is not None):
+            raise ValueError(
+                "columns and weights are chosen by the function itself; it may give pairs (points, weights)."
+            )
+        source = cls(reader, given, chunk_rows)
+        if source.weights is not None:
+            if classes is not None or isinstance(reader, Streams):
+                raise ValueError("an array of weights needs rows of known number; name a column, or give pairs.")
+            if source.weights.shape != (reader.rows,):
+                raise ValueError(
+                    f"weights must have shape ({reader.rows},), one per row of {source.name}, got {source.weights.shape}."
+                )
+        return source
+
+    def units(self, places: int = 1) -> list[list[Unit]] | None:
+        """What is read at a time, of this process's share; None for what streams.
+
+        Args:
+            places: Into how many stretches what is read at a time falls.
+        """
+        if isinstance(self.reader, Streams):
+            return None
+        rank, count = (0, 1) if self.share is None else self.share
+        size = -(-self.size // places)
+        if count > 1:
+            size = min(size, max(1, -(-(self.reader.rows or 0) // (8 * count))))
+        units = self.reader.units(size)
+        return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
+
+    def shuffled(self, generator: torch.Generator) -> list[list[Unit]] | None:
+        """The same in random order, each chunk from several places."""
+        units = [unit for group in self.units(_PLACES) or [] for unit in group]
+        order = torch.randperm(len(units), generator=generator).tolist()
+        return _grouped([units[i] for i in order], self.size) if units else self.units()
+
+    def chunks(
+        self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Chunk], Any] | None = None
+    ) -> Iterator[Any]:
+        """The chunks of one pass, each loaded while the one before is in use; checked, and counted at the end.
+
+        Args:
+            skip: Chunks that are left out at the beginning.
+            order: What is read at a time, in another order than that of the rows.
+            prepare: What is done with each chunk as part of its loading.
+
+        Raises:
+            ValueError: A chunk cannot be read, has entries that are not finite, or the pass was not like the first.
+        """
+        self._check_stamps()
+        tally = _Tally()
+        loaded = self._loaded(self.units() if order is None else order, skip)
+
+        def one() -> Any:
+            chunk = next(loaded, None)
+            if chunk is None:
+                return None
+            tally.add(chunk)
+            return chunk if prepare is None else prepare(chunk)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader") as pool:
+            future = pool.submit(one)
+            while (item := future.result()) is not None:
+                future = pool.submit(one)
+                yield item
+        self._check_stamps()
+        if skip == 0 and self._survey is not None:
+            self._compare(tally)
+
+    def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
+        if isinstance(self.reader, Streams):
+            pieces = islice(_whole(self.reader.chunks(), self.size), skip, None)
+        else:
+            pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
+        for chunk in pieces:
+            points = chunk.points
+            if points.shape[1] != self.features:
+                raise ValueError(
+                    f"{self.name} gave {points.shape[1]} columns, {self.features} before; give the same ones."
+                )
+            if not len(points):
+                continue
+            check_finite(points, name=self.name, first=chunk.first)
+            yield replace(chunk, weights=as_weights(chunk.weights, points, name=f"weights of {self.name}", some=False))
+
+    def _load(self, unit: Unit) -> Chunk:
+        assert isinstance(self.reader, Reader), "units are loaded by a reader"
+        try:
+            if self.reader.paths:
+                self._check_stamps()
+            chunk = self.reader.load(unit)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name} cannot be read from row {unit.first} to {unit.first + unit.rows} "
+                f"({str(error).rstrip('.')}); it may be cut short, or have changed since it was opened."
+            ) from error
+        if self.weights is not None:
+            chunk = replace(chunk, weights=torch.from_numpy(self.weights[unit.first : unit.first + unit.rows]))
+        return replace(chunk, first=unit.first)
+
+    def _check_stamps(self) -> None:
+        """Size and time of every file are what they were at first."""
+        stamps = []
+        for path in self.reader.paths:
+            try:
+                status = os.stat(path)
+            except OSError:
+                raise ValueError(f"{path} is gone; put it back and begin again.") from None
+            stamps.append((status.st_size, status.st_mtime_ns))
+        if self._stamps is None:
+            self._stamps = stamps
+        for path, old, new in zip(self.reader.paths, self._stamps, stamps, strict=True):
+            if old != new:
+                what = f"it had {old[0]} bytes and has {new[0]}" if old[0] != new[0] else "it was written to"
+                raise ValueError(f"{path} changed while it was read: {what}; begin again once it is complete.")
+
+    def _compare(self, tally: _Tally) -> None:
+        survey = self._survey
+        assert survey is not None, "there was a first pass"
+        if tally.rows != survey.rows:
+            raise ValueError(
+                f"{self.name} gave {tally.rows} rows on this pass and {survey.rows} on the first; "
+                "it must give the same points each time."
+            )
+        if abs(tally.total - survey.total[0]) > _ROUNDING * max(survey.total[1], tally.magnitude):
+            raise ValueError(
+                f"{self.name} gave other numbers on this pass (their sum is {tally.total!r}) than on the first "
+                f"({survey.total[0]!r}); it must give the same points each time."
+            )
+
+    def survey(self, size: int = _SAMPLE) -> Survey:
+        """What one pass over all of it shows; remembered.
+
+        Args:
+            size: Rows that the sample must have, if there are so many.
+
+        Raises:
+            ValueError: There are no rows, or they cannot be read; as :meth:`chunks`.
+        """
+        if self._survey is not None and self._survey.reservoir.size >= size:
+            return self._survey
+        reservoir, tally, squares, mark, single = Reservoir(size), _Tally(), 0.0, 0, True
+        for chunk in self.chunks():
+            reservoir.add(chunk.points, chunk.weights, chunk.first)
+            tally.add(chunk)
+            squares += len(chunk.points) if chunk.weights is None else float(chunk.weights.square().sum())
+            mark += fingerprint(chunk.points)
+            single &= chunk.points.dtype == torch.float32
+        total = (tally.total, tally.magnitude)
+        self._survey = Survey(tally.rows, tally.mass, squares, total, mark % (1 << 64), single, reservoir)
+        return self._survey
+
+
+def _grouped(units: list[Unit], size: int) -> list[list[Unit]]:
+    """Units that are read together, in order, so that each group has about ``size`` rows."""
+    groups: list[list[Unit]] = []
+    room = 0
+    for unit in units:
+        if unit.rows > room:
+            groups.append([])
+            room = size
+        groups[-1].append(unit)
+        room -= unit.rows
+    return groups
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
+    if len(chunks) == 1:
+        return chunks[0]
+    weights = None
+    if any(chunk.weights is not None for chunk in chunks):
+        one = torch.ones((), dtype=torch.float64)
+        weights = torch.cat([one.expand(len(c.points)) if c.weights is None else c.weights for c in chunks])
+    return Chunk(torch.cat([chunk.points for chunk in chunks]), weights, chunks[0].first)
+
+
+def _whole(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
+    """The same rows, with small chunks joined to ones of about ``size``, and numbered."""
+    few: list[Chunk] = []
+    first = 0
+    for chunk in chunks:
+        few.append(chunk)
+        rows = sum(len(part.points) for part in few)
+        if rows >= size:
+            yield replace(_joined(few), first=first)
+            few, first = [], first + rows
+    if few:
+        yield replace(_joined(few), first=first)
+
+
+class _Tally:
+    """What is counted on every pass."""
+
+    def __init__(self) -> None:
+        self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
+
+    def add(self, chunk: Chunk) -> None:
+        self.rows += len(chunk.points)
+        self.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
+        self.total += float(chunk.points.sum(dtype=torch.float64))
+        self.magnitude += float(chunk.points.abs().sum(dtype=torch.float64))
+
+
+def readable(x: Any) -> bool:
+    """Whether these are points to be read a chunk at a time, rather than numbers in memory.
+
+    Raises:
+        TypeError: It can be read only once.
+    """
+    if isinstance(x, Iterator):
+        raise TypeError(
+            f"x is a {type(x).__name__}, which can be read only once, and a fit reads its points many times; "
+            "pass a function that makes a new one at each call."
+        )
+    if isinstance(x, (Source, str, os.PathLike, np.memmap, torch.utils.data.DataLoader)):
+        return True
+    if isinstance(x, (list, tuple)):
+        return len(x) > 0 and all(isinstance(item, (str, os.PathLike)) for item in x)
+    return callable(x) and not hasattr(x, "__array__")
+
+
+def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Streams:
+    if not readable(x):
+        return Arrays(x, "x", columns, weights)
+    if isinstance(x, np.memmap):
+        return Arrays(x, f"the memory map of {x.filename}", columns, weights)
+    if isinstance(x, torch.utils.data.DataLoader):
+        return Streams(lambda: x, "the DataLoader")
+    if callable(x):
+        return Streams(x, f"the function {getattr(x, '__name__', type(x).__name__)}")
+    files = [path for item in (x if isinstance(x, (list, tuple)) else [x]) for path in _paths(item)]
+    readers = [open_file(path, columns, classes, weights) for path in files]
+    return readers[0] if len(readers) == 1 else Files(readers)
+
+
+def _paths(item: str | os.PathLike[str]) -> list[Path]:
+    """The files that a path, a folder or a pattern names, in order."""
+    path = Path(item)
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not found:
+            raise FileNotFoundError(f"the folder {path} has no files of {', '.join(SUFFIXES)}.")
+        return found
+    if not path.exists() and any(sign in str(item) for sign in "*?["):
+        names = sorted(glob.glob(str(item), recursive=True))
+        if not names:
+            raise FileNotFoundError(f"no file matches {item}.")
+        return [Path(name) for name in names]
+    return [path]
