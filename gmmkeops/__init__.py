@@ -4,7 +4,7 @@ from gmmkeops import compare, penalties, reductions, selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
 from gmmkeops.estimator import GaussianMixture
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
-from gmmkeops.fitting import EM, Adam, FitResult, Gradient, fit
+from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, fit
 from gmmkeops.initialise import initialise
 from gmmkeops.interop import from_sklearn, to_sklearn
 from gmmkeops.io import load, save
@@ -19,6 +19,7 @@ __all__ = [
     "EM",
     "GMM",
     "Adam",
+    "Checkpoint",
     "ConvergenceWarning",
     "DiagonalFactor",
     "Factor",

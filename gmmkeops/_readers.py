@@ -118,7 +118,7 @@ class Arrays(Reader):
             points = points.clone() if np.shares_memory(points.numpy(), self.x) else points
             # Pages that have been read would count as the process's memory until somebody needs theirs.
             if self.x.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
-                self.x._mmap.madvise(mmap.MADV_DONTNEED)
+                self.x._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
         return Chunk(points, weights)
 
 
@@ -136,7 +136,9 @@ class Parquet(Reader):
         self.columns, self.weights = _chosen(self.name, names, columns, weights)
         self.features, self.rows = len(self.columns), sum(sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        # Where a group that is being read has come to, and what is left of its last batch.
         self._batches: Iterator[Any] = iter(())
+        self._left: Any = None
         self._next = -1
 
     def units(self, size: int) -> list[Unit]:
@@ -144,24 +146,37 @@ class Parquet(Reader):
         return [unit for first, stop in groups for unit in _cut(first, stop, size)]
 
     def load(self, unit: Unit) -> Chunk:
-        if unit.first != self._next:
+        group = bisect_right(self.starts, unit.first) - 1
+        if unit.first != self._next or unit.first == self.starts[group]:
             # A group is read from its beginning; most units go on where the last one ended.
-            group = bisect_right(self.starts, unit.first) - 1
-            self._batches, self._next = self._rows(group, unit.rows), self.starts[group]
-            while self._next < unit.first:
-                self._next += next(self._batches).num_rows
-        batch = next(self._batches)
-        self._next += batch.num_rows
-        arrays = [batch.column(name).to_numpy(zero_copy_only=False) for name in self.columns]
-        weights = None
-        if self.weights is not None:
-            weights = as_tensor(batch.column(self.weights).to_numpy(zero_copy_only=False), name="weights")
+            self._batches, self._left, self._next = self._rows(group, unit.rows), None, self.starts[group]
+            self._take(unit.first - self._next)
+        batches = self._take(unit.rows)
+        arrays = [_column(batches, name) for name in self.columns]
+        weights = None if self.weights is None else as_tensor(_column(batches, self.weights), name="weights")
         return Chunk(_stack(arrays, self.name), weights)
+
+    def _take(self, count: int) -> list[Any]:
+        """The next rows of the group, in batches."""
+        batches = []
+        self._next += count
+        while count:
+            batch = next(self._batches, None) if self._left is None else self._left
+            if batch is None:
+                raise ValueError(f"a row group ends {count} rows early")
+            batches.append(batch.slice(0, count))
+            self._left = batch.slice(count) if batch.num_rows > count else None
+            count -= len(batches[-1])
+        return batches
 
     def _rows(self, group: int, size: int) -> Iterator[Any]:
         columns = self.columns if self.weights is None else [*self.columns, self.weights]
         with self._open(self.paths[0], pre_buffer=False) as file:
             yield from file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+
+
+def _column(batches: list[Any], name: str) -> np.ndarray:
+    return np.concatenate([batch.column(name).to_numpy(zero_copy_only=False) for batch in batches])
 
 
 class Las(Reader):
@@ -240,11 +255,10 @@ class Files(Reader):
 class Streams:
     """A function that returns an iterator of chunks, or a DataLoader: read from the beginning each time."""
 
-    rows = None
     paths: tuple[Path, ...] = ()
 
     def __init__(self, make: Callable[[], Any], name: str) -> None:
-        self.make, self.name = make, name
+        self.make, self.name, self.features = make, name, 0
         first, second = iter(make()), iter(make())
         if first is second:
             raise TypeError(
@@ -268,6 +282,8 @@ class Streams:
         points = as_tensor(item, name=self.name)
         if points.ndim != 2 or points.shape[1] == 0:
             raise ValueError(f"{self.name} must give arrays of shape (n, D), got {tuple(points.shape)}.")
+        if self.features not in (0, points.shape[1]):
+            raise ValueError(f"{self.name} gave {points.shape[1]} columns, {self.features} before; give the same ones.")
         return Chunk(points, weights)
 
 

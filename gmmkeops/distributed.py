@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gmmkeops.moments import Moments
-from gmmkeops.sources import Reservoir, Survey
+from gmmkeops.sources import Reservoir, Source, Survey
 
 __all__ = ["RankError", "World"]
 
@@ -177,13 +177,21 @@ class World:
         sums = [sum(facts[i] for facts in said) for i in range(6)]
         return Survey(sums[0], sums[1], sums[2], (sums[3], sums[4]), sums[5] % (1 << 64), single, reservoir)
 
-    def before(self, count: int) -> int:
-        """How many rows the ranks before this one have, if each has so many."""
-        return sum(self.tell(count)[: self.rank])
+    def share(self, source: Source) -> Source:
+        """This rank's part of a source.
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)], dtype=torch.float64)) > 0)
+        What all ranks hold alike (the same files, or equal arrays) is divided among them; what differs is each one's own.
+        """
+        if self.size == 1:
+            return source
+        said = self.tell([source.identity(), source.rows])
+        if said[0][0] is not None and said[0][1] and all(other == said[0] for other in said):
+            return source.shared(self.rank, self.size)
+        return source.shared(0, 1, first=sum(rows or 0 for _, rows in said[: self.rank]))
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is up on any rank."""
+        return list(flags) if self.size == 1 else (self.sum(torch.tensor(flags, dtype=torch.float64)) > 0).tolist()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a float64 tensor over all ranks."""
@@ -211,8 +219,14 @@ class World:
         """What JSON can hold, of all ranks."""
         if self.size == 1:
             return [value]
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        return [json.loads(bytes(part.cpu().numpy().tobytes())) for part in self.gather(text)]
+        return [json.loads(text) for text in self.gather_bytes(json.dumps(value).encode())]
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Bytes of all ranks."""
+        if self.size == 1:
+            return [data]
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return [part.numpy().tobytes() for part in self.gather(flat)]
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Raises a RankError that names the first rank, and fact, which differ from rank 0's."""

@@ -21,10 +21,12 @@ from torch import Tensor
 from gmmkeops import io, selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning, as_points, as_tensor, as_weights
 from gmmkeops._contract import Estimator, NotFittedError, column_names, convergence_warning
+from gmmkeops.distributed import World
 from gmmkeops.factors import Factor, factor_class
 from gmmkeops.fitting import EM, Adam, FitResult, Method, Step, fit
-from gmmkeops.initialise import initialise, stratified_rows
+from gmmkeops.initialise import initialise, representatives
 from gmmkeops.mixture import Mixture
+from gmmkeops.sources import Source, chunked, readable
 
 __all__ = ["GaussianMixture", "NotFittedError"]
 
@@ -73,6 +75,8 @@ class GaussianMixture(Estimator):
         backend: "auto", "keops" or "dense".
         truncate: ε that sweeps may leave out of each point's density, certified (:func:`gmmkeops.fit`); 0 for none. By
             default what rounding hides, where that pays.
+        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, where the fit's state is kept, and from where it goes on; with
+            one start only.
 
     Attributes:
         weights_ (K,), means_ (K, D), covariances_, precisions_, precisions_cholesky_: Parameters, float64, data units:
@@ -120,6 +124,7 @@ class GaussianMixture(Estimator):
         dtype: Any = None,
         backend: str = "auto",
         truncate: float | None = None,
+        checkpoint: Any = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -141,6 +146,7 @@ class GaussianMixture(Estimator):
         self.dtype = dtype
         self.backend = backend
         self.truncate = truncate
+        self.checkpoint = checkpoint
 
     @property
     def fitted_(self) -> bool:
@@ -153,7 +159,8 @@ class GaussianMixture(Estimator):
         """Fits the mixture to points.
 
         Args:
-            X: Points (N, D): numpy, torch, DataFrame or lists.
+            X: Points (N, D): numpy, torch, DataFrame or lists; or files, memory maps, loaders and functions, which are read
+                a chunk at a time (:meth:`gmmkeops.Source.of`). So everywhere below.
             y: Ignored.
             sample_weight: Weight of each point (N,), or None.
 
@@ -167,16 +174,15 @@ class GaussianMixture(Estimator):
             ConvergenceWarning: The best start did not converge.
         """
         method = self._method()
-        x, names = self._points(X, fitting=True)
-        g = as_weights(sample_weight, x, name="sample_weight")
-        generator = _generator(self.random_state, x.device)
+        x, g, names, device = self._data(X, sample_weight)
+        generator = _generator(self.random_state, device)
         best: FitResult | None = None
-        warm = self.warm_start and self.fitted_ and self.mixture_.means.shape == (self.n_components, x.shape[1])
+        warm = self.warm_start and self.fitted_ and self.mixture_.means.shape == (self.n_components, _features(x))
         with warnings.catch_warnings():
             # One start's failure to converge is not the answer's: the best one speaks below.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
             for run in range(1 if warm else self.n_init):
-                start = self.mixture_.to(x.device) if warm else self._start(x, g, generator)
+                start = self.mixture_.to(device) if warm else self._start(x, g, generator, device)
                 result = fit(
                     start,
                     x,
@@ -187,6 +193,8 @@ class GaussianMixture(Estimator):
                     tol=self.tol,
                     truncate=self.truncate,
                     backend=self.backend,
+                    dtype=self.dtype,
+                    checkpoint=self.checkpoint,
                     callbacks=self._talk(run),
                     progress=False,
                     generator=generator,
@@ -202,7 +210,7 @@ class GaussianMixture(Estimator):
                 stacklevel=2,
             )
         self._adopt(best.mixture, torch.is_tensor(X))
-        self.n_features_in_ = x.shape[1]
+        self.n_features_in_ = _features(x)
         if names is not None:
             self.feature_names_in_ = names
         elif hasattr(self, "feature_names_in_"):
@@ -236,7 +244,9 @@ class GaussianMixture(Estimator):
         x, names = self._points(X, fitting=not self.fitted_, minimum=1 if self.fitted_ else self.n_components)
         g = as_weights(sample_weight, x, name="sample_weight")
         start = (
-            self.mixture_.to(x.device) if self.fitted_ else self._start(x, g, _generator(self.random_state, x.device))
+            self.mixture_.to(x.device)
+            if self.fitted_
+            else self._start(x, g, _generator(self.random_state, x.device), x.device)
         )
         mixture, self._memory = method.update(
             start, x, getattr(self, "_memory", None), penalty=self.penalty, weights=g, backend=self.backend
@@ -283,6 +293,8 @@ class GaussianMixture(Estimator):
             value = getattr(self, name)
             if not isinstance(value, (int, float, np.number)) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number and not negative, got {value!r}.")
+        if self.checkpoint is not None and self.n_init > 1:
+            raise ValueError(f"checkpoint keeps one fit, got n_init={self.n_init} of them; set n_init=1.")
         factor_class(self.covariance_type)
         if self.init_params not in _STRATEGIES:
             raise ValueError(f"init_params must be one of {list(_STRATEGIES)}, got {self.init_params!r}.")
@@ -294,9 +306,9 @@ class GaussianMixture(Estimator):
             return Adam()
         raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
 
-    def _start(self, x: Tensor, g: Tensor | None, generator: torch.Generator) -> Mixture:
-        start = self._found_start(x, g, generator)
-        wide: Any = {"dtype": torch.float64, "device": x.device}
+    def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+        start = self._found_start(x, g, generator).to(device)
+        wide: Any = {"dtype": torch.float64, "device": device}
         K, D = start.components, start.features
         logits, means, factor = start.logits, start.means, start.factor
         if self.weights_init is not None:
@@ -312,7 +324,7 @@ class GaussianMixture(Estimator):
             factor = self._given_factor(as_tensor(self.precisions_init, name="precisions_init", **wide), K, D)
         return Mixture(logits, means, factor)
 
-    def _found_start(self, x: Tensor, g: Tensor | None, generator: torch.Generator) -> Mixture:
+    def _found_start(self, x: Tensor | Source, g: Any, generator: torch.Generator) -> Mixture:
         """What ``init_params`` finds; of several k-means, the one that a few EM steps on a sample like best (em-EM).
 
         Reference: Biernacki, Celeux and Govaert 2003, *Choosing starting values for the EM algorithm*, CSDA 41.
@@ -326,16 +338,11 @@ class GaussianMixture(Estimator):
         given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
         if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or self.max_iter == 0:
             return initialise(x, K, "random" if given else strategy, weights=g, runs=1, **options)
-        part, share = x, g
-        if len(x) > max(_SAMPLE, 200 * K):
-            rows = stratified_rows(len(x), max(_SAMPLE, 200 * K), generator, x.device)
-            part, share = x[rows], None if g is None else g[rows]
-        if share is not None and int((share > 0).sum()) < K:
-            part, share = x, g
+        part, share, some, _ = representatives(x, g, max(_SAMPLE, 200 * K), World())
         best: FitResult | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrecisionWarning)
-            for _ in range(min(_MANY // K, _CANDIDATES if len(part) < len(x) else _FEW)):
+            for _ in range(min(_MANY // K, _CANDIDATES if len(part) < some else _FEW)):
                 start = initialise(part, K, strategy, weights=share, runs=1, **options)
                 method = EM(reg_covar=float(self.reg_covar), tol=0)
                 found = fit(start, part, method, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
@@ -367,6 +374,14 @@ class GaussianMixture(Estimator):
         return (say,)
 
     # what comes in and goes out
+
+    def _data(self, X: Any, sample_weight: Any) -> tuple[Tensor | Source, Any, np.ndarray | None, torch.device]:
+        """Points and weights to fit, in memory or to be read; the names of their columns, and where to compute."""
+        if readable(X):
+            device = torch.device("cpu" if self.device is None else self.device)
+            return Source.of(X, weights=sample_weight), None, None, device
+        x, names = self._points(X, fitting=World().size == 1)
+        return x, as_weights(sample_weight, x, name="sample_weight"), names, x.device
 
     def _points(self, X: Any, *, fitting: bool = False, minimum: int = 1) -> tuple[Tensor, np.ndarray | None]:
         if hasattr(X, "toarray") and hasattr(X, "nnz"):
@@ -420,8 +435,13 @@ class GaussianMixture(Estimator):
 
     def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor]) -> Any:
         self._require_fitted()
-        x, _ = self._points(X)
         with torch.no_grad():
+            if readable(X):
+                device = torch.device("cpu" if self.device is None else self.device)
+                mixture = self.mixture_.to(device)
+                parts = chunked(X, features=self.n_features_in_)
+                return self._out(torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts]), False)
+            x, _ = self._points(X)
             return self._out(function(self.mixture_.to(x.device), x), torch.is_tensor(X))
 
     # inference
@@ -443,9 +463,12 @@ class GaussianMixture(Estimator):
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Mean log-density, nats per point."""
-        values = as_tensor(self.score_samples(X), name="scores").double()
-        g = as_weights(sample_weight, values, name="sample_weight")
-        return float(values.mean() if g is None else g.to(values) @ values / g.sum().to(values))
+        if not readable(X):
+            values = as_tensor(self.score_samples(X), name="scores").double()
+            g = as_weights(sample_weight, values, name="sample_weight")
+            return float(values.mean() if g is None else g.to(values) @ values / g.sum().to(values))
+        self._require_fitted()
+        return selection.score(self.mixture_, X, weights=sample_weight)
 
     def bic(self, X: Any) -> float:
         """Bayesian information criterion, the lower the better: -2 N score + parameters · log N."""
@@ -459,7 +482,10 @@ class GaussianMixture(Estimator):
         """Integrated completed likelihood, the lower the better: BIC + 2 entropy of the assignments."""
         return self._criterion(X, selection.icl)
 
-    def _criterion(self, X: Any, function: Callable[[Mixture, Tensor], float]) -> float:
+    def _criterion(self, X: Any, function: Callable[[Mixture, Any], float]) -> float:
+        if readable(X):
+            self._require_fitted()
+            return function(self.mixture_, X)
         return float(self._apply(X, lambda mixture, x: torch.tensor(function(mixture, x), dtype=torch.float64)))
 
     def sample(
@@ -494,6 +520,10 @@ class GaussianMixture(Estimator):
             std_range=std_range,
         )
         return self._out(x, self._tensors), self._out(labels, self._tensors)
+
+
+def _features(x: Tensor | Source) -> int:
+    return x.features if isinstance(x, Source) else x.shape[1]
 
 
 def _improves(found: FitResult, best: FitResult | None) -> bool:

@@ -8,6 +8,7 @@ advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_weights
+from gmmkeops.distributed import World
 from gmmkeops.factors import SphericalFactor, factor_class, nearest_factor
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
+from gmmkeops.sources import Chunk, Source, readable, sample
 
-__all__ = ["STRATEGIES", "initialise", "stratified_rows"]
+__all__ = ["STRATEGIES", "initialise", "representatives", "stratified_rows"]
 
 STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
 
@@ -47,7 +50,7 @@ def initialise(
     r"""A mixture whose components are clusters of the data.
 
     Args:
-        x: Points (N, D), N >= K, data units.
+        x: Points (N, D), N >= K, data units; or what :meth:`gmmkeops.Source.of` takes.
         components: K.
         strategy: ``"random"`` (K points of the data as centres), ``"kmeans++"`` (K points, far apart), ``"kmeans"``
             (those, improved by Lloyd's iterations), ``"responsibilities"`` (every point shared at random).
@@ -77,19 +80,46 @@ def initialise(
     K = int(components)
     if K < 1:
         raise ValueError(f"components must be at least 1, got {components}.")
-    x = as_points(x, minimum=K)
+    world = World()
+    with world.together():
+        rows, mass, some, chunks = representatives(x, weights, max(_SAMPLE, 20 * K), world, minimum=K)
+        if some < K:
+            raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
+        generator = _generator(generator, rows.device)
+        if strategy == "responsibilities":
+            return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied)
+        points, masses = _distinct(rows, mass)
+        if strategy == "kmeans":
+            centres = _kmeans(points, masses, K, generator, backend, runs)
+        else:
+            centres = _seed(points, masses, K, generator, spread=strategy == "kmeans++")
+        return _mixture_of(world.added(_clusters(chunks(), centres, kind, backend)), kind, tied)
+
+
+def representatives(
+    x: Any, weights: Any, size: int, world: World, minimum: int = 1
+) -> tuple[Tensor, Tensor | None, int, Callable[[], Iterable[Chunk]]]:
+    """Rows (n, D) that stand for all points on all ranks, and what it takes to read them all.
+
+    Args:
+        x: Points (N, D), or what :meth:`gmmkeops.Source.of` takes.
+        weights: Weight of each point (N,), or None.
+        size: How many rows, if there are more.
+        world: The ranks.
+        minimum: The least number of points.
+
+    Returns:
+        The rows, the mass that each stands for (n,), how many points have weight, and a function that reads this rank's.
+    """
+    if readable(x) or world.size > 1:
+        source = world.share(Source.of(x, weights=weights))
+        survey = world.merged(source.survey(size))
+        rows, mass = survey.reservoir.sample()
+        return rows, mass, survey.reservoir.seen, source.chunks
+    x = as_points(x, minimum=minimum)
     g = as_weights(weights, x)
-    if g is not None and int((g > 0).sum()) < K:
-        raise ValueError(f"{K} components need at least {K} points with positive weight, got {int((g > 0).sum())}.")
-    generator = _generator(generator, x.device)
-    if strategy == "responsibilities":
-        return _mixture_of(_shared(x, g, K, kind, generator), kind, tied)
-    points, mass = _sample(x, g, max(_SAMPLE, 20 * K), generator)
-    if strategy == "kmeans":
-        centres = _kmeans(points, mass, K, generator, backend, runs)
-    else:
-        centres = _seed(points, mass, K, generator, spread=strategy == "kmeans++")
-    return _clusters(x, g, centres, kind, tied, backend)
+    rows, masses = sample(x, g, size)
+    return rows, masses, len(x) if g is None else int((g > 0).sum()), lambda: [Chunk(x, g)]
 
 
 def _generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
@@ -101,26 +131,17 @@ def _generator(generator: torch.Generator | None, device: torch.device) -> torch
     return generator
 
 
-def _sample(x: Tensor, g: Tensor | None, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """At most about ``size`` distinct points (M, D), float64, and their masses (M,), which stand for the cloud.
+def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The distinct points (M, D) among rows, float64, and their masses (M,).
 
     Equal points are merged and sorted, so neither the order of the rows nor whether a point is repeated or weighted
-    changes what the same random numbers lead to. Rows of a larger cloud are taken evenly along its mass.
+    changes what the same random numbers lead to.
     """
-    if x.shape[0] > size:
-        if g is None:
-            rows = stratified_rows(x.shape[0], size, generator, x.device)
-        else:
-            mass = g.cumsum(0)
-            ticks = _ticks(size, generator, x.device)
-            rows = torch.searchsorted(mass, ticks * mass[-1]).clamp(max=x.shape[0] - 1)
-        x, g = x[rows], None
-    elif g is not None:
-        x, g = x[g > 0], g[g > 0]
-    points, inverse = torch.unique(x, dim=0, return_inverse=True)
-    ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
-    mass = torch.zeros(len(points), dtype=torch.float64, device=x.device)
-    return points.double(), mass.index_add(0, inverse, ones if g is None else g)
+    if mass is None:
+        mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    rows, mass = rows[mass > 0], mass[mass > 0]
+    points, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    return points.double(), mass.new_zeros(len(points)).index_add(0, inverse, mass)
 
 
 def _ticks(size: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -228,14 +249,23 @@ def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Gen
     return Moments(sums[0], sums[1], S2, centre.expand(K, D), torch.zeros_like(mass), mass)
 
 
-def _clusters(x: Tensor, g: Tensor | None, centres: Tensor, kind: Any, tied: bool, backend: str) -> Mixture:
-    """The mixture of the clusters of points nearest to each centre."""
+def _clusters(chunks: Iterable[Chunk], centres: Tensor, kind: Any, backend: str) -> Moments:
+    """Moments of the clusters of points nearest to each centre."""
     K, D = centres.shape
-    unit = torch.ones(1, 1, dtype=torch.float64, device=x.device)
-    shape = {"full": unit[..., None] * torch.eye(D, device=x.device), "diagonal": unit.expand(1, D), "spherical": unit}
+    unit = torch.ones(1, 1, dtype=torch.float64, device=centres.device)
+    shape = {
+        "full": unit[..., None] * torch.eye(D, device=centres.device),
+        "diagonal": unit.expand(1, D),
+        "spherical": unit,
+    }
     factor = kind.from_factors(shape[kind.family], features=D)
-    arguments = (x, centres.new_zeros(K), centres, factor)
-    return _mixture_of(reductions.moments(*arguments, weights=g, assignment="hard", backend=backend), kind, tied)
+    sums = Moments.nothing(centres, kind.family)
+    for chunk in chunks:
+        if len(chunk.points):
+            arguments = (chunk.points, centres.new_zeros(K), centres, factor)
+            part = reductions.moments(*arguments, weights=chunk.weights, assignment="hard", backend=backend)
+            sums = sums + part
+    return sums
 
 
 def _mixture_of(sums: Moments, kind: Any, tied: bool) -> Mixture:

@@ -17,11 +17,11 @@ import torch
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.mixture import Mixture
 
-__all__ = ["load", "save"]
+__all__ = ["KINDS", "load", "save", "write_whole"]
 
 _FORMAT = "gmmkeops.mixture"
 _VERSION = 1
-_KINDS: dict[str, type[Factor]] = {"full": FullFactor, "diagonal": DiagonalFactor, "spherical": SphericalFactor}
+KINDS: dict[str, type[Factor]] = {"full": FullFactor, "diagonal": DiagonalFactor, "spherical": SphericalFactor}
 
 
 def save(mixture: Any, path: str | os.PathLike[str]) -> None:
@@ -59,7 +59,15 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     data = serialise(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {_FORMAT: json.dumps(header)}
     )
-    path = Path(path)
+    write_whole(Path(path), data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: at every moment there is the old one or the new one, on the disk too.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -67,6 +75,12 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -103,8 +117,8 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
         raise ValueError(f"{path} holds no gmmkeops mixture: its header has no {_FORMAT} entry.") from None
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this gmmkeops reads {_VERSION}; upgrade gmmkeops.")
-    if family not in _KINDS:
-        raise ValueError(f"{path} names an unknown family {family!r}; expected one of {', '.join(_KINDS)}.")
+    if family not in KINDS:
+        raise ValueError(f"{path} names an unknown family {family!r}; expected one of {', '.join(KINDS)}.")
     names = {"logits", "means", "log_diagonal"} | ({"upper"} if family == "full" else set())
     if set(tensors) != names:
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}, expected {sorted(names)} for {family}.")
@@ -115,7 +129,7 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     logits, means = moved.pop("logits"), moved.pop("means")
     try:
-        kind = _KINDS[family]
+        kind = KINDS[family]
         factor = kind(**moved, **({"features": features} if family == "spherical" else {}))
         return Mixture(logits, means, factor)
     except (ValueError, TypeError) as error:

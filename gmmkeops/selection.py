@@ -21,26 +21,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import ConvergenceWarning, as_points, as_weights
+from gmmkeops._checks import ConvergenceWarning, as_points
 from gmmkeops.fitting import EM, FitResult, Method, fit
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
+from gmmkeops.sources import Source, chunked, readable
 
-__all__ = ["Selection", "aic", "anomaly_threshold", "bic", "icl", "select", "silhouette"]
+__all__ = ["Selection", "aic", "anomaly_threshold", "bic", "icl", "score", "select", "silhouette"]
 
 _ROWS = 1 << 16
 
 
-def _checked(mixture: Mixture, x: Any, weights: Any) -> tuple[Tensor, Tensor | None, float]:
-    points = as_points(x, features=mixture.features)
-    g = as_weights(weights, points)
-    return points, g, float(len(points)) if g is None else float(g.sum())
+def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float]:
+    """Σ g ℓ, Σ g, and Σ g H if it is asked for."""
+    total = mass = disorder = 0.0
+    for chunk in chunked(x, weights, features=mixture.features):
+        with torch.no_grad():
+            values, g = mixture.log_prob(chunk.points).double(), chunk.weights
+            total += float(values.sum() if g is None else values @ g)
+            mass += float(len(values) if g is None else g.sum())
+            rows = max(1, (1 << 22) // mixture.components)
+            for start in range(0, len(values) if entropy else 0, rows):
+                h = torch.special.entr(mixture.responsibilities(chunk.points[start : start + rows])).sum(1).double()
+                disorder += float(h.sum() if g is None else h @ g[start : start + rows])
+    return total, mass, disorder
 
 
-def _log_likelihood(mixture: Mixture, x: Tensor, g: Tensor | None) -> float:
-    with torch.no_grad():
-        values = mixture.log_prob(x).double()
-    return float(values.sum() if g is None else values @ g)
+def score(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
+    """Mean log-density, nats per point; arguments as for :func:`bic`."""
+    total, mass, _ = _sums(mixture, x, weights)
+    return total / mass
 
 
 def bic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
@@ -48,29 +58,22 @@ def bic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
 
     Args:
         mixture: One mixture.
-        x: Points (N, D), data units.
+        x: Points (N, D), data units; or what :meth:`gmmkeops.Source.of` takes, here and in all of this module.
         weights: Weight of each point (N,); their sum stands for N.
     """
-    points, g, n = _checked(mixture, x, weights)
-    return -2 * _log_likelihood(mixture, points, g) + mixture.parameter_count * math.log(n)
+    total, mass, _ = _sums(mixture, x, weights)
+    return -2 * total + mixture.parameter_count * math.log(mass)
 
 
 def aic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
     """Akaike information criterion, the lower the better; arguments as for :func:`bic`."""
-    points, g, _ = _checked(mixture, x, weights)
-    return -2 * _log_likelihood(mixture, points, g) + 2 * mixture.parameter_count
+    return -2 * _sums(mixture, x, weights)[0] + 2 * mixture.parameter_count
 
 
 def icl(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
     """Integrated completed likelihood, the lower the better: BIC plus twice the entropy of the assignments."""
-    points, g, _ = _checked(mixture, x, weights)
-    entropy, start = 0.0, 0
-    for part in points.split(max(1, (1 << 22) // mixture.components)):
-        with torch.no_grad():
-            h = torch.special.entr(mixture.responsibilities(part)).sum(1).double()
-        entropy += float(h.sum() if g is None else h @ g[start : start + len(part)])
-        start += len(part)
-    return bic(mixture, points, weights=g) + 2 * entropy
+    total, mass, disorder = _sums(mixture, x, weights, entropy=True)
+    return -2 * total + mixture.parameter_count * math.log(mass) + 2 * disorder
 
 
 def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> float:
@@ -93,9 +96,9 @@ def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> floa
     """
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be between 0 and 100, got {percentile}.")
-    points, _, _ = _checked(mixture, x, None)
     with torch.no_grad():
-        values = mixture.log_prob(points).double().sort().values
+        parts = [mixture.log_prob(chunk.points).double() for chunk in chunked(x, features=mixture.features)]
+    values = torch.cat(parts).sort().values
     place = percentile / 100 * (len(values) - 1)
     low = int(place)
     high = min(low + 1, len(values) - 1)
@@ -252,18 +255,18 @@ def select(
     """
     if criterion not in ("bic", "aic", "icl"):
         raise ValueError(f"criterion must be 'bic', 'aic' or 'icl', got {criterion!r}.")
-    points = as_points(x)
-    g = as_weights(weights, points)
+    points, g = (Source.of(x, weights=weights), None) if readable(x) else (as_points(x), weights)
+    device = points.device if isinstance(points, Tensor) else torch.device("cpu")
     numbers = list(components)
     if not numbers or not covariance_types:
         raise ValueError("there is nothing to select from; pass at least one number of components and one type.")
     if generator is None:
-        generator = torch.Generator(points.device).manual_seed(torch.initial_seed() % (1 << 63))
+        generator = torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))
     rows, results = [], []
     for K in numbers:
-        seed = int(torch.randint(1 << 62, (1,), generator=generator, device=points.device))
+        seed = int(torch.randint(1 << 62, (1,), generator=generator, device=device))
         for kind in covariance_types:
-            same = torch.Generator(points.device).manual_seed(seed)
+            same = torch.Generator(device).manual_seed(seed)
             start = initialise(points, K, "kmeans", covariance_type=kind, weights=g, runs=runs, generator=same)
             with warnings.catch_warnings():
                 # The table says which fits did not converge.

@@ -9,6 +9,7 @@ Lund and Thorup 2007, *Priority sampling for estimation of arbitrary subset sums
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_weights, check_finite
+from gmmkeops._checks import as_points, as_weights, check_finite
 from gmmkeops._readers import SUFFIXES, Arrays, Chunk, Files, Reader, Streams, Unit, open_file
 
-__all__ = ["Chunk", "Reservoir", "Source", "Survey", "fingerprint", "readable", "sample"]
+__all__ = ["Chunk", "Reservoir", "Source", "Survey", "chunked", "fingerprint", "readable", "sample"]
 
 # Numbers in a chunk: enough for long sweeps, little beside the rest of a process.
 _NUMBERS = 1 << 22
@@ -160,15 +161,16 @@ class Survey:
     reservoir: Reservoir
 
 
-def fingerprint(points: Tensor) -> int:
-    """A number of rows (n, D) that does not depend on their order, and adds modulo 2⁶⁴."""
+def fingerprint(points: Tensor, weights: Tensor | None) -> int:
+    """A number of rows (n, D) and their weights that does not depend on their order, and adds modulo 2⁶⁴."""
     total = 0
-    for part in points.split(_ROWS):
+    for start in range(0, len(points), _ROWS):
         # Adding zero makes the two zeros one.
-        bits = (part.double() + 0.0).contiguous().cpu().numpy().view(np.uint64)
-        mixed = np.full(len(bits), 0x9E3779B97F4A7C15, dtype=np.uint64)
-        for column in bits.T:
-            mixed = (mixed ^ column) * np.uint64(0xBF58476D1CE4E5B9)
+        part = points[start : start + _ROWS].double() + 0.0
+        columns = list(part.T) + ([] if weights is None else [weights[start : start + _ROWS]])
+        mixed = np.full(len(part), 0x9E3779B97F4A7C15, dtype=np.uint64)
+        for column in columns:
+            mixed = (mixed ^ column.contiguous().cpu().numpy().view(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
             mixed ^= mixed >> np.uint64(29)
         total += int(mixed.sum(dtype=np.uint64))
     return total % (1 << 64)
@@ -187,8 +189,10 @@ class Source:
     def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:
         self.reader, self.name, self.features = reader, reader.name, reader.features
         self.size = chunk_rows or max(1, _NUMBERS // self.features)
-        self.weights = None if weights is None else np.asarray(weights, dtype=np.float64)
-        self.share: tuple[int, int] | None = None
+        given = weights.detach().cpu() if isinstance(weights, Tensor) else weights
+        self.weights = None if given is None else np.asarray(given, dtype=np.float64)
+        self.rows = None if isinstance(reader, Streams) else reader.rows
+        self.share, self.first = (0, 1), 0
         self._survey: Survey | None = None
         self._stamps: list[tuple[int, int]] | None = None
 
@@ -228,6 +232,8 @@ class Source:
             6
         """
         if isinstance(x, Source):
+            if any(choice is not None for choice in (columns, classes, weights, chunk_rows)):
+                raise ValueError("x is a Source already; choose columns, classes and weights where it is made.")
             return x
         column = weights if isinstance(weights, (str, int)) else None
         given = None if column is not None else weights
@@ -254,12 +260,35 @@ class Source:
         """
         if isinstance(self.reader, Streams):
             return None
-        rank, count = (0, 1) if self.share is None else self.share
+        rank, count = self.share
         size = -(-self.size // places)
         if count > 1:
-            size = min(size, max(1, -(-(self.reader.rows or 0) // (8 * count))))
+            size = min(size, max(1, (self.reader.rows or 0) // (8 * count)))
         units = self.reader.units(size)
         return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
+
+    def shared(self, rank: int, count: int, first: int = 0) -> Source:
+        """Part number ``rank`` of ``count`` of the rows, numbered from ``first`` on."""
+        part = copy.copy(self)
+        part.share, part.first, part._survey = (rank, count), first, None
+        return part
+
+    @property
+    def slice(self) -> slice:
+        """The rows of this process's share."""
+        units = [unit for group in self.units() or [] for unit in group]
+        return slice(units[0].first, units[-1].first + units[-1].rows) if units else slice(0, 0)
+
+    def identity(self) -> Any:
+        """What tells this source from others without reading it; of an array, a number of all that is in it."""
+        if isinstance(self.reader, Streams):
+            return None
+        if self.reader.paths:
+            self._check_stamps()
+            return [[str(path) for path in self.reader.paths], [list(stamp) for stamp in self._stamps or []]]
+        weights = None if self.weights is None else torch.from_numpy(self.weights)
+        points = self.reader.load(Unit(0, self.rows or 0)).points
+        return fingerprint(points, weights)
 
     def shuffled(self, generator: torch.Generator) -> list[list[Unit]] | None:
         """The same in random order, each chunk from several places."""
@@ -302,7 +331,7 @@ class Source:
 
     def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
         if isinstance(self.reader, Streams):
-            pieces = islice(_whole(self.reader.chunks(), self.size), skip, None)
+            pieces: Iterator[Chunk] = islice(_whole(self.reader.chunks(), self.size), skip, None)
         else:
             pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
         for chunk in pieces:
@@ -311,8 +340,6 @@ class Source:
                 raise ValueError(
                     f"{self.name} gave {points.shape[1]} columns, {self.features} before; give the same ones."
                 )
-            if not len(points):
-                continue
             check_finite(points, name=self.name, first=chunk.first)
             yield replace(chunk, weights=as_weights(chunk.weights, points, name=f"weights of {self.name}", some=False))
 
@@ -329,7 +356,7 @@ class Source:
             ) from error
         if self.weights is not None:
             chunk = replace(chunk, weights=torch.from_numpy(self.weights[unit.first : unit.first + unit.rows]))
-        return replace(chunk, first=unit.first)
+        return replace(chunk, first=self.first + unit.first)
 
     def _check_stamps(self) -> None:
         """Size and time of every file are what they were at first."""
@@ -377,7 +404,7 @@ class Source:
             reservoir.add(chunk.points, chunk.weights, chunk.first)
             tally.add(chunk)
             squares += len(chunk.points) if chunk.weights is None else float(chunk.weights.square().sum())
-            mark += fingerprint(chunk.points)
+            mark += fingerprint(chunk.points, chunk.weights)
             single &= chunk.points.dtype == torch.float32
         total = (tally.total, tally.magnitude)
         self._survey = Survey(tally.rows, tally.mass, squares, total, mark % (1 << 64), single, reservoir)
@@ -450,6 +477,28 @@ def readable(x: Any) -> bool:
     if isinstance(x, (list, tuple)):
         return len(x) > 0 and all(isinstance(item, (str, os.PathLike)) for item in x)
     return callable(x) and not hasattr(x, "__array__")
+
+
+def chunked(x: Any, weights: Any = None, *, features: int | None = None) -> Iterator[Chunk]:
+    """Points in memory as one chunk, or those of a source one after the other; checked.
+
+    Args:
+        x: Points (N, D), or what :meth:`Source.of` takes.
+        weights: Weight of each point (N,), or None.
+        features: Expected D, if known.
+
+    Raises:
+        TypeError, ValueError: Bad points or weights.
+    """
+    if not readable(x):
+        points = as_points(x, features=features)
+        return iter([Chunk(points, as_weights(weights, points))])
+    source = Source.of(x, weights=weights)
+    if features not in (None, source.features):
+        raise ValueError(
+            f"{source.name} has {source.features} columns, expected {features} as in the model; pass the same columns."
+        )
+    return (chunk for chunk in source.chunks() if len(chunk.points))
 
 
 def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Streams:

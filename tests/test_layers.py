@@ -29,6 +29,7 @@ LAYERS = [
     ["gmmkeops.penalties"],
     ["gmmkeops.fitting._frame"],
     ["gmmkeops.fitting._data"],
+    ["gmmkeops.fitting._checkpoint"],
     ["gmmkeops.fitting._method"],
     ["gmmkeops.fitting._em", "gmmkeops.fitting._gradient"],
     ["gmmkeops.fitting._loop"],

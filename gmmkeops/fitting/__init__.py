@@ -1,8 +1,9 @@
 """Fitting: one loop, and the methods that take its steps."""
 
+from gmmkeops.fitting._checkpoint import Checkpoint
 from gmmkeops.fitting._em import EM
 from gmmkeops.fitting._gradient import Adam, Gradient
 from gmmkeops.fitting._loop import FitResult, Report, Step, fit
 from gmmkeops.fitting._method import Method
 
-__all__ = ["EM", "Adam", "FitResult", "Gradient", "Method", "Report", "Step", "fit"]
+__all__ = ["EM", "Adam", "Checkpoint", "FitResult", "Gradient", "Method", "Report", "Step", "fit"]

@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmmkeops import reductions
+from gmmkeops.distributed import World
 from gmmkeops.fitting._frame import Frame
+from gmmkeops.mixture import Mixture
 from gmmkeops.sources import Chunk, Source
 
-__all__ = ["Data", "Memory", "Piece", "Stream"]
+__all__ = ["Data", "Ledger", "Memory", "Piece", "Stream"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,44 @@ class Piece:
     first: int = 0
 
 
+@dataclass
+class Ledger:
+    """What the last sweep over all points left out.
+
+    Args:
+        epsilon: The largest ε of its truncations.
+        certificate: Most that it may have lost of any point's log-likelihood, nats.
+        pairs, looked: Pairs of point and component, and how many of them were looked at.
+    """
+
+    epsilon: float = 0.0
+    certificate: float = 0.0
+    pairs: float = 0.0
+    looked: float = 0.0
+
+    def add(self, x: Tensor | reductions.Truncation, components: int) -> None:
+        """Enters a sweep over points, or what was arranged of them."""
+        pairs = float(len(x) * components)
+        self.pairs += pairs
+        if isinstance(x, Tensor):
+            self.looked += pairs
+            return
+        self.looked += x.share * pairs
+        self.epsilon = max(self.epsilon, x.epsilon)
+        self.certificate = max(self.certificate, x.certificate)
+
+    @property
+    def numbers(self) -> list[float]:
+        """All of it."""
+        return [self.epsilon, self.certificate, self.pairs, self.looked]
+
+    def of_all(self, world: World) -> Ledger:
+        """What truncation has done on all ranks."""
+        said = world.tell(self.numbers)
+        epsilon, certificate, pairs, looked = zip(*said, strict=True)
+        return Ledger(max(epsilon), max(certificate), sum(pairs), sum(looked))
+
+
 class Data(ABC):
     """What a fit reads, pass after pass.
 
@@ -48,8 +87,8 @@ class Data(ABC):
     features: int
 
     @abstractmethod
-    def pieces(self) -> Iterator[Piece]:
-        """All points, once."""
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+        """All points, once, but for so many pieces at the beginning."""
 
     @abstractmethod
     def batches(self, size: int, seed: int) -> Iterator[Piece]:
@@ -66,6 +105,7 @@ class Memory(Data):
         truncate: What sweeps over some of the points may leave out.
         cloud: All points arranged for sweeps that leave components out, or None.
         first: Number of the first row among all processes'.
+        by: The mixture that they were arranged by, or None.
     """
 
     x: Tensor
@@ -73,6 +113,7 @@ class Memory(Data):
     truncate: float | None = 0
     cloud: reductions.Truncation | None = None
     first: int = 0
+    by: Mixture | None = None
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -86,18 +127,18 @@ class Memory(Data):
     def features(self) -> int:  # type: ignore[override]
         return self.x.shape[1]
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
         # Arranging has been decided for all points, not for each sweep.
-        if len(self.x):
+        if not skip:
             yield Piece(self.x if self.cloud is None else self.cloud, self.weights, 0, self.first)
 
     def batches(self, size: int, seed: int) -> Iterator[Piece]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed)).to(self.device)
-        for rows in order.split(size):
+        for rows in order.split(size) if len(order) else ():
             weights = None if self.weights is None else self.weights[rows]
             yield Piece(self.x[rows], weights, self.truncate, self.first + int(rows[0]))
 
-    def arranged(self, truncate: float | None, mixture: Any, sweeps: int, backend: str) -> Memory:
+    def arranged(self, truncate: float | None, mixture: Mixture, sweeps: int, backend: str) -> Memory:
         """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
 
         def labels() -> Tensor:
@@ -105,7 +146,7 @@ class Memory(Data):
             return reductions.argmax(*arguments, backend=backend, truncate=0)
 
         found = reductions.arrange(self.x, mixture.components, truncate, sweeps=sweeps, labels=labels)
-        return replace(self, truncate=truncate, cloud=None if isinstance(found, Tensor) else found)
+        return replace(self, truncate=truncate, cloud=None if isinstance(found, Tensor) else found, by=mixture)
 
 
 @dataclass(frozen=True)
@@ -134,8 +175,8 @@ class Stream(Data):
         weights = None if chunk.weights is None else chunk.weights.to(self.device)
         return Piece(points, weights, self.truncate, chunk.first)
 
-    def pieces(self) -> Iterator[Piece]:
-        return self.source.chunks(prepare=self._enter)
+    def pieces(self, skip: int = 0) -> Iterator[Piece]:
+        return self.source.chunks(skip, prepare=self._enter)
 
     def batches(self, size: int, seed: int) -> Iterator[Piece]:
         generator = torch.Generator().manual_seed(seed)
@@ -147,7 +188,7 @@ class Stream(Data):
             left = _rows(piece, parts.pop()) if len(parts[-1]) < size else None
             for rows in parts:
                 yield _rows(piece, rows)
-        if left is not None:
+        if left is not None and len(left.x):
             yield left
 
 
@@ -161,7 +202,6 @@ def _joined(a: Piece, b: Piece) -> Piece:
     assert isinstance(b.x, Tensor), "only points that are not arranged are joined"
     weights = None
     if a.weights is not None or b.weights is not None:
-        weights = torch.cat(
-            [p.x.new_ones(len(p.x), dtype=torch.float64) if p.weights is None else p.weights for p in (a, b)]
-        )
+        one = torch.ones((), dtype=torch.float64, device=a.x.device)
+        weights = torch.cat([one.expand(len(piece.x)) if piece.weights is None else piece.weights for piece in (a, b)])
     return replace(b, x=torch.cat([a.x, b.x]), weights=weights)

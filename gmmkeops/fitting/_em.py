@@ -25,6 +25,7 @@ from torch import Tensor
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_points, as_weights
 from gmmkeops.factors import Factor, nearest_factor
+from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
@@ -43,6 +44,7 @@ SHAKE = 1e-2
 _LONGEST_STRIDE = 64.0
 
 
+@known("EM")
 @dataclass(frozen=True)
 class _State:
     """Where EM is: the live mixture, and what stepwise EM remembers of earlier batches."""
@@ -141,6 +143,12 @@ class EM(Method[_State]):
         if not bool(alive.all()):
             population, mixture = population.retire(mixture, alive), mixture.select(alive.nonzero()[:, 0])
         return _State(population, mixture, floored)
+
+    def pack(self, state: _State) -> _State:
+        return state
+
+    def unpack(self, problem: Problem, packed: _State) -> _State:
+        return packed
 
     def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
         if self.average and state.average is not None:
@@ -312,8 +320,8 @@ class EM(Method[_State]):
     def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
         """Stepwise EM over one shuffled pass: each batch's moments are blended into the memory of those before."""
         assert self.batch_size is not None, "a pass is made of batches"
-        total = seen = 0.0
-        for batch in problem.batches(self.batch_size):
+        state, total, seen = problem.resumed((state, 0.0, 0.0))
+        for batch in problem.batches(self.batch_size, lambda: (state, total, seen)):  # noqa: B023
             sums = self._moments(problem, state, batch)
             if not float(sums.mass) > 0:
                 continue

@@ -9,6 +9,7 @@ optimization*.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -93,10 +94,14 @@ class Gradient(Method[_State]):
         return _State(Population.of(mixture), leaves, optimizer, scheduler, floored)
 
     def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
-        _prune(state, problem.count)
-        found: list[tuple[float, float]] = []
-        before = state.population.whole(state.mixture()).detach()
-        for batch in [None] if self.batch_size is None else problem.batches(self.batch_size):
+        packed, before, found = problem.resumed((None, None, []))
+        if packed is None:
+            _prune(state, problem.count)
+            before = state.population.whole(state.mixture()).detach()
+        else:
+            state = self.unpack(problem, packed)
+        memo = lambda: (self.pack(state), before, found)  # noqa: E731
+        for batch in [None] if self.batch_size is None else problem.batches(self.batch_size, memo):
             values = self._update(problem, state, batch)
             if values is None:
                 found.append((math.nan, math.nan))
@@ -109,6 +114,28 @@ class Gradient(Method[_State]):
         # A running mean over minibatches describes the mixture it ended at better than the one it started from.
         mixture = before if exact else state.population.whole(state.mixture()).detach()
         return state, Evaluation(mixture, objective, likelihood, state.population.live, state.floored.clone(), exact)
+
+    def pack(self, state: _State) -> dict[str, Any]:
+        return {
+            "population": state.population,
+            "leaves": {name: leaf.detach().clone() for name, leaf in state.leaves.items()},
+            "slopes": {name: None if leaf.grad is None else leaf.grad.clone() for name, leaf in state.leaves.items()},
+            "optimizer": copy.deepcopy(state.optimizer.state_dict()),
+            "scheduler": None if state.scheduler is None else _numbers(state.scheduler.state_dict()),
+            "floored": state.floored.clone(),
+            "sound": state.sound,
+        }
+
+    def unpack(self, problem: Problem, packed: dict[str, Any]) -> _State:
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in packed["leaves"].items()}
+        for name, leaf in leaves.items():
+            leaf.grad = packed["slopes"][name]
+        optimizer = self.optimizer(list(leaves.values()))
+        scheduler = None if self.scheduler is None else self.scheduler(optimizer)
+        optimizer.load_state_dict(packed["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(packed["scheduler"])
+        return _State(packed["population"], leaves, optimizer, scheduler, packed["floored"], packed["sound"])
 
     def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
         return state.population, state.mixture(), state.floored.clone()
@@ -140,6 +167,17 @@ class Gradient(Method[_State]):
                     state.leaves[name].copy_(tensor)
                 state.floored[state.population.live[moved]] = True
         return found[0]
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """Of a schedule's state what is numbers; what else there is, such as functions, the schedule is made with."""
+    plain = (bool, int, float, str, type(None))
+    kept = {}
+    for name, value in state.items():
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(item, plain) for item in items):
+            kept[name] = value
+    return kept
 
 
 def _prune(state: _State, points: float) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from gmmkeops import reductions
 from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights
 from gmmkeops.distributed import World
+from gmmkeops.fitting._checkpoint import Checkpoint, Journal
+from gmmkeops.fitting._data import Memory
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import Evaluation, Method, Problem
 from gmmkeops.mixture import Mixture
@@ -142,6 +145,7 @@ def fit(
     callbacks: Callable[[Step], Any] | Iterable[Callable[[Step], Any]] = (),
     progress: bool | None = None,
     generator: torch.Generator | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
 ) -> FitResult:
     r"""Fits a mixture to a cloud by a method.
 
@@ -169,13 +173,17 @@ def fit(
         progress: Whether to show a progress bar; by default only in a terminal.
         generator: Source of randomness (minibatches). Without one the seed is torch's initial seed; torch's own state
             is left alone either way.
+        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, where the state is kept every minute. A fit that finds one
+            there goes on from it, as if it had not been interrupted: to the last bit for EM on a CPU.
 
     Returns:
         A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far.
 
     Raises:
         TypeError: Wrong kinds of arguments.
-        ValueError: Bad points or weights, a start that does not fit them, or an objective that is not finite at the start.
+        ValueError: Bad points or weights, a start that does not fit them, an objective that is not finite at the start, or
+            a checkpoint of other data or another model.
+        RankError: Another process of the group failed, is gone, or was told to do something else.
 
     Warns:
         ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective stopped being finite.
@@ -198,13 +206,22 @@ def fit(
             raise ValueError(f"max_iter must not be negative, got {max_iter}.")
         if not tol >= 0:
             raise ValueError(f"tol must not be negative, got {tol}.")
-        problem = _problem(mixture, x, weights, penalty, truncate, backend, as_dtype(dtype), generator, world)
+        journal = Journal(Checkpoint.of(checkpoint), world)
+        saved = None if journal.checkpoint is None else journal.checkpoint.read(mixture.means.device, world)
+        frame = None if saved is None else Frame(*saved["frame"])
+        kind = as_dtype(dtype)
+        problem = _problem(mixture, x, weights, penalty, truncate, backend, kind, generator, world, frame, journal)
+        told = (callbacks,) if callable(callbacks) else tuple(callbacks)
+        run = _Run(problem, method, tol, told, began, _facts(problem, mixture, method))
         inside = problem.frame.enter(mixture.detach().to(torch.float64))
-        problem = problem.truncated(truncate, inside, max_iter)
-        run = _Run(problem, method, tol, (callbacks,) if callable(callbacks) else tuple(callbacks), began)
+        if saved is None:
+            run.problem = problem.truncated(truncate, inside, max_iter)
+            state = method.init(run.problem, inside)
+        else:
+            state = run.resume(saved)
         bar = _bar(max_iter, progress)
         try:
-            best = run.go(method.init(problem, inside), max_iter, bar)
+            best = run.go(state, max_iter, bar)
         finally:
             if bar is not None:
                 bar.close()
@@ -238,23 +255,24 @@ def _problem(
     dtype: torch.dtype | None,
     generator: torch.Generator | None,
     world: World,
+    frame: Frame | None,
+    journal: Journal,
 ) -> Problem:
     """What is asked, checked."""
     K, D, device = mixture.components, mixture.features, mixture.means.device
-    source, g = None, None
+    alone, name = world.size == 1, "x"
     if readable(x):
-        source = Source.of(x) if weights is None else Source.of(x, weights=weights)
-        if source.features != D:
-            raise ValueError(
-                f"{source.name} has {source.features} columns, expected {D} as in the model; pass the same columns."
-            )
+        x, g = world.share(Source.of(x, weights=weights)), None
+        name = x.name
+        if x.features != D:
+            raise ValueError(f"{name} has {x.features} columns, expected {D} as in the model; pass the same columns.")
     else:
-        x = as_points(x, features=D, minimum=K if world.size == 1 else 0)
+        x = as_points(x, features=D, minimum=K if alone else 0)
         if x.device != device:
             raise ValueError(f"x is on {x.device} but the start on {device}; move one with .to().")
-        g = as_weights(weights, x, some=world.size == 1)
+        g = as_weights(weights, x, some=alone)
     problem = Problem.of(
-        x if source is None else source,
+        x,
         g,
         penalty,
         backend,
@@ -264,14 +282,33 @@ def _problem(
         device=device,
         world=world,
         truncate=truncate,
+        frame=frame,
+        journal=journal,
     )
     if problem.rows < K or not problem.mass > 0:
-        name = "x" if source is None else source.name
         raise ValueError(
             f"{name} has {problem.rows} rows of total weight {problem.mass:g}, expected at least {K}; "
             "pass more points or use fewer components."
         )
     return problem
+
+
+def _facts(problem: Problem, mixture: Mixture, method: Method[Any]) -> dict[str, Any]:
+    """What must be alike on all ranks, and in a fit that goes on: told so that a person understands the difference."""
+    free = ("max_iter", "tol", "relative_tol", "patience")
+    names: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
+    said = {name: getattr(method, name) for name in names if name not in free}
+    plain = {name: value for name, value in said.items() if not callable(value)}
+    penalty = problem.penalty
+    facts = {
+        "data": f"{problem.rows} rows of {problem.data.features} columns, fingerprint {problem.fingerprint}",
+        "model": f"{mixture.components} components, {mixture.factor.family}, {mixture.factor.leading} factors",
+        "method": f"{type(method).__name__} with {plain}",
+        "penalty": "none" if penalty is None else type(penalty).__name__,
+        "dtype": str(problem.data.dtype),
+    }
+    problem.world.agree(facts)
+    return facts
 
 
 def _starting_mixture(start: Any, method: Any) -> Mixture:
@@ -297,34 +334,99 @@ class _Run:
         tol: float,
         callbacks: tuple[Callable[[Step], Any], ...],
         began: float,
+        facts: dict[str, Any],
     ) -> None:
         self.problem, self.method, self.tol, self.callbacks, self.began = problem, method, tol, callbacks, began
+        self.facts = facts
+        self.best: Evaluation | None = None
         self.history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
         self.ending = "finished"
+        # Tells this fit's files from another's.
+        self.mark = problem.world.tell(os.urandom(8).hex())[0]
 
     @property
     def iterations(self) -> int:
         return len(self.history["objective"])
 
+    def snapshot(self, state: Any) -> dict[str, Any]:
+        """Everything that the iterations from here on depend on."""
+        problem = self.problem
+        arranged = None
+        if isinstance(problem.data, Memory) and problem.data.cloud is not None:
+            cloud = problem.data.cloud
+            arranged = (cloud.epsilon, problem.data.by, cloud.remember())
+        return {
+            "facts": self.facts,
+            "mark": self.mark,
+            "frame": (problem.frame.shift, problem.frame.scale),
+            "iteration": self.iterations,
+            "history": {name: list(values) for name, values in self.history.items()},
+            "seconds": time.perf_counter() - self.began,
+            "ending": self.ending,
+            "state": self.method.pack(state),
+            "best": self.best,
+            "generator": problem.generator.get_state(),
+            "arranged": arranged,
+        }
+
+    def resume(self, saved: dict[str, Any]) -> Any:
+        """The state that was saved, with everything as it was then.
+
+        Raises:
+            ValueError: It is of other data or another model.
+        """
+        problem = self.problem
+        for name, value in self.facts.items():
+            if saved["facts"].get(name) != value:
+                assert problem.journal.checkpoint is not None, "it was read from there"
+                raise ValueError(
+                    f"the checkpoint {os.fspath(problem.journal.checkpoint.path)} is of another {name} "
+                    f"({saved['facts'].get(name)}; here {value}); pass the same, or delete it to begin anew."
+                )
+        self.history, self.best, self.mark = saved["history"], saved["best"], saved["mark"]
+        self.began -= saved["seconds"]
+        if saved["arranged"] is not None and isinstance(problem.data, Memory):
+            epsilon, by, memory = saved["arranged"]
+            data = problem.data.arranged(epsilon, by, 1, problem.backend)
+            # Shares of other ranks than then have other boxes, whose lists are found anew.
+            if data.cloud is not None and saved["ranks"] == problem.world.size == 1:
+                data.cloud.recall(memory)
+            self.problem = replace(problem, data=data)
+        problem.generator.set_state(saved["generator"].cpu())
+        problem.journal.recall(saved, problem.data.device)
+        _logger.info("going on from iteration %d", self.iterations)
+        return self.method.unpack(self.problem, saved["state"])
+
     def go(self, state: Any, max_iter: int, bar: Any) -> Evaluation:
         """Iterates until the method, a callback, the user or ``max_iter`` says stop; returns the answer."""
-        best: Evaluation | None = None
+        journal = self.problem.journal
+        if self.iterations and self.method.finished(self.history["objective"], self.tol):
+            self.ending = "converged"
+        if bar is not None:
+            bar.update(self.iterations)
         try:
-            for _ in range(max_iter):
+            while self.iterations < max_iter and self.ending == "finished":
                 if self.iterations == _SETTLED:
                     self.problem = self.problem.settled(self.method.current(self.problem, state)[1])
+                journal.begin(self.iterations, lambda: self.snapshot(state))  # noqa: B023
+                if journal.due:
+                    journal.write()
                 state, now = self.method.step(self.problem, state)
                 if not math.isfinite(now.objective):
                     self.ending = "diverged"
-                    break
-                if best is None or now.objective < best.objective:
-                    best = now
-                if self._tell(now, bar):
-                    break
+                elif self.best is None or now.objective < self.best.objective:
+                    self.best = now
+                if self.ending != "diverged":
+                    self._tell(now, bar)
+            if self.ending != "diverged":
+                journal.begin(self.iterations, lambda: self.snapshot(state))
+                journal.write()
         except KeyboardInterrupt:
-            if best is None:
+            journal.write()
+            if self.best is None:
                 raise
             self.ending = "interrupted"
+        best = self.best
         if self.ending in ("finished", "converged", "stopped"):
             # The last step's mixture has not been looked at yet. It is the answer unless it is worse than the best.
             last = self.method.evaluate(self.problem, state)
@@ -339,8 +441,8 @@ class _Run:
             )
         return best
 
-    def _tell(self, now: Evaluation, bar: Any) -> bool:
-        """Writes an iteration down, shows it, tells the callbacks; whether to end here."""
+    def _tell(self, now: Evaluation, bar: Any) -> None:
+        """Writes an iteration down, shows it, tells the callbacks, and sees whether to end here."""
         for name, value in (
             ("objective", now.objective),
             ("log_likelihood", now.log_likelihood),
@@ -353,12 +455,11 @@ class _Run:
             bar.update()
         frame, history = self.problem.frame, self.history
         step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, frame)
-        stops = [callback(step) is True for callback in self.callbacks]
+        stops = self.problem.world.any(False, *[callback(step) is True for callback in self.callbacks])
         if self.method.finished(history["objective"], self.tol):
             self.ending = "converged"
         elif any(stops):
             self.ending = "stopped"
-        return self.ending != "finished"
 
 
 def _result(best: Evaluation, run: _Run) -> FitResult:

@@ -3,8 +3,9 @@ r"""What the loop and its methods say to each other: the problem, one evaluation
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,14 +14,15 @@ from torch import Tensor
 from gmmkeops import reductions
 from gmmkeops.distributed import World
 from gmmkeops.factors import Factor, floor_eigenvalues
-from gmmkeops.fitting._data import Data, Memory, Piece, Stream
+from gmmkeops.fitting._checkpoint import Journal, known
+from gmmkeops.fitting._data import Data, Ledger, Memory, Piece, Stream
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
 from gmmkeops.penalties import Penalty, Surrogate, as_penalty
-from gmmkeops.sources import Source
+from gmmkeops.sources import Source, fingerprint
 
-__all__ = ["Evaluation", "Ledger", "Method", "Population", "Problem"]
+__all__ = ["Evaluation", "Method", "Population", "Problem"]
 
 S = TypeVar("S")
 
@@ -30,39 +32,6 @@ RELATIVE_FLOOR = 1e-12
 # A component is dead when it would own fewer points than this; its weight is then brought to nothing.
 DEAD_POINTS = 1e-3
 DEAD_LOG_WEIGHT = -100.0
-
-
-@dataclass
-class Ledger:
-    """What the last sweep over all points left out.
-
-    Args:
-        epsilon: The largest ε of its truncations.
-        certificate: Most that it may have lost of any point's log-likelihood, nats.
-        pairs, looked: Pairs of point and component, and how many of them were looked at.
-    """
-
-    epsilon: float = 0.0
-    certificate: float = 0.0
-    pairs: float = 0.0
-    looked: float = 0.0
-
-    def add(self, x: Tensor | reductions.Truncation, components: int) -> None:
-        """Enters a sweep over points, or what was arranged of them."""
-        pairs = float(len(x) * components)
-        self.pairs += pairs
-        if isinstance(x, Tensor):
-            self.looked += pairs
-            return
-        self.looked += x.share * pairs
-        self.epsilon = max(self.epsilon, x.epsilon)
-        self.certificate = max(self.certificate, x.certificate)
-
-    def of_all(self, world: World) -> Ledger:
-        """What truncation has done on all ranks."""
-        said = world.tell([self.epsilon, self.certificate, self.pairs, self.looked])
-        epsilon, certificate, pairs, looked = zip(*said, strict=True)
-        return Ledger(max(epsilon), max(certificate), sum(pairs), sum(looked))
 
 
 @dataclass(frozen=True)
@@ -80,6 +49,8 @@ class Problem:
         generator: Source of randomness, in step on all ranks.
         world: The ranks.
         ledger: What truncation has done.
+        fingerprint: A number of the points and weights, where there is a checkpoint.
+        journal: What is written down for one.
     """
 
     data: Data
@@ -92,6 +63,8 @@ class Problem:
     generator: torch.Generator
     world: World = field(default_factory=World.alone)
     ledger: Ledger = field(default_factory=Ledger)
+    fingerprint: int | None = None
+    journal: Journal = field(default_factory=lambda: Journal(None, World.alone()))
 
     @classmethod
     def of(
@@ -107,32 +80,41 @@ class Problem:
         device: Any = None,
         world: World | None = None,
         truncate: float | None = 0,
+        frame: Frame | None = None,
+        journal: Journal | None = None,
     ) -> Problem:
-        """The problem that checked points (N, D) of the user pose, with a frame of their own."""
+        """The problem that checked points (N, D) of the user pose, with a frame of their own if none is given."""
         world = World.alone() if world is None else world
         device = x.device if isinstance(x, Tensor) else torch.device("cpu" if device is None else device)
         if generator is None:
             generator = torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))
+        journal = Journal(None, world) if journal is None else journal
         data: Data
         if isinstance(x, Tensor) and world.size == 1:
             rows, mass = len(x), float(len(x)) if weights is None else float(weights.sum())
-            count = mass if weights is None else mass**2 / float(weights.square().sum())
-            frame = Frame.of(x, weights, isotropic=isotropic)
+            points = mass if weights is None else mass**2 / float(weights.square().sum())
+            frame = Frame.of(x, weights, isotropic=isotropic) if frame is None else frame
+            mark = None if journal.checkpoint is None else fingerprint(x, weights)
         else:
-            source = x if isinstance(x, Source) else Source.of(x, weights=weights)
+            source = x if isinstance(x, Source) else world.share(Source.of(x, weights=weights))
             survey = world.merged(source.survey())
-            rows, mass, count = survey.rows, survey.mass, survey.mass**2 / survey.squares
+            rows, mass, points = survey.rows, survey.mass, survey.mass**2 / max(survey.squares, 1e-300)
             sample, masses = survey.reservoir.sample()
-            frame = Frame.of(sample.to(device), masses.to(device), isotropic=isotropic)
-            single = survey.single
+            frame = Frame.of(sample.to(device), masses.to(device), isotropic=isotropic) if frame is None else frame
+            single, mark = survey.single, survey.fingerprint
         if isinstance(x, Tensor):
-            first = 0 if world.size == 1 else world.before(len(x))
+            first = 0
+            if world.size > 1:
+                part, first = source.slice, source.first
+                x, weights = x[part], None if weights is None else weights[part]
             data = Memory(frame.points(x, x.dtype if dtype is None else dtype), weights, truncate, first=first)
         else:
             kept = torch.float32 if single else torch.float64
             data = Stream(x, frame, kept if dtype is None else dtype, device, truncate)
         penalty = None if penalty is None else as_penalty(penalty)
-        return cls(data, rows, mass, count, frame, penalty, backend, generator, world)
+        return cls(
+            data, rows, mass, points, frame, penalty, backend, generator, world, fingerprint=mark, journal=journal
+        )
 
     def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Problem:
         """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
@@ -145,18 +127,35 @@ class Problem:
         cloud = self.data.cloud if isinstance(self.data, Memory) else None
         return self if cloud is None or not cloud.cloud.labelled else self.truncated(cloud.epsilon, mixture, 1)
 
-    def batches(self, size: int) -> Iterator[list[Piece]]:
+    def batches(self, size: int, memo: Callable[[], Any]) -> Iterator[list[Piece]]:
         """All points, once, in random order, about ``size`` of them at a time on all ranks together.
 
         Every rank takes the same number of steps; one that has run out of points takes them with none.
+
+        Args:
+            size: Points of a batch.
+            memo: What the caller needs to go on after the batch that it has come to (:meth:`resumed`).
         """
         seed = int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
         pieces = self.data.batches(-(-size // self.world.size), seed + self.world.rank)
-        while True:
+        inside, self.journal.inside = self.journal.inside, None
+        behind = 0 if inside is None else inside["batches"]
+        for number in count(1):
             piece = next(pieces, None)
-            if not self.world.any(piece is not None):
+            more, due = self.world.any(piece is not None, self.world.rank == 0 and self.journal.due)
+            if not more:
                 return
+            if number <= behind:
+                if number == behind and inside is not None:
+                    self.generator.set_state(inside["generator"].cpu())
+                continue
             yield [] if piece is None else [piece]
+            if due:
+                self.journal.write({"batches": number, "memo": memo(), "generator": self.generator.get_state()})
+
+    def resumed(self, beginning: Any) -> Any:
+        """The memo of the batch that the pass goes on from; ``beginning`` where it begins."""
+        return beginning if self.journal.inside is None else self.journal.inside["memo"]
 
     def moments(
         self,
@@ -171,17 +170,36 @@ class Problem:
         seed = 0
         if assignment == "stochastic":
             seed = int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
-        sums, ledger = Moments.nothing(means, factor.family), Ledger()
-        for piece in self.data.pieces() if batch is None else batch:
+        if batch is None and self.journal.replay:
+            return self.journal.replay.pop(0)
+        sums, ledger, behind = self.journal.resumed() if batch is None else (None, Ledger(), 0)
+        pieces = self.data.pieces(behind) if batch is None else batch
+        for number, piece in enumerate(pieces, behind + 1):
+            if not len(piece.x):
+                continue
             x = piece.x
             if isinstance(x, Tensor):
                 x = reductions.arrange(x, len(means), piece.truncate)
-            options = {"assignment": assignment, "seed": seed + piece.first, "backend": self.backend, "truncate": 0}
-            sums = sums + reductions.moments(x, offsets, means, factor, weights=piece.weights, **options)
+            part = reductions.moments(
+                x,
+                offsets,
+                means,
+                factor,
+                weights=piece.weights,
+                assignment=assignment,
+                seed=seed + piece.first,
+                backend=self.backend,
+                truncate=0,
+            )
+            sums = part if sums is None else sums + part
             ledger.add(x, len(means))
+            if batch is None and isinstance(self.data, Stream):
+                self.journal.tick(sums, ledger, number)
+        sums = self.world.added(Moments.nothing(means, factor.family) if sums is None else sums)
         if batch is None:
             vars(self.ledger).update(vars(ledger))
-        return self.world.added(sums)
+            self.journal.swept(sums)
+        return sums
 
     def negative_log_likelihood(self, mixture: Mixture, batch: Iterable[Piece] | None = None) -> Tensor:
         """Mean over the points (or some of them), nats per point in the user's units; float64, differentiable."""
@@ -213,6 +231,7 @@ class Problem:
         return (self.frame.enter(bounded), hit | moved) if bool(moved.any()) else (mixture, hit)
 
 
+@known("Population")
 @dataclass(frozen=True)
 class Population:
     """All K components of a fit, of which the live ones are in the work.
@@ -248,6 +267,7 @@ class Population:
         return Population(parked, self.live[keep])
 
 
+@known("Evaluation")
 @dataclass(frozen=True)
 class Evaluation:
     """What is known of a mixture on the way; a step's evaluation is of the mixture that it started from.
@@ -291,6 +311,14 @@ class Method(ABC, Generic[S]):
     @abstractmethod
     def step(self, problem: Problem, state: S) -> tuple[S, Evaluation]:
         """One pass over the data: the next state, and the evaluation of the one before."""
+
+    @abstractmethod
+    def pack(self, state: S) -> Any:
+        """The state as a value that a checkpoint can hold, and that the next step leaves alone."""
+
+    @abstractmethod
+    def unpack(self, problem: Problem, packed: Any) -> S:
+        """The state from what :meth:`pack` made of it."""
 
     @abstractmethod
     def current(self, problem: Problem, state: S) -> tuple[Population, Mixture, Tensor]:

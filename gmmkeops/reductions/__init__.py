@@ -150,7 +150,8 @@ def _pays(x: Tensor, components: int, sweeps: int, labelled: bool) -> bool:
     """Whether arranging points (N, D) for so many sweeps is likely to be worth it, with labels or without."""
     N, D = x.shape
     if labelled:
-        return components >= 16 and N * components >= 1_000_000 and sweeps >= 8
+        # Short lists only pay in tiles with work for more than their own making: about a thousand rows in 20 dimensions.
+        return components >= 16 and N * components >= 1_000_000 and sweeps >= 8 and 20_000 * components <= N * D
     return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
 
 

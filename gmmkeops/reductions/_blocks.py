@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -403,6 +404,32 @@ class Truncation:
         least = plan.dropped[plan.owner] - self._log_epsilon(single)
         return least + _rounding(problem) * least.abs().nan_to_num(posinf=0)
 
+    def remember(self) -> dict[str, Any]:
+        """What the next sweep's lists depend on, beside the cloud."""
+        last = None if self._last is None else _parameters(self._last)
+        lists = None
+        if self._lists is not None:
+            plan, reference, margin, single = self._lists
+            parts = [plan.boxes, plan.index, plan.pointer, plan.dropped, plan.spans, plan.owner]
+            lists = (parts, _parameters(reference), [margin.stretch, margin.shift, margin.rise], single)
+        return {
+            "minima": self.minima,
+            "certificate": self.certificate,
+            "share": self.share,
+            "last": last,
+            "lists": lists,
+        }
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Goes on where :meth:`remember` was called, with the same cloud."""
+        self.minima, self.certificate, self.share = memory["minima"], memory["certificate"], memory["share"]
+        points = self.cloud.points[:0]
+        self._last = None if memory["last"] is None else Exponents(points, *memory["last"])
+        self._lists = None
+        if memory["lists"] is not None:
+            parts, reference, margin, single = memory["lists"]
+            self._lists = Plan(*parts), Exponents(points, *reference), _Drift(*margin), single
+
     def _guess(self) -> Tensor:
         if self.minima is None:
             raise RuntimeError("a truncated sweep has no first guess; call suppose before begin.")
@@ -423,6 +450,10 @@ class _Lists:
     index: Tensor
     pointer: Tensor
     dropped: Tensor
+
+
+def _parameters(problem: Exponents) -> list[Tensor]:
+    return [problem.offsets, problem.means, problem.U, problem.centre]
 
 
 def _rounding(problem: Exponents) -> float:

@@ -1,0 +1,282 @@
+"""A fit's state in a file, so that it goes on where it was after a crash, a power cut, or another number of machines.
+
+Files are safetensors with a JSON tree in the header, checked by a digest, written whole or not at all; the one before is
+kept beside it. Sums of an unfinished sweep over a source lie in a small file of each rank. Reading makes plain values and a
+few known classes of them, nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.distributed import World
+from gmmkeops.fitting._data import Ledger
+from gmmkeops.io import KINDS, write_whole
+from gmmkeops.mixture import Mixture
+from gmmkeops.moments import Moments
+
+__all__ = ["Checkpoint", "Journal", "known"]
+
+_FORMAT, _VERSION = "gmmkeops.checkpoint", 1
+_logger = logging.getLogger("gmmkeops")
+_CLASSES: dict[str, type] = {}
+
+
+def known(name: str) -> Callable[[type], type]:
+    """Marks a dataclass as one that checkpoints may hold, under a name."""
+
+    def mark(cls: type) -> type:
+        _CLASSES[name] = cls
+        return cls
+
+    return mark
+
+
+known("Moments")(Moments)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a fit keeps its state.
+
+    A fit that finds a checkpoint of the same data and model goes on from it. The file stays when the fit has ended: the same
+    call then gives the same result at once, or goes on with a larger ``max_iter``; delete it to begin anew.
+
+    Args:
+        path: The file; the one before is kept as ``<path>.previous``, and unfinished sweeps over a source as
+            ``<path>.part0`` and so on.
+        every: Seconds between two writes.
+
+    Raises:
+        ValueError: ``every`` is negative.
+    """
+
+    path: str | os.PathLike[str]
+    every: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not self.every >= 0:
+            raise ValueError(f"every must not be negative, got {self.every} seconds.")
+
+    @classmethod
+    def of(cls, value: Any) -> Checkpoint | None:
+        """A checkpoint from a path, from one, or from None."""
+        return value if value is None or isinstance(value, Checkpoint) else cls(value)
+
+    @property
+    def _previous(self) -> Path:
+        return Path(f"{os.fspath(self.path)}.previous")
+
+    def part(self, rank: int) -> Path:
+        """Where a rank keeps its sums of an unfinished sweep."""
+        return Path(f"{os.fspath(self.path)}.part{rank}")
+
+    def write(self, tree: Any) -> None:
+        """Writes a state; the last one becomes the previous one, and there is a whole one at every moment."""
+        path = Path(self.path)
+        data = _bytes(tree)
+        if path.exists():
+            spare = self._previous.with_name(f".{self._previous.name}.{os.getpid()}")
+            spare.unlink(missing_ok=True)
+            os.link(path, spare)
+            os.replace(spare, self._previous)
+        write_whole(path, data)
+
+    def read(self, device: Any, world: World) -> Any:
+        """The last state that was written whole, from rank 0's disk, or None where there is none.
+
+        Raises:
+            ValueError: There are files, but none is whole.
+        """
+        data = b""
+        if world.rank == 0:
+            found = [path for path in (Path(self.path), self._previous) if path.exists()]
+            troubles = []
+            # What a writer that was killed has left.
+            for path in Path(self.path).parent.glob(f".{Path(self.path).name}.*"):
+                path.unlink(missing_ok=True)
+            for path in found:
+                try:
+                    data = path.read_bytes()
+                    _tree(data, "cpu")
+                    break
+                except (ValueError, OSError) as error:
+                    _logger.warning("%s is damaged (%s); looking for the one before", path, error)
+                    troubles.append(f"{path} ({error})")
+                    data = b""
+            if troubles and not data:
+                raise ValueError(f"no checkpoint is whole: {', '.join(troubles)}; delete them to begin anew.")
+        data = world.gather_bytes(data)[0]
+        return _tree(data, device) if data else None
+
+
+class Journal:
+    """What a fit with a checkpoint writes down while it runs; without one, nothing.
+
+    Args:
+        checkpoint: Where to, or None.
+        world: The ranks, the first of which writes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint | None, world: World) -> None:
+        self.checkpoint, self.world = checkpoint, world
+        self.last = time.monotonic()
+        # Of the iteration under way: how it began, the sweeps it has finished, and how far the next one has come.
+        self.snapshot: Any = None
+        self.written = False
+        self.iteration = 0
+        self.finished: list[Moments] = []
+        # What has been read and not yet been taken up.
+        self.replay: list[Moments] = []
+        self.partial: Any = None
+        self.inside: Any = None
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return self.checkpoint is not None and time.monotonic() - self.last >= self.checkpoint.every
+
+    def begin(self, iteration: int, snapshot: Callable[[], Any]) -> None:
+        """An iteration begins in a state."""
+        if self.checkpoint is not None:
+            self.iteration, self.snapshot, self.written = iteration, snapshot(), False
+            self.finished = list(self.replay)
+
+    def write(self, inside: Any = None) -> None:
+        """Writes how the iteration began, the sweeps it has finished, and what it is in the middle of."""
+        if self.checkpoint is None or self.snapshot is None:
+            return
+        if self.world.rank == 0:
+            tree = {**self.snapshot, "finished": self.finished, "inside": inside, "ranks": self.world.size}
+            self.checkpoint.write(tree)
+        self.last, self.written = time.monotonic(), True
+
+    def recall(self, saved: Any, device: Any) -> None:
+        """Takes up what was read: finished sweeps, and what the iteration was in the middle of with as many ranks."""
+        if self.checkpoint is None:
+            return
+        self.iteration, self.replay = saved["iteration"], list(saved["finished"])
+        if saved["ranks"] != self.world.size:
+            return
+        self.inside = saved["inside"]
+        path = self.checkpoint.part(self.world.rank)
+        if path.exists():
+            try:
+                part = _tree(path.read_bytes(), device)
+            except (ValueError, OSError) as error:
+                _logger.warning("%s is damaged (%s); this sweep begins anew", path, error)
+                return
+            if part["place"] == [self.iteration, len(self.replay), self.world.size, saved["mark"]]:
+                self.partial = part
+
+    def swept(self, sums: Moments) -> None:
+        """A sweep of this iteration is finished."""
+        if self.checkpoint is not None:
+            self.finished.append(sums)
+
+    def resumed(self) -> tuple[Moments | None, Ledger, int]:
+        """Sums, ledger and number of the pieces that this sweep has behind it."""
+        part, self.partial = self.partial, None
+        return (None, Ledger(), 0) if part is None else (part["sums"], Ledger(*part["ledger"]), part["pieces"])
+
+    def tick(self, sums: Moments, ledger: Ledger, pieces: int) -> None:
+        """A sweep over a source has come so far; written if it is time."""
+        if not self.due or self.checkpoint is None:
+            return
+        if not self.written:
+            self.write()
+        place = [self.iteration, len(self.finished), self.world.size, self.snapshot["mark"]]
+        tree = {"place": place, "sums": sums, "ledger": ledger.numbers, "pieces": pieces}
+        write_whole(self.checkpoint.part(self.world.rank), _bytes(tree))
+        self.last = time.monotonic()
+
+
+def _bytes(tree: Any) -> bytes:
+    from safetensors.torch import save as serialise
+
+    tensors: list[Tensor] = []
+    header = json.dumps(_plain(tree, tensors))
+    named = {f"t{i}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
+    meta = {"format": _FORMAT, "version": str(_VERSION), "tree": header, "digest": _digest(header, named)}
+    return serialise(named or {"none": torch.zeros(0)}, meta)
+
+
+def _digest(header: str, tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b"")
+    return found.hexdigest()
+
+
+def _tree(data: bytes, device: Any) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        size = int.from_bytes(data[:8], "little")
+        meta = json.loads(data[8 : 8 + size])["__metadata__"]
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"it is not a whole safetensors file: {error}") from None
+    if meta.get("format") != _FORMAT or meta.get("version") != str(_VERSION):
+        raise ValueError(f"it is no {_FORMAT} of version {_VERSION}")
+    tensors.pop("none", None)
+    if _digest(meta["tree"], tensors) != meta["digest"]:
+        raise ValueError("its digest does not match what it holds")
+    return _value(json.loads(meta["tree"]), tensors, device)
+
+
+def _plain(value: Any, tensors: list[Tensor]) -> Any:
+    """A value as JSON has it; tensors are numbered."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_plain(item, tensors) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_plain(key, tensors), _plain(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, Mixture):
+        family, features = value.factor.family, value.features
+        parts = {"logits": value.logits, "means": value.means, **value.factor.tensors}
+        return {"Mixture": [family, features, _plain(parts, tensors)]}
+    for name, cls in _CLASSES.items():
+        if type(value) is cls and is_dataclass(value):
+            return {name: [_plain(getattr(value, field.name), tensors) for field in fields(value)]}
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}.")
+
+
+def _value(plain: Any, tensors: dict[str, Tensor], device: Any) -> Any:
+    if not isinstance(plain, dict):
+        return plain
+    (name, content), *more = plain.items()
+    if more:
+        raise ValueError("its tree is malformed")
+    if name == "tensor":
+        return tensors[f"t{int(content)}"].to(device)
+    if name == "Mixture":
+        family, features, parts = content
+        parts = _value(parts, tensors, device)
+        logits, means = parts.pop("logits"), parts.pop("means")
+        factor = KINDS[family](**parts, **({"features": features} if family == "spherical" else {}))
+        return Mixture(logits, means, factor, validate_args=False)
+    if name == "dict":
+        return {_value(key, tensors, device): _value(item, tensors, device) for key, item in content}
+    items = [_value(item, tensors, device) for item in content]
+    if name in ("list", "tuple"):
+        return items if name == "list" else tuple(items)
+    if name in _CLASSES:
+        return _CLASSES[name](*items)
+    raise ValueError(f"its tree names an unknown class {name!r}")
