@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -62,12 +63,14 @@ class Reader(ABC):
         features: D.
         rows: How many rows there are before any are filtered out; None where only reading tells.
         paths: The files behind it.
+        grain: Rows below which a stretch from the middle costs no less than a longer one.
     """
 
     name: str
     features: int
     rows: int | None
     paths: tuple[Path, ...] = ()
+    grain: int = 1
 
     def units(self, size: int) -> list[Unit]:
         """All rows in units of at most about ``size``."""
@@ -86,11 +89,17 @@ class Arrays(Reader):
     """An array or tensor in memory, or on disk as a memory map; structured arrays too."""
 
     def __init__(
-        self, x: Any, name: str = "x", columns: Columns = None, weights: str | int | None = None, path: Any = None
+        self,
+        x: Any,
+        name: str = "x",
+        columns: Columns = None,
+        weights: str | int | None = None,
+        path: Any = None,
+        remap: Callable[[Unit], np.memmap] | None = None,
     ) -> None:
         if not isinstance(x, (np.ndarray, Tensor)):
             x = as_tensor(x, name=name)
-        self.x, self.name, self.rows = x, name, len(x) if x.ndim else 0
+        self.x, self.name, self.rows, self.remap = x, name, len(x) if x.ndim else 0, remap
         path = getattr(x, "filename", None) if path is None else path
         self.paths = () if path is None else (Path(path),)
         if isinstance(x, np.ndarray) and x.dtype.names:
@@ -107,18 +116,18 @@ class Arrays(Reader):
         self.features = len(self.columns)
 
     def load(self, unit: Unit) -> Chunk:
-        part = self.x[unit.first : unit.first + unit.rows]
+        part = self.x[unit.first : unit.first + unit.rows] if self.remap is None else self.remap(unit)
         if isinstance(part, Tensor) or self.x.dtype.names is None:
             points = as_tensor(part if self.all else part[:, self.columns], name=self.name)
             weights = None if self.weights is None else as_tensor(part[:, self.weights], name="weights")
         else:
             points = _stack([part[column] for column in self.columns], self.name)
             weights = None if self.weights is None else as_tensor(part[self.weights].copy(), name="weights")
-        if isinstance(self.x, np.memmap):
-            points = points.clone() if np.shares_memory(points.numpy(), self.x) else points
+        if isinstance(part, np.memmap):
+            points = points.clone() if np.shares_memory(points.numpy(), part) else points
             # Pages that have been read would count as the process's memory until somebody needs theirs.
-            if self.x.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
-                self.x._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+            if part.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
+                part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
         return Chunk(points, weights)
 
 
@@ -126,8 +135,7 @@ class Parquet(Reader):
     """A Parquet file by row groups."""
 
     def __init__(self, path: Path, columns: Columns, weights: str | int | None) -> None:
-        from pyarrow.parquet import ParquetFile
-
+        ParquetFile = _parquet_file()
         self._open = ParquetFile
         self.name, self.paths = str(path), (path,)
         with ParquetFile(path) as file:
@@ -136,22 +144,30 @@ class Parquet(Reader):
         self.columns, self.weights = _chosen(self.name, names, columns, weights)
         self.features, self.rows = len(self.columns), sum(sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+        self.grain = max(sizes, default=1)
         # Where a group that is being read has come to, and what is left of its last batch.
         self._batches: Iterator[Any] = iter(())
         self._left: Any = None
         self._next = -1
 
     def units(self, size: int) -> list[Unit]:
+        # A group that is little longer is not cut: it is read as a whole anyway.
         groups = zip(self.starts[:-1], self.starts[1:], strict=True)
-        return [unit for first, stop in groups for unit in _cut(first, stop, size)]
+        return [unit for a, b in groups for unit in _cut(a, b, b - a if b - a <= 2 * size else size)]
 
     def load(self, unit: Unit) -> Chunk:
         group = bisect_right(self.starts, unit.first) - 1
-        if unit.first != self._next or unit.first == self.starts[group]:
-            # A group is read from its beginning; most units go on where the last one ended.
-            self._batches, self._left, self._next = self._rows(group, unit.rows), None, self.starts[group]
-            self._take(unit.first - self._next)
-        batches = self._take(unit.rows)
+        first, stop = self.starts[group : group + 2]
+        if unit.rows == stop - first:
+            self._batches, self._left, self._next = iter(()), None, -1
+            with self._open(self.paths[0], pre_buffer=False) as file:
+                batches = file.read_row_group(group, columns=self._names, use_threads=False).to_batches()
+        else:
+            if unit.first in (first, stop) or unit.first != self._next:
+                # A group is read from its beginning; most units go on where the last one ended.
+                self._batches, self._left, self._next = self._rows(group, unit.rows), None, first
+                self._take(unit.first - first)
+            batches = self._take(unit.rows)
         arrays = [_column(batches, name) for name in self.columns]
         weights = None if self.weights is None else as_tensor(_column(batches, self.weights), name="weights")
         return Chunk(_stack(arrays, self.name), weights)
@@ -170,9 +186,26 @@ class Parquet(Reader):
         return batches
 
     def _rows(self, group: int, size: int) -> Iterator[Any]:
-        columns = self.columns if self.weights is None else [*self.columns, self.weights]
         with self._open(self.paths[0], pre_buffer=False) as file:
-            yield from file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+            yield from file.iter_batches(size, row_groups=[group], columns=self._names, use_threads=False)
+
+    @property
+    def _names(self) -> list[str]:
+        return [*self.columns, *([] if self.weights is None else [self.weights])]
+
+
+def _parquet_file() -> Any:
+    """pyarrow's reader, whose own allocator would reserve a gigabyte of address space, and keep what it has had."""
+    name = "ARROW_DEFAULT_MEMORY_POOL"
+    if "pyarrow" in sys.modules or name in os.environ:
+        from pyarrow.parquet import ParquetFile
+    else:
+        os.environ[name] = "system"
+        try:
+            from pyarrow.parquet import ParquetFile
+        finally:
+            del os.environ[name]
+    return ParquetFile
 
 
 def _column(batches: list[Any], name: str) -> np.ndarray:
@@ -198,6 +231,7 @@ class Las(Reader):
                 f"it has {path.stat().st_size} bytes and its header promises {self.rows} points, which end at byte {end}"
             )
         self.columns, self.weights = _chosen(self.name, names, ("x", "y", "z") if columns is None else columns, weights)
+        self.grain = 50_000 if compressed else 1
         self.classes = None if classes is None else np.asarray(list(classes))
         self.features = len(self.columns)
 
@@ -234,6 +268,7 @@ class Files(Reader):
         self.features = first.features
         self.starts = np.concatenate([[0], np.cumsum([reader.rows or 0 for reader in readers])]).tolist()
         self.rows = self.starts[-1]
+        self.grain = max(reader.grain for reader in readers)
         self.paths = tuple(path for reader in readers for path in reader.paths)
 
     def units(self, size: int) -> list[Unit]:
@@ -310,7 +345,17 @@ def _stack(arrays: list[Any], name: str) -> Tensor:
 
 
 def _npy(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
-    return Arrays(np.load(path, mmap_mode="r", allow_pickle=False), str(path), columns, weights, path)
+    whole = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not whole.flags.c_contiguous or whole.ndim != 2:
+        return Arrays(whole, str(path), columns, weights, path)
+    dtype, (rows, width), begin = whole.dtype, whole.shape, whole.offset
+
+    def remap(unit: Unit) -> np.memmap:
+        return np.memmap(path, dtype, "r", begin + unit.first * width * dtype.itemsize, (unit.rows, width))
+
+    # What stands for the file takes no address space that grows with it.
+    stand_in = np.broadcast_to(np.zeros((), dtype), (rows, width))
+    return Arrays(stand_in, str(path), columns, weights, path, remap)
 
 
 def _parquet(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:

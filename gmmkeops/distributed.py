@@ -71,7 +71,7 @@ class World:
         except RankError:
             raise
         except BaseException as error:
-            self._tell(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            self._tell(f"rank {self.rank} failed with {type(error).__name__}: {str(error).rstrip('.')}")
             raise
         finally:
             stop.set()
@@ -188,6 +188,19 @@ class World:
         if said[0][0] is not None and said[0][1] and all(other == said[0] for other in said):
             return source.shared(self.rank, self.size)
         return source.shared(0, 1, first=sum(rows or 0 for _, rows in said[: self.rank]))
+
+    def generator(self, given: torch.Generator | None, device: torch.device) -> torch.Generator:
+        """A source of randomness that is in step on all ranks: what was given, as it is on rank 0.
+
+        Without one the seed is torch's initial seed, and torch's own state is left alone.
+        """
+        if given is None:
+            seed = self.tell(torch.initial_seed() % (1 << 63))[0]
+            return torch.Generator(device).manual_seed(seed)
+        if self.size > 1:
+            state = self.gather_bytes(given.get_state().numpy().tobytes())[0]
+            given.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        return given
 
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it is up on any rank."""

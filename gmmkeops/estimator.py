@@ -175,7 +175,7 @@ class GaussianMixture(Estimator):
         """
         method = self._method()
         x, g, names, device = self._data(X, sample_weight)
-        generator = _generator(self.random_state, device)
+        generator = World().generator(_generator(self.random_state, device), device)
         best: FitResult | None = None
         warm = self.warm_start and self.fitted_ and self.mixture_.means.shape == (self.n_components, _features(x))
         with warnings.catch_warnings():
@@ -241,7 +241,7 @@ class GaussianMixture(Estimator):
 
     def _partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
         method = cast(EM, self._method())
-        x, names = self._points(X, fitting=not self.fitted_, minimum=1 if self.fitted_ else self.n_components)
+        x, names = self._points(X, fitting=not self.fitted_, minimum=1 if self.fitted_ else max(self.n_components, 2))
         g = as_weights(sample_weight, x, name="sample_weight")
         start = (
             self.mixture_.to(x.device)
@@ -380,7 +380,7 @@ class GaussianMixture(Estimator):
         if readable(X):
             device = torch.device("cpu" if self.device is None else self.device)
             return Source.of(X, weights=sample_weight), None, None, device
-        x, names = self._points(X, fitting=World().size == 1)
+        x, names = self._points(X, fitting=True, minimum=max(self.n_components, 2) if World().size == 1 else 0)
         return x, as_weights(sample_weight, x, name="sample_weight"), names, x.device
 
     def _points(self, X: Any, *, fitting: bool = False, minimum: int = 1) -> tuple[Tensor, np.ndarray | None]:
@@ -404,13 +404,12 @@ class GaussianMixture(Estimator):
             raise ValueError(
                 f"X has {x.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features as input"
             )
-        least = max(self.n_components, 2) if fitting else minimum
-        if x.shape[0] < least:
+        if x.shape[0] < minimum:
             raise ValueError(
-                f"Found array with {x.shape[0]} sample(s) (shape={tuple(x.shape)}) while a minimum of {least} is required; "
+                f"Found array with {x.shape[0]} sample(s) (shape={tuple(x.shape)}) while a minimum of {minimum} is required; "
                 f"n_samples={x.shape[0]}."
             )
-        return as_points(x, name="X"), names
+        return as_points(x, name="X", minimum=minimum), names
 
     def _adopt(self, mixture: Mixture, tensors: bool) -> None:
         self.mixture_, self._tensors = mixture, tensors

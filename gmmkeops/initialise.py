@@ -85,7 +85,7 @@ def initialise(
         rows, mass, some, chunks = representatives(x, weights, max(_SAMPLE, 20 * K), world, minimum=K)
         if some < K:
             raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
-        generator = _generator(generator, rows.device)
+        generator = _on(world.generator(generator, rows.device), rows.device)
         if strategy == "responsibilities":
             return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied)
         points, masses = _distinct(rows, mass)
@@ -122,13 +122,12 @@ def representatives(
     return rows, masses, len(x) if g is None else int((g > 0).sum()), lambda: [Chunk(x, g)]
 
 
-def _generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
-    if generator is None:
-        return torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))
-    if generator.device.type != device.type:
-        seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
-        return torch.Generator(device).manual_seed(seed)
-    return generator
+def _on(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """A generator for a device, seeded by one of another."""
+    if generator.device.type == device.type:
+        return generator
+    seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
+    return torch.Generator(device).manual_seed(seed)
 
 
 def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:

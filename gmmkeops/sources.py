@@ -29,13 +29,13 @@ from gmmkeops._readers import SUFFIXES, Arrays, Chunk, Files, Reader, Streams, U
 __all__ = ["Chunk", "Reservoir", "Source", "Survey", "chunked", "fingerprint", "readable", "sample"]
 
 # Numbers in a chunk: enough for long sweeps, little beside the rest of a process.
-_NUMBERS = 1 << 22
+_NUMBERS = 1 << 20
 # Rows that a survey's sample has unless more are asked for.
 _SAMPLE = 20_000
 # How far sums of the same numbers in another order may be apart, as a share of the sum of their magnitudes.
 _ROUNDING = 1e-11
 # Places that a chunk of a pass in random order is read from.
-_PLACES = 8
+_PLACES = 256
 # Rows whose random numbers are made at a time.
 _ROWS = 1 << 18
 
@@ -194,6 +194,7 @@ class Source:
         self.rows = None if isinstance(reader, Streams) else reader.rows
         self.share, self.first = (0, 1), 0
         self._survey: Survey | None = None
+        self._pool: ThreadPoolExecutor | None = None
         self._stamps: list[tuple[int, int]] | None = None
 
     @classmethod
@@ -216,7 +217,7 @@ class Source:
                 weights; x, y and z of LAS and PLY.
             classes: Which classes of a LAS file's points are read; all if left out.
             weights: Name or number of the column with the points' weights; or an array (N,) of them.
-            chunk_rows: Rows that are read at a time; about four million numbers' worth if left out.
+            chunk_rows: Rows that are read at a time; about a million numbers' worth if left out.
 
         Raises:
             TypeError: Nothing that can be read twice, such as a generator.
@@ -261,7 +262,7 @@ class Source:
         if isinstance(self.reader, Streams):
             return None
         rank, count = self.share
-        size = -(-self.size // places)
+        size = max(-(-self.size // places), self.reader.grain if places > 1 else 1)
         if count > 1:
             size = min(size, max(1, (self.reader.rows or 0) // (8 * count)))
         units = self.reader.units(size)
@@ -320,11 +321,13 @@ class Source:
             tally.add(chunk)
             return chunk if prepare is None else prepare(chunk)
 
-        with ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader") as pool:
-            future = pool.submit(one)
-            while (item := future.result()) is not None:
-                future = pool.submit(one)
-                yield item
+        if self._pool is None:
+            # One thread for all passes: a new one each time would take, and keep, memory of its own.
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader")
+        future = self._pool.submit(one)
+        while (item := future.result()) is not None:
+            future = self._pool.submit(one)
+            yield item
         self._check_stamps()
         if skip == 0 and self._survey is not None:
             self._compare(tally)
@@ -435,15 +438,17 @@ def _joined(chunks: list[Chunk]) -> Chunk:
 
 
 def _whole(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
-    """The same rows, with small chunks joined to ones of about ``size``, and numbered."""
+    """The same rows, numbered, with large chunks cut and small ones joined so that each has about ``size``."""
     few: list[Chunk] = []
-    first = 0
+    first = rows = 0
     for chunk in chunks:
-        few.append(chunk)
-        rows = sum(len(part.points) for part in few)
-        if rows >= size:
-            yield replace(_joined(few), first=first)
-            few, first = [], first + rows
+        for start in range(0, len(chunk.points), size):
+            part = slice(start, start + size)
+            few.append(Chunk(chunk.points[part], None if chunk.weights is None else chunk.weights[part]))
+            rows += len(few[-1].points)
+            if rows >= size:
+                yield replace(_joined(few), first=first)
+                few, first, rows = [], first + rows, 0
     if few:
         yield replace(_joined(few), first=first)
 
@@ -457,8 +462,9 @@ class _Tally:
     def add(self, chunk: Chunk) -> None:
         self.rows += len(chunk.points)
         self.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
-        self.total += float(chunk.points.sum(dtype=torch.float64))
-        self.magnitude += float(chunk.points.abs().sum(dtype=torch.float64))
+        for part in chunk.points.split(_ROWS):
+            self.total += float(part.sum(dtype=torch.float64))
+            self.magnitude += float(part.abs().sum(dtype=torch.float64))
 
 
 def readable(x: Any) -> bool:

@@ -145,6 +145,8 @@ class Memory(Data):
             arguments = (self.x if self.cloud is None else self.cloud, mixture.offsets, mixture.means, mixture.factor)
             return reductions.argmax(*arguments, backend=backend, truncate=0)
 
+        if not len(self.x):
+            return self
         found = reductions.arrange(self.x, mixture.components, truncate, sweeps=sweeps, labels=labels)
         return replace(self, truncate=truncate, cloud=None if isinstance(found, Tensor) else found, by=mixture)
 

@@ -57,6 +57,8 @@ class Frame:
         tiny = spread <= 1e-14 * (shift.abs() + spread.max())
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
         scale = torch.where(tiny, largest, spread).log2().round().exp2()
+        # Whole steps: subtracting them rounds nothing, and a sample of the cloud leads to the same ones.
+        shift = (shift / scale).round() * scale
         warn_if_coarse(x, spread, shift.abs())
         return cls(shift, scale)
 

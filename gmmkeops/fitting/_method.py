@@ -86,8 +86,7 @@ class Problem:
         """The problem that checked points (N, D) of the user pose, with a frame of their own if none is given."""
         world = World.alone() if world is None else world
         device = x.device if isinstance(x, Tensor) else torch.device("cpu" if device is None else device)
-        if generator is None:
-            generator = torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))
+        generator = world.generator(generator, device)
         journal = Journal(None, world) if journal is None else journal
         data: Data
         if isinstance(x, Tensor) and world.size == 1:
