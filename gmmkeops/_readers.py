@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class Arrays(Reader):
             points = points.clone() if np.shares_memory(points.numpy(), part) else points
             # Pages that have been read would count as the process's memory until somebody needs theirs.
             if part.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
-                part._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+                cast(Any, part)._mmap.madvise(mmap.MADV_DONTNEED)
         return Chunk(points, weights)
 
 

@@ -91,6 +91,8 @@ class Checkpoint:
             spare.unlink(missing_ok=True)
             os.link(path, spare)
             os.replace(spare, self._previous)
+            # Renaming one name of a file to another of the same does nothing.
+            spare.unlink(missing_ok=True)
         write_whole(path, data)
 
     def read(self, device: Any, world: World) -> Any:
@@ -158,6 +160,8 @@ class Journal:
         if self.checkpoint is None or self.snapshot is None:
             return
         if self.world.rank == 0:
+            # Until it is taken up, what was read still holds.
+            inside = self.inside if inside is None else inside
             tree = {**self.snapshot, "finished": self.finished, "inside": inside, "ranks": self.world.size}
             self.checkpoint.write(tree)
         self.last, self.written = time.monotonic(), True
@@ -184,6 +188,7 @@ class Journal:
         """A sweep of this iteration is finished."""
         if self.checkpoint is not None:
             self.finished.append(sums)
+            self.written = False
 
     def resumed(self) -> tuple[Moments | None, Ledger, int]:
         """Sums, ledger and number of the pieces that this sweep has behind it."""

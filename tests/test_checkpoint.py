@@ -1,0 +1,202 @@
+"""Checkpoints: a fit that was killed gives what one that was not gives, and a damaged or foreign file says so."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gmmkeops as gk
+from gmmkeops.fitting import _checkpoint
+
+METHODS = {
+    "em": gk.EM(tol=0),
+    "accelerated": gk.EM(tol=0, accelerate=True),
+    "stepwise": gk.EM(tol=0, batch_size=900, average=True),
+    "stochastic": gk.EM(tol=0, assignment="stochastic"),
+    "heated": gk.EM(tol=0, temperature=(0.3, 3)),
+    "adam": gk.Adam(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 3)),
+    "minibatches": gk.Adam(batch_size=900),
+    "l-bfgs": gk.Gradient(lambda p: torch.optim.LBFGS(p, max_iter=3)),
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def x():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6000, 2)) + 6 * rng.integers(0, 3, (6000, 1))
+    return x.astype(np.float32)
+
+
+def fit(x, start, method, path, every=0.0, **options):
+    generator = torch.Generator().manual_seed(7)
+    checkpoint = None if path is None else gk.Checkpoint(path, every=every)
+    penalty = gk.penalties.SqrtWeights(0.05)
+    return gk.fit(start, x, method, max_iter=6, penalty=penalty, generator=generator, checkpoint=checkpoint, **options)
+
+
+def same(a, b):
+    tensors = [(a.mixture.logits, b.mixture.logits), (a.mixture.means, b.mixture.means)]
+    tensors += [(a.mixture.factor.tensors[name], tensor) for name, tensor in b.mixture.factor.tensors.items()]
+    return all(torch.equal(p, q) for p, q in tensors) and a.history["objective"] == b.history["objective"]
+
+
+@pytest.mark.parametrize("kind", ["memory", "source"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fit_killed_at_any_write_ends_bit_identical(name, kind, x, tmp_path, monkeypatch):
+    """Dies again and again right after a write, or in the middle of one, until it comes through."""
+    start = gk.initialise(x, 5, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x)
+    data = x if kind == "memory" else gk.Source.of(tmp_path / "x.npy", chunk_rows=1700)
+    expected = fit(data, start, METHODS[name], None)
+    dice, write, writes, deaths = random.Random(name + kind), _checkpoint.write_whole, [], 0
+
+    def deadly(path, content):
+        writes.append(path)
+        if len(writes) == 3 or dice.random() < 0.3:
+            if dice.random() < 0.5:
+                write(path, content)
+            else:
+                path.with_name(f".{path.name}.half").write_bytes(content[: len(content) // 2])
+            raise Killed
+        write(path, content)
+
+    monkeypatch.setattr(_checkpoint, "write_whole", deadly)
+    while True:
+        try:
+            found = fit(data, start, METHODS[name], tmp_path / "fit.ckpt")
+            break
+        except Killed:
+            deaths += 1
+            assert deaths < 500
+    assert deaths > 0
+    assert same(found, expected)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        *("x.npy", "fit.ckpt", "fit.ckpt.previous", "fit.ckpt.part0"),
+    } | {path.name for path in tmp_path.glob(".fit.ckpt*.half")}
+
+
+CHILD = """
+import sys, numpy as np, torch, gmmkeops as gk
+folder = sys.argv[1]
+torch.set_num_threads(1)
+start = gk.load(folder + "/start.safetensors")
+source = gk.Source.of(folder + "/x.npy", chunk_rows=1500)
+print("ready", flush=True)
+result = gk.fit(start, source, gk.EM(tol=0), max_iter=60, checkpoint=gk.Checkpoint(folder + "/fit.ckpt", every=0))
+gk.save(result.mixture, folder + "/out.safetensors")
+"""
+
+
+def test_real_kills_at_random_moments(x, tmp_path):
+    start = gk.initialise(x, 5, generator=torch.Generator().manual_seed(0))
+    gk.save(start, tmp_path / "start.safetensors")
+    np.save(tmp_path / "x.npy", x)
+    environment = {**os.environ, "PYTHONPATH": str(Path(gk.__file__).parents[1])}
+    dice = random.Random(0)
+    for kills in range(100):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert child.stdout.readline() == b"ready\n"
+        if kills < 8:
+            time.sleep(0.25 * dice.random())
+            child.kill()
+        _, errors = child.communicate(timeout=120)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -9, errors.decode()
+    expected = gk.fit(start, gk.Source.of(tmp_path / "x.npy", chunk_rows=1500), gk.EM(tol=0), max_iter=60).mixture
+    found = gk.load(tmp_path / "out.safetensors")
+    assert torch.allclose(found.means, expected.means, rtol=0, atol=1e-12)
+
+
+def test_a_truncated_fit_goes_on_bit_identical(tmp_path):
+    """Lists of components, their margins and the boxes' minima are part of the state; labels too, in five dimensions."""
+    for D, N, K in ((2, 30_000, 64), (5, 30_000, 20)):
+        rng = np.random.default_rng(D)
+        x = (rng.normal(size=(N, D)) + 20 * rng.normal(size=(K, D))[rng.integers(0, K, N)]).astype(np.float32)
+        start = gk.initialise(x, K, generator=torch.Generator().manual_seed(0))
+        whole = gk.fit(start, x, gk.EM(tol=0), truncate=1e-4, max_iter=9)
+        assert whole.report.pairs < 1
+        path = tmp_path / f"{D}.ckpt"
+        for iterations in (2, 5, 7, 9):
+            found = gk.fit(start, x, gk.EM(tol=0), truncate=1e-4, max_iter=iterations, checkpoint=path)
+        assert same(found, whole)
+
+
+def test_a_finished_fit_answers_at_once_and_goes_on_with_more_iterations(x, tmp_path):
+    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "fit.ckpt"
+    first = gk.fit(start, x, gk.EM(tol=1e-9), max_iter=300, checkpoint=path)
+    again = gk.fit(start, x, gk.EM(tol=1e-9), max_iter=300, checkpoint=path)
+    assert same(again, first)
+    assert (again.converged, again.n_iter) == (True, first.n_iter)
+    further = gk.fit(start, x, gk.EM(tol=0), max_iter=first.n_iter + 2, checkpoint=path)
+    assert further.n_iter == first.n_iter + 2
+
+
+def test_foreign_checkpoints_are_refused(x, tmp_path):
+    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "fit.ckpt"
+    gk.fit(start, x, gk.EM(tol=0), max_iter=2, checkpoint=path)
+    other = x.copy()
+    other[17, 1] += 1e-3
+    for data, model, method, what in (
+        (other, start, gk.EM(), "another data"),
+        (x[:-1], start, gk.EM(), "another data"),
+        (x, gk.initialise(x, 4), gk.EM(), "another model"),
+        (x, start, gk.EM(assignment="hard"), "another method"),
+        (x, start, gk.Adam(), "another method"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            gk.fit(model, data, method, max_iter=3, checkpoint=path)
+    shuffled = np.random.default_rng(0).permutation(x)
+    assert gk.fit(start, shuffled, gk.EM(tol=0), max_iter=3, checkpoint=path).n_iter == 3
+
+
+def test_damage_falls_back_to_the_one_before_and_then_says_so(x, tmp_path):
+    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "fit.ckpt"
+    expected = gk.fit(start, x, gk.EM(tol=0), max_iter=4)
+    gk.fit(start, x, gk.EM(tol=0), max_iter=3, checkpoint=gk.Checkpoint(path, every=0))
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    damages = [whole[:place] for place in np.linspace(0, len(whole) - 1, 20).astype(int)]
+    damages.append(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    previous = Path(f"{path}.previous").read_bytes()
+    for damaged in damages:
+        path.write_bytes(damaged)
+        Path(f"{path}.previous").write_bytes(previous)
+        found = gk.fit(start, x, gk.EM(tol=0), max_iter=4, checkpoint=path)
+        assert torch.equal(found.mixture.means, expected.mixture.means)
+        for file in (path, Path(f"{path}.previous")):
+            file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"no checkpoint is whole: .*delete them to begin anew"):
+            gk.fit(start, x, gk.EM(tol=0), max_iter=4, checkpoint=path)
+
+
+def test_estimators_keep_one(x, tmp_path):
+    path = tmp_path / "fit.ckpt"
+    model = gk.GaussianMixture(3, random_state=0, checkpoint=path).fit(x)
+    assert path.exists()
+    again = gk.GaussianMixture(3, random_state=0, checkpoint=path).fit(x)
+    assert np.array_equal(again.means_, model.means_)
+    with pytest.raises(ValueError, match="checkpoint keeps one fit"):
+        gk.GaussianMixture(3, n_init=2, checkpoint=path).fit(x)
+    with pytest.raises(ValueError, match="every must not be negative"):
+        gk.Checkpoint(path, every=-1)
