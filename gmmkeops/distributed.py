@@ -6,12 +6,16 @@ that every rank makes the same step from the same sums. A rank that is gone, stu
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,16 +25,52 @@ from torch import Tensor
 from gmmkeops.moments import Moments
 from gmmkeops.sources import Reservoir, Source, Survey
 
-__all__ = ["RankError", "World"]
+__all__ = ["RankError", "World", "join"]
 
-# Seconds between two signs of life, between two looks at the others', and without one until a rank counts as gone.
-_BEAT, _LOOK, _GONE = 1.0, 0.5, 40.0
+# Seconds between two signs of life, and without one until a rank counts as gone.
+_BEAT, _GONE = 0.5, 40.0
 # Seconds in which it shows who is gone, once a connection has broken.
 _VERDICT = 5.0
 
 _REMEDY = "; a fit with checkpoint= goes on from its last checkpoint when it is started again."
 
 _fits = itertools.count()
+# Ranks of this process (one at most) that have left a collective which will never end.
+_stuck: list[int] = []
+
+
+@cache
+def _let_go_at_exit() -> None:
+    """Ends a process that could not end by itself: torch waits half an hour for a collective with a rank that is stuck."""
+
+    def leave() -> None:
+        if _stuck:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+    atexit.register(leave)
+
+
+def join(backend: str | None = None) -> None:
+    """Makes this process a rank of the group that ``torchrun`` has started; does nothing outside of one.
+
+    Restarts of killed workers meet in a store of their own. (Without that, ranks of torch 2.13 that start again try the
+    addresses of their predecessors.)
+
+    Args:
+        backend: ``"gloo"`` or ``"nccl"``; by default what this machine's devices suggest.
+    """
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"gmmkeops attempt {attempt}", store)
+    backend = ("nccl" if cuda else "gloo") if backend is None else backend
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 class RankError(RuntimeError):
@@ -54,8 +94,11 @@ class World:
         self.device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         self.key = f"gmmkeops/fit {next(_fits)}"
         self.store = dist.distributed_c10d._get_default_store()
-        self.seen = {rank: ("", time.monotonic()) for rank in range(self.size)}
-        self.looked = time.monotonic()
+        # Seconds without a sign of life until a rank counts as gone.
+        self.patience = _GONE
+        # What has been said of a rank that failed, what this one has to say, and when the store last answered.
+        self.verdict, self.word, self.heard = "", "", time.monotonic()
+        _let_go_at_exit()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -71,45 +114,47 @@ class World:
         except RankError:
             raise
         except BaseException as error:
-            self._tell(f"rank {self.rank} failed with {type(error).__name__}: {str(error).rstrip('.')}")
+            self.word = f"rank {self.rank} failed with {type(error).__name__}: {str(error).rstrip('.')}"
             raise
         finally:
             stop.set()
-            beat.join()
+            beat.join(_VERDICT)
 
     def _beat(self, stop: threading.Event) -> None:
+        """Signs of life, and an ear for those of the others, on a connection that nobody else waits on."""
         store = self.store.clone() if hasattr(self.store, "clone") else self.store
+        seen = {rank: ("", time.monotonic()) for rank in range(self.size) if rank != self.rank}
+        ended = False
         for number in itertools.count():
             try:
                 store.set(f"gmmkeops/alive {self.rank}", str(number))
+                if self.word:
+                    store.compare_set(f"{self.key}/verdict", "", self.word)
+                if store.check([f"{self.key}/verdict"]):
+                    self.verdict = store.get(f"{self.key}/verdict").decode()
+                for rank, (last, when) in seen.items():
+                    key = f"gmmkeops/alive {rank}"
+                    sign = store.get(key).decode() if store.check([key]) else ""
+                    silent = time.monotonic() - when
+                    if sign != last:
+                        seen[rank] = (sign, time.monotonic())
+                    elif silent > self.patience and not self.word:
+                        self.word = f"rank {rank} is gone: no sign of life for {silent:.0f} s"
             except RuntimeError:
-                return  # the others will find out that the store is gone
-            if stop.wait(_BEAT):
+                self.verdict = self.verdict or "rank 0, or who else holds the store of the group, is gone"
                 return
+            self.heard = time.monotonic()
+            if ended:
+                return
+            # One more round after the end, for a last word.
+            ended = stop.wait(_BEAT)
 
-    def _tell(self, verdict: str) -> None:
-        # Where the store itself is gone, the others see it by themselves.
-        with suppress(RuntimeError):
-            self.store.compare_set(f"{self.key}/verdict", "", verdict)
-
-    def _look(self, gone: float) -> None:
-        """Raises what has happened to another rank, if anything has; one that is silent for so many seconds is gone."""
-        self.looked = time.monotonic()
-        try:
-            if self.store.check([f"{self.key}/verdict"]):
-                raise RankError(self.store.get(f"{self.key}/verdict").decode() + _REMEDY)
-            for rank, (last, when) in self.seen.items():
-                key = f"gmmkeops/alive {rank}"
-                sign = self.store.get(key).decode() if self.store.check([key]) else ""
-                if sign != last:
-                    self.seen[rank] = (sign, self.looked)
-                elif rank != self.rank and self.looked - when > gone:
-                    self._tell(f"rank {rank} is gone: no sign of life for {self.looked - when:.0f} s")
-                    raise RankError(self.store.get(f"{self.key}/verdict").decode() + _REMEDY)
-        except RankError:
-            raise
-        except RuntimeError:
-            raise RankError("rank 0, or whoever else holds the store of the process group, is gone" + _REMEDY) from None
+    def _look(self) -> None:
+        """Raises what has happened to another rank, if anything has."""
+        if self.verdict:
+            raise RankError(self.verdict + _REMEDY)
+        if time.monotonic() - self.heard > self.patience:
+            raise RankError("rank 0, or who else holds the store of the group, does not answer" + _REMEDY)
 
     def _collect(self, start: Callable[[], Any]) -> None:
         """Runs a collective to its end, with an eye on the others."""
@@ -119,17 +164,18 @@ class World:
             while not work.is_completed():
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)
-                if time.monotonic() - self.looked > _LOOK:
-                    self._look(_GONE)
+                self._look()
             work.wait()
         except RankError:
+            _stuck.append(self.rank)
             raise
         except RuntimeError as error:
             # A connection has broken. Who was at its other end shows soon, by a word or by silence.
-            end = time.monotonic() + 2 * _VERDICT
+            self.patience = _VERDICT
+            end = time.monotonic() + 3 * _VERDICT
             while time.monotonic() < end:
-                self._look(_VERDICT)
-                time.sleep(_LOOK)
+                self._look()
+                time.sleep(_BEAT)
             raise RankError(f"a connection between ranks broke ({error})" + _REMEDY) from None
 
     @classmethod

@@ -1,0 +1,200 @@
+"""Ranks of torch.distributed on loopback: the model of one process from any number, and nobody is missed in silence."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gmmkeops as gk
+
+PRELUDE = """
+import os, signal, sys, time, json
+import numpy as np, torch, torch.distributed as dist
+import gmmkeops as gk
+from gmmkeops import distributed
+from gmmkeops.distributed import RankError
+torch.set_num_threads(1)
+distributed.join("gloo")
+rank, size, folder = dist.get_rank(), dist.get_world_size(), sys.argv[1]
+x = np.load(folder + "/x.npy")
+N = len(x)
+start = gk.load(folder + "/start.safetensors")
+"""
+
+
+def launch(ranks, script, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    shared |= {"PYTHONPATH": str(Path(gk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + script, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def outputs(processes, timeout=120, awaited=None):
+    """Exit code, output and errors of those awaited; none of them is left behind."""
+    try:
+        found = {process.pid: process.communicate(timeout=timeout) for process in awaited or processes}
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [(process.returncode, *found[process.pid]) for process in awaited or processes]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(20_000, 3)) + 5 * rng.normal(size=(4, 3))[rng.integers(0, 4, 20_000)]).astype(np.float32)
+    np.save(folder / "x.npy", x)
+    gk.save(gk.initialise(x, 4, generator=torch.Generator().manual_seed(0)), folder / "start.safetensors")
+    return folder
+
+
+AGREE = """
+cuts = {1: [0, N], 2: [0, N // 5, N], 3: [0, N // 5, N // 5, N], 4: [0, 7, N // 2, N // 2, N]}[size]
+mine = x[cuts[rank]:cuts[rank + 1]]
+g = np.arange(N, dtype=float)[cuts[rank]:cuts[rank + 1]] % 3
+file = gk.Source.of(folder + "/x.npy", chunk_rows=1900)
+found = []
+def keep(mixture):
+    found.append(torch.cat([part.reshape(-1) for part in (mixture.weights, mixture.means, mixture.factor.covariances())]))
+for data, weights in ((mine, None), (mine, g), (file, None), (x, None)):
+    generator = torch.Generator().manual_seed(5 + rank)  # rank 0's counts
+    keep(gk.initialise(data, 4, weights=weights, generator=generator))
+    for method in (gk.EM(tol=0), gk.EM(tol=0, accelerate=True), gk.Adam()):
+        penalty = gk.penalties.Dirichlet(2.0)
+        keep(gk.fit(start, data, method, max_iter=5, weights=weights, penalty=penalty).mixture)
+keep(gk.GaussianMixture(4, random_state=0).fit(mine).mixture_)
+keep(gk.fit(start, mine, gk.EM(tol=0), truncate=1e-5, max_iter=3).mixture)
+stepwise = gk.fit(start, file, gk.EM(tol=0, batch_size=1000, average=True), max_iter=3)
+exact = gk.fit(start, file, gk.EM(tol=1e-7), max_iter=100)
+assert stepwise.objective - exact.objective < 1e-3, (stepwise.objective, exact.objective)
+np.save(folder + f"/out-{size}-{rank}.npy", torch.stack(found).numpy())
+"""
+
+
+def test_one_to_four_ranks_give_the_model_of_one_process(folder):
+    """Unequal shares, one of them empty; weights; files and arrays that all ranks hold alike, which are divided."""
+    for size in (1, 2, 3, 4):
+        for code, _, errors in outputs(launch(size, AGREE, folder), timeout=300):
+            assert code == 0, errors
+    expected = np.load(folder / "out-1-0.npy")
+    assert np.abs(expected).max() > 1
+    for size in (2, 3, 4):
+        for rank in range(size):
+            assert np.abs(np.load(folder / f"out-{size}-{rank}.npy") - expected).max() < 1e-6
+
+
+LONG = """
+distributed._GONE = 6.0
+print("ready", flush=True)
+gk.fit(start, gk.Source.of(folder + "/x.npy", chunk_rows=500), gk.EM(tol=0), max_iter=100_000, progress=False)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_rank_that_is_gone_is_named_on_all_others(how, victim, folder):
+    processes = launch(3, LONG, folder)
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    time.sleep(1.0)
+    began = time.monotonic()
+    processes[victim].send_signal(9 if how == "killed" else 19)
+    others = [process for rank, process in enumerate(processes) if rank != victim]
+    found = outputs(processes, timeout=60, awaited=others)
+    assert time.monotonic() - began < 60
+    for code, _, errors in found:
+        assert code != 0
+        last = errors.strip().splitlines()[-1]
+        # Rank 0 holds the store of this group, by which ranks tell each other.
+        assert "RankError" in last
+        assert f"rank {victim}" in last, errors
+
+
+DISAGREE = """
+what = os.environ["WHAT"]
+data, model, method = x[rank::size], start, gk.EM(tol=0)
+if rank == 1:
+    if what == "components":
+        model = gk.Mixture.from_parameters([0.5, 0.5], [[0.0] * 3, [1.0] * 3], [1.0, 1.0], "spherical")
+    if what == "method":
+        method = gk.EM(tol=0, assignment="hard")
+    if what == "start":
+        model = gk.Mixture(start.logits, start.means + 0.01, start.factor)
+    if what == "points":
+        data = data.copy()
+        data[5, 1] = np.nan
+try:
+    gk.fit(model, data, method, max_iter=3)
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+time.sleep(0.5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("components", "rank 1 disagrees with rank 0 on the model"),
+        ("method", "rank 1 disagrees with rank 0 on the method"),
+        ("start", "rank 1 is at another mixture than rank 0"),
+        ("points", "x must be finite, got NaN at row 5, column 1"),
+    ],
+)
+def test_a_rank_that_disagrees_or_fails_is_named_on_all(what, says, folder, monkeypatch):
+    monkeypatch.setenv("WHAT", what)
+    for rank, (code, text, errors) in enumerate(outputs(launch(3, DISAGREE, folder))):
+        assert code == 0, errors
+        assert says in text, (rank, text, errors)
+        assert "rank 1" in text or rank == 1
+
+
+RESTART = """
+attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+def die(step):
+    if attempt < 2 and rank == attempt + 1 and step.iteration == 2 + attempt:
+        os.kill(os.getpid(), signal.SIGKILL)
+file = gk.Source.of(folder + "/x.npy", chunk_rows=1900)
+checkpoint = gk.Checkpoint(folder + "/ranks.ckpt", every=0)
+result = gk.fit(start, file, gk.EM(tol=0), max_iter=8, checkpoint=checkpoint, callbacks=die)
+if rank == 0:
+    gk.save(result.mixture, folder + "/restarted.safetensors")
+    print("iterations", result.n_iter, "attempt", attempt)
+"""
+
+
+def test_torchrun_restarts_a_killed_worker_from_its_checkpoint(folder):
+    """Twice; and then another number of ranks goes on from the same files."""
+    script = folder / "script.py"
+    script.write_text(PRELUDE + RESTART)
+    environment = {**os.environ, "PYTHONPATH": str(Path(gk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "--max-restarts=3"]
+    done = subprocess.run([*command, script, folder], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "iterations 8 attempt 2" in done.stdout
+    start, x = gk.load(folder / "start.safetensors"), np.load(folder / "x.npy")
+    expected = gk.fit(start, x, gk.EM(tol=0), max_iter=8).mixture
+    assert torch.allclose(gk.load(folder / "restarted.safetensors").means, expected.means, atol=1e-6)
+    more = gk.fit(start, folder / "x.npy", gk.EM(tol=0), max_iter=10, checkpoint=folder / "ranks.ckpt")
+    assert more.n_iter == 10
+    assert more.history["objective"][7] == pytest.approx(-expected.log_prob(torch.from_numpy(x)).mean().item(), abs=0.05)
