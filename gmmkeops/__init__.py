@@ -1,6 +1,6 @@
 """Gaussian mixtures for point clouds that are too big for everybody else."""
 
-from gmmkeops import compare, penalties, reductions, selection
+from gmmkeops import compare, distributed, export, penalties, reductions, selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
 from gmmkeops.estimator import GaussianMixture
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
@@ -8,6 +8,7 @@ from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, fit
 from gmmkeops.initialise import initialise
 from gmmkeops.interop import from_sklearn, to_sklearn
 from gmmkeops.io import load, save
+from gmmkeops.memory import estimate_memory
 from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
 from gmmkeops.moments import Moments
@@ -33,6 +34,9 @@ __all__ = [
     "Source",
     "SphericalFactor",
     "compare",
+    "distributed",
+    "estimate_memory",
+    "export",
     "fit",
     "from_sklearn",
     "initialise",

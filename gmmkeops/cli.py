@@ -1,51 +1,427 @@
-"""The command line: ``gmmkeops doctor`` says what works on this machine and what to type next."""
+"""The command line: fits, scores, samples, selects and converts from the shell; ``gmmkeops doctor`` says what works here.
+
+Results go to standard output (as JSON with ``--json``), progress and messages to standard error. Exit codes: 0 for success,
+1 for an error that is told in one sentence, 2 for a command that was not understood.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-from gmmkeops import doctor
+import numpy as np
+import torch
+
+from gmmkeops import distributed, doctor, export, io, reductions, selection
+from gmmkeops.estimator import GaussianMixture
+from gmmkeops.factors import factor_class
+from gmmkeops.fitting import EM, Adam, Checkpoint, Method
+from gmmkeops.mixture import Mixture
+from gmmkeops.sources import Source
 
 __all__ = ["main"]
 
 _SIGNS = {True: "ok", False: "!!", None: "--"}
+_TYPES = ("full", "tied", "diag", "spherical", "tied_diag", "tied_spherical")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, or 1 where something that this machine could use does not work.
+    """Runs a command; returns its exit code.
 
     Args:
         arguments: As on the command line, without the program's name.
     """
+    options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
+        try:
+            return int(options.run(options) or 0)
+        except (ValueError, TypeError, OSError, ImportError, MemoryError, distributed.RankError) as error:
+            _say(f"error: {error}")
+            return 1
+        except KeyboardInterrupt:
+            _say("interrupted")
+            return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gmmkeops", description="Gaussian mixtures for big point clouds.")
     parser.add_argument("--version", action="version", version=f"gmmkeops {version('gmmkeops')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    check = commands.add_parser(
-        "doctor",
-        help="what works on this machine, and what to type where something does not",
-        description="Runs both engines on every device of this machine against float64 values.",
-        epilog="examples:  gmmkeops doctor    gmmkeops doctor --json > report.json",
+
+    def command(name: str, run: Callable[[Any], int | None], what: str, examples: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=what,
+            description=f"{what[0].upper()}{what[1:]}.",
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.add_argument("--json", action="store_true", help="the result as JSON")
+        made.set_defaults(run=run)
+        return made
+
+    fit = command(
+        "fit",
+        _fit,
+        "fit a mixture to files of points",
+        "  gmmkeops fit scan.laz -k 500 --out scan.safetensors\n"
+        '  gmmkeops fit "shards/*.parquet" -k 2000 --columns ra,dec,z --checkpoint stars.ckpt --out stars.safetensors\n'
+        "  torchrun --nproc-per-node 4 -m gmmkeops.cli fit scan.laz -k 500 --out scan.safetensors",
     )
-    check.add_argument("--json", action="store_true", help="findings as JSON")
-    options = parser.parse_args(arguments)
-    return _doctor(options.json)
+    _points(fit)
+    fit.add_argument("-k", "--components", type=int, required=True, help="number of components")
+    fit.add_argument("--out", type=Path, required=True, help="file for the mixture (.safetensors)")
+    fit.add_argument("--solver", choices=("em", "adam"), default="em", help="default: em")
+    fit.add_argument("--batch-size", type=int, help="points per step; all at once if left out")
+    fit.add_argument("--tol", type=float, default=1e-3, help="stop below this change, nats per point (default: 1e-3)")
+    fit.add_argument("--checkpoint", type=Path, help="file that keeps the state; a fit that finds it goes on from it")
+    fit.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="default: 60")
+    _fitting(fit)
+
+    score = command(
+        "score",
+        _score,
+        "mean log-density of files of points, and each point's if wanted",
+        "  gmmkeops score scan.safetensors other.laz\n  gmmkeops score scan.safetensors other.laz --out densities.npy",
+    )
+    predict = command(
+        "predict",
+        _predict,
+        "the component of each point",
+        "  gmmkeops predict scan.safetensors other.laz --out labels.npy",
+    )
+    for made, needed in ((score, False), (predict, True)):
+        made.add_argument("model", type=Path, help="a mixture's file")
+        _points(made)
+        made.add_argument("--out", type=Path, required=needed, help=".npy file with one number per point")
+
+    sample = command(
+        "sample",
+        _sample,
+        "draw points from a mixture",
+        "  gmmkeops sample scan.safetensors -n 100000 --seed 0 --out points.npy",
+    )
+    sample.add_argument("model", type=Path, help="a mixture's file")
+    sample.add_argument("-n", "--number", type=int, default=1000, help="how many (default: 1000)")
+    sample.add_argument("--seed", type=int, help="for the same points each time")
+    sample.add_argument("--out", type=Path, required=True, help=".npy or .csv file")
+
+    select = command(
+        "select",
+        _select,
+        "compare numbers of components and covariance types",
+        "  gmmkeops select scan.laz -k 5,10,20 --covariance full,diag --out best.safetensors",
+    )
+    _points(select)
+    select.add_argument("-k", "--components", required=True, help="numbers to try: 2,4,8 or 1:10 or 10:100:10")
+    select.add_argument("--criterion", choices=("bic", "aic", "icl"), default="bic", help="default: bic")
+    select.add_argument("--out", type=Path, help="file for the best mixture (.safetensors)")
+    _fitting(select)
+
+    info = command("info", _info, "what is in a mixture's file", "  gmmkeops info scan.safetensors")
+    info.add_argument("model", type=Path, help="a mixture's file")
+
+    convert = command(
+        "convert",
+        _convert,
+        "write a mixture for other programs",
+        "  gmmkeops convert scan.safetensors scan.npz                    arrays under scikit-learn's names\n"
+        "  gmmkeops convert scan.safetensors scan.ply --as splats        Gaussian splats (three dimensions)\n"
+        "  gmmkeops convert scan.safetensors mesh.ply --as ellipsoids    a mesh of ellipsoids (three dimensions)",
+    )
+    convert.add_argument("model", type=Path, help="a mixture's file")
+    convert.add_argument("out", type=Path, help=".npz or .ply file")
+    convert.add_argument("--as", dest="kind", choices=("splats", "ellipsoids"), default="splats", help="of a .ply file")
+
+    command(
+        "doctor",
+        _doctor,
+        "what works on this machine, and what to type where something does not",
+        "  gmmkeops doctor\n  gmmkeops doctor --json > report.json",
+    )
+    warmup = command(
+        "warmup",
+        _warmup,
+        "compile the KeOps formulas that later runs will need",
+        "  gmmkeops warmup -d 3\n  gmmkeops warmup -d 2,3 --covariance full,diag --dtype float32,float64 --device cuda",
+    )
+    warmup.add_argument("-d", "--dimensions", required=True, help="dimensions: 3, or 2,3")
+    warmup.add_argument("--covariance", default="full", help="types, with commas (default: full)")
+    warmup.add_argument("--dtype", default="float32", help="float32, float64 or both (default: float32)")
+    warmup.add_argument("--device", default="cpu", help="default: cpu")
+    return parser
 
 
-def _doctor(as_json: bool) -> int:
+def _points(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", nargs="+", help="files of points (.npy .parquet .las .laz .ply), folders or patterns")
+    parser.add_argument("--columns", help="names or numbers of the coordinates, with commas")
+    parser.add_argument("--classes", help="classes of a LAS file to read, with commas")
+    parser.add_argument("--weights", help="name or number of the column with the points' weights")
+
+
+def _fitting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--covariance", default="full", help=f"one of {', '.join(_TYPES)} (default: full)")
+    parser.add_argument("--max-iter", type=int, default=100, help="iterations at most (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="for the same start each time (default: 0)")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: float32")
+    parser.add_argument("--max-memory", help="that the fit may take, such as 1.5GB")
+    parser.add_argument("--device", help="where to compute, e.g. cuda")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _tell(options: Any, facts: dict[str, Any], text: str) -> None:
+    """A result on standard output."""
+    sys.stdout.write((json.dumps(facts) if options.json else text) + "\n")
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _name(text: str) -> str | int:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _source(options: Any) -> Source:
+    return Source.of(
+        options.input,
+        columns=None if options.columns is None else [_name(part) for part in _list(options.columns)],
+        classes=None if options.classes is None else [int(part) for part in _list(options.classes)],
+        weights=None if options.weights is None else _name(options.weights),
+    )
+
+
+def _fit(options: Any) -> int:
+    began = time.perf_counter()
+    if not options.out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {options.out.parent} for {options.out.name}.")
+    distributed.join()
+    batch = options.batch_size
+    solver: Method[Any] = EM(batch_size=batch) if options.solver == "em" else Adam(batch_size=batch)
+    source = _source(options)
+    model = GaussianMixture(
+        options.components,
+        covariance_type=options.covariance,
+        solver=solver,
+        tol=options.tol,
+        max_iter=options.max_iter,
+        random_state=options.seed,
+        dtype=options.dtype,
+        device=options.device,
+        max_memory=options.max_memory,
+        verbose=0 if options.quiet else 1,
+        verbose_interval=1,
+        checkpoint=None if options.checkpoint is None else Checkpoint(options.checkpoint, options.checkpoint_every),
+    ).fit(source)
+    if distributed.World().rank:
+        return 0
+    io.save(model, options.out)
+    result = model.result_
+    facts = {
+        "out": str(options.out),
+        "components": model.n_components,
+        "features": model.n_features_in_,
+        "log_likelihood": result.log_likelihood,
+        "converged": model.converged_,
+        "iterations": model.n_iter_,
+        "live_components": result.report.live_components,
+        "certificate": result.report.certificate,
+        "seconds": time.perf_counter() - began,
+    }
+    _tell(options, facts, f"{result}\nwritten to {options.out}")
+    return 0
+
+
+def _each(options: Any, function: Callable[[Mixture, torch.Tensor], torch.Tensor], see: Callable[..., None]) -> Mixture:
+    """Shows ``see`` a number for each point and the points' weights, chunk by chunk; writes the numbers where wanted."""
+    mixture, source = io.load(options.model), _source(options)
+    if source.features != mixture.features:
+        raise ValueError(
+            f"{source.name} has {source.features} columns, the model {mixture.features}; choose --columns."
+        )
+    kept, rows, began = [], 0, time.perf_counter()
+    for chunk in source.chunks():
+        with torch.no_grad():
+            values = function(mixture, chunk.points)
+        see(values, torch.ones_like(values) if chunk.weights is None else chunk.weights)
+        rows += len(values)
+        if options.out is not None:
+            kept.append(values.numpy())
+        if time.perf_counter() - began > 2 and sys.stderr.isatty():
+            sys.stderr.write(f"\r{rows} points ")
+    if options.out is not None:
+        io.write_array(options.out, np.concatenate(kept))
+    return mixture
+
+
+def _score(options: Any) -> None:
+    total = mass = rows = 0.0
+
+    def see(values: torch.Tensor, weights: torch.Tensor) -> None:
+        nonlocal total, mass, rows
+        total, mass, rows = total + float(values @ weights), mass + float(weights.sum()), rows + len(values)
+
+    mixture = _each(options, lambda mixture, x: mixture.log_prob(x).double(), see)
+    P = mixture.parameter_count
+    facts = {
+        "log_likelihood": total / mass,
+        "rows": int(rows),
+        "bic": -2 * total + P * math.log(mass),
+        "aic": -2 * total + 2 * P,
+    }
+    text = f"mean log-density {total / mass:.6f} nats per point, {int(rows)} points, BIC {facts['bic']:.2f}"
+    _tell(options, facts, text)
+
+
+def _predict(options: Any) -> None:
+    counts: dict[int, int] = {}
+
+    def see(labels: torch.Tensor, weights: torch.Tensor) -> None:
+        for label, count in zip(*labels.unique(return_counts=True), strict=True):
+            counts[int(label)] = counts.get(int(label), 0) + int(count)
+
+    mixture = _each(options, lambda mixture, x: mixture.predict(x), see)
+    rows, used = sum(counts.values()), len(counts)
+    facts = {"out": str(options.out), "rows": rows, "components_used": used}
+    _tell(options, facts, f"{rows} points in {used} of {mixture.components} components; written to {options.out}")
+
+
+def _sample(options: Any) -> None:
+    if options.number < 1:
+        raise ValueError(f"--number must be at least 1, got {options.number}.")
+    if options.out.suffix not in (".npy", ".csv"):
+        raise ValueError(f"points are written to .npy or .csv files, got {options.out}.")
+    generator = torch.Generator()
+    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+    points = io.load(options.model).sample((options.number,), generator=generator).double().numpy()
+    if options.out.suffix == ".csv":
+        np.savetxt(options.out, points, delimiter=",", fmt="%.17g")
+    else:
+        io.write_array(options.out, points)
+    _tell(options, {"out": str(options.out), "rows": len(points)}, f"{len(points)} points written to {options.out}")
+
+
+def _numbers(text: str) -> list[int]:
+    """2,4,8, or 1:10, or 10:100:10 with both ends."""
+    try:
+        if ":" not in text:
+            return [int(part) for part in _list(text)]
+        first, last, *step = [int(part) for part in text.split(":")]
+        return list(range(first, last + 1, *step))
+    except ValueError:
+        raise ValueError(f"numbers of components look like 2,4,8 or 1:10 or 10:100:10, got {text!r}.") from None
+
+
+def _select(options: Any) -> None:
+    types = _list(options.covariance)
+    for kind in types:
+        factor_class(kind)
+    found = selection.select(
+        _source(options),
+        _numbers(options.components),
+        types,
+        criterion=options.criterion,
+        generator=torch.Generator().manual_seed(options.seed),
+        max_iter=options.max_iter,
+        dtype=options.dtype,
+        max_memory=options.max_memory,
+        progress=None if not options.quiet else False,
+    )
+    if options.out is not None:
+        io.save(found.best, options.out)
+    _tell(options, {"criterion": found.criterion, "rows": found.rows}, str(found))
+
+
+def _info(options: Any) -> None:
+    mixture = io.load(options.model)
+    weights, means = mixture.weights.double(), mixture.means.double()
+    largest = weights.argsort(descending=True)[:5]
+    facts = {
+        "components": mixture.components,
+        "features": mixture.features,
+        "family": mixture.factor.family,
+        "tied": mixture.factor.leading == 1 and mixture.components > 1,
+        "parameters": mixture.parameter_count,
+        "components_above_a_millionth": int((weights > 1e-6).sum()),
+        "mean": mixture.mean.tolist(),
+        "standard_deviation": mixture.variance.sqrt().tolist(),
+        "low": means.amin(0).tolist(),
+        "high": means.amax(0).tolist(),
+        "largest": [{"weight": float(weights[k]), "mean": means[k].tolist()} for k in largest],
+    }
+    lines = [f"{name.replace('_', ' '):<30}{value}" for name, value in facts.items() if name != "largest"]
+    lines += [f"component {k:<20}weight {float(weights[k]):.4f}, mean {means[k].tolist()}" for k in largest.tolist()]
+    _tell(options, facts, "\n".join(lines))
+
+
+def _convert(options: Any) -> None:
+    mixture, out = io.load(options.model), options.out
+    facts: dict[str, Any] = {"out": str(out), "components": mixture.components}
+    text = f"{mixture.components} components written to {out}"
+    if out.suffix == ".npz":
+        export.npz(mixture, out)
+    elif out.suffix == ".ply" and options.kind == "ellipsoids":
+        export.ellipsoids(mixture, out)
+    elif out.suffix == ".ply":
+        facts["offset"] = export.splats(mixture, out).tolist()
+        text += f"; add {facts['offset']} to its coordinates"
+    else:
+        raise ValueError(f"mixtures are converted to .npz or .ply files, got {out}.")
+    _tell(options, facts, text)
+
+
+def _doctor(options: Any) -> int:
     findings = doctor.examine()
-    if as_json:
+    lines = []
+    for finding in findings:
+        lines.append(f"{_SIGNS[finding.ok]}  {finding.what:<18}{finding.says}")
+        lines += [f"    type: {finding.remedy}"] if finding.remedy else []
+    if options.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
     else:
-        for finding in findings:
-            sys.stdout.write(f"{_SIGNS[finding.ok]}  {finding.what:<18}{finding.says}\n")
-            if finding.remedy:
-                sys.stdout.write(f"    type: {finding.remedy}\n")
+        sys.stdout.write("\n".join(lines) + "\n")
     return int(any(finding.ok is False for finding in findings))
+
+
+def _warmup(options: Any) -> int:
+    rows, device = [], torch.device(options.device)
+    for D in _numbers(options.dimensions):
+        for kind in _list(options.covariance):
+            for name in _list(options.dtype):
+                dtype = getattr(torch, name, None)
+                if dtype not in (torch.float32, torch.float64):
+                    raise ValueError(f"--dtype must be float32, float64 or both, got {name!r}.")
+                began = time.perf_counter()
+                x = torch.rand(64, D, dtype=dtype, device=device, requires_grad=True)
+                means = torch.rand(2, D, dtype=torch.float64, device=device)
+                unit = torch.eye(D) if factor_class(kind)[0].family == "full" else torch.ones(D)
+                factor = unit.expand(2, *unit.shape).double().to(device)
+                if reductions.engine(x, "keops") != "keops":
+                    raise ValueError("KeOps cannot run here; gmmkeops doctor says why.")
+                arguments = (x, means[:, 0], means, factor)
+                reductions.logsumexp(*arguments, backend="keops").sum().backward()
+                reductions.moments(x.detach(), *arguments[1:], backend="keops")
+                reductions.argmax(x.detach(), *arguments[1:], backend="keops")
+                seconds = time.perf_counter() - began
+                rows.append({"dimension": D, "covariance": kind, "dtype": name, "seconds": seconds})
+                _say(f"D={D} {kind} {name}: {seconds:.1f} s")
+    _tell(options, {"formulas": rows}, f"{len(rows)} sets of formulas are ready")
+    return 0
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class GaussianMixture(Estimator):
             default what rounding hides, where that pays.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, where the fit's state is kept, and from where it goes on; with
             one start only.
+        max_memory: Bytes, or text such as "1.5GB", that a fit may take (:func:`gmmkeops.fit`).
 
     Attributes:
         weights_ (K,), means_ (K, D), covariances_, precisions_, precisions_cholesky_: Parameters, float64, data units:
@@ -125,6 +126,7 @@ class GaussianMixture(Estimator):
         backend: str = "auto",
         truncate: float | None = None,
         checkpoint: Any = None,
+        max_memory: Any = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -147,6 +149,7 @@ class GaussianMixture(Estimator):
         self.backend = backend
         self.truncate = truncate
         self.checkpoint = checkpoint
+        self.max_memory = max_memory
 
     @property
     def fitted_(self) -> bool:
@@ -195,6 +198,7 @@ class GaussianMixture(Estimator):
                     backend=self.backend,
                     dtype=self.dtype,
                     checkpoint=self.checkpoint,
+                    max_memory=self.max_memory,
                     callbacks=self._talk(run),
                     progress=False,
                     generator=generator,

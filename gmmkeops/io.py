@@ -17,7 +17,7 @@ import torch
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.mixture import Mixture
 
-__all__ = ["KINDS", "load", "save", "write_whole"]
+__all__ = ["KINDS", "load", "save", "write_array", "write_whole"]
 
 _FORMAT = "gmmkeops.mixture"
 _VERSION = 1
@@ -60,6 +60,21 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {_FORMAT: json.dumps(header)}
     )
     write_whole(Path(path), data)
+
+
+def write_array(path: Path, array: Any) -> None:
+    """Writes a .npy file, whole or not at all.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    import io
+
+    import numpy as np
+
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    write_whole(path, file.getvalue())
 
 
 def write_whole(path: Path, data: bytes) -> None:

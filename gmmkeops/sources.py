@@ -26,10 +26,10 @@ from torch import Tensor
 from gmmkeops._checks import as_points, as_weights, check_finite
 from gmmkeops._readers import SUFFIXES, Arrays, Chunk, Files, Reader, Streams, Unit, open_file
 
-__all__ = ["Chunk", "Reservoir", "Source", "Survey", "chunked", "fingerprint", "readable", "sample"]
+__all__ = ["NUMBERS", "Chunk", "Reservoir", "Source", "Survey", "chunked", "fingerprint", "readable", "sample"]
 
 # Numbers in a chunk: enough for long sweeps, little beside the rest of a process.
-_NUMBERS = 1 << 20
+NUMBERS = 1 << 20
 # Rows that a survey's sample has unless more are asked for.
 _SAMPLE = 20_000
 # How far sums of the same numbers in another order may be apart, as a share of the sum of their magnitudes.
@@ -128,7 +128,7 @@ class Reservoir:
         return rows[torch.from_numpy(order).to(rows.device)], torch.from_numpy(mass[order]).to(rows.device)
 
 
-def sample(x: Tensor, weights: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
+def sample(x: Tensor, weights: Tensor | None, size: int = _SAMPLE) -> tuple[Tensor, Tensor | None]:
     """At most ``size`` rows of points (N, D) with masses that make them stand for all; the points themselves if no more."""
     if len(x) <= size:
         return x, weights
@@ -188,7 +188,7 @@ class Source:
 
     def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:
         self.reader, self.name, self.features = reader, reader.name, reader.features
-        self.size = chunk_rows or max(1, _NUMBERS // self.features)
+        self.size = chunk_rows or max(1, NUMBERS // self.features)
         given = weights.detach().cpu() if isinstance(weights, Tensor) else weights
         self.weights = None if given is None else np.asarray(given, dtype=np.float64)
         self.rows = None if isinstance(reader, Streams) else reader.rows
@@ -267,6 +267,12 @@ class Source:
             size = min(size, max(1, (self.reader.rows or 0) // (8 * count)))
         units = self.reader.units(size)
         return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
+
+    def in_chunks(self, rows: int) -> Source:
+        """The same, read at most so many rows at a time."""
+        part = copy.copy(self)
+        part.size = min(self.size, rows)
+        return part
 
     def shared(self, rank: int, count: int, first: int = 0) -> Source:
         """Part number ``rank`` of ``count`` of the rows, numbered from ``first`` on."""

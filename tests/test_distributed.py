@@ -197,4 +197,6 @@ def test_torchrun_restarts_a_killed_worker_from_its_checkpoint(folder):
     assert torch.allclose(gk.load(folder / "restarted.safetensors").means, expected.means, atol=1e-6)
     more = gk.fit(start, folder / "x.npy", gk.EM(tol=0), max_iter=10, checkpoint=folder / "ranks.ckpt")
     assert more.n_iter == 10
-    assert more.history["objective"][7] == pytest.approx(-expected.log_prob(torch.from_numpy(x)).mean().item(), abs=0.05)
+    assert more.history["objective"][7] == pytest.approx(
+        -expected.log_prob(torch.from_numpy(x)).mean().item(), abs=0.05
+    )

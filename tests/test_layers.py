@@ -23,6 +23,7 @@ LAYERS = [
     ["gmmkeops.reductions._blocks"],
     ["gmmkeops.reductions._dense", "gmmkeops.reductions._keops"],
     ["gmmkeops.reductions"],
+    ["gmmkeops.memory"],
     ["gmmkeops.mixture"],
     ["gmmkeops.initialise", "gmmkeops.compare", "gmmkeops.io"],
     ["gmmkeops.module"],
@@ -37,7 +38,7 @@ LAYERS = [
     ["gmmkeops.selection"],
     ["gmmkeops._contract"],
     ["gmmkeops.estimator"],
-    ["gmmkeops.plotting", "gmmkeops.interop", "gmmkeops.doctor"],
+    ["gmmkeops.plotting", "gmmkeops.interop", "gmmkeops.doctor", "gmmkeops.export"],
     ["gmmkeops.cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

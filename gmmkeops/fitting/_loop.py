@@ -24,6 +24,7 @@ from gmmkeops.fitting._checkpoint import Checkpoint, Journal
 from gmmkeops.fitting._data import Memory
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import Evaluation, Method, Problem
+from gmmkeops.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
 from gmmkeops.penalties import Penalty
@@ -146,6 +147,7 @@ def fit(
     progress: bool | None = None,
     generator: torch.Generator | None = None,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    max_memory: int | float | str | None = None,
 ) -> FitResult:
     r"""Fits a mixture to a cloud by a method.
 
@@ -175,6 +177,8 @@ def fit(
             is left alone either way.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, where the state is kept every minute. A fit that finds one
             there goes on from it, as if it had not been interrupted: to the last bit for EM on a CPU.
+        max_memory: Bytes, or text such as "1.5GB", that the fit may take beside imports and the given points. Points whose
+            copy in the frame would take more are read a chunk at a time, from memory too.
 
     Returns:
         A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far.
@@ -210,7 +214,10 @@ def fit(
         saved = None if journal.checkpoint is None else journal.checkpoint.read(mixture.means.device, world)
         frame = None if saved is None else Frame(*saved["frame"])
         kind = as_dtype(dtype)
-        problem = _problem(mixture, x, weights, penalty, truncate, backend, kind, generator, world, frame, journal)
+        limit = None if max_memory is None else as_bytes(max_memory)
+        problem = _problem(
+            mixture, x, weights, penalty, truncate, backend, kind, generator, world, frame, journal, limit
+        )
         told = (callbacks,) if callable(callbacks) else tuple(callbacks)
         run = _Run(problem, method, tol, told, began, _facts(problem, mixture, method))
         inside = problem.frame.enter(mixture.detach().to(torch.float64))
@@ -257,6 +264,7 @@ def _problem(
     world: World,
     frame: Frame | None,
     journal: Journal,
+    limit: int | None,
 ) -> Problem:
     """What is asked, checked."""
     K, D, device = mixture.components, mixture.features, mixture.means.device
@@ -271,6 +279,8 @@ def _problem(
         if x.device != device:
             raise ValueError(f"x is on {x.device} but the start on {device}; move one with .to().")
         g = as_weights(weights, x, some=alone)
+    if limit is not None:
+        x, g = _within(limit, mixture, x, g, dtype)
     problem = Problem.of(
         x,
         g,
@@ -291,6 +301,19 @@ def _problem(
             "pass more points or use fewer components."
         )
     return problem
+
+
+def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """Points and weights, to be read in chunks small enough for a limit, in bytes, where all at once would not be."""
+    K, D = mixture.components, mixture.features
+    tied = "tied_" if mixture.factor.leading == 1 and K > 1 else ""
+    kind = tied + {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
+    if isinstance(x, Source):
+        return x.in_chunks(chunk_rows(limit, K, D, kind, dtype or torch.float64)), g
+    work = x.dtype if dtype is None else dtype
+    if estimate_memory(len(x), K, D, covariance_type=kind, dtype=work) <= limit:
+        return x, g
+    return Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, work)), None
 
 
 def _facts(problem: Problem, mixture: Mixture, method: Method[Any]) -> dict[str, Any]:

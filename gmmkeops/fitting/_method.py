@@ -20,7 +20,7 @@ from gmmkeops.fitting._frame import Frame
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
 from gmmkeops.penalties import Penalty, Surrogate, as_penalty
-from gmmkeops.sources import Source, fingerprint
+from gmmkeops.sources import Source, fingerprint, sample
 
 __all__ = ["Evaluation", "Method", "Population", "Problem"]
 
@@ -91,15 +91,15 @@ class Problem:
         data: Data
         if isinstance(x, Tensor) and world.size == 1:
             rows, mass = len(x), float(len(x)) if weights is None else float(weights.sum())
-            points = mass if weights is None else mass**2 / float(weights.square().sum())
-            frame = Frame.of(x, weights, isotropic=isotropic) if frame is None else frame
+            effective = mass if weights is None else mass**2 / float(weights.square().sum())
+            frame = Frame.of(*sample(x, weights), isotropic=isotropic) if frame is None else frame
             mark = None if journal.checkpoint is None else fingerprint(x, weights)
         else:
             source = x if isinstance(x, Source) else world.share(Source.of(x, weights=weights))
             survey = world.merged(source.survey())
-            rows, mass, points = survey.rows, survey.mass, survey.mass**2 / max(survey.squares, 1e-300)
-            sample, masses = survey.reservoir.sample()
-            frame = Frame.of(sample.to(device), masses.to(device), isotropic=isotropic) if frame is None else frame
+            rows, mass, effective = survey.rows, survey.mass, survey.mass**2 / max(survey.squares, 1e-300)
+            points, masses = survey.reservoir.sample()
+            frame = Frame.of(points.to(device), masses.to(device), isotropic=isotropic) if frame is None else frame
             single, mark = survey.single, survey.fingerprint
         if isinstance(x, Tensor):
             first = 0
@@ -112,7 +112,7 @@ class Problem:
             data = Stream(x, frame, kept if dtype is None else dtype, device, truncate)
         penalty = None if penalty is None else as_penalty(penalty)
         return cls(
-            data, rows, mass, points, frame, penalty, backend, generator, world, fingerprint=mark, journal=journal
+            data, rows, mass, effective, frame, penalty, backend, generator, world, fingerprint=mark, journal=journal
         )
 
     def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Problem:

@@ -43,6 +43,7 @@ __all__ = [
     "attached",
     "engine",
     "logsumexp",
+    "may_arrange",
     "moments",
     "topk",
     "total",
@@ -153,6 +154,11 @@ def _pays(x: Tensor, components: int, sweeps: int, labelled: bool) -> bool:
         # Short lists only pay in tiles with work for more than their own making: about a thousand rows in 20 dimensions.
         return components >= 16 and N * components >= 1_000_000 and sweeps >= 8 and 20_000 * components <= N * D
     return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
+
+
+def may_arrange(rows: int, components: int, dimensions: int) -> bool:
+    """Whether a fit of so many points would arrange them by itself."""
+    return any(_pays(torch.empty(rows, dimensions, device="meta"), components, 1 << 20, few) for few in (False, True))
 
 
 _Setup = tuple[Exponents, Truncation | None]

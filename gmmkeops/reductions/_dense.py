@@ -13,9 +13,10 @@ products a tile is only ever touched by a softmax. No array of N x K numbers exi
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from gmmkeops.reductions._cores import on_cores
 from gmmkeops.reductions._exponents import Exponents
 
 __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
+
+_logger = logging.getLogger("gmmkeops")
 
 # Numbers in one tile: few enough to stay in cache with their copies, enough to outweigh the cost of a torch call
 # (2 cores: 4-5e8 pairs/s at 256Ki against 1.6-1.9e8 at 32Ki, D = 2 and 3). A GPU wants long kernels.
@@ -188,11 +191,12 @@ class _Tile:
         return values
 
 
-def _tile_rows(problem: Exponents) -> int:
+def _tile_rows(problem: Exponents, halvings: int = 0) -> int:
     N, K, D = problem.shape
     width = K + (D * (D + 1) // 2 if problem.is_full else D)
     size = _TILE_CUDA if problem.x.is_cuda else _TILE_CPU
-    return max(1, min(N, max(32, size // width), 8192 if not problem.x.is_cuda else N))
+    rows = max(1, min(N, max(32, size // width), 8192 if not problem.x.is_cuda else N))
+    return max(min(rows, 32), rows >> halvings)
 
 
 _Body = Callable[[_Tile, int, int], None]
@@ -220,14 +224,40 @@ def _sweep(
         featured: Load features also where the exponents do without them.
         single: As in :meth:`Truncation.begin`.
     """
+    for halvings in count():
+        try:
+            return _swept(problem, body, blocks, clamp, featured, single, halvings)
+        except (MemoryError, RuntimeError) as error:
+            # With less memory, smaller tiles; at thirty-two rows there is nothing left to save.
+            if not _is_out_of_memory(error) or _tile_rows(problem, halvings) <= 32:
+                raise
+            _logger.warning("out of memory: tiles are halved")
+            if problem.x.is_cuda:
+                torch.cuda.empty_cache()
+    raise AssertionError("halving ends")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _swept(
+    problem: Exponents,
+    body: _Body,
+    blocks: Truncation | None,
+    clamp: bool,
+    featured: bool,
+    single: bool,
+    halvings: int,
+) -> list[_Tile]:
     plan = None if blocks is None else blocks.begin(problem, single)
     if blocks is None or plan is None:
-        N, size = problem.shape[0], _tile_rows(problem)
+        N, size = problem.shape[0], _tile_rows(problem, halvings)
         tiles: list[_Stretch] = [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
         return _run(problem, body, tiles, clamp, featured)
     workers: list[_Tile] = []
     while plan is not None:
-        plan = plan.split(2 * _TILE_CPU)
+        plan = plan.split(2 * _TILE_CPU >> halvings)
         new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, single)), clamp, featured)
         workers += new
         minima = torch.tensor([least for tile in new for least in tile.minima], dtype=torch.float64)

@@ -1,0 +1,173 @@
+r"""Mixtures for other programs: arrays for scikit-learn, ellipsoids for mesh viewers, Gaussian splats for splat viewers.
+
+.. math:: \Sigma_k = R_k\, \mathrm{diag}(s_k)^2 R_k^\top
+
+A splat holds the centre, the logarithms of :math:`s_k`, :math:`R_k` as a unit quaternion, an opacity (as its logit) and a
+colour (as the constant term of its spherical harmonics). References: Kerbl, Kopanas, Leimkühler and Drettakis 2023, *3D
+Gaussian splatting for real-time radiance field rendering*, whose file layout this is; Shepperd 1978, *Quaternion from
+rotation matrix*.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gmmkeops.io import write_whole
+from gmmkeops.mixture import Mixture
+
+__all__ = ["ellipsoids", "npz", "splats"]
+
+# Value of the constant spherical harmonic.
+_HARMONIC = 0.28209479177387814
+# Coefficients of the higher harmonics that splat viewers expect to find: three colours of degrees one to three.
+_REST = 45
+# Bands and sectors of an ellipsoid's mesh.
+_BANDS, _SECTORS = 8, 16
+
+
+def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
+    """Writes what ``sklearn.mixture.GaussianMixture`` holds, under its names, to a file that ``numpy.load`` reads.
+
+    Arrays: ``weights_`` (K,), ``means_`` (K, D), ``covariances_`` and ``precisions_cholesky_`` in the shape that the
+    covariance type has there, float64, data units; and ``covariance_type``.
+
+    Args:
+        mixture: One mixture. Types that scikit-learn lacks are written as the nearest it has: tied ones of several
+            components as "tied", or written out for each component.
+        path: The file.
+    """
+    from gmmkeops.estimator import GaussianMixture
+
+    model: Any = GaussianMixture.from_mixture(mixture.detach().to("cpu"))
+    kind = model.covariance_type
+    if kind in ("tied_diag", "tied_spherical"):
+        K, D, C = mixture.components, mixture.features, mixture.factor.covariances().detach().cpu().numpy()
+        full = np.broadcast_to(C, (K, D, D))[0]
+        arrays = {"covariances_": full, "precisions_cholesky_": np.diag(1 / np.sqrt(np.diag(full)))}
+        kind = "tied"
+    else:
+        arrays = {"covariances_": model.covariances_, "precisions_cholesky_": model.precisions_cholesky_}
+    arrays |= {"weights_": model.weights_, "means_": model.means_, "covariance_type": np.array(kind)}
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_whole(Path(path), file.getvalue())
+
+
+def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float = 2.0) -> None:
+    """Writes one ellipsoid for each component as a coloured triangle mesh in PLY, coordinates in float64.
+
+    Args:
+        mixture: One mixture in three dimensions.
+        path: The file.
+        radius: How many standard deviations large they are.
+
+    Raises:
+        ValueError: The mixture has not three dimensions.
+        ImportError: plyfile is not installed.
+    """
+    from plyfile import PlyData, PlyElement
+
+    W, means, scales, R = _parts(mixture)
+    K = len(W)
+    bands, sectors = np.linspace(0, np.pi, _BANDS + 1), np.linspace(0, 2 * np.pi, _SECTORS, endpoint=False)
+    theta, phi = (grid.ravel() for grid in np.meshgrid(bands, sectors, indexing="ij"))
+    sphere = np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], 1)
+    vertices = means[:, None] + radius * (sphere * scales[:, None]) @ R.transpose(0, 2, 1)
+    rows = np.empty(K * len(sphere), [(name, "f8") for name in "xyz"] + [(name, "u1") for name in _COLOURS])
+    for d, name in enumerate("xyz"):
+        rows[name] = vertices[:, :, d].ravel()
+    for d, name in enumerate(_COLOURS):
+        rows[name] = np.repeat((255 * _colours(means)[:, d]).astype(np.uint8), len(sphere))
+    band, sector = (grid.ravel() for grid in np.meshgrid(np.arange(_BANDS), np.arange(_SECTORS), indexing="ij"))
+    a, b = band * _SECTORS + sector, band * _SECTORS + (sector + 1) % _SECTORS
+    triangles = np.concatenate([np.stack([a, a + _SECTORS, b], 1), np.stack([b, a + _SECTORS, b + _SECTORS], 1)])
+    faces = np.empty(K * len(triangles), [("vertex_indices", "i4", (3,))])
+    faces["vertex_indices"] = (triangles[None] + len(sphere) * np.arange(K)[:, None, None]).reshape(-1, 3)
+    elements = [PlyElement.describe(rows, "vertex"), PlyElement.describe(faces, "face")]
+    _write(PlyData(elements, comments=[f"{K} ellipsoids of {radius:g} standard deviations"]), path)
+
+
+def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
+    """Writes the components as Gaussian splats in the PLY layout that splat viewers read.
+
+    Viewers read float32, so centres are written about an offset, whole units near their middle: map coordinates keep their
+    millimetres. It is in the file as a comment, ``offset X Y Z``, too. Covariances come back to about 1e-6 of their size.
+
+    Args:
+        mixture: One mixture in three dimensions.
+        path: The file.
+
+    Returns:
+        The offset (3,), data units, to be added to the file's coordinates.
+
+    Raises:
+        ValueError: The mixture has not three dimensions.
+        ImportError: plyfile is not installed.
+    """
+    from plyfile import PlyData, PlyElement
+
+    W, means, scales, R = _parts(mixture)
+    offset = np.round(np.median(means, 0))
+    area = np.sort(scales, 1)[:, 1:].prod(1)
+    cover = W / area
+    opacity = np.clip(1 - np.exp(-2 * cover / np.median(cover)), 0.02, 0.99)
+    columns = {name: (means - offset)[:, d] for d, name in enumerate("xyz")}
+    columns |= {name: np.zeros(len(W)) for name in ("nx", "ny", "nz")}
+    columns |= {f"f_dc_{d}": (_colours(means)[:, d] - 0.5) / _HARMONIC for d in range(3)}
+    columns |= {f"f_rest_{i}": np.zeros(len(W)) for i in range(_REST)}
+    columns |= {"opacity": np.log(opacity / (1 - opacity))}
+    columns |= {f"scale_{d}": np.log(scales[:, d]) for d in range(3)}
+    columns |= {f"rot_{d}": part for d, part in enumerate(_quaternions(R).T)}
+    rows = np.empty(len(W), [(name, "f4") for name in columns])
+    for name, values in columns.items():
+        rows[name] = values
+    note = "offset " + " ".join(f"{value:.17g}" for value in offset)
+    _write(PlyData([PlyElement.describe(rows, "vertex")], comments=[note]), path)
+    return offset
+
+
+_COLOURS = ("red", "green", "blue")
+
+
+def _write(data: Any, path: str | os.PathLike[str]) -> None:
+    file = io.BytesIO()
+    data.write(file)
+    write_whole(Path(path), file.getvalue())
+
+
+def _parts(mixture: Mixture) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Weights (K,), means (K, 3), standard deviations along axes (K, 3), and the axes as rotations (K, 3, 3)."""
+    if mixture.batch_shape or mixture.features != 3:
+        raise ValueError(f"only one mixture in 3 dimensions can be drawn in space, got {mixture.features} dimensions.")
+    mixture = mixture.detach().to("cpu")
+    C = mixture.factor.covariances().expand(mixture.components, 3, 3).double().numpy()
+    values, R = np.linalg.eigh(C)
+    # A reflection is no rotation.
+    R = R * np.where(np.linalg.det(R) < 0, -1.0, 1.0)[:, None, None]
+    return mixture.weights.double().numpy(), mixture.means.double().numpy(), np.sqrt(np.maximum(values, 1e-300)), R
+
+
+def _colours(means: np.ndarray) -> np.ndarray:
+    """Colours by height (K, 3), from 0 to 1, readable by the colour-blind."""
+    import matplotlib
+
+    low, high = np.quantile(means[:, 2], [0.02, 0.98])
+    return matplotlib.colormaps["viridis"]((means[:, 2] - low) / max(high - low, 1e-300))[:, :3]
+
+
+def _quaternions(R: np.ndarray) -> np.ndarray:
+    """Unit quaternions w, x, y, z (K, 4) of rotations (K, 3, 3), each from its largest part, which loses no digits."""
+    diagonal = R.diagonal(axis1=1, axis2=2)
+    trace = diagonal.sum(1)
+    squares = np.concatenate([1 + trace[:, None], 1 - trace[:, None] + 2 * diagonal], 1)
+    w = np.stack([squares[:, 0], R[:, 2, 1] - R[:, 1, 2], R[:, 0, 2] - R[:, 2, 0], R[:, 1, 0] - R[:, 0, 1]], 1)
+    x = np.stack([w[:, 1], squares[:, 1], R[:, 1, 0] + R[:, 0, 1], R[:, 0, 2] + R[:, 2, 0]], 1)
+    y = np.stack([w[:, 2], x[:, 2], squares[:, 2], R[:, 2, 1] + R[:, 1, 2]], 1)
+    z = np.stack([w[:, 3], x[:, 3], y[:, 3], squares[:, 3]], 1)
+    rows = np.stack([w, x, y, z], 1)[np.arange(len(R)), squares.argmax(1)]
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

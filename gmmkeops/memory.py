@@ -1,0 +1,91 @@
+"""How much memory a fit takes beside the points that it is given, and how to keep below a limit."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from gmmkeops._checks import as_dtype
+from gmmkeops.factors import factor_class
+from gmmkeops.reductions import may_arrange
+from gmmkeops.sources import NUMBERS
+
+__all__ = ["as_bytes", "chunk_rows", "estimate_memory"]
+
+# Copies of all parameters that a step holds at once: moments, their shifts, factors, a history of one.
+_COPIES = 24
+# What tiles, threads and torch's own buffers take, whatever the problem.
+_FIXED = 64 << 20
+# Points that a start looks at, and copies of them.
+_SAMPLE, _SAMPLE_COPIES = 20_000, 6
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def estimate_memory(
+    n: int, k: int, d: int, *, covariance_type: str = "full", dtype: Any = "float32", streamed: bool = False
+) -> int:
+    """Bytes that a fit takes at its peak beside imports and the given points; an upper estimate.
+
+    Args:
+        n, k, d: Points, components, dimensions.
+        covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
+        dtype: What the points are computed in.
+        streamed: Whether they are read from a source, chunk by chunk; then n does not matter.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> gk.estimate_memory(10**8, 1000, 3) > 10**9 > gk.estimate_memory(10**8, 1000, 3, streamed=True)
+        True
+    """
+    kind = as_dtype(dtype) or torch.float64
+    rows = min(n, NUMBERS // d) if streamed else n
+    return _components(k, d, covariance_type) + rows * _per_row(rows, k, d, kind, streamed)
+
+
+def _components(k: int, d: int, covariance_type: str) -> int:
+    family, tied = factor_class(covariance_type)[0].family, factor_class(covariance_type)[1]
+    shape = {"full": d * d, "diagonal": d, "spherical": 1}[family]
+    moments = 8 * k * (1 + d + shape) * _COPIES
+    return _FIXED + (moments // 2 if tied else moments) + 8 * max(_SAMPLE, 20 * k) * d * _SAMPLE_COPIES
+
+
+def _per_row(rows: int, k: int, d: int, dtype: torch.dtype, streamed: bool) -> int:
+    size = torch.finfo(dtype).bits // 8
+    # The copy in the frame; arranged, one more with its order while it is sorted; streamed, the chunk before it too.
+    copies = 1 + 2 * may_arrange(rows, k, d)
+    return d * size * copies + 32 * (copies > 1) + (d * (size + 24) if streamed else 0)
+
+
+def as_bytes(limit: int | float | str) -> int:
+    """Bytes from a number, or from text such as "1.5GB" or "800MiB".
+
+    Raises:
+        ValueError: It is neither, or not positive.
+    """
+    if isinstance(limit, str):
+        found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", limit.upper())
+        if found is None:
+            raise ValueError(f"max_memory looks like 2e9, '1.5GB' or '800MiB', got {limit!r}.")
+        limit = float(found[1]) * _UNITS[found[2]]
+    if not limit > 0:
+        raise ValueError(f"max_memory must be positive, got {limit}.")
+    return int(limit)
+
+
+def chunk_rows(limit: int, k: int, d: int, covariance_type: str, dtype: torch.dtype) -> int:
+    """Rows of a chunk with which a streamed fit stays below a limit in bytes.
+
+    Raises:
+        ValueError: Not even a small chunk would.
+    """
+    left = limit - _components(k, d, covariance_type)
+    rows = min(NUMBERS // d, left // _per_row(NUMBERS // d, k, d, dtype, True))
+    if rows < 1000:
+        least = _components(k, d, covariance_type) + 1000 * _per_row(1000, k, d, dtype, True)
+        raise ValueError(
+            f"a fit of {k} components in {d} dimensions takes at least {least / 1e6:.0f} MB, max_memory allows "
+            f"{limit / 1e6:.0f} MB; raise it, or use fewer components or a simpler covariance type."
+        )
+    return int(rows)

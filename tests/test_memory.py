@@ -1,0 +1,87 @@
+"""Memory: the estimate holds, a limit is kept, and running out of it halves the tiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gmmkeops as gk
+from gmmkeops.reductions import _dense
+
+SCRIPT = """
+import re, sys, torch, gmmkeops as gk
+n, k, d, limit = *map(int, sys.argv[1:4]), sys.argv[4]
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x = torch.randn(n, d)
+small = gk.initialise(x[:30_000], k, "random")
+gk.fit(small, x[:1000 + k], gk.EM(), max_iter=1)
+def peak():  # of this process: ru_maxrss may be that of the one it was forked from
+    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+)", open("/proc/self/status").read())[1])
+before = peak()
+result = gk.fit(small, x, gk.EM(tol=0), max_iter=2, max_memory=None if limit == "none" else limit)
+print(peak() - before, gk.estimate_memory(n, k, d), result.objective)
+"""
+
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from Linux's /proc")
+
+
+def measured(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(Path(gk.__file__).parents[1])}
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [float(number) for number in done.stdout.split()]
+
+
+@pytest.mark.parametrize(("n", "k", "d"), [(8_000_000, 8, 3), (2_000_000, 300, 3), (300_000, 50, 20)])
+def test_the_estimate_is_an_upper_one_and_not_far_off(n, k, d):
+    peak, estimate, _ = measured(n, k, d, "none")
+    assert peak <= estimate
+    assert estimate < 3 * peak + (150 << 20)
+
+
+def test_a_limit_is_kept_and_changes_nothing():
+    free, _, objective = measured(8_000_000, 8, 3, "none")
+    kept, _, same = measured(8_000_000, 8, 3, "120MiB")
+    assert free > 90 << 20
+    assert kept < min(120 << 20, free)
+    assert same == pytest.approx(objective, abs=1e-6)
+
+
+def test_bad_limits():
+    x = torch.randn(500, 2)
+    start = gk.initialise(x, 2)
+    for limit, says in (("much", "looks like"), (-1, "must be positive"), ("1kB", "takes at least")):
+        with pytest.raises(ValueError, match=says):
+            gk.fit(start, x, gk.EM(), max_memory=limit)
+
+
+@pytest.mark.parametrize("truncate", [0, 1e-4])
+def test_running_out_of_memory_halves_the_tiles(truncate, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40_000, 2, generator=generator) + 9 * torch.randint(0, 6, (40_000, 2), generator=generator)
+    start = gk.initialise(x, 70, generator=generator)
+    expected = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate)
+    tile, sizes = _dense._Tile, []
+
+    def small(problem, rows, pairs, clamp, featured):
+        sizes.append(pairs)
+        if pairs > 5_000:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return tile(problem, rows, pairs, clamp, featured)
+
+    monkeypatch.setattr(_dense, "_Tile", small)
+    found = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate)
+    assert max(sizes) > 5_000
+    assert torch.allclose(found.mixture.means, expected.mixture.means, atol=1e-9 if truncate == 0 else 1e-6)
+    assert torch.equal(found.mixture.predict(x), expected.mixture.predict(x))
+    monkeypatch.setattr(_dense, "_Tile", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        gk.fit(start, x, gk.EM(), max_iter=1)
