@@ -72,6 +72,10 @@ class Reader(ABC):
     paths: tuple[Path, ...] = ()
     grain: int = 1
 
+    def path(self, unit: Unit) -> int:
+        """Which of the files a unit is in."""
+        return 0
+
     def units(self, size: int) -> list[Unit]:
         """All rows in units of at most about ``size``."""
         return _cut(0, self.rows or 0, size)
@@ -278,8 +282,11 @@ class Files(Reader):
             for unit in reader.units(size)
         ]
 
+    def path(self, unit: Unit) -> int:
+        return bisect_right(self.starts, unit.first) - 1
+
     def load(self, unit: Unit) -> Chunk:
-        which = bisect_right(self.starts, unit.first) - 1
+        which = self.path(unit)
         reader = self.readers[which]
         try:
             return reader.load(Unit(unit.first - self.starts[which], unit.rows))

@@ -224,7 +224,7 @@ def _fit(options: Any) -> int:
         dtype=options.dtype,
         device=options.device,
         max_memory=options.max_memory,
-        verbose=0 if options.quiet else 1,
+        verbose=0 if options.quiet or distributed.World().rank else 2,
         verbose_interval=1,
         checkpoint=None if options.checkpoint is None else Checkpoint(options.checkpoint, options.checkpoint_every),
     ).fit(source)

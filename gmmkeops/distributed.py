@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -97,7 +98,7 @@ class World:
         # Seconds without a sign of life until a rank counts as gone.
         self.patience = _GONE
         # What has been said of a rank that failed, what this one has to say, and when the store last answered.
-        self.verdict, self.word, self.heard = "", "", time.monotonic()
+        self.verdict, self.word, self.heard = "", "", math.inf
         _let_go_at_exit()
 
     @contextmanager
@@ -106,7 +107,7 @@ class World:
         if self.size == 1:
             yield
             return
-        stop = threading.Event()
+        stop, self.heard = threading.Event(), time.monotonic()
         beat = threading.Thread(target=self._beat, args=(stop,), name="gmmkeops-heartbeat", daemon=True)
         beat.start()
         try:
@@ -119,6 +120,7 @@ class World:
         finally:
             stop.set()
             beat.join(_VERDICT)
+            self.heard = math.inf
 
     def _beat(self, stop: threading.Event) -> None:
         """Signs of life, and an ear for those of the others, on a connection that nobody else waits on."""

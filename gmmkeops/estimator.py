@@ -68,7 +68,7 @@ class GaussianMixture(Estimator):
             out comes from ``init_params``.
         random_state: None, an int, or a numpy ``RandomState`` or ``Generator``.
         warm_start: Begin at the last fit's parameters.
-        verbose: Write a line to stderr each ``verbose_interval`` iterations.
+        verbose: Write a line to stderr each ``verbose_interval`` iterations; from 2 on, show a bar in a terminal instead.
         verbose_interval: See ``verbose``.
         device: Where to compute, e.g. "cuda"; by default where the data are.
         dtype: "float32" or "float64" to compute in; by default float32 data stay so and all else is float64.
@@ -200,7 +200,7 @@ class GaussianMixture(Estimator):
                     checkpoint=self.checkpoint,
                     max_memory=self.max_memory,
                     callbacks=self._talk(run),
-                    progress=False,
+                    progress=None if self.verbose > 1 else False,
                     generator=generator,
                 )
                 if _improves(result, best):
@@ -342,7 +342,9 @@ class GaussianMixture(Estimator):
         given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
         if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or self.max_iter == 0:
             return initialise(x, K, "random" if given else strategy, weights=g, runs=1, **options)
-        part, share, some, _ = representatives(x, g, max(_SAMPLE, 200 * K), World())
+        world = World()
+        with world.together():
+            part, share, some, _ = representatives(x, g, max(_SAMPLE, 200 * K), world)
         best: FitResult | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrecisionWarning)
@@ -364,7 +366,7 @@ class GaussianMixture(Estimator):
         return kind.from_precisions(precisions[None] if tied else precisions, features=D)
 
     def _talk(self, run: int) -> tuple[Callable[[Step], None], ...]:
-        if not self.verbose:
+        if not self.verbose or (self.verbose > 1 and sys.stderr.isatty()):
             return ()
 
         def say(step: Step) -> None:

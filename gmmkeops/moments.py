@@ -14,6 +14,7 @@ variance*).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,10 @@ class Moments:
             self.total + other.total,
             self.mass + other.mass,
         )
+
+    def __radd__(self, other: Any) -> Moments:
+        """So that ``sum`` adds moments."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __mul__(self, factor: float) -> Moments:
         """The moments of points that each weigh ``factor`` times as much (a decayed sum)."""

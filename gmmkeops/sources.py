@@ -356,7 +356,7 @@ class Source:
         assert isinstance(self.reader, Reader), "units are loaded by a reader"
         try:
             if self.reader.paths:
-                self._check_stamps()
+                self._check_stamps(self.reader.path(unit))
             chunk = self.reader.load(unit)
         except Exception as error:
             raise ValueError(
@@ -367,21 +367,16 @@ class Source:
             chunk = replace(chunk, weights=torch.from_numpy(self.weights[unit.first : unit.first + unit.rows]))
         return replace(chunk, first=self.first + unit.first)
 
-    def _check_stamps(self) -> None:
-        """Size and time of every file are what they were at first."""
-        stamps = []
-        for path in self.reader.paths:
-            try:
-                status = os.stat(path)
-            except OSError:
-                raise ValueError(f"{path} is gone; put it back and begin again.") from None
-            stamps.append((status.st_size, status.st_mtime_ns))
+    def _check_stamps(self, which: int | None = None) -> None:
+        """Size and time of every file, or of one, are what they were at first."""
+        paths = self.reader.paths
         if self._stamps is None:
-            self._stamps = stamps
-        for path, old, new in zip(self.reader.paths, self._stamps, stamps, strict=True):
+            self._stamps = [_stamp(path) for path in paths]
+        for i in range(len(paths)) if which is None else [which]:
+            old, new = self._stamps[i], _stamp(paths[i])
             if old != new:
                 what = f"it had {old[0]} bytes and has {new[0]}" if old[0] != new[0] else "it was written to"
-                raise ValueError(f"{path} changed while it was read: {what}; begin again once it is complete.")
+                raise ValueError(f"{paths[i]} changed while it was read: {what}; begin again once it is complete.")
 
     def _compare(self, tally: _Tally) -> None:
         survey = self._survey
@@ -471,6 +466,14 @@ class _Tally:
         for part in chunk.points.split(_ROWS):
             self.total += float(part.sum(dtype=torch.float64))
             self.magnitude += float(part.abs().sum(dtype=torch.float64))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        raise ValueError(f"{path} is gone; put it back and begin again.") from None
+    return status.st_size, status.st_mtime_ns
 
 
 def readable(x: Any) -> bool:

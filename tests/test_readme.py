@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,12 +29,36 @@ def test_code_blocks_run(tmp_path, monkeypatch, capsys):
     matplotlib.use("Agg")
     scope: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
     assert "of 8 components live" in capsys.readouterr().out
     assert matplotlib.image.imread(tmp_path / "mixture.png")[..., :3].std() > 0.05
     assert (tmp_path / "model.safetensors").exists()
+    assert scope["quick"].objective - scope["result"].objective < 1e-2
+    # Then the shell commands of the section on big data, as they stand there.
+    shell = re.search(r"```sh\n(gmmkeops fit.*?)```", README, re.S)[1].strip().splitlines()
+    assert len(shell) == 4
+    for line in shell:
+        words = shlex.split(line)
+        program = {"gmmkeops": ["gmmkeops.cli"], "torchrun": ["torch.distributed.run", "--standalone"]}[words[0]]
+        command = [sys.executable, "-m", *program, *words[1:]]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+    one, ranks = (scope["gk"].load(tmp_path / name) for name in ("scan.safetensors", "ranks.safetensors"))
+    assert float((one.means - ranks.means).abs().max()) < 1e-6
+    assert (tmp_path / "scan.ply").read_bytes().startswith(b"ply")
+
+
+def test_the_dask_recipe_runs():
+    pytest.importorskip("dask.array")
+    text = (ROOT / "gallery/recipes.md").read_text()
+    block = re.search(r"## Dask.*?```python\n(.*?)```", text, re.S)[1]
+    scope: dict = {}
+    exec(compile(block, "recipes.md", "exec"), scope)
+    expected = scope["gk"].fit(scope["start"], scope["points"].compute(), scope["gk"].EM(tol=0), max_iter=10)
+    assert float((scope["mixture"].means - expected.mixture.means).abs().max()) < 1e-6
 
 
 def test_tables_are_the_committed_results():

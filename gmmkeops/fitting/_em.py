@@ -27,6 +27,7 @@ from gmmkeops._checks import PrecisionWarning, as_points, as_weights
 from gmmkeops.factors import Factor, nearest_factor
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._data import Piece
+from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
@@ -343,6 +344,37 @@ class EM(Method[_State]):
         batches = state.batches + 1
         average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
         return replace(state, memory=memory, average=average, batches=batches)
+
+    def maximise(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
+        """The M-step from moments of all points, however and wherever they were added up.
+
+        Args:
+            mixture: What the moments were found with.
+            moments: Of :func:`gmmkeops.reductions.moments`, data units.
+            penalty: As for :func:`gmmkeops.fit`; priors weigh against Σ g of the moments.
+
+        Raises:
+            ValueError: The moments have no mass.
+
+        Example:
+            >>> import torch, gmmkeops as gk
+            >>> x = torch.tensor([[0.0], [2.0]]).double()
+            >>> m = gk.Mixture.from_parameters([1.0], [[0.5]], [1.0], "spherical")
+            >>> halves = [gk.reductions.moments(part, m.offsets, m.means, m.factor) for part in x.split(1)]
+            >>> gk.EM().maximise(m, sum(halves)).means.tolist()
+            [[1.0]]
+        """
+        mass = float(moments.mass)
+        if not mass > 0:
+            raise ValueError(f"moments must have a positive mass, got {mass}; add up those of some points.")
+        mixture = mixture.detach().to(torch.float64)
+        centre, spread = mixture.mean, mixture.variance.sqrt()
+        isotropic = mixture.factor.family == "spherical"
+        frame = Frame.around(centre, spread, isotropic=isotropic)
+        problem = Problem.without_points(frame, mass, penalty)
+        state = self.init(problem, frame.enter(mixture))
+        new, _ = self._m_step(problem, state, frame.enter_moments(moments))
+        return frame.leave(new)
 
     def update(
         self,

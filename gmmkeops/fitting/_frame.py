@@ -50,16 +50,21 @@ class Frame:
             if not bool((core < variance / 4).any()):
                 break
             shift, variance = trimmed, core
-        if isotropic:
-            variance = variance.mean().expand_as(variance)
         spread = variance.sqrt()
+        warn_if_coarse(x, spread, shift.abs())
+        return cls.around(shift, spread, isotropic=isotropic)
+
+    @classmethod
+    def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool) -> Frame:
+        """The frame about a centre (D,), for columns of such standard deviations (D,)."""
+        if isotropic:
+            spread = spread.square().mean().sqrt().expand_as(spread)
         # A constant column has rounding noise for a spread; it gets the scale of the others, or one.
         tiny = spread <= 1e-14 * (shift.abs() + spread.max())
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
         scale = torch.where(tiny, largest, spread).log2().round().exp2()
         # Whole steps: subtracting them rounds nothing, and a sample of the cloud leads to the same ones.
         shift = (shift / scale).round() * scale
-        warn_if_coarse(x, spread, shift.abs())
         return cls(shift, scale)
 
     @property

@@ -227,6 +227,8 @@ def fit(
         else:
             state = run.resume(saved)
         bar = _bar(max_iter, progress)
+        if bar is not None:
+            run.problem = replace(run.problem, show=lambda rows: bar.set_postfix_str(f"{rows} of {problem.rows} rows"))
         try:
             best = run.go(state, max_iter, bar)
         finally:

@@ -51,6 +51,7 @@ class Problem:
         ledger: What truncation has done.
         fingerprint: A number of the points and weights, where there is a checkpoint.
         journal: What is written down for one.
+        show: Told how many rows of a source a sweep has read.
     """
 
     data: Data
@@ -65,6 +66,7 @@ class Problem:
     ledger: Ledger = field(default_factory=Ledger)
     fingerprint: int | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, World.alone()))
+    show: Callable[[int], None] | None = None
 
     @classmethod
     def of(
@@ -114,6 +116,13 @@ class Problem:
         return cls(
             data, rows, mass, effective, frame, penalty, backend, generator, world, fingerprint=mark, journal=journal
         )
+
+    @classmethod
+    def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Problem:
+        """What an M-step needs to know of points whose moments others have found."""
+        data = Memory(frame.shift.new_empty(0, len(frame.shift)), None)
+        penalty = None if penalty is None else as_penalty(penalty)
+        return cls(data, 0, mass, mass, frame, penalty, "dense", torch.Generator(frame.shift.device))
 
     def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Problem:
         """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
@@ -194,6 +203,8 @@ class Problem:
             ledger.add(x, len(means))
             if batch is None and isinstance(self.data, Stream):
                 self.journal.tick(sums, ledger, number)
+                if self.show is not None:
+                    self.show(piece.first + len(piece.x))
         sums = self.world.added(Moments.nothing(means, factor.family) if sums is None else sums)
         if batch is None:
             vars(self.ledger).update(vars(ledger))
