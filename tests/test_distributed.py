@@ -163,10 +163,22 @@ time.sleep(0.5)
 )
 def test_a_rank_that_disagrees_or_fails_is_named_on_all(what, says, folder, monkeypatch):
     monkeypatch.setenv("WHAT", what)
-    for rank, (code, text, errors) in enumerate(outputs(launch(3, DISAGREE, folder))):
-        assert code == 0, errors
+    for rank, (_, text, errors) in enumerate(outputs(launch(3, DISAGREE, folder))):
         assert says in text, (rank, text, errors)
         assert "rank 1" in text or rank == 1
+
+
+STOPS = """
+stops = [lambda step: step.iteration == 2] if rank == 1 else []
+result = gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=50, callbacks=stops)
+print(result.n_iter)
+"""
+
+
+def test_a_callback_on_one_rank_stops_all(folder):
+    for code, text, errors in outputs(launch(2, STOPS, folder)):
+        assert code == 0, errors
+        assert text == "3\n"
 
 
 RESTART = """

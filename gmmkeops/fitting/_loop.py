@@ -480,10 +480,11 @@ class _Run:
             bar.update()
         frame, history = self.problem.frame, self.history
         step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, frame)
-        stops = self.problem.world.any(False, *[callback(step) is True for callback in self.callbacks])
+        stops = [callback(step) is True for callback in self.callbacks]
+        (stop,) = self.problem.world.any(any(stops))
         if self.method.finished(history["objective"], self.tol):
             self.ending = "converged"
-        elif any(stops):
+        elif stop:
             self.ending = "stopped"
 
 
