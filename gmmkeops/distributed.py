@@ -9,14 +9,12 @@ from __future__ import annotations
 import atexit
 import itertools
 import json
-import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -40,17 +38,75 @@ _fits = itertools.count()
 _stuck: list[int] = []
 
 
-@cache
-def _let_go_at_exit() -> None:
-    """Ends a process that could not end by itself: torch waits half an hour for a collective with a rank that is stuck."""
+class _Heart:
+    """Gives signs of life for this process, and listens for those of the others, while there is a process group.
 
-    def leave() -> None:
+    It has a connection to the store that nobody else waits on. Ranks that have not come to their first fit yet have given no
+    sign, and are waited for.
+    """
+
+    _one: _Heart | None = None
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.group, self.rank = store, rank
+        self.store = store.clone() if hasattr(store, "clone") else store
+        self.seen = {other: ("", time.monotonic()) for other in range(size) if other != rank}
+        # Those of this process that listen; when the store last answered, and whether it is gone.
+        self.worlds: list[World] = []
+        self.heard, self.lost, self.rounds = time.monotonic(), False, 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="gmmkeops-heartbeat", daemon=True)
+        self.thread.start()
+
+    @classmethod
+    def of(cls, rank: int, size: int) -> _Heart:
+        """That of the process group there is."""
+        store = dist.distributed_c10d._get_default_store()
+        if cls._one is None:
+            atexit.register(cls._rest)
+        if cls._one is None or cls._one.group is not store:
+            if cls._one is not None:
+                cls._one.stop.set()
+            cls._one = cls(store, rank, size)
+        return cls._one
+
+    @classmethod
+    def _rest(cls) -> None:
+        if cls._one is not None:
+            cls._one.stop.set()
+            cls._one.thread.join(_BEAT)
         if _stuck:
+            # Torch would wait half an hour for a collective with a rank that is stuck.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
 
-    atexit.register(leave)
+    def _beat(self) -> None:
+        while not self.stop.is_set():
+            try:
+                self._round()
+            except RuntimeError:
+                self.lost = True
+                return
+            self.heard, self.rounds = time.monotonic(), self.rounds + 1
+            self.stop.wait(_BEAT)
+
+    def _round(self) -> None:
+        self.store.set(f"gmmkeops/alive {self.rank}", str(self.rounds))
+        for rank, (last, _) in self.seen.items():
+            key = f"gmmkeops/alive {rank}"
+            sign = self.store.get(key).decode() if self.store.check([key]) else ""
+            if sign != last or not sign:
+                self.seen[rank] = (sign, time.monotonic())
+        for world in list(self.worlds):
+            for rank, (_, when) in self.seen.items():
+                silent = time.monotonic() - when
+                if silent > world.patience and not world.word:
+                    world.word = f"rank {rank} is gone: no sign of life for {silent:.0f} s"
+            if world.word:
+                self.store.compare_set(f"{world.key}/verdict", "", world.word)
+            if self.store.check([f"{world.key}/verdict"]):
+                world.verdict = self.store.get(f"{world.key}/verdict").decode()
 
 
 def join(backend: str | None = None) -> None:
@@ -94,69 +150,42 @@ class World:
             return
         self.device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         self.key = f"gmmkeops/fit {next(_fits)}"
-        self.store = dist.distributed_c10d._get_default_store()
+        self.heart = _Heart.of(self.rank, self.size)
         # Seconds without a sign of life until a rank counts as gone.
         self.patience = _GONE
-        # What has been said of a rank that failed, what this one has to say, and when the store last answered.
-        self.verdict, self.word, self.heard = "", "", math.inf
-        _let_go_at_exit()
+        # What has been said of a rank that failed, and what this one has to say.
+        self.verdict, self.word = "", ""
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """While it lasts this rank gives signs of life; what it fails with is told to the others."""
+        """While it lasts this rank hears what happens to the others; what it fails with is told to them."""
         if self.size == 1:
             yield
             return
-        stop, self.heard = threading.Event(), time.monotonic()
-        beat = threading.Thread(target=self._beat, args=(stop,), name="gmmkeops-heartbeat", daemon=True)
-        beat.start()
+        self.heart.worlds.append(self)
         try:
             yield
         except RankError:
             raise
         except BaseException as error:
             self.word = f"rank {self.rank} failed with {type(error).__name__}: {str(error).rstrip('.')}"
+            # Two rounds, of which the second has begun after this.
+            told, end = self.heart.rounds + 2, time.monotonic() + _VERDICT
+            while self.heart.rounds < told and not self.heart.lost and time.monotonic() < end:
+                time.sleep(_BEAT / 5)
             raise
         finally:
-            stop.set()
-            beat.join(_VERDICT)
-            self.heard = math.inf
-
-    def _beat(self, stop: threading.Event) -> None:
-        """Signs of life, and an ear for those of the others, on a connection that nobody else waits on."""
-        store = self.store.clone() if hasattr(self.store, "clone") else self.store
-        seen = {rank: ("", time.monotonic()) for rank in range(self.size) if rank != self.rank}
-        ended = False
-        for number in itertools.count():
-            try:
-                store.set(f"gmmkeops/alive {self.rank}", str(number))
-                if self.word:
-                    store.compare_set(f"{self.key}/verdict", "", self.word)
-                if store.check([f"{self.key}/verdict"]):
-                    self.verdict = store.get(f"{self.key}/verdict").decode()
-                for rank, (last, when) in seen.items():
-                    key = f"gmmkeops/alive {rank}"
-                    sign = store.get(key).decode() if store.check([key]) else ""
-                    silent = time.monotonic() - when
-                    if sign != last:
-                        seen[rank] = (sign, time.monotonic())
-                    elif silent > self.patience and not self.word:
-                        self.word = f"rank {rank} is gone: no sign of life for {silent:.0f} s"
-            except RuntimeError:
-                self.verdict = self.verdict or "rank 0, or who else holds the store of the group, is gone"
-                return
-            self.heard = time.monotonic()
-            if ended:
-                return
-            # One more round after the end, for a last word.
-            ended = stop.wait(_BEAT)
+            self.heart.worlds.remove(self)
 
     def _look(self) -> None:
         """Raises what has happened to another rank, if anything has."""
         if self.verdict:
             raise RankError(self.verdict + _REMEDY)
-        if time.monotonic() - self.heard > self.patience:
-            raise RankError("rank 0, or who else holds the store of the group, does not answer" + _REMEDY)
+        holder = "rank 0, or who else holds the store of the group, "
+        if self.heart.lost:
+            raise RankError(holder + "is gone" + _REMEDY)
+        if time.monotonic() - self.heart.heard > self.patience:
+            raise RankError(holder + "does not answer" + _REMEDY)
 
     def _collect(self, start: Callable[[], Any]) -> None:
         """Runs a collective to its end, with an eye on the others."""
