@@ -166,6 +166,9 @@ class World:
         try:
             yield
         except RankError:
+            if self.rank == 0:
+                # Others may have to read by this rank's store what has happened.
+                time.sleep(_VERDICT)
             raise
         except BaseException as error:
             self.word = f"rank {self.rank} failed with {type(error).__name__}: {str(error).rstrip('.')}"

@@ -78,12 +78,15 @@ def test_clusters_of_weighted_points_are_those_of_repeated_ones(family):
     counts = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(1))
     centres = x[:3]
     kind, tied = gk.factors.factor_class(family)
-    clusters = gk.initialise.__globals__["_clusters"]
-    a = clusters(x, counts.double(), centres, kind, tied, "auto")
-    for b in (
-        clusters(x.repeat_interleave(counts, 0), None, centres, kind, tied, "auto"),
-        clusters(x, counts.double() * 1e-9, centres, kind, tied, "auto"),
-    ):
+    names = gk.initialise.__globals__
+
+    def clusters(points, weights):
+        return names["_mixture_of"](
+            names["_clusters"]([names["Chunk"](points, weights)], centres, kind, "auto"), kind, tied
+        )
+
+    a = clusters(x, counts.double())
+    for b in (clusters(x.repeat_interleave(counts, 0), None), clusters(x, counts.double() * 1e-9)):
         assert torch.allclose(a.weights, b.weights)
         assert torch.allclose(a.means, b.means)
         assert torch.allclose(a.factor.covariances(), b.factor.covariances())
