@@ -167,7 +167,7 @@ class Parquet(Reader):
             with self._open(self.paths[0], pre_buffer=False) as file:
                 batches = file.read_row_group(group, columns=self._names, use_threads=False).to_batches()
         else:
-            if unit.first in (first, stop) or unit.first != self._next:
+            if unit.first == first or unit.first != self._next:
                 # A group is read from its beginning; most units go on where the last one ended.
                 self._batches, self._left, self._next = self._rows(group, unit.rows), None, first
                 self._take(unit.first - first)

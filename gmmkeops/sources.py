@@ -345,10 +345,6 @@ class Source:
             pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
         for chunk in pieces:
             points = chunk.points
-            if points.shape[1] != self.features:
-                raise ValueError(
-                    f"{self.name} gave {points.shape[1]} columns, {self.features} before; give the same ones."
-                )
             check_finite(points, name=self.name, first=chunk.first)
             yield replace(chunk, weights=as_weights(chunk.weights, points, name=f"weights of {self.name}", some=False))
 

@@ -282,7 +282,7 @@ def _problem(
             raise ValueError(f"x is on {x.device} but the start on {device}; move one with .to().")
         g = as_weights(weights, x, some=alone)
     if limit is not None:
-        x, g = _within(limit, mixture, x, g, dtype)
+        x, g = _within(limit, mixture, x, g, dtype, world)
     problem = Problem.of(
         x,
         g,
@@ -305,7 +305,7 @@ def _problem(
     return problem
 
 
-def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None) -> tuple[Any, Any]:
+def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None, world: World) -> tuple[Any, Any]:
     """Points and weights, to be read in chunks small enough for a limit, in bytes, where all at once would not be."""
     K, D = mixture.components, mixture.features
     tied = "tied_" if mixture.factor.leading == 1 and K > 1 else ""
@@ -315,7 +315,7 @@ def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | N
     work = x.dtype if dtype is None else dtype
     if estimate_memory(len(x), K, D, covariance_type=kind, dtype=work) <= limit:
         return x, g
-    return Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, work)), None
+    return world.share(Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, work))), None
 
 
 def _facts(problem: Problem, mixture: Mixture, method: Method[Any]) -> dict[str, Any]:

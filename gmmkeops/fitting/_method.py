@@ -186,7 +186,7 @@ class Problem:
             if not len(piece.x):
                 continue
             x = piece.x
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and piece.truncate != 0:
                 x = reductions.arrange(x, len(means), piece.truncate)
             part = reductions.moments(
                 x,
