@@ -17,7 +17,7 @@ __all__ = ["as_bytes", "chunk_rows", "estimate_memory"]
 # Copies of all parameters that a step holds at once: moments, their shifts, factors, a history of one.
 _COPIES = 24
 # What tiles, threads and torch's own buffers take, whatever the problem.
-_FIXED = 64 << 20
+_FIXED = 80 << 20
 # Points that a start looks at, and copies of them.
 _SAMPLE, _SAMPLE_COPIES = 20_000, 6
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
