@@ -1,6 +1,6 @@
 """Gaussian mixtures for point clouds that are too big for everybody else."""
 
-from gmmkeops import compare, distributed, export, penalties, reductions, selection
+from gmmkeops import bayes, compare, distributed, export, penalties, reductions, selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
 from gmmkeops.estimator import GaussianMixture
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
@@ -33,6 +33,7 @@ __all__ = [
     "PrecisionWarning",
     "Source",
     "SphericalFactor",
+    "bayes",
     "compare",
     "distributed",
     "estimate_memory",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "like", "outer"]
 
 
 @dataclass(frozen=True)
@@ -141,3 +141,18 @@ class Moments:
 
 def _safe(mass: Tensor) -> Tensor:
     return torch.where(mass == 0, torch.ones_like(mass), mass)
+
+
+def outer(z: Tensor, ndim: int) -> Tensor:
+    """z zᵀ (K, D, D), its diagonal (K, D) or its trace (K,), as second moments are kept."""
+    if ndim == 3:
+        return z[:, :, None] * z[:, None, :]
+    return z.square() if ndim == 2 else z.square().sum(-1)
+
+
+def like(matrix: Tensor, ndim: int, *, mean: bool = False) -> Tensor:
+    """A matrix (D, D) as second moments are kept: itself, its diagonal, its trace, or ``mean`` over that diagonal."""
+    if ndim == 3:
+        return matrix
+    diagonal = matrix.diagonal()
+    return diagonal if ndim == 2 else diagonal.mean() if mean else diagonal.sum()

@@ -327,16 +327,27 @@ class Source:
             tally.add(chunk)
             return chunk if prepare is None else prepare(chunk)
 
-        if self._pool is None:
-            # One thread for all passes: a new one each time would take, and keep, memory of its own.
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader")
-        future = self._pool.submit(one)
-        while (item := future.result()) is not None:
-            future = self._pool.submit(one)
+        loading = self._ahead(one)
+        while (item := loading()) is not None:
+            loading = self._ahead(one)
             yield item
         self._check_stamps()
         if skip == 0 and self._survey is not None:
             self._compare(tally)
+
+    def _ahead(self, load: Callable[[], Any]) -> Callable[[], Any]:
+        """Begins to load in the reader's thread; returns what waits for it."""
+        if self._pool is None:
+            # One thread for all passes: a new one each time would take, and keep, memory of its own.
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader")
+        try:
+            return self._pool.submit(load).result
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+            # A process with little memory left has no room for a thread's stack: the caller loads when it needs to.
+            self._pool = None
+            return load
 
     def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
         if isinstance(self.reader, Streams):

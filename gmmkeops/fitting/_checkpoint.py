@@ -197,7 +197,7 @@ class Journal:
 
     def tick(self, sums: Moments, ledger: Ledger, pieces: int) -> None:
         """A sweep over a source has come so far; written if it is time."""
-        if not self.due or self.checkpoint is None:
+        if not self.due or self.checkpoint is None or self.snapshot is None:
             return
         if not self.written:
             self.write()

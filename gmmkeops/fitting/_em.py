@@ -29,8 +29,9 @@ from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
+from gmmkeops.fitting._stepwise import blended, expected
 from gmmkeops.mixture import Mixture
-from gmmkeops.moments import Moments
+from gmmkeops.moments import Moments, like, outer
 
 __all__ = ["EM"]
 
@@ -157,9 +158,9 @@ class EM(Method[_State]):
             return state.population, mixture, state.floored
         return state.population, state.mixture, state.floored
 
-    def finished(self, objectives: list[float], tol: float) -> bool:
+    def finished(self, objectives: list[float], tol: float, mass: float) -> bool:
         heated = 0 if self.temperature is None else self.temperature[1]
-        return len(objectives) > heated and super().finished(objectives, tol)
+        return len(objectives) > heated and super().finished(objectives, tol, mass)
 
     def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
         if self.batch_size is not None:
@@ -244,7 +245,7 @@ class EM(Method[_State]):
         about = sums.recentre(means)
         scatter = about.S2 * scale
         for points, mean in pulls:
-            scatter = scatter + points * _outer(means - mean, scatter.ndim)
+            scatter = scatter + points * outer(means - mean, scatter.ndim)
         mass = S0 + prior.degrees_per_component
         tied = whole.factor.leading == 1 and whole.components > 1
         if tied and len(live) < whole.components:
@@ -255,7 +256,7 @@ class EM(Method[_State]):
             rest = torch.zeros_like(scatter[:1]).expand(int(dead.sum()), *scatter.shape[1:])
             for points, mean in prior.means:
                 away = whole.means[dead] - (mean[dead] if mean.ndim == 2 else mean)
-                rest = rest + points * _outer(away, scatter.ndim)
+                rest = rest + points * outer(away, scatter.ndim)
             scatter = torch.cat([scatter, rest])
         factor, hit = self._covariances(problem, old, mass, scatter, prior, frozen["frozen_covariances"], tied)
         logits = _weights(
@@ -273,11 +274,11 @@ class EM(Method[_State]):
             mass, scatter = mass.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
         mass = mass + prior.degrees
         if prior.scatter is not None:
-            scatter = scatter + _like(prior.scatter, scatter.ndim)
+            scatter = scatter + like(prior.scatter, scatter.ndim)
         if scatter.ndim == 1:
             mass = mass * D
         covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
-        covariances = covariances + _like(torch.diag(self._ridge(problem)), scatter.ndim, mean=True)
+        covariances = covariances + like(torch.diag(self._ridge(problem)), scatter.ndim, mean=True)
         factor, repaired = nearest_factor(type(old.factor), covariances, D, RELATIVE_FLOOR)
         if tied:
             return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
@@ -338,9 +339,8 @@ class EM(Method[_State]):
 
     def _blend(self, state: _State, sums: Moments) -> _State:
         """A batch's moments enter the memory of those before, which begins as the start itself."""
-        share = (state.batches + self.step_offset) ** -self.step_exponent
-        memory = _memory(state.mixture) if state.memory is None else state.memory
-        memory = memory * (1 - share) + sums * (share / float(sums.mass))
+        before = expected(state.mixture) if state.memory is None else state.memory
+        memory = blended(before, sums, (state.batches + self.step_offset) ** -self.step_exponent)
         batches = state.batches + 1
         average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
         return replace(state, memory=memory, average=average, batches=batches)
@@ -429,19 +429,6 @@ def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:
     return mask
 
 
-def _memory(mixture: Mixture) -> Moments:
-    """The moments of one point's mass spread exactly as the mixture says: where stepwise EM starts to remember."""
-    W, zero = mixture.weights, mixture.means.new_zeros(())
-    C = mixture.factor.covariances().expand(mixture.components, -1, -1)
-    family = mixture.factor.family
-    if family != "full":
-        C = C.diagonal(dim1=-2, dim2=-1)
-    if family == "spherical":
-        C = C.sum(-1)
-    S2 = W.reshape(-1, *[1] * (C.ndim - 1)) * C
-    return Moments(W, torch.zeros_like(mixture.means), S2, mixture.means, zero, zero + 1)
-
-
 def _shaken(problem: Problem, state: _State) -> _State:
     mixture = state.mixture
     noise = torch.randn(
@@ -454,21 +441,6 @@ def _shaken(problem: Problem, state: _State) -> _State:
 
 def _select(sums: Moments, index: Tensor) -> Moments:
     return Moments(sums.S0[index], sums.S1[index], sums.S2[index], sums.centres[index], sums.total, sums.mass)
-
-
-def _outer(z: Tensor, ndim: int) -> Tensor:
-    """z zᵀ (K, D, D), its diagonal (K, D) or its trace (K,), as the second moments are kept."""
-    if ndim == 3:
-        return z[:, :, None] * z[:, None, :]
-    return z.square() if ndim == 2 else z.square().sum(-1)
-
-
-def _like(matrix: Tensor, ndim: int, *, mean: bool = False) -> Tensor:
-    """A matrix (D, D) as second moments keep it: itself, its diagonal, its trace, or ``mean`` over that diagonal."""
-    if ndim == 3:
-        return matrix
-    diagonal = matrix.diagonal()
-    return diagonal if ndim == 2 else diagonal.mean() if mean else diagonal.sum()
 
 
 def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ class FitResult:
         history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
             the iteration started from; with minibatches a running mean), "seconds" since the start, "live" components.
         report: What happened on the way.
+        posterior: What the mixture is the expectation of (a :class:`gmmkeops.bayes.NormalWishart`), for methods that find a
+            distribution of mixtures; the objective is then minus its lower bound, nats per point.
     """
 
     mixture: Mixture
@@ -92,6 +94,7 @@ class FitResult:
     n_iter: int
     history: dict[str, list[float]]
     report: Report
+    posterior: Any = None
 
     def __str__(self) -> str:
         r, K = self.report, self.mixture.components
@@ -425,7 +428,7 @@ class _Run:
     def go(self, state: Any, max_iter: int, bar: Any) -> Evaluation:
         """Iterates until the method, a callback, the user or ``max_iter`` says stop; returns the answer."""
         journal = self.problem.journal
-        if self.iterations and self.method.finished(self.history["objective"], self.tol):
+        if self.iterations and self.method.finished(self.history["objective"], self.tol, self.problem.mass):
             self.ending = "converged"
         if bar is not None:
             bar.update(self.iterations)
@@ -482,7 +485,7 @@ class _Run:
         step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, frame)
         stops = [callback(step) is True for callback in self.callbacks]
         (stop,) = self.problem.world.any(any(stops))
-        if self.method.finished(history["objective"], self.tol):
+        if self.method.finished(history["objective"], self.tol, self.problem.mass):
             self.ending = "converged"
         elif stop:
             self.ending = "stopped"
@@ -491,7 +494,7 @@ class _Run:
 def _result(best: Evaluation, run: _Run) -> FitResult:
     problem = run.problem
     objective, likelihood = best.objective, best.log_likelihood
-    if not best.exact:
+    if not best.exact and best.posterior is None:
         with torch.no_grad():
             likelihood = -float(problem.negative_log_likelihood(best.mixture))
             objective = float(problem.penalised(best.mixture)) - likelihood
@@ -513,7 +516,8 @@ def _result(best: Evaluation, run: _Run) -> FitResult:
     )
     mixture = problem.frame.leave(best.mixture)
     converged = run.ending == "converged"
-    return FitResult(mixture, objective, likelihood, converged, run.iterations, run.history, report)
+    posterior = None if best.posterior is None else best.posterior.carried(problem.frame.leave)
+    return FitResult(mixture, objective, likelihood, converged, run.iterations, run.history, report, posterior)
 
 
 def _bar(total: int, progress: bool | None) -> Any:

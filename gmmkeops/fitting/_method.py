@@ -289,6 +289,7 @@ class Evaluation:
         live: Indices of the components still in the work.
         floored: Which components (K,) hit a bound on the way here.
         exact: Whether the objective is this mixture's over all points, rather than a running mean over minibatches.
+        posterior: What the mixture is the expectation of, for methods that find a distribution of mixtures.
     """
 
     mixture: Mixture
@@ -297,6 +298,7 @@ class Evaluation:
     live: Tensor
     floored: Tensor
     exact: bool
+    posterior: Any = None
 
 
 class Method(ABC, Generic[S]):
@@ -343,8 +345,8 @@ class Method(ABC, Generic[S]):
             objective = negative + float(problem.penalised(whole))
         return Evaluation(whole, objective, -negative, population.live, floored, exact=True)
 
-    def finished(self, objectives: list[float], tol: float) -> bool:
-        """Whether the objective has stopped moving: less than a tolerance over ``patience`` iterations."""
+    def finished(self, objectives: list[float], tol: float, mass: float) -> bool:
+        """Whether the objective of points of such a mass has stopped moving: less than a tolerance over ``patience``."""
         if len(objectives) <= self.patience:
             return False
         change = abs(objectives[-1 - self.patience] - objectives[-1])
