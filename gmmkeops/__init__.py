@@ -2,7 +2,7 @@
 
 from gmmkeops import bayes, compare, distributed, export, penalties, reductions, selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
-from gmmkeops.estimator import GaussianMixture
+from gmmkeops.estimator import BayesianGaussianMixture, GaussianMixture
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, fit
 from gmmkeops.initialise import initialise
@@ -20,6 +20,7 @@ __all__ = [
     "EM",
     "GMM",
     "Adam",
+    "BayesianGaussianMixture",
     "Checkpoint",
     "ConvergenceWarning",
     "DiagonalFactor",

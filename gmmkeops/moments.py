@@ -13,7 +13,7 @@ variance*).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,6 +89,10 @@ class Moments:
         zero = torch.zeros((), dtype=torch.float64, device=centres.device)
         centres = centres.detach()
         return cls(zero.expand(K), zero.expand(K, D), zero.expand(shape), centres, zero, zero)
+
+    def select(self, index: Tensor) -> Moments:
+        """The moments of some components, in the order of an index."""
+        return replace(self, S0=self.S0[index], S1=self.S1[index], S2=self.S2[index], centres=self.centres[index])
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets of points together, about this one's centres."""

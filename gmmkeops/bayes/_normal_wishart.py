@@ -152,6 +152,13 @@ class NormalWishart:
         inner = self.expected_log_determinants() - D / self.mean_precision - D * math.log(2 * math.pi)
         return self.expected_log_weights() + 0.5 * inner
 
+    def expectation(self) -> tuple[Mixture, float]:
+        """A mixture whose log-joint densities are the expected ones but for a constant, and that constant, nats."""
+        D = self.mixture.features
+        logits = self.offsets - self.mixture.factor.log_determinant()
+        mixture = Mixture(logits, self.mixture.means, self.mixture.factor, validate_args=False)
+        return mixture, float(torch.logsumexp(logits, 0)) + 0.5 * D * math.log(2 * math.pi)
+
     def normaliser(self) -> Tensor:
         """Logarithm of what the density is divided by, as a function of its natural parameters, nats."""
         D, tied = self.mixture.features, len(self.degrees) == 1 and self.mixture.components > 1

@@ -120,6 +120,10 @@ class VariationalBayes(Method[_State]):
                 raise ValueError("begin is a posterior of another number of components or columns than the start.")
             return _State(replace(given, prior=prior))
         sums = problem.moments(mixture.offsets, mixture.means, mixture.factor)
+        if prior.sticks:
+            # A stick's pieces shrink, so the bound is largest where the first component is the largest one (Kurihara,
+            # Welling and Teh 2007, Collapsed variational Dirichlet process mixture models).
+            sums = sums.select(sums.S0.argsort(descending=True, stable=True))
         return _State(prior.updated(sums, self._ridge(problem)))
 
     def _prior(self, problem: Problem, mixture: Mixture) -> NormalWishart:
@@ -192,8 +196,8 @@ class VariationalBayes(Method[_State]):
             if not float(sums.mass) > 0:
                 continue
             scale = problem.mass / float(sums.mass)
-            bound = scale * float(sums.total) - float(q.divergence())
-            values = [*values, (bound, float(sums.total), float(sums.mass))]
+            found = scale * float(sums.total) - float(q.divergence())
+            values = [*values, (found, float(sums.total), float(sums.mass))]
             before = expected(q.mixture) if state.memory is None else state.memory
             memory = blended(before, sums, (state.batches + self.step_offset) ** -self.step_exponent)
             posterior = q.prior.updated(memory * problem.mass, self._ridge(problem))

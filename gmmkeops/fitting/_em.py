@@ -217,8 +217,8 @@ class EM(Method[_State]):
             state,
             population=state.population.retire(mixture, keep),
             mixture=mixture.select(index),
-            memory=None if state.memory is None else _select(state.memory, index),
-            average=None if state.average is None else _select(state.average, index),
+            memory=None if state.memory is None else state.memory.select(index),
+            average=None if state.average is None else state.average.select(index),
         )
 
     def _m_step(self, problem: Problem, state: _State, sums: Moments) -> tuple[Mixture, Tensor]:
@@ -437,10 +437,6 @@ def _shaken(problem: Problem, state: _State) -> _State:
     return replace(
         state, mixture=Mixture(mixture.logits, mixture.means + SHAKE * noise, mixture.factor, validate_args=False)
     )
-
-
-def _select(sums: Moments, index: Tensor) -> Moments:
-    return Moments(sums.S0[index], sums.S1[index], sums.S2[index], sums.centres[index], sums.total, sums.mass)
 
 
 def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:

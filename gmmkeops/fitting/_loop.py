@@ -49,6 +49,7 @@ class Report:
         engine: ``"dense"`` or ``"keops"``.
         device: Where the fit ran.
         dtype: What the points were computed in (parameters are float64).
+        mass: Total weight of the points.
         truncate: The ε of the truncation, 0 where every pair was looked at.
         certificate: Most that truncation may have taken from any point's log-likelihood under ``mixture``, nats; what is
             lost is never negative.
@@ -63,6 +64,7 @@ class Report:
     engine: str
     device: str
     dtype: str
+    mass: float
     truncate: float
     certificate: float
     pairs: float
@@ -508,6 +510,7 @@ def _result(best: Evaluation, run: _Run) -> FitResult:
         engine=reductions.engine(problem.data.device, problem.backend, features=problem.data.features, full=full),
         device=str(problem.data.device),
         dtype=str(problem.data.dtype).removeprefix("torch."),
+        mass=problem.mass,
         truncate=ledger.epsilon,
         certificate=ledger.certificate,
         pairs=ledger.looked / max(ledger.pairs, 1.0),

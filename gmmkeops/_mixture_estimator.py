@@ -1,0 +1,384 @@
+"""What the estimators share: data in, starts, restarts of :func:`gmmkeops.fit`, and answers in scikit-learn's words.
+
+A mixture of Gaussians answers every question; which one, and how it is found, is each estimator's own. Reference: names and
+shapes are those of ``sklearn.mixture``, with tgmm's for the tied types.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmmkeops import selection
+from gmmkeops._checks import ConvergenceWarning, PrecisionWarning, as_points, as_tensor, as_weights
+from gmmkeops._contract import Estimator, column_names, convergence_warning
+from gmmkeops.distributed import World
+from gmmkeops.factors import factor_class
+from gmmkeops.fitting import EM, FitResult, Method, Step, fit
+from gmmkeops.initialise import initialise, representatives
+from gmmkeops.mixture import Mixture
+from gmmkeops.sources import Source, chunked, readable
+
+__all__ = ["MixtureEstimator", "generator_of"]
+
+Self = TypeVar("Self", bound="MixtureEstimator")
+
+# k-means starts that are tried by so many steps of EM: many where a sample of so many points stands for a larger cloud, a
+# few where the points are all there are and a try costs as much as the fit; and only one where components are so many that
+# good and bad luck even out among them.
+_CANDIDATES, _FEW = 8, 3
+_MANY = 400
+_SAMPLE = 20_000
+_STEPS = 20
+# Objectives that differ by less, as a share, are equal but for rounding; the first of them is taken.
+_TIE = 1e-9
+_STRATEGIES = {
+    "kmeans": "kmeans",
+    "k-means++": "kmeans++",
+    "kmeans++": "kmeans++",
+    "kpp": "kmeans++",
+    "random": "responsibilities",
+    "random_from_data": "random",
+    "points": "random",
+}
+
+
+class MixtureEstimator(Estimator, ABC):
+    """An estimator whose answers are those of a mixture."""
+
+    _estimator_type = "density_estimator"
+
+    # What every estimator is constructed with.
+    n_components: int
+    covariance_type: str
+    tol: float
+    reg_covar: float
+    max_iter: int
+    n_init: int
+    init_params: str
+    random_state: Any
+    warm_start: bool
+    verbose: int
+    verbose_interval: int
+    device: Any
+    dtype: Any
+    backend: str
+    truncate: float | None
+    checkpoint: Any
+    max_memory: Any
+
+    mixture_: Mixture
+
+    @abstractmethod
+    def _method(self, warm: bool) -> Method[Any]:
+        """How to fit, from the last fit's answer or afresh."""
+
+    @abstractmethod
+    def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+        """Where to begin afresh."""
+
+    @abstractmethod
+    def _last(self, shape: tuple[int, int]) -> Mixture | None:
+        """The last fit's mixture, if it has that many components and columns."""
+
+    @abstractmethod
+    def _conclude(self, best: FitResult) -> None:
+        """Sets what only this estimator has of attributes."""
+
+    @abstractmethod
+    def _judge(self) -> tuple[Mixture, float]:
+        """The mixture that labels and scores points, and what its log-densities lack, nats."""
+
+    @property
+    def fitted_(self) -> bool:
+        """Whether there are parameters."""
+        return hasattr(self, "mixture_")
+
+    def fit(self: Self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Fits the mixture to points.
+
+        Args:
+            X: Points (N, D): numpy, torch, DataFrame or lists; or files, memory maps, loaders and functions, which are read
+                a chunk at a time (:meth:`gmmkeops.Source.of`). So everywhere below.
+            y: Ignored.
+            sample_weight: Weight of each point (N,), or None.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            TypeError, ValueError: Bad parameters or data; the model is then as it was.
+
+        Warns:
+            ConvergenceWarning: The best start did not converge.
+        """
+        self._check()
+        x, g, names, device = self._data(X, sample_weight)
+        generator = World().generator(generator_of(self.random_state, device), device)
+        best: FitResult | None = None
+        last = self._last((self.n_components, _features(x))) if self.warm_start else None
+        method = self._method(last is not None)
+        with warnings.catch_warnings():
+            # One start's failure to converge is not the answer's: the best one speaks below.
+            warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
+            for run in range(1 if last is not None else self.n_init):
+                start = self._start(x, g, generator, device) if last is None else last.to(device)
+                result = fit(
+                    start,
+                    x,
+                    method,
+                    penalty=getattr(self, "penalty", None),
+                    weights=g,
+                    max_iter=self.max_iter,
+                    tol=self.tol,
+                    truncate=self.truncate,
+                    backend=self.backend,
+                    dtype=self.dtype,
+                    checkpoint=self.checkpoint,
+                    max_memory=self.max_memory,
+                    callbacks=self._talk(run),
+                    progress=None if self.verbose > 1 else False,
+                    generator=generator,
+                )
+                if _improves(result, best):
+                    best = result
+        assert best is not None, "n_init is at least 1"
+        if not best.converged and not best.report.interrupted and self.tol > 0 and self.max_iter > 0:
+            warnings.warn(
+                f"The best of {self.n_init} starts did not converge to tol={self.tol:g} within {self.max_iter} "
+                "iterations; raise max_iter or tol, or check for degenerate data.",
+                convergence_warning(),
+                stacklevel=2,
+            )
+        self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
+        self._adopt(best.mixture, torch.is_tensor(X))
+        self.n_features_in_ = _features(x)
+        if names is not None:
+            self.feature_names_in_ = names
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_
+        self._conclude(best)
+        return self
+
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
+        """Fits, and returns the component of each point (N,)."""
+        return self.fit(X, y, sample_weight).predict(X)
+
+    def _check(self) -> None:
+        """Raises where a parameter that all estimators have is not what it should be."""
+        for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        for name in ("tol", "reg_covar"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, np.number)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number and not negative, got {value!r}.")
+        if self.checkpoint is not None and self.n_init > 1:
+            raise ValueError(f"checkpoint keeps one fit, got n_init={self.n_init} of them; set n_init=1.")
+        factor_class(self.covariance_type)
+        if self.init_params not in _STRATEGIES:
+            raise ValueError(f"init_params must be one of {list(_STRATEGIES)}, got {self.init_params!r}.")
+
+    def _found_start(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
+        """What ``init_params`` finds; of several k-means, the one that a few EM steps on a sample like best (em-EM).
+
+        Where all is ``given``, only the shapes matter.
+
+        Reference: Biernacki, Celeux and Govaert 2003, *Choosing starting values for the EM algorithm*, CSDA 41.
+        """
+        options: Any = {
+            "covariance_type": self.covariance_type,
+            "generator": generator,
+            "backend": self.backend,
+        }
+        K, strategy = self.n_components, _STRATEGIES[self.init_params]
+        if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or self.max_iter == 0:
+            return initialise(x, K, "random" if given else strategy, weights=g, runs=1, **options)
+        world = World()
+        with world.together():
+            part, share, some, _ = representatives(x, g, max(_SAMPLE, 200 * K), world)
+        best: FitResult | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PrecisionWarning)
+            for _ in range(min(_MANY // K, _CANDIDATES if len(part) < some else _FEW)):
+                start = initialise(part, K, strategy, weights=share, runs=1, **options)
+                method = EM(reg_covar=float(self.reg_covar), tol=0)
+                found = fit(start, part, method, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
+                if _improves(found, best):
+                    best = found
+        assert best is not None, "there are candidates"
+        return best.mixture
+
+    def _talk(self, run: int) -> tuple[Callable[[Step], None], ...]:
+        if not self.verbose or (self.verbose > 1 and sys.stderr.isatty()):
+            return ()
+
+        def say(step: Step) -> None:
+            if step.iteration % self.verbose_interval == 0:
+                sys.stderr.write(
+                    f"start {run + 1} of {self.n_init}, iteration {step.iteration}: mean log-likelihood "
+                    f"{step.log_likelihood:.5f} nats per point, objective {step.objective:.5f}, {len(step.live)} live, "
+                    f"{step.history['seconds'][-1]:.1f} s\n"
+                )
+
+        return (say,)
+
+    def _data(self, X: Any, sample_weight: Any) -> tuple[Tensor | Source, Any, np.ndarray | None, torch.device]:
+        """Points and weights to fit, in memory or to be read; the names of their columns, and where to compute."""
+        if readable(X):
+            device = torch.device("cpu" if self.device is None else self.device)
+            return Source.of(X, weights=sample_weight), None, None, device
+        x, names = self._points(X, fitting=True, minimum=max(self.n_components, 2) if World().size == 1 else 0)
+        return x, as_weights(sample_weight, x, name="sample_weight"), names, x.device
+
+    def _points(self, X: Any, *, fitting: bool = False, minimum: int = 1) -> tuple[Tensor, np.ndarray | None]:
+        if hasattr(X, "toarray") and hasattr(X, "nnz"):
+            raise TypeError("Sparse data was passed, but dense data is required; use X.toarray().")
+        names = column_names(X)
+        if not fitting:
+            self._check_names(names)
+        dtype = None if self.dtype is None else getattr(torch, str(self.dtype).removeprefix("torch."))
+        if np.iscomplexobj(X) if isinstance(X, np.ndarray) else torch.is_tensor(X) and X.is_complex():
+            raise ValueError("Complex data not supported: X has complex numbers; pass real and imaginary parts.")
+        x = as_tensor(X, name="X", dtype=dtype, device=self.device)
+        if x.ndim != 2:
+            raise ValueError(
+                f"Expected 2D array, got {x.ndim}D array instead: X has shape {tuple(x.shape)}. Reshape your data with "
+                "X.reshape(-1, 1) if it has a single feature, or X.reshape(1, -1) if it is a single sample."
+            )
+        if x.shape[1] == 0:
+            raise ValueError(f"0 feature(s) (shape={tuple(x.shape)}) while a minimum of 1 is required.")
+        if not fitting and x.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"X has {x.shape[1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features as input"
+            )
+        if x.shape[0] < minimum:
+            raise ValueError(
+                f"Found array with {x.shape[0]} sample(s) (shape={tuple(x.shape)}) while a minimum of {minimum} is required; "
+                f"n_samples={x.shape[0]}."
+            )
+        return as_points(x, name="X", minimum=minimum), names
+
+    def _adopt(self, mixture: Mixture, tensors: bool) -> None:
+        self.mixture_, self._tensors = mixture, tensors
+        factor = mixture.factor
+        tied = factor_class(self.covariance_type)[1]
+
+        def shaped(matrices: Tensor) -> Any:
+            if factor.family != "full":
+                matrices = matrices.diagonal(dim1=-2, dim2=-1)
+            if factor.family == "spherical":
+                matrices = matrices[..., 0]
+            return self._out(matrices[0] if tied else matrices, tensors)
+
+        self.weights_, self.means_ = self._out(mixture.weights, tensors), self._out(mixture.means, tensors)
+        self.covariances_ = shaped(factor.covariances())
+        self.precisions_ = shaped(factor.precisions())
+        self.precisions_cholesky_ = shaped(factor.matrices())
+
+    @staticmethod
+    def _out(values: Tensor, tensors: bool) -> Any:
+        return values if tensors else values.cpu().numpy()
+
+    def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor], mixture: Mixture) -> Any:
+        with torch.no_grad():
+            if readable(X):
+                device = torch.device("cpu" if self.device is None else self.device)
+                mixture = mixture.to(device)
+                parts = chunked(X, features=self.n_features_in_)
+                return self._out(torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts]), False)
+            x, _ = self._points(X)
+            return self._out(function(mixture.to(x.device), x), torch.is_tensor(X))
+
+    def _engine(self) -> dict[str, Any]:
+        return {"backend": self.backend, "truncate": self.truncate}
+
+    def predict(self, X: Any) -> Any:
+        """Component of each point (N,), int64."""
+        self._require_fitted()
+        return self._apply(X, lambda mixture, x: mixture.predict(x, **self._engine()), self._judge()[0])
+
+    def predict_proba(self, X: Any) -> Any:
+        """Responsibilities (N, K); for the few largest of a big cloud see :meth:`Mixture.responsibilities`."""
+        self._require_fitted()
+        return self._apply(X, lambda mixture, x: mixture.responsibilities(x), self._judge()[0])
+
+    def score_samples(self, X: Any) -> Any:
+        """Log-density of each point (N,), nats."""
+        self._require_fitted()
+        judge, lack = self._judge()
+        return self._apply(X, lambda mixture, x: mixture.log_prob(x, **self._engine()) + lack, judge)
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """Mean log-density, nats per point."""
+        if not readable(X):
+            values = as_tensor(self.score_samples(X), name="scores").double()
+            g = as_weights(sample_weight, values, name="sample_weight")
+            return float(values.mean() if g is None else g.to(values) @ values / g.sum().to(values))
+        self._require_fitted()
+        judge, lack = self._judge()
+        return selection.score(judge, X, weights=sample_weight) + lack
+
+    def sample(
+        self,
+        n_samples: int = 1,
+        *,
+        component: int | None = None,
+        confidence: float | None = None,
+        std_range: tuple[float, float] | None = None,
+    ) -> tuple[Any, Any]:
+        """Draws points and their components.
+
+        Args:
+            n_samples: How many.
+            component, confidence, std_range: As for :meth:`Mixture.sample`.
+
+        Returns:
+            Points (n, D) and components (n,).
+
+        Raises:
+            ValueError: n_samples is below one; or as :meth:`Mixture.sample`.
+        """
+        self._require_fitted()
+        if n_samples < 1:
+            raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
+        x, labels = self.mixture_.sample(
+            int(n_samples),
+            return_labels=True,
+            generator=generator_of(self.random_state, self.mixture_.means.device),
+            component=component,
+            confidence=confidence,
+            std_range=std_range,
+        )
+        return self._out(x, self._tensors), self._out(labels, self._tensors)
+
+
+def _features(x: Tensor | Source) -> int:
+    return x.features if isinstance(x, Source) else x.shape[1]
+
+
+def _improves(found: FitResult, best: FitResult | None) -> bool:
+    return best is None or found.objective < best.objective - _TIE * max(1.0, abs(best.objective))
+
+
+def generator_of(random_state: Any, device: torch.device) -> torch.Generator:
+    """A generator from scikit-learn's kinds of ``random_state``."""
+    generator = torch.Generator(device)
+    if random_state is None:
+        generator.seed()
+        return generator
+    if isinstance(random_state, (int, np.integer)):
+        return generator.manual_seed(int(random_state) % (1 << 63))
+    if isinstance(random_state, np.random.Generator):
+        return generator.manual_seed(int(random_state.integers(1 << 62)))
+    if isinstance(random_state, np.random.RandomState):
+        return generator.manual_seed(int(random_state.randint(1 << 31)))
+    raise TypeError(f"random_state must be None, an int or a numpy generator, got {type(random_state).__name__}.")
