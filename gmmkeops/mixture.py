@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, MultivariateNormal, Normal, constraints
+from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_tensor, check_finite
@@ -217,11 +218,90 @@ class Mixture(Distribution):
         """
         x = self._points(value)
         if self.batch_shape:
-            return torch.logsumexp(self.log_joint(x), -1)
+            return self._batch_log_prob(x)
         flat = as_points(x.reshape(-1, self.features), name="x", features=self.features)
         arguments = (flat, self.offsets, self.means, self.factor)
         values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
         return values.reshape(x.shape[:-1])
+
+    def _batch_log_prob(self, x: Tensor) -> Tensor:
+        """Log-densities (*S, *B) of points (*S, *B, D), some mixtures at a time, whose gradients compute them again."""
+        batch = torch.broadcast_shapes(self.batch_shape, x.shape[:-1])
+        lead = batch[: len(batch) - len(self.batch_shape)]
+        # A factor's matrix is as large as its residuals are for D points.
+        room = max(1, _CHUNK // (self.components * self.features * (self.features + 1)))
+        if batch.numel() <= room:
+            return torch.logsumexp(self.log_joint(x), -1)
+        flat = x.expand(*batch, self.features).reshape(lead.numel(), -1, self.features)
+        tensors = {name: tensor.flatten(0, -3) for name, tensor in self.factor.tensors.items()}
+
+        def some(points: Tensor, logits: Tensor, means: Tensor, *parts: Tensor) -> Tensor:
+            factor = self.factor.replace(**dict(zip(tensors, parts, strict=True)))
+            return torch.logsumexp(Mixture(logits, means, factor, validate_args=False).log_joint(points), -1)
+
+        size, rows = max(1, room // lead.numel()), min(room, lead.numel())
+        columns = (self.logits.flatten(0, -2), self.means.flatten(0, -3), *tensors.values())
+        values = []
+        for points, *own in zip(flat.split(size, 1), *(tensor.split(size) for tensor in columns), strict=True):
+            values.append(torch.cat([checkpoint(some, part, *own, use_reentrant=False) for part in points.split(rows)]))
+        return torch.cat(values, 1).reshape(batch)
+
+    def cdf(self, value: Any) -> Tensor:
+        """Distribution function of a mixture in one dimension.
+
+        Args:
+            value: Points (*S, 1), or (*S, *B, 1) for a batch of mixtures; data units.
+
+        Returns:
+            (*S, *B), in [0, 1], differentiable.
+
+        Raises:
+            ValueError: The mixture has more than one column; take a :meth:`marginal`.
+        """
+        return self._share_below(self._points(value)[..., 0])
+
+    def _share_below(self, x: Tensor) -> Tensor:
+        if self.features > 1:
+            raise ValueError(
+                f"a distribution function is of one column, this mixture has {self.features}; take a marginal first."
+            )
+        U = self.factor.log_determinant().exp()
+        return (self.weights * torch.special.ndtr((x.unsqueeze(-1) - self.means[..., 0]) * U)).sum(-1)
+
+    def quantile(self, q: Any) -> Tensor:
+        """Quantiles of a mixture in one dimension, by bisection to the last bits.
+
+        Args:
+            q: Shares in (0, 1): (*S), the same for all mixtures of a batch.
+
+        Returns:
+            (*S, *B), data units; not differentiated.
+
+        Raises:
+            ValueError: The mixture has more than one column, or a share is not inside (0, 1).
+
+        Example:
+            >>> import gmmkeops as gk
+            >>> m = gk.Mixture.from_parameters([0.5, 0.5], [[-2.0], [2.0]], [1.0, 1.0], "spherical")
+            >>> m.quantile([0.025, 0.5, 0.975]).round(decimals=3).tolist()
+            [-3.645, 0.0, 3.645]
+        """
+        share = as_tensor(q, name="q").to(self.means)
+        if not bool(((share > 0) & (share < 1)).all()):
+            raise ValueError("q must lie inside (0, 1).")
+        with torch.no_grad():
+            share = share.reshape(*share.shape, *[1] * len(self.batch_shape)).expand(*share.shape, *self.batch_shape)
+            # No quantile of a mixture is beyond those of all its components.
+            z = torch.special.ndtri(share).unsqueeze(-1)
+            each = self.means[..., 0] + z / self.factor.log_determinant().exp()
+            low, high = each.amin(-1), each.amax(-1)
+            for _ in range(200):
+                middle = 0.5 * (low + high)
+                if bool(((middle <= low) | (middle >= high)).all()):
+                    break
+                below = self._share_below(middle) < share
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return 0.5 * (low + high)
 
     def log_joint(self, value: Any) -> Tensor:
         r"""log p(x, k) = log W_k + log N(x; μ_k, Σ_k), every component written out.
@@ -328,11 +408,13 @@ class Mixture(Distribution):
             if (low, high) != (0.0, math.inf):
                 radius = _radii(torch.rand(count * batch, 1, generator=generator, **wide), low, high, D)
                 draws = (draws.double() / draws.double().norm(dim=1, keepdim=True) * radius).to(draws.dtype)
-            means = self.means.reshape(-1, D)
-            rows = max(1, _CHUNK // (D * D))
-            for start in range(0, count * batch, rows):
-                part = slice(start, start + rows)
-                draws[part] = means[index[part]] + factor.unwhiten(draws[part], which[part])
+            means, rows = self.means.reshape(-1, D), max(1, _CHUNK // (D * D))
+            lines = torch.arange(count * batch, device=labels.device).view(count, batch)
+            for some in range(0, batch, max(1, rows // K)):
+                mine = slice(some * self.factor.leading, (some + max(1, rows // K)) * self.factor.leading)
+                own = factor.replace(**{name: tensor[mine] for name, tensor in factor.tensors.items()})
+                for part in lines[:, some : some + max(1, rows // K)].reshape(-1).split(rows):
+                    draws[part] = means[index[part]] + own.unwhiten(draws[part], which[part] - mine.start)
         points = draws.reshape(self._extended_shape(shape))
         return (points, labels.reshape(*shape, *self.batch_shape)) if return_labels else points
 

@@ -7,15 +7,16 @@ Zuko's ``GMM`` (probabilists/zuko).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gmmkeops._checks import as_tensor
+from gmmkeops._checks import as_points, as_tensor
 from gmmkeops.factors import factor_class
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
@@ -75,7 +76,8 @@ class GMM(nn.Module):
             raise ValueError(f"epsilon must be finite and not negative, got {epsilon!r}.")
         self.kind, tied_name = factor_class(covariance_type)
         self.features, self.context, self.components = int(features), int(context), int(components)
-        self.tied, self.epsilon = bool(tied or tied_name), float(epsilon)
+        self.tied = bool(tied or tied_name)
+        self.epsilon: float | Tensor = float(epsilon)
         leading, D = 1 if self.tied else self.components, self.features
         self.shapes: dict[str, tuple[int, int]] = {
             "logits": (1, self.components),
@@ -118,17 +120,44 @@ class GMM(nn.Module):
             tensors["logits"] = tensors["logits"].squeeze(-2)
         logits, means = tensors.pop("logits"), tensors.pop("means")
         raw = tensors["log_diagonal"]
-        if self.epsilon:
-            tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(math.log(self.epsilon) + 2 * raw)
+        epsilon = torch.as_tensor(self.epsilon, dtype=raw.dtype, device=raw.device)
+        tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(epsilon.log() + 2 * raw)
         factor = self.kind(**tensors, **({"features": self.features} if self.kind.family == "spherical" else {}))
         return Mixture(logits, means, factor, validate_args=False)
+
+    @torch.no_grad()
+    def carried(self, shift: Tensor, scale: Tensor) -> GMM:
+        """The same conditional density of scaled points and contexts: a copy for (x - m) / s given (c - m') / s'.
+
+        Args:
+            shift, scale: m and s of the points' columns, then those of the contexts' (D + C,), data units; the scales of
+                points alike in all columns for a spherical factor.
+        """
+        model, D = copy.deepcopy(self), self.features
+        like = next(self.parameters())
+        (m, mc), (s, sc) = ((t.double().to(like.device)[:D], t.double().to(like.device)[D:]) for t in (shift, scale))
+        first, last = cast(nn.Linear, model.network[0]), cast(nn.Linear, model.network[-1])
+        first.bias.copy_(first.bias.double() + first.weight.double() @ mc)
+        first.weight.copy_(first.weight.double() * sc)
+        parts = [(K, n) for K, n in self.shapes.values()]
+        grow = {"logits": torch.ones_like(s[:1]), "means": 1 / s, "log_diagonal": torch.ones_like(s[:1])}
+        move = {"means": -m / s, "log_diagonal": s.log() if self.kind.family != "spherical" else s[:1].log()}
+        if "upper" in self.shapes:
+            grow["upper"] = s[torch.triu_indices(D, D, 1, device=s.device)[0]]
+        factors = torch.cat([grow[name].expand(shape).reshape(-1) for name, shape in self.shapes.items()])
+        steps = [move.get(name, s.new_zeros(1)).expand(shape).reshape(-1) for name, shape in self.shapes.items()]
+        assert len(factors) == sum(a * b for a, b in parts), "one factor for each output"
+        last.weight.copy_(last.weight.double() * factors[:, None])
+        last.bias.copy_(last.bias.double() * factors + torch.cat(steps))
+        model.epsilon = self.epsilon / (s if self.kind.family != "spherical" else s[:1]).square()
+        return model
 
     @torch.no_grad()
     def assign(self, mixture: Mixture) -> GMM:
         """Sets the parameters in place so that calling the module returns this mixture (in the module's dtype).
 
-        With a context, the last layer's weights are shrunk a hundredfold and its biases become the parameters, so that
-        every context starts near this mixture.
+        With a context, the last layer's weights become zero and its biases the parameters, so that every context starts at
+        this mixture; the first step of an optimiser makes them differ.
 
         Raises:
             ValueError: The mixture has another number of components, features, or another factor.
@@ -137,12 +166,11 @@ class GMM(nn.Module):
         given = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
         if given != self.shapes or mixture.factor.family != self.kind.family:
             raise ValueError(f"the mixture's parameters have shapes {given}, this GMM's {self.shapes}.")
-        if self.epsilon:
-            used = (self.epsilon * (2 * shapes["log_diagonal"]).exp()).clamp(max=0.999)
-            shapes["log_diagonal"] = shapes["log_diagonal"] - 0.5 * torch.log1p(-used)
+        used = (self.epsilon * (2 * shapes["log_diagonal"]).exp()).clamp(max=0.999)
+        shapes["log_diagonal"] = shapes["log_diagonal"] - 0.5 * torch.log1p(-used)
         if self.context:
             last = cast(nn.Linear, self.network[-1])
-            last.weight.mul_(0.01)
+            last.weight.zero_()
             last.bias.copy_(torch.cat([tensor.reshape(-1) for tensor in shapes.values()]))
         else:
             for name, tensor in shapes.items():
@@ -150,13 +178,21 @@ class GMM(nn.Module):
         return self
 
     def initialize(
-        self, x: Any, strategy: str = "kmeans", *, weights: Any = None, generator: torch.Generator | None = None
+        self,
+        x: Any,
+        strategy: str = "kmeans",
+        *,
+        context: Any = None,
+        weights: Any = None,
+        generator: torch.Generator | None = None,
     ) -> GMM:
         """Sets the parameters to the clusters of a cloud; see :func:`gmmkeops.initialise`.
 
         Args:
             x: Points (N, D), N >= K, data units.
             strategy: ``"random"``, ``"kmeans"`` or ``"kmeans++"``.
+            context: The points' contexts (N, C), so that the network's first layer is drawn anew for values such as these;
+                if left out it stays as it is, which suits contexts near zero of size one.
             weights: Weight of each point (N,), or None.
             generator: Source of randomness.
 
@@ -171,11 +207,26 @@ class GMM(nn.Module):
         x = as_tensor(x, name="x", device=next(self.parameters()).device)
         if x.ndim == 2 and x.shape[1] != self.features:
             raise ValueError(f"x has {x.shape[1]} columns, expected {self.features} as in the model.")
-        return self.assign(
-            initialise(
-                x, self.components, strategy, covariance_type=covariance_type, weights=weights, generator=generator
-            )
-        )
+        if context is not None:
+            if not self.context:
+                raise ValueError("this GMM was made without a context; construct it with context=C.")
+            c = as_points(context, name="context", features=self.context).to(x.device)
+        options: Any = {"covariance_type": covariance_type, "weights": weights, "generator": generator}
+        self.assign(initialise(x, self.components, strategy, **options))
+        if context is not None:
+            self._suit(c.double(), generator)
+        return self
+
+    @torch.no_grad()
+    def _suit(self, c: Tensor, generator: torch.Generator | None) -> None:
+        """Draws the first layer, as torch would, for contexts that are standardised inside it."""
+        first, mean, spread = cast(nn.Linear, self.network[0]), c.mean(0), c.std(0, correction=0)
+        spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+        bound = self.context**-0.5
+        weight = first.weight.double().uniform_(-bound, bound, generator=generator) / spread
+        bias = first.bias.double().uniform_(-bound, bound, generator=generator)
+        first.weight.copy_(weight)
+        first.bias.copy_(bias - weight @ mean)
 
     def extra_repr(self) -> str:
         return (

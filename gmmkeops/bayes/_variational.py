@@ -24,6 +24,7 @@ from gmmkeops.bayes._normal_wishart import NormalWishart
 from gmmkeops.factors import Factor
 from gmmkeops.fitting import Method
 from gmmkeops.fitting._checkpoint import known
+from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import Evaluation, Population, Problem
 from gmmkeops.fitting._stepwise import blended, expected
 from gmmkeops.mixture import Mixture
@@ -183,7 +184,7 @@ class VariationalBayes(Method[_State]):
         nobody = torch.zeros(K, dtype=torch.bool, device=sums.S0.device)
         objective = volume - float(bound) / problem.mass
         likelihood = float(sums.total / sums.mass) - volume
-        return Evaluation(q.mixture, objective, likelihood, torch.arange(K), nobody, exact, posterior=q)
+        return Evaluation(q.mixture, objective, likelihood, torch.arange(K), nobody, exact, answer=q)
 
     def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
         """One shuffled pass of natural-gradient steps."""
@@ -216,6 +217,9 @@ class VariationalBayes(Method[_State]):
 
     def finished(self, objectives: list[float], tol: float, mass: float) -> bool:
         return super().finished(objectives, tol / mass, mass)
+
+    def answer(self, found: Any, frame: Frame) -> NormalWishart:
+        return found.carried(frame.leave)
 
     def pack(self, state: _State) -> _State:
         return state

@@ -31,13 +31,15 @@ class Frame:
     Args:
         shift: m (D,), data units, float64.
         scale: s (D,), data units, powers of two, float64.
+        extra: How many columns at the end are no coordinates of mixtures but contexts.
     """
 
     shift: Tensor
     scale: Tensor
+    extra: int = 0
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool) -> Frame:
+    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0) -> Frame:
         """The frame of a cloud (N, D): its weighted mean, and standard deviations rounded to powers of two.
 
         Spherical factors stay spherical only where all columns share one scale (``isotropic``).
@@ -52,25 +54,30 @@ class Frame:
             shift, variance = trimmed, core
         spread = variance.sqrt()
         warn_if_coarse(x, spread, shift.abs())
-        return cls.around(shift, spread, isotropic=isotropic)
+        return cls.around(shift, spread, isotropic=isotropic, extra=extra)
 
     @classmethod
-    def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool) -> Frame:
+    def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0) -> Frame:
         """The frame about a centre (D,), for columns of such standard deviations (D,)."""
         if isotropic:
-            spread = spread.square().mean().sqrt().expand_as(spread)
+            own = spread[: len(spread) - extra]
+            spread = torch.cat([own.square().mean().sqrt().expand_as(own), spread[len(own) :]])
         # A constant column has rounding noise for a spread; it gets the scale of the others, or one.
         tiny = spread <= 1e-14 * (shift.abs() + spread.max())
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
         scale = torch.where(tiny, largest, spread).log2().round().exp2()
         # Whole steps: subtracting them rounds nothing, and a sample of the cloud leads to the same ones.
         shift = (shift / scale).round() * scale
-        return cls(shift, scale)
+        return cls(shift, scale, extra)
 
     @property
     def log_volume(self) -> float:
         """Σ log s, what a log-density loses on its way back to the user's units, nats."""
-        return float(self.scale.log().sum())
+        return float(self._own(self.scale).log().sum())
+
+    def _own(self, columns: Tensor) -> Tensor:
+        """Of one number for each column those of the mixtures' coordinates."""
+        return columns[: len(columns) - self.extra]
 
     def points(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The cloud in the frame (N, D), subtracted in float64 and then cast."""
@@ -103,21 +110,15 @@ class Frame:
 
     def enter(self, mixture: Mixture) -> Mixture:
         """A mixture of the user's units, in the frame."""
-        return Mixture(
-            mixture.logits,
-            (mixture.means - self.shift) / self.scale,
-            mixture.factor.rescale(self.scale),
-            validate_args=False,
-        )
+        shift, scale = self._own(self.shift), self._own(self.scale)
+        factor = mixture.factor.rescale(scale)
+        return Mixture(mixture.logits, (mixture.means - shift) / scale, factor, validate_args=False)
 
     def leave(self, mixture: Mixture) -> Mixture:
         """A mixture of the frame, in the user's units (differentiable)."""
-        return Mixture(
-            mixture.logits,
-            mixture.means * self.scale + self.shift,
-            mixture.factor.rescale(1 / self.scale),
-            validate_args=False,
-        )
+        shift, scale = self._own(self.shift), self._own(self.scale)
+        factor = mixture.factor.rescale(1 / scale)
+        return Mixture(mixture.logits, mixture.means * scale + shift, factor, validate_args=False)
 
 
 def _spread(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

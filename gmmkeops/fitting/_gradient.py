@@ -25,7 +25,7 @@ from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._method import DEAD_POINTS, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
 
-__all__ = ["Adam", "Gradient"]
+__all__ = ["Adam", "Gradient", "schedule_numbers"]
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Gradient(Method[_State]):
             "leaves": {name: leaf.detach().clone() for name, leaf in state.leaves.items()},
             "slopes": {name: None if leaf.grad is None else leaf.grad.clone() for name, leaf in state.leaves.items()},
             "optimizer": copy.deepcopy(state.optimizer.state_dict()),
-            "scheduler": None if state.scheduler is None else _numbers(state.scheduler.state_dict()),
+            "scheduler": None if state.scheduler is None else schedule_numbers(state.scheduler.state_dict()),
             "floored": state.floored.clone(),
             "sound": state.sound,
         }
@@ -169,7 +169,7 @@ class Gradient(Method[_State]):
         return found[0]
 
 
-def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+def schedule_numbers(state: dict[str, Any]) -> dict[str, Any]:
     """Of a schedule's state what is numbers; what else there is, such as functions, the schedule is made with."""
     plain = (bool, int, float, str, type(None))
     kept = {}

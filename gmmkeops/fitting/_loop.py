@@ -21,8 +21,10 @@ from gmmkeops import reductions
 from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights
 from gmmkeops.distributed import World
 from gmmkeops.fitting._checkpoint import Checkpoint, Journal
+from gmmkeops.fitting._conditional import Network
 from gmmkeops.fitting._data import Memory
 from gmmkeops.fitting._frame import Frame
+from gmmkeops.fitting._gradient import Gradient
 from gmmkeops.fitting._method import Evaluation, Method, Problem
 from gmmkeops.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.mixture import Mixture
@@ -85,8 +87,9 @@ class FitResult:
         history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
             the iteration started from; with minibatches a running mean), "seconds" since the start, "live" components.
         report: What happened on the way.
-        posterior: What the mixture is the expectation of (a :class:`gmmkeops.bayes.NormalWishart`), for methods that find a
-            distribution of mixtures; the objective is then minus its lower bound, nats per point.
+        answer: What the mixture is a part of, where there is more: the :class:`gmmkeops.bayes.NormalWishart` whose expectation
+            it is (the objective is then minus its lower bound), or the conditional :class:`~gmmkeops.GMM` whose mixture of an
+            average context it is.
     """
 
     mixture: Mixture
@@ -96,7 +99,12 @@ class FitResult:
     n_iter: int
     history: dict[str, list[float]]
     report: Report
-    posterior: Any = None
+    answer: Any = None
+
+    @property
+    def posterior(self) -> Any:
+        """The answer of a Bayesian method."""
+        return self.answer
 
     def __str__(self) -> str:
         r, K = self.report, self.mixture.components
@@ -141,6 +149,7 @@ def fit(
     x: Any,
     method: Method[Any],
     *,
+    context: Any = None,
     penalty: Penalty | Callable[[Mixture], Any] | None = None,
     weights: Any = None,
     max_iter: int | None = None,
@@ -161,11 +170,12 @@ def fit(
     less than a thousandth of a point leave the work; they keep their place in the result and are named in its report.
 
     Args:
-        start: Where to begin: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM` without context, whose
-            parameters are then set to the result.
+        start: Where to begin: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM`, whose parameters are then set to the
+            result.
         x: Points (N, D), data units; on a device, they are computed there. Or what :meth:`gmmkeops.Source.of` takes: files,
             memory maps, loaders, functions, which are read a chunk at a time on every pass.
-        method: ``gmmkeops.Adam(...)`` or another method.
+        method: ``gmmkeops.Adam(...)`` or another method; for a GMM with a context one by gradient.
+        context: c (N, C), for a GMM with a context; if left out there, the last C columns of x.
         penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
         weights: g (N,), not negative; all ones if left out.
         max_iter: Iterations at most; the method's own number if left out. With 0 the start is looked at and returned.
@@ -209,6 +219,12 @@ def fit(
     world = World()
     with world.together():
         mixture = _starting_mixture(start, method)
+        extra = 0
+        if isinstance(start, GMM) and start.context:
+            extra = start.context
+            x, method, truncate = _conditional(start, x, context, method, truncate)
+        elif context is not None:
+            raise ValueError("context belongs to a GMM that was constructed with one; pass GMM(features, context=C).")
         max_iter = method.max_iter if max_iter is None else int(max_iter)
         tol = method.tol if tol is None else float(tol)
         if max_iter < 0:
@@ -217,11 +233,11 @@ def fit(
             raise ValueError(f"tol must not be negative, got {tol}.")
         journal = Journal(Checkpoint.of(checkpoint), world)
         saved = None if journal.checkpoint is None else journal.checkpoint.read(mixture.means.device, world)
-        frame = None if saved is None else Frame(*saved["frame"])
+        frame = None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra)
         kind = as_dtype(dtype)
         limit = None if max_memory is None else as_bytes(max_memory)
         problem = _problem(
-            mixture, x, weights, penalty, truncate, backend, kind, generator, world, frame, journal, limit
+            mixture, x, weights, penalty, truncate, backend, kind, generator, world, frame, journal, limit, extra
         )
         told = (callbacks,) if callable(callbacks) else tuple(callbacks)
         run = _Run(problem, method, tol, told, began, _facts(problem, mixture, method))
@@ -254,7 +270,10 @@ def fit(
             stacklevel=2,
         )
     if isinstance(start, GMM):
-        start.assign(result.mixture)
+        if extra:
+            start.load_state_dict(result.answer.state_dict())
+        else:
+            start.assign(result.mixture)
     _logger.info("%s", result)
     return result
 
@@ -272,9 +291,10 @@ def _problem(
     frame: Frame | None,
     journal: Journal,
     limit: int | None,
+    extra: int,
 ) -> Problem:
-    """What is asked, checked."""
-    K, D, device = mixture.components, mixture.features, mixture.means.device
+    """What is asked, checked; the last ``extra`` columns are contexts."""
+    K, D, device = mixture.components, mixture.features + extra, mixture.means.device
     alone, name = world.size == 1, "x"
     if readable(x):
         x, g = world.share(Source.of(x, weights=weights)), None
@@ -295,6 +315,7 @@ def _problem(
         backend,
         generator,
         isotropic=mixture.factor.family == "spherical",
+        extra=extra,
         dtype=dtype,
         device=device,
         world=world,
@@ -346,12 +367,35 @@ def _starting_mixture(start: Any, method: Any) -> Mixture:
         raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
     if not isinstance(start, (Mixture, GMM)):
         raise TypeError(f"start must be a Mixture or a GMM, got {type(start).__name__}; see gmmkeops.initialise.")
-    if isinstance(start, GMM) and start.context:
-        raise ValueError("fit takes a GMM without context; train a conditional one with -model(c).log_prob(x).mean().")
-    mixture = start() if isinstance(start, GMM) else start
+    if isinstance(start, GMM):
+        with torch.no_grad():
+            return start(next(start.parameters()).new_zeros(start.context)) if start.context else start()
+    mixture = start
     if mixture.batch_shape:
         raise ValueError(f"fit takes one mixture, got a batch {tuple(mixture.batch_shape)}; fit them one by one.")
     return mixture
+
+
+def _conditional(
+    model: GMM, x: Any, context: Any, method: Method[Any], truncate: float | None
+) -> tuple[Any, Method[Any], float]:
+    """Points and contexts as one cloud, and the method for the network."""
+    if not isinstance(method, Gradient):
+        raise ValueError(
+            f"a GMM with a context is fitted by gradient, got {type(method).__name__}; pass gmmkeops.Adam(lr=1e-3)."
+        )
+    if truncate:
+        raise ValueError(
+            "truncate is about one mixture for all points, but with a context each has its own; leave it out."
+        )
+    if context is not None:
+        if readable(x):
+            raise ValueError("points that are read have their contexts as their last columns; leave context out.")
+        x, c = as_points(x, features=model.features), as_points(context, name="context", features=model.context)
+        if len(x) != len(c):
+            raise ValueError(f"context must have a row for each of the {len(x)} points, got {len(c)}.")
+        x = torch.cat([x.to(torch.promote_types(x.dtype, c.dtype)), c.to(x.device)], 1)
+    return x, Network.of(model, method), 0
 
 
 class _Run:
@@ -496,7 +540,7 @@ class _Run:
 def _result(best: Evaluation, run: _Run) -> FitResult:
     problem = run.problem
     objective, likelihood = best.objective, best.log_likelihood
-    if not best.exact and best.posterior is None:
+    if not best.exact and best.answer is None:
         with torch.no_grad():
             likelihood = -float(problem.negative_log_likelihood(best.mixture))
             objective = float(problem.penalised(best.mixture)) - likelihood
@@ -513,14 +557,14 @@ def _result(best: Evaluation, run: _Run) -> FitResult:
         mass=problem.mass,
         truncate=ledger.epsilon,
         certificate=ledger.certificate,
-        pairs=ledger.looked / max(ledger.pairs, 1.0),
+        pairs=ledger.looked / ledger.pairs if ledger.pairs else 1.0,
         seconds=time.perf_counter() - run.began,
         interrupted=run.ending == "interrupted",
     )
     mixture = problem.frame.leave(best.mixture)
     converged = run.ending == "converged"
-    posterior = None if best.posterior is None else best.posterior.carried(problem.frame.leave)
-    return FitResult(mixture, objective, likelihood, converged, run.iterations, run.history, report, posterior)
+    answer = run.method.answer(best.answer, problem.frame)
+    return FitResult(mixture, objective, likelihood, converged, run.iterations, run.history, report, answer)
 
 
 def _bar(total: int, progress: bool | None) -> Any:

@@ -78,6 +78,7 @@ class Problem:
         generator: torch.Generator | None,
         *,
         isotropic: bool,
+        extra: int = 0,
         dtype: torch.dtype | None = None,
         device: Any = None,
         world: World | None = None,
@@ -85,7 +86,10 @@ class Problem:
         frame: Frame | None = None,
         journal: Journal | None = None,
     ) -> Problem:
-        """The problem that checked points (N, D) of the user pose, with a frame of their own if none is given."""
+        """The problem that checked points (N, D) of the user pose, with a frame of their own if none is given.
+
+        The last ``extra`` columns are contexts.
+        """
         world = World.alone() if world is None else world
         device = x.device if isinstance(x, Tensor) else torch.device("cpu" if device is None else device)
         generator = world.generator(generator, device)
@@ -94,14 +98,15 @@ class Problem:
         if isinstance(x, Tensor) and world.size == 1:
             rows, mass = len(x), float(len(x)) if weights is None else float(weights.sum())
             effective = mass if weights is None else mass**2 / float(weights.square().sum())
-            frame = Frame.of(*sample(x, weights), isotropic=isotropic) if frame is None else frame
+            frame = Frame.of(*sample(x, weights), isotropic=isotropic, extra=extra) if frame is None else frame
             mark = None if journal.checkpoint is None else fingerprint(x, weights)
         else:
             source = x if isinstance(x, Source) else world.share(Source.of(x, weights=weights))
             survey = world.merged(source.survey())
             rows, mass, effective = survey.rows, survey.mass, survey.mass**2 / max(survey.squares, 1e-300)
             points, masses = survey.reservoir.sample()
-            frame = Frame.of(points.to(device), masses.to(device), isotropic=isotropic) if frame is None else frame
+            cloud = points.to(device), masses.to(device)
+            frame = Frame.of(*cloud, isotropic=isotropic, extra=extra) if frame is None else frame
             single, mark = survey.single, survey.fingerprint
         if isinstance(x, Tensor):
             first = 0
@@ -289,7 +294,8 @@ class Evaluation:
         live: Indices of the components still in the work.
         floored: Which components (K,) hit a bound on the way here.
         exact: Whether the objective is this mixture's over all points, rather than a running mean over minibatches.
-        posterior: What the mixture is the expectation of, for methods that find a distribution of mixtures.
+        answer: What the mixture is a part of, for methods that find more (a posterior, a network), as a value that checkpoints
+            hold and :meth:`Method.answer` understands.
     """
 
     mixture: Mixture
@@ -298,7 +304,7 @@ class Evaluation:
     live: Tensor
     floored: Tensor
     exact: bool
-    posterior: Any = None
+    answer: Any = None
 
 
 class Method(ABC, Generic[S]):
@@ -335,6 +341,10 @@ class Method(ABC, Generic[S]):
     @abstractmethod
     def current(self, problem: Problem, state: S) -> tuple[Population, Mixture, Tensor]:
         """The population, its live mixture (what would be returned now), and the components (K,) that hit a bound."""
+
+    def answer(self, found: Any, frame: Frame) -> Any:
+        """In the user's units, what else than a mixture an evaluation has found."""
+        return found
 
     def evaluate(self, problem: Problem, state: S) -> Evaluation:
         """The exact objective of the current mixture, by one more pass over the data."""
