@@ -45,6 +45,7 @@ def initialise(
     weights: Any = None,
     generator: torch.Generator | None = None,
     runs: int = 3,
+    refine: int = 0,
     backend: str = "auto",
 ) -> Mixture:
     r"""A mixture whose components are clusters of the data.
@@ -58,7 +59,8 @@ def initialise(
         weights: Weight of each point (N,), or None.
         generator: Source of randomness. Without one the seed is torch's initial seed, and torch's own state is left
             alone, so that the same call gives the same start.
-        runs: Runs of k-means, of which the best is kept; they see a sample of the points.
+        runs: Runs of k-means or its seeding, of which the best is kept; they see a sample of the points.
+        refine: Steps in which the clusters then share their points by responsibilities, as EM would.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
 
     Returns:
@@ -91,9 +93,15 @@ def initialise(
         points, masses = _distinct(rows, mass)
         if strategy == "kmeans":
             centres = _kmeans(points, masses, K, generator, backend, runs)
+        elif strategy == "kmeans++":
+            tries = [_seed(points, masses, K, generator, spread=True) for _ in range(runs if K > 1 else 1)]
+            centres = min(tries, key=lambda seeds: float(_nearest(points, seeds) @ masses))
         else:
-            centres = _seed(points, masses, K, generator, spread=strategy == "kmeans++")
-        return _mixture_of(world.added(_clusters(chunks(), centres, kind, backend)), kind, tied)
+            centres = _seed(points, masses, K, generator, spread=False)
+        mixture = _mixture_of(world.added(_clusters(chunks(), centres, kind, backend)), kind, tied)
+        for _ in range(refine):
+            mixture = _mixture_of(world.added(_shares(chunks(), mixture, backend)), kind, tied)
+        return mixture
 
 
 def representatives(
@@ -264,6 +272,16 @@ def _clusters(chunks: Iterable[Chunk], centres: Tensor, kind: Any, backend: str)
             arguments = (chunk.points, centres.new_zeros(K), centres, factor)
             part = reductions.moments(*arguments, weights=chunk.weights, assignment="hard", backend=backend)
             sums = sums + part
+    return sums
+
+
+def _shares(chunks: Iterable[Chunk], mixture: Mixture, backend: str) -> Moments:
+    """Moments of a mixture's responsibilities."""
+    sums = Moments.nothing(mixture.means, mixture.factor.family)
+    for chunk in chunks:
+        if len(chunk.points):
+            arguments = (chunk.points, mixture.offsets, mixture.means, mixture.factor)
+            sums = sums + reductions.moments(*arguments, weights=chunk.weights, backend=backend)
     return sums
 
 

@@ -23,6 +23,9 @@ from gmmkeops.mixture import Mixture
 
 __all__ = ["GMM"]
 
+# Steps of soft clusters after the hard ones: their density is then no lower than that of k-means.
+_REFINE = 1
+
 
 class GMM(nn.Module):
     r"""A trainable Gaussian mixture, unconditional or conditioned on a context.
@@ -186,7 +189,7 @@ class GMM(nn.Module):
         weights: Any = None,
         generator: torch.Generator | None = None,
     ) -> GMM:
-        """Sets the parameters to the clusters of a cloud; see :func:`gmmkeops.initialise`.
+        """Sets the parameters to the clusters of a cloud, shared softly; see :func:`gmmkeops.initialise`.
 
         Args:
             x: Points (N, D), N >= K, data units.
@@ -211,7 +214,7 @@ class GMM(nn.Module):
             if not self.context:
                 raise ValueError("this GMM was made without a context; construct it with context=C.")
             c = as_points(context, name="context", features=self.context).to(x.device)
-        options: Any = {"covariance_type": covariance_type, "weights": weights, "generator": generator}
+        options: Any = {"covariance_type": covariance_type, "weights": weights, "generator": generator, "refine": _REFINE}
         self.assign(initialise(x, self.components, strategy, **options))
         if context is not None:
             self._suit(c.double(), generator)
