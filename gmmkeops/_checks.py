@@ -12,7 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["ConvergenceWarning", "PrecisionWarning", "as_dtype", "as_points", "as_tensor", "as_weights", "check_finite"]
+__all__ = [
+    "ConvergenceWarning",
+    "PrecisionWarning",
+    "SamplingWarning",
+    "as_dtype",
+    "as_points",
+    "as_tensor",
+    "as_weights",
+    "check_finite",
+]
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -23,6 +32,10 @@ class ConvergenceWarning(UserWarning):
 
 class PrecisionWarning(UserWarning):
     """The input itself is too coarse for what is asked of it."""
+
+
+class SamplingWarning(UserWarning):
+    """Draws from a posterior are not to be trusted."""
 
 
 def as_tensor(value: Any, *, name: str, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:

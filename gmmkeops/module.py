@@ -214,7 +214,12 @@ class GMM(nn.Module):
             if not self.context:
                 raise ValueError("this GMM was made without a context; construct it with context=C.")
             c = as_points(context, name="context", features=self.context).to(x.device)
-        options: Any = {"covariance_type": covariance_type, "weights": weights, "generator": generator, "refine": _REFINE}
+        options: Any = {
+            "covariance_type": covariance_type,
+            "weights": weights,
+            "generator": generator,
+            "refine": _REFINE,
+        }
         self.assign(initialise(x, self.components, strategy, **options))
         if context is not None:
             self._suit(c.double(), generator)

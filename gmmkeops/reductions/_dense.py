@@ -55,6 +55,7 @@ class _Tile:
         self._wide = torch.empty(pairs, **wide)
         self._e = torch.empty(pairs, dtype=x.dtype, device=x.device)
         self._r = torch.empty_like(self._e)
+        self._truths: Tensor | None = None
         self.width = self.height = 0
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
@@ -181,12 +182,20 @@ class _Tile:
         self.R.zero_().scatter_(0, label[None], 1)
         return best
 
+    def _below(self) -> Tensor:
+        """A buffer of truth values (components, rows)."""
+        if self._truths is None:
+            self._truths = torch.empty(self._e.shape, dtype=torch.bool, device=self._e.device)
+        return self._truths[: self.height * self.width].view(self.height, self.width)
+
     def draw(self, seed: int) -> Tensor:
         """Fills ``self.R`` with one drawn label per point; returns the log-sum-exps (rows,)."""
         values = self.softmax()
         generator = torch.Generator(self.E.device).manual_seed(seed)
-        # The largest of e - log(Exponential) is a draw from softmax(e) (Gumbel's trick).
-        label = self.E.sub_(self.R.exponential_(generator=generator).log_()).argmax(0)
+        torch.cumsum(self.R, 0, out=self.E)
+        # The first component whose cumulative share reaches a uniform number in (0, 1] has a share of its own.
+        u = 1 - torch.rand(self.width, generator=generator, dtype=self.E.dtype, device=self.E.device)
+        label = torch.lt(self.E, u * self.E[-1], out=self._below()).sum(0)
         self.R.zero_().scatter_(0, label[None], 1)
         return values
 

@@ -1,0 +1,169 @@
+r"""Importance sampling of the posterior: draws from a proposal, weighed by how much more the posterior likes them.
+
+.. math:: w_s \propto \frac{p(\theta_s)\, p(x \mid \theta_s)}{q(\theta_s)}
+
+The labels are summed out, so the draws are of parameters alone. Reference: Robert and Casella 2004, *Monte Carlo Statistical
+Methods*, §3.3; Kucukelbir, Tran, Ranganath, Gelman and Blei 2017, *Automatic differentiation variational inference*, JMLR 18.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import SamplingWarning
+from gmmkeops.bayes._draws import Draws
+from gmmkeops.bayes._pareto import smoothed
+from gmmkeops.bayes._prior import Prior
+from gmmkeops.bayes._target import Target
+
+__all__ = ["importance"]
+
+PROPOSALS = ("laplace", "variational", "prior")
+# Degrees of freedom of the proposals' tails.
+_DEGREES = 5.0
+# Components up to which a proposal is repeated for each order of exchangeable components.
+_ORDERS = 5
+# Below these the answer is not to be trusted.
+_LEAST_ESS, _LARGEST_K = 100.0, 0.7
+
+
+def importance(
+    prior: Prior,
+    x: Any,
+    *,
+    draws: int = 4000,
+    proposal: str = "laplace",
+    weights: Any = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> Draws:
+    r"""Draws from the posterior by importance sampling.
+
+    Args:
+        prior: Of the mixture.
+        x: Points (N, D) or (N,), data units.
+        draws: How many.
+        proposal: Where from: ``"laplace"`` (a Student's t with the mode and curvature of the posterior), ``"variational"``
+            (that, moved and sheared to raise the evidence bound), or ``"prior"``. The first two are laid out for every
+            order of components that the prior does not tell apart, up to five components.
+        weights: Weight of each point (N,), or None.
+        generator: Source of randomness.
+        backend: As for :func:`gmmkeops.reductions.logsumexp`.
+
+    Returns:
+        :class:`Draws` with Pareto-smoothed weights, and "ess", "pareto_k" and "log_evidence" (nats) in its diagnostics.
+
+    Raises:
+        TypeError, ValueError: Bad points, or an unknown proposal.
+
+    Warns:
+        SamplingWarning: Few draws carry all the weight; the answer is not to be trusted.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> from torch.distributions import Normal
+        >>> x = torch.tensor([348.0, 350.0, 352.0, 499.0, 502.0])
+        >>> prior = gk.bayes.Prior(
+        ...     2, weights=torch.tensor([0.6, 0.4]), means=Normal(400.0, 50.0), scales=2.0, covariance_type="spherical"
+        ... )
+        >>> found = gk.bayes.importance(prior, x, generator=torch.Generator().manual_seed(0))
+        >>> found.mean("means").round(decimals=0)[:, 0].tolist()
+        [350.0, 500.0]
+    """
+    if proposal not in PROPOSALS:
+        raise ValueError(f"proposal must be one of {', '.join(map(repr, PROPOSALS))}, got {proposal!r}.")
+    if draws < 10:
+        raise ValueError(f"draws must be at least 10, got {draws}.")
+    target = Target(prior, x, weights, backend=backend)
+    if proposal == "prior":
+        values = prior.sample(draws, generator)
+        ratios = target.log_likelihood(prior.mixtures(values))
+    else:
+        centre, root = target.laplace(generator)
+        if proposal == "variational":
+            centre, root = _variational(target, centre, root, generator)
+        z = centre + _student(draws, len(centre), generator) @ root.T
+        values, logs = prior.values(z)
+        ratios = logs + target.log_likelihood(prior.mixtures(values)) - _log_proposal(prior, z, centre, root)
+    ratios = ratios.detach().nan_to_num(nan=-math.inf, posinf=-math.inf)
+    evidence = float(torch.logsumexp(ratios, 0)) - math.log(draws)
+    log_weights, k = smoothed(ratios)
+    ess = float(torch.exp(-torch.logsumexp(2 * log_weights, 0)))
+    if not (ess >= _LEAST_ESS and k < _LARGEST_K):
+        warnings.warn(
+            f"the importance weights have collapsed (effective sample size {ess:.1f} of {draws} draws, Pareto k {k:.2f}): the "
+            "answer is not to be trusted; take another proposal, or gibbs or nuts.",
+            SamplingWarning,
+            stacklevel=2,
+        )
+    values = {name: value.detach() for name, value in values.items()}
+    found = {"ess": ess, "pareto_k": k, "log_evidence": evidence}
+    return Draws.of(prior, values, f"importance sampling ({proposal})", log_weights=log_weights, diagnostics=found)
+
+
+def _student(count: int, size: int, generator: torch.Generator | None) -> Tensor:
+    """Standard Student's t vectors (count, size)."""
+    noise = torch.randn(count, size, generator=generator, dtype=torch.float64)
+    half = torch.full((count, 1), _DEGREES / 2, dtype=torch.float64)
+    return noise / (torch._standard_gamma(half, generator=generator) / half).sqrt()
+
+
+def _log_student(z: Tensor, centre: Tensor, root: Tensor) -> Tensor:
+    size = len(centre)
+    y = torch.linalg.solve_triangular(root, (z - centre).T, upper=False)
+    constant = (
+        math.lgamma((_DEGREES + size) / 2) - math.lgamma(_DEGREES / 2) - 0.5 * size * math.log(_DEGREES * math.pi)
+    )
+    return (
+        constant
+        - float(root.diagonal().log().sum())
+        - 0.5 * (_DEGREES + size) * torch.log1p(y.square().sum(0) / _DEGREES)
+    )
+
+
+def _log_proposal(prior: Prior, z: Tensor, centre: Tensor, root: Tensor) -> Tensor:
+    """Log-density (S,) of the proposal, laid out for every order of exchangeable components."""
+    if not prior.exchangeable or prior.components > _ORDERS:
+        return _log_student(z, centre, root)
+    values, logs = prior.values(z)
+    # The volume that unbounded numbers take in the parameters' own units, which a new order leaves as it is.
+    volume = logs - prior.log_prob(values)
+    found = []
+    for order in permutations(range(prior.components)):
+        moved = prior.unbounded(prior.permuted(values, torch.tensor(order).expand(len(z), -1)))
+        own, theirs = prior.values(moved)
+        found.append(_log_student(moved, centre, root) + volume - (theirs - prior.log_prob(own)))
+    return torch.logsumexp(torch.stack(found), 0) - math.log(len(found))
+
+
+def _variational(
+    target: Target, centre: Tensor, root: Tensor, generator: torch.Generator | None, steps: int = 300, draws: int = 16
+) -> tuple[Tensor, Tensor]:
+    """The Gaussian that raises the evidence bound most, from the Laplace approximation on."""
+    size = len(centre)
+    shift = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    shear = torch.zeros(size, size, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([shift, shear], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def sheared() -> Tensor:
+        return shear.tril(-1) + torch.diag(shear.diagonal().exp())
+
+    for _ in range(steps):
+        noise = torch.randn(draws, size, generator=generator, dtype=torch.float64)
+        places = centre + (shift + noise @ sheared().T) @ root.T
+        _, gradient = target.slopes(places)
+        optimizer.zero_grad()
+        # The gradient at the draws is known; this has it as its own.
+        loss = -(places * gradient.nan_to_num()).sum() / draws - shear.diagonal().sum()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return centre + root @ shift, root @ sheared()

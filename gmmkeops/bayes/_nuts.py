@@ -1,0 +1,122 @@
+r"""Hamiltonian Monte Carlo on the posterior of a mixture, the labels summed out: Pyro's no-U-turn sampler on our density.
+
+.. math:: U(z) = -\log p(T(z)) - \log |T'(z)| - \sum_n g_n \log p(x_n \mid T(z))
+
+References: Hoffman and Gelman 2014, *The no-U-turn sampler*, JMLR 15; Bingham et al. 2019, *Pyro: deep universal
+probabilistic programming*, JMLR 20.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import SamplingWarning
+from gmmkeops.bayes._draws import Draws
+from gmmkeops.bayes._prior import Prior
+from gmmkeops.bayes._target import Target
+
+__all__ = ["nuts"]
+
+
+def nuts(
+    prior: Prior,
+    x: Any,
+    *,
+    draws: int = 1000,
+    warmup: int = 500,
+    chains: int = 4,
+    weights: Any = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    progress: bool | None = None,
+    **options: Any,
+) -> Draws:
+    r"""Draws from the posterior by the no-U-turn sampler. Needs Pyro (``pip install "gmmkeops[bayes]"``).
+
+    Each chain starts near a mode of its own search, so components that the prior does not tell apart may be in another
+    order in each chain: they are put in order afterwards.
+
+    Args:
+        prior: Of the mixture; any continuous prior will do.
+        x: Points (N, D) or (N,), data units.
+        draws: How many of each chain are kept.
+        warmup: Steps of each chain before that, in which step size and mass matrix are found.
+        chains: Independent chains, one after another.
+        weights: Weight of each point (N,), or None.
+        generator: Source of randomness; torch's own state stays as it is.
+        backend: As for :func:`gmmkeops.reductions.logsumexp`.
+        progress: Whether to show a progress bar; by default only in a terminal.
+        **options: Further arguments of ``pyro.infer.NUTS``, such as ``target_accept_prob=0.95``.
+
+    Returns:
+        :class:`Draws`, with "divergences" and "acceptance" in its diagnostics.
+
+    Raises:
+        ModuleNotFoundError: Pyro is not installed.
+        TypeError, ValueError: Bad points.
+
+    Warns:
+        SamplingWarning: Trajectories diverged: the draws miss a part of the posterior.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> from torch.distributions import Normal
+        >>> prior = gk.bayes.Prior(1, weights=torch.ones(1), means=Normal(0.0, 10.0), scales=1.0, covariance_type="diag")
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> g = torch.Generator().manual_seed(0)
+        >>> found = gk.bayes.nuts(prior, x, draws=200, warmup=50, chains=1, generator=g)
+        >>> found.mean("means").round(decimals=0).tolist()
+        [[2.0]]
+    """
+    for name, value, least in (("draws", draws, 1), ("warmup", warmup, 1), ("chains", chains, 1)):
+        if int(value) != value or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    try:
+        from pyro.infer.mcmc import MCMC, NUTS
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('nuts needs Pyro: pip install "gmmkeops[bayes]".') from None
+    target = Target(prior, x, weights, backend=backend)
+
+    def potential(places: dict[str, Tensor]) -> Tensor:
+        try:
+            value = -target.log_density(places["z"][None])[0]
+        except ValueError:  # so far out that a matrix has lost its factor
+            value = places["z"].sum() * torch.nan
+        return torch.where(torch.isfinite(value), value, places["z"].sum() * 0 + 1e300)
+
+    show = progress if progress is not None else False
+    found, divergences, accepted = [], 0, 0.0
+    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)) if generator is None else generator
+    for chain in range(chains):
+        start = target.mode(target.start(generator, "kmeans" if chain == 0 else "kmeans++"))
+        start = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float64)
+        seed = int(torch.randint(1 << 62, (1,), generator=generator))
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            kernel = NUTS(potential_fn=potential, **options)
+            level = logging.getLogger("pyro").level
+            chain_run = MCMC(
+                kernel, num_samples=draws, warmup_steps=warmup, initial_params={"z": start}, disable_progbar=not show
+            )
+            chain_run.run()
+            logging.getLogger("pyro").setLevel(level)
+        found.append(chain_run.get_samples()["z"])
+        facts = chain_run.diagnostics()
+        divergences += sum(len(places) for places in facts.get("divergences", {}).values())
+        accepted += sum(facts.get("acceptance rate", {}).values()) / chains
+    values = {name: value.detach() for name, value in prior.values(torch.cat(found))[0].items()}
+    if divergences:
+        warnings.warn(
+            f"{divergences} of {chains * draws} trajectories diverged: the draws miss a part of the posterior; pass "
+            "target_accept_prob=0.95, or narrow the prior.",
+            SamplingWarning,
+            stacklevel=2,
+        )
+    facts = {"divergences": float(divergences), "acceptance": accepted}
+    return Draws.of(prior, values, "NUTS", chains=chains, diagnostics=facts)
