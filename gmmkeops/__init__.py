@@ -13,6 +13,7 @@ from gmmkeops.mixture import Mixture
 from gmmkeops.module import GMM
 from gmmkeops.moments import Moments
 from gmmkeops.sources import Source
+from gmmkeops.uncertainty import StandardErrors, standard_errors
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "PrecisionWarning",
     "Source",
     "SphericalFactor",
+    "StandardErrors",
     "bayes",
     "compare",
     "distributed",
@@ -47,5 +49,6 @@ __all__ = [
     "reductions",
     "save",
     "selection",
+    "standard_errors",
     "to_sklearn",
 ]
