@@ -1,5 +1,6 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
 # make test    the whole test suite, with real KeOps formulas compiled and run
+# make calibration  coverage of intervals and uniformity of ranks over hundreds of simulated data sets (~15 minutes)
 # make check   formatter, linter, type checker
 # make gallery every gallery script, pictures in demo/
 # make gpu     what works on this device, and the suite's checks of every reduction on it (needs CUDA)
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo gallery test check gpu bench bench-gpu clean
+.PHONY: demo gallery test calibration check gpu bench bench-gpu clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -29,6 +30,9 @@ gallery: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+calibration: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .

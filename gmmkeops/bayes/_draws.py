@@ -13,6 +13,7 @@ label switching in mixture models*, JRSS B 62.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,14 +166,12 @@ class Draws:
         Raises:
             ModuleNotFoundError: ArviZ is not installed.
         """
-        import arviz
-
         posterior = {
             site.name: self.values[site.name].unflatten(0, (self.chains, -1)).numpy()
             for site in self.prior.sites
             if site.prior is not None
         }
-        return arviz.from_dict(posterior)
+        return _arviz().from_dict(posterior)
 
     def convergence(self) -> dict[str, Tensor]:
         """R̂ and effective sample sizes by ArviZ: "rhat_means" and "ess_means" (K, D), and so on.
@@ -180,9 +179,7 @@ class Draws:
         Raises:
             ModuleNotFoundError: ArviZ is not installed.
         """
-        import arviz
-
-        data = self.arviz()
+        arviz, data = _arviz(), self.arviz()
         found = {}
         for label, function in (("rhat", arviz.rhat), ("ess", arviz.ess)):
             for name, value in function(data).items():
@@ -205,6 +202,14 @@ class Draws:
                 for at, row in zip(places, cells, strict=True)
             ]
         return "\n".join(lines)
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():
+        # Its announcements of versions to come.
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
 
 
 def _order(means: Tensor) -> Tensor:

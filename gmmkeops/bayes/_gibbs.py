@@ -153,8 +153,7 @@ def _swapped(target: Target, values: Values, sweep: int, generator: torch.Genera
     a, b = torch.randperm(K, generator=generator)[:2]
     order = torch.arange(K)
     order[a], order[b] = b, a
-    moved = prior.permuted(values, order[None])
-    moved |= {site.name: values[site.name] for site in known}
+    moved = prior.rearranged(values, order[None])
     gain = prior.log_prob(moved) - prior.log_prob(values)
     if known:
         gain = gain + target.log_likelihood(prior.mixtures(moved)) - target.log_likelihood(prior.mixtures(values))

@@ -19,7 +19,7 @@ from torch import Tensor
 from gmmkeops._checks import SamplingWarning
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._pareto import smoothed
-from gmmkeops.bayes._prior import Prior
+from gmmkeops.bayes._prior import Prior, Values
 from gmmkeops.bayes._target import Target
 
 __all__ = ["importance"]
@@ -29,6 +29,8 @@ PROPOSALS = ("laplace", "variational", "prior")
 _DEGREES = 5.0
 # Components up to which a proposal is repeated for each order of exchangeable components.
 _ORDERS = 5
+# Orders that the posterior likes less than this are left out of a proposal.
+_SHARE = 1e-6
 # Below these the answer is not to be trusted.
 _LEAST_ESS, _LARGEST_K = 100.0, 0.7
 
@@ -51,7 +53,7 @@ def importance(
         draws: How many.
         proposal: Where from: ``"laplace"`` (a Student's t with the mode and curvature of the posterior), ``"variational"``
             (that, moved and sheared to raise the evidence bound), or ``"prior"``. The first two are laid out for every
-            order of components that the prior does not tell apart, up to five components.
+            order of up to five components.
         weights: Weight of each point (N,), or None.
         generator: Source of randomness.
         backend: As for :func:`gmmkeops.reductions.logsumexp`.
@@ -88,9 +90,13 @@ def importance(
         centre, root = target.laplace(generator)
         if proposal == "variational":
             centre, root = _variational(target, centre, root, generator)
-        z = centre + _student(draws, len(centre), generator) @ root.T
-        values, logs = prior.values(z)
-        ratios = logs + target.log_likelihood(prior.mixtures(values)) - _log_proposal(prior, z, centre, root)
+        values, _ = prior.values(centre + _student(draws, len(centre), generator) @ root.T)
+        orders, shares = _orders(target, centre)
+        chosen = torch.multinomial(shares, draws, replacement=True, generator=generator)
+        values = prior.rearranged(values, orders[chosen])
+        z = prior.unbounded(values)
+        density = prior.values(z)[1] + target.log_likelihood(prior.mixtures(values))
+        ratios = density - _log_proposal(prior, values, z, centre, root, orders, shares)
     ratios = ratios.detach().nan_to_num(nan=-math.inf, posinf=-math.inf)
     evidence = float(torch.logsumexp(ratios, 0)) - math.log(draws)
     log_weights, k = smoothed(ratios)
@@ -105,6 +111,19 @@ def importance(
     values = {name: value.detach() for name, value in values.items()}
     found = {"ess": ess, "pareto_k": k, "log_evidence": evidence}
     return Draws.of(prior, values, f"importance sampling ({proposal})", log_weights=log_weights, diagnostics=found)
+
+
+def _orders(target: Target, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """The orders (P, K) of components that a proposal around a mode is laid out for, and its shares (P,) of them."""
+    prior, K = target.prior, target.prior.components
+    if prior.exchangeable and K <= _ORDERS:
+        orders = torch.tensor(list(permutations(range(K))))
+        return orders, torch.full((len(orders),), 1 / len(orders), dtype=torch.float64)
+    orders, heights = target.orders(prior.values(centre[None])[0])
+    shares = torch.softmax(heights[:, 0], 0)
+    orders, shares = orders[shares > _SHARE], shares[shares > _SHARE]
+    # Rare orders are drawn often enough to be weighed.
+    return orders, 0.9 * shares / shares.sum() + 0.1 / len(shares)
 
 
 def _student(count: int, size: int, generator: torch.Generator | None) -> Tensor:
@@ -127,19 +146,18 @@ def _log_student(z: Tensor, centre: Tensor, root: Tensor) -> Tensor:
     )
 
 
-def _log_proposal(prior: Prior, z: Tensor, centre: Tensor, root: Tensor) -> Tensor:
-    """Log-density (S,) of the proposal, laid out for every order of exchangeable components."""
-    if not prior.exchangeable or prior.components > _ORDERS:
-        return _log_student(z, centre, root)
-    values, logs = prior.values(z)
+def _log_proposal(
+    prior: Prior, values: Values, z: Tensor, centre: Tensor, root: Tensor, orders: Tensor, shares: Tensor
+) -> Tensor:
+    """Log-density (S,) of a proposal that is laid out for several orders of the components, in shares (P,)."""
     # The volume that unbounded numbers take in the parameters' own units, which a new order leaves as it is.
-    volume = logs - prior.log_prob(values)
+    volume = prior.values(z)[1] - prior.log_prob(values)
     found = []
-    for order in permutations(range(prior.components)):
-        moved = prior.unbounded(prior.permuted(values, torch.tensor(order).expand(len(z), -1)))
-        own, theirs = prior.values(moved)
-        found.append(_log_student(moved, centre, root) + volume - (theirs - prior.log_prob(own)))
-    return torch.logsumexp(torch.stack(found), 0) - math.log(len(found))
+    for order, share in zip(orders, shares, strict=True):
+        back = prior.unbounded(prior.rearranged(values, order.argsort().expand(len(z), -1)))
+        own, logs = prior.values(back)
+        found.append(share.log() + _log_student(back, centre, root) + volume - (logs - prior.log_prob(own)))
+    return torch.logsumexp(torch.stack(found), 0)
 
 
 def _variational(

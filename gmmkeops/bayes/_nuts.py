@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gmmkeops._checks import SamplingWarning
 from gmmkeops.bayes._draws import Draws
-from gmmkeops.bayes._prior import Prior
+from gmmkeops.bayes._prior import Prior, Values
 from gmmkeops.bayes._target import Target
 
 __all__ = ["nuts"]
@@ -38,8 +38,8 @@ def nuts(
 ) -> Draws:
     r"""Draws from the posterior by the no-U-turn sampler. Needs Pyro (``pip install "gmmkeops[bayes]"``).
 
-    Each chain starts near a mode of its own search, so components that the prior does not tell apart may be in another
-    order in each chain: they are put in order afterwards.
+    Trajectories do not change the order of components. Where the prior does not tell them apart they are put in order
+    afterwards; where it does, each draw of up to five components stands for itself in all orders, by the posterior's shares.
 
     Args:
         prior: Of the mixture; any continuous prior will do.
@@ -111,6 +111,7 @@ def nuts(
         divergences += sum(len(places) for places in facts.get("divergences", {}).values())
         accepted += sum(facts.get("acceptance rate", {}).values()) / chains
     values = {name: value.detach() for name, value in prior.values(torch.cat(found))[0].items()}
+    values, log_weights = _reordered(target, values, generator)
     if divergences:
         warnings.warn(
             f"{divergences} of {chains * draws} trajectories diverged: the draws miss a part of the posterior; pass "
@@ -119,4 +120,16 @@ def nuts(
             stacklevel=2,
         )
     facts = {"divergences": float(divergences), "acceptance": accepted}
-    return Draws.of(prior, values, "NUTS", chains=chains, diagnostics=facts)
+    return Draws.of(prior, values, "NUTS", log_weights=log_weights, chains=chains, diagnostics=facts)
+
+
+def _reordered(target: Target, values: Values, generator: torch.Generator) -> tuple[Values, Tensor]:
+    """Draws of one order of components, as draws of all orders that the prior allows, and their log-weights (S,).
+
+    A trajectory does not leave the order that it began in. Each draw stands for itself in all orders: it takes one of them by
+    the posterior's shares, and weighs as much as all together do against its own.
+    """
+    orders, heights = target.orders(values)
+    chosen = torch.multinomial(torch.softmax(heights, 0).T, 1, generator=generator)[:, 0]
+    weights = torch.logsumexp(heights, 0) - heights[0]
+    return target.prior.rearranged(values, orders[chosen]), torch.log_softmax(weights, 0)

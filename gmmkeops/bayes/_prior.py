@@ -8,7 +8,9 @@ Stan Development Team, *Stan Reference Manual*, constraint transforms.
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -290,6 +292,11 @@ class Prior:
             found[name] = value.gather(1, index)
         return found
 
+    def rearranged(self, values: Values, order: Tensor) -> Values:
+        """The same, but what is known of each component stays in its place."""
+        stay = {site.name: values[site.name] for site in self.sites if site.known is not None}
+        return self.permuted(values, order) | stay
+
     def log_prob(self, values: Values) -> Tensor:
         """Log-density of parameters (S,), nats; known ones do not count."""
         logs = values["means"].new_zeros(len(values["means"]))
@@ -326,6 +333,7 @@ def _site(name: str, value: Any, shape: tuple[int, ...]) -> _Site:
             return _Site(name, shape, known=known.expand(shape).clone())
         except RuntimeError:
             raise ValueError(f"known {name} must fit the shape {shape}, got {tuple(known.shape)}.") from None
+    value = _widened(value)
     own = len(value.event_shape)
     batch = shape[: len(shape) - own]
     try:
@@ -350,11 +358,24 @@ def _site(name: str, value: Any, shape: tuple[int, ...]) -> _Site:
     return site
 
 
+def _widened(prior: Distribution) -> Distribution:
+    """The distribution with parameters in float64, where torch lets them be replaced."""
+    wide = copy.copy(prior)
+    for name, value in vars(prior).items():
+        if isinstance(value, Tensor) and value.dtype == torch.float32:
+            setattr(wide, name, value.double())
+        elif isinstance(value, Distribution):
+            setattr(wide, name, _widened(value))
+    return wide
+
+
 def _drawn(prior: Distribution, count: int, generator: torch.Generator | None) -> Tensor:
     """Draws (count, ...), float64, by a generator, while torch's own state stays as it is."""
     if isinstance(prior, StickBreaking):
         return prior.sample((count,), generator=generator)
     seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Wishart speaks of singular draws, and draws them again, where there are none.
+        warnings.filterwarnings("ignore", message="Singular sample detected")
         torch.manual_seed(seed)
         return prior.sample(torch.Size([count])).double()

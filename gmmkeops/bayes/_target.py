@@ -16,7 +16,9 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_weights
-from gmmkeops.bayes._prior import Prior
+from gmmkeops.bayes._prior import Prior, StickBreaking, Values
+from gmmkeops.bayes._variational import VariationalBayes
+from gmmkeops.fitting import fit
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
 
@@ -26,6 +28,8 @@ __all__ = ["Target"]
 _FEW = 4096
 # Steps of a difference quotient, in standard deviations of the prior's unbounded numbers.
 _STEP = 1e-4
+# Iterations of variational Bayes that make a start.
+_STEPS = 50
 # Components up to which every order of them is tried.
 _ORDERS = 5
 
@@ -91,30 +95,50 @@ class Target:
         options: Any = {"covariance_type": covariance_type, "generator": generator, "backend": self.backend}
         if self.rows >= prior.components:
             found = initialise(self.x, prior.components, strategy, weights=self.weights, runs=1, **options)
+            sticks = prior.sites[0].prior
+            if isinstance(sticks, StickBreaking):
+                # k-means uses every component; variational Bayes leaves those unused that the data do not need.
+                method = VariationalBayes(concentration=sticks.concentration, reg_covar=0.0, tol=0)
+                settings: Any = {"weights": self.weights, "backend": self.backend, "progress": False}
+                found = fit(found, self.x, method, max_iter=_STEPS, **settings).mixture
             z = prior.unbounded(prior.of_mixture(found))
             if bool(torch.isfinite(z).all()) and bool(torch.isfinite(self.log_density(z)).all()):
                 return self._placed(z)
         return prior.unbounded(prior.sample(1, generator))
 
     @torch.no_grad()
+    def orders(self, values: Values) -> tuple[Tensor, Tensor]:
+        """All orders of up to five components, and how the posterior likes parameters in each of them.
+
+        Args:
+            values: (S, ...).
+
+        Returns:
+            Orders (P, K) and log-posteriors (P, S) but for a constant of each draw; the order as it is alone where the prior
+            tells no component from another, or where components are more.
+        """
+        prior, K, count = self.prior, self.prior.components, len(values["means"])
+        if prior.exchangeable or K > _ORDERS:
+            return torch.arange(K)[None], values["means"].new_zeros(1, count)
+        orders = torch.tensor(list(permutations(range(K))))
+        heights = []
+        for order in orders:
+            moved = prior.rearranged(values, order.expand(count, K))
+            height = prior.log_prob(moved)
+            # Where all that components are moves with them, the likelihood stays.
+            if any(site.known is not None for site in prior.sites):
+                height = height + self.log_likelihood(prior.mixtures(moved))
+            heights.append(height.nan_to_num(nan=-torch.inf))
+        return orders, torch.stack(heights)
+
     def _placed(self, z: Tensor) -> Tensor:
         """The same components (1, size) in the places where prior and known values like them best."""
-        prior, K = self.prior, self.prior.components
-        if prior.exchangeable or K == 1:
-            return z
-        values, _ = prior.values(z)
-        if K > _ORDERS:
-            return prior.unbounded(prior.permuted(values, values["weights"].argsort(dim=1, descending=True)))
-        orders = torch.tensor(list(permutations(range(K))))
-        moved = prior.permuted(
-            {name: value.expand(len(orders), *value.shape[1:]) for name, value in values.items()}, orders
-        )
-        for site in prior.sites:
-            if site.known is not None:
-                moved[site.name] = site.known.expand(len(orders), *site.shape)
-        heights = prior.log_prob(moved) + self.log_likelihood(prior.mixtures(moved))
-        best = int(heights.nan_to_num(nan=-torch.inf).argmax())
-        return prior.unbounded({name: value[best : best + 1] for name, value in moved.items()})
+        values, _ = self.prior.values(z)
+        if self.prior.components > _ORDERS and not self.prior.exchangeable:
+            order = values["weights"].argsort(dim=1, descending=True)
+            return self.prior.unbounded(self.prior.rearranged(values, order))
+        orders, heights = self.orders(values)
+        return self.prior.unbounded(self.prior.rearranged(values, orders[heights[:, 0].argmax()][None]))
 
     def mode(self, starts: Tensor) -> Tensor:
         """The most probable of the modes (size,) that L-BFGS finds from some starts (S, size)."""
