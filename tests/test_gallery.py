@@ -60,6 +60,48 @@ def coming_from(output):
     assert float(re.search(r"Zuko's loop ends at (-?[\d.]+)", output)[1]) > theirs - 0.01
 
 
+def bentos(output):
+    assert "the importance weights have collapsed" in output
+    rows = re.findall(r"(grid|importance|Gibbs|NUTS) means ([\d.]+) ([\d.]+) sd ([\d.]+) ([\d.]+)", output)
+    table = {name: list(map(float, values)) for name, *values in rows}
+    assert len(table) == 4
+    for found in table.values():
+        assert found[:2] == pytest.approx(table["grid"][:2], abs=0.12)
+        assert found[2:] == pytest.approx(table["grid"][2:], rel=0.15)
+    assert 0.3 < float(re.search(r"P\(heavy \| 425 g\) = ([\d.]+)", output)[1]) < 0.7
+
+
+def coffees(output):
+    means = re.findall(r"\[\d,0\] +([\d.]+)", output)
+    assert [float(m) for m in means[:3]] == pytest.approx([86, 118, 166], abs=4)
+    scatter, low, high = map(
+        float, re.search(r"scatter ([\d.]+) mg, 90 % between ([\d.]+) and ([\d.]+)", output).groups()
+    )
+    assert low < scatter < high
+    assert low < 5.2
+
+
+def density_network(output):
+    network, exact, squares = map(
+        float, re.search(r"network (-[\d.]+), conditioned (-[\d.]+), least squares (-[\d.]+)", output).groups()
+    )
+    assert min(network, exact) > squares + 1.5
+
+
+def process(output):
+    for counts in re.findall(r"of \([\d, ]+\): \[([\d, ]+)\]", output):
+        used = list(map(int, counts.split(",")))
+        assert used[0] < 12
+        assert used[-1] > 4 * used[0]
+    assert float(re.search(r"differ by ([\d.]+) nats", output)[1]) < 0.01
+
+
+def standard_errors(output):
+    joint, block = map(float, re.search(r"of 14: ([\d.]+)%; by component ([\d.]+)%", output).groups())
+    assert joint < 20
+    assert block > 20
+
+
 # For each script: how many figures, and what must hold of its output.
 SCRIPTS = {
     "plot_spiral.py": (2, spiral),
@@ -68,6 +110,11 @@ SCRIPTS = {
     "plot_anomalies.py": (1, anomalies),
     "plot_em_against_adam.py": (1, em_against_adam),
     "plot_coming_from.py": (1, coming_from),
+    "plot_bentos.py": (1, bentos),
+    "plot_coffees.py": (1, coffees),
+    "plot_density_network.py": (1, density_network),
+    "plot_process.py": (1, process),
+    "plot_standard_errors.py": (1, standard_errors),
 }
 
 

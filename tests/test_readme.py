@@ -29,10 +29,12 @@ def test_code_blocks_run(tmp_path, monkeypatch, capsys):
     matplotlib.use("Agg")
     scope: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         exec(compile(block, "README.md", "exec"), scope)
-    assert "of 8 components live" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of 8 components live" in said
+    assert "100 draws by Gibbs sampling in 2 chains" in said
     assert matplotlib.image.imread(tmp_path / "mixture.png")[..., :3].std() > 0.05
     assert (tmp_path / "model.safetensors").exists()
     assert scope["quick"].objective - scope["result"].objective < 1e-2

@@ -1,0 +1,94 @@
+r"""
+What if one input has several answers?
+======================================
+
+A robot's arm reaches a point with its elbow up or down; a sensor's reading belongs to two temperatures. Least squares answers
+with the average of the answers, which may be none of them. A mixture whose parameters depend on the input,
+
+.. math:: p(y \mid c) = \sum_k W_k(c)\, \mathcal N\bigl(y; \mu_k(c), \sigma_k^2(c)\bigr),
+
+answers with all of them, and how likely each is. Two ways to it: a network from c to the parameters (Bishop 1994), trained by
+gradient, and one mixture of both columns, conditioned exactly on the first.
+"""
+
+import math
+
+import matplotlib.pyplot as plt
+import torch
+
+import gmmkeops as gk
+
+# %%
+# Readings c near 1000 with two answers each, in units that no network would choose.
+
+
+def readings(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    c = 1000 + 20 * torch.rand(count, 1, generator=generator)
+    side = torch.where(torch.rand(count, 1, generator=generator) < 0.7, 1.0, -1.0)
+    return c, 50 + 100 * side * torch.sin((c - 1000) / 3) + 6 * torch.randn(count, 1, generator=generator)
+
+
+c, y = readings(4000, 0)
+new_c, new_y = readings(4000, 1)
+
+# %%
+# The network: ``initialize`` puts its mixtures on the clusters of y and draws its first layer for values like c; ``fit`` trains
+# it on minibatches, in a frame where all columns are of size one.
+
+torch.manual_seed(0)
+model = gk.GMM(1, context=1, components=4)
+model.initialize(y, context=c, generator=torch.Generator().manual_seed(0))
+schedule = lambda adam: torch.optim.lr_scheduler.CosineAnnealingLR(adam, 60)  # noqa: E731
+method = gk.Adam(lr=1e-2, batch_size=256, scheduler=schedule)
+result = gk.fit(model, y, method, context=c, max_iter=60, generator=torch.Generator().manual_seed(0))
+print("density network:", result)
+
+# %%
+# One mixture of the pairs (c, y), conditioned on c: nothing is trained but by EM.
+
+pairs = torch.cat([c, y], 1)
+joint = gk.fit(gk.initialise(pairs, 24), pairs, gk.EM(tol=1e-4), max_iter=300).mixture
+
+# %%
+# Least squares on a polynomial of the same reading, with the best constant scatter.
+
+powers = lambda c: torch.cat([((c - 1010) / 10) ** p for p in range(10)], 1).double()  # noqa: E731
+coefficients = torch.linalg.lstsq(powers(c), y.double()).solution
+scatter = float((y - powers(c) @ coefficients).square().mean()) ** 0.5
+residuals = (new_y - powers(new_c) @ coefficients) / scatter
+squares = float((-0.5 * residuals**2).mean()) - math.log(scatter) - 0.5 * math.log(2 * math.pi)
+
+with torch.no_grad():
+    network = float(model(new_c).log_prob(new_y).mean())
+exact = float(joint.condition(0, new_c).log_prob(new_y.double()).mean())
+print(
+    f"density network: nats per new reading: network {network:.3f}, conditioned {exact:.3f}, least squares {squares:.3f}"
+)
+
+# %%
+# The density of y at each c, with exact quantiles of the mixtures.
+
+grid = torch.linspace(1000, 1020, 300)[:, None]
+heights = torch.linspace(-100, 200, 300)
+figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True, layout="constrained")
+with torch.no_grad():
+    views = {
+        "density network": model(grid),
+        "conditioned mixture": joint.condition(0, grid),
+    }
+    for ax, (title, batch) in zip(axes[1:], views.items(), strict=True):
+        density = batch.log_prob(heights[:, None, None].expand(-1, 300, -1)).exp()
+        ax.pcolormesh(grid[:, 0], heights, density, cmap="Blues", vmax=0.05, rasterized=True)
+        ax.plot(grid, batch.quantile([0.1, 0.5, 0.9]).T, "C3", lw=0.8)
+        ax.set(title=f"{title}: 10, 50, 90 %", xlabel="reading c")
+axes[0].plot(new_c[:1500], new_y[:1500], ".", ms=2, color="0.6")
+axes[0].plot(grid, powers(grid) @ coefficients, "C3", label="least squares")
+axes[0].set(title="new readings", xlabel="reading c", ylabel="answer y")
+axes[0].legend()
+plt.show()
+
+# %%
+# Least squares runs between the branches, where nothing is. Both mixtures see the branches, their crossings and their shares;
+# the network costs a training run and then any number of inputs, the conditioned mixture is exact and asks for no training,
+# but pays for modelling the readings themselves.
