@@ -283,6 +283,29 @@ def test_draws_answer_in_weights_and_any_order():
     assert torch.allclose(found.log_prob(x).exp(), sum(w * d for w, d in zip(shares, densities, strict=True)))
 
 
+def test_chains_that_have_not_met_say_so():
+    """Two chains of draws about different places; and about the same."""
+    prior = bento_prior()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 2, 1, generator=generator).double()
+    values = {
+        "weights": torch.full((400, 2), 0.5).double(),
+        "means": torch.tensor([[350.0], [500.0]]).double() + noise,
+        "scales": torch.full((400, 2, 1), 2.0).double(),
+    }
+    gk.bayes.Draws.of(prior, values, "hand", chains=2).warn_unless_mixed()
+    values["means"][200:, 0] += 2
+    with pytest.warns(gk.bayes.SamplingWarning, match="chains of hand have not met"):
+        gk.bayes.Draws.of(prior, values, "hand", chains=2).warn_unless_mixed()
+
+
+def test_divergent_trajectories_say_so():
+    """Steps that are fifty times too long."""
+    options = {"step_size": 100.0, "adapt_step_size": False, "generator": torch.Generator().manual_seed(0)}
+    with pytest.warns(gk.bayes.SamplingWarning, match="trajectories diverged"):
+        gk.bayes.nuts(bento_prior(), bentos(), draws=20, warmup=1, chains=1, **options)
+
+
 def test_torch_itself_is_left_alone():
     state = torch.get_rng_state()
     for name in ("importance", "gibbs"):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_points
+from gmmkeops._checks import SamplingWarning, as_points
 from gmmkeops.bayes._prior import Prior, Values
 from gmmkeops.mixture import Mixture
 
@@ -31,6 +31,9 @@ ORDERED = "components are in the order of their means' first column in every dra
 KEPT = "components keep the order that the prior gives them"
 # Numbers that densities of some points under some draws may hold.
 _CHUNK = 1 << 22
+# Draws of a chain from which on its mixing is judged, the largest R̂ of chains that have met, and components up to which their
+# own numbers are compared.
+_LONG, _MIXED, _FEW = 100, 1.1, 5
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,32 @@ class Draws:
             raise ValueError(f"{self.method} draws no labels, so no component is occupied; use gibbs.")
         counts = torch.zeros(self.prior.components, dtype=torch.float64)
         return counts.index_add(0, self.occupied.long() - 1, self.weights)
+
+    def warn_unless_mixed(self) -> Draws:
+        """Warns where chains tell different things of the mixture as a whole, or of a few components in order; returns itself.
+
+        By split R̂ (Gelman et al. 2013, *Bayesian Data Analysis*, §11.4); :meth:`convergence` has the finer ones.
+        """
+        length = len(self.log_weights) // self.chains
+        if self.chains < 2 or length < _LONG:
+            return self
+        mixtures = self.mixtures
+        told = [mixtures.mean, mixtures.variance.log()]
+        if self.prior.components <= _FEW:
+            told += [self.values[site.name].flatten(1) for site in self.prior.sites if site.prior is not None]
+        numbers = torch.cat(told, 1)
+        half = length // 2
+        parts = numbers.unflatten(0, (self.chains, length))[:, : 2 * half].reshape(2 * self.chains, half, -1)
+        within, between = parts.var(1).mean(0), parts.mean(1).var(0)
+        worst = float((1 + between / within.clamp(min=1e-300)).sqrt().max())
+        if worst > _MIXED:
+            warnings.warn(
+                f"the chains of {self.method} have not met (split R̂ up to {worst:.2f}): they have not seen the whole "
+                "posterior; draw longer, or narrow the prior.",
+                SamplingWarning,
+                stacklevel=3,
+            )
+        return self
 
     def arviz(self) -> Any:
         """The draws as ArviZ's ``InferenceData``: chains, draws, and a variable for each parameter that is not known.

@@ -80,6 +80,9 @@ def gibbs(
     Raises:
         TypeError, ValueError: Bad points, or a prior whose conditional distribution is not known; the message names it.
 
+    Warns:
+        SamplingWarning: The chains tell different things.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> from torch.distributions import Dirichlet, Gamma, Normal
@@ -113,7 +116,8 @@ def gibbs(
                     kept.append(values)
                     occupied.append((sums.S0 > 0).sum())
     joined = {name: torch.cat([values[name] for values in kept]) for name in kept[0]}
-    return Draws.of(prior, joined, "Gibbs sampling", chains=chains, occupied=torch.stack(occupied))
+    found = Draws.of(prior, joined, "Gibbs sampling", chains=chains, occupied=torch.stack(occupied))
+    return found.warn_unless_mixed()
 
 
 def _bar(total: int, progress: bool | None) -> Any:

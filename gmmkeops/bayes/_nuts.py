@@ -61,7 +61,8 @@ def nuts(
         TypeError, ValueError: Bad points.
 
     Warns:
-        SamplingWarning: Trajectories diverged: the draws miss a part of the posterior.
+        SamplingWarning: Trajectories diverged, so that the draws miss a part of the posterior; or the chains tell different
+            things.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -90,7 +91,7 @@ def nuts(
         return torch.where(torch.isfinite(value), value, places["z"].sum() * 0 + 1e300)
 
     show = progress if progress is not None else False
-    found, divergences, accepted = [], 0, 0.0
+    places, divergences, accepted = [], 0, 0.0
     generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)) if generator is None else generator
     for chain in range(chains):
         start = target.mode(target.start(generator, "kmeans" if chain == 0 else "kmeans++"))
@@ -106,11 +107,11 @@ def nuts(
             )
             chain_run.run()
             logging.getLogger("pyro").setLevel(level)
-        found.append(chain_run.get_samples()["z"])
+        places.append(chain_run.get_samples()["z"])
         facts = chain_run.diagnostics()
-        divergences += sum(len(places) for places in facts.get("divergences", {}).values())
+        divergences += sum(len(steps) for steps in facts.get("divergences", {}).values())
         accepted += sum(facts.get("acceptance rate", {}).values()) / chains
-    values = {name: value.detach() for name, value in prior.values(torch.cat(found))[0].items()}
+    values = {name: value.detach() for name, value in prior.values(torch.cat(places))[0].items()}
     values, log_weights = _reordered(target, values, generator)
     if divergences:
         warnings.warn(
@@ -120,7 +121,8 @@ def nuts(
             stacklevel=2,
         )
     facts = {"divergences": float(divergences), "acceptance": accepted}
-    return Draws.of(prior, values, "NUTS", log_weights=log_weights, chains=chains, diagnostics=facts)
+    found = Draws.of(prior, values, "NUTS", log_weights=log_weights, chains=chains, diagnostics=facts)
+    return found.warn_unless_mixed()
 
 
 def _reordered(target: Target, values: Values, generator: torch.Generator) -> tuple[Values, Tensor]:

@@ -159,7 +159,7 @@ def _loss(problem: Problem, model: GMM, batch: list[Piece] | None, *, backward: 
     for piece in problem.data.pieces() if batch is None else batch:
         assert isinstance(piece.x, Tensor), "points of a conditional fit are not arranged"
         g = piece.x.new_ones(len(piece.x), dtype=torch.float64) if piece.weights is None else piece.weights
-        for x, weights in zip(piece.x.split(rows), g.split(rows), strict=True):
+        for x, weights in zip(piece.x.split(rows), g.split(rows), strict=True) if len(g) else ():
             x, weights = x.to(**kind), weights.to(**kind)
             mixture = model(x[:, D:])
             logs = mixture.log_prob(x[:, :D])

@@ -391,7 +391,9 @@ def _conditional(
     if context is not None:
         if readable(x):
             raise ValueError("points that are read have their contexts as their last columns; leave context out.")
-        x, c = as_points(x, features=model.features), as_points(context, name="context", features=model.context)
+        # A rank may have none; that there are some in all is checked with all of them.
+        x = as_points(x, features=model.features, minimum=0)
+        c = as_points(context, name="context", features=model.context, minimum=0)
         if len(x) != len(c):
             raise ValueError(f"context must have a row for each of the {len(x)} points, got {len(c)}.")
         x = torch.cat([x.to(torch.promote_types(x.dtype, c.dtype)), c.to(x.device)], 1)
