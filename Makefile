@@ -2,7 +2,7 @@
 # make test    the whole test suite, with real KeOps formulas compiled and run
 # make calibration  coverage of intervals and uniformity of ranks over hundreds of simulated data sets (~15 minutes)
 # make check   formatter, linter, type checker
-# make gallery every gallery script, pictures in demo/
+# make gallery every gallery script and all pages of the documentation, in build/site (open index.html)
 # make gpu     what works on this device, and the suite's checks of every reduction on it (needs CUDA)
 # make bench   every case by every peer that is installed (~10 minutes with scikit-learn alone), tables and plots
 # make bench-gpu  the same on CUDA, and which engine is faster in which dimension
@@ -23,10 +23,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/python gallery/run.py demo gallery/plot_spiral.py gallery/plot_photograph.py
+	$(BIN)/python gallery/run.py demo gallery/scripts/1_model/plot_spiral.py gallery/scripts/6_practice/plot_photograph.py
 
 gallery: $(READY)
-	$(BIN)/python gallery/run.py demo gallery/plot_*.py
+	$(BIN)/sphinx-build -q -W --keep-going -b html gallery build/site
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -53,4 +53,4 @@ bench-gpu: $(READY)
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv demo build dist *.egg-info gallery/auto gallery/generated

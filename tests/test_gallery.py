@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-GALLERY = Path(__file__).parent.parent / "gallery"
+GALLERY = Path(__file__).parent.parent / "gallery/scripts"
 
 
 def fits(output):
@@ -102,24 +102,76 @@ def standard_errors(output):
     assert block > 20
 
 
+def ten_thousand(output):
+    share, certified = map(
+        float, re.search(r"([\d.]+)% of the pairs looked at, certified ([\d.e-]+) nats", output).groups()
+    )
+    assert share < 10
+    assert 0 < certified <= 1.01e-4
+    low, high = map(float, re.search(r"lost between (-?[\d.e-]+) and ([\d.e-]+) nats", output).groups())
+    assert low > -1e-9
+    assert high <= 1.01e-4
+
+
+def map_coordinates(output):
+    table = dict(re.findall(r"map coordinates: (\S+, .*?float\d\d): ([\d.e+ na-]+)", output))
+    errors = {name: [float(value) for value in values.split()] for name, values in table.items()}
+    assert max(errors["gmmkeops, float64"]) < 1e-6
+    assert max(errors["gmmkeops, computed in float32"]) < 1e-4
+    assert not errors["scikit-learn, float64"][-1] < 0.01
+    assert "float32 steps at 2e7: 2 m" in output
+
+
+def streaming(output):
+    exact, quick = map(float, re.search(r"12 passes (-[\d.]+), stepwise after 3 passes (-[\d.]+)", output).groups())
+    assert quick > exact - 0.02
+    assert float(re.search(r"would take (\d+) MB", output)[1]) < 1000
+
+
+def two_ranks(output):
+    assert float(re.search(r"differ by ([\d.e-]+) at most", output)[1]) < 1e-6
+
+
+def town(output):
+    plates, needles, balls = map(int, re.search(r"plates (\d+)%, needles (\d+)%, balls (\d+)%", output).groups())
+    assert plates > 50
+    assert balls > 5
+    assert plates + needles + balls in (99, 100, 101)
+    assert float(re.search(r"splat file of (\d+) kB", output)[1]) < 200
+
+
+def penalties(output):
+    live = {name: int(count) for name, count in re.findall(r"penalties: (.*?): (\d+) live", output)}
+    assert live["none"] >= 18
+    assert live["SqrtWeights(3)"] < live["none"]
+    assert live["Dirichlet(50)"] == 20
+    assert len(live) == 6
+
+
 # For each script: how many figures, and what must hold of its output.
 SCRIPTS = {
-    "plot_spiral.py": (2, spiral),
-    "plot_photograph.py": (2, photograph),
-    "plot_choosing.py": (2, choosing),
-    "plot_anomalies.py": (1, anomalies),
-    "plot_em_against_adam.py": (1, em_against_adam),
-    "plot_coming_from.py": (1, coming_from),
-    "plot_bentos.py": (1, bentos),
-    "plot_coffees.py": (1, coffees),
-    "plot_density_network.py": (1, density_network),
-    "plot_process.py": (1, process),
-    "plot_standard_errors.py": (1, standard_errors),
+    "1_model/plot_spiral.py": (2, spiral),
+    "6_practice/plot_photograph.py": (2, photograph),
+    "3_choosing/plot_choosing.py": (2, choosing),
+    "3_choosing/plot_anomalies.py": (1, anomalies),
+    "2_fitting/plot_em_against_adam.py": (1, em_against_adam),
+    "6_practice/plot_coming_from.py": (1, coming_from),
+    "5_bayes/plot_bentos.py": (1, bentos),
+    "5_bayes/plot_coffees.py": (1, coffees),
+    "1_model/plot_density_network.py": (1, density_network),
+    "5_bayes/plot_process.py": (1, process),
+    "5_bayes/plot_standard_errors.py": (1, standard_errors),
+    "2_fitting/plot_penalties.py": (1, penalties),
+    "4_scale/plot_ten_thousand.py": (1, ten_thousand),
+    "4_scale/plot_map_coordinates.py": (1, map_coordinates),
+    "4_scale/plot_streaming.py": (1, streaming),
+    "4_scale/plot_two_ranks.py": (1, two_ranks),
+    "4_scale/plot_town.py": (1, town),
 }
 
 
 def test_every_script_is_tested():
-    assert {path.name for path in GALLERY.glob("plot_*.py")} == set(SCRIPTS)
+    assert {str(path.relative_to(GALLERY)) for path in GALLERY.glob("*/plot_*.py")} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -130,13 +182,13 @@ def test_script(script, tmp_path):
             sys.executable,
             "-W",
             "error::DeprecationWarning:gmmkeops",
-            str(GALLERY / "run.py"),
+            str(GALLERY.parent / "run.py"),
             str(tmp_path),
             str(GALLERY / script),
         ],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(GALLERY.parent)},
+        env=os.environ | {"PYTHONPATH": str(GALLERY.parents[1])},
     )
     assert done.returncode == 0, done.stderr
     holds(done.stdout)

@@ -1,0 +1,98 @@
+"""The documentation: pages from this folder, the gallery from ``scripts``, the reference from the docstrings."""
+
+import os
+import re
+
+import gmmkeops
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+project = "gmmkeops"
+author = "the gmmkeops founders"
+version = release = gmmkeops.__version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx_gallery.gen_gallery",
+    "sphinx-mathjax-offline",
+    "sphinxcontrib.bibtex",
+]
+root_doc = "index"
+exclude_patterns = ["scripts", "auto/**/*.ipynb", "recipes.md"]
+myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath"]
+myst_heading_anchors = 3
+bibtex_bibfiles = ["references.bib"]
+bibtex_default_style = "unsrt"
+
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autosummary_generate = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+html_theme = "pydata_sphinx_theme"
+html_title = "gmmkeops"
+html_show_sourcelink = False
+html_theme_options = {
+    "show_prev_next": False,
+    "navbar_align": "left",
+    "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "header_links_before_dropdown": 8,
+}
+html_sidebars = {"index": [], "choose": [], "mathematics": [], "performance": [], "errors": []}
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+sphinx_gallery_conf = {
+    "examples_dirs": "scripts",
+    "gallery_dirs": "auto",
+    "filename_pattern": r"plot_",
+    "download_all_examples": False,
+    "abort_on_example_error": True,
+    "remove_config_comments": True,
+    "show_memory": False,
+    "min_reported_time": 1,
+    "within_subsection_order": "FileNameSortKey",
+    "capture_repr": (),
+}
+suppress_warnings = ["config.cache"]
+
+# Shapes such as (*B, K), determinants such as |U| and attributes such as means_ are plain text in docstrings, markup in
+# reStructuredText.
+_KEPT = re.compile(r"(``.*?``|:[\w:]+:`.*?`|`[^`]+`__?)")
+_MARKS = (
+    (re.compile(r"\*(?=[A-Z][,)])"), r"\\*"),
+    (re.compile(r"\|"), r"\\|"),
+    (re.compile(r"(\w)_(?!\w)"), r"\1\\_"),
+)
+
+
+def escape(app, what, name, obj, options, lines):
+    """Takes the markup out of a docstring's plain text: not out of formulas, literals, roles and examples."""
+    formula, example = None, False
+    for number, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if formula is not None and line.strip() and indent <= formula:
+            formula = None
+        if line.strip().startswith(".. math::"):
+            formula = indent
+        example = bool(line.strip()) and (example or line.strip().startswith(">>>"))
+        if formula is not None or example:
+            continue
+        parts = _KEPT.split(line)
+        for place in range(0, len(parts), 2):
+            for mark, plain in _MARKS:
+                parts[place] = mark.sub(plain, parts[place])
+        lines[number] = "".join(parts)
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", escape, priority=100)

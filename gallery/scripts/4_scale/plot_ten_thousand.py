@@ -1,0 +1,81 @@
+r"""
+Can a fit leave out what nobody feels?
+======================================
+
+Of ten thousand components, a point on a surface feels a few dozen. Points are put into boxes of near ones; for a box with centre
+b and extent r, component k contributes at most :math:`u_k = c_k - \frac12 (\lVert U_k^\top(b - \mu_k) \rVert - \lVert U_k^\top r
+\rVert)_+^2`, and the components whose :math:`\sum \exp u_k` is below ε of any point's density are not looked at,
+
+.. math:: 0 \le \ell_n - \ell_n^{\text{kept}} \le -\log(1 - \varepsilon) \quad \text{for every point } n.
+
+The bound is reported with the fit. What does it save, and does it hold?
+"""
+
+import time
+
+import matplotlib.pyplot as plt
+import torch
+
+import gmmkeops as gk
+
+# %%
+# 200 000 points of a wavy closed tube, with noise of a hundredth of its width.
+
+generator = torch.Generator().manual_seed(0)
+N = 200_000
+u, v = 2 * torch.pi * torch.rand(2, N, generator=generator)
+R = 1 + 0.3 * torch.sin(3 * u) + 0.1 * torch.cos(7 * v)
+width = 2 + R / 2 * torch.cos(v)
+x = torch.stack([width * torch.cos(u), width * torch.sin(u), R / 2 * torch.sin(v) + 0.3 * torch.sin(2 * u)], 1)
+x += 0.005 * torch.randn(N, 3, generator=generator)
+
+# %%
+# Seconds per iteration of EM for more and more components, with ε = 10⁻⁴ and with every pair (as far as that is bearable).
+
+counts = (100, 300, 1000, 3000, 10_000)
+table: dict[str, list[float]] = {"every pair": [], "certified": []}
+shares, certificates = [], []
+for K in counts:
+    means = x[torch.randperm(N, generator=generator)[:K]]
+    start = gk.Mixture(torch.zeros(K), means, gk.SphericalFactor(torch.full((K, 1), K**0.5 / 3).log(), 3))
+    full = gk.FullFactor.from_covariances(start.factor.covariances().double())
+    start = gk.Mixture(torch.zeros(K).double(), means.double(), full)
+    for name, epsilon in (("every pair", 0), ("certified", 1e-4)):
+        if name == "every pair" and K > 1000:
+            continue
+        seconds = {}
+        for iterations in (1, 4):
+            began = time.perf_counter()
+            result = gk.fit(start, x, gk.EM(tol=0), max_iter=iterations, truncate=epsilon)
+            seconds[iterations] = time.perf_counter() - began
+        table[name].append((seconds[4] - seconds[1]) / 3)
+    shares.append(result.report.pairs)
+    certificates.append(result.report.certificate)
+
+# %%
+# The certificate against the truth: what the last fit's density lost at each of 20 000 points.
+
+exact = result.mixture.log_prob(x[:20_000].double(), truncate=0)
+kept = result.mixture.log_prob(x[:20_000].double(), truncate=1e-4)
+lost = exact - kept
+print(f"ten thousand: {shares[-1]:.2%} of the pairs looked at, certified {certificates[-1]:.1e} nats")
+print(f"ten thousand: lost between {float(lost.min()):.1e} and {float(lost.max()):.1e} nats")
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+left.loglog(counts[: len(table["every pair"])], table["every pair"], "s--", label="every pair")
+left.loglog(counts, table["certified"], "o-", label="ε = 10⁻⁴, certified")
+left.loglog(counts, table["certified"][0] * (torch.tensor(counts) / counts[0]).sqrt(), ":", color="0.5", label="√K")
+left.set(xlabel="components", ylabel="seconds per EM iteration", title="200 000 points, D = 3, full covariances")
+left.legend()
+near = (x[:, 2].abs() < 0.15).nonzero()[:, 0]
+right.plot(*x[near, :2].T, ",", color="0.6")
+centres = result.mixture.means[result.mixture.means[:, 2].abs() < 0.15]
+right.plot(*centres[:, :2].T, ".", ms=3, color="C3", label="means")
+right.set(aspect="equal", xlabel="x", ylabel="y", title="a slice of the tube, 10 000 components")
+right.legend()
+plt.show()
+
+# %%
+# Every pair costs in proportion to the number of components. The certified sweep grows about as slowly as the root of that
+# while each component still owns some hundred points, because boxes and components shrink together. What it loses stays
+# below what it promises, at every point; here far below, since bounds are bounds.
