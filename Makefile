@@ -1,6 +1,6 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
 # make test    the whole test suite, with real KeOps formulas compiled and run
-# make calibration  coverage of intervals and uniformity of ranks over hundreds of simulated data sets (~15 minutes)
+# make test-slow  the gallery's longest scripts, and samplers over hundreds of simulated data sets (~25 minutes)
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html)
 # make gpu     what works on this device, and the suite's checks of every reduction on it (needs CUDA)
@@ -13,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo gallery test calibration check gpu bench bench-gpu clean
+.PHONY: demo gallery test test-slow check gpu bench bench-gpu clean
 .DEFAULT_GOAL := test
 
 $(READY): pyproject.toml constraints.txt
@@ -31,7 +31,7 @@ gallery: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-calibration: $(READY)
+test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 check: $(READY)

@@ -45,7 +45,7 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],
-    "header_links_before_dropdown": 8,
+    "header_links_before_dropdown": 6,
 }
 html_sidebars = {"index": [], "choose": [], "mathematics": [], "performance": [], "errors": []}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

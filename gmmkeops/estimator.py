@@ -306,7 +306,7 @@ class BayesianGaussianMixture(MixtureEstimator):
         >>> X = np.array([[1, 2], [1, 4], [1, 0], [4, 2], [12, 4], [10, 7]])
         >>> bgm = BayesianGaussianMixture(n_components=2, random_state=42).fit(X)
         >>> [float(m) for m in sorted(bgm.means_[:, 0].round(1))]
-        [2.5, 8.4]
+        [2.5, 8.5]
     """
 
     def __init__(

@@ -10,10 +10,12 @@ Lund and Thorup 2007, *Priority sampling for estimation of arbitrary subset sums
 from __future__ import annotations
 
 import copy
+import ctypes
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -339,6 +341,7 @@ class Source:
         """Begins to load in the reader's thread; returns what waits for it."""
         if self._pool is None:
             # One thread for all passes: a new one each time would take, and keep, memory of its own.
+            _share_arenas()
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader")
         try:
             return self._pool.submit(load).result
@@ -420,6 +423,16 @@ class Source:
         total = (tally.total, tally.magnitude)
         self._survey = Survey(tally.rows, tally.mass, squares, total, mark % (1 << 64), single, reservoir)
         return self._survey
+
+
+def _share_arenas() -> None:
+    """Lets all threads take their memory from two pools.
+
+    The C library would otherwise reserve 64 MB of address space for each thread that ever allocates, which is most of what a
+    process with a limit of a gigabyte or two has to give (glibc's ``mallopt``; elsewhere nothing happens).
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-8, 2)
 
 
 def _grouped(units: list[Unit], size: int) -> list[list[Unit]]:

@@ -334,7 +334,7 @@ START = random_mixture("full", K=3)
         ),
         (lambda: gk.fit("start", X, gk.Adam()), TypeError, "start must be a Mixture or a GMM, got str"),
         (lambda: gk.fit(START.expand((2,)), X, gk.Adam()), ValueError, "fit takes one mixture, got a batch"),
-        (lambda: gk.fit(gk.GMM(2, context=1), X, gk.Adam()), ValueError, "fit takes a GMM without context"),
+        (lambda: gk.fit(gk.GMM(2, context=1), X, gk.Adam()), ValueError, "x has 2 columns, expected 3"),
         (lambda: gk.fit(START, X[:2], gk.Adam()), ValueError, "x has 2 rows, expected at least 3"),
         (lambda: gk.fit(START, X[:0], gk.Adam()), ValueError, "x has no rows, expected at least 3"),
         (lambda: gk.fit(START, torch.zeros(9, 5), gk.Adam()), ValueError, "x has 5 columns, expected 2"),

@@ -59,7 +59,7 @@ def test_links_between_pages_lead_somewhere():
 
 def opened(page, width, tmp_path):
     """What a browser makes of a built page: its text after scripts have run, what it logged, and a picture."""
-    picture = tmp_path / f"{page}-{width}.png"
+    picture = tmp_path / f"{re.sub(r'[^a-z]', '-', page)}{width}.png"
     command = [
         BROWSER,
         "--headless=new",
@@ -69,7 +69,8 @@ def opened(page, width, tmp_path):
         "--enable-logging=stderr",
     ]
     command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1600", "--virtual-time-budget=8000"]
-    url = (SITE / page).as_uri()
+    path, _, query = page.partition("?")
+    url = (SITE / path).as_uri() + (f"?{query}" if query else "")
     dumped = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=120)
     subprocess.run([*command, f"--screenshot={picture}", url], capture_output=True, timeout=120, check=True)
     logged = [line for line in dumped.stderr.splitlines() if "CONSOLE" in line and ("rror" in line or "WARN" in line)]

@@ -72,7 +72,7 @@ def importance(
         >>> from torch.distributions import Normal
         >>> x = torch.tensor([348.0, 350.0, 352.0, 499.0, 502.0])
         >>> prior = gk.bayes.Prior(
-        ...     2, weights=torch.tensor([0.6, 0.4]), means=Normal(400.0, 50.0), scales=2.0, covariance_type="spherical"
+        ...     2, weights=torch.tensor([0.5, 0.5]), means=Normal(400.0, 50.0), scales=2.0, covariance_type="spherical"
         ... )
         >>> found = gk.bayes.importance(prior, x, generator=torch.Generator().manual_seed(0))
         >>> found.mean("means").round(decimals=0)[:, 0].tolist()

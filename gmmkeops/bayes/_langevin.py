@@ -70,7 +70,8 @@ def langevin(
         >>> from torch.distributions import Normal
         >>> x = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         >>> prior = gk.bayes.Prior(1, weights=torch.ones(1), means=Normal(0.0, 10.0), scales=1.0, covariance_type="diag")
-        >>> found = gk.bayes.langevin(prior, x, generator=torch.Generator().manual_seed(0))
+        >>> g = torch.Generator().manual_seed(0)
+        >>> found = gk.bayes.langevin(prior, x, draws=300, warmup=20, thin=4, step=0.5, generator=g)
         >>> 0.8 < float(found.sd("means")) * 20_000**0.5 < 1.2
         True
     """

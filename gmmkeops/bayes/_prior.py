@@ -46,8 +46,8 @@ class StickBreaking(Distribution):
     Example:
         >>> import torch, gmmkeops as gk
         >>> weights = gk.bayes.StickBreaking(1.0, 5).sample((1000,), generator=torch.Generator().manual_seed(0))
-        >>> weights.mean(0).round(decimals=1).tolist()
-        [0.5, 0.2, 0.1, 0.1, 0.1]
+        >>> bool((weights.mean(0) - torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16])).abs().max() < 0.03)
+        True
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

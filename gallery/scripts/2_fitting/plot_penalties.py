@@ -42,8 +42,8 @@ fits = {
     "SqrtWeights(3)": gk.fit(start, x, em, penalty=gk.penalties.SqrtWeights(3.0), max_iter=500),
     "Dirichlet(50)": gk.fit(start, x, em, penalty=gk.penalties.Dirichlet(50.0), max_iter=500),
     "InverseWishart": gk.fit(start, x, em, penalty=gk.penalties.InverseWishart(0.05, 3.0), max_iter=500),
-    "round_ring, yours": gk.fit(start, x, adam, penalty=round_ring, max_iter=400),
-    "SqrtWeights + yours": gk.fit(start, x, adam, penalty=gk.penalties.SqrtWeights(3.0) + round_ring, max_iter=400),
+    "round_ring, yours": gk.fit(start, x, adam, penalty=round_ring, max_iter=250),
+    "SqrtWeights + yours": gk.fit(start, x, adam, penalty=gk.penalties.SqrtWeights(3.0) + round_ring, max_iter=250),
 }
 for name, result in fits.items():
     W = result.mixture.weights

@@ -42,7 +42,7 @@ x = np.concatenate(parts) + corner
 # Five hundred components, computed in float32; the frame keeps the millimetres of the coordinates.
 
 start = gk.initialise(x, 500, generator=torch.Generator().manual_seed(0))
-result = gk.fit(start, x, gk.EM(tol=1e-4), max_iter=60, dtype="float32")
+result = gk.fit(start, x, gk.EM(tol=1e-3), max_iter=30, dtype="float32")
 print("town:", result)
 mixture = result.mixture
 

@@ -39,7 +39,7 @@ print("coffees:", draws)
 open_prior = gk.bayes.Prior(
     3, weights=Dirichlet(torch.ones(3)), means=promised, scales=HalfNormal(10.0), covariance_type="tied_spherical"
 )
-free = gk.bayes.nuts(open_prior, x, draws=300, warmup=150, chains=2, generator=generator)
+free = gk.bayes.nuts(open_prior, x, draws=300, warmup=100, chains=1, generator=generator)
 low, high = free.interval("scales", 0.9).flatten().tolist()
 print(f"coffees: scatter {float(free.mean('scales')):.1f} mg, 90 % between {low:.1f} and {high:.1f}")
 

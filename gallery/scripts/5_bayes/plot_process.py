@@ -28,7 +28,7 @@ x = (pixels + torch.rand(pixels.shape, generator=generator)) / 256
 # %%
 # Sixty components at most, for two concentrations, on more and more of the pixels.
 
-sizes, models = (300, 1000, 3000, 10_000, 30_000, 100_000), {}
+sizes, models = (300, 1000, 3000, 10_000, 30_000), {}
 used: dict[float, list[int]] = {0.01: [], 10.0: []}
 order = torch.randperm(len(x), generator=generator)
 for alpha, counts in used.items():
