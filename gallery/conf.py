@@ -23,7 +23,7 @@ extensions = [
 ]
 root_doc = "index"
 exclude_patterns = ["scripts", "auto/**/*.ipynb", "recipes.md"]
-myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath"]
 myst_heading_anchors = 3
 bibtex_bibfiles = ["references.bib"]
 bibtex_default_style = "unsrt"
@@ -47,7 +47,20 @@ html_theme_options = {
     "footer_end": [],
     "header_links_before_dropdown": 6,
 }
-html_sidebars = {"index": [], "choose": [], "mathematics": [], "performance": [], "errors": []}
+html_sidebars = {
+    page: []
+    for page in (
+        "index",
+        "choose",
+        "mathematics",
+        "big_data",
+        "gpus",
+        "performance",
+        "errors",
+        "changes",
+        "contributing",
+    )
+}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 

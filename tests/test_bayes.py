@@ -193,7 +193,7 @@ def test_stick_breaking_is_a_density_and_draws_from_it():
     assert torch.allclose(draws.mean(0), torch.tensor([1 / 3, 2 / 9, 4 / 9]).double(), atol=0.01)
 
 
-@pytest.mark.parametrize("name", ["tied", "full"])
+@pytest.mark.parametrize("name", ["tied", pytest.param("full", marks=pytest.mark.slow)])
 def test_gibbs_and_nuts_agree_where_all_is_unknown(name):
     """Means of the ordered means and weights, within five Monte-Carlo errors by ArviZ's effective sample sizes."""
     generator = torch.Generator().manual_seed(5)

@@ -175,7 +175,15 @@ def test_every_script_is_tested():
 
 
 # Those that take longest, which `make gallery` runs too.
-LONG = {"5_bayes/plot_process.py", "5_bayes/plot_coffees.py", "4_scale/plot_ten_thousand.py", "4_scale/plot_town.py"}
+LONG = {
+    "4_scale/plot_streaming.py",
+    "4_scale/plot_ten_thousand.py",
+    "4_scale/plot_town.py",
+    "4_scale/plot_two_ranks.py",
+    "5_bayes/plot_coffees.py",
+    "5_bayes/plot_process.py",
+    "5_bayes/plot_standard_errors.py",
+}
 
 
 @pytest.mark.parametrize(
