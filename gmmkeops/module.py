@@ -25,6 +25,8 @@ __all__ = ["GMM"]
 
 # Steps of soft clusters after the hard ones: their density is then no lower than that of k-means.
 _REFINE = 1
+# Runs of k-means++.
+_RUNS = 10
 
 
 class GMM(nn.Module):
@@ -193,7 +195,8 @@ class GMM(nn.Module):
 
         Args:
             x: Points (N, D), N >= K, data units.
-            strategy: ``"random"``, ``"kmeans"`` or ``"kmeans++"``.
+            strategy: ``"random"`` (K points as centres), ``"kmeans"`` (the best of three runs) or ``"kmeans++"`` (the best of
+                ten).
             context: The points' contexts (N, C), so that the network's first layer is drawn anew for values such as these;
                 if left out it stays as it is, which suits contexts near zero of size one.
             weights: Weight of each point (N,), or None.
@@ -220,6 +223,9 @@ class GMM(nn.Module):
             "generator": generator,
             "refine": _REFINE,
         }
+        if strategy == "kmeans++":
+            # The algorithm of that name: seeds far apart, then Lloyd's iterations; here the best of more runs than "kmeans".
+            strategy, options["runs"] = "kmeans", _RUNS
         self.assign(initialise(x, self.components, strategy, **options))
         if context is not None:
             self._suit(c.double(), generator)
