@@ -409,12 +409,15 @@ class Mixture(Distribution):
                 radius = _radii(torch.rand(count * batch, 1, generator=generator, **wide), low, high, D)
                 draws = (draws.double() / draws.double().norm(dim=1, keepdim=True) * radius).to(draws.dtype)
             means, rows = self.means.reshape(-1, D), max(1, _CHUNK // (D * D))
-            lines = torch.arange(count * batch, device=labels.device).view(count, batch)
-            for some in range(0, batch, max(1, rows // K)):
-                mine = slice(some * self.factor.leading, (some + max(1, rows // K)) * self.factor.leading)
+            # Some mixtures of the batch at a time, since their factors are turned into matrices.
+            for some in (
+                torch.arange(count * batch, device=labels.device).view(count, batch).split(max(1, rows // K), 1)
+            ):
+                begin = int(some[0, 0]) * self.factor.leading
+                mine = slice(begin, begin + some.shape[1] * self.factor.leading)
                 own = factor.replace(**{name: tensor[mine] for name, tensor in factor.tensors.items()})
-                for part in lines[:, some : some + max(1, rows // K)].reshape(-1).split(rows):
-                    draws[part] = means[index[part]] + own.unwhiten(draws[part], which[part] - mine.start)
+                for part in some.reshape(-1).split(rows):
+                    draws[part] = means[index[part]] + own.unwhiten(draws[part], which[part] - begin)
         points = draws.reshape(self._extended_shape(shape))
         return (points, labels.reshape(*shape, *self.batch_shape)) if return_labels else points
 

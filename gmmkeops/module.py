@@ -144,14 +144,12 @@ class GMM(nn.Module):
         first, last = cast(nn.Linear, model.network[0]), cast(nn.Linear, model.network[-1])
         first.bias.copy_(first.bias.double() + first.weight.double() @ mc)
         first.weight.copy_(first.weight.double() * sc)
-        parts = [(K, n) for K, n in self.shapes.values()]
         grow = {"logits": torch.ones_like(s[:1]), "means": 1 / s, "log_diagonal": torch.ones_like(s[:1])}
         move = {"means": -m / s, "log_diagonal": s.log() if self.kind.family != "spherical" else s[:1].log()}
         if "upper" in self.shapes:
             grow["upper"] = s[torch.triu_indices(D, D, 1, device=s.device)[0]]
         factors = torch.cat([grow[name].expand(shape).reshape(-1) for name, shape in self.shapes.items()])
         steps = [move.get(name, s.new_zeros(1)).expand(shape).reshape(-1) for name, shape in self.shapes.items()]
-        assert len(factors) == sum(a * b for a, b in parts), "one factor for each output"
         last.weight.copy_(last.weight.double() * factors[:, None])
         last.bias.copy_(last.bias.double() * factors + torch.cat(steps))
         model.epsilon = self.epsilon / (s if self.kind.family != "spherical" else s[:1]).square()

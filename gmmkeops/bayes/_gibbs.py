@@ -33,7 +33,7 @@ from gmmkeops import reductions
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._normal_wishart import bartlett, gamma, stick_weights
 from gmmkeops.bayes._prior import Prior, StickBreaking, Values
-from gmmkeops.bayes._target import Target
+from gmmkeops.bayes._target import Target, check_counts, seeded
 from gmmkeops.factors import FullFactor, SphericalFactor
 from gmmkeops.moments import Moments
 
@@ -94,12 +94,10 @@ def gibbs(
         >>> found.mean("means").round(decimals=-1)[:, 0].abs().tolist()
         [0.0, 10.0]
     """
-    for name, value, least in (("draws", draws, 1), ("warmup", warmup, 0), ("chains", chains, 1), ("thin", thin, 1)):
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    check_counts(draws=(draws, 1), warmup=(warmup, 0), chains=(chains, 1), thin=(thin, 1))
     moves = _moves(prior)
     target = Target(prior, x, weights, backend=backend, truncate=truncate)
-    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)) if generator is None else generator
+    generator = seeded(generator)
     kept: list[Values] = []
     occupied: list[Tensor] = []
     with _bar(chains * (warmup + draws * thin), progress) as bar:

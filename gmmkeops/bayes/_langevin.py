@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._prior import Prior
-from gmmkeops.bayes._target import Target
+from gmmkeops.bayes._target import Target, check_counts, seeded
 
 __all__ = ["langevin"]
 
@@ -77,15 +77,13 @@ def langevin(
     """
     if not 0 < step <= 1:
         raise ValueError(f"step must be above 0 and at most 1, got {step!r}.")
-    for name, value, least in (("draws", draws, 1), ("warmup", warmup, 0), ("thin", thin, 1)):
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    check_counts(draws=(draws, 1), warmup=(warmup, 0), thin=(thin, 1))
     target = Target(prior, x, weights, backend=backend)
     rows = target.rows
     size = min(rows, max(10_000, rows // 100)) if batch_size is None else int(batch_size)
     if not 1 <= size <= rows:
         raise ValueError(f"batch_size must be from 1 to the {rows} points, got {batch_size!r}.")
-    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)) if generator is None else generator
+    generator = seeded(generator)
     mode, root = target.laplace(generator, starts=1)
     _, whole = target.slopes(mode[None])
     steady = whole[0] - _prior_slope(prior, mode)

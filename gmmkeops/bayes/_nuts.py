@@ -9,6 +9,7 @@ probabilistic programming*, JMLR 20.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from gmmkeops._checks import SamplingWarning
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._prior import Prior, Values
-from gmmkeops.bayes._target import Target
+from gmmkeops.bayes._target import Target, check_counts, seeded
 
 __all__ = ["nuts"]
 
@@ -74,9 +75,7 @@ def nuts(
         >>> found.mean("means").round(decimals=0).tolist()
         [[2.0]]
     """
-    for name, value, least in (("draws", draws, 1), ("warmup", warmup, 1), ("chains", chains, 1)):
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    check_counts(draws=(draws, 1), warmup=(warmup, 1), chains=(chains, 1))
     try:
         from pyro.infer.mcmc import MCMC, NUTS
     except ModuleNotFoundError:
@@ -90,9 +89,9 @@ def nuts(
             value = places["z"].sum() * torch.nan
         return torch.where(torch.isfinite(value), value, places["z"].sum() * 0 + 1e300)
 
-    show = progress if progress is not None else False
+    show = sys.stderr.isatty() if progress is None else progress
     places, divergences, accepted = [], 0, 0.0
-    generator = torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)) if generator is None else generator
+    generator = seeded(generator)
     for chain in range(chains):
         start = target.mode(target.start(generator, "kmeans" if chain == 0 else "kmeans++"))
         start = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float64)

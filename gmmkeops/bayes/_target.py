@@ -22,7 +22,7 @@ from gmmkeops.fitting import fit
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
 
-__all__ = ["Target"]
+__all__ = ["Target", "check_counts", "seeded"]
 
 # Points up to which all draws are looked at in one call; more fill the cores by themselves.
 _FEW = 4096
@@ -32,6 +32,18 @@ _STEP = 1e-4
 _STEPS = 50
 # Components up to which every order of them is tried.
 _ORDERS = 5
+
+
+def check_counts(**counts: tuple[int, int]) -> None:
+    """Raises where a count by name, with the least it may be, is no such integer."""
+    for name, (value, least) in counts.items():
+        if int(value) != value or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def seeded(generator: torch.Generator | None) -> torch.Generator:
+    """The generator, or one of torch's initial seed, so that torch's own state is left alone."""
+    return torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)) if generator is None else generator
 
 
 class Target:
