@@ -1,8 +1,8 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
 # make test    the whole test suite, with real KeOps formulas compiled and run
-# make test-slow  the gallery's longest scripts, and samplers over hundreds of simulated data sets (~25 minutes)
+# make test-slow  samplers over hundreds of simulated data sets (~25 minutes)
 # make check   formatter, linter, type checker
-# make gallery every gallery script and all pages of the documentation, in build/site (open index.html)
+# make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
 # make gpu     what works on this device, and the suite's checks of every reduction on it (needs CUDA)
 # make bench   every case by every peer that is installed (~10 minutes with scikit-learn alone), tables and plots
 # make bench-gpu  the same on CUDA, and which engine is faster in which dimension
@@ -27,6 +27,7 @@ demo: $(READY)
 
 gallery: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html gallery build/site
+	$(BIN)/python -m pytest -m gallery tests
 
 test: $(READY)
 	$(BIN)/python -m pytest
@@ -45,6 +46,7 @@ gpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/choose.py
 	$(BIN)/python bench/report.py
 
 bench-gpu: $(READY)

@@ -2,8 +2,9 @@
 
     python bench/report.py
 
-Reads bench/results/cpu.json and cuda.json as far as they are there; writes bench/results/report.md, scaling.png (seconds
-per iteration against the number of components), peers.png (every peer against this package), and the README's tables.
+Reads bench/results/cpu.json, cuda.json and choose.json as far as they are there; writes bench/results/report.md, scaling.png
+(seconds per iteration against the number of components), peers.png (every peer against this package), the README's tables, and
+choose.md, the tables of the page "How to choose".
 """
 
 from __future__ import annotations
@@ -228,6 +229,94 @@ def peers(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def grid(names: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in [names, ["---"] * len(names), *rows]]
+
+
+def choices(record: dict[str, Any]) -> str:
+    """The four tables of the page "How to choose", each between marks by which the page finds it."""
+    best = max(row["log_likelihood"] for row in record["methods"])
+    parts = {
+        "methods": grid(
+            ["Method", "passes", "s", "nats per point", "short of the best"],
+            [
+                [
+                    f"`{row['name']}`",
+                    str(row["passes"]),
+                    seconds(row["seconds"]),
+                    f"{row['log_likelihood']:.4f}",
+                    f"{best - row['log_likelihood']:.4f}",
+                ]
+                for row in record["methods"]
+            ],
+        ),
+        "engines": grid(
+            ["D", "covariance", "dense tiles (s)", "KeOps (s)"],
+            [
+                [
+                    str(row["D"]),
+                    f"`{row['name']}`",
+                    seconds(row["dense"]),
+                    f"{seconds(row['keops'])} ({row['keops'] / row['dense']:.1f}x)",
+                ]
+                for row in record["engines"]
+            ],
+        ),
+        "truncations": grid(
+            [
+                "`truncate=`",
+                "s per iteration",
+                "pairs looked at",
+                "certified loss (nats)",
+                "largest loss of any point",
+                "nats per point",
+            ],
+            [
+                [
+                    f"`{row['name']}`",
+                    seconds(row["seconds"]),
+                    f"{row['pairs']:.1%}",
+                    f"{row['certificate']:.1e}" if row["certificate"] else "0",
+                    f"{max(row['lost'], 0):.1e}" if row["lost"] else "",
+                    f"{row['log_likelihood']:.4f}",
+                ]
+                for row in record["truncations"]
+            ],
+        ),
+    }
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in record["covariances"]:
+        kinds.setdefault(row["name"], {})[row["data"]] = row
+    names = ["Type"] + [
+        f"{data}: {what}"
+        for data in ("colours", "digits")
+        for what in ("parameters", "s", "nats, fitted", "nats, unseen")
+    ]
+    parts["covariances"] = grid(
+        names,
+        [
+            [f"`{name}`"]
+            + [
+                text
+                for row in (found["colours"], found["digits"])
+                for text in (
+                    str(row["parameters"]),
+                    seconds(row["seconds"]),
+                    f"{row['log_likelihood']:.3f}",
+                    f"{row['unseen']:.3f}",
+                )
+            ]
+            for name, found in kinds.items()
+        ],
+    )
+    return (
+        "\n\n".join(
+            f"<!-- {name} -->\n\n" + "\n".join(lines) + f"\n\n<!-- end of {name} -->" for name, lines in parts.items()
+        )
+        + "\n"
+    )
+
+
 def main() -> None:
     import matplotlib
 
@@ -245,6 +334,8 @@ def main() -> None:
             README.write_text(head + MARKS[0] + "\n" + readme(record) + "\n" + MARKS[1] + rest.split(MARKS[1])[1])
             scaling(record, RESULTS / "scaling.png")
             peers(record, RESULTS / "peers.png")
+    if (RESULTS / "choose.json").exists():
+        (RESULTS / "choose.md").write_text(choices(json.loads((RESULTS / "choose.json").read_text())))
     if not lines:
         raise SystemExit("there are no results yet; run python bench/run.py first.")
     (RESULTS / "report.md").write_text("\n".join(lines).rstrip() + "\n")

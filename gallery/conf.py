@@ -2,8 +2,12 @@
 
 import os
 import re
+import sys
+from pathlib import Path
 
 import gmmkeops
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -74,6 +78,9 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "min_reported_time": 1,
     "within_subsection_order": "FileNameSortKey",
+    "reset_modules": ("matplotlib", "look.dress"),
+    "image_scrapers": ("look.scrape",),
+    "thumbnail_size": (400, 280),
     "capture_repr": (),
 }
 suppress_warnings = ["config.cache"]

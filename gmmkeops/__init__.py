@@ -1,6 +1,6 @@
 """Gaussian mixtures for point clouds that are too big for everybody else."""
 
-from gmmkeops import bayes, compare, distributed, export, penalties, reductions, selection
+from gmmkeops import bayes, compare, distributed, export, penalties, plotting, reductions, selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
 from gmmkeops.estimator import BayesianGaussianMixture, GaussianMixture
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
@@ -46,6 +46,7 @@ __all__ = [
     "initialise",
     "load",
     "penalties",
+    "plotting",
     "reductions",
     "save",
     "selection",

@@ -27,15 +27,42 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 class ConvergenceWarning(UserWarning):
-    """A fit stopped at ``max_iter`` before its tolerance was met."""
+    """A fit stopped at ``max_iter`` before its tolerance was met, or its objective stopped being finite.
+
+    Example:
+        >>> import pytest, torch, gmmkeops as gk
+        >>> x = torch.linspace(-1, 1, 50).double()[:, None]
+        >>> with pytest.warns(gk.ConvergenceWarning):
+        ...     result = gk.fit(gk.initialise(x, 3), x, gk.EM(tol=1e-9), max_iter=2)
+        >>> result.converged
+        False
+    """
 
 
 class PrecisionWarning(UserWarning):
-    """The input itself is too coarse for what is asked of it."""
+    """The input itself is too coarse for what is asked of it: steps of float32 larger than the cloud's own structure.
+
+    Example:
+        >>> import pytest, torch, gmmkeops as gk
+        >>> x = 5e6 + torch.linspace(-1, 1, 50).double()[:, None]
+        >>> with pytest.warns(gk.PrecisionWarning):
+        ...     result = gk.fit(gk.initialise(x, 1), x.float(), gk.EM())
+    """
 
 
 class SamplingWarning(UserWarning):
-    """Draws from a posterior are not to be trusted."""
+    """Draws from a posterior are not to be trusted: weights have collapsed, trajectories diverged, or chains not met.
+
+    Example:
+        >>> import pytest, torch, gmmkeops as gk
+        >>> means = torch.distributions.Normal(0.0, 1000.0)
+        >>> prior = gk.bayes.Prior(
+        ...     2, weights=torch.tensor([0.5, 0.5]), means=means, scales=1.0, covariance_type="spherical"
+        ... )
+        >>> x = torch.tensor([-500.0, -501.0, 500.0, 499.0])
+        >>> with pytest.warns(gk.bayes.SamplingWarning):
+        ...     draws = gk.bayes.importance(prior, x, draws=100, proposal="prior")
+    """
 
 
 def as_tensor(value: Any, *, name: str, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:

@@ -117,6 +117,13 @@ def join(backend: str | None = None) -> None:
 
     Args:
         backend: ``"gloo"`` or ``"nccl"``; by default what this machine's devices suggest.
+
+    Raises:
+        RuntimeError, ValueError: What :mod:`torch.distributed` says of a group that cannot be joined.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> gk.distributed.join()  # not started by torchrun: nothing happens
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
@@ -131,15 +138,30 @@ def join(backend: str | None = None) -> None:
 
 
 class RankError(RuntimeError):
-    """A rank failed, is gone, or disagrees with the others."""
+    """A rank failed, is gone, or disagrees with the others; the sentence names it and says what to do.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> issubclass(gk.distributed.RankError, RuntimeError)
+        True
+    """
 
 
 class World:
     """The ranks that fit together; one alone without a process group.
 
     Attributes:
-        rank: This one.
+        rank: This one, from 0.
         size: How many there are.
+
+    Raises:
+        RankError: By its methods, when another rank failed, is gone, or disagrees.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> world = gk.distributed.World()
+        >>> world.rank, world.size
+        (0, 1)
     """
 
     def __init__(self) -> None:

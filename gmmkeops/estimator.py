@@ -68,6 +68,11 @@ class GaussianMixture(MixtureEstimator):
         result_: The :class:`~gmmkeops.FitResult` of the best start.
         n_features_in_, feature_names_in_: As scikit-learn's.
 
+    Raises:
+        TypeError, ValueError: By ``fit`` and whatever takes points: settings out of their range, points that are not numeric,
+            of other columns, not finite, or fewer than components.
+        sklearn.exceptions.NotFittedError: By what needs a fit, before one.
+
     Example:
         >>> import numpy as np
         >>> from gmmkeops import GaussianMixture
@@ -170,7 +175,12 @@ class GaussianMixture(MixtureEstimator):
         Args:
             mixture: One mixture.
             **params: Further arguments of the constructor.
+
+        Raises:
+            ValueError: A batch of mixtures.
         """
+        if mixture.batch_shape:
+            raise ValueError(f"an estimator holds one mixture, got a batch of shape {tuple(mixture.batch_shape)}.")
         tied = "tied_" if mixture.factor.leading == 1 and mixture.components > 1 else ""
         family = {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
         name = {"tied_full": "tied"}.get(tied + family, tied + family)
@@ -299,6 +309,9 @@ class BayesianGaussianMixture(MixtureEstimator):
 
     Reference:
         Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1.
+
+    Raises:
+        TypeError, ValueError, sklearn.exceptions.NotFittedError: As for :class:`GaussianMixture`.
 
     Example:
         >>> import numpy as np

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gmmkeops._ellipsoids import by_height, principal_axes, surfaces
 from gmmkeops.io import write_whole
 from gmmkeops.mixture import Mixture
 
@@ -26,8 +27,6 @@ __all__ = ["ellipsoids", "npz", "splats"]
 _HARMONIC = 0.28209479177387814
 # Coefficients of the higher harmonics that splat viewers expect to find: three colours of degrees one to three.
 _REST = 45
-# Bands and sectors of an ellipsoid's mesh.
-_BANDS, _SECTORS = 8, 16
 
 
 def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
@@ -40,6 +39,18 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
         mixture: One mixture. Types that scikit-learn lacks are written as the nearest it has: tied ones of several
             components as "tied", or written out for each component.
         path: The file.
+
+    Raises:
+        ValueError: A batch of mixtures.
+        OSError: The file cannot be written; what stood there is kept.
+
+    Example:
+        >>> import os, tempfile, numpy as np, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0, 2.0]], [4.0], "spherical")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gk.export.npz(m, os.path.join(folder, "m.npz"))
+        ...     np.load(os.path.join(folder, "m.npz"))["covariances_"]
+        array([4.])
     """
     from gmmkeops.estimator import GaussianMixture
 
@@ -69,25 +80,27 @@ def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float 
     Raises:
         ValueError: The mixture has not three dimensions.
         ImportError: plyfile is not installed.
+
+    Example:
+        >>> import os, tempfile, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[4e5, 5e6, 0.0]], [4.0], "spherical")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gk.export.ellipsoids(m, os.path.join(folder, "m.ply"))
+        ...     gk.Source.of(os.path.join(folder, "m.ply")).survey().rows  # vertices
+        144
     """
     from plyfile import PlyData, PlyElement
 
-    W, means, scales, R = _parts(mixture)
-    K = len(W)
-    bands, sectors = np.linspace(0, np.pi, _BANDS + 1), np.linspace(0, 2 * np.pi, _SECTORS, endpoint=False)
-    theta, phi = (grid.ravel() for grid in np.meshgrid(bands, sectors, indexing="ij"))
-    sphere = np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], 1)
-    vertices = means[:, None] + radius * (sphere * scales[:, None]) @ R.transpose(0, 2, 1)
-    rows = np.empty(K * len(sphere), [(name, "f8") for name in "xyz"] + [(name, "u1") for name in _COLOURS])
+    _, means, scales, R = principal_axes(mixture)
+    vertices, triangles = surfaces(means, scales, R, radius)
+    K, count, _ = vertices.shape
+    rows = np.empty(K * count, [(name, "f8") for name in "xyz"] + [(name, "u1") for name in _COLOURS])
     for d, name in enumerate("xyz"):
         rows[name] = vertices[:, :, d].ravel()
     for d, name in enumerate(_COLOURS):
-        rows[name] = np.repeat((255 * _colours(means)[:, d]).astype(np.uint8), len(sphere))
-    band, sector = (grid.ravel() for grid in np.meshgrid(np.arange(_BANDS), np.arange(_SECTORS), indexing="ij"))
-    a, b = band * _SECTORS + sector, band * _SECTORS + (sector + 1) % _SECTORS
-    triangles = np.concatenate([np.stack([a, a + _SECTORS, b], 1), np.stack([b, a + _SECTORS, b + _SECTORS], 1)])
+        rows[name] = np.repeat((255 * by_height(means)[:, d]).astype(np.uint8), count)
     faces = np.empty(K * len(triangles), [("vertex_indices", "i4", (3,))])
-    faces["vertex_indices"] = (triangles[None] + len(sphere) * np.arange(K)[:, None, None]).reshape(-1, 3)
+    faces["vertex_indices"] = (triangles[None] + count * np.arange(K)[:, None, None]).reshape(-1, 3)
     elements = [PlyElement.describe(rows, "vertex"), PlyElement.describe(faces, "face")]
     _write(PlyData(elements, comments=[f"{K} ellipsoids of {radius:g} standard deviations"]), path)
 
@@ -108,17 +121,28 @@ def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ValueError: The mixture has not three dimensions.
         ImportError: plyfile is not installed.
+
+    Reference:
+        Kerbl, Kopanas, Leimkühler and Drettakis 2023, *3D Gaussian splatting for real-time radiance field rendering*, ACM
+        Transactions on Graphics 42; the layout is that of its authors' program.
+
+    Example:
+        >>> import os, tempfile, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[4e5, 5e6, 0.0]], [4.0], "spherical")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gk.export.splats(m, os.path.join(folder, "m.ply")).tolist()
+        [400000.0, 5000000.0, 0.0]
     """
     from plyfile import PlyData, PlyElement
 
-    W, means, scales, R = _parts(mixture)
+    W, means, scales, R = principal_axes(mixture)
     offset = np.round(np.median(means, 0))
     area = np.sort(scales, 1)[:, 1:].prod(1)
     cover = W / area
     opacity = np.clip(1 - np.exp(-2 * cover / np.median(cover)), 0.02, 0.99)
     columns = {name: (means - offset)[:, d] for d, name in enumerate("xyz")}
     columns |= {name: np.zeros(len(W)) for name in ("nx", "ny", "nz")}
-    columns |= {f"f_dc_{d}": (_colours(means)[:, d] - 0.5) / _HARMONIC for d in range(3)}
+    columns |= {f"f_dc_{d}": (by_height(means)[:, d] - 0.5) / _HARMONIC for d in range(3)}
     columns |= {f"f_rest_{i}": np.zeros(len(W)) for i in range(_REST)}
     columns |= {"opacity": np.log(opacity / (1 - opacity))}
     columns |= {f"scale_{d}": np.log(scales[:, d]) for d in range(3)}
@@ -138,26 +162,6 @@ def _write(data: Any, path: str | os.PathLike[str]) -> None:
     file = io.BytesIO()
     data.write(file)
     write_whole(Path(path), file.getvalue())
-
-
-def _parts(mixture: Mixture) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (K,), means (K, 3), standard deviations along axes (K, 3), and the axes as rotations (K, 3, 3)."""
-    if mixture.batch_shape or mixture.features != 3:
-        raise ValueError(f"only one mixture in 3 dimensions can be drawn in space, got {mixture.features} dimensions.")
-    mixture = mixture.detach().to("cpu")
-    C = mixture.factor.covariances().expand(mixture.components, 3, 3).double().numpy()
-    values, R = np.linalg.eigh(C)
-    # A reflection is no rotation.
-    R = R * np.where(np.linalg.det(R) < 0, -1.0, 1.0)[:, None, None]
-    return mixture.weights.double().numpy(), mixture.means.double().numpy(), np.sqrt(np.maximum(values, 1e-300)), R
-
-
-def _colours(means: np.ndarray) -> np.ndarray:
-    """Colours by height (K, 3), from 0 to 1, readable by the colour-blind."""
-    import matplotlib
-
-    low, high = np.quantile(means[:, 2], [0.02, 0.98])
-    return matplotlib.colormaps["viridis"]((means[:, 2] - low) / max(high - low, 1e-300))[:, :3]
 
 
 def _quaternions(R: np.ndarray) -> np.ndarray:

@@ -28,9 +28,19 @@ __all__ = [
 
 
 class Factor(ABC):
-    """A precision factor per component (leading dimension K), or one for all (leading dimension 1).
+    r"""A precision factor U of each component, :math:`\Sigma_k^{-1} = U_k U_k^\top`, or one for all (leading dimension 1).
 
-    Any number of batch dimensions may come before the leading one.
+    What :class:`FullFactor`, :class:`DiagonalFactor` and :class:`SphericalFactor` have in common; U is upper triangular, in
+    1 / data units. Any number of batch dimensions may come before the leading one. The idea of storing factors of the
+    precisions is that of the KeOps mixture tutorial.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> factor = gk.FullFactor.from_covariances(torch.tensor([[[4.0, 0.0], [0.0, 1.0]]]).double())
+        >>> isinstance(factor, gk.Factor), factor.log_determinant().exp()  # |det U|
+        (True, tensor([0.5000], dtype=torch.float64))
+        >>> factor.whiten(torch.tensor([[2.0, 1.0]]).double())
+        tensor([[1., 1.]], dtype=torch.float64)
     """
 
     family: ClassVar[str]
@@ -167,6 +177,9 @@ class FullFactor(Factor):
     Args:
         log_diagonal: Logarithm of the diagonal of U (*B, K or 1, D).
         upper: Entries above the diagonal, row by row (*B, K or 1, D(D-1)/2), 1 / data units; zeros if left out.
+
+    Raises:
+        ValueError: By ``from_covariances`` and the like: shapes that do not fit, matrices that are not positive definite.
 
     Example:
         >>> import torch, gmmkeops as gk

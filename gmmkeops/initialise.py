@@ -70,6 +70,9 @@ def initialise(
     Raises:
         TypeError, ValueError: Bad points, more components than points, or an unknown strategy.
 
+    Reference:
+        Arthur and Vassilvitskii 2007, *k-means++: the advantages of careful seeding*, SODA.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.tensor([[0.0], [0.1], [5.0], [5.1]])

@@ -42,6 +42,16 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
 
     Args:
         mixture: One mixture, or a fitted estimator.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: A batch of mixtures.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([0.5, 0.5], [[0.0], [9.0]], [1.0, 1.0], "spherical")
+        >>> gk.to_sklearn(m).predict([[1.0], [8.0]]).tolist()
+        [0, 1]
     """
     from sklearn.mixture import GaussianMixture as Theirs
 

@@ -111,6 +111,15 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, or not a mixture; the sentence says how.
+
+    Example:
+        >>> import os, tempfile, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "mixture.safetensors")
+        ...     gk.save(m, path)
+        ...     gk.load(path)
+        Mixture(components=1, features=1, factor=spherical)
     """
     from safetensors import SafetensorError, safe_open
 

@@ -34,11 +34,19 @@ def estimate_memory(
         dtype: What the points are computed in.
         streamed: Whether they are read from a source, chunk by chunk; then n does not matter.
 
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: A number below one, or an unknown covariance type or dtype.
+
     Example:
         >>> import gmmkeops as gk
         >>> gk.estimate_memory(10**8, 1000, 3) > 10**9 > gk.estimate_memory(10**8, 1000, 3, streamed=True)
         True
     """
+    if min(n, k, d) < 1:
+        raise ValueError(f"points, components and dimensions must be at least 1, got {n}, {k} and {d}.")
     kind = as_dtype(dtype) or torch.float64
     rows = min(n, NUMBERS // d) if streamed else n
     return _components(k, d, covariance_type) + rows * _per_row(rows, k, d, kind, streamed)

@@ -51,6 +51,9 @@ class GMM(nn.Module):
     Raises:
         ValueError: A size below one, or an unknown covariance type.
 
+    Reference:
+        With a context: Bishop 1994, *Mixture density networks*, Aston University.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> model = gk.GMM(2, components=3)

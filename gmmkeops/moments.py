@@ -34,6 +34,10 @@ class Moments:
         total: Weighted log-likelihood :math:`\\sum_n g_n \\ell_n`, nats, scalar.
         mass: Sum of the weights :math:`\\sum_n g_n`, scalar.
 
+    Reference:
+        About different centres they add by the parallel-axis theorem: Chan, Golub and LeVeque 1983, *Algorithms for computing
+        the sample variance*, The American Statistician 37.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -57,6 +57,12 @@ class Surrogate:
 
     Reference:
         Hunter and Lange 2004, *A tutorial on MM algorithms*, The American Statistician 58.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> mixture = gk.Mixture(torch.zeros(2), torch.zeros(2, 1), gk.SphericalFactor(torch.zeros(2, 1), 1))
+        >>> gk.penalties.Dirichlet(3.0).m_step(mixture, points=100.0).counts  # alpha - 1 pseudo-points each
+        tensor([2., 2.])
     """
 
     counts: Tensor
@@ -97,7 +103,18 @@ class Surrogate:
 
 
 class Penalty(ABC):
-    """A function of a mixture, in nats per point."""
+    """A function of a mixture, in nats per point, that a fit adds to the mean negative log-likelihood.
+
+    Penalties add, and are scaled by numbers. Any function of a mixture becomes one by :func:`as_penalty`, which
+    :func:`gmmkeops.fit` calls; a subclass with an :meth:`m_step` is minimised by EM too.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> mixture = gk.Mixture(torch.zeros(4), torch.zeros(4, 2), gk.FullFactor.from_factors(torch.eye(2).expand(4, 2, 2)))
+        >>> both = 2 * gk.penalties.SqrtWeights(1.0) + (lambda m: m.means.square().sum())
+        >>> isinstance(both, gk.penalties.Penalty), both(mixture)  # 2 / 4 of four roots of 1/4
+        (True, tensor(1.))
+    """
 
     @property
     def bounds(self) -> bool:
@@ -147,8 +164,21 @@ class Penalty(ABC):
 def as_penalty(penalty: Penalty | Callable[[Mixture], Any]) -> Penalty:
     """A penalty from a penalty, or from any callable on a mixture.
 
+    Args:
+        penalty: A :class:`Penalty`, or a function of a mixture that returns a scalar in nats per point, differentiable in the
+            mixture's parameters.
+
+    Returns:
+        The penalty, as it was or wrapped.
+
     Raises:
         TypeError: It cannot be called.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> ridge = gk.penalties.as_penalty(lambda mixture: mixture.means.square().sum())
+        >>> ridge(gk.Mixture(torch.zeros(1), torch.full((1, 2), 3.0), gk.SphericalFactor(torch.zeros(1, 1), 2)))
+        tensor(18.)
     """
     if isinstance(penalty, Penalty):
         return penalty

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gmmkeops._checks import as_points
+from gmmkeops._ellipsoids import by_height, camera, principal_axes, rendered
 from gmmkeops.fitting import FitResult
 from gmmkeops.initialise import stratified_rows
 from gmmkeops.mixture import Mixture
@@ -22,7 +23,7 @@ from gmmkeops.selection import Selection
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["density", "ellipses", "objective", "pairs", "points", "selection"]
+__all__ = ["density", "ellipses", "ellipsoids", "objective", "pairs", "points", "selection", "view"]
 
 
 def _axes(ax: Any) -> Any:
@@ -64,6 +65,14 @@ def density(
 
     Raises:
         ValueError: The mixture is not two-dimensional, or the extent is empty.
+
+    Example:
+        >>> import matplotlib, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> m = gk.Mixture.from_parameters([0.3, 0.7], [[0.0, 0.0], [4.0, 0.0]], [1.0, 2.0], "spherical")
+        >>> drawn = gk.plotting.density(m, extent=(-4, 10, -5, 5))
+        >>> drawn["image"].get_array().shape
+        (200, 200)
     """
     _plane(mixture)
     ax = _axes(ax)
@@ -128,6 +137,13 @@ def ellipses(
 
     Raises:
         ValueError: The mixture is not two-dimensional.
+
+    Example:
+        >>> import matplotlib, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> m = gk.Mixture.from_parameters([0.3, 0.7], [[0.0, 0.0], [4.0, 0.0]], [1.0, 2.0], "spherical")
+        >>> len(gk.plotting.ellipses(m))
+        2
     """
     from matplotlib.patches import Ellipse
 
@@ -146,6 +162,95 @@ def ellipses(
     return patches
 
 
+def ellipsoids(
+    mixture: Mixture,
+    *,
+    ax: Axes | None = None,
+    deviations: float = 2.0,
+    minimum_weight: float = 0.0,
+    color: Any = None,
+    azimuth: float = -60.0,
+    elevation: float = 35.0,
+    extent: Sequence[float] | None = None,
+    resolution: int = 600,
+) -> Any:
+    """A mixture in space as shaded ellipsoids, one per component, seen from far away without perspective.
+
+    Both axes are lengths in the plane of the view, data units, so :func:`view` lays points over the picture.
+
+    Args:
+        mixture: One mixture in three dimensions.
+        ax: Matplotlib axes.
+        deviations: Radii, standard deviations.
+        minimum_weight: Components with less weight are left out.
+        color: One colour, or one per component (K of them); by default by the third coordinate.
+        azimuth, elevation: From where, degrees, as matplotlib's three-dimensional axes count them.
+        extent: (left, right, bottom, top) in the plane of the view, data units; by default the whole mixture.
+        resolution: Pixels from bottom to top.
+
+    Returns:
+        The image drawn.
+
+    Raises:
+        ValueError: The mixture is not three-dimensional, or the extent is empty.
+
+    Example:
+        >>> import matplotlib, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> m = gk.Mixture.from_parameters([0.3, 0.7], [[0.0, 0.0, 0.0], [0.0, 4.0, 0.0]], [1.0, 1.0], "spherical")
+        >>> gk.plotting.ellipsoids(m, azimuth=0, elevation=0).get_extent()  # the second column across, the third up
+        [-2.0, 6.0, -2.0, 2.0]
+    """
+    from matplotlib.colors import to_rgba_array
+
+    W, means, scales, R = principal_axes(mixture)
+    shown = (minimum_weight <= W) & (W > 0)
+    colours = by_height(means) if color is None else to_rgba_array(color)[:, :3]
+    colours = np.broadcast_to(colours, (len(W), 3))[shown]
+    turn = camera(azimuth, elevation)
+    means, axes = means[shown] @ turn.T, turn @ R[shown]
+    covariances = axes * (scales[shown] ** 2)[:, None] @ axes.transpose(0, 2, 1)
+    if extent is None:
+        reach = deviations * np.sqrt(covariances.diagonal(axis1=1, axis2=2))
+        low, high = (means - reach).min(0).round(12), (means + reach).max(0).round(12)
+        extent = low[0], high[0], low[1], high[1]
+    left, right, bottom, top = (float(side) for side in extent)
+    extent = left, right, bottom, top
+    if not (left < right and bottom < top):
+        raise ValueError(f"extent must be (left, right, bottom, top) with left < right, bottom < top, got {extent}.")
+    # Twice as fine, and averaged, so that borders are smooth.
+    picture = rendered(means, covariances, colours, deviations, extent, 2 * resolution)
+    rows, columns = (size - size % 2 for size in picture.shape[:2])
+    picture = picture[:rows, :columns].reshape(rows // 2, 2, columns // 2, 2, 4).mean((1, 3))
+    picture[..., :3] /= np.maximum(picture[..., 3:], 1e-12)
+    ax = _axes(ax)
+    drawn = ax.imshow(picture, extent=extent, origin="lower", interpolation="bilinear")
+    ax.set(xlabel="across the view", ylabel="up the view")
+    return drawn
+
+
+def view(x: Any, *, azimuth: float = -60.0, elevation: float = 35.0) -> Any:
+    """Where points in space lie in the picture that :func:`ellipsoids` draws.
+
+    Args:
+        x: Points (N, 3), data units.
+        azimuth, elevation: As for :func:`ellipsoids`, degrees.
+
+    Returns:
+        A tensor (N, 3), float64: across the view, up it, and towards the viewer, data units.
+
+    Raises:
+        TypeError, ValueError: Points that are not numeric, not of three columns, or not finite.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> gk.plotting.view([[1.0, 2.0, 3.0]], azimuth=0, elevation=0).tolist()
+        [[2.0, 3.0, 1.0]]
+    """
+    x = as_points(x, features=3).detach().cpu().double()
+    return x @ torch.from_numpy(camera(azimuth, elevation)).T
+
+
 def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = "k", **style: Any) -> Any:
     """Scatter of a two-dimensional cloud, thinned to ``limit`` points, dots the smaller the more there are.
 
@@ -160,6 +265,15 @@ def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = 
 
     Returns:
         The collection drawn.
+
+    Raises:
+        TypeError, ValueError: Points that are not numeric, not of two columns, or not finite.
+
+    Example:
+        >>> import matplotlib, torch, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> len(gk.plotting.points(torch.randn(10**5, 2), limit=1000).get_offsets())
+        1000
     """
     x = as_points(x, features=2).detach().cpu()
     rows = stratified_rows(len(x), limit, torch.Generator().manual_seed(0), x.device)
@@ -184,6 +298,14 @@ def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iter
 
     Raises:
         ValueError: ``against`` is neither.
+
+    Example:
+        >>> import matplotlib, torch, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> x = torch.linspace(-1, 1, 100).double()[:, None]
+        >>> (line,) = gk.plotting.objective(gk.fit(gk.initialise(x, 1), x, gk.EM()))
+        >>> line.axes.get_ylabel()
+        'objective (nats per point)'
     """
     if against not in ("iteration", "seconds"):
         raise ValueError(f"against must be 'iteration' or 'seconds', got {against!r}.")
@@ -206,6 +328,17 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
 
     Returns:
         The lines drawn, then the circle.
+
+    Raises:
+        KeyError: The table has no such criterion.
+
+    Example:
+        >>> import matplotlib, torch, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> x = torch.cat([torch.linspace(-1, 1, 99), torch.linspace(9, 11, 99)]).double()[:, None]
+        >>> line, circle = gk.plotting.selection(gk.selection.select(x, [1, 2], ["spherical"]))
+        >>> float(circle.get_offsets()[0, 0])  # two components
+        2.0
     """
     ax = _axes(ax)
     criterion = table.criterion if criterion is None else criterion
@@ -249,6 +382,13 @@ def pairs(
 
     Raises:
         ValueError: The mixture has a single column, or is a batch.
+
+    Example:
+        >>> import matplotlib, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> m = gk.Mixture.from_parameters([0.3, 0.7], [[0.0, 0.0], [4.0, 0.0]], [1.0, 2.0], "spherical")
+        >>> gk.plotting.pairs(m, names=["width (m)", "height (m)"]).shape
+        (2, 2)
     """
     D = mixture.features
     if D < 2 or mixture.batch_shape:

@@ -48,30 +48,77 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
 
 
 def score(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
-    """Mean log-density, nats per point; arguments as for :func:`bic`."""
+    r"""Mean log-density :math:`\sum_n g_n \log p(x_n) / \sum_n g_n`, nats per point; arguments and errors as for :func:`bic`.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> round(gk.selection.score(m, [[0.0], [1.0]]), 4)  # -log(2π)/2 - 1/4
+        -1.1689
+    """
     total, mass, _ = _sums(mixture, x, weights)
     return total / mass
 
 
 def bic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
-    """Bayesian information criterion, the lower the better.
+    r"""Bayesian information criterion :math:`-2 \sum_n g_n \log p(x_n) + P \log \sum_n g_n`, the lower the better.
 
     Args:
-        mixture: One mixture.
+        mixture: One mixture, with P free parameters.
         x: Points (N, D), data units; or what :meth:`gmmkeops.Source.of` takes, here and in all of this module.
         weights: Weight of each point (N,); their sum stands for N.
+
+    Returns:
+        Twice nats, of all points together.
+
+    Raises:
+        TypeError, ValueError: Points or weights that are not numeric, of the wrong shape, or not finite.
+
+    Reference:
+        Schwarz 1978, *Estimating the dimension of a model*, The Annals of Statistics 6.
+
+    Example:
+        >>> import math, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")  # two parameters
+        >>> x = [[0.0], [1.0], [2.0]]
+        >>> gk.selection.bic(m, x) == -6 * gk.selection.score(m, x) + 2 * math.log(3)
+        True
     """
     total, mass, _ = _sums(mixture, x, weights)
     return -2 * total + mixture.parameter_count * math.log(mass)
 
 
 def aic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
-    """Akaike information criterion, the lower the better; arguments as for :func:`bic`."""
+    r"""Akaike information criterion :math:`-2 \sum_n g_n \log p(x_n) + 2 P`; arguments, units and errors as for :func:`bic`.
+
+    Reference:
+        Akaike 1974, *A new look at the statistical model identification*, IEEE Transactions on Automatic Control 19.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> gk.selection.aic(m, [[0.0], [1.0]]) == -4 * gk.selection.score(m, [[0.0], [1.0]]) + 2 * 2
+        True
+    """
     return -2 * _sums(mixture, x, weights)[0] + 2 * mixture.parameter_count
 
 
 def icl(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
-    """Integrated completed likelihood, the lower the better: BIC plus twice the entropy of the assignments."""
+    """Integrated completed likelihood, the lower the better: BIC plus twice the entropy of the assignments.
+
+    Arguments, units and errors as for :func:`bic`.
+
+    Reference:
+        Biernacki, Celeux and Govaert 2000, *Assessing a mixture model for clustering with the integrated completed
+        likelihood*, IEEE Transactions on Pattern Analysis and Machine Intelligence 22.
+
+    Example:
+        >>> import math, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([0.5, 0.5], [[0.0], [0.0]], [1.0, 1.0], "spherical")  # nothing tells them apart
+        >>> x = [[0.0], [1.0], [2.0]]
+        >>> round(gk.selection.icl(m, x) - gk.selection.bic(m, x), 6) == round(2 * 3 * math.log(2), 6)
+        True
+    """
     total, mass, disorder = _sums(mixture, x, weights, entropy=True)
     return -2 * total + mixture.parameter_count * math.log(mass) + 2 * disorder
 
@@ -122,6 +169,15 @@ def silhouette(
 
     Raises:
         ValueError: Labels of another length, or fewer than two clusters.
+
+    Reference:
+        Rousseeuw 1987, *Silhouettes*, Journal of Computational and Applied Mathematics 20.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> exact, centroid = gk.selection.silhouette([[0.0], [0.0], [4.0], [4.0]], [0, 0, 1, 1])
+        >>> exact, centroid
+        (1.0, 1.0)
     """
     points = as_points(x, minimum=2).double()
     label = torch.as_tensor(labels, device=points.device)
@@ -175,6 +231,13 @@ class Selection:
             "bic", "aic", "icl", "iterations", "seconds", "converged".
         criterion: What "best" goes by.
         results: The fits, in the order of the rows.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.cat([torch.linspace(-1, 1, 99), torch.linspace(9, 11, 99)]).double()[:, None]
+        >>> table = gk.selection.select(x, [1, 2], ["spherical"])
+        >>> table.best.components, [row["components"] for row in table.rows]
+        (2, [1, 2])
     """
 
     rows: list[dict[str, Any]]

@@ -186,6 +186,12 @@ class Source:
     Attributes:
         name: How messages call it.
         features: D.
+
+    Example:
+        >>> import numpy as np, gmmkeops as gk
+        >>> source = gk.Source.of(lambda: (np.full((4, 2), float(part)) for part in range(3)))
+        >>> source.features, source.survey().rows
+        (2, 12)
     """
 
     def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:

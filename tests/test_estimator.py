@@ -274,3 +274,10 @@ def test_refused_fit_leaves_the_model_as_it_was(X):
 def test_bad_parameters_get_one_sentence(X, params, kind, message):
     with pytest.raises(kind, match=message):
         gk.GaussianMixture(**params).fit(X)
+
+
+def test_a_batch_is_no_estimator(tmp_path):
+    batch = gk.Mixture(torch.zeros(3, 2), torch.zeros(3, 2, 1), gk.SphericalFactor(torch.zeros(3, 2, 1), 1))
+    for ask in (gk.GaussianMixture.from_mixture, gk.to_sklearn, lambda m: gk.export.npz(m, tmp_path / "m.npz")):
+        with pytest.raises(ValueError, match="a batch of shape"):
+            ask(batch)

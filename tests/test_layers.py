@@ -25,7 +25,7 @@ LAYERS = [
     ["gmmkeops.reductions"],
     ["gmmkeops.memory"],
     ["gmmkeops.mixture"],
-    ["gmmkeops.initialise", "gmmkeops.compare", "gmmkeops.io"],
+    ["gmmkeops.initialise", "gmmkeops.compare", "gmmkeops.io", "gmmkeops._ellipsoids"],
     ["gmmkeops.module"],
     ["gmmkeops.penalties"],
     ["gmmkeops.fitting._frame", "gmmkeops.fitting._stepwise"],

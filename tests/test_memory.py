@@ -85,3 +85,9 @@ def test_running_out_of_memory_halves_the_tiles(truncate, monkeypatch):
     monkeypatch.setattr(_dense, "_Tile", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         gk.fit(start, x, gk.EM(), max_iter=1)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 1), (1, -1, 1), (1, 1, 0)])
+def test_an_estimate_needs_numbers_of_one_and_more(numbers):
+    with pytest.raises(ValueError, match="at least 1"):
+        gk.estimate_memory(*numbers)

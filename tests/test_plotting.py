@@ -85,3 +85,38 @@ def test_current_axes_and_defaults(ax):
 def test_bad_input_gets_one_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_ellipsoids_end_at_so_many_deviations(ax):
+    """Seen from above, from the east and askew: a pixel is coloured if the marginal in the view holds it."""
+    mixture = random_mixture("full", K=3, D=3)
+    for azimuth, elevation in ((-90, 90), (0, 0), (30, 40)):
+        turn = plotting.view(torch.eye(3), azimuth=azimuth, elevation=elevation).T[:2]
+        drawn = plotting.ellipsoids(mixture, ax=ax, deviations=1.5, azimuth=azimuth, elevation=elevation, resolution=80)
+        picture, (left, right, bottom, top) = drawn.get_array(), drawn.get_extent()
+        u = left + (right - left) * (torch.arange(picture.shape[1]) + 0.5) / picture.shape[1]
+        v = bottom + (top - bottom) * (torch.arange(80) + 0.5) / 80
+        places = torch.stack(torch.meshgrid(u, v, indexing="xy"), -1).double()
+        flat = turn @ mixture.factor.covariances() @ turn.T
+        away = places[..., None, :] - mixture.means @ turn.T
+        inside = (torch.einsum("rckd,kde,rcke->rck", away, flat.inverse(), away) < 1.5**2).any(-1)
+        assert ((picture[..., 3] > 0.5) == inside.numpy()).mean() > 0.99
+
+
+def test_the_nearest_ellipsoid_is_in_front_and_lit(ax):
+    mixture = gk.Mixture.from_parameters([0.7, 0.2, 0.1], 3.0 * torch.eye(3), [1.0, 4.0, 1.0], "spherical")
+    look = {"ax": ax, "color": ["r", "lime", "b"], "elevation": 0.0, "resolution": 40, "extent": (-1, 1, -1, 1)}
+    red = plotting.ellipsoids(mixture, azimuth=0, **look).get_array()
+    green = plotting.ellipsoids(mixture, azimuth=180, **look).get_array()
+    none = plotting.ellipsoids(mixture, azimuth=0, minimum_weight=0.8, **look).get_array()
+    assert red[20, 20, 0] > 0.5 > red[20, 20, 1]
+    assert green[20, 20, 1] > 0.3 > green[20, 20, 0]
+    assert none.max() == 0
+    assert red[30, 12, 0] > red[12, 30, 0]  # light from the left and above
+
+
+def test_ellipsoids_need_three_dimensions(ax):
+    with pytest.raises(ValueError, match="3 dimensions"):
+        plotting.ellipsoids(random_mixture("full", K=2, D=2), ax=ax)
+    with pytest.raises(ValueError, match="left < right"):
+        plotting.ellipsoids(random_mixture("full", K=2, D=3), ax=ax, extent=(0, 0, 1, 2))

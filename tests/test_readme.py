@@ -70,6 +70,15 @@ def test_tables_are_the_committed_results():
     assert (RESULTS / "report.md").read_text().startswith("\n".join(report.markdown(record)).rstrip()[:2000])
 
 
+def test_the_tables_of_how_to_choose_are_the_committed_results():
+    record = json.loads((RESULTS / "choose.json").read_text())
+    assert (RESULTS / "choose.md").read_text() == report.choices(record)
+    for part in ("methods", "covariances", "engines", "truncations"):
+        assert f"<!-- end of {part} -->" in (ROOT / "gallery/choose.md").read_text()
+    for row in record["truncations"]:
+        assert 0 <= row["lost"] <= row["certificate"] <= 1.01e-2
+
+
 def test_committed_results_agree_among_peers():
     record = json.loads((RESULTS / "cpu.json").read_text())
     assert {"exp_per_s", "float64_flops", "float32_flops"} <= set(record["roofline"])

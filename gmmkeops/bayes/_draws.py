@@ -49,6 +49,17 @@ class Draws:
         occupied: How many components own a point in each draw (S,), where labels were drawn; or None.
         diagnostics: Numbers by name, such as "ess", "pareto_k", "divergences", "acceptance".
         rule: How labels that may switch were told from each other.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> means = torch.distributions.Normal(0.0, 10.0)
+        >>> prior = gk.bayes.Prior(1, weights=torch.ones(1), means=means, scales=1.0, covariance_type="spherical")
+        >>> x = torch.full((100,), 5.0)
+        >>> draws = gk.bayes.gibbs(prior, x, draws=500, warmup=10, generator=torch.Generator().manual_seed(0), progress=False)
+        >>> bool((draws.mean("means") - 5).abs() < 0.05), bool((draws.sd("means") - 0.1).abs() < 0.02)
+        (True, True)
+        >>> draws.interval("means", 0.9).shape, draws.log_prob(x[:3]).shape
+        (torch.Size([2, 1, 1]), torch.Size([3]))
     """
 
     prior: Prior

@@ -67,6 +67,9 @@ def importance(
     Warns:
         SamplingWarning: Few draws carry all the weight; the answer is not to be trusted.
 
+    Reference:
+        Vehtari, Simpson, Gelman, Yao and Gabry 2024, *Pareto smoothed importance sampling*, JMLR 25.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> from torch.distributions import Normal

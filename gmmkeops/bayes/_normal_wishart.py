@@ -43,6 +43,9 @@ class NormalWishart:
         degrees: ν (K,), or (1,) when tied.
         prior: What it was updated from, or None for a prior itself.
 
+    Reference:
+        Bishop 2006, *Pattern Recognition and Machine Learning*, section 10.2.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)).double()

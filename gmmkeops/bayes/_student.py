@@ -34,6 +34,16 @@ class StudentMixture(Distribution):
         means: Locations (K, D), data units.
         factor: Scales: U with leading dimension K, 1 / data units.
         degrees: Degrees of freedom (K,).
+
+    Reference:
+        Bishop 2006, *Pattern Recognition and Machine Learning*, equations 10.81 and 10.82.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> factor = gk.SphericalFactor(torch.zeros(1, 1).double(), 1)
+        >>> cauchy = gk.bayes.StudentMixture(torch.zeros(1).double(), torch.zeros(1, 1).double(), factor, torch.ones(1).double())
+        >>> torch.allclose(cauchy.log_prob([[2.0]]), torch.distributions.Cauchy(0.0, 1.0).log_prob(torch.tensor(2.0)).double())
+        True
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}

@@ -72,6 +72,10 @@ class VariationalBayes(Method[_State]):
     Raises:
         ValueError: A keyword out of its range, or a penalty: the priors stand here.
 
+    Reference:
+        Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1; in minibatches:
+        Hoffman, Blei, Wang and Paisley 2013, *Stochastic variational inference*, JMLR 14.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).double()

@@ -60,6 +60,16 @@ class Checkpoint:
 
     Raises:
         ValueError: ``every`` is negative.
+
+    Example:
+        >>> import os, tempfile, torch, gmmkeops as gk
+        >>> x = torch.linspace(-1, 1, 100).double()[:, None]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     keep = gk.Checkpoint(os.path.join(folder, "fit.ckpt"), every=0)
+        ...     first = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=0), max_iter=3, checkpoint=keep)
+        ...     more = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=0), max_iter=5, checkpoint=keep)  # goes on
+        >>> first.n_iter, more.n_iter
+        (3, 5)
     """
 
     path: str | os.PathLike[str]

@@ -88,6 +88,11 @@ class EM(Method[_State]):
     Raises:
         ValueError: A keyword out of its range.
 
+    Reference:
+        Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*, JRSS B 39; stepwise:
+        Cappé and Moulines 2009, *On-line expectation-maximization algorithm for latent data models*, JRSS B 71; hard and
+        stochastic: Celeux and Govaert 1992; SQUAREM: Varadhan and Roland 2008, Scandinavian Journal of Statistics 35.
+
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))

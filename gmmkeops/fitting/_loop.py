@@ -90,6 +90,15 @@ class FitResult:
         answer: What the mixture is a part of, where there is more: the :class:`gmmkeops.bayes.NormalWishart` whose expectation
             it is (the objective is then minus its lower bound), or the conditional :class:`~gmmkeops.GMM` whose mixture of an
             average context it is.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.linspace(-1, 1, 100).double()[:, None]
+        >>> result = gk.fit(gk.initialise(x, 1), x, gk.EM())
+        >>> result.converged, result.mixture, result.report.live_components
+        (True, Mixture(components=1, features=1, factor=full), 1)
+        >>> len(result.history["objective"]) == result.n_iter
+        True
     """
 
     mixture: Mixture
@@ -206,6 +215,10 @@ def fit(
 
     Warns:
         ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective stopped being finite.
+
+    Reference:
+        Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows*, JMLR 22, for the
+        reductions; the methods name their own.
 
     Example:
         >>> import torch, gmmkeops as gk

@@ -78,6 +78,11 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
 
     Warns:
         UserWarning: Once for each reason, when KeOps was asked for and cannot run; dense runs instead.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.engine(torch.zeros(5, 3))
+        'dense'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
@@ -157,7 +162,21 @@ def _pays(x: Tensor, components: int, sweeps: int, labelled: bool) -> bool:
 
 
 def may_arrange(rows: int, components: int, dimensions: int) -> bool:
-    """Whether a fit of so many points would arrange them by itself."""
+    """Whether a fit of so many points would arrange them by itself.
+
+    Args:
+        rows: N.
+        components: K.
+        dimensions: D.
+
+    Returns:
+        Whether boxes may pay; where they may, the first lists of a fit decide.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> gk.reductions.may_arrange(10**6, 1000, 3), gk.reductions.may_arrange(1000, 5, 3)
+        (True, False)
+    """
     return any(_pays(torch.empty(rows, dimensions, device="meta"), components, 1 << 20, few) for few in (False, True))
 
 
@@ -254,6 +273,17 @@ def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Ten
 
     Returns:
         A float64 scalar, nats, differentiable (once) in the parameters.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x, offsets, factors = torch.randn(10, 2), torch.zeros(3), torch.eye(2).expand(3, 2, 2)
+        >>> means = torch.randn(3, 2).requires_grad_()
+        >>> halves = [gk.reductions.moments(part, offsets, means.detach(), factors) for part in x.split(5)]
+        >>> gk.reductions.attached(halves[0] + halves[1], offsets, means, factors).backward()
+        >>> in_halves, means.grad = means.grad, None
+        >>> gk.reductions.logsumexp(x, offsets, means, factors).sum().backward()
+        >>> torch.allclose(in_halves, means.grad, atol=1e-4)
+        True
     """
     U = factor_tensor(factor)
     wide = U.detach().double().expand(len(means), *U.shape[1:])

@@ -80,11 +80,11 @@ with torch.no_grad():
     for ax, (title, batch) in zip(axes[1:], views.items(), strict=True):
         density = batch.log_prob(heights[:, None, None].expand(-1, 300, -1)).exp()
         ax.pcolormesh(grid[:, 0], heights, density, cmap="Blues", vmax=0.05, rasterized=True)
-        ax.plot(grid, batch.quantile([0.1, 0.5, 0.9]).T, "C3", lw=0.8)
-        ax.set(title=f"{title}: 10, 50, 90 %", xlabel="reading c")
+        ax.plot(grid, batch.quantile([0.1, 0.5, 0.9]).T, "C1", lw=0.9)
+        ax.set(title=f"{title}: 10, 50, 90 %", xlabel="reading c (mV)")
 axes[0].plot(new_c[:1500], new_y[:1500], ".", ms=2, color="0.6")
-axes[0].plot(grid, powers(grid) @ coefficients, "C3", label="least squares")
-axes[0].set(title="new readings", xlabel="reading c", ylabel="answer y")
+axes[0].plot(grid, powers(grid) @ coefficients, "C1", label="least squares")
+axes[0].set(title="new readings", xlabel="reading c (mV)", ylabel="answer y (°C)")
 axes[0].legend()
 plt.show()
 

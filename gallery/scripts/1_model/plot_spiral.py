@@ -60,16 +60,16 @@ for ax, (iteration, (mixture, objective, live)) in zip(axes.flat, snapshots.item
     plotting.density(mixture, ax=ax, extent=(0, 1, 0, 1))
     plotting.points(x, ax=ax, limit=5000, s=1, alpha=0.4)
     plotting.ellipses(mixture, ax=ax)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="x", ylabel="y", aspect="equal")
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="x (sides of the square)", ylabel="y (sides)", aspect="equal")
     ax.set_title(f"iteration {iteration}: {objective:.3f} nats, {live} live", fontsize=10)
 
 # %%
 # The loss, which the tutorial plots without the constant :math:`\tfrac D2 \log \pi` (its log-likelihood lacks it).
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-plotting.objective(result, ax=left, color="#1f78b4")
+plotting.objective(result, ax=left)
 left.set_title("penalised negative log-likelihood")
-right.plot(result.history["live"], color="#d95f02")
+right.plot(result.history["live"], color="C1")
 right.set(xlabel="iteration", ylabel="live components", ylim=(0, K + 1), title="components that own a point")
 plt.show()
 

@@ -57,7 +57,12 @@ for ax, name in zip(axes[1:], ("EM, accelerated", "Adam, lr 0.05"), strict=True)
     plotting.density(result.mixture, ax=ax, extent=(0, 1, 0, 1), levels=0)
     plotting.points(x, ax=ax, limit=3000, s=1, alpha=0.4)
     plotting.ellipses(result.mixture, ax=ax)
-    ax.set(xlabel="x", ylabel="y", aspect="equal", title=f"{name}: {result.report.live_components} live")
+    ax.set(
+        xlabel="x (sides of the square)",
+        ylabel="y (sides)",
+        aspect="equal",
+        title=f"{name}: {result.report.live_components} live",
+    )
 plt.show()
 
 # %%

@@ -53,7 +53,10 @@ figure, axes = plt.subplots(2, 3, figsize=(11, 7.4), layout="constrained", share
 for ax, (name, result) in zip(axes.flat, fits.items(), strict=True):
     plotting.points(x, ax=ax, limit=1000, color="0.6")
     plotting.ellipses(result.mixture, ax=ax)
-    ax.set(title=f"{name}: {result.report.live_components} live", aspect="equal", xlabel="x", ylabel="y")
+    ax.set(
+        title=f"{name}: {result.report.live_components} live", aspect="equal", xlabel="x (radii)", ylabel="y (radii)"
+    )
+    ax.label_outer()
 plt.show()
 
 # %%

@@ -2,8 +2,8 @@ r"""
 How many kinds of cells are in a sample?
 ========================================
 
-A flow cytometer measures each cell's light in several channels; cells of one kind make a cloud. How many clouds there are,
-the Bayesian information criterion has an opinion on,
+A flow cytometer measures each cell's light in several channels, on a logarithmic scale; cells of one kind make a cloud. How
+many clouds there are, the Bayesian information criterion has an opinion on,
 
 .. math:: \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N,
 
@@ -58,7 +58,7 @@ right.set_title("the same, with unclear assignments penalised")
 # %%
 # The best model, pair by pair: exact marginal densities on the diagonal, two-sigma ellipses below.
 
-axes = plotting.pairs(best, x, names=["channel 1", "channel 2", "channel 3"])
+axes = plotting.pairs(best, x, names=["channel 1 (decades)", "channel 2 (decades)", "channel 3 (decades)"])
 exact, centroid = selection.silhouette(x, best.predict(x), samples=4000, generator=generator)
 print(f"choosing: silhouette {exact:.3f} on 4000 cells, {centroid:.3f} by centroids on all")
 plt.show()

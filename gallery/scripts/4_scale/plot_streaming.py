@@ -54,8 +54,8 @@ print(f"streaming: a billion rows would take {memory / 2**20:.0f} MB")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
 some = np.load(path, mmap_mode="r")[::400]
-right.plot(*some[:, :2].T, ",", color="0.5")
-right.plot(*exact.mixture.means[:, :2].T, "o", color="C3", ms=5, label="means")
+right.plot(*some[:, :2].T, ",", color="0.5", rasterized=True)
+right.plot(*exact.mixture.means[:, :2].T, "o", color="C1", ms=5, label="means")
 right.set(aspect="equal", xlabel="x (kpc)", ylabel="y (kpc)", title="every 400th star, and 30 means")
 right.legend()
 left.plot(range(12), exact.history["log_likelihood"], "o-", label="EM, before each pass")

@@ -65,13 +65,15 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constraine
 left.loglog(counts[: len(table["every pair"])], table["every pair"], "s--", label="every pair")
 left.loglog(counts, table["certified"], "o-", label="ε = 10⁻⁴, certified")
 left.loglog(counts, table["certified"][0] * (torch.tensor(counts) / counts[0]).sqrt(), ":", color="0.5", label="√K")
-left.set(xlabel="components", ylabel="seconds per EM iteration", title="200 000 points, D = 3, full covariances")
+left.set(xlabel="components", ylabel="time per EM iteration (s)", title="200 000 points, D = 3, full covariances")
 left.legend()
 near = (x[:, 2].abs() < 0.15).nonzero()[:, 0]
 right.plot(*x[near, :2].T, ",", color="0.6")
 centres = result.mixture.means[result.mixture.means[:, 2].abs() < 0.15]
-right.plot(*centres[:, :2].T, ".", ms=3, color="C3", label="means")
-right.set(aspect="equal", xlabel="x", ylabel="y", title="a slice of the tube, 10 000 components")
+right.plot(*centres[:, :2].T, ".", ms=2, color="C1", label="means")
+right.set(
+    aspect="equal", xlabel="x (radii of the tube)", ylabel="y (radii)", title="a slice of the tube, 10 000 components"
+)
 right.legend()
 plt.show()
 

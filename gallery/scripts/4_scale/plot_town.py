@@ -1,6 +1,6 @@
 r"""
-What does a town look like to five hundred Gaussians?
-=====================================================
+What does a town look like to three thousand Gaussians?
+=========================================================
 
 A laser scanner flies over a town and returns points: flat roofs, streets, the fuzz of trees. A Gaussian is a flat plate where the
 points are a plane, a needle along a ridge, a ball in a tree; the eigenvalues of each covariance tell which,
@@ -8,9 +8,10 @@ points are a plane, a needle along a ridge, a ball in a tree; the eigenvalues of
 .. math:: \lambda_1 \ge \lambda_2 \ge \lambda_3: \qquad \text{ball if } \lambda_3 > 0.1 \lambda_1, \qquad
           \text{else needle if } \lambda_2 < 0.1 \lambda_1, \qquad \text{else plate.}
 
-So five hundred components are a map of the scene, in map coordinates, and a splat file that viewers open.
+So three thousand components are a map of the scene, in map coordinates, and a splat file that viewers open.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -19,30 +20,42 @@ import numpy as np
 import torch
 
 import gmmkeops as gk
+from gmmkeops import plotting
 
 # %%
-# A town of some 400 000 returns in map coordinates (m): ground, gabled houses, trees.
+# A real scan, if there is one: ``SCAN=town.laz`` names your own, by default that of an ISPRS test town (published in PDAL/data
+# under CC-BY-4.0), where it lies beside the checkout. Otherwise a made town of 400 000 returns: ground, gabled houses, trees.
+# Coordinates are in metres on the map.
 
-rng = np.random.default_rng(0)
-parts = [np.c_[rng.uniform(0, 200, (160_000, 2)), 0.02 * rng.normal(size=160_000)]]
-for _ in range(28):
-    cx, cy = rng.uniform(10, 190, 2)
-    w, d, h, turn = rng.uniform(8, 16), rng.uniform(10, 24), rng.uniform(4, 9), rng.uniform(0, np.pi)
-    u, v = rng.uniform(-1, 1, (2, 5000))
-    roof = np.c_[w / 2 * u, d / 2 * v, h + 3 * (1 - np.abs(u))]
-    c, s = np.cos(turn), np.sin(turn)
-    parts.append(roof @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]]) + [cx, cy, 0] + 0.03 * rng.normal(size=roof.shape))
-for _ in range(40):
-    top = np.array([*rng.uniform(0, 200, 2), rng.uniform(5, 8)])
-    parts.append(top + rng.normal(size=(2500, 3)) * rng.uniform(1.0, 2.0) * [1, 1, 1.3])
-corner = np.array([446_000.0, 5_411_000.0, 210.0])
-x = np.concatenate(parts) + corner
+
+def made_town():
+    rng = np.random.default_rng(0)
+    parts = [np.c_[rng.uniform(0, 200, (160_000, 2)), 0.02 * rng.normal(size=160_000)]]
+    for _ in range(28):
+        cx, cy = rng.uniform(10, 190, 2)
+        w, d, h, turn = rng.uniform(8, 16), rng.uniform(10, 24), rng.uniform(4, 9), rng.uniform(0, np.pi)
+        u, v = rng.uniform(-1, 1, (2, 5000))
+        roof = np.c_[w / 2 * u, d / 2 * v, h + 3 * (1 - np.abs(u))]
+        c, s = np.cos(turn), np.sin(turn)
+        turned = roof @ np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
+        parts.append(turned + [cx, cy, 0] + 0.03 * rng.normal(size=roof.shape))
+    for _ in range(40):
+        top = np.array([*rng.uniform(0, 200, 2), rng.uniform(5, 8)])
+        parts.append(top + rng.normal(size=(2500, 3)) * rng.uniform(1.0, 2.0) * [1, 1, 1.3])
+    return np.concatenate(parts) + np.array([446_000.0, 5_411_000.0, 210.0])
+
+
+scan = Path(os.environ.get("SCAN") or Path(gk.__file__).parents[2] / "shared/data/isprs_city2.laz")
+x = np.concatenate([chunk.points for chunk in gk.Source.of(scan).chunks()]) if scan.exists() else made_town()
+low, high = np.quantile(x[:, 2], [0.0005, 0.9995])
+x = x[(x[:, 2] > low - 5) & (x[:, 2] < high + 5)]  # without birds and echoes
+print(f"town: {len(x)} returns of {scan.name if scan.exists() else 'a made town'}")
 
 # %%
-# Five hundred components, computed in float32; the frame keeps the millimetres of the coordinates.
+# Three thousand components, computed in float32; the frame keeps the millimetres of the coordinates.
 
-start = gk.initialise(x, 500, generator=torch.Generator().manual_seed(0))
-result = gk.fit(start, x, gk.EM(tol=1e-3), max_iter=30, dtype="float32")
+start = gk.initialise(x, 3000, generator=torch.Generator().manual_seed(0))
+result = gk.fit(start, x, gk.EM(tol=0), max_iter=20, dtype="float32")
 print("town:", result)
 mixture = result.mixture
 
@@ -54,31 +67,27 @@ shares = [float(mixture.weights[kinds == kind].sum()) for kind in range(3)]
 print("town: plates {:.0%}, needles {:.0%}, balls {:.0%} of the weight".format(*shares))
 
 # %%
-# The scene as the ellipsoids of what stands on the ground: plates blue, needles orange, balls green; the ground's own in grey,
-# by their centres.
+# The returns and the ellipsoids at two standard deviations, both coloured by height, from the south.
 
-figure = plt.figure(figsize=(12, 5.6), layout="constrained")
-origin = corner
-left = figure.add_subplot(1, 2, 1, projection="3d")
-few = rng.choice(len(x), 15_000, replace=False)
-left.scatter(*(x[few] - origin).T, s=0.3, c=x[few, 2], cmap="viridis", rasterized=True)
-left.set_title("15 000 of the returns")
-right = figure.add_subplot(1, 2, 2, projection="3d")
-t, p = np.meshgrid(np.linspace(0, 2 * np.pi, 11), np.linspace(0, np.pi, 7))
-sphere = np.stack([np.cos(t) * np.sin(p), np.sin(t) * np.sin(p), np.cos(p)], -1)
-L = torch.linalg.cholesky(mixture.factor.covariances()).numpy()
-centres = mixture.means.numpy() - origin
-ground = centres[:, 2] < 1.5
-right.plot(*centres[ground].T, ".", ms=2, color="0.6")
-for k in np.flatnonzero(~ground & (mixture.weights.numpy() > 1e-4)):
-    surface = 1.6 * sphere @ L[k].T + centres[k]
-    colour = ("#0072B2", "#E69F00", "#009E73")[int(kinds[k])]
-    right.plot_surface(*np.moveaxis(surface, -1, 0), color=colour, linewidth=0, alpha=0.9)
-right.set_title("what stands on the ground, at 1.6 standard deviations")
+middle = np.median(x, 0)
+centred = x - middle
+local = gk.Mixture(mixture.logits, mixture.means - torch.from_numpy(middle), mixture.factor)
+look = {"azimuth": -75.0, "elevation": 42.0}
+places = plotting.view(centred, **look)
+order = places[:, 2].argsort()  # the nearest last
+height = centred[order, 2]
+low, high = np.quantile(height, [0.02, 0.98])
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained", sharex=True, sharey=True)
+drawn = left.scatter(*places[order, :2].T, s=0.25, c=height, vmin=low, vmax=high, linewidths=0, rasterized=True)
+left.set(title=f"{len(x)} returns", aspect="equal")
+colours = drawn.to_rgba(local.means[:, 2])
+plotting.ellipsoids(local, ax=right, minimum_weight=5e-5, color=colours, resolution=1000, **look)
+right.set_title(f"{len(colours)} Gaussians")
 for ax in (left, right):
-    ax.set(xlabel="east (m)", ylabel="north (m)", zlabel="height (m)", xlim=(0, 200), ylim=(0, 200), zlim=(0, 30))
-    ax.set_box_aspect((1, 1, 0.35))
-    ax.view_init(38, -60)
+    ax.set(xlabel="across the view (m)", ylabel="up the view (m)")
+    ax.label_outer()
+figure.colorbar(drawn, ax=right, label="height above the middle (m)", shrink=0.7)
 plt.show()
 
 # %%
@@ -90,4 +99,5 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"town: a splat file of {path.stat().st_size / 1024:.0f} kB for {len(x)} returns")
 
 # %%
-# Roofs and streets come out as plates, trees as balls: a scan of 400 000 points says in 500 Gaussians what it is made of.
+# Roofs and streets come out as plates, trees as balls: a scan of some 400 000 points says in three thousand Gaussians what it is
+# made of.

@@ -68,7 +68,12 @@ for name, part, color in (("share of rank 0", x[:half:40], "C0"), ("share of ran
     ax.plot(*part.T, ".", ms=1, alpha=0.5, color=color, label=name)
 ax.plot(*one.means.T, "o", mfc="none", mec="k", ms=11, label="means of one process")
 ax.plot(*two.means.T, "x", color="k", ms=7, label="means of two")
-ax.set(aspect="equal", xlabel="first column", ylabel="second column", title="one model from two shares")
+ax.set(
+    aspect="equal",
+    xlabel="x (standard deviations)",
+    ylabel="y (standard deviations)",
+    title="one model from two shares",
+)
 ax.legend(markerscale=1, loc="best")
 plt.show()
 

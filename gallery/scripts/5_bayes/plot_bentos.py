@@ -87,7 +87,7 @@ for s in range(0, 2000, 100):
     one = gk.Mixture(few.logits[s], few.means[s], gk.SphericalFactor(few.factor.log_diagonal[s], 1))
     label = "one draw each" if s == 0 else None
     right.plot(weights, one.responsibilities(weights[:, None])[:, 1], color="0.7", lw=0.8, label=label)
-right.plot(weights, heavier, color="C3", lw=2, label="posterior")
+right.plot(weights, heavier, color="C1", lw=2, label="posterior")
 right.axvline(425, color="k", ls=":", lw=1)
 right.set(xlabel="weight of a lunch (g)", ylabel="probability of the heavy kind", title="what is a lunch of 425 g?")
 right.legend(loc="upper left")

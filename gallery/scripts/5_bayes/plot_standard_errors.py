@@ -64,7 +64,11 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constraine
 left.plot([0, bootstrap.max() * 1.1], [0, bootstrap.max() * 1.1], color="0.7", lw=1)
 left.plot(bootstrap, joint, "o", label="all parameters together")
 left.plot(bootstrap, block, "^", mfc="none", label="one component at a time")
-left.set(xlabel="standard error by 200 bootstrap fits", ylabel="standard error by one pass", title="14 parameters")
+left.set(
+    xlabel="by 200 bootstrap fits (data units)",
+    ylabel="by one pass (data units)",
+    title="standard errors of 14 parameters",
+)
 left.legend()
 for k, (color, marker) in enumerate((("C0", "o"), ("C1", "^"))):
     away = torch.stack([m.means[k] for m in fits]) - mixture.means[k]
@@ -73,7 +77,7 @@ for k, (color, marker) in enumerate((("C0", "o"), ("C1", "^"))):
     label = "two standard errors" if k == 0 else None
     right.errorbar(0, 0, xerr=across, yerr=up, color="k", capsize=4 + 4 * k, lw=1.5, label=label)
 right.set(
-    xlabel="first column, from the fit", ylabel="second column, from the fit", title="means of the bootstrap fits"
+    xlabel="x from the fit (data units)", ylabel="y from the fit (data units)", title="means of the bootstrap fits"
 )
 right.legend()
 plt.show()

@@ -1,9 +1,9 @@
 r"""
-Coming from scikit-learn, tgmm or Zuko?
-=======================================
+Coming from scikit-learn, tgmm, Zuko or GenJAX?
+===============================================
 
-The names are those you know. Three short programs, each as its own system would have it, with the import changed; and a check
-that the numbers are the same where both sides define them,
+The names are those you know. Four short programs, each as its own system would have it; and a check that the numbers are the
+same where both sides define them,
 
 .. math:: \log p(x) = \log \sum_k W_k\, \mathcal N(x; \mu_k, \Sigma_k).
 """
@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture as Theirs
+from torch.distributions import Normal
 
 import gmmkeops as gk
 from gmmkeops import plotting
@@ -54,17 +55,31 @@ for _ in range(50):
 print(f"coming from: Zuko's loop ends at {-loss.item():.4f} nats per point")
 
 # %%
+# **From GenJAX**: a generative function that draws means, labels and values becomes a ``Prior``; ``simulate`` is its ``sample``;
+# weighted particles under a choice map are ``importance``, with the labels summed out and a proposal that finds the posterior;
+# a trace's choices are ``draws.values``. With known parameters there is nothing to infer: a ``Mixture`` answers.
+
+lunches = np.r_[rng.normal(350, 2, 14), rng.normal(500, 2, 6)]  # grams
+shares = torch.tensor([0.7, 0.3])
+prior = gk.bayes.Prior(2, weights=shares, means=Normal(400.0, 50.0), scales=2.0, covariance_type="spherical")
+draws = gk.bayes.importance(prior, lunches, draws=1000, generator=torch.Generator().manual_seed(0))
+kinds = [f"{m:.1f} ± {s:.1f} g" for m, s in zip(draws.mean("means")[:, 0], draws.sd("means")[:, 0], strict=True)]
+known = gk.Mixture.from_parameters(shares, [[350.0], [500.0]], [4.0, 4.0], "spherical")
+heavy = float(known.responsibilities([[425.0]])[0, 1])
+print(f"coming from: lunches of {kinds[0]} and {kinds[1]}; known exactly, 425 g is heavy with probability {heavy:.1f}")
+
+# %%
 # What tgmm's sampler draws, on the fitted density.
 
 figure, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
 plotting.density(mapped.mixture_, ax=ax, extent=(-7, 10, -8, 11), levels=12)
 for name, points, color in (
-    ("within 95 %", inside, "#1f78b4"),
-    ("component 0, one to two sigma", shell, "#33a02c"),
-    ("beyond five sigma", outliers, "#d95f02"),
+    ("within 95 %", inside, "C0"),
+    ("component 0, one to two sigma", shell, "C3"),
+    ("beyond five sigma", outliers, "C1"),
 ):
     ax.scatter(*points.T, s=8, color=color, label=name)
-ax.set(xlabel="x", ylabel="y")
+ax.set(xlabel="x (standard deviations)", ylabel="y (standard deviations)")
 ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncol=3, fontsize=9)
 plt.show()
 

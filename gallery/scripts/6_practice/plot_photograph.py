@@ -65,7 +65,7 @@ edges = torch.cat([weights.new_zeros(1), weights.cumsum(0)])
 for k, color in enumerate(palette[order].tolist()):
     left.axvspan(float(edges[k]), float(edges[k + 1]), color=color, linewidth=0)
 left.set(xlim=(0, 1), yticks=[], xlabel="weight (cumulated, dark to light)", title="the palette")
-plotting.objective(result, ax=right, color="#1f78b4")
+plotting.objective(result, ax=right)
 plt.show()
 
 # %%
