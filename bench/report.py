@@ -288,9 +288,7 @@ def choices(record: dict[str, Any]) -> str:
     for row in record["covariances"]:
         kinds.setdefault(row["name"], {})[row["data"]] = row
     names = ["Type"] + [
-        f"{data}: {what}"
-        for data in ("colours", "digits")
-        for what in ("parameters", "s", "nats, fitted", "nats, unseen")
+        f"{data}: {what}" for data in ("colours", "digits") for what in ("numbers", "s", "fitted", "unseen")
     ]
     parts["covariances"] = grid(
         names,

@@ -9,6 +9,8 @@ import gmmkeops
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import look
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 project = "gmmkeops"
@@ -42,6 +44,7 @@ napoleon_use_rtype = False
 html_theme = "pydata_sphinx_theme"
 html_title = "gmmkeops"
 html_show_sourcelink = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "show_prev_next": False,
     "navbar_align": "left",
@@ -76,7 +79,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "remove_config_comments": True,
     "show_memory": False,
-    "min_reported_time": 1,
+    "write_computation_times": False,
     "within_subsection_order": "FileNameSortKey",
     "reset_modules": ("matplotlib", "look.dress"),
     "image_scrapers": ("look.scrape",),
@@ -115,4 +118,6 @@ def escape(app, what, name, obj, options, lines):
 
 
 def setup(app):
+    # After the scripts have run.
+    app.connect("builder-inited", look.hang, priority=900)
     app.connect("autodoc-process-docstring", escape, priority=100)

@@ -1,4 +1,7 @@
-"""The look of the gallery's figures, and what each must have: units on every axis, colours that can be told apart."""
+"""The look of the gallery's figures, and what each must have: units on every axis, colours that can be told apart.
+
+A script's picture in the gallery is the last panel of its first figure.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from colorspacious import cspace_convert
 from matplotlib.colors import to_rgb
+from PIL import Image, ImageOps
 from sphinx_gallery.scrapers import matplotlib_scraper
 
 # What has no unit: counts, probabilities, and the sides of made clouds.
@@ -35,11 +39,41 @@ def dress(gallery_conf: Any = None, name: Any = None) -> None:
     plt.style.use(Path(__file__).with_name("gallery.mplstyle"))
 
 
+# Of each script that has run: the pattern of its pictures' names, and its thumbnail.
+thumbnails: dict[Path, np.ndarray] = {}
+
+
 def scrape(block: Any, variables: Any, gallery_conf: Any) -> str:
     """Saves the figures of a cell for its page, once they have been checked."""
+    pattern = Path(str(variables["image_path_iterator"].image_path))
     for number in plt.get_fignums():
-        check(plt.figure(number))
+        figure = plt.figure(number)
+        check(figure)
+        thumbnails.setdefault(pattern, panel(figure, *gallery_conf["thumbnail_size"]))
     return matplotlib_scraper(block, variables, gallery_conf)
+
+
+def panel(figure: Any, width: int, height: int) -> np.ndarray:
+    """The last large axes of a figure in a window of this shape (height, width, 3)."""
+    boxes = [ax.get_window_extent() for ax in figure.axes]
+    box = [box for box in boxes if box.width * box.height > 0.5 * max(b.width * b.height for b in boxes)][-1]
+    picture = np.asarray(figure.canvas.buffer_rgba())
+    # As large as the axes fill in one direction, about their middle.
+    side = max(box.width / width, box.height / height)
+    x, y = (box.x0 + box.x1) / 2, len(picture) - (box.y0 + box.y1) / 2
+    rows, columns = (
+        slice(max(0, round(middle - side * size / 2)), round(middle + side * size / 2))
+        for middle, size in ((y, height), (x, width))
+    )
+    image = Image.fromarray(picture[rows, columns]).convert("RGB")
+    return np.asarray(ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white"))
+
+
+def hang(app: Any) -> None:
+    """Puts the panels in the place of the thumbnails of whole figures."""
+    for pattern, pixels in thumbnails.items():
+        name = pattern.name.rpartition("_")[0]
+        Image.fromarray(pixels).save(pattern.parent / "thumb" / f"{name}_thumb.png")
 
 
 def check(figure: Any) -> None:
@@ -75,8 +109,8 @@ def _look(handle: Any) -> tuple[tuple[float, float, float], Any, Any]:
     """Colour, marker and line style of what a legend shows."""
     if hasattr(handle, "get_marker"):
         return to_rgb(handle.get_color()), handle.get_marker(), handle.get_linestyle()
-    colours = np.atleast_2d(handle.get_facecolor() if hasattr(handle, "get_facecolor") else handle.get_color())
-    return tuple(colours[0][:3]), None, type(handle).__name__
+    faces, edges = (np.atleast_2d(colours) for colours in (handle.get_facecolor(), handle.get_edgecolor()))
+    return tuple((faces if faces.size else edges)[0][:3]), None, type(handle).__name__
 
 
 def _differences(one: tuple[float, ...], other: tuple[float, ...]) -> list[float]:

@@ -44,26 +44,26 @@ print(
 )
 
 # %%
-# The log-density with the threshold as its contour, and how the scores of both kinds are spread.
+# How the scores of both kinds are spread, and the density with the threshold as its contour.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-plotting.density(model.mixture_, ax=left, extent=(-1.5, 2.5, -1.25, 1.75), levels=0)
+plotting.density(model.mixture_, ax=right, extent=(-1.5, 2.5, -1.25, 1.75), levels=0)
 u, v = np.meshgrid(np.linspace(-1.5, 2.5, 200), np.linspace(-1.25, 1.75, 200))
-left.contour(u, v, model.score_samples(np.stack([u, v], -1).reshape(-1, 2)).reshape(u.shape), [threshold], colors="C1")
-plotting.points(normal, ax=left, s=0.3, limit=8000, color="0.5")
-plotting.points(strays, ax=left, s=6, color="k")
-left.set(xlabel="x (radii of an arc)", ylabel="y (radii of an arc)", title="strays (dots) and the threshold (line)")
+right.contour(u, v, model.score_samples(np.stack([u, v], -1).reshape(-1, 2)).reshape(u.shape), [threshold], colors="C1")
+plotting.points(normal, ax=right, s=0.3, limit=8000, color="0.5")
+plotting.points(strays, ax=right, s=6, color="k")
+right.set(xlabel="x (radii of an arc)", ylabel="y (radii of an arc)", title="strays (dots) and the threshold (line)")
 bins = np.linspace(-30, 2, 80)
 for name, part, color in (("normal", score[:60_000], "C0"), ("strays", score[60_000:], "C1")):
-    right.hist(part.clamp(min=-30).numpy(), bins=bins, density=True, alpha=0.6, label=name, color=color)
-right.axvline(threshold, color="k", linewidth=1)
-right.set(
+    left.hist(part.clamp(min=-30).numpy(), bins=bins, density=True, alpha=0.6, label=name, color=color)
+left.axvline(threshold, color="k", linewidth=1)
+left.set(
     xlabel="log-density (nats)",
     ylabel="share of points per nat",
     title="scores; below the line is called strange",
     yscale="log",
 )
-right.legend()
+left.legend()
 plt.show()
 
 # %%

@@ -74,7 +74,8 @@ ax.set(
     ylabel="y (standard deviations)",
     title="one model from two shares",
 )
-ax.legend(markerscale=1, loc="best")
+for handle in ax.legend(loc="best").legend_handles[:2]:
+    handle.set(markersize=8, alpha=1)
 plt.show()
 
 # %%

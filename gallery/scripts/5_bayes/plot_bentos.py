@@ -81,6 +81,7 @@ for name, draws in found.items():
     rows = torch.multinomial(draws.weights, 150, replacement=True, generator=generator)
     left.plot(*draws.values["means"][rows, :, 0].T, markers[name], ms=3, alpha=0.6, label=name)
 left.set(xlabel="mean of the light kind (g)", ylabel="mean of the heavy kind (g)", title="posterior: grid and draws")
+left.set(xlim=(347.2, 352), ylim=(498, 502.8))
 left.legend()
 few = found["Gibbs"].mixtures
 for s in range(0, 2000, 100):
