@@ -317,8 +317,10 @@ def choices(record: dict[str, Any]) -> str:
 
 def main() -> None:
     import matplotlib
+    import matplotlib.style
 
     matplotlib.use("Agg")
+    matplotlib.style.use(README.parent / "gallery/gallery.mplstyle")
     lines: list[str] = []
     for device in ("cpu", "cuda"):
         path = RESULTS / f"{device}.json"

@@ -28,6 +28,7 @@ extensions = [
     "sphinxcontrib.bibtex",
 ]
 root_doc = "index"
+templates_path = ["_templates"]
 exclude_patterns = ["scripts", "auto/**/*.ipynb", "recipes.md"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath"]
 myst_heading_anchors = 3

@@ -5,9 +5,11 @@ Can one mixture answer in both directions?
 A regression is fitted for one question. A mixture of all columns answers every question: fix some columns, and what is left is a
 mixture again, with exact weights, means and covariances,
 
-.. math:: p(y \mid x) = \sum_k W_k(x)\, \mathcal N\bigl(y;\ \mu_k^y + \Sigma_k^{yx} (\Sigma_k^{xx})^{-1} (x - \mu_k^x),\
-          \Sigma_k^{yy} - \Sigma_k^{yx} (\Sigma_k^{xx})^{-1} \Sigma_k^{xy}\bigr), \qquad
-          W_k(x) \propto W_k\, \mathcal N(x; \mu_k^x, \Sigma_k^{xx}).
+.. math::
+
+    p(y \mid x) &= \sum_k W_k(x)\, \mathcal N\bigl(y;\ \mu_k^y + \Sigma_k^{yx} (\Sigma_k^{xx})^{-1} (x - \mu_k^x),\
+          \Sigma_k^{yy} - \Sigma_k^{yx} (\Sigma_k^{xx})^{-1} \Sigma_k^{xy}\bigr), \\
+    W_k(x) &\propto W_k\, \mathcal N(x; \mu_k^x, \Sigma_k^{xx}).
 
 Here a robot's arm of two links: where is the hand at these angles, and which angles bring the hand there? The second question
 has two answers, elbow up and elbow down, and their average is none.
