@@ -33,7 +33,7 @@ class GaussianMixture(MixtureEstimator):
     r"""Gaussian mixture with scikit-learn's parameters, methods and attributes.
 
     Args:
-        n_components: K.
+        n_components: Number of components K.
         covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
         solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``, whose own settings then hold but for
             ``max_iter`` and ``tol``.
@@ -59,14 +59,19 @@ class GaussianMixture(MixtureEstimator):
         max_memory: Bytes, or text such as "1.5GB", that a fit may take (:func:`gmmkeops.fit`).
 
     Attributes:
-        weights_ (K,), means_ (K, D), covariances_, precisions_, precisions_cholesky_: Parameters, float64, data units:
-            arrays as the data were (numpy, or torch for tensors). Shapes (K, D, D), (K, D), (K,), and without K when tied.
-        converged_, n_iter_: Whether and when the tolerance was met.
+        weights_: (K,), float64, like all of these an array of the data's kind (numpy, or torch for tensors).
+        means_: (K, D), data units.
+        covariances_: (K, D, D), (K, D) or (K,), and without K when tied; squared data units.
+        precisions_: Their inverses.
+        precisions_cholesky_: Upper-triangular U of the precisions' :math:`U U^\top`.
+        converged_: Whether the tolerance was met.
+        n_iter_: When it was.
         lower_bound_: Mean log-likelihood (minus penalty) of the parameters above, nats per point.
         lower_bounds_: The same for the parameters before each iteration.
         mixture_: The :class:`~gmmkeops.Mixture`.
         result_: The :class:`~gmmkeops.FitResult` of the best start.
-        n_features_in_, feature_names_in_: As scikit-learn's.
+        n_features_in_: Number of columns D.
+        feature_names_in_: Their names, where the data had them.
 
     Raises:
         TypeError, ValueError: By ``fit`` and whatever takes points: settings out of their range, points that are not numeric,
@@ -297,15 +302,21 @@ class BayesianGaussianMixture(MixtureEstimator):
 
     Attributes:
         weight_concentration_: (K,), or the pair of the sticks' Beta parameters, (K,) each.
-        mean_precision_ (K,), means_ (K, D), degrees_of_freedom_ (K,) or a number when tied, covariances_: The posterior.
-        weights_, precisions_, precisions_cholesky_: Of the plug-in mixture.
-        weight_concentration_prior_, mean_precision_prior_, mean_prior_, degrees_of_freedom_prior_, covariance_prior_: The
-            prior as it was used.
-        lower_bound_, lower_bounds_: Lower bound of the log-evidence of all points without constants, nats, as
-            scikit-learn's: of the posterior above, and after each iteration.
+        mean_precision_: κ of the posterior (K,).
+        means_: m of the posterior (K, D), data units.
+        degrees_of_freedom_: ν of the posterior (K,), or a number when tied.
+        covariances_: Inverses of the expected precisions, in the shapes of :class:`GaussianMixture`, squared data units.
+        weights_: Of the plug-in mixture (K,).
+        precisions_: Of the plug-in mixture.
+        precisions_cholesky_: Of the plug-in mixture.
+        weight_concentration_prior_: The prior as it was used, and so on with ``mean_precision_prior_``, ``mean_prior_``,
+            ``degrees_of_freedom_prior_`` and ``covariance_prior_``.
+        lower_bound_: Lower bound of the log-evidence of all points without constants, nats, as scikit-learn's.
+        lower_bounds_: The same after each iteration.
         evidence_bound_: The same with all constants and with the best assignments, nats: for comparing models.
         posterior_: The :class:`~gmmkeops.bayes.NormalWishart`.
-        converged_, n_iter_, mixture_, result_, n_features_in_, feature_names_in_: As for :class:`GaussianMixture`.
+        mixture_: The plug-in :class:`~gmmkeops.Mixture`; ``converged_``, ``n_iter_``, ``result_``, ``n_features_in_`` and
+            ``feature_names_in_`` are as for :class:`GaussianMixture`.
 
     Reference:
         Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1.

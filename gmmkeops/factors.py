@@ -58,7 +58,7 @@ class Factor(ABC):
     @property
     @abstractmethod
     def U(self) -> Tensor:
-        """The factor itself: (*B, K or 1, D, D) full, (*B, K or 1, D) diagonal, (*B, K or 1, 1) spherical; 1 / data units."""
+        """The factor itself, (*B, K or 1, D, D) full, (*B, K or 1, D) diagonal, (*B, K or 1, 1) spherical; 1 / data units."""
 
     @abstractmethod
     def whiten(self, residuals: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def initialise(
 
     Args:
         x: Points (N, D), N >= K, data units; or what :meth:`gmmkeops.Source.of` takes.
-        components: K.
+        components: Number of components K.
         strategy: ``"random"`` (K points of the data as centres), ``"kmeans++"`` (K points, far apart), ``"kmeans"``
             (those, improved by Lloyd's iterations), ``"responsibilities"`` (every point shared at random).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.

@@ -137,12 +137,12 @@ class Mixture(Distribution):
 
     @property
     def components(self) -> int:
-        """K."""
+        """Number of components K."""
         return self.means.shape[-2]
 
     @property
     def features(self) -> int:
-        """D."""
+        """Number of columns D."""
         return self.means.shape[-1]
 
     @property
@@ -157,12 +157,12 @@ class Mixture(Distribution):
 
     @property
     def offsets(self) -> Tensor:
-        """What the reductions add to each exponent (*B, K), nats: log W + log |det U| - D/2 log 2π."""
+        """log W + log |det U| - D/2 log 2π (*B, K), nats, which the reductions add to each exponent."""
         return self.log_weights + self.factor.log_determinant() - 0.5 * self.features * math.log(2 * math.pi)
 
     @property
     def parameter_count(self) -> int:
-        """Number of free parameters: weights, means and covariances."""
+        """Number of free parameters in weights, means and covariances."""
         tied = self.factor.leading == 1 and self.components > 1
         return (
             self.components
@@ -191,7 +191,7 @@ class Mixture(Distribution):
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """Covariance of the whole mixture (*B, D, D), squared data units: within plus between components."""
+        """Covariance of the whole mixture (*B, D, D), squared data units, within plus between components."""
         weights = self.weights[..., None, None]
         between = (self.means - self.mean.unsqueeze(-2)).unsqueeze(-1)
         return (weights * (self.factor.covariances() + between @ between.mT)).sum(-3)

@@ -35,7 +35,7 @@ class GMM(nn.Module):
     Args:
         features: D, the number of columns of a point.
         context: C, the number of columns of a context; 0 for none.
-        components: K.
+        components: Number of components K.
         covariance_type: ``"full"``, ``"diagonal"`` (or ``"diag"``) or ``"spherical"``; ``"tied_..."`` sets ``tied`` too.
         tied: Whether all components share one covariance.
         epsilon: Least conditional variance of a coordinate given those after it, squared data units: added to
@@ -44,8 +44,10 @@ class GMM(nn.Module):
         activation: Their activation's constructor.
 
     Attributes:
-        logits, means, log_diagonal, upper: Parameters (K,), (K, D), (K or 1, D or 1) and, for full factors,
-            (K or 1, D(D-1)/2), without a context.
+        logits: Parameters (K,), without a context.
+        means: Parameters (K, D), without a context.
+        log_diagonal: Parameters (K or 1, D or 1), without a context.
+        upper: Parameters (K or 1, D(D-1)/2) of full factors, without a context.
         network: The perceptron, with one.
 
     Raises:

@@ -185,7 +185,7 @@ class Source:
 
     Attributes:
         name: How messages call it.
-        features: D.
+        features: Number of columns D.
 
     Example:
         >>> import numpy as np, gmmkeops as gk

@@ -91,7 +91,7 @@ class NormalWishart:
 
     @property
     def covariances(self) -> Tensor:
-        """(ν W)⁻¹: (K or 1, D, D) full, (K or 1, D) diagonal, (K or 1,) spherical; squared data units."""
+        """(ν W)⁻¹, (K or 1, D, D) full, (K or 1, D) diagonal, (K or 1,) spherical; squared data units."""
         return _kept(self.mixture.factor)
 
     def updated(self, sums: Moments, ridge: Tensor) -> NormalWishart:

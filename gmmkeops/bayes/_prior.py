@@ -38,7 +38,7 @@ class StickBreaking(Distribution):
 
     Args:
         concentration: α > 0: the larger, the more components share the weight.
-        components: K.
+        components: Number of components K.
 
     Reference:
         Ishwaran and James 2001, *Gibbs sampling methods for stick-breaking priors*, JASA 96.
@@ -129,7 +129,7 @@ class Prior:
     ``precisions``.
 
     Args:
-        components: K.
+        components: Number of components K.
         weights: On the simplex: a Dirichlet, :class:`StickBreaking`, or known weights (K,).
         means: On the means (K, D), data units.
         scales: On standard deviations: (K, 1) spherical, (K, D) diagonal; data units.

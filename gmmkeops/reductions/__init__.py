@@ -165,9 +165,9 @@ def may_arrange(rows: int, components: int, dimensions: int) -> bool:
     """Whether a fit of so many points would arrange them by itself.
 
     Args:
-        rows: N.
-        components: K.
-        dimensions: D.
+        rows: Number of points N.
+        components: Number of components K.
+        dimensions: Number of columns D.
 
     Returns:
         Whether boxes may pay; where they may, the first lists of a fit decide.
