@@ -7,15 +7,18 @@ import html
 import importlib
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import types
 import urllib.parse
 from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 
 import gmmkeops as gk
@@ -29,11 +32,17 @@ MODULES = ("bayes", "compare", "distributed", "export", "penalties", "plotting",
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "recipes.md"], ids=lambda page: page.stem)
 def test_code_blocks_run(page, tmp_path, monkeypatch):
-    """Those of a page one after the other, in an empty folder; shell lines name commands that exist."""
+    """Those of a page one after the other, in a folder that holds a scan; shell lines too, if they do not install or build."""
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     scope: dict = {}
     text = page.read_text()
+    if "scan.laz" in text:
+        laspy = pytest.importorskip("laspy")
+        scan = laspy.create()
+        scan.x, scan.y, scan.z = np.random.default_rng(0).normal(size=(3, 20_000))
+        scan.classification = np.arange(20_000) % 3
+        scan.write(tmp_path / "scan.laz")
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(block, page.name, "exec"), scope)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
@@ -43,6 +52,14 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
             assert words[0] in ("gmmkeops", "make", "pip", "torchrun"), line
             if words[0] == "make":
                 assert set(words[1:]) <= targets, line
+            programs = {"gmmkeops": ["gmmkeops.cli"], "torchrun": ["torch.distributed.run", "--standalone"]}
+            if words[0] in programs and "--nnodes" not in words:
+                environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+                command = [sys.executable, "-m", *programs[words[0]], *words[1:]]
+                done = subprocess.run(
+                    command, capture_output=True, text=True, timeout=300, env=environment, check=False
+                )
+                assert done.returncode == 0, done.stderr
 
 
 def test_every_public_name_is_in_the_reference():

@@ -25,7 +25,8 @@ import gmmkeops as gk
 # A cloud in a file that both processes can see.
 
 rng = np.random.default_rng(0)
-folder = Path(tempfile.mkdtemp())
+temporary = tempfile.TemporaryDirectory()
+folder = Path(temporary.name)
 x = (rng.normal(size=(300_000, 2)) + rng.normal(scale=6, size=(12, 2))[rng.integers(12, size=300_000)]).astype(
     np.float32
 )
@@ -77,6 +78,7 @@ ax.set(
 for handle in ax.legend(loc="best").legend_handles[:2]:
     handle.set(markersize=8, alpha=1)
 plt.show()
+temporary.cleanup()
 
 # %%
 # The crosses lie in the circles. On a cluster the same script runs under ``torchrun`` on every machine; with ``checkpoint=`` and
