@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["EM", "FIT", "LOSS", "PACKAGES", "ours_until"]
+__all__ = ["BAYES", "EM", "FIT", "LOSS", "PACKAGES", "ours_until"]
 
 # What each adapter needs installed, for versions and for saying that it is not.
 PACKAGES = {
@@ -255,6 +255,51 @@ def fit_tgmm(case: Any, x: np.ndarray) -> Any:
 
 
 FIT = {"gmmkeops": fit_ours, "scikit-learn": fit_scikit_learn, "tgmm": fit_tgmm}
+
+
+def variational(package: str) -> Callable[..., Any]:
+    """The Bayesian estimator of this package or of scikit-learn, which have the same names; starts are random points."""
+
+    def adapter(case: Any, x: np.ndarray, start: Any) -> Callable[[int], Any]:
+        import importlib
+
+        Estimator = importlib.import_module(package).BayesianGaussianMixture
+
+        def run(iterations: int) -> Any:
+            settings = {"max_iter": iterations, "tol": 0.0, "init_params": "random_from_data", "random_state": 0}
+            model = Estimator(n_components=case.K, **settings).fit(x)
+            return model.weights_, model.means_, model.covariances_, {}
+
+        return run
+
+    return adapter
+
+
+def gibbs(case: Any, x: np.ndarray, start: Any) -> Callable[[int], Any]:
+    import torch
+    from torch.distributions import Dirichlet, Normal, Wishart
+
+    import gmmkeops as gk
+
+    K, D = case.K, case.D
+    spread = Wishart(torch.tensor(D + 1.0), torch.eye(D))
+    prior = gk.bayes.Prior(K, weights=Dirichlet(torch.ones(K)), means=Normal(0.0, 10.0), precisions=spread, features=D)
+    points = torch.from_numpy(x)
+
+    def run(iterations: int) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        draws = gk.bayes.gibbs(prior, points, draws=iterations, warmup=0, chains=1, generator=generator, progress=False)
+        found = draws.mixtures
+        return found.weights[-1], found.means[-1], found.factor.covariances()[-1], {}
+
+    return run
+
+
+BAYES = {
+    "gmmkeops": variational("gmmkeops"),
+    "gmmkeops, Gibbs": gibbs,
+    "scikit-learn": variational("sklearn.mixture"),
+}
 
 
 def problem(case: Any, x: np.ndarray) -> tuple[Any, ...]:

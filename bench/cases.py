@@ -16,8 +16,9 @@ class Case:
 
     Args:
         name: Its key in the results.
-        kind: "em" (seconds per iteration from a given start), "loss" (one loss and its gradient), "fit" (from k-means to a
-            tolerance of 1e-4) or "target" (seconds to a mean log-likelihood, start included).
+        kind: "em" (seconds per iteration from a given start), "bayes" (the same of variational Bayes, or a sweep of Gibbs
+            sampling), "loss" (one loss and its gradient), "fit" (from k-means to a tolerance of 1e-4) or "target" (seconds to
+            a mean log-likelihood, start included).
         data: "clusters", "surface" or "uniform".
         N, K, D: Points, components, dimensions.
         peers: Names of adapters.
@@ -152,6 +153,17 @@ CASES = (
         3,
         ("gmmkeops", "scikit-learn", "tgmm"),
         limit=200,
+        repeats=1,
+    ),
+    Case(
+        "posterior, 1e6 x 30, D=3",
+        "bayes",
+        "clusters",
+        1_000_000,
+        30,
+        3,
+        ("gmmkeops", "gmmkeops, Gibbs", "scikit-learn"),
+        iterations=(2, 6),
         repeats=1,
     ),
     Case(

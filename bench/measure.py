@@ -64,7 +64,8 @@ def roofline() -> dict[str, float]:
 
 
 def em(case: Any, peer: str, x: Any) -> dict[str, Any]:
-    run = adapters.EM[peer](case, x, cases.start(case, x))
+    peers = {"em": adapters.EM, "bayes": adapters.BAYES}[case.kind]
+    run = peers[peer](case, x, cases.start(case, x))
     short, long = case.iterations
     before = peak()
     cold, _ = timed(run, short)
@@ -126,7 +127,7 @@ def main() -> None:
         torch.zeros(1, device="cuda")
     x = cases.cloud(case)
     try:
-        row = {"em": em, "loss": loss, "fit": fit, "target": target}[case.kind](case, peer, x)
+        row = {"em": em, "bayes": em, "loss": loss, "fit": fit, "target": target}[case.kind](case, peer, x)
         if case.device == "cuda":
             row["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
     except (MemoryError, RuntimeError) as error:

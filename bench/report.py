@@ -21,6 +21,7 @@ TITLES = {
     "em": "Seconds per EM iteration, same points, same start",
     "loss": "Seconds per loss and gradient, same parameters",
     "fit": "Whole fits, k-means to a tolerance of 1e-4",
+    "bayes": "Seconds per iteration of variational Bayes, or per sweep of Gibbs sampling",
     "target": "Seconds from nothing to a mean log-likelihood, start included",
 }
 
@@ -160,6 +161,15 @@ def readme(record: dict[str, Any]) -> str:
         peers, base = {row["peer"]: row for row in rows}, reference(rows)
         others = " | ".join(short(peers.get(name), base) for name in ("GMM module", "KeOps tutorial", "zuko"))
         lines.append(f"| {case.removeprefix('loss, ')} | {seconds(base)} s | {others} |")
+    lines += [
+        "",
+        "| one iteration of a posterior | variational | Gibbs sweep | scikit-learn, variational |",
+        "|---|---|---|---|",
+    ]
+    for case, rows in by_case([row for row in record["rows"] if row["kind"] == "bayes"]).items():
+        peers, base = {row["peer"]: row for row in rows}, reference(rows)
+        others = " | ".join(short(peers.get(name), base) for name in ("gmmkeops, Gibbs", "scikit-learn"))
+        lines.append(f"| {case.removeprefix('posterior, ')} | {seconds(base)} s | {others} |")
     return "\n".join(lines)
 
 

@@ -103,3 +103,13 @@ def test_report_says_what_the_results_say(tmp_path):
     report.peers(record, tmp_path / "peers.png")
     for name in ("scaling.png", "peers.png"):
         assert matplotlib.image.imread(tmp_path / name)[..., :3].std() > 0.02
+
+
+@pytest.mark.filterwarnings("ignore:.*did not converge", "ignore:.*have not met")
+def test_posteriors_learn():
+    case = replace(TINY, kind="bayes")
+    x = cases.cloud(case)
+    one = np.ones(1), x.mean(0, keepdims=True), np.cov(x.T)[None]
+    for peer, adapter in adapters.BAYES.items():
+        *parameters, _ = adapter(case, x, cases.start(case, x))(20)
+        assert measure.referee(x, parameters, "cpu") > measure.referee(x, one, "cpu") + 0.3, peer
