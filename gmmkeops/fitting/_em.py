@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_points, as_weights
-from gmmkeops.factors import Factor, nearest_factor
+from gmmkeops._floor import nearest_factor
+from gmmkeops.factors import Factor
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._frame import Frame
