@@ -84,7 +84,9 @@ class Surrogate:
 
 
 class Penalty(ABC):
-    """A function of a mixture, in nats per point, that a fit adds to the mean negative log-likelihood.
+    r"""A function of a mixture, in nats per point, that a fit adds to the mean negative log-likelihood.
+
+    .. math:: \text{objective} = -\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}
 
     Penalties add, and are scaled by numbers. Any function of a mixture becomes one by :func:`as_penalty`, which
     :func:`gmmkeops.fit` calls; a subclass with an :meth:`m_step` is minimised by EM too.

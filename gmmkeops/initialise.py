@@ -52,6 +52,8 @@ def initialise(
 ) -> Mixture:
     r"""A mixture whose components are clusters of the data.
 
+    .. math:: \min_{\mu} \sum_n g_n \min_k \lVert x_n - \mu_k \rVert^2 \qquad \text{(of which the strategies are stages)}
+
     Args:
         x: Points (N, D), N >= K, data units; or what :meth:`gmmkeops.Source.of` takes.
         components: Number of components K.

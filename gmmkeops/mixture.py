@@ -32,6 +32,8 @@ _CHUNK = 1 << 22
 class Mixture(Distribution):
     r"""A mixture of K Gaussians in D dimensions, as a :class:`torch.distributions.Distribution`.
 
+    .. math:: p(x) = \sum_k W_k\, \mathcal N(x;\, \mu_k, (U_k U_k^\top)^{-1}), \qquad W = \mathrm{softmax}(\mathrm{logits})
+
     Args:
         logits: Unnormalised log-weights (*B, K), nats; -inf for a component without weight.
         means: Component means (*B, K, D), data units.

@@ -355,6 +355,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     r"""The k largest exponents of each point and the components they belong to.
 
+    .. math:: e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2
+
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
         k: How many, from 1 to K.

@@ -34,7 +34,9 @@ _PAYS = 0.5
 
 @dataclass
 class Truncation:
-    """One sweep after another over a cloud, each with lists that leave out less than ε of every point's density.
+    r"""One sweep after another over a cloud, each with lists that leave out less than ε of every point's density.
+
+    .. math:: 0 \le \ell_n - \ell_n^{\text{kept}} \le \text{certificate} \le -\log(1 - \varepsilon) \qquad \text{for every } n
 
     Args:
         cloud: The points.
