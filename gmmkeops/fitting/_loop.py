@@ -156,19 +156,8 @@ def fit(
             if bar is not None:
                 bar.close()
         result = _result(best, run)
-    if run.ending == "finished" and tol > 0 and max_iter > 0 and run.iterations == max_iter:
-        warnings.warn(
-            f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
-    if run.ending == "diverged":
-        warnings.warn(
-            f"the objective stopped being finite at iteration {run.iterations}; the best mixture before it is returned. "
-            "A smaller learning rate usually helps.",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+    if warning := _doubt(run, tol, max_iter):
+        warnings.warn(warning, ConvergenceWarning, stacklevel=2)
     if isinstance(start, GMM):
         if extra:
             start.load_state_dict(result.answer.state_dict())
@@ -437,6 +426,18 @@ class _Run:
             self.ending = "converged"
         elif stop:
             self.ending = "stopped"
+
+
+def _doubt(run: _Run, tol: float, max_iter: int) -> str:
+    """What a caller should know of how a run has ended; nothing where all is well."""
+    if run.ending == "finished" and tol > 0 and max_iter > 0 and run.iterations == max_iter:
+        return f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol."
+    if run.ending == "diverged":
+        return (
+            f"the objective stopped being finite at iteration {run.iterations}; the best mixture before it is returned. "
+            "A smaller learning rate usually helps."
+        )
+    return ""
 
 
 def _result(best: Evaluation, run: _Run) -> FitResult:
