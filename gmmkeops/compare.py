@@ -88,6 +88,8 @@ def jensen_shannon(
 ) -> Estimate:
     r"""Jensen-Shannon divergence, the mean of both divergences to the even mixture of p and q; from 0 to log 2 nats.
 
+    .. math:: \tfrac12 \mathbb E_p\Bigl[\log \frac{2p}{p + q}\Bigr] + \tfrac12 \mathbb E_q\Bigl[\log \frac{2q}{p + q}\Bigr]
+
     Args, Returns, Raises:
         As for :func:`kl_divergence`; half of the samples are drawn from each.
 

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gmmkeops._survey import Reservoir, Survey
 from gmmkeops.moments import Moments
-from gmmkeops.sources import Reservoir, Source, Survey
+from gmmkeops.sources import Source
 
 __all__ = ["RankError", "World", "join"]
 

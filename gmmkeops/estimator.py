@@ -32,6 +32,9 @@ __all__ = ["BayesianGaussianMixture", "GaussianMixture", "NotFittedError"]
 class GaussianMixture(MixtureEstimator):
     r"""Gaussian mixture with scikit-learn's parameters, methods and attributes.
 
+    .. math:: \max_\theta\; \frac{1}{\sum g} \sum_n g_n \log \sum_k W_k\, \mathcal N(x_n;\, \mu_k, \Sigma_k)
+              - \text{penalty}(\theta)
+
     Args:
         n_components: Number of components K.
         covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
@@ -279,6 +282,9 @@ _POSTERIOR = ("weight_concentration_", "mean_precision_", "means_", "degrees_of_
 
 class BayesianGaussianMixture(MixtureEstimator):
     r"""Variational Bayesian Gaussian mixture with scikit-learn's parameters, methods and attributes.
+
+    .. math:: q(\pi)\, q(\mu, \Lambda) \approx p(\pi, \mu, \Lambda \mid x), \qquad \mu_k \mid \Lambda_k \sim
+              \mathcal N(m_k, (\kappa_k \Lambda_k)^{-1}), \quad \Lambda_k \sim \mathcal W(V_k, \nu_k)
 
     As there, ``predict``, ``predict_proba`` and ``score_samples`` use the expected log-densities. ``posterior_`` has the
     rest: ``posterior_.predictive()`` is the predictive density, a mixture of Student's t; ``mixture_`` is the plug-in one;

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_weights
+from gmmkeops._floor import nearest_factor
+from gmmkeops._survey import sample
 from gmmkeops.distributed import World
-from gmmkeops.factors import SphericalFactor, factor_class, nearest_factor
+from gmmkeops.factors import SphericalFactor, factor_class
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
-from gmmkeops.sources import Chunk, Source, readable, sample
+from gmmkeops.sources import Chunk, Source, readable
 
 __all__ = ["STRATEGIES", "initialise", "representatives", "stratified_rows"]
 
@@ -49,6 +51,8 @@ def initialise(
     backend: str = "auto",
 ) -> Mixture:
     r"""A mixture whose components are clusters of the data.
+
+    .. math:: \min_{\mu} \sum_n g_n \min_k \lVert x_n - \mu_k \rVert^2 \qquad \text{(of which the strategies are stages)}
 
     Args:
         x: Points (N, D), N >= K, data units; or what :meth:`gmmkeops.Source.of` takes.

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_tensor, check_finite
+from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
 __all__ = ["Mixture"]
@@ -30,6 +31,8 @@ _CHUNK = 1 << 22
 
 class Mixture(Distribution):
     r"""A mixture of K Gaussians in D dimensions, as a :class:`torch.distributions.Distribution`.
+
+    .. math:: p(x) = \sum_k W_k\, \mathcal N(x;\, \mu_k, (U_k U_k^\top)^{-1}), \qquad W = \mathrm{softmax}(\mathrm{logits})
 
     Args:
         logits: Unnormalised log-weights (*B, K), nats; -inf for a component without weight.
@@ -390,7 +393,7 @@ class Mixture(Distribution):
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         if component is not None and not -self.components <= component < self.components:
             raise ValueError(f"component must be below {self.components}, got {component}.")
-        low, high = _shell(confidence, std_range, self.features)
+        low, high = shell(confidence, std_range, self.features)
         with torch.no_grad():
             count, K, D = shape.numel(), self.components, self.features
             batch = self.batch_shape.numel()
@@ -406,7 +409,7 @@ class Mixture(Distribution):
             which = index if self.factor.leading == K else first.expand_as(labels).reshape(-1)
             draws = torch.randn(count * batch, D, generator=generator, dtype=self.means.dtype, device=labels.device)
             if (low, high) != (0.0, math.inf):
-                radius = _radii(torch.rand(count * batch, 1, generator=generator, **wide), low, high, D)
+                radius = radii(torch.rand(count * batch, 1, generator=generator, **wide), low, high, D)
                 draws = (draws.double() / draws.double().norm(dim=1, keepdim=True) * radius).to(draws.dtype)
             means, rows = self.means.reshape(-1, D), max(1, _CHUNK // (D * D))
             # Some mixtures of the batch at a time, since their factors are turned into matrices.
@@ -559,42 +562,3 @@ class Mixture(Distribution):
         return (
             f"Mixture({batch}components={self.components}, features={self.features}, factor={tied}{self.factor.family})"
         )
-
-
-def _shell(confidence: float | None, std_range: tuple[float, float] | None, features: int) -> tuple[float, float]:
-    """The radii between which to draw, standard deviations."""
-    low, high = (0.0, math.inf) if std_range is None else (float(std_range[0]), float(std_range[1]))
-    if not 0 <= low < high:
-        raise ValueError(f"std_range must be (a, b) with 0 <= a < b, got {std_range}.")
-    if confidence is not None:
-        if not 0 < confidence <= 1:
-            raise ValueError(f"confidence must be above 0 and at most 1, got {confidence}.")
-        share = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)
-        high = min(high, float(_radii(share, 0.0, math.inf, features)) if confidence < 1 else math.inf)
-        if not low < high:
-            raise ValueError(f"confidence={confidence} ends at {high:.4g} standard deviations, below {low:.4g}.")
-    return low, high
-
-
-def _radii(share: Tensor, low: float, high: float, features: int) -> Tensor:
-    """Radii in [low, high] beyond which ``share`` of the chi distribution's mass between them lies.
-
-    Solved on the upper tail, which keeps its digits far out, by bisection.
-    """
-    half = torch.full_like(share, features / 2)
-
-    def beyond(radius: Tensor) -> Tensor:
-        return torch.special.gammaincc(half, 0.5 * radius.square())
-
-    near = torch.full_like(share, low)
-    # Past this the tail holds no float64.
-    far = torch.full_like(share, min(high, math.sqrt(features) + 40.0 + low))
-    top, bottom = beyond(near), beyond(far) if high < math.inf else torch.zeros_like(share)
-    if not float((top - bottom).min()) > 1e-290:
-        raise ValueError(f"no mass that float64 can tell lies between {low:g} and {high:g} standard deviations.")
-    target = bottom + share * (top - bottom)
-    for _ in range(80):
-        middle = 0.5 * (near + far)
-        outside = beyond(middle) > target
-        near, far = torch.where(outside, middle, near), torch.where(outside, far, middle)
-    return 0.5 * (near + far)

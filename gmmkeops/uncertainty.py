@@ -38,7 +38,10 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class StandardErrors:
-    """Standard errors of a mixture's parameters.
+    r"""Standard errors of a mixture's parameters.
+
+    .. math:: \sqrt{\operatorname{diag}(A^{-1} B A^{-1})}, \qquad A = -\nabla^2 \sum_n g_n \log p(x_n), \qquad
+              B = \sum_n g_n s_n s_n^\top, \quad s_n = \nabla \log p(x_n)
 
     Args:
         weights: (K,).

@@ -11,7 +11,7 @@ from conftest import ENGINES, FAMILIES, make_factor
 
 import gmmkeops as gk
 from gmmkeops import reductions
-from gmmkeops.reductions import _blocks
+from gmmkeops.reductions import _boxes, _lists, _truncation
 
 # What rounding may add to either side of a comparison, relative to max(1, |ℓ|).
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -129,13 +129,13 @@ def test_a_wrong_bound_would_be_noticed(monkeypatch):
     """A bound that forgets the extent of the box is caught by the comparison that the tests make."""
     x, mixture = SCENES["surface"]
     truth = reductions.logsumexp(x, *arguments(mixture), truncate=0)
-    true = _blocks._Bounds.of
+    true = _lists.Bounds.of
 
     def careless(self, boxes, which, index):
-        points = _blocks._Boxes(boxes.centre, boxes.axes, 0 * boxes.half, 0 * boxes.semi, boxes.reach)
+        points = _boxes.Boxes(boxes.centre, boxes.axes, 0 * boxes.half, 0 * boxes.semi, boxes.reach)
         return true(self, points, which, index)
 
-    monkeypatch.setattr(_blocks._Bounds, "of", careless)
+    monkeypatch.setattr(_lists.Bounds, "of", careless)
     cloud = reductions.arrange(x, mixture.components, 1e-4)
     values = reductions.logsumexp(cloud, *arguments(mixture), backend="dense")
     assert float((truth - values).max()) > cloud.certificate + 1e-6
@@ -266,13 +266,13 @@ def test_lists_are_reused_and_stay_valid(monkeypatch):
     x = surface(20_000)
     mixture = gk.fit(patches(x, 200), x, gk.EM(tol=0), truncate=0, max_iter=30).mixture
     made = []
-    lists = _blocks.Cloud.lists
+    lists = _truncation.lists
 
     def counted(*args, **options):
         made.append(options.get("margin"))
         return lists(*args, **options)
 
-    monkeypatch.setattr(_blocks.Cloud, "lists", counted)
+    monkeypatch.setattr(_truncation, "lists", counted)
     cloud = reductions.arrange(x, 200, 1e-6)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(200, 3, generator=generator, dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_drift_bounds_what_it_says():
             kind.from_factors(shape[kind.family], features=D),
         )
         problems = [reductions._setup(x, *arguments(m), 0)[0] for m in (old, new)]
-        drift = _blocks._Drift.between(*problems)
+        drift = _lists.Drift.between(*problems)
         far = [m.factor.matrices().mT @ (x[:, None] - m.means)[..., None] for m in (old, new)]
         far = [y[..., 0].norm(dim=-1) for y in far]
         assert bool((far[1] >= (1 - drift.stretch) * far[0] - drift.shift - 1e-9).all())
@@ -340,7 +340,7 @@ def test_bad_truncation_is_one_sentence(bad):
 def test_clouds_keep_every_point_once(N, D):
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(3, (N,), generator=torch.Generator().manual_seed(1))
-    for cloud in (_blocks.Cloud.tree(x, 64), _blocks.Cloud.grouped(x, labels, 64)):
+    for cloud in (_boxes.Cloud.tree(x, 64), _boxes.Cloud.grouped(x, labels, 64)):
         assert torch.equal(cloud.leave(cloud.points), x)
         assert torch.equal(cloud.enter(torch.ones(N)).sum(), torch.tensor(float(N)))
         assert int(cloud.starts.diff().max()) <= 64

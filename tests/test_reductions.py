@@ -310,7 +310,7 @@ def test_gradients_come_once_and_in_the_dtype_of_each_input():
 
 def test_missing_keops_is_said_once_and_replaced(monkeypatch):
     monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
-    monkeypatch.setattr(reductions, "_warned", set())
+    monkeypatch.setattr(reductions._choice, "_warned", set())
     with pytest.warns(UserWarning, match="KeOps was asked for but pykeops is not installed"):
         values = reductions.logsumexp(*GOOD, backend="keops")
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gmmkeops as gk
-from gmmkeops.sources import Reservoir, fingerprint, sample
+from gmmkeops._survey import Reservoir, fingerprint, sample
 
 CENTRES = np.array([[0.0, 0, 0], [4, 0, 1], [0, 5, -2], [-3, 2, 4]])
 

@@ -61,6 +61,9 @@ def gibbs(
 ) -> Draws:
     r"""Draws from the posterior by Gibbs sampling.
 
+    .. math:: z_n \sim p(z_n \mid x_n, \theta) = r_n, \qquad
+              \theta_k \sim p\Bigl(\theta_k \,\Big|\, \sum_{n: z_n = k} g_n (1, x_n, x_n x_n^\top)\Bigr)
+
     Args:
         prior: Of the mixture. Weights: Dirichlet, :class:`StickBreaking` or known. Means: Normal, MultivariateNormal or known.
             Spreads: precisions by Wishart (full) or Gamma (diagonal, spherical), covariances by InverseGamma, or known.

@@ -47,6 +47,8 @@ def importance(
 ) -> Draws:
     r"""Draws from the posterior by importance sampling.
 
+    .. math:: \theta_s \sim q, \qquad w_s \propto \frac{p(\theta_s) \prod_n p(x_n \mid \theta_s)^{g_n}}{q(\theta_s)}
+
     Args:
         prior: Of the mixture.
         x: Points (N, D) or (N,), data units.

@@ -43,6 +43,11 @@ def langevin(
 ) -> Draws:
     r"""Draws from the posterior around one mode by stochastic-gradient Langevin dynamics, for many points.
 
+    .. math:: \theta \leftarrow \theta + \frac{\epsilon}{2} H^{-1} \nabla \Bigl[\log p(\theta) + \frac{N}{n}
+              \sum_{i \in \text{batch}} \log p(x_i \mid \theta)\Bigr] + \mathcal N(0, \epsilon H^{-1}),
+
+    with H the curvature at the mode.
+
     The mode and the curvature there take some hundred passes over the points; each step after that a batch. Steps are
     not accepted or refused: they widen the posterior by a share of about step / 4, and narrow it by nothing.
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._floor import nearest_factor
 from gmmkeops.bayes._student import StudentMixture
-from gmmkeops.factors import Factor, FullFactor, nearest_factor
+from gmmkeops.factors import Factor, FullFactor
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments, outer

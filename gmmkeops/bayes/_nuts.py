@@ -39,6 +39,9 @@ def nuts(
 ) -> Draws:
     r"""Draws from the posterior by the no-U-turn sampler. Needs Pyro (``pip install "gmmkeops[bayes]"``).
 
+    .. math:: \theta_s \sim p(\theta \mid x) \propto p(\theta) \prod_n \Bigl(\sum_k W_k\,
+              \mathcal N(x_n;\, \mu_k, \Sigma_k)\Bigr)^{g_n}
+
     Trajectories do not change the order of components. Where the prior does not tell them apart they are put in order
     afterwards; where it does, each draw of up to five components stands for itself in all orders, by the posterior's shares.
 

@@ -124,6 +124,9 @@ class _Site:
 class Prior:
     r"""A prior of mixtures.
 
+    .. math:: W \sim p(W), \quad \mu_k \sim p(\mu_k), \quad \Sigma_k \sim p(\Sigma_k), \qquad
+              x_n \sim \sum_k W_k\, \mathcal N(\mu_k, \Sigma_k)
+
     Each argument is a known value or a :class:`torch.distributions.Distribution`; one whose shape is smaller than the
     parameter's is the same for every component (or column). Give exactly one of ``scales``, ``covariances``,
     ``precisions``.

@@ -27,7 +27,12 @@ _CHUNK = 1 << 22
 
 
 class StudentMixture(Distribution):
-    """A mixture of K Student's t distributions in D dimensions.
+    r"""A mixture of K Student's t distributions in D dimensions.
+
+    .. math:: p(x) = \sum_k W_k\, \frac{\Gamma((d_k + D) / 2)}{\Gamma(d_k / 2) (d_k \pi)^{D/2}} |\det U_k|
+              \Bigl(1 + \frac{\lVert U_k^\top (x - m_k) \rVert^2}{d_k}\Bigr)^{-(d_k + D) / 2}
+
+    With diagonal factors each component is a product of one-dimensional ones.
 
     Args:
         logits: Unnormalised log-weights (K,), nats.

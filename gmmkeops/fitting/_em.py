@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_points, as_weights
-from gmmkeops.factors import Factor, nearest_factor
+from gmmkeops._floor import nearest_factor
+from gmmkeops.factors import Factor
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._frame import Frame
@@ -63,6 +64,13 @@ class _State:
 @dataclass(frozen=True)
 class EM(Method[_State]):
     r"""Expectation-maximisation. All keywords combine.
+
+    .. math::
+
+        W_k = \frac{S^0_k}{\sum_j S^0_j}, \qquad \mu_k^+ = \mu_k + \frac{S^1_k}{S^0_k}, \qquad
+        \Sigma_k = \frac{S^2_k}{S^0_k} - \frac{S^1_k {S^1_k}^\top}{(S^0_k)^2} + \text{reg\_covar}\, I
+
+    with the responsibility-weighted :class:`~gmmkeops.Moments` about :math:`\mu_k`, and with what penalties add to them.
 
     Args:
         assignment: ``"soft"`` is EM. ``"hard"`` gives each point to its best component (classification EM, which with a

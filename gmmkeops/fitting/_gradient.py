@@ -48,7 +48,10 @@ class _State:
 
 @dataclass(frozen=True)
 class Gradient(Method[_State]):
-    """Fits by a ``torch.optim`` optimiser.
+    r"""Fits by a ``torch.optim`` optimiser.
+
+    .. math:: \theta \leftarrow \theta - \text{step}\Bigl(\nabla_\theta \Bigl[-\frac{1}{\sum g} \sum_n g_n \log p_\theta(x_n)
+              + \text{penalty}(\theta)\Bigr]\Bigr), \qquad \theta = (\text{logits}, \mu, U).
 
     Args:
         optimizer: Makes the optimiser from a list of tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
+from gmmkeops._floor import floor_eigenvalues
+from gmmkeops._survey import fingerprint, sample
 from gmmkeops.distributed import World
-from gmmkeops.factors import Factor, floor_eigenvalues
+from gmmkeops.factors import Factor
 from gmmkeops.fitting._checkpoint import Journal, known
 from gmmkeops.fitting._data import Data, Ledger, Memory, Piece, Stream
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
 from gmmkeops.penalties import Penalty, Surrogate, as_penalty
-from gmmkeops.sources import Source, fingerprint, sample
+from gmmkeops.sources import Source
 
 __all__ = ["Evaluation", "Method", "Population", "Problem"]
 

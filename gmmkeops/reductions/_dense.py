@@ -7,8 +7,9 @@ For float32 points both halves of a sweep are one matrix product with the quadra
 
 with B the natural parameters of the components. In float64 the cancellation of :math:`x^\top P x - 2\mu^\top P x + \dots`
 costs :math:`10^{-16} (|U| |x|)^2` nats, less than the rounding of the points themselves. For float64 points, where that
-would be felt, the exponents come from whitened residuals :math:`U_k^\top x - U_k^\top \mu_k` instead. Between the two
-products a tile is only ever touched by a softmax. No array of N x K numbers exists.
+would be felt, the exponents come from whitened residuals :math:`U_k^\top x - U_k^\top \mu_k` instead. Where a tile sees so few
+components that their matrices are smaller than the features, both halves do without :math:`x x^\top`. Between the two products a
+tile is only ever touched by a softmax. No array of N x K numbers exists.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.reductions._blocks import Plan, Truncation
 from gmmkeops.reductions._cores import on_cores
 from gmmkeops.reductions._exponents import Exponents
+from gmmkeops.reductions._lists import Plan
+from gmmkeops.reductions._truncation import Truncation
 
 __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
 
@@ -36,6 +38,9 @@ _TILE_CPU = 262_144
 _TILE_CUDA = 1 << 24
 # Pairs below which starting threads costs more than they save.
 _PAIRS_PER_THREAD = 500_000
+# Dimensions for each component of a tile from which on its residuals cost less than the features of the points (measured in 10
+# to 64 dimensions).
+_FEW = 6
 # What a tile costs beside its pairs, in pairs.
 _PAIRS_PER_TILE = 10_000
 
@@ -56,6 +61,7 @@ class _Tile:
         self._e = torch.empty(pairs, dtype=x.dtype, device=x.device)
         self._r = torch.empty_like(self._e)
         self._truths: Tensor | None = None
+        self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.width = self.height = 0
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
@@ -103,12 +109,8 @@ class _Tile:
             P = self.sums.shape[1]
             self.F = self._features[: P * rows].view(P, rows)
             self.F[0] = 1
-            self.X, square = self.F[1 : D + 1], self.F[D + 1 :]
-            if self.full:
-                parts = square.split(list(range(D, 0, -1)))
-                self.products = [(self.X[d:], x, part) for d, (x, part) in enumerate(zip(self.X, parts, strict=True))]
-            else:
-                self.products = [] if self.spherical else [(self.X, self.X, square)]
+            self.X = self.F[1 : D + 1]
+            self.products = None
         self.width, self.height = rows, components
         pairs = rows * components
         self.W = self._wide[:pairs].view(components, rows)
@@ -121,11 +123,12 @@ class _Tile:
         if (stop - start, height) != (self.width, self.height):
             self._narrow(stop - start, height)
         torch.sub(p.x[start:stop].T, p.centre[:, None], out=self.X)
+        self.few = self.full and _FEW * self.height <= len(self.X)
+        if self.few:
+            self._residuals()
+            return
         if self.quadratic or self.featured:
-            for left, right, out in self.products:
-                torch.mul(left, right, out=out)
-            if self.spherical:
-                torch.sum(self.X * self.X, 0, out=self.F[-1])
+            self._multiply()
         if self.quadratic:
             torch.mm(self.chosen(self.natural), self.F, out=self.W)
             if self.clamp:
@@ -138,6 +141,36 @@ class _Tile:
             self.E.addcmul_(self.W, self.W, value=-0.5)
         if self.clamp:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
+
+    def _multiply(self) -> None:
+        """Fills the products of coordinates in."""
+        D, square = len(self.X), self.F[len(self.X) + 1 :]
+        if self.spherical:
+            torch.sum(self.X * self.X, 0, out=self.F[-1])
+            return
+        if self.products is None:
+            parts = square.split(list(range(D, 0, -1))) if self.full else [square]
+            lefts = [self.X[d:] for d in range(D)] if self.full else [self.X]
+            self.products = list(zip(lefts, self.X if self.full else lefts, parts, strict=True))
+        for left, right, out in self.products:
+            torch.mul(left, right, out=out)
+
+    def _room(self) -> Tensor:
+        """A buffer (components, D, rows), in the place of the products of coordinates."""
+        D = len(self.X)
+        return self.F[D + 1 :].view(-1)[: self.height * self.X.numel()].view(self.height, D, -1)
+
+    def _residuals(self) -> None:
+        """Fills ``self.E`` from whitened residuals, all components in one product."""
+        p, y = self.problem, self._room()
+        U = self.chosen(p.U).mT
+        shift = U @ self.chosen(p.means)[:, :, None]
+        torch.addmm(shift.reshape(-1, 1), U.reshape(-1, len(self.X)), self.X, beta=-1, out=y.flatten(0, 1))
+        torch.sum(y.square_(), 1, out=self.W)
+        torch.sub(self.chosen(self.offsets)[:, None], self.W, alpha=0.5, out=self.W)
+        if self.clamp:
+            self.W.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
+        self.E.copy_(self.W)
 
     def chosen(self, rows: Tensor) -> Tensor:
         """Of one row for each component, those of the components in the tile."""
@@ -158,10 +191,23 @@ class _Tile:
     def add(self, values: Tensor, weights: Tensor | None) -> None:
         """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
         self.total += values.sum() if weights is None else values @ weights
-        features = self.F if weights is None else self.F * weights
         self.W.copy_(self.R)
+        if self.few:
+            self._add(self.W if weights is None else self.W * weights)
+            return
+        features = self.F if weights is None else self.F * weights
         # Of a thin product the thin side goes first.
         sums = (features @ self.W.T).T if len(features) < self.height else self.W @ features.T
+        self._keep(sums)
+
+    def _add(self, shares: Tensor) -> None:
+        """The same of few components' shares (components, rows), all in one product."""
+        D, z = len(self.X), self._room()
+        torch.mul(shares[:, None], self.X, out=z)
+        products = (z.flatten(0, 1) @ self.X.T).view(-1, D * D).index_select(1, D * self.row + self.column)
+        self._keep(torch.cat([shares @ self.F[: D + 1].T, products], 1))
+
+    def _keep(self, sums: Tensor) -> None:
         if self.index is None:
             self.sums += sums
         else:

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.reductions._blocks import Plan, Truncation
 from gmmkeops.reductions._exponents import Exponents
+from gmmkeops.reductions._lists import Plan
+from gmmkeops.reductions._truncation import Truncation
 
 __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk", "unavailable"]
 

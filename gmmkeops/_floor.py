@@ -1,0 +1,62 @@
+"""Factors whose covariances keep clear of singular ones: the nearest with no eigenvalue below a floor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gmmkeops.factors import Factor, FullFactor
+
+__all__ = ["floor_eigenvalues", "nearest_factor"]
+
+
+@torch.no_grad()
+def floor_eigenvalues(factor: Factor, minimum: float) -> tuple[Factor, Tensor]:
+    """The factor with the covariances' eigenvalues raised to ``minimum``, and which of them (K or 1,) were below."""
+    ceiling = minimum**-0.5
+    if factor.family != "full":
+        log_diagonal = factor.tensors["log_diagonal"]
+        limit = torch.tensor(ceiling, dtype=torch.float64).log().item()
+        low = (log_diagonal > limit + 1e-12).any(-1)
+        return (factor.replace(log_diagonal=log_diagonal.clamp(max=limit)), low) if bool(low.any()) else (factor, low)
+    # Only factors whose Frobenius norm allows a large singular value are decomposed.
+    U = factor.U
+    low = U.square().sum((-1, -2)) > ceiling**2
+    if bool(low.any()):
+        suspects = low.nonzero()[:, 0]
+        left, values, _ = torch.linalg.svd(U[suspects])
+        over = values[:, 0] > ceiling * (1 + 1e-12)
+        low[suspects] = over
+        if bool(over.any()):
+            A = left[over] * values[over].clamp(1e-10 * ceiling, ceiling)[:, None, :]
+            index = suspects[over]
+            fixed = type(factor).from_factors(A)
+            if factor.leading == 1:
+                return fixed, low
+            return factor.scatter(index, fixed), low
+    return factor, low
+
+
+def nearest_factor(
+    kind: type[Factor], covariances: Tensor, features: int, floor: float | Tensor
+) -> tuple[Factor, Tensor]:
+    """Factors of covariances that rounding may have left without a factor, and which of them (K or 1,) had none.
+
+    Those alone are decomposed, and their eigenvalues raised to ``floor`` (one number, or one per covariance).
+    """
+    floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
+    if kind is not FullFactor:
+        low = covariances < (floor if covariances.ndim == 1 else floor[:, None])
+        raised = torch.maximum(covariances, floor if covariances.ndim == 1 else floor[:, None])
+        return kind.from_covariances(raised, features=features), low if low.ndim == 1 else low.any(1)
+    covariances = 0.5 * (covariances + covariances.mT)
+    broken = torch.linalg.cholesky_ex(covariances).info > 0
+    if not bool(broken.any()):
+        return FullFactor.from_covariances(covariances), broken
+    values, vectors = torch.linalg.eigh(covariances[broken])
+    values = torch.maximum(values, floor[broken, None])
+    fixed = FullFactor.from_factors(vectors * values.rsqrt()[:, None, :])
+    if len(covariances) == 1:
+        return fixed, broken
+    sound = torch.where(broken[:, None, None], torch.eye(features).to(covariances), covariances)
+    return FullFactor.from_covariances(sound).scatter(broken.nonzero()[:, 0], fixed), broken

@@ -1,0 +1,299 @@
+r"""Which components a box of points can feel, by bounds.
+
+For a box with centre b and support function s (the smaller of its oriented box's and its enclosing ellipsoid's), and the
+residual :math:`y = U_k^\top (b - \mu_k)`, every point x of it has, by Cauchy and Schwarz,
+
+.. math::
+
+    \lVert U_k^\top (x - \mu_k) \rVert \ge \lVert y \rVert - s(U_k y) / \lVert y \rVert, \qquad\text{so}\qquad
+    e_k(x) \le u_k = c_k - \tfrac12 \max(0, \lVert y \rVert - s(U_k y) / \lVert y \rVert)^2 .
+
+A set of components with :math:`\sum \exp u_k` below a limit may be left out. Lists are found from the top of the tree down.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions._boxes import Boxes, Cloud
+from gmmkeops.reductions._cores import on_cores
+from gmmkeops.reductions._exponents import Exponents
+
+__all__ = ["Bounds", "Drift", "Plan", "lists"]
+
+# Pairs of box and component that are bounded at a time, so that the work stays in cache; a GPU wants long kernels.
+_PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
+# Depths below the limit at which dropping is tried, nats, deepest first.
+_DEPTHS = (6.0, 4.0, 3.0, 2.0, 1.0)
+# What float64's rounding may do to a bound, as a share of the lengths that went into it.
+_ROUNDING = 1e-13
+# Moves in deviations, on average, up to which lists that allow for them are not much longer.
+_GENTLE = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep over boxes is to do: which rows see which components, and what that leaves out.
+
+    Args:
+        boxes: Boxes that have lists (T,).
+        index: Components of all lists, one after the other.
+        pointer: Where each list begins and the last one ends (T + 1,).
+        dropped: log Σ exp u of what each list leaves out (T,), nats.
+        spans: First and last-plus-one row of each stretch to sweep (S, 2).
+        owner: The list that each stretch sees (S,).
+    """
+
+    boxes: Tensor
+    index: Tensor
+    pointer: Tensor
+    dropped: Tensor
+    spans: Tensor
+    owner: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Components that each stretch sees (S,)."""
+        return self.pointer.diff()[self.owner]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of point and component that are looked at."""
+        return int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows of its stretches, one after the other."""
+        first, last = self.spans.T
+        sizes = last - first
+        place = torch.arange(int(sizes.sum()), device=sizes.device)
+        return place + (first - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
+
+    def minima(self, values: Tensor) -> Tensor:
+        """Least of values on :attr:`rows` over each stretch (S,), float64."""
+        sizes = self.spans.diff(dim=1)[:, 0]
+        stretch = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        least = torch.full((len(sizes),), math.inf, dtype=torch.float64, device=values.device)
+        return least.scatter_reduce(0, stretch, values.double(), "amin")
+
+    def only(self, stretches: Tensor) -> Plan:
+        """Some of its stretches (a mask), with the lists that they see."""
+        lengths = self.pointer.diff()
+        kept = torch.zeros_like(self.boxes, dtype=torch.bool)
+        kept[self.owner[stretches]] = True
+        pointer = torch.cat([lengths.new_zeros(1), lengths[kept].cumsum(0)])
+        owner = (kept.cumsum(0) - 1)[self.owner[stretches]]
+        index = self.index[kept.repeat_interleave(lengths)]
+        return Plan(self.boxes[kept], index, pointer, self.dropped[kept], self.spans[stretches], owner)
+
+    def ranges(self) -> tuple[Tensor, ...]:
+        """The same for KeOps, on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
+        ends = self.spans.diff(dim=1)[:, 0].cumsum(0)
+        points = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1).int()
+        lists = torch.stack([self.pointer[:-1], self.pointer[1:]], 1).int()
+        slices = torch.arange(1, len(points) + 1, device=points.device).int()
+        return points, slices, lists[self.owner], lists, slices, points
+
+    def split(self, most: int) -> Plan:
+        """The same with long stretches cut, so that none has more than about ``most`` pairs."""
+        first, last = self.spans.T
+        rows = (most // self.lengths.clamp(min=1)).clamp(min=32)
+        parts = -((first - last) // rows)
+        if not bool((parts > 1).any()):
+            return self
+        owner = self.owner.repeat_interleave(parts)
+        number = torch.arange(len(owner), device=owner.device) - (parts.cumsum(0) - parts).repeat_interleave(parts)
+        start = first.repeat_interleave(parts) + number * rows.repeat_interleave(parts)
+        stop = torch.minimum(start + rows.repeat_interleave(parts), last.repeat_interleave(parts))
+        return replace(self, spans=torch.stack([start, stop], 1), owner=owner)
+
+
+@dataclass(frozen=True)
+class Drift:
+    r"""How far each component has moved, or may.
+
+    .. math:: \lVert U'^\top (x - \mu') \rVert \ge (1 - \text{stretch}) \lVert U^\top (x - \mu) \rVert - \text{shift},
+              \qquad c' \le c + \text{rise}
+
+    since :math:`U'^\top z = A^\top U^\top z` with :math:`A = U^{-1} U'`, whose least singular value is at least
+    :math:`1 - \lVert A - I \rVert`.
+    """
+
+    stretch: Tensor
+    shift: Tensor
+    rise: Tensor
+
+    @classmethod
+    def between(cls, old: Exponents, new: Exponents) -> Drift:
+        """From one set of K components to another; infinite where their number differs."""
+        if old.U.shape != new.U.shape:
+            infinite = torch.full_like(new.offsets, math.inf)
+            return cls(infinite, infinite, infinite)
+        moved = (new.means - old.means) + (new.centre - old.centre)
+        if new.is_full:
+            change, _ = torch.linalg.solve_ex(old.U, new.U - old.U)
+            shift = (new.U.mT @ moved[:, :, None]).flatten(1).norm(dim=1)
+        else:
+            change = (new.U - old.U) / old.U
+            shift = (new.U * moved).norm(dim=1)
+        stretch = change.flatten(1).norm(dim=1) if new.is_full else change.abs().amax(1)
+        return cls(stretch, shift, (new.offsets - old.offsets).clamp(min=0))
+
+    def __mul__(self, factor: float) -> Drift:
+        return Drift(*((part + part.mean()) * factor + 1e-6 for part in (self.stretch, self.shift, self.rise)))
+
+    def within(self, margin: Drift) -> bool:
+        """Whether no component has moved further than allowed."""
+        pairs = zip((self.stretch, self.shift, self.rise), (margin.stretch, margin.shift, margin.rise), strict=True)
+        return len(self.rise) == len(margin.rise) and all(bool((a <= b).all()) for a, b in pairs)
+
+    @property
+    def gentle(self) -> bool:
+        """Whether lists that allow for so much would not be much longer; a few restless components do not matter."""
+        return float((self.shift + 5 * self.stretch).mean()) < _GENTLE
+
+
+def lists(
+    cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False, margin: Drift | None = None
+) -> Plan:
+    """The components that each box of a cloud must see, so that what it drops stays below a limit.
+
+    Args:
+        cloud: The boxes.
+        problem: The components.
+        limit: On log Σ exp u of those that a box drops (B,), nats; +inf leaves a box out of the plan.
+        single: Whether the limit is on each u instead.
+        margin: How far the components may move before the plan is no longer valid; not at all if left out.
+    """
+    limit = limit.clamp(min=-1e300)
+    root, everybody = limit.new_zeros(1, dtype=torch.int64), torch.arange(problem.shape[1], device=limit.device)
+    lists = _Level(root, everybody, root.new_tensor([0, len(everybody)]), limit.new_full((1,), -math.inf))
+    bounds, above = Bounds(problem, margin), 1
+    for boxes in cloud.levels:
+        count = len(boxes.centre)
+        least = limit.view(count, -1).amin(1)
+        lists = _refine(lists, boxes, count // above, bounds, least, last=count == cloud.boxes, single=single)
+        above = count
+    owner = torch.arange(len(lists.boxes), device=limit.device)
+    return Plan(lists.boxes, lists.index, lists.pointer, lists.dropped, cloud.spans(lists.boxes), owner)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Lists of components of some boxes of a level: as in a plan."""
+
+    boxes: Tensor
+    index: Tensor
+    pointer: Tensor
+    dropped: Tensor
+
+
+class Bounds:
+    """Upper bounds u of exponents over boxes."""
+
+    def __init__(self, problem: Exponents, margin: Drift | None) -> None:
+        self.margin = margin
+        self.offsets, self.means, self.centre = problem.offsets, problem.means, problem.centre
+        self.U, self.full = problem.U.contiguous(), problem.is_full
+        self.size = self.U.flatten(1).norm(dim=1)
+
+    def of(self, boxes: Boxes, which: Tensor, index: Tensor) -> Tensor:
+        """u (P, C, L), nats, of C boxes ``which`` (P, C) and L components ``index`` (P, L)."""
+        P, C = which.shape
+        L, D = index.shape[1], self.means.shape[1]
+        b = boxes.centre[which] - self.centre
+        origin = b[:, :1]
+        b, mu, U = b - origin, self.means[index] - origin, self.U[index]
+        if self.full:
+            wide = U.permute(0, 2, 1, 3).reshape(P, D, L * D)
+            y = (b @ wide).view(P, C, L, D) - (mu[:, :, None] @ U).view(P, 1, L, D)
+            slope = y[..., :1] * U[:, None, :, :, 0]
+            for e in range(1, D):
+                slope.addcmul_(y[..., e : e + 1], U[:, None, :, :, e])
+        else:
+            U = U[:, None]
+            y = (b[:, :, None] - mu[:, None]) * U
+            slope = y * U
+        norm = y.norm(dim=-1)
+        t = slope @ boxes.axes[which]
+        box = (t.abs() @ boxes.half[which][..., None])[..., 0]
+        ellipsoid = (t * boxes.semi[which][:, :, None]).norm(dim=-1)
+        support = torch.minimum(box, ellipsoid) / norm.clamp(min=1e-300)
+        distances = mu.norm(dim=-1)[:, None] + (b.norm(dim=-1) + boxes.reach[which])[..., None]
+        slack = _ROUNDING * self.size[index][:, None] * distances
+        # What has overflowed bounds nothing.
+        least = (norm - support * (1 + _ROUNDING) - slack).nan_to_num_(nan=0.0).clamp_(min=0)
+        offsets = self.offsets
+        if self.margin is not None:
+            stretch, shift, offsets = self.margin.stretch, self.margin.shift, offsets + self.margin.rise
+            least = (least * (1 - stretch[index])[:, None] - shift[index][:, None]).clamp_(min=0)
+        return offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()
+
+
+def _drop(u: Tensor, before: Tensor, safe: float, *, spend: bool) -> tuple[Tensor, Tensor]:
+    """Which bounds u (P, C, L) to keep so that Σ exp u of the others, and of those dropped ``before`` (P, C), is below one.
+
+    Dropping what is below -``safe`` is always allowed; ``spend`` tries to drop more. Returns what is kept, and the sum.
+    """
+    size = u.exp().clamp_(max=2.0)
+    # A limit that is only a guess may be too high: one is always kept, and the sweep finds out.
+    best = u >= u.amax(-1, keepdim=True)
+    keep = (u > -safe) | best
+    left = (size * ~keep).sum(-1) + before
+    for depth in _DEPTHS if spend else ():
+        fewer = (u > -depth) | best
+        more = (size * ~fewer).sum(-1) + before
+        better = (more < 1) & (more > left)
+        keep, left = torch.where(better[..., None], fewer, keep), torch.where(better, more, left)
+    return keep, left
+
+
+def _refine(
+    plan: _Level, boxes: Boxes, children: int, bounds: Bounds, limit: Tensor, *, last: bool, single: bool
+) -> _Level:
+    """From the lists of parents to those of their children whose ``limit`` on log Σ exp u of the dropped is finite.
+
+    The last level drops as much as it may; those above it drop only what is next to nothing. With ``single`` the limit is
+    on each u instead of on their sum.
+    """
+    lengths = plan.pointer.diff()
+    K = len(bounds.offsets)
+    # Chunks of parents, of about equal work.
+    work = (lengths * children).cumsum(0)
+    chunks = max(1, min(len(lengths), -(-int(work[-1]) // (_PAIRS_CUDA if limit.is_cuda else _PAIRS))))
+    cuts = torch.searchsorted(work, torch.arange(1, chunks, device=work.device) * (work[-1] / chunks)).unique()
+    parents = [part for part in torch.arange(len(lengths), device=work.device).tensor_split(cuts.cpu()) if len(part)]
+
+    def chunk(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        which = plan.boxes[rows][:, None] * children + torch.arange(children, device=rows.device)
+        longest = int(lengths[rows].max())
+        place = torch.arange(longest, device=rows.device)
+        index = plan.index[(plan.pointer[rows][:, None] + place).clamp(max=len(plan.index) - 1)]
+        u = bounds.of(boxes, which, index)
+        u.masked_fill_((place >= lengths[rows][:, None])[:, None], -math.inf)
+        most = limit[which][..., None]
+        before = plan.dropped[rows][:, None].expand(which.shape)
+        if single:
+            keep = u >= most
+            keep |= u >= u.amax(-1, keepdim=True)
+            dropped = torch.maximum(u.masked_fill(keep, -math.inf).amax(-1), before)
+        else:
+            keep, left = _drop(u - most, (before - limit[which]).exp(), math.log(K) + 3.0, spend=last)
+            dropped = left.log() + limit[which]
+            dropped = torch.where(left > 0, dropped, before)
+        wanted = limit[which] < math.inf
+        keep &= (u > -math.inf) & wanted[..., None]
+        index = index[:, None].expand_as(u)
+        return which[wanted], index[keep], keep.sum(-1)[wanted], dropped[wanted]
+
+    workers = 1 if limit.is_cuda else max(1, min(torch.get_num_threads(), len(parents)))
+    share = -(-len(parents) // workers)
+    found = on_cores(lambda w: [chunk(rows) for rows in parents[w * share : (w + 1) * share]], workers, limit.device)
+    which, index, counts, dropped = (torch.cat(parts) for parts in zip(*chain.from_iterable(found), strict=True))
+    pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return _Level(which, index, pointer, dropped)
