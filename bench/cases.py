@@ -164,6 +164,7 @@ CASES = (
         3,
         ("gmmkeops", "gmmkeops, Gibbs", "scikit-learn"),
         iterations=(2, 6),
+        limit=150,
         repeats=1,
     ),
     Case(
