@@ -83,7 +83,9 @@ def rendered(
     picture, depth = np.zeros((rows, columns, 4)), np.full((rows, columns), -np.inf)
     light = _LIGHT / np.linalg.norm(_LIGHT)
     u, v = left + pixel * (np.arange(columns) + 0.5), bottom + pixel * (np.arange(rows) + 0.5)
-    for mean, C, colour in zip(means, covariances, colours, strict=True):
+    for mean, thin, colour in zip(means, covariances, colours, strict=True):
+        # What has no thickness is given a tenth of a pixel's.
+        C = thin + (0.1 * pixel / radius) ** 2 * np.eye(3)
         reach = radius * np.sqrt(np.diag(C)[:2])
         a, b = np.searchsorted(u, [mean[0] - reach[0], mean[0] + reach[0]])
         c, d = np.searchsorted(v, [mean[1] - reach[1], mean[1] + reach[1]])

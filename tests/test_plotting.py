@@ -115,6 +115,15 @@ def test_the_nearest_ellipsoid_is_in_front_and_lit(ax):
     assert red[30, 12, 0] > red[12, 30, 0]  # light from the left and above
 
 
+def test_ellipsoids_without_thickness_are_drawn(ax):
+    plate, point = torch.diag(torch.tensor([1.0, 1.0, 1e-30])), 1e-40 * torch.eye(3)
+    mixture = gk.Mixture.from_parameters([0.5, 0.5], [[0.0, 0, 0], [5.0, 0, 0]], torch.stack([plate, point]).double())
+    above = plotting.ellipsoids(mixture, ax=ax, azimuth=-90, elevation=90, extent=(-3, 6, -3, 3), resolution=60)
+    aside = plotting.ellipsoids(mixture, ax=ax, azimuth=-90, elevation=0, extent=(-3, 6, -3, 3), resolution=60)
+    assert above.get_array()[30, 30, 3] == 1
+    assert aside.get_array()[..., 3].sum() < 0.1 * above.get_array()[..., 3].sum()
+
+
 def test_ellipsoids_need_three_dimensions(ax):
     with pytest.raises(ValueError, match="3 dimensions"):
         plotting.ellipsoids(random_mixture("full", K=2, D=2), ax=ax)
