@@ -6,8 +6,8 @@ A Dirichlet process does not ask for the number of components: weights are broke
 
 .. math:: \pi_k = v_k \prod_{j<k} (1 - v_j), \qquad v_k \sim \mathrm{Beta}(1, \alpha),
 
-and as many pieces are used as the data pay for. Variational Bayes finds a posterior of such mixtures as fast as EM finds one
-mixture. Here it meets the 273 280 pixels of a photograph.
+and as many pieces are used as the data pay for. Variational Bayes finds a posterior of such mixtures by passes that cost what
+EM's do, if by more of them. Here it meets the 273 280 pixels of a photograph.
 """
 
 import matplotlib.pyplot as plt
