@@ -46,6 +46,9 @@ napoleon_use_ivar = True
 html_theme = "pydata_sphinx_theme"
 html_title = "gmmkeops"
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
+toc_object_entries_show_parents = "hide"
 html_context = {"default_mode": "auto"}
 html_theme_options = {
     "show_prev_next": False,

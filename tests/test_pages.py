@@ -163,6 +163,8 @@ def test_two_clicks_from_the_start_page(site, says):
 LOOK = """<!doctype html><meta charset="utf-8"><iframe id="frame" style="width:%dpx;height:1600px;border:0"></iframe>
 <pre id="said"></pre><script>
 const frame = document.getElementById("frame"), said = {};
+// What may be wider than the page, since it scrolls by itself.
+const SCROLLS = "pre, .highlight, .math, .pst-scrollable-table-container";
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 async function main() {
   for (const page of %s) {
@@ -172,7 +174,9 @@ async function main() {
     await wait(page.includes("search") ? 4000 : 400);
     const root = frame.contentDocument.documentElement;
     said[page] = {
-      wide: root.scrollWidth,
+      wide: Math.max(root.scrollWidth, ...[...root.querySelectorAll("main *")]
+        .filter((part) => !part.closest(SCROLLS) && part.getBoundingClientRect().width)
+        .map((part) => Math.floor(part.getBoundingClientRect().right))),
       text: frame.contentDocument.body.innerText,
       plain: [...root.querySelectorAll(".math")].filter((math) => !math.querySelector("mjx-container")).length,
     };
