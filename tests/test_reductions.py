@@ -87,6 +87,47 @@ def test_dense_in_many_dimensions(dtype, family, D):
     assert float((sums.S2 - truth["S2"]).abs().max() / truth["S2"].abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("D", "K"), [(6, 1), (13, 2), (32, 5)])
+def test_few_components_in_many_dimensions(dtype, D, K, monkeypatch):
+    """Tiles that do without the features of points: everything that they give, and the same with features."""
+    case = make_case("full", dtype, D=D, K=K, N=500, condition=30.0, seed=D)
+    g = torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    truth = case.oracle(g)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+
+    def everything():
+        sums = reductions.moments(*case.arguments, weights=g, backend="dense")
+        hard = reductions.moments(*case.arguments, assignment="hard", backend="dense")
+        x = case.x.clone().requires_grad_()
+        reductions.total(x, *case.arguments[1:], weights=g, backend="dense").backward()
+        return sums.S0, sums.S1, sums.S2, sums.total, hard.S0, hard.S1, hard.S2, hard.total, x.grad
+
+    asked = []
+    true = reductions._dense._Tile._residuals
+    monkeypatch.setattr(reductions._dense._Tile, "_residuals", lambda tile: (asked.append(tile.height), true(tile))[1])
+    found = everything()
+    assert asked
+    assert error(reductions.logsumexp(*case.arguments, backend="dense"), truth["values"]) < tolerance
+    for value, name in zip(found, ("S0", "S1", "S2"), strict=False):
+        assert float((value - truth[name]).abs().max() / truth[name].abs().max()) < tolerance
+    assert float((found[-1] - truth["gradient"]).abs().max() / truth["gradient"].abs().max()) < tolerance
+    monkeypatch.setattr(reductions._dense, "_FEW", 10**9)
+    for value, featured in zip(found, everything(), strict=True):
+        assert float((value - featured).abs().max() / featured.abs().max()) < tolerance
+
+
+def test_few_components_beyond_range():
+    """Exponents below float32's range in tiles without features: finite, and the responsibilities too."""
+    x, means = torch.full((3, 12), 1e25), torch.zeros(2, 12)
+    means[1] += 1e24
+    problem = x, torch.zeros(2), means, torch.eye(12).expand(2, 12, 12)
+    values = reductions.logsumexp(*problem, backend="dense")
+    assert bool(torch.isfinite(values).all())
+    assert bool((values < -1e38).all())
+    assert bool(torch.isfinite(reductions.moments(*problem, backend="dense").S0).all())
+
+
 KEOPS = [engine for engine in ENGINES if engine.id.startswith("keops")]
 
 
