@@ -152,24 +152,25 @@ def readme(record: dict[str, Any]) -> str:
         if row["kind"] in ("target", "fit"):
             value = f"{row['seconds']:.1f} | {row['log_likelihood']:.4f}" if "seconds" in row else f"{row['error']} | "
             lines.append(f"| {row['case']} | {row['peer']} | {value} |")
-    lines += [
-        "",
-        "| one loss and its gradient | gmmkeops | `GMM` + `log_prob` | KeOps tutorial | zuko |",
-        "|---|---|---|---|---|",
-    ]
-    for case, rows in by_case([row for row in record["rows"] if row["kind"] == "loss"]).items():
-        peers, base = {row["peer"]: row for row in rows}, reference(rows)
-        others = " | ".join(short(peers.get(name), base) for name in ("GMM module", "KeOps tutorial", "zuko"))
-        lines.append(f"| {case.removeprefix('loss, ')} | {seconds(base)} s | {others} |")
-    lines += [
-        "",
-        "| one iteration of a posterior | variational | Gibbs sweep | scikit-learn, variational |",
-        "|---|---|---|---|",
-    ]
-    for case, rows in by_case([row for row in record["rows"] if row["kind"] == "bayes"]).items():
-        peers, base = {row["peer"]: row for row in rows}, reference(rows)
-        others = " | ".join(short(peers.get(name), base) for name in ("gmmkeops, Gibbs", "scikit-learn"))
-        lines.append(f"| {case.removeprefix('posterior, ')} | {seconds(base)} s | {others} |")
+    titles = {
+        "loss": (
+            "one loss and its gradient",
+            {"GMM module": "`GMM` + `log_prob`", "KeOps tutorial": "", "zuko": ""},
+            OURS,
+        ),
+        "bayes": (
+            "one iteration of a posterior",
+            {"gmmkeops, Gibbs": "Gibbs sweep", "scikit-learn": "scikit-learn, variational"},
+            "variational",
+        ),
+    }
+    for kind, (title, others, first) in titles.items():
+        heads = [title, first, *(head or name for name, head in others.items())]
+        lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        for case, rows in by_case([row for row in record["rows"] if row["kind"] == kind]).items():
+            peers, base = {row["peer"]: row for row in rows}, reference(rows)
+            cells = [case.partition(", ")[2], f"{seconds(base)} s", *(short(peers.get(name), base) for name in others)]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
