@@ -3,7 +3,7 @@
 # make test-slow  samplers over hundreds of simulated data sets (~25 minutes)
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
-# make gpu     what works on this device, and the suite's checks of every reduction on it (needs CUDA)
+# make gpu     what works on this device, the suite's checks of every reduction on it, and then bench-gpu (needs CUDA)
 # make bench   every case by every peer that is installed (~10 minutes with scikit-learn alone), tables and plots
 # make bench-gpu  the same on CUDA, and which engine is faster in which dimension
 #
@@ -43,6 +43,7 @@ check: $(READY)
 gpu: $(READY)
 	-$(BIN)/gmmkeops doctor
 	$(BIN)/python -m pytest -m gpu
+	$(MAKE) bench-gpu
 
 bench: $(READY)
 	$(BIN)/python bench/run.py

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["BAYES", "EM", "FIT", "LOSS", "PACKAGES", "ours_until"]
+__all__ = ["BAYES", "EM", "FIT", "LOSS", "PACKAGES", "SCORE", "ours_until"]
 
 # What each adapter needs installed, for versions and for saying that it is not.
 PACKAGES = {
@@ -20,17 +20,21 @@ PACKAGES = {
     "GMM module": "gmmkeops",
     "KeOps tutorial": "pykeops",
     "torch in chunks": "torch",
+    "torch.distributions": "torch",
+    # A file to be put on PYTHONPATH, from github.com/IBM/Flash-GMM; there is no package.
+    "Flash-GMM": "flash_gmm",
 }
 
 
-def ours(**options: Any) -> Callable[..., Any]:
-    """This package by :func:`gmmkeops.fit`, with its engine and truncation as given."""
+def ours(precision: str = "highest", **options: Any) -> Callable[..., Any]:
+    """This package by :func:`gmmkeops.fit`, with torch's precision of products, its engine and truncation as given."""
 
     def adapter(case: Any, x: np.ndarray, start: Any) -> Callable[[int], Any]:
         import torch
 
         import gmmkeops as gk
 
+        torch.set_float32_matmul_precision(precision)
         weights, means, covariances = start
         if case.family == "spherical":
             covariances = covariances[:, 0, 0]
@@ -212,12 +216,39 @@ def chunked_torch(case: Any, x: np.ndarray, start: Any) -> Callable[[int], Any]:
     return run
 
 
+def flash_gmm(module: str) -> Callable[..., Any]:
+    """IBM's fused E-step, float32 or, tuned for one GPU, bfloat16; its M-step is about the new means, as an EM step is."""
+
+    def adapter(case: Any, x: np.ndarray, start: Any) -> Callable[[int], Any]:
+        import importlib
+
+        import torch
+
+        step = importlib.import_module(module).flash_gmm_estep
+        points = torch.from_numpy(x).to(case.device)
+        first = (start[0], start[1], start[2][:, 0, 0])
+
+        def run(iterations: int) -> Any:
+            weights, means, variances = (torch.tensor(part, dtype=torch.float32, device=case.device) for part in first)
+            for _ in range(iterations):
+                _, S0, S1, S2 = step(points, means, variances.log(), weights.log())
+                shift = S1 / S0[:, None] - means
+                weights, means = S0 / len(points), means + shift
+                variances = (S2 / S0 - shift.square().sum(1)) / case.D
+            return weights.cpu(), means.cpu(), variances.cpu(), {}
+
+        return run
+
+    return adapter
+
+
 EM = {
     "gmmkeops": ours(),
     "gmmkeops, 1e-4": ours(truncate=1e-4),
     "gmmkeops, 1e-6": ours(truncate=1e-6),
     "gmmkeops, every pair": ours(truncate=0),
     "gmmkeops, dense": ours(truncate=0, backend="dense"),
+    "gmmkeops, float32 products": ours(precision="high", truncate=0, backend="dense"),
     "gmmkeops, KeOps": ours(truncate=0, backend="keops"),
     "gmmkeops, KeOps 1e-4": ours(truncate=1e-4, backend="keops"),
     "scikit-learn": scikit_learn,
@@ -226,7 +257,45 @@ EM = {
     "torchgmm": torchgmm,
     "gmmx": gmmx,
     "torch in chunks": chunked_torch,
+    "Flash-GMM": flash_gmm("flash_gmm"),
+    "Flash-GMM, H100": flash_gmm("flash_gmm_h100"),
 }
+
+
+def score_ours(case: Any, x: np.ndarray, start: Any) -> Callable[[], Any]:
+    import torch
+
+    import gmmkeops as gk
+
+    mixture, points = gk.Mixture.from_parameters(*start).to(case.device), torch.from_numpy(x).to(case.device)
+    return lambda: mixture.log_prob(points)
+
+
+def score_torch(case: Any, x: np.ndarray, start: Any) -> Callable[[], Any]:
+    import torch
+    from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+    weights, means, covariances = (torch.tensor(part, dtype=torch.float32, device=case.device) for part in start)
+    parts = MultivariateNormal(means, covariances, validate_args=False)
+    mixture, points = MixtureSameFamily(Categorical(weights), parts), torch.from_numpy(x).to(case.device)
+    return lambda: mixture.log_prob(points)
+
+
+def score_scikit_learn(case: Any, x: np.ndarray, start: Any) -> Callable[[], Any]:
+    import warnings
+
+    import torch
+    from sklearn.mixture import GaussianMixture
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = GaussianMixture(case.K, max_iter=1, init_params="random_from_data").fit(x[: 10 * case.K])
+    model.weights_, model.means_, model.covariances_ = (part.astype(x.dtype) for part in start)
+    model.precisions_cholesky_ = np.linalg.cholesky(np.linalg.inv(start[2])).astype(x.dtype)
+    return lambda: torch.from_numpy(model.score_samples(x))
+
+
+SCORE = {"gmmkeops": score_ours, "torch.distributions": score_torch, "scikit-learn": score_scikit_learn}
 
 
 def fit_ours(case: Any, x: np.ndarray) -> Any:

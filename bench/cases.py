@@ -17,8 +17,8 @@ class Case:
     Args:
         name: Its key in the results.
         kind: "em" (seconds per iteration from a given start), "bayes" (the same of variational Bayes, or a sweep of Gibbs
-            sampling), "loss" (one loss and its gradient), "fit" (from k-means to a tolerance of 1e-4) or "target" (seconds to
-            a mean log-likelihood, start included).
+            sampling), "loss" (one loss and its gradient), "score" (log-densities of all points), "fit" (from k-means to a
+            tolerance of 1e-4) or "target" (seconds to a mean log-likelihood, start included).
         data: "clusters", "surface" or "uniform".
         N, K, D: Points, components, dimensions.
         peers: Names of adapters.
@@ -81,13 +81,23 @@ def start(case: Case, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 OURS = ("gmmkeops", "gmmkeops, every pair")
+FAST = "gmmkeops, float32 products"
 KNOWN = ("scikit-learn", "tgmm", "pomegranate", "torchgmm", "gmmx", "torch in chunks")
 CASES = (
-    Case("1e6 x 30, D=2", "em", "clusters", 1_000_000, 30, 2, (*OURS, "gmmkeops, KeOps", *KNOWN)),
-    Case("1e6 x 30, D=3", "em", "clusters", 1_000_000, 30, 3, (*OURS, "gmmkeops, KeOps", *KNOWN)),
-    Case("1e5 x 100, D=10", "em", "clusters", 100_000, 100, 10, (*OURS, *KNOWN), iterations=(3, 9)),
+    Case("1e6 x 30, D=2", "em", "clusters", 1_000_000, 30, 2, (*OURS, FAST, "gmmkeops, KeOps", *KNOWN)),
+    Case("1e6 x 30, D=3", "em", "clusters", 1_000_000, 30, 3, (*OURS, FAST, "gmmkeops, KeOps", *KNOWN)),
+    Case("1e5 x 100, D=10", "em", "clusters", 100_000, 100, 10, (*OURS, FAST, *KNOWN), iterations=(3, 9)),
     # Runs of eight iterations and more leave components out by themselves here; these are shorter, so it is asked for.
-    Case("5e4 x 30, D=32", "em", "clusters", 50_000, 30, 32, ("gmmkeops, 1e-6", *OURS[1:], *KNOWN), iterations=(3, 9)),
+    Case(
+        "5e4 x 30, D=32",
+        "em",
+        "clusters",
+        50_000,
+        30,
+        32,
+        ("gmmkeops, 1e-6", *OURS[1:], FAST, *KNOWN),
+        iterations=(3, 9),
+    ),
     Case(
         "surface, 1e6 x 1000",
         "em",
@@ -183,6 +193,25 @@ CASES = (
         ("gmmkeops", "GMM module", "KeOps tutorial", "zuko"),
     ),
     Case(
+        "score, 1e6 x 30, D=3",
+        "score",
+        "clusters",
+        1_000_000,
+        30,
+        3,
+        ("gmmkeops", "torch.distributions", "scikit-learn"),
+    ),
+    Case(
+        "gpu score, 1e6 x 1000, D=3",
+        "score",
+        "clusters",
+        1_000_000,
+        1000,
+        3,
+        ("gmmkeops", "torch.distributions"),
+        device="cuda",
+    ),
+    Case(
         "gpu loss, 1e6 x 1000, D=3",
         "loss",
         "uniform",
@@ -199,7 +228,7 @@ CASES = (
         1_000_000,
         1000,
         3,
-        ("gmmkeops, every pair", "gmmkeops, KeOps", "gmmkeops, dense", "tgmm"),
+        ("gmmkeops, every pair", "gmmkeops, KeOps", "gmmkeops, dense", FAST, "tgmm", "torch in chunks"),
         device="cuda",
         iterations=(5, 45),
     ),
@@ -210,7 +239,7 @@ CASES = (
         1_000_000,
         1000,
         16,
-        ("gmmkeops, every pair", "gmmkeops, KeOps", "gmmkeops, dense", "tgmm"),
+        ("gmmkeops, every pair", "gmmkeops, KeOps", "gmmkeops, dense", FAST, "tgmm", "torch in chunks"),
         device="cuda",
         iterations=(2, 12),
     ),
@@ -221,7 +250,7 @@ CASES = (
         1_000_000,
         1024,
         128,
-        ("gmmkeops, every pair", "gmmkeops, dense"),
+        ("gmmkeops, every pair", "gmmkeops, dense", FAST, "Flash-GMM", "Flash-GMM, H100"),
         family="spherical",
         device="cuda",
         iterations=(2, 12),

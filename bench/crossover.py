@@ -3,7 +3,8 @@
     python bench/crossover.py --device cuda [--json FILE]
 
 Every time is that of one ``moments`` call, warm, the best of three; both engines' sums are compared with the float64 dense
-engine's on a part of the points before a time is believed. ``auto`` on CUDA takes KeOps up to the dimensions that this
+engine's on a part of the points. "float32" is the dense engine with float32 products, which are tensor cores' on CUDA.
+``auto`` on CUDA takes KeOps up to the dimensions that this
 table shows; where it shows others on your device, pass ``backend=``.
 """
 
@@ -33,7 +34,8 @@ def problem(N: int, K: int, D: int, family: str, device: str) -> tuple[Any, ...]
     return tuple(part.to(device) for part in (x, torch.zeros(K), means, kind.from_factors(shape.contiguous())))
 
 
-def measure(arguments: tuple[Any, ...], backend: str) -> float:
+def measure(arguments: tuple[Any, ...], backend: str, precision: str = "highest") -> float:
+    torch.set_float32_matmul_precision(precision)
     best = float("inf")
     for repeat in range(4):
         began = time.perf_counter()
@@ -41,6 +43,7 @@ def measure(arguments: tuple[Any, ...], backend: str) -> float:
         float(sums.total)
         if repeat:
             best = min(best, time.perf_counter() - began)
+    torch.set_float32_matmul_precision("highest")
     return best
 
 
@@ -70,13 +73,15 @@ def main() -> None:
                 if reductions.engine(arguments[0], backend) != backend:
                     continue
                 try:
+                    if backend == "dense":
+                        row["float32"] = measure(arguments, backend, "high")
                     row[backend], row[f"{backend}_error"] = measure(arguments, backend), error(arguments, backend)
                 except RuntimeError as failure:
                     row[f"{backend}_failure"] = str(failure).splitlines()[0]
             rows.append(row)
             print(row, flush=True)
     tiles = {}
-    arguments = problem(N, K, 3, "full", device)
+    arguments = problem(N, K, 16, "full", device)
     name = "_TILE_CUDA" if device == "cuda" else "_TILE_CPU"
     for size in TILES:
         setattr(_dense, name, size)

@@ -95,6 +95,18 @@ def loss(case: Any, peer: str, x: Any) -> dict[str, Any]:
     return found if getattr(run, "other_loss", False) else {**found, "loss": value}
 
 
+def score(case: Any, peer: str, x: Any) -> dict[str, Any]:
+    run = adapters.SCORE[peer](case, x, cases.start(case, x))
+
+    def mean() -> float:
+        return float(run().double().mean())
+
+    before = peak()
+    cold, value = timed(mean)
+    seconds = min(timed(mean)[0] for _ in range(5))
+    return {"seconds": seconds, "cold_seconds": cold, "peak_MB": peak() - before, "log_likelihood": value}
+
+
 def fit(case: Any, peer: str, x: Any) -> dict[str, Any]:
     before = peak()
     seconds, (*parameters, iterations) = timed(adapters.FIT[peer], case, x)
@@ -127,7 +139,9 @@ def main() -> None:
         torch.zeros(1, device="cuda")
     x = cases.cloud(case)
     try:
-        row = {"em": em, "bayes": em, "loss": loss, "fit": fit, "target": target}[case.kind](case, peer, x)
+        row = {"em": em, "bayes": em, "loss": loss, "score": score, "fit": fit, "target": target}[case.kind](
+            case, peer, x
+        )
         if case.device == "cuda":
             row["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
     except (MemoryError, RuntimeError) as error:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -55,7 +56,8 @@ def installed(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        # A file on the path has no version.
+        return "" if importlib.util.find_spec(package) else None
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -150,7 +152,12 @@ def main() -> None:
         "rows": [],
     }
     if options.only and options.save:
-        record = json.loads(path.read_text())
+        here, record = record["machine"], json.loads(path.read_text())
+        if record["machine"] != here:
+            parser.error(
+                f"{path.name} is of another machine ({record['machine']}, this is {here}), whose rows do not compare with this "
+                "one's; run all cases here instead."
+            )
     for case in chosen:
         rows = run_case(case, options.memory)
         place = next((n for n, row in enumerate(record["rows"]) if row["case"] == case.name), len(record["rows"]))

@@ -40,7 +40,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class PrecisionWarning(UserWarning):
-    """The input itself is too coarse for what is asked of it: steps of float32 larger than the cloud's own structure.
+    """The input or what it is computed with is too coarse: steps of float32 larger than the cloud's own structure.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from conftest import HAS_KEOPS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
@@ -47,6 +50,54 @@ def test_losses_agree():
     x = cases.cloud(case)
     values = {peer: adapters.LOSS[peer](case, x)() for peer in ("gmmkeops", "GMM module", "KeOps tutorial")}
     assert max(values.values()) - min(values.values()) < 1e-4
+
+
+def test_scores_agree():
+    case = replace(TINY, kind="score")
+    x = cases.cloud(case)
+    rows = [measure.score(case, peer, x) for peer in adapters.SCORE]
+    values = [row["log_likelihood"] for row in rows]
+    assert max(values) - min(values) < 1e-5, values
+    assert min(row["seconds"] for row in rows) > 0
+
+
+def test_flash_gmm_takes_steps_of_em(monkeypatch):
+    """A stand-in with the E-step that the peer documents: sums of x, and of squares about the old means."""
+
+    def estep(x, means, log_variances, log_weights):
+        squares = torch.cdist(x.double(), means.double()).square()
+        e = log_weights - 0.5 * squares / log_variances.exp() - 0.5 * x.shape[1] * (np.log(2 * np.pi) + log_variances)
+        r = e.softmax(1)
+        return e.logsumexp(1), r.sum(0).float(), (r.T @ x.double()).float(), (r * squares).sum(0).float()
+
+    monkeypatch.setitem(sys.modules, "flash_gmm", SimpleNamespace(flash_gmm_estep=estep))
+    case = replace(TINY, family="spherical", D=5)
+    x = cases.cloud(case)
+    start = cases.start(case, x)
+    values = []
+    for peer in ("gmmkeops", "Flash-GMM"):
+        *parameters, _ = adapters.EM[peer](case, x, start)(4)
+        values.append(measure.referee(x, parameters, "cpu"))
+    assert abs(values[0] - values[1]) < 1e-5, values
+
+
+def test_rows_of_two_machines_do_not_mix(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "measure", lambda *_: {"seconds": 1.0, "peak_MB": 1.0})
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "loss", "--save"])
+    other = {
+        "machine": {"processor": "another"},
+        "rows": [{"case": "loss, 1e6 x 30, D=2", "peer": "gmmkeops", "seconds": 9}],
+    }
+    (tmp_path / "cpu.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "is of another machine" in capsys.readouterr().err
+    assert json.loads((tmp_path / "cpu.json").read_text()) == other
+    (tmp_path / "cpu.json").write_text(json.dumps({**other, "machine": run.machine("cpu")}))
+    run.main()
+    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert [row["seconds"] for row in rows if row["case"] == "loss, 1e6 x 30, D=2"] == [1.0] * 4
 
 
 def test_measurements_have_what_a_row_needs(monkeypatch):

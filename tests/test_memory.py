@@ -69,20 +69,20 @@ def test_running_out_of_memory_halves_the_tiles(truncate, monkeypatch):
     x = torch.randn(40_000, 2, generator=generator) + 9 * torch.randint(0, 6, (40_000, 2), generator=generator)
     start = gk.initialise(x, 70, generator=generator)
     expected = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate)
-    tile, sizes = _dense._Tile, []
+    tile, sizes = _dense.Tile, []
 
-    def small(problem, rows, pairs, clamp, featured):
+    def small(problem, rows, pairs, *options):
         sizes.append(pairs)
         if pairs > 5_000:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-        return tile(problem, rows, pairs, clamp, featured)
+        return tile(problem, rows, pairs, *options)
 
-    monkeypatch.setattr(_dense, "_Tile", small)
+    monkeypatch.setattr(_dense, "Tile", small)
     found = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate)
     assert max(sizes) > 5_000
     assert torch.allclose(found.mixture.means, expected.mixture.means, atol=1e-9 if truncate == 0 else 1e-6)
     assert torch.equal(found.mixture.predict(x), expected.mixture.predict(x))
-    monkeypatch.setattr(_dense, "_Tile", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(_dense, "Tile", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         gk.fit(start, x, gk.EM(), max_iter=1)
 

@@ -16,7 +16,7 @@ from conftest import ENGINES, FAMILIES, HAS_KEOPS, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmmkeops import FullFactor, reductions
+from gmmkeops import FullFactor, PrecisionWarning, reductions
 from gmmkeops.reductions import _keops
 
 DTYPES = [torch.float32, torch.float64]
@@ -104,15 +104,15 @@ def test_few_components_in_many_dimensions(dtype, D, K, monkeypatch):
         return sums.S0, sums.S1, sums.S2, sums.total, hard.S0, hard.S1, hard.S2, hard.total, x.grad
 
     asked = []
-    true = reductions._dense._Tile._residuals
-    monkeypatch.setattr(reductions._dense._Tile, "_residuals", lambda tile: (asked.append(tile.height), true(tile))[1])
+    true = reductions._tile.Tile._residuals
+    monkeypatch.setattr(reductions._tile.Tile, "_residuals", lambda tile: (asked.append(tile.height), true(tile))[1])
     found = everything()
     assert asked
     assert error(reductions.logsumexp(*case.arguments, backend="dense"), truth["values"]) < tolerance
     for value, name in zip(found, ("S0", "S1", "S2"), strict=False):
         assert float((value - truth[name]).abs().max() / truth[name].abs().max()) < tolerance
     assert float((found[-1] - truth["gradient"]).abs().max() / truth["gradient"].abs().max()) < tolerance
-    monkeypatch.setattr(reductions._dense, "_FEW", 10**9)
+    monkeypatch.setattr(reductions._tile, "_FEW", 10**9)
     for value, featured in zip(found, everything(), strict=True):
         assert float((value - featured).abs().max() / featured.abs().max()) < tolerance
 
@@ -126,6 +126,79 @@ def test_few_components_beyond_range():
     assert bool(torch.isfinite(values).all())
     assert bool((values < -1e38).all())
     assert bool(torch.isfinite(reductions.moments(*problem, backend="dense").S0).all())
+
+
+@pytest.fixture
+def high(monkeypatch):
+    """float32 products are asked for; gives whether each worker's tiles took float64 ones."""
+    precise = []
+
+    def tile(*arguments):
+        precise.append(arguments[-1])
+        return reductions._tile.Tile(*arguments)
+
+    monkeypatch.setattr(reductions._dense, "Tile", tile)
+    torch.set_float32_matmul_precision("high")
+    yield precise
+    torch.set_float32_matmul_precision("highest")
+
+
+DEVICES = [engine for engine in ENGINES if engine.id.startswith("dense")]
+
+
+@pytest.mark.parametrize("engine", DEVICES)
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("family", "D", "K"), [(f, 3, 5) for f in FAMILIES] + [("full", 12, 2), ("full", 8, 40)])
+def test_float32_products(engine, split, family, D, K, high, monkeypatch):
+    """Everything with float32 products, whole or in the parts that tensor cores take: near the oracle, though not as near."""
+    if split:
+        monkeypatch.setattr(reductions._products, "_on_tensor_cores", lambda a: a.dtype == torch.float32)
+    case = make_case(family, torch.float32, N=9000, D=D, K=K, condition=10.0, device=engine[1])
+    g = torch.randn(9000, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(engine[1])
+    truth = case.oracle(g)
+    values = reductions.logsumexp(*case.arguments, backend="dense")
+    assert error(values, truth["values"]) < 2e-4
+    sums = reductions.moments(*case.arguments, weights=g, backend="dense")
+    for name in ("S0", "S1", "S2", "total"):
+        assert float((getattr(sums, name) - truth[name]).abs().max() / truth[name].abs().max()) < 2e-5
+    assert high.count(False) >= 2 * 2  # and the samples that were looked at
+    ones = reductions.moments(*case.arguments, assignment="hard", backend="dense")
+    assert torch.equal(ones.S0, torch.bincount(truth["e"].argmax(1), minlength=K).double())
+    # Labels and gradients in the points are precise whatever is asked for.
+    high.clear()
+    assert torch.equal(reductions.argmax(*case.arguments, backend="dense"), truth["e"].argmax(1))
+    assert all(high)
+
+
+def test_float32_products_of_lists(high):
+    case = make_case("diag", torch.float32, N=20_000, K=300, D=2, condition=100.0)
+    assert error(reductions.logsumexp(*case.arguments, truncate=1e-7), case.oracle()["values"]) < 1e-3
+    assert high.count(False) > 1
+
+
+def test_float32_products_that_will_not_do(high):
+    """Thin components far from the middle: it is said, and float64 products are taken."""
+    x = 500 + 0.05 * torch.randn(9000, 2, generator=torch.Generator().manual_seed(0))
+    problem = x, torch.zeros(2), torch.tensor([[500.0, 500.0], [-500.0, -500.0]]), torch.full((2, 2), 20.0)
+    with pytest.warns(
+        PrecisionWarning, match="asks for float32 products, which would change log-densities by more than 0.001"
+    ):
+        sums = reductions.moments(*problem)
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(sums.S2, reductions.moments(*problem).S2)
+
+
+def test_products_in_parts():
+    """Three products of eleven bits keep what one of them loses."""
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    exact, scale = a.double() @ b.double(), a.abs().double() @ b.abs().double()
+    once = reductions._products._rounded(a) @ reductions._products._rounded(b)
+    assert float(((once - exact).abs() / scale).max()) > 1e-5
+    assert float(((reductions._products.split_product(a, b) - exact).abs() / scale).max()) < 2**-21
+    head, rest = reductions._products._parts(a)
+    assert float(((head.double() + rest.double()) / a.double() - 1).abs().max()) < 2**-22
+    bits = head.view(torch.int32) & 0x1FFF
+    assert int(bits.abs().max()) == 0
 
 
 KEOPS = [engine for engine in ENGINES if engine.id.startswith("keops")]

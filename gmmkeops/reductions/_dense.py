@@ -1,31 +1,26 @@
-r"""The dense engine: cache-sized tiles of torch, on any device, and the float64 oracle.
+"""The dense engine: sweeps of cache-sized tiles over all points, on any device, and the float64 oracle.
 
-For float32 points both halves of a sweep are one matrix product with the quadratic features
-:math:`\Phi(x) = (1, x, x x^\top)` of a tile, taken in float64 about the common centre:
-
-.. math:: E = B\,\Phi^\top, \qquad (S^0, S^1, S^2) = R\,\Phi,
-
-with B the natural parameters of the components. In float64 the cancellation of :math:`x^\top P x - 2\mu^\top P x + \dots`
-costs :math:`10^{-16} (|U| |x|)^2` nats, less than the rounding of the points themselves. For float64 points, where that
-would be felt, the exponents come from whitened residuals :math:`U_k^\top x - U_k^\top \mu_k` instead. Where a tile sees so few
-components that their matrices are smaller than the features, both halves do without :math:`x x^\top`. Between the two products a
-tile is only ever touched by a softmax. No array of N x K numbers exists.
+A sweep cuts the points, or a truncation's plan, into tiles, shares them among the cores and lets a reduction read each. No array
+of N x K numbers exists.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from itertools import count, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import PrecisionWarning
 from gmmkeops.reductions._cores import on_cores
 from gmmkeops.reductions._exponents import Exponents
 from gmmkeops.reductions._lists import Plan
+from gmmkeops.reductions._products import asked
+from gmmkeops.reductions._tile import Tile
 from gmmkeops.reductions._truncation import Truncation
 
 __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
@@ -38,212 +33,10 @@ _TILE_CPU = 262_144
 _TILE_CUDA = 1 << 24
 # Pairs below which starting threads costs more than they save.
 _PAIRS_PER_THREAD = 500_000
-# Dimensions for each component of a tile from which on its residuals cost less than the features of the points (measured in 10
-# to 64 dimensions).
-_FEW = 6
 # What a tile costs beside its pairs, in pairs.
 _PAIRS_PER_TILE = 10_000
-
-
-class _Tile:
-    """One worker's buffers, and the exponents of one tile at a time: some rows, and all components or a list of them."""
-
-    def __init__(self, problem: Exponents, rows: int, pairs: int, clamp: bool, featured: bool) -> None:
-        _, K, D = problem.shape
-        x = problem.x
-        self.problem, self.clamp, self.featured = problem, clamp, featured
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
-        self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
-        # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
-        products = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
-        self._features = torch.empty((1 + D + products) * rows, **wide)
-        self._wide = torch.empty(pairs, **wide)
-        self._e = torch.empty(pairs, dtype=x.dtype, device=x.device)
-        self._r = torch.empty_like(self._e)
-        self._truths: Tensor | None = None
-        self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
-        self.width = self.height = 0
-        self.floor, self.minima = -math.inf, list[float]()
-        self.row, self.column = torch.triu_indices(D, D, device=x.device)
-        self.sums = torch.zeros(K, 1 + D + products, **wide)
-        self.total = torch.zeros((), **wide)
-        self.quadratic = x.dtype == torch.float32
-        # How far below a point's largest exponent others still count, nats, and what they count then.
-        self.depth = 80.0 if self.quadratic else 700.0
-        self.nothing = math.exp(-self.depth) * (1 + 1e-5)
-        self.offsets = problem.offsets
-        if self.quadratic:
-            self.natural = self._natural()
-        else:
-            self.whitening = self._whitening()
-
-    def _natural(self) -> Tensor:
-        """B (K, P): the exponent's coefficients on 1, x and xxᵀ (upper triangle), about the centre."""
-        p = self.problem
-        if self.full:
-            P = p.U @ p.U.mT
-            linear = (P @ p.means[:, :, None])[:, :, 0]
-            square = -P[:, self.row, self.column] * torch.where(self.row == self.column, 0.5, 1.0)
-        else:
-            P = p.U**2
-            linear = P * p.means
-            square = -0.5 * P
-        constant = p.offsets - 0.5 * (linear * p.means).sum(1)
-        return torch.cat([constant[:, None], linear, square], 1)
-
-    def _whitening(self) -> list[tuple[Tensor, Tensor, slice]]:
-        """For each whitened coordinate: its row of Uᵀ (K, D or 1), Uᵀμ (K, 1), and the columns of x it reads."""
-        p = self.problem
-        D = p.means.shape[1]
-        if self.full:
-            shift = p.U.mT @ p.means[:, :, None]
-            return [(p.U[:, :, d].contiguous(), shift[:, d], slice(0, D)) for d in range(D)]
-        U = p.U.expand_as(p.means)
-        return [(U[:, d : d + 1].contiguous(), (U * p.means)[:, d : d + 1], slice(d, d + 1)) for d in range(D)]
-
-    def _narrow(self, rows: int, components: int) -> None:
-        """Views of the buffers for a tile of another shape than the last one's."""
-        D = self.problem.means.shape[1]
-        if rows != self.width:
-            # Φ (P, rows): a row of ones, the points X (D, rows), then the products of their coordinates.
-            P = self.sums.shape[1]
-            self.F = self._features[: P * rows].view(P, rows)
-            self.F[0] = 1
-            self.X = self.F[1 : D + 1]
-            self.products = None
-        self.width, self.height = rows, components
-        pairs = rows * components
-        self.W = self._wide[:pairs].view(components, rows)
-        self.E, self.R = self._e[:pairs].view(components, rows), self._r[:pairs].view(components, rows)
-
-    def load(self, start: int, stop: int, index: Tensor | None = None) -> None:
-        """Brings rows start:stop in, centred, with their features and their exponents ``self.E`` (components, rows)."""
-        p, self.index = self.problem, index
-        height = p.means.shape[0] if index is None else len(index)
-        if (stop - start, height) != (self.width, self.height):
-            self._narrow(stop - start, height)
-        torch.sub(p.x[start:stop].T, p.centre[:, None], out=self.X)
-        self.few = self.full and _FEW * self.height <= len(self.X)
-        if self.few:
-            self._residuals()
-            return
-        if self.quadratic or self.featured:
-            self._multiply()
-        if self.quadratic:
-            torch.mm(self.chosen(self.natural), self.F, out=self.W)
-            if self.clamp:
-                self.W.clamp_(min=-3e38)
-            self.E.copy_(self.W)
-            return
-        self.E.copy_(self.chosen(self.offsets)[:, None].expand_as(self.E))
-        for U, shift, columns in self.whitening:
-            torch.addmm(self.chosen(shift), self.chosen(U), self.X[columns], beta=-1, out=self.W)
-            self.E.addcmul_(self.W, self.W, value=-0.5)
-        if self.clamp:
-            self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
-
-    def _multiply(self) -> None:
-        """Fills the products of coordinates in."""
-        D, square = len(self.X), self.F[len(self.X) + 1 :]
-        if self.spherical:
-            torch.sum(self.X * self.X, 0, out=self.F[-1])
-            return
-        if self.products is None:
-            parts = square.split(list(range(D, 0, -1))) if self.full else [square]
-            lefts = [self.X[d:] for d in range(D)] if self.full else [self.X]
-            self.products = list(zip(lefts, self.X if self.full else lefts, parts, strict=True))
-        for left, right, out in self.products:
-            torch.mul(left, right, out=out)
-
-    def _room(self) -> Tensor:
-        """A buffer (components, D, rows), in the place of the products of coordinates."""
-        D = len(self.X)
-        return self.F[D + 1 :].view(-1)[: self.height * self.X.numel()].view(self.height, D, -1)
-
-    def _residuals(self) -> None:
-        """Fills ``self.E`` from whitened residuals, all components in one product."""
-        p, y = self.problem, self._room()
-        U = self.chosen(p.U).mT
-        shift = U @ self.chosen(p.means)[:, :, None]
-        torch.addmm(shift.reshape(-1, 1), U.reshape(-1, len(self.X)), self.X, beta=-1, out=y.flatten(0, 1))
-        torch.sum(y.square_(), 1, out=self.W)
-        torch.sub(self.chosen(self.offsets)[:, None], self.W, alpha=0.5, out=self.W)
-        if self.clamp:
-            self.W.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
-        self.E.copy_(self.W)
-
-    def chosen(self, rows: Tensor) -> Tensor:
-        """Of one row for each component, those of the components in the tile."""
-        return rows if self.index is None else rows.index_select(0, self.index)
-
-    def components(self, places: Tensor) -> Tensor:
-        """The components at places in the tile."""
-        return places if self.index is None else self.index[places]
-
-    def sees(self, values: Tensor) -> bool:
-        """Whether the tile's list is long enough for the values (rows,) found with it; they are remembered."""
-        if self.index is None:
-            return True
-        least = float(values.amin())
-        self.minima.append(least)
-        return not least < self.floor
-
-    def add(self, values: Tensor, weights: Tensor | None) -> None:
-        """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
-        self.total += values.sum() if weights is None else values @ weights
-        self.W.copy_(self.R)
-        if self.few:
-            self._add(self.W if weights is None else self.W * weights)
-            return
-        features = self.F if weights is None else self.F * weights
-        # Of a thin product the thin side goes first.
-        sums = (features @ self.W.T).T if len(features) < self.height else self.W @ features.T
-        self._keep(sums)
-
-    def _add(self, shares: Tensor) -> None:
-        """The same of few components' shares (components, rows), all in one product."""
-        D, z = len(self.X), self._room()
-        torch.mul(shares[:, None], self.X, out=z)
-        products = (z.flatten(0, 1) @ self.X.T).view(-1, D * D).index_select(1, D * self.row + self.column)
-        self._keep(torch.cat([shares @ self.F[: D + 1].T, products], 1))
-
-    def _keep(self, sums: Tensor) -> None:
-        if self.index is None:
-            self.sums += sums
-        else:
-            self.sums.index_add_(0, self.index, sums)
-
-    def softmax(self) -> Tensor:
-        """Fills ``self.R`` with responsibilities; returns the log-sum-exps (rows,), from the largest entry of each."""
-        largest = self.E.amax(0)
-        # Exponentials that underflow take up to eighty times as long as others (measured); they are zero without asking.
-        torch.maximum(self.E, largest - self.depth, out=self.E)
-        torch.softmax(self.E, 0, out=self.R)
-        torch.threshold_(self.R, self.nothing, 0.0)
-        return largest - self.R.amax(0).log_()
-
-    def onehot(self) -> Tensor:
-        """Fills ``self.R`` with hard responsibilities; returns the largest exponents (rows,)."""
-        best, label = self.E.max(0)
-        self.R.zero_().scatter_(0, label[None], 1)
-        return best
-
-    def _below(self) -> Tensor:
-        """A buffer of truth values (components, rows)."""
-        if self._truths is None:
-            self._truths = torch.empty(self._e.shape, dtype=torch.bool, device=self._e.device)
-        return self._truths[: self.height * self.width].view(self.height, self.width)
-
-    def draw(self, seed: int) -> Tensor:
-        """Fills ``self.R`` with one drawn label per point; returns the log-sum-exps (rows,)."""
-        values = self.softmax()
-        generator = torch.Generator(self.E.device).manual_seed(seed)
-        torch.cumsum(self.R, 0, out=self.E)
-        # The first component whose cumulative share reaches a uniform number in (0, 1] has a share of its own.
-        u = 1 - torch.rand(self.width, generator=generator, dtype=self.E.dtype, device=self.E.device)
-        label = torch.lt(self.E, u * self.E[-1], out=self._below()).sum(0)
-        self.R.zero_().scatter_(0, label[None], 1)
-        return values
+# What products in float32 may change of a point's log-sum-exp, nats, and of how many points it is looked at.
+_IMPRECISE, _LOOKED_AT = 1e-3, 256
 
 
 def _tile_rows(problem: Exponents, halvings: int = 0) -> int:
@@ -254,7 +47,7 @@ def _tile_rows(problem: Exponents, halvings: int = 0) -> int:
     return max(min(rows, 32), rows >> halvings)
 
 
-_Body = Callable[[_Tile, int, int], None]
+_Body = Callable[[Tile, int, int], None]
 # First row, last-plus-one row, components (None for all), least value that they may find.
 _Stretch = tuple[int, int, Tensor | None, float]
 
@@ -267,7 +60,7 @@ def _sweep(
     clamp: bool,
     featured: bool = False,
     single: bool = False,
-) -> list[_Tile]:
+) -> list[Tile]:
     """Runs ``body`` over all tiles, on as many threads as torch has; returns the workers' tiles in order of rows.
 
     Args:
@@ -292,6 +85,32 @@ def _sweep(
     raise AssertionError("halving ends")
 
 
+def _imprecise_will_do(problem: Exponents, halvings: int) -> bool:
+    """Whether products of float32 points may be float32 ones: they are asked for, and near enough at some of the points."""
+    N = problem.shape[0]
+    if problem.x.dtype != torch.float32 or not asked() or N < 32 * _LOOKED_AT:
+        return False
+    few = problem.rows(torch.linspace(0, N - 1, _LOOKED_AT, device=problem.x.device).long())
+    found = [few.x.new_empty(_LOOKED_AT) for _ in range(2)]
+    for values, precise in zip(found, (False, True), strict=True):
+
+        def body(tile: Tile, start: int, stop: int, values: Tensor = values) -> None:
+            values[start:stop] = tile.softmax()
+
+        _run(few, body, _whole(few, halvings), not precise, False, precise)
+    error = float((found[0] - found[1]).abs().max())
+    if error <= _IMPRECISE:
+        return True
+    warnings.warn(
+        "torch.set_float32_matmul_precision asks for float32 products, which would change log-densities by more than "
+        f"{_IMPRECISE:g} nats here; float64 ones are taken.",
+        PrecisionWarning,
+        stacklevel=2,
+    )
+    _logger.info("float32 products would change log-densities by %.1g nats", error)
+    return False
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
@@ -304,20 +123,26 @@ def _swept(
     featured: bool,
     single: bool,
     halvings: int,
-) -> list[_Tile]:
+) -> list[Tile]:
+    # What lies beyond the range of float32 lies beyond that of its products, too.
+    precise = clamp or not _imprecise_will_do(problem, halvings)
     plan = None if blocks is None else blocks.begin(problem, single)
     if blocks is None or plan is None:
-        N, size = problem.shape[0], _tile_rows(problem, halvings)
-        tiles: list[_Stretch] = [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
-        return _run(problem, body, tiles, clamp, featured)
-    workers: list[_Tile] = []
+        return _run(problem, body, _whole(problem, halvings), clamp, featured, precise)
+    workers: list[Tile] = []
     while plan is not None:
         plan = plan.split(2 * _TILE_CPU >> halvings)
-        new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, single)), clamp, featured)
+        new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, single)), clamp, featured, precise)
         workers += new
         minima = torch.tensor([least for tile in new for least in tile.minima], dtype=torch.float64)
         plan = blocks.again(problem, plan, minima.to(plan.dropped.device), single)
     return workers
+
+
+def _whole(problem: Exponents, halvings: int = 0) -> list[_Stretch]:
+    """Tiles of all components."""
+    N, size = problem.shape[0], _tile_rows(problem, halvings)
+    return [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
 
 
 def _stretches(plan: Plan, floors: Tensor) -> list[_Stretch]:
@@ -334,7 +159,8 @@ def _run(
     tiles: list[_Stretch],
     clamp: bool,
     featured: bool,
-) -> list[_Tile]:
+    precise: bool,
+) -> list[Tile]:
     K = problem.shape[1]
     rows = [stop - start for start, stop, _, _ in tiles]
     pairs = [n * (K if index is None else len(index)) for n, (_, _, index, _) in zip(rows, tiles, strict=True)]
@@ -345,8 +171,8 @@ def _run(
     cuts = torch.searchsorted(work, torch.arange(1, workers) * (int(work[-1]) / workers)).tolist()
     cuts = [0, *cuts, len(tiles)]
 
-    def run(worker: int) -> _Tile:
-        tile = _Tile(problem, max(rows), max(pairs), clamp, featured)
+    def run(worker: int) -> Tile:
+        tile = Tile(problem, max(rows), max(pairs), clamp, featured, precise)
         for start, stop, index, floor in tiles[cuts[worker] : cuts[worker + 1]]:
             tile.load(start, stop, index)
             tile.floor = floor
@@ -360,7 +186,7 @@ def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
     """ℓ (N,), nats, in the dtype of the points."""
     values = problem.x.new_empty(problem.shape[0])
 
-    def body(tile: _Tile, start: int, stop: int) -> None:
+    def body(tile: Tile, start: int, stop: int) -> None:
         found = tile.softmax()
         if tile.sees(found):
             values[start:stop] = found
@@ -375,7 +201,7 @@ def argmax(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
     """Index of the largest exponent (N,), int64."""
     labels = torch.empty(problem.shape[0], dtype=torch.int64, device=problem.x.device)
 
-    def body(tile: _Tile, start: int, stop: int) -> None:
+    def body(tile: Tile, start: int, stop: int) -> None:
         best = tile.E.max(0)
         if tile.sees(best.values):
             labels[start:stop] = tile.components(best.indices)
@@ -389,7 +215,7 @@ def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[
     values = problem.x.new_empty(problem.shape[0], k)
     indices = torch.empty(problem.shape[0], k, dtype=torch.int64, device=problem.x.device)
 
-    def body(tile: _Tile, start: int, stop: int) -> None:
+    def body(tile: Tile, start: int, stop: int) -> None:
         best = tile.E.topk(min(k, tile.height), dim=0)
         if tile.sees(best.values[-1] if tile.height >= k else best.values[-1] - math.inf):
             values[start:stop], indices[start:stop] = best.values.T, tile.components(best.indices).T
@@ -404,7 +230,7 @@ def moments(
     """S0 (K,), S1 (K, D), S2 about the components' means, and Σ g ℓ, all float64."""
     _, K, D = problem.shape
 
-    def body(tile: _Tile, start: int, stop: int) -> None:
+    def body(tile: Tile, start: int, stop: int) -> None:
         if assignment == "soft":
             values = tile.softmax()
         elif assignment == "hard":
@@ -445,10 +271,10 @@ def point_gradient(problem: Exponents, weights: Tensor, blocks: Truncation | Non
     slopes = torch.cat([linear, P.reshape(K, -1)], 1)
     gradient = torch.empty_like(problem.x)
 
-    def body(tile: _Tile, start: int, stop: int) -> None:
+    def body(tile: Tile, start: int, stop: int) -> None:
         if not tile.sees(tile.softmax()):
             return
-        averages = tile.chosen(slopes).T @ tile.W.copy_(tile.R)
+        averages = tile.chosen(slopes).T @ tile.shares()
         shape = (D, D, -1) if problem.is_full else (1, slopes.shape[1] - D, -1)
         pull = averages[D:].reshape(shape)
         pulled = (pull * tile.X).sum(1) if problem.is_full else pull[0] * tile.X

@@ -1,0 +1,254 @@
+r"""One tile of the dense engine: some points, all components or a list of them, their exponents and what is summed of them.
+
+For float32 points both halves of a sweep are one matrix product with the quadratic features
+:math:`\Phi(x) = (1, x, x x^\top)` of a tile, taken about the common centre:
+
+.. math:: E = B\,\Phi^\top, \qquad (S^0, S^1, S^2) = R\,\Phi,
+
+with B the natural parameters of the components. The cancellation of :math:`x^\top P x - 2\mu^\top P x + \dots` costs
+:math:`\epsilon (|U| |x|)^2` nats: in float64, as a rule, less than the rounding of the points themselves. For float64 points,
+where that would be felt, the exponents come from whitened residuals :math:`U_k^\top x - U_k^\top \mu_k` instead. Where a tile
+sees so few components that their matrices are smaller than the features, both halves do without :math:`x x^\top`. Between the
+two products a tile is only ever touched by a softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions._exponents import Exponents
+from gmmkeops.reductions._products import product
+
+__all__ = ["Tile"]
+
+# Dimensions for each component of a tile from which on its residuals cost less than the features of the points (measured in 10
+# to 64 dimensions).
+_FEW = 6
+
+
+class Tile:
+    """One worker's buffers, and the exponents of one tile at a time: some rows, and all components or a list of them.
+
+    Args:
+        problem: What is swept.
+        rows, pairs: The most that a tile will have of them.
+        clamp: Keep exponents beyond the dtype's range finite.
+        featured: Load features also where the exponents do without them.
+        precise: Take products of float32 points in float64.
+    """
+
+    def __init__(
+        self, problem: Exponents, rows: int, pairs: int, clamp: bool, featured: bool, precise: bool = True
+    ) -> None:
+        _, K, D = problem.shape
+        x = problem.x
+        self.problem, self.clamp, self.featured = problem, clamp, featured
+        wide: dict[str, Any] = {"dtype": torch.float64 if precise else x.dtype, "device": x.device}
+        self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
+        # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
+        products = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
+        self._features = torch.empty((1 + D + products) * rows, **wide)
+        self._e = torch.empty(pairs, dtype=x.dtype, device=x.device)
+        self._wide = torch.empty(pairs, **wide) if precise else self._e
+        self._r = torch.empty_like(self._e)
+        self._truths: Tensor | None = None
+        self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.width = self.height = 0
+        self.floor, self.minima = -math.inf, list[float]()
+        self.row, self.column = torch.triu_indices(D, D, device=x.device)
+        self.sums = torch.zeros(K, 1 + D + products, dtype=torch.float64, device=x.device)
+        self.total = torch.zeros((), dtype=torch.float64, device=x.device)
+        self.quadratic = x.dtype == torch.float32
+        # How far below a point's largest exponent others still count, nats, and what they count then.
+        self.depth = 80.0 if self.quadratic else 700.0
+        self.nothing = math.exp(-self.depth) * (1 + 1e-5)
+        self.precise = precise
+        self.offsets = problem.offsets.to(**wide)
+        if self.full and D >= _FEW:
+            # (K, D, 1 + D): what gives the whitened residuals from a one and a point.
+            shift = problem.U.mT @ problem.means[:, :, None]
+            self.residual = torch.cat([-shift, problem.U.mT], 2).to(**wide)
+        if self.quadratic:
+            self.natural = self._natural().to(**wide)
+        else:
+            self.whitening = self._whitening()
+
+    def _natural(self) -> Tensor:
+        """B (K, P): the exponent's coefficients on 1, x and xxᵀ (upper triangle), about the centre."""
+        p = self.problem
+        if self.full:
+            P = p.U @ p.U.mT
+            linear = (P @ p.means[:, :, None])[:, :, 0]
+            square = -P[:, self.row, self.column] * torch.where(self.row == self.column, 0.5, 1.0)
+        else:
+            P = p.U**2
+            linear = P * p.means
+            square = -0.5 * P
+        constant = p.offsets - 0.5 * (linear * p.means).sum(1)
+        return torch.cat([constant[:, None], linear, square], 1)
+
+    def _whitening(self) -> list[tuple[Tensor, Tensor, slice]]:
+        """For each whitened coordinate: its row of Uᵀ (K, D or 1), Uᵀμ (K, 1), and the columns of x it reads."""
+        p = self.problem
+        D = p.means.shape[1]
+        if self.full:
+            shift = p.U.mT @ p.means[:, :, None]
+            return [(p.U[:, :, d].contiguous(), shift[:, d], slice(0, D)) for d in range(D)]
+        U = p.U.expand_as(p.means)
+        return [(U[:, d : d + 1].contiguous(), (U * p.means)[:, d : d + 1], slice(d, d + 1)) for d in range(D)]
+
+    def _narrow(self, rows: int, components: int) -> None:
+        """Views of the buffers for a tile of another shape than the last one's."""
+        D = self.problem.means.shape[1]
+        if rows != self.width:
+            # Φ (P, rows): a row of ones, the points X (D, rows), then the products of their coordinates.
+            P = self.sums.shape[1]
+            self.F = self._features[: P * rows].view(P, rows)
+            self.F[0] = 1
+            self.X = self.F[1 : D + 1]
+            self.products = None
+        self.width, self.height = rows, components
+        pairs = rows * components
+        self.W = self._wide[:pairs].view(components, rows)
+        self.E, self.R = self._e[:pairs].view(components, rows), self._r[:pairs].view(components, rows)
+
+    def load(self, start: int, stop: int, index: Tensor | None = None) -> None:
+        """Brings rows start:stop in, centred, with their features and their exponents ``self.E`` (components, rows)."""
+        p, self.index = self.problem, index
+        height = p.means.shape[0] if index is None else len(index)
+        if (stop - start, height) != (self.width, self.height):
+            self._narrow(stop - start, height)
+        torch.sub(p.x[start:stop].T, p.centre[:, None], out=self.X)
+        self.few = self.full and _FEW * self.height <= len(self.X)
+        if self.few:
+            self._residuals()
+            return
+        if self.quadratic or self.featured:
+            self._multiply()
+        if self.quadratic:
+            product(self.chosen(self.natural), self.F, out=self.W)
+            if self.clamp:
+                self.W.clamp_(min=-3e38)
+            self._narrowed()
+            return
+        self.E.copy_(self.chosen(self.offsets)[:, None].expand_as(self.E))
+        for U, shift, columns in self.whitening:
+            torch.addmm(self.chosen(shift), self.chosen(U), self.X[columns], beta=-1, out=self.W)
+            self.E.addcmul_(self.W, self.W, value=-0.5)
+        if self.clamp:
+            self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
+
+    def _multiply(self) -> None:
+        """Fills the products of coordinates in."""
+        D, square = len(self.X), self.F[len(self.X) + 1 :]
+        if self.spherical:
+            torch.sum(self.X * self.X, 0, out=self.F[-1])
+            return
+        if self.products is None:
+            parts = square.split(list(range(D, 0, -1))) if self.full else [square]
+            lefts = [self.X[d:] for d in range(D)] if self.full else [self.X]
+            self.products = list(zip(lefts, self.X if self.full else lefts, parts, strict=True))
+        for left, right, out in self.products:
+            torch.mul(left, right, out=out)
+
+    def _room(self) -> Tensor:
+        """A buffer (components, D, rows), in the place of the products of coordinates."""
+        D = len(self.X)
+        return self.F[D + 1 :].view(-1)[: self.height * self.X.numel()].view(self.height, D, -1)
+
+    def _residuals(self) -> None:
+        """Fills ``self.E`` from whitened residuals, all components in one product."""
+        D, y = len(self.X), self._room()
+        product(self.chosen(self.residual).view(-1, 1 + D), self.F[: 1 + D], out=y.flatten(0, 1))
+        torch.sum(y.square_(), 1, out=self.W)
+        torch.sub(self.chosen(self.offsets)[:, None], self.W, alpha=0.5, out=self.W)
+        if self.clamp:
+            self.W.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
+        self._narrowed()
+
+    def _narrowed(self) -> None:
+        """Brings the exponents from the products' dtype to the points'."""
+        if self.precise:
+            self.E.copy_(self.W)
+
+    def shares(self) -> Tensor:
+        """The responsibilities (components, rows), in the products' dtype; overwrites the exponents that were found in it."""
+        return self.W.copy_(self.R) if self.precise else self.R
+
+    def chosen(self, rows: Tensor) -> Tensor:
+        """Of one row for each component, those of the components in the tile."""
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+    def components(self, places: Tensor) -> Tensor:
+        """The components at places in the tile."""
+        return places if self.index is None else self.index[places]
+
+    def sees(self, values: Tensor) -> bool:
+        """Whether the tile's list is long enough for the values (rows,) found with it; they are remembered."""
+        if self.index is None:
+            return True
+        least = float(values.amin())
+        self.minima.append(least)
+        return not least < self.floor
+
+    def add(self, values: Tensor, weights: Tensor | None) -> None:
+        """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
+        self.total += values.sum() if weights is None else values @ weights
+        shares = self.shares()
+        if weights is not None:
+            weights = weights.to(shares.dtype)
+        if self.few:
+            self._add(shares if weights is None else shares * weights)
+            return
+        features = self.F if weights is None else self.F * weights
+        # Of a thin product the thin side goes first.
+        self._keep(product(features, shares.T).T if len(features) < self.height else product(shares, features.T))
+
+    def _add(self, shares: Tensor) -> None:
+        """The same of few components' shares (components, rows), all in one product."""
+        D, z = len(self.X), self._room()
+        torch.mul(shares[:, None], self.X, out=z)
+        products = product(z.flatten(0, 1), self.X.T).view(-1, D * D).index_select(1, D * self.row + self.column)
+        self._keep(torch.cat([product(shares, self.F[: D + 1].T), products], 1))
+
+    def _keep(self, sums: Tensor) -> None:
+        if self.index is None:
+            self.sums += sums
+        else:
+            self.sums.index_add_(0, self.index, sums.to(self.sums.dtype))
+
+    def softmax(self) -> Tensor:
+        """Fills ``self.R`` with responsibilities; returns the log-sum-exps (rows,), from the largest entry of each."""
+        largest = self.E.amax(0)
+        # Exponentials that underflow take up to eighty times as long as others (measured); they are zero without asking.
+        torch.maximum(self.E, largest - self.depth, out=self.E)
+        torch.softmax(self.E, 0, out=self.R)
+        torch.threshold_(self.R, self.nothing, 0.0)
+        return largest - self.R.amax(0).log_()
+
+    def onehot(self) -> Tensor:
+        """Fills ``self.R`` with hard responsibilities; returns the largest exponents (rows,)."""
+        best, label = self.E.max(0)
+        self.R.zero_().scatter_(0, label[None], 1)
+        return best
+
+    def _below(self) -> Tensor:
+        """A buffer of truth values (components, rows)."""
+        if self._truths is None:
+            self._truths = torch.empty(self._e.shape, dtype=torch.bool, device=self._e.device)
+        return self._truths[: self.height * self.width].view(self.height, self.width)
+
+    def draw(self, seed: int) -> Tensor:
+        """Fills ``self.R`` with one drawn label per point; returns the log-sum-exps (rows,)."""
+        values = self.softmax()
+        generator = torch.Generator(self.E.device).manual_seed(seed)
+        torch.cumsum(self.R, 0, out=self.E)
+        # The first component whose cumulative share reaches a uniform number in (0, 1] has a share of its own.
+        u = 1 - torch.rand(self.width, generator=generator, dtype=self.E.dtype, device=self.E.device)
+        label = torch.lt(self.E, u * self.E[-1], out=self._below()).sum(0)
+        self.R.zero_().scatter_(0, label[None], 1)
+        return values
