@@ -148,7 +148,8 @@ def test_moments_and_gradients(engine, dtype):
     x, mixture = SCENES["surface"]
     x, mixture = x.to(device, dtype), mixture.to(device)
     g = torch.rand(len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
-    tolerance = {"dense": 1e-8, "keops": 3e-5 if dtype == torch.float32 else 1e-8}[backend]
+    # float32 shares of a list and of all components are summed in another order.
+    tolerance = 1e-8 if dtype == torch.float64 else {"dense": 2e-7, "keops": 3e-5}[backend]
     # Rows are not a multiple of the boxes, so some points are repeated: they must count once.
     for rows in (slice(None), slice(0, 19_997)):
         cloud = reductions.arrange(x[rows], mixture.components, 1e-10)

@@ -229,6 +229,11 @@ def moments(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S0 (K,), S1 (K, D), S2 about the components' means, and Σ g ℓ, all float64."""
     _, K, D = problem.shape
+    unit = 1.0
+    if weights is not None:
+        # Without a power of two of theirs, weights of any size are within the range of the products.
+        unit = 2.0 ** max(-1000, min(1000, int(torch.frexp(weights.abs().amax()).exponent)))
+        weights = weights / unit
 
     def body(tile: Tile, start: int, stop: int) -> None:
         if assignment == "soft":
@@ -246,7 +251,7 @@ def moments(
     if not bool(torch.isfinite(total)):
         workers = _sweep(problem, body, blocks, clamp=True, **options)
         total = torch.stack([tile.total for tile in workers]).sum()
-    sums = torch.stack([tile.sums for tile in workers]).sum(0)
+    sums = torch.stack([tile.sums for tile in workers]).sum(0) * unit
     S0, S1, S2 = sums[:, 0], sums[:, 1 : D + 1], sums[:, D + 1 :]
     mu = problem.means
     if workers[0].full:
@@ -259,7 +264,7 @@ def moments(
         S2 = S2[:, 0] - 2 * (S1 * mu).sum(1) + S0 * (mu**2).sum(1)
     else:
         S2 = S2 - 2 * S1 * mu + S0[:, None] * mu**2
-    return S0, S1 - S0[:, None] * mu, S2, total
+    return S0, S1 - S0[:, None] * mu, S2, total * unit
 
 
 def point_gradient(problem: Exponents, weights: Tensor, blocks: Truncation | None = None) -> Tensor:

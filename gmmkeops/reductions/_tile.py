@@ -52,9 +52,9 @@ class Tile:
         # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
         products = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
         self._features = torch.empty((1 + D + products) * rows, **wide)
-        self._e = torch.empty(pairs, dtype=x.dtype, device=x.device)
-        self._wide = torch.empty(pairs, **wide) if precise else self._e
-        self._r = torch.empty_like(self._e)
+        self._e = torch.empty(pairs, **wide)
+        self._r = torch.empty(pairs, dtype=x.dtype, device=x.device)
+        self._scale: Tensor | None = None
         self._truths: Tensor | None = None
         self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.width = self.height = 0
@@ -66,7 +66,6 @@ class Tile:
         # How far below a point's largest exponent others still count, nats, and what they count then.
         self.depth = 80.0 if self.quadratic else 700.0
         self.nothing = math.exp(-self.depth) * (1 + 1e-5)
-        self.precise = precise
         self.offsets = problem.offsets.to(**wide)
         if self.full and D >= _FEW:
             # (K, D, 1 + D): what gives the whitened residuals from a one and a point.
@@ -113,7 +112,6 @@ class Tile:
             self.products = None
         self.width, self.height = rows, components
         pairs = rows * components
-        self.W = self._wide[:pairs].view(components, rows)
         self.E, self.R = self._e[:pairs].view(components, rows), self._r[:pairs].view(components, rows)
 
     def load(self, start: int, stop: int, index: Tensor | None = None) -> None:
@@ -130,15 +128,14 @@ class Tile:
         if self.quadratic or self.featured:
             self._multiply()
         if self.quadratic:
-            product(self.chosen(self.natural), self.F, out=self.W)
+            product(self.chosen(self.natural), self.F, out=self.E)
             if self.clamp:
-                self.W.clamp_(min=-3e38)
-            self._narrowed()
+                self.E.clamp_(min=-3e38)
             return
         self.E.copy_(self.chosen(self.offsets)[:, None].expand_as(self.E))
         for U, shift, columns in self.whitening:
-            torch.addmm(self.chosen(shift), self.chosen(U), self.X[columns], beta=-1, out=self.W)
-            self.E.addcmul_(self.W, self.W, value=-0.5)
+            torch.addmm(self.chosen(shift), self.chosen(U), self.X[columns], beta=-1, out=self.R)
+            self.E.addcmul_(self.R, self.R, value=-0.5)
         if self.clamp:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
 
@@ -164,20 +161,10 @@ class Tile:
         """Fills ``self.E`` from whitened residuals, all components in one product."""
         D, y = len(self.X), self._room()
         product(self.chosen(self.residual).view(-1, 1 + D), self.F[: 1 + D], out=y.flatten(0, 1))
-        torch.sum(y.square_(), 1, out=self.W)
-        torch.sub(self.chosen(self.offsets)[:, None], self.W, alpha=0.5, out=self.W)
+        torch.sum(y.square_(), 1, out=self.E)
+        torch.sub(self.chosen(self.offsets)[:, None], self.E, alpha=0.5, out=self.E)
         if self.clamp:
-            self.W.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
-        self._narrowed()
-
-    def _narrowed(self) -> None:
-        """Brings the exponents from the products' dtype to the points'."""
-        if self.precise:
-            self.E.copy_(self.W)
-
-    def shares(self) -> Tensor:
-        """The responsibilities (components, rows), in the products' dtype; overwrites the exponents that were found in it."""
-        return self.W.copy_(self.R) if self.precise else self.R
+            self.E.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
 
     def chosen(self, rows: Tensor) -> Tensor:
         """Of one row for each component, those of the components in the tile."""
@@ -198,15 +185,15 @@ class Tile:
     def add(self, values: Tensor, weights: Tensor | None) -> None:
         """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
         self.total += values.sum() if weights is None else values @ weights
-        shares = self.shares()
-        if weights is not None:
-            weights = weights.to(shares.dtype)
         if self.few:
-            self._add(shares if weights is None else shares * weights)
-            return
-        features = self.F if weights is None else self.F * weights
-        # Of a thin product the thin side goes first.
-        self._keep(product(features, shares.T).T if len(features) < self.height else product(shares, features.T))
+            self._add(self.shares(weights))
+        elif len(self.F) < self.height:
+            # Of a thin product the thin side goes first, and is the one that is scaled.
+            scale = self._scaling(weights)
+            features = self.F if scale is None else self.F * scale
+            self._keep(product(features, self._unscaled().T).T)
+        else:
+            self._keep(product(self.shares(weights), self.F.T))
 
     def _add(self, shares: Tensor) -> None:
         """The same of few components' shares (components, rows), all in one product."""
@@ -222,19 +209,40 @@ class Tile:
             self.sums.index_add_(0, self.index, sums.to(self.sums.dtype))
 
     def softmax(self) -> Tensor:
-        """Fills ``self.R`` with responsibilities; returns the log-sum-exps (rows,), from the largest entry of each."""
-        largest = self.E.amax(0)
+        """Fills ``self.R`` with exponentials relative to the largest of each point; returns the log-sum-exps (rows,)."""
+        largest = self.R.copy_(self.E).amax(0)
+        self.R.sub_(largest)
         # Exponentials that underflow take up to eighty times as long as others (measured); they are zero without asking.
-        torch.maximum(self.E, largest - self.depth, out=self.E)
-        torch.softmax(self.E, 0, out=self.R)
-        torch.threshold_(self.R, self.nothing, 0.0)
-        return largest - self.R.amax(0).log_()
+        torch.threshold_(self.R.clamp_(min=-self.depth).exp_(), self.nothing, 0.0)
+        sums = self.R.sum(0)
+        self._scale = sums.reciprocal().to(self.E.dtype)
+        return largest.add_(sums.log_())
+
+    def _unscaled(self) -> Tensor:
+        """``self.R`` in the products' dtype; where that is another one, in the place of the exponents."""
+        return self.R if self.R.dtype == self.E.dtype else self.E.copy_(self.R)
+
+    def _scaling(self, weights: Tensor | None) -> Tensor | None:
+        """What makes responsibilities of ``self.R``, by weight (rows,); None for nothing."""
+        if weights is None:
+            return self._scale
+        weights = weights.to(self.E.dtype)
+        return weights if self._scale is None else weights * self._scale
+
+    def shares(self, weights: Tensor | None = None) -> Tensor:
+        """What a softmax or labels gave, as responsibilities (components, rows), by weight; they are overwritten."""
+        scale = self._scaling(weights)
+        return self._unscaled() if scale is None else self._unscaled().mul_(scale)
 
     def onehot(self) -> Tensor:
         """Fills ``self.R`` with hard responsibilities; returns the largest exponents (rows,)."""
         best, label = self.E.max(0)
-        self.R.zero_().scatter_(0, label[None], 1)
+        self._label(label)
         return best
+
+    def _label(self, label: Tensor) -> None:
+        self.R.zero_().scatter_(0, label[None], 1)
+        self._scale = None
 
     def _below(self) -> Tensor:
         """A buffer of truth values (components, rows)."""
@@ -246,9 +254,9 @@ class Tile:
         """Fills ``self.R`` with one drawn label per point; returns the log-sum-exps (rows,)."""
         values = self.softmax()
         generator = torch.Generator(self.E.device).manual_seed(seed)
-        torch.cumsum(self.R, 0, out=self.E)
+        torch.cumsum(self.R, 0, dtype=self.E.dtype, out=self.E)
         # The first component whose cumulative share reaches a uniform number in (0, 1] has a share of its own.
-        u = 1 - torch.rand(self.width, generator=generator, dtype=self.E.dtype, device=self.E.device)
+        u = 1 - torch.rand(self.width, generator=generator, dtype=self.R.dtype, device=self.R.device)
         label = torch.lt(self.E, u * self.E[-1], out=self._below()).sum(0)
-        self.R.zero_().scatter_(0, label[None], 1)
+        self._label(label)
         return values
