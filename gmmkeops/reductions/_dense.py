@@ -90,7 +90,7 @@ def _imprecise_will_do(problem: Exponents, halvings: int) -> bool:
     N = problem.shape[0]
     if problem.x.dtype != torch.float32 or not asked() or N < 32 * _LOOKED_AT:
         return False
-    few = problem.rows(torch.linspace(0, N - 1, _LOOKED_AT, device=problem.x.device).long())
+    few = problem.rows(torch.arange(_LOOKED_AT, device=problem.x.device) * (N - 1) // (_LOOKED_AT - 1))
     found = [few.x.new_empty(_LOOKED_AT) for _ in range(2)]
     for values, precise in zip(found, (False, True), strict=True):
 

@@ -54,7 +54,7 @@ class Tile:
         self._features = torch.empty((1 + D + products) * rows, **wide)
         self._e = torch.empty(pairs, **wide)
         self._r = torch.empty(pairs, dtype=x.dtype, device=x.device)
-        self._scale: Tensor | None = None
+        self._scale = torch.empty(0, **wide)
         self._truths: Tensor | None = None
         self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.width = self.height = 0
@@ -67,10 +67,6 @@ class Tile:
         self.depth = 80.0 if self.quadratic else 700.0
         self.nothing = math.exp(-self.depth) * (1 + 1e-5)
         self.offsets = problem.offsets.to(**wide)
-        if self.full and D >= _FEW:
-            # (K, D, 1 + D): what gives the whitened residuals from a one and a point.
-            shift = problem.U.mT @ problem.means[:, :, None]
-            self.residual = torch.cat([-shift, problem.U.mT], 2).to(**wide)
         if self.quadratic:
             self.natural = self._natural().to(**wide)
         else:
@@ -159,8 +155,11 @@ class Tile:
 
     def _residuals(self) -> None:
         """Fills ``self.E`` from whitened residuals, all components in one product."""
-        D, y = len(self.X), self._room()
-        product(self.chosen(self.residual).view(-1, 1 + D), self.F[: 1 + D], out=y.flatten(0, 1))
+        p, D, y = self.problem, len(self.X), self._room()
+        U = self.chosen(p.U).mT
+        # (components, D, 1 + D): what makes them of a one and a point.
+        matrices = torch.cat([-(U @ self.chosen(p.means)[:, :, None]), U], 2)
+        product(matrices.view(-1, 1 + D).to(self.F.dtype), self.F[: 1 + D], out=y.flatten(0, 1))
         torch.sum(y.square_(), 1, out=self.E)
         torch.sub(self.chosen(self.offsets)[:, None], self.E, alpha=0.5, out=self.E)
         if self.clamp:
@@ -189,9 +188,7 @@ class Tile:
             self._add(self.shares(weights))
         elif len(self.F) < self.height:
             # Of a thin product the thin side goes first, and is the one that is scaled.
-            scale = self._scaling(weights)
-            features = self.F if scale is None else self.F * scale
-            self._keep(product(features, self._unscaled().T).T)
+            self._keep(product(self.F * self._scaling(weights), self._unscaled().T).T)
         else:
             self._keep(product(self.shares(weights), self.F.T))
 
@@ -222,17 +219,13 @@ class Tile:
         """``self.R`` in the products' dtype; where that is another one, in the place of the exponents."""
         return self.R if self.R.dtype == self.E.dtype else self.E.copy_(self.R)
 
-    def _scaling(self, weights: Tensor | None) -> Tensor | None:
-        """What makes responsibilities of ``self.R``, by weight (rows,); None for nothing."""
-        if weights is None:
-            return self._scale
-        weights = weights.to(self.E.dtype)
-        return weights if self._scale is None else weights * self._scale
+    def _scaling(self, weights: Tensor | None) -> Tensor:
+        """What makes responsibilities of ``self.R``, by weight (rows,)."""
+        return self._scale if weights is None else self._scale * weights.to(self.E.dtype)
 
     def shares(self, weights: Tensor | None = None) -> Tensor:
         """What a softmax or labels gave, as responsibilities (components, rows), by weight; they are overwritten."""
-        scale = self._scaling(weights)
-        return self._unscaled() if scale is None else self._unscaled().mul_(scale)
+        return self._unscaled().mul_(self._scaling(weights))
 
     def onehot(self) -> Tensor:
         """Fills ``self.R`` with hard responsibilities; returns the largest exponents (rows,)."""
@@ -242,7 +235,7 @@ class Tile:
 
     def _label(self, label: Tensor) -> None:
         self.R.zero_().scatter_(0, label[None], 1)
-        self._scale = None
+        self._scale = self.E.new_ones(self.width)
 
     def _below(self) -> Tensor:
         """A buffer of truth values (components, rows)."""
