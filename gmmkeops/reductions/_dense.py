@@ -243,7 +243,7 @@ def moments(
         else:
             values = tile.draw(seed + start)
         if tile.sees(values):
-            tile.add(values.double(), None if weights is None else weights[start:stop])
+            tile.add(values, None if weights is None else weights[start:stop])
 
     options = {"featured": True, "single": assignment == "hard"}
     workers = _sweep(problem, body, blocks, clamp=False, **options)

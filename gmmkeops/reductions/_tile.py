@@ -54,7 +54,6 @@ class Tile:
         self._features = torch.empty((1 + D + products) * rows, **wide)
         self._e = torch.empty(pairs, **wide)
         self._r = torch.empty(pairs, dtype=x.dtype, device=x.device)
-        self._scale = torch.empty(0, **wide)
         self._truths: Tensor | None = None
         self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.width = self.height = 0
@@ -183,7 +182,7 @@ class Tile:
 
     def add(self, values: Tensor, weights: Tensor | None) -> None:
         """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
-        self.total += values.sum() if weights is None else values @ weights
+        self.total += values.sum(dtype=torch.float64) if weights is None else values.double() @ weights
         if self.few:
             self._add(self.shares(weights))
         elif len(self.F) < self.height:
@@ -211,17 +210,17 @@ class Tile:
         self.R.sub_(largest)
         # Exponentials that underflow take up to eighty times as long as others (measured); they are zero without asking.
         torch.threshold_(self.R.clamp_(min=-self.depth).exp_(), self.nothing, 0.0)
-        sums = self.R.sum(0)
-        self._scale = sums.reciprocal().to(self.E.dtype)
-        return largest.add_(sums.log_())
+        self._sums = self.R.sum(0)
+        return largest.add_(self._sums.log())
 
     def _unscaled(self) -> Tensor:
         """``self.R`` in the products' dtype; where that is another one, in the place of the exponents."""
         return self.R if self.R.dtype == self.E.dtype else self.E.copy_(self.R)
 
     def _scaling(self, weights: Tensor | None) -> Tensor:
-        """What makes responsibilities of ``self.R``, by weight (rows,)."""
-        return self._scale if weights is None else self._scale * weights.to(self.E.dtype)
+        """What makes responsibilities of ``self.R``, by weight (rows,), in the products' dtype."""
+        scale = self._sums.to(self.E.dtype).reciprocal()
+        return scale if weights is None else scale.mul_(weights)
 
     def shares(self, weights: Tensor | None = None) -> Tensor:
         """What a softmax or labels gave, as responsibilities (components, rows), by weight; they are overwritten."""
@@ -235,7 +234,7 @@ class Tile:
 
     def _label(self, label: Tensor) -> None:
         self.R.zero_().scatter_(0, label[None], 1)
-        self._scale = self.E.new_ones(self.width)
+        self._sums = self.R.new_ones(self.width)
 
     def _below(self) -> Tensor:
         """A buffer of truth values (components, rows)."""
