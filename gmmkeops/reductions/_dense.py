@@ -27,9 +27,10 @@ __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
 
 _logger = logging.getLogger("gmmkeops")
 
-# Numbers in one tile: few enough to stay in cache with their copies, enough to outweigh the cost of a torch call
-# (2 cores: 4-5e8 pairs/s at 256Ki against 1.6-1.9e8 at 32Ki, D = 2 and 3). A GPU wants long kernels.
-_TILE_CPU = 262_144
+# Numbers in one tile, and rows: few enough to stay in cache with their copies, enough to outweigh the cost of a torch call
+# (2 cores, moments of 1e6 x 30, D = 3: 79 ms at 256Ki, 63 at 768Ki, 62 at 1536Ki; 1e5 x 100, D = 10: 44, 39, 40). A GPU wants
+# long kernels.
+_TILE_CPU, _ROWS_CPU = 3 << 18, 1 << 14
 _TILE_CUDA = 1 << 24
 # Pairs below which starting threads costs more than they save.
 _PAIRS_PER_THREAD = 500_000
@@ -43,7 +44,7 @@ def _tile_rows(problem: Exponents, halvings: int = 0) -> int:
     N, K, D = problem.shape
     width = K + (D * (D + 1) // 2 if problem.is_full else D)
     size = _TILE_CUDA if problem.x.is_cuda else _TILE_CPU
-    rows = max(1, min(N, max(32, size // width), 8192 if not problem.x.is_cuda else N))
+    rows = max(1, min(N, max(32, size // width), _ROWS_CPU if not problem.x.is_cuda else N))
     return max(min(rows, 32), rows >> halvings)
 
 
@@ -131,7 +132,7 @@ def _swept(
         return _run(problem, body, _whole(problem, halvings), clamp, featured, precise)
     workers: list[Tile] = []
     while plan is not None:
-        plan = plan.split(2 * _TILE_CPU >> halvings)
+        plan = plan.split(_TILE_CPU >> halvings)
         new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, single)), clamp, featured, precise)
         workers += new
         minima = torch.tensor([least for tile in new for least in tile.minima], dtype=torch.float64)
@@ -142,6 +143,10 @@ def _swept(
 def _whole(problem: Exponents, halvings: int = 0) -> list[_Stretch]:
     """Tiles of all components."""
     N, size = problem.shape[0], _tile_rows(problem, halvings)
+    if size < N and not problem.x.is_cuda:
+        # As many for each thread, and all of about one size.
+        threads = torch.get_num_threads()
+        size = -(-N // (-(-N // (size * threads)) * threads))
     return [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
 
 

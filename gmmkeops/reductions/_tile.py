@@ -186,8 +186,9 @@ class Tile:
         if self.few:
             self._add(self.shares(weights))
         elif len(self.F) < self.height:
-            # Of a thin product the thin side goes first, and is the one that is scaled.
-            self._keep(product(self.F * self._scaling(weights), self._unscaled().T).T)
+            # The smaller side of the product is the one that is scaled.
+            self._keep(product(self._unscaled(), self.F.mul_(self._scaling(weights)).T))
+            self.F[0] = 1
         else:
             self._keep(product(self.shares(weights), self.F.T))
 
