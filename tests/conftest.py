@@ -11,6 +11,11 @@ import torch
 
 import gmmkeops as gk
 
+# For scripts in processes of their own, kB: ru_maxrss may be that of the process they were forked from.
+PEAK = """
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+"""
 HAS_KEOPS = importlib.util.find_spec("pykeops") is not None
 FAMILIES = [f"{tied}{family}" for tied in ("", "tied_") for family in ("full", "diag", "spherical")]
 

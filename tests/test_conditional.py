@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import PEAK
 
 import gmmkeops as gk
 
@@ -162,18 +163,18 @@ def test_files_checkpoints_weights_and_penalties(tmp_path):
     assert sparse.answer(c).weights.amax(-1).mean() > whole.answer(c).weights.amax(-1).mean()
 
 
-MEMORY = """
-import resource, torch, gmmkeops as gk
+MEMORY = f"""{PEAK}
+import torch, gmmkeops as gk
 torch.manual_seed(0)
 model = gk.GMM(8, context=2, components=32)
 c, y = torch.randn(40_000, 2), torch.randn(40_000, 8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 with torch.no_grad():
     params = model(c)
-    middle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    middle = peak()
     params.log_prob(y)
     params.sample()
-print(middle - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - middle)
+print(middle - before, peak() - middle)
 """
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import FAMILIES, random_mixture
+from conftest import FAMILIES, PEAK, random_mixture
 from sklearn.metrics import silhouette_score
 from sklearn.mixture import GaussianMixture as Theirs
 
@@ -272,12 +272,12 @@ def test_types_that_scikit_learn_lacks_become_tied(family):
 
 def test_estimator_memory_does_not_hold_points_times_components():
     """10⁶ x 30 responsibilities would be 240 MB for each copy; the peak above imports and data stays under 500 MB."""
-    code = """
-import resource, torch, gmmkeops as gk
+    code = f"""{PEAK}
+import torch, gmmkeops as gk
 x = torch.rand(1_000_000, 3)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 gk.GaussianMixture(100, max_iter=2, tol=0, random_state=0).fit(x).predict(x)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 500

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PEAK
 
 import gmmkeops as gk
 from gmmkeops._survey import Reservoir, fingerprint, sample
@@ -304,15 +305,15 @@ def test_the_fingerprint_knows_rows_in_any_order(x):
     assert mark != fingerprint(points, torch.ones(len(x), dtype=torch.float64))
 
 
-SCRIPT = """
+SCRIPT = f"""{PEAK}
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (int({limit}), int({limit})))
+resource.setrlimit(resource.RLIMIT_AS, (int({{limit}}), int({{limit}})))
 import torch, gmmkeops as gk
 torch.set_num_threads(2)
 start = gk.load(sys.argv[1])
-result = gk.fit(start, {data}, gk.EM(tol=0), max_iter=2)
+result = gk.fit(start, {{data}}, gk.EM(tol=0), max_iter=2)
 gk.save(result.mixture, sys.argv[3])
-print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+print(peak())
 """
 
 
@@ -332,4 +333,5 @@ def test_memory_does_not_grow_with_the_rows(x, start, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = gk.fit(start, x, gk.EM(tol=0), max_iter=2).mixture
     assert difference(gk.load(tmp_path / "out.safetensors"), expected) < 1e-6
-    assert float(done.stdout) < 600 * 1024
+    # Imports take 270 MB, the file's own pages up to 192; readers and their chunks come and go.
+    assert float(done.stdout) < 800 * 1024
