@@ -9,23 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PEAK
 
 import gmmkeops as gk
 from gmmkeops.reductions import _dense
 
-SCRIPT = """
-import re, sys, torch, gmmkeops as gk
+SCRIPT = f"""{PEAK}
+import sys, torch, gmmkeops as gk
 n, k, d, limit = *map(int, sys.argv[1:4]), sys.argv[4]
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x = torch.randn(n, d)
 small = gk.initialise(x[:30_000], k, "random")
 gk.fit(small, x[:1000 + k], gk.EM(), max_iter=1)
-def peak():  # of this process: ru_maxrss may be that of the one it was forked from
-    return 1024 * int(re.search(r"VmHWM:\\s*([0-9]+)", open("/proc/self/status").read())[1])
 before = peak()
 result = gk.fit(small, x, gk.EM(tol=0), max_iter=2, max_memory=None if limit == "none" else limit)
-print(peak() - before, gk.estimate_memory(n, k, d), result.objective)
+print(1024 * (peak() - before), gk.estimate_memory(n, k, d), result.objective)
 """
 
 

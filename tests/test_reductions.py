@@ -170,6 +170,16 @@ def test_float32_products(engine, split, family, D, K, high, monkeypatch):
     assert all(high)
 
 
+@pytest.mark.parametrize("size", [2.0**-830, 2.0**830])
+def test_float32_products_of_weights_of_any_size(size, high):
+    case = make_case("full", torch.float32, N=9000, condition=10.0)
+    g = torch.rand(9000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain, sums = (reductions.moments(*case.arguments, weights=g * factor) for factor in (1.0, size))
+    for name in ("S0", "S1", "S2", "total"):
+        assert torch.equal(getattr(sums, name) / size, getattr(plain, name))
+    assert high.count(False) > 1
+
+
 def test_float32_products_of_lists(high):
     case = make_case("diag", torch.float32, N=20_000, K=300, D=2, condition=100.0)
     assert error(reductions.logsumexp(*case.arguments, truncate=1e-7), case.oracle()["values"]) < 1e-3

@@ -41,9 +41,7 @@ class Tile:
         precise: Take products of float32 points in float64.
     """
 
-    def __init__(
-        self, problem: Exponents, rows: int, pairs: int, clamp: bool, featured: bool, precise: bool = True
-    ) -> None:
+    def __init__(self, problem: Exponents, rows: int, pairs: int, clamp: bool, featured: bool, precise: bool) -> None:
         _, K, D = problem.shape
         x = problem.x
         self.problem, self.clamp, self.featured = problem, clamp, featured
