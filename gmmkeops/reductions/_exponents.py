@@ -56,6 +56,10 @@ class Exponents:
         """The same components seen by some of the points."""
         return Exponents(self.x[index], self.offsets, self.means, self.U, self.centre)
 
+    def components(self, index: slice) -> Exponents:
+        """Some of the components seen by the same points."""
+        return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.centre)
+
     @classmethod
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
         """Checks what a user or a fit hands over; see :func:`gmmkeops.reductions.logsumexp` for shapes.
@@ -94,7 +98,7 @@ class Exponents:
             raise ValueError("offsets must not be NaN; use -inf, or drop the component, for one without weight.")
         # The median is a centre that a single runaway mean does not move. Near the origin the origin itself is best:
         # subtracting it rounds nothing.
-        centre = means.median(0).values
+        centre = _middle(means)
         near = centre.abs() <= 8 * (means - centre).abs().amax(0)
         centre = torch.where(near, torch.zeros_like(centre), centre)
         return cls(
@@ -104,6 +108,11 @@ class Exponents:
             U.expand(K, *U.shape[1:]),
             centre,
         )
+
+
+def _middle(values: Tensor) -> Tensor:
+    """The lower median of each column (D,) of values (K, D), by sorting: torch's has no deterministic form on CUDA."""
+    return values.sort(0).values[(len(values) - 1) // 2]
 
 
 def factor_tensor(factor: Factor | Tensor) -> Tensor:

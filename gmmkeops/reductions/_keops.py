@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ _FLAGS = "-march=native -include math.h -fno-math-errno -fno-trapping-math"
 _ROWS_PER_SUM = 4096
 # Blocks that keep a GPU busy; a Sum into K rows alone fills K / 192 of them.
 _BLOCKS_CUDA = 1300
+# Most memory for the partial sums of one call, bytes, and what each of their numbers takes, in float32 and in float64.
+_SLAB, _BYTES = 1 << 26, 12
+# A log-sum-exp that makes every responsibility of a padding row zero, whatever its exponents.
+_NO_SHARE = 1e30
 
 _compiled: set[tuple[Any, ...]] = set()
 _state: dict[str, Any] = {"reason": None, "lazy": None, "pid": None, "lock": None}
@@ -127,17 +132,22 @@ def _import(settings: dict[str, str]) -> Any:
 
 @contextlib.contextmanager
 def _guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
-    """One call of a formula: while it may have to be compiled one process works at a time; nothing foreign escapes."""
+    """One call of a formula: while it may have to be compiled one process works at a time; nothing foreign escapes.
+
+    KeOps launches its kernels on the default stream of CUDA, which does not wait for what torch has queued on another one,
+    and leaves the context of the device that it used current. It synchronizes that device before it returns.
+    """
     import fcntl
 
     _state["pid"] = os.getpid()
     key = (*formula, problem.shape[2], problem.is_full, problem.x.dtype, problem.x.device.type)
     try:
-        if key in _compiled:
-            yield _state["lazy"]
-            return
-        with open(_state["lock"], "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            if problem.x.is_cuda:
+                stack.enter_context(torch.cuda.device(problem.x.device))
+            if key not in _compiled:
+                lock = stack.enter_context(open(_state["lock"], "a"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield _state["lazy"]
         _compiled.add(key)
     except (ImportError, OSError) as error:
@@ -179,16 +189,51 @@ class _Formula:
         values = values if self.plan is None else values[self.plan.index]
         return self.LazyTensor(values.to(**self.kind).reshape(*self.lead, 1, len(values), -1).contiguous())
 
-    def i(self, values: Tensor) -> Any:
-        """A per-point number as a LazyTensor; padding points get zero."""
+    def i(self, values: Tensor, padding: float = 0.0) -> Any:
+        """A per-point number as a LazyTensor, and what it is at padding points."""
         values = (values if self.plan is None else values[self.plan.rows]).to(self.x.dtype)
         if self.batches is not None:
-            values = _padded(values, self.batches * self.rows).view(self.batches, self.rows)
+            values = _padded(values, self.batches * self.rows, padding).view(self.batches, self.rows)
         return self.LazyTensor(values[..., None, None].contiguous())
 
+    def shares(self, values: Tensor) -> Any:
+        """Responsibilities exp(e - ℓ), given ℓ; none at padding points, where an exponent may be beyond the dtype's range."""
+        return (self.e - self.i(values, _NO_SHARE)).exp()
 
-def _padded(values: Tensor, rows: int) -> Tensor:
-    return torch.cat([values, values.new_zeros(rows - values.shape[0], *values.shape[1:])])
+
+def _padded(values: Tensor, rows: int, padding: float = 0.0) -> Tensor:
+    return torch.cat([values, values.new_full((rows - values.shape[0], *values.shape[1:]), padding)])
+
+
+def _called(problem: Exponents, reduction: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+    """A reduction of KeOps, after what torch has queued for its inputs is done."""
+    if problem.x.is_cuda:
+        torch.cuda.current_stream(problem.x.device).synchronize()
+    return reduction(*arguments, **options)
+
+
+def _width(problem: Exponents) -> int:
+    """Numbers in the moments of one component."""
+    D = problem.shape[2]
+    return 1 + D + (D * D if problem.is_full else D)
+
+
+def _slabs(problem: Exponents, plan: Plan) -> Iterator[Plan]:
+    """Parts of a plan, each with so few components in its lists that their numbers fit into one slab of memory."""
+    most = max(1, _SLAB // (_BYTES * _width(problem)))
+    if len(plan.index) <= most:
+        yield plan
+        return
+    cuts, size = [0], 0
+    for stretch, length in enumerate(plan.lengths.tolist()):
+        if size and size + length > most:
+            cuts.append(stretch)
+            size = 0
+        size += length
+    for first, last in pairwise([*cuts, len(plan.owner)]):
+        chosen = torch.zeros_like(plan.owner, dtype=torch.bool)
+        chosen[first:last] = True
+        yield plan.only(chosen)
 
 
 def _looked(
@@ -204,7 +249,8 @@ def _looked(
     found: tuple[Tensor, ...] = ()
     passed = []
     while plan is not None:
-        parts = look(plan)
+        slabs = [look(part) for part in _slabs(problem, plan)]
+        parts = tuple(torch.cat(columns) for columns in zip(*slabs, strict=True))
         if not found:
             found = tuple(part.new_empty(len(problem.x), *part.shape[1:]) for part in parts)
         for all_, part in zip(found, parts, strict=True):
@@ -219,10 +265,12 @@ def _looked(
 
 def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> tuple[Tensor, list[Plan] | None]:
     """ℓ (N,), nats, in the dtype of the points, not finite where float32 overflows; and the plans by which it was found."""
+
+    def look(plan: Plan | None) -> tuple[Tensor]:
+        return (_called(problem, _Formula(LazyTensor, problem, plan=plan).e.logsumexp, dim=1).view(-1),)
+
     with _guarded(problem, "logsumexp") as LazyTensor:
-        found, plans = _looked(
-            problem, blocks, False, lambda plan: (_Formula(LazyTensor, problem, plan=plan).e.logsumexp(dim=1).view(-1),)
-        )
+        found, plans = _looked(problem, blocks, False, look)
     return found[0], plans
 
 
@@ -231,14 +279,14 @@ def argmax(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
     if blocks is not None:
         return topk(problem, 1, blocks)[1][:, 0]
     with _guarded(problem, "argmax") as LazyTensor:
-        return _Formula(LazyTensor, problem).e.argmax(dim=1).view(-1)
+        return _called(problem, _Formula(LazyTensor, problem).e.argmax, dim=1).view(-1)
 
 
 def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[Tensor, Tensor]:
     """The k largest exponents (N, k), nats, in falling order, and their indices (N, k)."""
 
     def look(plan: Plan | None) -> tuple[Tensor, Tensor]:
-        values, places = (-_Formula(LazyTensor, problem, plan=plan).e).Kmin_argKmin(k, dim=1)
+        values, places = _called(problem, (-_Formula(LazyTensor, problem, plan=plan).e).Kmin_argKmin, k, dim=1)
         # Of a list shorter than k the places beyond it mean nothing.
         index = places.long() if plan is None else plan.index[places.long().clamp(0, len(plan.index) - 1)]
         return -values, index
@@ -254,28 +302,38 @@ def moments(
     """S0 (K,), S1 (K, D), S2 (K, D, D) or (K, D) about the components' means, float64, given ℓ (N,) and g (N,).
 
     The points are split into batches, or into the boxes of plans: each sums few enough rows to keep its digits, and a GPU
-    has enough rows to fill.
+    has enough rows to fill. The partial sums of some of them are made at a time, so that they take little memory.
     """
     N, K, D = problem.shape
+    width = _width(problem)
 
-    def look(batches: int | None, plan: Plan | None) -> Tensor:
+    def look(problem: Exponents, rows: slice, batches: int | None, plan: Plan | None) -> Tensor:
         f = _Formula(LazyTensor, problem, batches, plan)
-        r = (f.e - f.i(values)).exp() * f.i(weights)
+        r = f.shares(values[rows]) * f.i(weights[rows])
         square = f.z.tensorprod(f.z) if f.full else f.z * f.z
         summand = (r * LazyTensor.concatenate((f.z, square), axis=-1)).concat(r)
-        return summand.sum(dim=1 if plan is None else 0).double()
+        return _called(problem, summand.sum, dim=1 if plan is None else 0).double()
 
+    sums = torch.zeros(K, width, dtype=torch.float64, device=problem.x.device)
     with _guarded(problem, "moments", plans is None) as LazyTensor:
         if plans is None:
             batches = -(-N // _ROWS_PER_SUM)
             if problem.x.is_cuda:
                 batches = min(N, max(batches, -(-_BLOCKS_CUDA // -(-K // 192))))
-            sums = look(batches, None).sum(0)
+            # Rows of a batch, components of a slab, and rows of all its batches.
+            size = -(-N // batches)
+            some = max(1, min(K, _SLAB // (_BYTES * width)))
+            most = size * max(1, _SLAB // (_BYTES * width * some))
+            for first in range(0, K, some):
+                part = problem.components(slice(first, first + some))
+                for start in range(0, N, most):
+                    rows = slice(start, min(N, start + most))
+                    partial = look(part.rows(rows), rows, -(-(rows.stop - start) // size), None)
+                    sums[first : first + some] += partial.sum(0)
         else:
-            width = 1 + D + (D * D if problem.is_full else D)
-            sums = torch.zeros(K, width, dtype=torch.float64, device=problem.x.device)
             for plan in plans:
-                sums.index_add_(0, plan.index, look(None, plan))
+                for slab in _slabs(problem, plan):
+                    sums.index_add_(0, slab.index, look(problem, slice(None), None, slab))
     S1, S2, S0 = sums[:, :D], sums[:, D:-1], sums[:, -1]
     return S0, S1, S2.reshape(K, D, D) if problem.is_full else S2
 
@@ -286,10 +344,10 @@ def point_gradient(problem: Exponents, values: Tensor, weights: Tensor, plans: l
     P = problem.U @ problem.U.mT if problem.is_full else problem.U.expand(K, D) ** 2
     averages = problem.x.new_empty(N, D)
     with _guarded(problem, "point_gradient") as LazyTensor:
-        for plan in [None] if plans is None else plans:
+        for plan in [None] if plans is None else chain.from_iterable(_slabs(problem, plan) for plan in plans):
             f = _Formula(LazyTensor, problem, plan=plan)
             P_j = f.j(P.reshape(K, -1))
             pull = P_j.matvecmult(f.z) if f.full else P_j * f.z
             rows = slice(None) if plan is None else plan.rows
-            averages[rows] = ((f.e - f.i(values)).exp() * pull).sum(dim=1).view(-1, D)
+            averages[rows] = _called(problem, (f.shares(values) * pull).sum, dim=1).view(-1, D)
     return -weights.to(averages)[:, None] * averages

@@ -94,9 +94,10 @@ class Plan:
     def ranges(self) -> tuple[Tensor, ...]:
         """The same for KeOps, on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
         ends = self.spans.diff(dim=1)[:, 0].cumsum(0)
-        points = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1).int()
-        lists = torch.stack([self.pointer[:-1], self.pointer[1:]], 1).int()
-        slices = torch.arange(1, len(points) + 1, device=points.device).int()
+        # KeOps reads int64 ones as they are; others it would convert on torch's stream, after that has been synchronized.
+        points = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1)
+        lists = torch.stack([self.pointer[:-1], self.pointer[1:]], 1)
+        slices = torch.arange(1, len(points) + 1, device=points.device)
         return points, slices, lists[self.owner], lists, slices, points
 
     def split(self, most: int) -> Plan:

@@ -1,0 +1,131 @@
+"""KeOps' LazyTensor written out densely in torch, so that the code around KeOps runs on a fake device and without a compiler.
+
+Only what the package uses is there. The one place that knows how the package finds KeOps is :func:`install`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from gmmkeops.reductions import _keops
+
+
+def _shape(*lazy):
+    return torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in lazy))
+
+
+class LazyTensor:
+    """A formula over rows i and columns j: a tensor (*batch, M or 1, N or 1, d), computed when it is reduced."""
+
+    # Whether reductions are computed, or zeros of their shape; and a function that is called with every result.
+    computes = True
+    watch = staticmethod(lambda result: None)
+
+    def __init__(self, tensor=None, *, shape=None, value=None, ranges=None, like=None):
+        self.shape = torch.Size(tensor.shape if shape is None else shape)
+        self.value = (lambda: tensor) if value is None else value
+        self.ranges = ranges
+        self.like = tensor.new_empty(0) if like is None else like
+        assert tensor is None or tensor.is_contiguous(), "KeOps reads contiguous memory"
+
+    def _new(self, width, value, *others):
+        everyone = (self, *others)
+        ranges = next((lazy.ranges for lazy in everyone if lazy.ranges is not None), None)
+        return type(self)(shape=(*_shape(*everyone), width), value=value, ranges=ranges, like=self.like)
+
+    def _pointwise(self, other, operation):
+        if not isinstance(other, LazyTensor):
+            return self._new(self.shape[-1], lambda: operation(self.value(), other))
+        width = max(self.shape[-1], other.shape[-1])
+        return self._new(width, lambda: operation(self.value(), other.value()), other)
+
+    def __sub__(self, other):
+        return self._pointwise(other, torch.sub)
+
+    def __mul__(self, other):
+        return self._pointwise(other, torch.mul)
+
+    __rmul__ = __mul__
+
+    def __pow__(self, exponent):
+        return self._new(self.shape[-1], lambda: self.value() ** exponent)
+
+    def __neg__(self):
+        return self._new(self.shape[-1], lambda: -self.value())
+
+    def exp(self):
+        return self._new(self.shape[-1], lambda: self.value().exp())
+
+    def matvecmult(self, vector):
+        D = vector.shape[-1]
+        return self._new(D, lambda: (self.value().unflatten(-1, (D, D)) * vector.value().unsqueeze(-2)).sum(-1), vector)
+
+    def tensorprod(self, other):
+        D = other.shape[-1]
+        product = lambda: (self.value().unsqueeze(-1) * other.value().unsqueeze(-2)).flatten(-2)  # noqa: E731
+        return self._new(self.shape[-1] * D, product, other)
+
+    def concat(self, other):
+        def joined():
+            parts = [lazy.value().expand(*shape, -1) for lazy in (self, other)]
+            return torch.cat(parts, -1)
+
+        shape = _shape(self, other)
+        return self._new(self.shape[-1] + other.shape[-1], joined, other)
+
+    @staticmethod
+    def concatenate(parts, axis=-1):
+        first, second = parts
+        return first.concat(second)
+
+    def _pairs(self, value):
+        """The values of pairs that the ranges leave out, replaced."""
+        found = self.value()
+        if self.ranges is None:
+            return found
+        rows, slices, columns = (part.tolist() for part in self.ranges[:3])
+        seen = torch.zeros(found.shape[:2], dtype=torch.bool, device=found.device)
+        begin = 0
+        for (first, last), end in zip(rows, slices, strict=True):
+            for left, right in columns[begin:end]:
+                seen[first:last, left:right] = True
+            begin = end
+        return torch.where(seen[..., None], found, value)
+
+    def _reduced(self, dim, width, reduction):
+        if type(self).computes:
+            result = reduction()
+        else:
+            shape = [*self.shape[:-1], width]
+            del shape[dim]
+            result = self.like.new_zeros(shape)
+        type(self).watch(result)
+        return result
+
+    def sum(self, dim):
+        if dim == -1:
+            return self._new(1, lambda: self.value().sum(-1, keepdim=True))
+        return self._reduced(dim, self.shape[-1], lambda: self._pairs(0.0).sum(dim))
+
+    def logsumexp(self, dim):
+        return self._reduced(dim, 1, lambda: self._pairs(-torch.inf).logsumexp(dim))
+
+    def argmax(self, dim):
+        return self._reduced(dim, 1, lambda: self._pairs(-torch.inf).argmax(dim))
+
+    def Kmin_argKmin(self, k, dim):
+        smallest = self._pairs(torch.inf).squeeze(-1).topk(min(k, self.shape[1]), dim=dim, largest=False)
+        type(self).watch(smallest.values)
+        return smallest.values, smallest.indices
+
+
+def install(monkeypatch, folder, *, computes=True, watch=lambda result: None):
+    """Puts the dense LazyTensor in the place of KeOps' own, on every device."""
+    lazy = type("LazyTensor", (LazyTensor,), {"computes": computes, "watch": staticmethod(watch)})
+    monkeypatch.setattr(_keops, "_compiled", set())
+    for name, value in {"lazy": lazy, "reason": None, "pid": None, "lock": folder / "lock"}.items():
+        monkeypatch.setitem(_keops._state, name, value)
+    monkeypatch.setitem(sys.modules, "pykeops", SimpleNamespace(config=SimpleNamespace(gpu_available=True)))
