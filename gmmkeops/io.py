@@ -6,18 +6,22 @@ name, shape and number before anything is made of them. Reference: the safetenso
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import tempfile
+import secrets
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.mixture import Mixture
 
-__all__ = ["KINDS", "load", "save", "write_array", "write_whole"]
+__all__ = ["KINDS", "load", "save", "unused_name", "write_array", "write_whole"]
+
+T = TypeVar("T")
 
 _FORMAT = "gmmkeops.mixture"
 _VERSION = 1
@@ -80,25 +84,56 @@ def write_array(path: Path, array: Any) -> None:
 def write_whole(path: Path, data: bytes) -> None:
     """Replaces a file in one step: at every moment there is the old one or the new one, on the disk too.
 
+    The file gets the permissions that the umask leaves. A symbolic link stays one, and the file that it points to is replaced;
+    a device or a pipe is written to.
+
     Raises:
-        OSError: The folder cannot be written to.
+        OSError: The folder cannot be written to, or the path is a folder.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    path = path.resolve() if path.is_symlink() else path
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    handle, temporary = unused_name(path, lambda name: os.open(name, flags, 0o666))
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def unused_name(path: Path, create: Callable[[Path], T]) -> tuple[T, Path]:
+    """Creates a temporary file beside a path, under a name that no other file has.
+
+    Args:
+        path: The file that the temporary one is for; the new name begins with a part of this file's name.
+        create: A function that creates the file, and raises FileExistsError where the name is taken.
+
+    Returns:
+        What ``create`` returned, and the name.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    while True:
+        name = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+        try:
+            return create(name), name
+        except FileExistsError:
+            continue
 
 
 def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:

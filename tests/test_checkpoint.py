@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import gmmkeops as gk
 from gmmkeops.fitting import _checkpoint
@@ -200,3 +203,180 @@ def test_estimators_keep_one(x, tmp_path):
         gk.GaussianMixture(3, n_init=2, checkpoint=path).fit(x)
     with pytest.raises(ValueError, match="every must not be negative"):
         gk.Checkpoint(path, every=-1)
+
+
+NAMES = ["env", "*", "[a-z]", "?", "a*b", "{a,b}", "**", "fit.ckpt", "x" * 245, "ж" * 60, "a b\n"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_other_file_is_touched_whatever_the_checkpoint_is_called(name, x, tmp_path):
+    """Names are not patterns, and files that look like temporary ones are somebody else's."""
+    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    # A name of 245 bytes leaves room for ".previous", and for no longer one.
+    pid = os.getpid()
+    others = [f".{name}.local", f".{name}.previous.{pid}", f".{name}.tmp", f"{name}.bak", f"{name}.part7", ".env.local"]
+    others += [".a.b", ".fit.ckpt.x1y2", "notes.txt", f".{name}.previous"]
+    others = [other for other in dict.fromkeys(others) if len(other.encode()) < 256]
+    for other in others:
+        (tmp_path / other).write_text(f"precious {other}")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / f".{name[:200]}.x").write_text("precious")
+    path = tmp_path / name
+    for iterations in (2, 4):
+        result = gk.fit(start, x, gk.EM(tol=0), max_iter=iterations, checkpoint=gk.Checkpoint(path, every=0))
+    assert result.n_iter == 4
+    for other in others:
+        assert (tmp_path / other).read_text() == f"precious {other}"
+    assert (tmp_path / "folder" / f".{name[:200]}.x").read_text() == "precious"
+    assert {file.name for file in tmp_path.iterdir()} == {*others, "folder", name, f"{name}.previous"}
+
+
+def test_leftovers_of_killed_writers_are_neither_read_nor_removed(x, tmp_path):
+    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "fit.ckpt"
+    gk.fit(start, x, gk.EM(tol=0), max_iter=3, checkpoint=gk.Checkpoint(path, every=0))
+    leftover = tmp_path / ".fit.ckpt.0123456789abcdef"
+    leftover.write_bytes(path.read_bytes()[:1000])
+    further = gk.fit(start, x, gk.EM(tol=0), max_iter=5, checkpoint=gk.Checkpoint(path, every=0))
+    assert same(further, gk.fit(start, x, gk.EM(tol=0), max_iter=5))
+    assert len(leftover.read_bytes()) == 1000
+    assert {file.name for file in tmp_path.iterdir()} == {"fit.ckpt", "fit.ckpt.previous", leftover.name}
+
+
+@pytest.mark.parametrize("which", ["fit.ckpt", "fit.ckpt.previous", "fit.ckpt.part0"])
+@pytest.mark.parametrize("content", [b"\x93NUMPY points", b"short", "mixture", "other"])
+def test_a_file_that_is_no_checkpoint_is_not_replaced(which, content, x, tmp_path):
+    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    if content == "mixture":
+        gk.save(start, tmp_path / which)
+    elif content == "other":
+        save_file({"a": torch.zeros(3)}, tmp_path / which, {"version": "3", "format": "pt"})
+    else:
+        (tmp_path / which).write_bytes(content)
+    before = (tmp_path / which).read_bytes()
+    with pytest.raises(ValueError, match=r"is no checkpoint, but would be replaced by one; move it away"):
+        gk.fit(start, x, gk.EM(), max_iter=2, checkpoint=tmp_path / "fit.ckpt")
+    assert (tmp_path / which).read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [which]
+
+
+def test_places_that_cannot_hold_a_checkpoint_are_refused_before_any_work(x, tmp_path):
+    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    steps = []
+    for path, error, what in (
+        (
+            tmp_path / "absent" / "fit.ckpt",
+            FileNotFoundError,
+            "there is no folder .*absent for the checkpoint fit.ckpt",
+        ),
+        (tmp_path, ValueError, "must be the path of a file, got the folder"),
+        ("", ValueError, "must be the path of a file, got the folder"),
+        (os.devnull, ValueError, "is no checkpoint, but would be replaced"),
+    ):
+        with pytest.raises(error, match=what):
+            gk.fit(start, x, gk.EM(), max_iter=2, checkpoint=path, callbacks=steps.append)
+    assert not steps
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_have_the_permissions_that_the_umask_leaves(x, tmp_path):
+    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    source = gk.Source.of(x, chunk_rows=1000)
+    for mask in (0o022, 0o027, 0o077):
+        folder = tmp_path / oct(mask)
+        folder.mkdir()
+        before = os.umask(mask)
+        try:
+            gk.save(start, folder / "mixture.safetensors")
+            gk.fit(start, source, gk.EM(tol=0), max_iter=3, checkpoint=gk.Checkpoint(folder / "fit.ckpt", every=0))
+        finally:
+            os.umask(before)
+        files = list(folder.iterdir())
+        assert {file.name for file in files} == {
+            "mixture.safetensors",
+            *(f"fit.ckpt{e}" for e in ("", ".previous", ".part0")),
+        }
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
+
+
+def test_a_symbolic_link_stays_one(x, tmp_path):
+    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "disk").mkdir()
+    for name in ("fit.ckpt", "mixture.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    for iterations in (1, 2):
+        gk.fit(start, x, gk.EM(tol=0), max_iter=iterations, checkpoint=tmp_path / "fit.ckpt")
+        gk.save(start, tmp_path / "mixture.safetensors")
+    for name in ("fit.ckpt", "mixture.safetensors"):
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "disk" / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("how", ["full", "gone", "half"])
+@pytest.mark.parametrize("kind", ["memory", "source", "minibatches"])
+def test_a_write_that_fails_is_a_warning_and_the_fit_goes_on(how, kind, x, tmp_path, monkeypatch):
+    start = gk.initialise(x, 4, generator=torch.Generator().manual_seed(0))
+    data = gk.Source.of(x, chunk_rows=1000) if kind == "source" else x
+    method = gk.EM(tol=0, batch_size=900) if kind == "minibatches" else gk.EM(tol=0)
+    expected = fit(data, start, method, None)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    replace, fsync = os.replace, os.fsync
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(step):
+        if step.iteration == 1 and how == "gone":
+            shutil.rmtree(folder)
+        elif step.iteration == 1:
+            monkeypatch.setattr(os, "replace" if how == "full" else "fsync", full)
+        if step.iteration == 3:
+            folder.mkdir(exist_ok=True)
+            monkeypatch.setattr(os, "replace", replace)
+            monkeypatch.setattr(os, "fsync", fsync)
+
+    what = "No such file or directory" if how == "gone" else "No space left on device"
+    with pytest.warns(
+        UserWarning, match=rf"the checkpoint .* could not be written \({what}\); the fit goes on"
+    ) as told:
+        found = fit(data, start, method, folder / "fit.ckpt", callbacks=fail)
+    assert len(told) == 1
+    assert same(found, expected)
+    # It was written again once there was room, and nothing half-written is left.
+    again = fit(data, start, method, folder / "fit.ckpt")
+    assert same(again, expected)
+    names = {file.name for file in folder.iterdir()}
+    assert names <= {"fit.ckpt", "fit.ckpt.previous", "fit.ckpt.part0"}
+
+
+def test_ctrl_c_returns_the_best_mixture_although_nothing_can_be_written(x, tmp_path, monkeypatch):
+    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stop(step):
+        monkeypatch.setattr(os, "replace", full)
+        if step.iteration == 3:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="No space left on device"):
+        found = gk.fit(start, x, gk.EM(tol=0), max_iter=50, checkpoint=tmp_path / "fit.ckpt", callbacks=stop)
+    assert found.report.interrupted
+    assert found.objective < gk.fit(start, x, gk.EM(tol=0), max_iter=2).objective + 1e-12
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_hard_links_keeps_checkpoints_too(x, tmp_path, monkeypatch):
+    def link(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "fit.ckpt"
+    gk.fit(start, x, gk.EM(tol=0), max_iter=3, checkpoint=gk.Checkpoint(path, every=0))
+    assert {file.name for file in tmp_path.iterdir()} == {"fit.ckpt", "fit.ckpt.previous"}
+    path.unlink()
+    found = gk.fit(start, x, gk.EM(tol=0), max_iter=5, checkpoint=path)
+    assert same(found, gk.fit(start, x, gk.EM(tol=0), max_iter=5))

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -22,13 +23,15 @@ from torch import Tensor
 
 from gmmkeops.distributed import World
 from gmmkeops.fitting._data import Ledger
-from gmmkeops.io import KINDS, write_whole
+from gmmkeops.io import KINDS, unused_name, write_whole
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
 
 __all__ = ["Checkpoint", "Journal", "known"]
 
-_FORMAT, _VERSION = "gmmkeops.checkpoint", 1
+_FORMAT, _VERSION = "gmmkeops.checkpoint", 2
+# How a header of ours may begin: its entries come in any order, and the file may be cut short within the first of them.
+_HEADS = (f'"format":"{_FORMAT}"', '"version":"', '"digest":"', '"tree":"{')
 _logger = logging.getLogger("gmmkeops")
 _CLASSES: dict[str, type] = {}
 
@@ -52,6 +55,9 @@ class Checkpoint:
 
     A fit that finds a checkpoint of the same data and model goes on from it. The file stays when the fit has ended: the same
     call then gives the same result at once, or goes on with a larger ``max_iter``; delete it to begin anew.
+
+    A file under one of the three names that is no checkpoint is never replaced, and no other file is touched. A write that
+    fails (a full disk, a folder that has been removed) is a warning, and the fit goes on.
 
     Args:
         path: The file; the one before is kept as ``<path>.previous``, and unfinished sweeps over a source as
@@ -97,28 +103,65 @@ class Checkpoint:
         path = Path(self.path)
         data = _bytes(tree)
         if path.exists():
-            spare = self._previous.with_name(f".{self._previous.name}.{os.getpid()}")
-            spare.unlink(missing_ok=True)
-            os.link(path, spare)
-            os.replace(spare, self._previous)
-            # Renaming one name of a file to another of the same does nothing.
-            spare.unlink(missing_ok=True)
+            # A second name for the file, which then replaces the previous one.
+            try:
+                _, spare = unused_name(self._previous, lambda name: os.link(path, name))
+            except OSError:
+                # This file system has no hard links: until the new state is written there is the previous one alone.
+                os.replace(path, self._previous)
+            else:
+                try:
+                    os.replace(spare, self._previous)
+                finally:
+                    # Renaming one name of a file to another of the same does nothing.
+                    spare.unlink(missing_ok=True)
         write_whole(path, data)
+
+    def check(self, rank: int) -> None:
+        """Raises where the files that a rank would write cannot be written, or are none of ours.
+
+        Raises:
+            FileNotFoundError: There is no such folder.
+            PermissionError: The folder cannot be written to.
+            ValueError: There is something else under a name that would be replaced.
+        """
+        path = Path(self.path)
+        if rank == 0:
+            if path.is_dir():
+                raise ValueError(
+                    f"checkpoint must be the path of a file, got the folder {path}; add a file name to it."
+                )
+            if not path.parent.is_dir():
+                raise FileNotFoundError(
+                    f"there is no folder {path.parent} for the checkpoint {path.name}; make it first."
+                )
+            if not os.access(path.parent, os.W_OK):
+                raise PermissionError(
+                    f"the folder {path.parent} of the checkpoint {path.name} cannot be written to; choose another one."
+                )
+        for name in (path, self._previous, self.part(rank)) if rank == 0 else (self.part(rank),):
+            try:
+                ours = not name.exists() or _ours(name)
+            except OSError as error:
+                raise ValueError(f"{name} cannot be read ({error.strerror}); choose another path for it.") from None
+            if not ours:
+                raise ValueError(
+                    f"{name} is no checkpoint, but would be replaced by one; move it away, or choose another path."
+                )
 
     def read(self, device: Any, world: World) -> Any:
         """The last state that was written whole, from rank 0's disk, or None where there is none.
 
         Raises:
-            ValueError: There are files, but none is whole.
+            ValueError: There are files, but none is whole; or as :meth:`check`.
         """
+        self.check(world.rank)
         data = b""
         if world.rank == 0:
-            found = [path for path in (Path(self.path), self._previous) if path.exists()]
             troubles = []
-            # What a writer that was killed has left.
-            for path in Path(self.path).parent.glob(f".{Path(self.path).name}.*"):
-                path.unlink(missing_ok=True)
-            for path in found:
+            for path in (Path(self.path), self._previous):
+                if not path.exists():
+                    continue
                 try:
                     data = path.read_bytes()
                     _tree(data, "cpu")
@@ -153,6 +196,8 @@ class Journal:
         self.replay: list[Moments] = []
         self.partial: Any = None
         self.inside: Any = None
+        # Why writing has failed so far.
+        self.causes: set[int | None] = set()
 
     @property
     def due(self) -> bool:
@@ -167,14 +212,33 @@ class Journal:
 
     def write(self, inside: Any = None) -> None:
         """Writes how the iteration began, the sweeps it has finished, and what it is in the middle of."""
-        if self.checkpoint is None or self.snapshot is None:
+        checkpoint = self.checkpoint
+        if checkpoint is None or self.snapshot is None:
             return
         if self.world.rank == 0:
             # Until it is taken up, what was read still holds.
             inside = self.inside if inside is None else inside
             tree = {**self.snapshot, "finished": self.finished, "inside": inside, "ranks": self.world.size}
-            self.checkpoint.write(tree)
-        self.last, self.written = time.monotonic(), True
+            self.written = self._tried(Path(checkpoint.path), lambda: checkpoint.write(tree))
+        else:
+            self.written = True
+        self.last = time.monotonic()
+
+    def _tried(self, path: Path, write: Callable[[], None]) -> bool:
+        """Whether a write has succeeded; a failure is no reason to lose the fit, and is told once for each cause."""
+        try:
+            write()
+        except OSError as error:
+            if error.errno not in self.causes:
+                self.causes.add(error.errno)
+                warnings.warn(
+                    f"the checkpoint {path} could not be written ({error.strerror or error}); the fit goes on, and tries again "
+                    "at each further checkpoint.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+            return False
+        return True
 
     def recall(self, saved: Any, device: Any) -> None:
         """Takes up what was read: finished sweeps, and what the iteration was in the middle of with as many ranks."""
@@ -213,7 +277,8 @@ class Journal:
             self.write()
         place = [self.iteration, len(self.finished), self.world.size, self.snapshot["mark"]]
         tree = {"place": place, "sums": sums, "ledger": ledger.numbers, "pieces": pieces}
-        write_whole(self.checkpoint.part(self.world.rank), _bytes(tree))
+        path = self.checkpoint.part(self.world.rank)
+        self._tried(path, lambda: write_whole(path, _bytes(tree)))
         self.last = time.monotonic()
 
 
@@ -225,6 +290,22 @@ def _bytes(tree: Any) -> bytes:
     named = {f"t{i}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
     meta = {"format": _FORMAT, "version": str(_VERSION), "tree": header, "digest": _digest(header, named)}
     return serialise(named or {"none": torch.zeros(0)}, meta)
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file is a checkpoint, damaged or not; an empty one, which a power cut may leave, counts as one."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        head = file.read(8)
+        header = file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
+    try:
+        found = json.loads(header)
+    except ValueError:
+        text = header[:64].decode("utf-8", "replace")
+        return not head or text.startswith(tuple(f'{{"__metadata__":{{{key}' for key in _HEADS))
+    metadata = found.get("__metadata__") if isinstance(found, dict) else None
+    return isinstance(metadata, dict) and metadata.get("format") == _FORMAT
 
 
 def _digest(header: str, tensors: dict[str, Tensor]) -> str:
@@ -244,8 +325,10 @@ def _tree(data: bytes, device: Any) -> Any:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"it is not a whole safetensors file: {error}") from None
-    if meta.get("format") != _FORMAT or meta.get("version") != str(_VERSION):
-        raise ValueError(f"it is no {_FORMAT} of version {_VERSION}")
+    if meta.get("format") != _FORMAT:
+        raise ValueError("it is no checkpoint")
+    if meta.get("version") != str(_VERSION):
+        raise ValueError("it was written by another version of gmmkeops")
     tensors.pop("none", None)
     if _digest(meta["tree"], tensors) != meta["digest"]:
         raise ValueError("its digest does not match what it holds")
