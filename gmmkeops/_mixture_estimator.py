@@ -19,6 +19,7 @@ from torch import Tensor
 from gmmkeops import selection
 from gmmkeops._checks import ConvergenceWarning, PrecisionWarning, as_points, as_tensor, as_weights
 from gmmkeops._contract import Estimator, column_names, convergence_warning
+from gmmkeops._random import DEFAULT_SEED
 from gmmkeops.distributed import World
 from gmmkeops.factors import factor_class
 from gmmkeops.fitting import EM, FitResult, Method, Step, fit
@@ -268,7 +269,7 @@ class MixtureEstimator(Estimator, ABC):
         return as_points(x, name="X", minimum=minimum), names
 
     def _adopt(self, mixture: Mixture, tensors: bool) -> None:
-        self.mixture_, self._tensors = mixture, tensors
+        self.mixture_, self._tensors, self._sampled = mixture, tensors, 0
         factor = mixture.factor
         tied = factor_class(self.covariance_type)[1]
 
@@ -337,6 +338,9 @@ class MixtureEstimator(Estimator, ABC):
     ) -> tuple[Any, Any]:
         """Draws points and their components.
 
+        With an int as ``random_state`` every call draws the same points, as in scikit-learn. With None successive calls draw
+        different points, and the n-th call after a fit draws the same points in every process.
+
         Args:
             n_samples: How many.
             component, confidence, std_range: As for :meth:`Mixture.sample`.
@@ -353,11 +357,12 @@ class MixtureEstimator(Estimator, ABC):
         x, labels = self.mixture_.sample(
             int(n_samples),
             return_labels=True,
-            generator=generator_of(self.random_state, self.mixture_.means.device),
+            generator=generator_of(self.random_state, self.mixture_.means.device, self._sampled),
             component=component,
             confidence=confidence,
             std_range=std_range,
         )
+        self._sampled += 1
         return self._out(x, self._tensors), self._out(labels, self._tensors)
 
 
@@ -369,12 +374,11 @@ def _improves(found: FitResult, best: FitResult | None) -> bool:
     return best is None or found.objective < best.objective - _TIE * max(1.0, abs(best.objective))
 
 
-def generator_of(random_state: Any, device: torch.device) -> torch.Generator:
-    """A generator from scikit-learn's kinds of ``random_state``."""
+def generator_of(random_state: Any, device: torch.device, call: int = 0) -> torch.Generator:
+    """A generator from scikit-learn's kinds of ``random_state``; of a fixed seed for the n-th ``call`` if it is None."""
     generator = torch.Generator(device)
     if random_state is None:
-        generator.seed()
-        return generator
+        return generator.manual_seed(DEFAULT_SEED + call)
     if isinstance(random_state, (int, np.integer)):
         return generator.manual_seed(int(random_state) % (1 << 63))
     if isinstance(random_state, np.random.Generator):

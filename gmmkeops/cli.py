@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("model", type=Path, help="a mixture's file")
     sample.add_argument("-n", "--number", type=int, default=1000, help="how many (default: 1000)")
-    sample.add_argument("--seed", type=int, help="for the same points each time")
+    sample.add_argument("--seed", type=int, default=0, help="another seed draws other points (default: 0)")
     sample.add_argument("--out", type=Path, required=True, help=".npy or .csv file")
 
     select = command(
@@ -306,8 +306,7 @@ def _sample(options: Any) -> None:
         raise ValueError(f"--number must be at least 1, got {options.number}.")
     if options.out.suffix not in (".npy", ".csv"):
         raise ValueError(f"points are written to .npy or .csv files, got {options.out}.")
-    generator = torch.Generator()
-    generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     points = io.load(options.model).sample((options.number,), generator=generator).double().numpy()
     if options.out.suffix == ".csv":
         np.savetxt(options.out, points, delimiter=",", fmt="%.17g")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmmkeops._random import as_generator
 from gmmkeops.factors import FullFactor
 from gmmkeops.mixture import Mixture
 
@@ -39,7 +40,7 @@ class Estimate(NamedTuple):
     error: float
 
 
-def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generator | None) -> Tensor:
+def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generator) -> Tensor:
     if p.features != q.features:
         raise ValueError(f"the mixtures have {p.features} and {q.features} features; compare mixtures of one space.")
     if samples < 2:
@@ -61,7 +62,8 @@ def kl_divergence(
     Args:
         p, q: Mixtures of the same number of features.
         samples: Draws from p.
-        generator: Source of randomness; torch's own if left out.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same estimate
+            in every process.
 
     Returns:
         The estimate and its standard error, nats.
@@ -80,7 +82,7 @@ def kl_divergence(
         >>> abs(value - 0.5) < 5 * error
         True
     """
-    return _estimate(_differences(p, q, samples, generator))
+    return _estimate(_differences(p, q, samples, as_generator(generator, p.means.device)))
 
 
 def jensen_shannon(
@@ -103,7 +105,7 @@ def jensen_shannon(
         >>> round(gk.compare.jensen_shannon(p, q).value, 4)  # they share nothing: log 2
         0.6931
     """
-    halves = []
+    generator, halves = as_generator(generator, p.means.device), []
     for a, b in ((p, q), (q, p)):
         difference = _differences(a, b, max(2, samples // 2), generator)
         # log a - log (a + b) / 2
@@ -127,7 +129,8 @@ def total_variation(
         >>> gk.compare.total_variation(p, q).value
         1.0
     """
-    return _estimate((1 - (-_differences(p, q, samples, generator)).exp()).clamp(min=0))
+    ratios = (-_differences(p, q, samples, as_generator(generator, p.means.device))).exp()
+    return _estimate((1 - ratios).clamp(min=0))
 
 
 def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:

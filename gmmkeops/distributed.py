@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gmmkeops._random import as_generator
 from gmmkeops._survey import Reservoir, Survey
 from gmmkeops.moments import Moments
 from gmmkeops.sources import Source
@@ -295,15 +296,16 @@ class World:
     def generator(self, given: torch.Generator | None, device: torch.device) -> torch.Generator:
         """A source of randomness that is in step on all ranks: what was given, as it is on rank 0.
 
-        Without one the seed is torch's initial seed, and torch's own state is left alone.
+        Without one a fixed seed is used, and torch's global random state is left alone.
+
+        Raises:
+            TypeError: What was given is not a ``torch.Generator``.
         """
-        if given is None:
-            seed = self.tell(torch.initial_seed() % (1 << 63))[0]
-            return torch.Generator(device).manual_seed(seed)
+        generator = as_generator(given, device)
         if self.size > 1:
-            state = self.gather_bytes(given.get_state().numpy().tobytes())[0]
-            given.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-        return given
+            state = self.gather_bytes(generator.get_state().numpy().tobytes())[0]
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        return generator
 
     def any(self, *flags: bool) -> list[bool]:
         """Of each flag, whether it is up on any rank."""

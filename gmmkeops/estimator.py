@@ -48,7 +48,8 @@ class GaussianMixture(MixtureEstimator):
         init_params: "kmeans", "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").
         weights_init, means_init, precisions_init: Given starts (K,), (K, D) and in the covariances' shape; what is left
             out comes from ``init_params``.
-        random_state: None, an int, or a numpy ``RandomState`` or ``Generator``.
+        random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. With None a fixed seed is used, so that the
+            same fit gives the same result in every process. Global random states are never read or changed.
         warm_start: Begin at the last fit's parameters.
         verbose: Write a line to stderr each ``verbose_interval`` iterations; from 2 on, show a bar in a terminal instead.
         verbose_interval: See ``verbose``.

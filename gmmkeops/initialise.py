@@ -61,8 +61,8 @@ def initialise(
             (those, improved by Lloyd's iterations), ``"responsibilities"`` (every point shared at random).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         weights: Weight of each point (N,), or None.
-        generator: Source of randomness. Without one the seed is torch's initial seed, and torch's own state is left
-            alone, so that the same call gives the same start.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same mixture
+            in every process. Torch's global random state is left alone either way.
         runs: Runs of k-means or its seeding, of which the best is kept; they see a sample of the points.
         refine: Steps in which the clusters then share their points by responsibilities, as EM would.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.

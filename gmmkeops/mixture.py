@@ -378,7 +378,8 @@ class Mixture(Distribution):
         Args:
             sample_shape: S, an int or a shape.
             return_labels: Whether to return the components as well.
-            generator: Source of randomness; torch's own if left out.
+            generator: Random number generator. Without one torch's global generator is used, as by all distributions of
+                torch: two calls draw different points, and ``torch.manual_seed`` makes them repeat.
             component: Draw from this component alone.
             confidence: Draw within the ellipsoid that holds this share of a component, in (0, 1].
             std_range: (a, b): draw at Mahalanobis distances from a to b of the component's mean; b may be infinite.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gmmkeops._checks import as_points, as_tensor
+from gmmkeops._random import as_generator
 from gmmkeops.factors import factor_class
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
@@ -31,6 +32,8 @@ _RUNS = 10
 
 class GMM(nn.Module):
     r"""A trainable Gaussian mixture, unconditional or conditioned on a context.
+
+    As in all modules of torch, the first parameters are drawn by torch's global generator; :meth:`initialize` replaces them.
 
     Args:
         features: D, the number of columns of a point.
@@ -203,7 +206,8 @@ class GMM(nn.Module):
             context: The points' contexts (N, C), so that the network's first layer is drawn anew for values such as these;
                 if left out it stays as it is, which suits contexts near zero of size one.
             weights: Weight of each point (N,), or None.
-            generator: Source of randomness.
+            generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+                parameters in every process.
 
         Returns:
             The module itself.
@@ -214,6 +218,7 @@ class GMM(nn.Module):
         names = {"full": "full", "diagonal": "diag", "spherical": "spherical"}
         covariance_type = ("tied_" if self.tied else "") + names[self.kind.family]
         x = as_tensor(x, name="x", device=next(self.parameters()).device)
+        generator = as_generator(generator, x.device)
         if x.ndim == 2 and x.shape[1] != self.features:
             raise ValueError(f"x has {x.shape[1]} columns, expected {self.features} as in the model.")
         if context is not None:
@@ -235,7 +240,7 @@ class GMM(nn.Module):
         return self
 
     @torch.no_grad()
-    def _suit(self, c: Tensor, generator: torch.Generator | None) -> None:
+    def _suit(self, c: Tensor, generator: torch.Generator) -> None:
         """Draws the first layer, as torch would, for contexts that are standardised inside it."""
         first, mean, spread = cast(nn.Linear, self.network[0]), c.mean(0), c.std(0, correction=0)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import ConvergenceWarning, as_points
+from gmmkeops._random import as_generator
 from gmmkeops.fitting import EM, FitResult, Method, fit
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
@@ -161,7 +162,8 @@ def silhouette(
         x: Points (N, D), data units.
         labels: Cluster of each point (N,), at least two of them.
         samples: The exact form needs all distances, so it is taken on so many points drawn at random; None takes all.
-        generator: Source of randomness; by default seeded with torch's initial seed.
+        generator: Random number generator that draws the sample. Without one a fixed seed is used, so that the same call
+            gives the same result in every process.
 
     Returns:
         The exact silhouette of that sample (as scikit-learn's ``silhouette_score``), and the centroid form of all points,
@@ -203,8 +205,7 @@ def _exact_silhouette(
     points: Tensor, label: Tensor, K: int, samples: int | None, generator: torch.Generator | None
 ) -> float:
     if samples is not None and samples < len(points):
-        if generator is None:
-            generator = torch.Generator(points.device).manual_seed(torch.initial_seed() % (1 << 63))
+        generator = as_generator(generator, points.device)
         rows = torch.randperm(len(points), generator=generator, device=points.device)[:samples]
         points, label = points[rows], label[rows]
     onehot = torch.nn.functional.one_hot(label, K).double()
@@ -300,7 +301,8 @@ def select(
         criterion: ``"bic"``, ``"aic"`` or ``"icl"``.
         weights: Weight of each point (N,), or None.
         runs: Runs of k-means for each start.
-        generator: Source of randomness; by default seeded with torch's initial seed.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same result
+            in every process.
         **options: Passed on to :func:`gmmkeops.fit`.
 
     Returns:
@@ -323,8 +325,7 @@ def select(
     numbers = list(components)
     if not numbers or not covariance_types:
         raise ValueError("there is nothing to select from; pass at least one number of components and one type.")
-    if generator is None:
-        generator = torch.Generator(device).manual_seed(torch.initial_seed() % (1 << 63))
+    generator = as_generator(generator, device)
     rows, results = [], []
     for K in numbers:
         seed = int(torch.randint(1 << 62, (1,), generator=generator, device=device))

@@ -154,7 +154,10 @@ class Draws:
         return self._over(x, shares, self.prior.components * self.prior.features)
 
     def sample(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws points from the posterior predictive distribution (count, D), data units."""
+        """Draws points from the posterior predictive distribution (count, D), data units.
+
+        Without a generator torch's global one is used, as by all distributions of torch: two calls draw different points.
+        """
         rows = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         chosen = self.prior.mixtures({name: value[rows] for name, value in self.values.items()})
         return chosen.sample(generator=generator)

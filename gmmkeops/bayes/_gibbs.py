@@ -30,10 +30,11 @@ from torch.distributions import (
 )
 
 from gmmkeops import reductions
+from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._normal_wishart import bartlett, gamma, stick_weights
 from gmmkeops.bayes._prior import Prior, StickBreaking, Values
-from gmmkeops.bayes._target import Target, check_counts, seeded
+from gmmkeops.bayes._target import Target, check_counts
 from gmmkeops.factors import FullFactor, SphericalFactor
 from gmmkeops.moments import Moments
 
@@ -73,7 +74,8 @@ def gibbs(
         chains: Independent chains, each from another start.
         thin: Sweeps for each draw that is kept.
         weights: How often each point counts (N,), or None.
-        generator: Source of randomness.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+            result in every process.
         backend, truncate: As for :func:`gmmkeops.reductions.moments`.
         progress: Whether to show a progress bar; by default only in a terminal.
 
@@ -100,7 +102,7 @@ def gibbs(
     check_counts(draws=(draws, 1), warmup=(warmup, 0), chains=(chains, 1), thin=(thin, 1))
     moves = _moves(prior)
     target = Target(prior, x, weights, backend=backend, truncate=truncate)
-    generator = seeded(generator)
+    generator = as_generator(generator)
     kept: list[Values] = []
     occupied: list[Tensor] = []
     with _bar(chains * (warmup + draws * thin), progress) as bar:

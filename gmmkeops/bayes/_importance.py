@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import SamplingWarning
+from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._pareto import smoothed
 from gmmkeops.bayes._prior import Prior, Values
@@ -57,7 +58,8 @@ def importance(
             (that, moved and sheared to raise the evidence bound), or ``"prior"``. The first two are laid out for every
             order of up to five components.
         weights: Weight of each point (N,), or None.
-        generator: Source of randomness.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+            result in every process.
         backend: As for :func:`gmmkeops.reductions.logsumexp`.
 
     Returns:
@@ -88,6 +90,7 @@ def importance(
     if draws < 10:
         raise ValueError(f"draws must be at least 10, got {draws}.")
     target = Target(prior, x, weights, backend=backend)
+    generator = as_generator(generator)
     if proposal == "prior":
         values = prior.sample(draws, generator)
         ratios = target.log_likelihood(prior.mixtures(values))
@@ -131,7 +134,7 @@ def _orders(target: Target, centre: Tensor) -> tuple[Tensor, Tensor]:
     return orders, 0.9 * shares / shares.sum() + 0.1 / len(shares)
 
 
-def _student(count: int, size: int, generator: torch.Generator | None) -> Tensor:
+def _student(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Standard Student's t vectors (count, size)."""
     noise = torch.randn(count, size, generator=generator, dtype=torch.float64)
     half = torch.full((count, 1), _DEGREES / 2, dtype=torch.float64)
@@ -166,7 +169,7 @@ def _log_proposal(
 
 
 def _variational(
-    target: Target, centre: Tensor, root: Tensor, generator: torch.Generator | None, steps: int = 300, draws: int = 16
+    target: Target, centre: Tensor, root: Tensor, generator: torch.Generator, steps: int = 300, draws: int = 16
 ) -> tuple[Tensor, Tensor]:
     """The Gaussian that raises the evidence bound most, from the Laplace approximation on."""
     size = len(centre)

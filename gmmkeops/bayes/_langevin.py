@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._prior import Prior
-from gmmkeops.bayes._target import Target, check_counts, seeded
+from gmmkeops.bayes._target import Target, check_counts
 
 __all__ = ["langevin"]
 
@@ -60,7 +61,8 @@ def langevin(
         step: ε, in squared standard deviations of the posterior, at most 1.
         batch_size: Points of a step; by default a hundredth of them, and at least 10 000.
         weights: Weight of each point (N,), or None.
-        generator: Source of randomness.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+            result in every process.
         backend: As for :func:`gmmkeops.reductions.logsumexp`.
         progress: Whether to show a progress bar; by default only in a terminal.
 
@@ -88,7 +90,7 @@ def langevin(
     size = min(rows, max(10_000, rows // 100)) if batch_size is None else int(batch_size)
     if not 1 <= size <= rows:
         raise ValueError(f"batch_size must be from 1 to the {rows} points, got {batch_size!r}.")
-    generator = seeded(generator)
+    generator = as_generator(generator)
     mode, root = target.laplace(generator, starts=1)
     _, whole = target.slopes(mode[None])
     steady = whole[0] - _prior_slope(prior, mode)

@@ -246,7 +246,10 @@ class NormalWishart:
         return StudentMixture(self.mixture.logits, self.mixture.means, factor.replace(**tensors), degrees.expand(K))
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Mixture:
-        """Draws mixtures: a batch (count,) of them."""
+        """Draws mixtures: a batch (count,) of them.
+
+        Without a generator torch's global one is used, as by all distributions of torch: two calls draw different mixtures.
+        """
         K, D, factor = self.mixture.components, self.mixture.features, self.mixture.factor
         a = self.concentration.expand(count, *self.concentration.shape)
         draws = gamma(a, generator)

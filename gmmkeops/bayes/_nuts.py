@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import SamplingWarning
+from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._prior import Prior, Values
-from gmmkeops.bayes._target import Target, check_counts, seeded
+from gmmkeops.bayes._target import Target, check_counts
 
 __all__ = ["nuts"]
 
@@ -52,7 +53,8 @@ def nuts(
         warmup: Steps of each chain before that, in which step size and mass matrix are found.
         chains: Independent chains, one after another.
         weights: Weight of each point (N,), or None.
-        generator: Source of randomness; torch's own state stays as it is.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+            result in every process. Torch's global random state is left alone.
         backend: As for :func:`gmmkeops.reductions.logsumexp`.
         progress: Whether to show a progress bar; by default only in a terminal.
         **options: Further arguments of ``pyro.infer.NUTS``, such as ``target_accept_prob=0.95``.
@@ -94,7 +96,7 @@ def nuts(
 
     show = sys.stderr.isatty() if progress is None else progress
     places, divergences, accepted = [], 0, 0.0
-    generator = seeded(generator)
+    generator = as_generator(generator)
     for chain in range(chains):
         start = target.mode(target.start(generator, "kmeans" if chain == 0 else "kmeans++"))
         start = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float64)

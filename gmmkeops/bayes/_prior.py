@@ -60,7 +60,7 @@ class StickBreaking(Distribution):
         super().__init__(torch.Size(), torch.Size([int(components)]), validate_args=False)
 
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws weights (*S, K)."""
+        """Draws weights (*S, K); without a generator by torch's global one, as all distributions of torch do."""
         shape = (*torch.Size(sample_shape), *self.event_shape)
         a = gamma(torch.ones(shape, dtype=torch.float64), generator)
         b = gamma(torch.full(shape, self.concentration, dtype=torch.float64), generator)
@@ -274,7 +274,10 @@ class Prior:
         return {name: value.double()[None] for name, value in found.items()}
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Values:
-        """Draws parameters: values by name (count, ...)."""
+        """Draws parameters: values by name (count, ...).
+
+        Without a generator torch's global one is used, as by all distributions of torch: two calls draw different values.
+        """
         found = {}
         for site in self.sites:
             if site.prior is None:

@@ -104,7 +104,7 @@ class StudentMixture(Distribution):
         return self.covariance_matrix.diagonal()
 
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws points (*S, D), data units."""
+        """Draws points (*S, D), data units; without a generator by torch's global one, as all distributions of torch do."""
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         count, D = shape.numel(), self.means.shape[1]
         gaussian = Mixture(self.logits, torch.zeros_like(self.means), self.factor, validate_args=False)

@@ -22,7 +22,7 @@ from gmmkeops.fitting import fit
 from gmmkeops.initialise import initialise
 from gmmkeops.mixture import Mixture
 
-__all__ = ["Target", "check_counts", "seeded"]
+__all__ = ["Target", "check_counts"]
 
 # Points up to which all draws are looked at in one call; more fill the cores by themselves.
 _FEW = 4096
@@ -39,11 +39,6 @@ def check_counts(**counts: tuple[int, int]) -> None:
     for name, (value, least) in counts.items():
         if int(value) != value or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-
-
-def seeded(generator: torch.Generator | None) -> torch.Generator:
-    """The generator, or one of torch's initial seed, so that torch's own state is left alone."""
-    return torch.Generator().manual_seed(torch.initial_seed() % (1 << 63)) if generator is None else generator
 
 
 class Target:

@@ -25,6 +25,7 @@ from torch import Tensor
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_points, as_weights
 from gmmkeops._floor import nearest_factor
+from gmmkeops._random import DEFAULT_SEED
 from gmmkeops.factors import Factor
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._data import Piece
@@ -415,8 +416,10 @@ class EM(Method[_State]):
             TypeError, ValueError: Bad points or weights.
         """
         x = as_points(x, features=mixture.features)
+        # Each batch has random numbers of its own, the same in every process.
+        generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
         problem = Problem.of(
-            x, as_weights(weights, x), penalty, backend, None, isotropic=mixture.factor.family == "spherical"
+            x, as_weights(weights, x), penalty, backend, generator, isotropic=mixture.factor.family == "spherical"
         )
         state = self.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
         seen = problem.mass

@@ -84,8 +84,8 @@ def fit(
             in float64. The points are centred in float64 first, so map coordinates lose no digits in float32.
         callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit.
         progress: Whether to show a progress bar; by default only in a terminal.
-        generator: Source of randomness (minibatches). Without one the seed is torch's initial seed; torch's own state
-            is left alone either way.
+        generator: Random number generator (minibatches, stochastic assignment). Without one a fixed seed is used, so that
+            the same call gives the same result in every process. Torch's global random state is left alone either way.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, where the state is kept every minute. A fit that finds one
             there goes on from it, as if it had not been interrupted: to the last bit for EM on a CPU.
         max_memory: Bytes, or text such as "1.5GB", that the fit may take beside imports and the given points. Points whose
