@@ -21,6 +21,7 @@ __all__ = [
     "as_tensor",
     "as_weights",
     "check_finite",
+    "readable",
 ]
 
 _FLOATS = (torch.float32, torch.float64)
@@ -125,8 +126,25 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
     return found
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can decide what is done next.
+
+    They cannot while torch compiles or exports, and in a function that ``torch.func.vmap`` maps over a batch.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    inside = torch._C._functorch
+    while inside.is_functorch_wrapped_tensor(tensor):
+        if inside.is_batchedtensor(tensor):
+            return False
+        tensor = inside.get_unwrapped(tensor)
+    return True
+
+
 def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0) -> None:
     """Raises a ValueError that names the first entry of ``tensor`` (whose rows count from ``first``) that is not finite."""
+    if not readable(tensor):
+        return
     detached = tensor.detach()
     # A sum that is finite has finite terms; one that is not may only have overflowed.
     if bool(torch.isfinite(detached.sum())):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, check_finite
+from gmmkeops._checks import as_tensor, check_finite, readable
 
 __all__ = [
     "DiagonalFactor",
@@ -454,7 +454,7 @@ def _square(value: Any, name: str) -> Tensor:
 
 def _positive(values: Tensor, name: str) -> Tensor:
     good = torch.isfinite(values) & (values > 0)
-    if not bool(good.all()):
+    if readable(values) and not bool(good.all()):
         where = [int(i) for i in (~good).nonzero()[0]]
         raise ValueError(
             f"{name} must be positive and finite, got {float(values[tuple(where)]):.6g} in component "
@@ -468,13 +468,14 @@ def _cholesky(matrices: Tensor, name: str) -> Tensor:
     size = matrices.detach().abs().amax((-1, -2))
     # What float32 arithmetic leaves of a symmetric matrix, also where it has been cast to float64 since.
     skew = asymmetry > 1e-5 * size
-    if bool(skew.any()):
+    known = readable(matrices)
+    if known and bool(skew.any()):
         raise ValueError(
             f"{name} must be symmetric, component {int(skew.nonzero()[0, -1])} is not (entries differ by "
             f"{float(asymmetry.max()):.3g}); symmetrise with (S + S.T) / 2."
         )
     L, info = torch.linalg.cholesky_ex(0.5 * (matrices + matrices.mT))
-    if bool((info > 0).any()):
+    if known and bool((info > 0).any()):
         component = int((info > 0).nonzero()[0, -1])
         raise ValueError(
             f"{name} must be positive definite, component {component} is not; add a small ridge to its diagonal."

@@ -19,7 +19,7 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_points, as_tensor, check_finite
+from gmmkeops._checks import as_points, as_tensor, check_finite, readable
 from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
@@ -79,9 +79,10 @@ class Mixture(Distribution):
             )
         if validate_args is not False:
             check_finite(means, name="means", rows="component")
-            if bool(torch.isnan(logits).any()) or bool((logits == math.inf).any()):
+            some = readable(logits)
+            if some and (bool(torch.isnan(logits).any()) or bool((logits == math.inf).any())):
                 raise ValueError("logits must not be NaN or +inf; pass finite log-weights, or -inf for none.")
-            if bool((logits == -math.inf).all(-1).any()):
+            if some and bool((logits == -math.inf).all(-1).any()):
                 raise ValueError("logits must leave some component with weight, all are -inf.")
             for name, tensor in factor.tensors.items():
                 check_finite(tensor, name=f"the factor's {name}", rows="component")
@@ -120,12 +121,12 @@ class Mixture(Distribution):
                 f"weights must have shape (K,) and means (K, D), got {tuple(weights.shape)} and {tuple(means.shape)}."
             )
         check_finite(weights, name="weights", rows="component")
-        if bool((weights < 0).any()):
+        if readable(weights) and bool((weights < 0).any()):
             component = int((weights < 0).nonzero()[0, 0])
             raise ValueError(
                 f"weights must not be negative, got {float(weights[component]):.6g} in component {component}."
             )
-        if abs(float(weights.sum(dtype=torch.float64)) - 1) > 1e-4:
+        if readable(weights) and abs(float(weights.detach().sum(dtype=torch.float64)) - 1) > 1e-4:
             raise ValueError(f"weights must sum to one, got {float(weights.sum()):.6g}; divide them by their sum.")
         K, D = means.shape
         leading = () if tied else (K,)

@@ -21,6 +21,8 @@ LAYERS = [
     ["gmmkeops.factors"],
     ["gmmkeops._floor"],
     ["gmmkeops.reductions._cores", "gmmkeops.reductions._exponents", "gmmkeops.reductions._products"],
+    ["gmmkeops.reductions._plain"],
+    ["gmmkeops.reductions._derivatives"],
     ["gmmkeops.reductions._boxes", "gmmkeops.reductions._tile"],
     ["gmmkeops.reductions._lists"],
     ["gmmkeops.reductions._truncation"],

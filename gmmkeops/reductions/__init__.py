@@ -13,23 +13,23 @@ Two engines with equal results, ``dense`` and ``keops``; neither builds an N x K
     \partial_{c_k} = S^0_k, \qquad \partial_{\mu_k} = U_k U_k^\top S^1_k, \qquad \partial_{U_k} = -S^2_k U_k, \qquad
     \partial_{x_n} = -\sum_k r_{nk}\, U_k U_k^\top (x_n - \mu_k)
 
-so one pass gives every parameter's gradient, and EM reads the same sums.
+so one pass gives every parameter's gradient, and EM reads the same sums. Second derivatives are recomputed in chunks.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from gmmkeops._checks import as_tensor, as_weights
+from gmmkeops._checks import as_tensor, as_weights, readable
 from gmmkeops.factors import DiagonalFactor, Factor
 from gmmkeops.moments import Moments
 from gmmkeops.reductions import _dense, _keops
 from gmmkeops.reductions._choice import BACKENDS, arrange, engine, may_arrange
+from gmmkeops.reductions._derivatives import Attached, LogSumExp, Total
 from gmmkeops.reductions._exponents import Exponents, factor_tensor
 from gmmkeops.reductions._truncation import Truncation
 
@@ -59,6 +59,11 @@ def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None
 
     ``best`` is which of a point's exponents, from the largest on, the lists are judged by; 0 for their log-sum-exp.
     """
+    if not all(map(readable, _arguments(x, offsets, means, factor))):
+        raise ValueError(
+            "torch.func.vmap and torch.compile can take log-densities and their sums; for labels, largest exponents, moments "
+            "and arranged points pass all points in one ordinary call."
+        )
     if isinstance(x, Truncation):
         problem, blocks = Exponents.of(x.cloud.points, offsets, means, factor), x
     else:
@@ -143,7 +148,7 @@ def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Ten
         offsets, means, factor: As for :func:`logsumexp`.
 
     Returns:
-        A float64 scalar, nats, differentiable (once) in the parameters.
+        A float64 scalar, nats, with first derivatives in the parameters; a second derivative raises a NotImplementedError.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -156,82 +161,69 @@ def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Ten
         >>> torch.allclose(in_halves, means.grad, atol=1e-4)
         True
     """
-    U = factor_tensor(factor)
-    wide = U.detach().double().expand(len(means), *U.shape[1:])
-    value = sums.total
-    for gradient, like in zip(_parameter_gradients(wide, sums), (offsets, means, U), strict=True):
-        if like.requires_grad:
-            # Zero by value; what it adds is the gradient.
-            value = value + (gradient.sum_to_size(like.shape) * (like - like.detach())).sum()
-    return value
-
-
-class _LogSumExp(torch.autograd.Function):
-    """ℓ (N,), or with ``reduce`` Σ g ℓ; backward is one sweep for the moments, which ``reduce`` has already made."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        offsets: Tensor,
-        means: Tensor,
-        U: Tensor,
-        blocks: Truncation | None,
-        weights: Tensor | None,
-        reduce: bool,
-        backend: str,
-        truncate: float | None,
-    ) -> Tensor:
-        problem, blocks = _setup(x if blocks is None else blocks, offsets, means, U, truncate)
-        ctx.problem, ctx.blocks, ctx.backend, ctx.reduce = problem, blocks, backend, reduce
-        ctx.like = (x, offsets, means, U)
-        if not reduce:
-            values = _values(problem, blocks, backend)
-            return values if blocks is None else blocks.cloud.leave(values)
-        ctx.weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
-        ctx.sums = _moments(problem, blocks, ctx.weights, backend)
-        return ctx.sums.total.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output: Tensor) -> tuple[Tensor | None, ...]:
-        problem, blocks, scale = ctx.problem, ctx.blocks, output.double()
-        if ctx.reduce:
-            g = torch.ones(problem.shape[0], dtype=torch.float64, device=output.device)
-            g = scale * (g if ctx.weights is None else ctx.weights)
-            gradients = [scale * part for part in _parameter_gradients(problem.U, ctx.sums)]
-        else:
-            g = scale if blocks is None else blocks.cloud.enter(scale)
-            gradients = []
-            if any(ctx.needs_input_grad[1:4]):
-                gradients = list(_parameter_gradients(problem.U, _moments(problem, blocks, g, ctx.backend)))
-        first = _point_gradient(problem, blocks, g, ctx.backend) if ctx.needs_input_grad[0] else None
-        if first is not None and blocks is not None:
-            first = blocks.cloud.leave(first)
-        parts = [first, *gradients] if gradients else [first, None, None, None]
-        out = [
-            part.to(like.dtype).sum_to_size(like.shape) if part is not None and wanted else None
-            for part, like, wanted in zip(parts, ctx.like, ctx.needs_input_grad[:4], strict=True)
-        ]
-        return (*out, None, None, None, None, None)
-
-
-def _apply(
-    x: Any,
-    offsets: Any,
-    means: Any,
-    factor: Any,
-    weights: Tensor | None,
-    reduce: bool,
-    backend: str,
-    truncate: float | None,
-) -> Tensor:
-    offsets = as_tensor(offsets, name="offsets")
-    means = as_tensor(means, name="means")
     U = as_tensor(factor_tensor(factor), name="factor")
-    blocks = x if isinstance(x, Truncation) else None
-    x = as_tensor(x, name="x") if blocks is None else blocks.cloud.points
-    return _LogSumExp.apply(x, offsets, means, U, blocks, weights, reduce, backend, truncate)
+    offsets, means = as_tensor(offsets, name="offsets"), as_tensor(means, name="means")
+    wide = U.detach().double().expand(len(means), *U.shape[1:])
+    return Attached.apply(sums.total, *_parameter_gradients(wide, sums), offsets, means, U)
+
+
+@dataclass
+class _Sweep:
+    """The engine of one call, as :mod:`gmmkeops.reductions._derivatives` asks for it.
+
+    Args:
+        blocks: What the user arranged, or None.
+        backend, truncate: As for :func:`logsumexp`.
+        setup: The exponents and what may be left out of them, once they are known.
+    """
+
+    blocks: Truncation | None
+    backend: str
+    truncate: float | None
+    setup: _Setup | None = None
+
+    def anew(self) -> _Sweep:
+        return replace(self, setup=None)
+
+    def unordered(self, x: Tensor) -> Tensor:
+        return x if self.blocks is None else self.blocks.cloud.leave(x)
+
+    def _problem(self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> _Setup:
+        if self.setup is None:
+            points = x if self.blocks is None else self.blocks
+            self.setup = _setup(points, offsets, means, U, self.truncate)
+        return self.setup
+
+    def values(self, *arguments: Tensor) -> Tensor:
+        problem, blocks = self._problem(*arguments)
+        values = _values(problem, blocks, self.backend)
+        return values if blocks is None else blocks.cloud.leave(values)
+
+    def total(
+        self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        problem, blocks = self._problem(x, offsets, means, U)
+        weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
+        sums = _moments(problem, blocks, weights, self.backend)
+        return sums.total.clone(), _parameter_gradients(problem.U, sums)
+
+    def parameter_gradients(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        problem, blocks = self._problem(*arguments)
+        g = g if blocks is None else blocks.cloud.enter(g)
+        return _parameter_gradients(problem.U, _moments(problem, blocks, g, self.backend))
+
+    def point_gradient(self, g: Tensor, *arguments: Tensor) -> Tensor:
+        problem, blocks = self._problem(*arguments)
+        g = g if blocks is None else blocks.cloud.enter(g)
+        gradient = _point_gradient(problem, blocks, g, self.backend)
+        return gradient if blocks is None else blocks.cloud.leave(gradient)
+
+
+def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Points (those of a cloud in its order), offsets, means and factors as tensors."""
+    points = x.cloud.points if isinstance(x, Truncation) else as_tensor(x, name="x")
+    U = as_tensor(factor_tensor(factor), name="factor")
+    return points, as_tensor(offsets, name="offsets"), as_tensor(means, name="means"), U
 
 
 def logsumexp(
@@ -245,8 +237,9 @@ def logsumexp(
 ) -> Tensor:
     r"""Log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
 
-    Differentiable (once) in the points, the offsets, the means and the factor. The dtype of the points decides the
-    precision of the result; the parameters may have any float dtype.
+    It has first and second derivatives in the points, the offsets, the means and the factor, by ``backward`` and by
+    ``torch.func``; second ones are computed again from the points, in chunks of bounded size. The dtype of the points
+    decides the precision of the result; the parameters may have any float dtype.
 
     Args:
         x: Points (N, D), float32 or float64, data units; or what :func:`arrange` made of them.
@@ -262,6 +255,7 @@ def logsumexp(
     Raises:
         TypeError: Not numeric, or complex.
         ValueError: Shapes, devices or dtypes that do not fit, entries that are not finite, an unknown backend.
+        NotImplementedError: In the backward pass, where a third derivative is asked for.
 
     Reference:
         Charlier, Feydy, Glaunès, Collin and Durif 2021, *Kernel operations on the GPU, with autodiff, without memory
@@ -273,7 +267,9 @@ def logsumexp(
         >>> gk.reductions.logsumexp(x, torch.zeros(2), torch.zeros(2, 2), torch.ones(1, 2)).exp()
         tensor([2.])
     """
-    return _apply(x, offsets, means, factor, None, False, backend, truncate)
+    arguments = _arguments(x, offsets, means, factor)
+    sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
+    return LogSumExp.apply(*arguments, sweep)
 
 
 def total(
@@ -288,9 +284,11 @@ def total(
 ) -> Tensor:
     r"""Weighted total :math:`\sum_n g_n \ell_n`, whose gradient comes out of the same sweep as its value.
 
+    It is differentiable as :func:`logsumexp` is, and in the weights.
+
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
-        weights: g (N,), may be negative; all ones if left out. Not differentiated.
+        weights: g (N,), may be negative; all ones if left out.
 
     Returns:
         A float64 scalar, nats.
@@ -305,8 +303,12 @@ def total(
         >>> means.grad
         tensor([[5., 5.]])
     """
-    points = x if isinstance(x, Truncation) else as_tensor(x, name="x")
-    return _apply(points, offsets, means, factor, _weights(weights, points), True, backend, truncate)
+    arguments = _arguments(x, offsets, means, factor)
+    sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
+    g = _weights(weights, arguments[0] if sweep.blocks is None else sweep.blocks)
+    if g is not None and g.requires_grad:
+        return (g * LogSumExp.apply(*arguments, sweep).double()).sum()
+    return Total.apply(*arguments, g, sweep)[0]
 
 
 def _weights(weights: Any, x: Any) -> Tensor | None:
