@@ -13,7 +13,7 @@ PACKAGE = Path(gmmkeops.__file__).parent
 
 # From the bottom up; a file may import only what stands on lines above its own.
 LAYERS = [
-    ["gmmkeops._checks", "gmmkeops._random", "gmmkeops._shells"],
+    ["gmmkeops._checks", "gmmkeops._columns", "gmmkeops._random", "gmmkeops._shells"],
     ["gmmkeops._readers", "gmmkeops._survey"],
     ["gmmkeops.sources"],
     ["gmmkeops.moments"],
@@ -105,10 +105,52 @@ def test_only_the_keops_engine_imports_pykeops():
 
 def test_bare_import_brings_torch_and_numpy_only():
     code = (
-        "import sys, torch, numpy; before = set(sys.modules); import gmmkeops;"
+        "import sys, torch, numpy; before = set(sys.modules); import gmmkeops; gmmkeops.EM;"
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"
         "print(new & {'pykeops', 'keopscore', 'matplotlib', 'sklearn', 'tqdm', 'pandas', 'scipy', 'safetensors'})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
     assert done.stderr == ""
+
+
+def test_every_public_name_is_there_whatever_was_imported_first():
+    """Also those that have the name of a module: importing that does not hide them."""
+    code = """
+import sys, types
+import gmmkeops as gk
+assert "torch" not in sys.modules and not set(gk.__all__) - set(dir(gk))
+from gmmkeops.initialise import STRATEGIES
+import gmmkeops.io
+assert isinstance(gk.initialise, types.FunctionType) and gk.io is sys.modules["gmmkeops.io"]
+modules = {name for name in gk.__all__ if isinstance(getattr(gk, name), types.ModuleType)}
+assert modules == {"bayes", "compare", "distributed", "export", "penalties", "plotting", "reductions", "selection"}
+assert all(getattr(gk, name).__module__.startswith("gmmkeops") for name in set(gk.__all__) - modules)
+assert gk.factors is sys.modules["gmmkeops.factors"]
+try:
+    gk.nonsense
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout == "module 'gmmkeops' has no attribute 'nonsense'\n"
+
+
+def test_only_optimizers_import_the_compiler_of_torch():
+    code = """
+import sys, warnings, torch, gmmkeops as gk
+warnings.simplefilter("ignore")
+x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+mixture = gk.fit(gk.initialise(x.detach(), 2), x.detach(), gk.EM(), max_iter=3).mixture
+mixture.log_prob(x).sum().backward()
+mixture.predict(x.detach()), mixture.responsibilities(x.detach()), mixture.sample((3,))
+gk.GMM(2, components=2).initialize(x.detach())().log_prob(x.detach().float()).sum().backward()
+for kind in (gk.GaussianMixture, gk.BayesianGaussianMixture):
+    kind(n_components=2).fit(x.detach().numpy()).predict(x.detach().numpy())
+gk.selection.select(x.detach(), [1, 2], max_iter=2)
+gk.Adam(), gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.1))
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-# torch.optim imports its compiler when the first optimiser is made, most of a second that belongs to importing.
-import torch._dynamo
 from torch import Tensor
 
 from gmmkeops.fitting._data import Piece
