@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,6 +125,9 @@ class MixtureEstimator(Estimator, ABC):
         generator = World().generator(generator_of(self.random_state, device), device)
         best: FitResult | None = None
         last = self._last((self.n_components, _features(x))) if self.warm_start else None
+        if last is not None and names is not None and self.mixture_.columns not in (None, tuple(names)):
+            # The parameters of the last fit belong to other columns.
+            last = None
         method = self._method(last is not None)
         with warnings.catch_warnings():
             # One start's failure to converge is not the answer's: the best one speaks below.
@@ -132,7 +135,7 @@ class MixtureEstimator(Estimator, ABC):
             for run in range(1 if last is not None else self.n_init):
                 start = self._start(x, g, generator, device) if last is None else last.to(device)
                 result = fit(
-                    start,
+                    start if isinstance(x, Source) else start.named(names),
                     x,
                     method,
                     penalty=getattr(self, "penalty", None),
@@ -159,12 +162,11 @@ class MixtureEstimator(Estimator, ABC):
                 stacklevel=2,
             )
         self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
-        self._adopt(best.mixture, torch.is_tensor(X))
+        # Ranks read their sources in the order of the first one's columns, which the result has.
+        names = best.mixture.columns if isinstance(x, Source) and names is not None else names
+        self._adopt(best.mixture.named(names), torch.is_tensor(X))
         self.n_features_in_ = _features(x)
-        if names is not None:
-            self.feature_names_in_ = names
-        elif hasattr(self, "feature_names_in_"):
-            del self.feature_names_in_
+        self._name(self.mixture_.columns)
         self._conclude(best)
         return self
 
@@ -232,13 +234,15 @@ class MixtureEstimator(Estimator, ABC):
 
         return (say,)
 
-    def _data(self, X: Any, sample_weight: Any) -> tuple[Tensor | Source, Any, np.ndarray | None, torch.device]:
+    def _data(self, X: Any, sample_weight: Any) -> tuple[Tensor | Source, Any, Sequence[str] | None, torch.device]:
         """Points and weights to fit, in memory or to be read; the names of their columns, and where to compute."""
         if readable(X):
             device = torch.device("cpu" if self.device is None else self.device)
-            return Source.of(X, weights=sample_weight), None, None, device
+            source = Source.of(X, weights=sample_weight)
+            return source, None, source.columns, device
         x, names = self._points(X, fitting=True, minimum=max(self.n_components, 2) if World().size == 1 else 0)
-        return x, as_weights(sample_weight, x, name="sample_weight"), names, x.device
+        g = as_weights(sample_weight, x, name="sample_weight")
+        return x, g, None if names is None else tuple(names), x.device
 
     def _points(self, X: Any, *, fitting: bool = False, minimum: int = 1) -> tuple[Tensor, np.ndarray | None]:
         if hasattr(X, "toarray") and hasattr(X, "nnz"):
@@ -285,6 +289,13 @@ class MixtureEstimator(Estimator, ABC):
         self.precisions_ = shaped(factor.precisions())
         self.precisions_cholesky_ = shaped(factor.matrices())
 
+    def _name(self, columns: Sequence[str] | None) -> None:
+        """Keeps the names of the columns as scikit-learn does, where they are known."""
+        if columns is not None:
+            self.feature_names_in_ = np.array(columns, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_
+
     @staticmethod
     def _out(values: Tensor, tensors: bool) -> Any:
         return values if tensors else values.cpu().numpy()
@@ -294,7 +305,7 @@ class MixtureEstimator(Estimator, ABC):
             if readable(X):
                 device = torch.device("cpu" if self.device is None else self.device)
                 mixture = mixture.to(device)
-                parts = chunked(X, features=self.n_features_in_)
+                parts = chunked(X, features=self.n_features_in_, columns=self.mixture_.columns)
                 return self._out(torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts]), False)
             x, _ = self._points(X)
             return self._out(function(mixture.to(x.device), x), torch.is_tensor(X))
@@ -326,7 +337,7 @@ class MixtureEstimator(Estimator, ABC):
             return float(values.mean() if g is None else g.to(values) @ values / g.sum().to(values))
         self._require_fitted()
         judge, lack = self._judge()
-        return selection.score(judge, X, weights=sample_weight) + lack
+        return selection.score(judge.named(self.mixture_.columns), X, weights=sample_weight) + lack
 
     def sample(
         self,

@@ -6,6 +6,8 @@ beginning streams instead. The libraries for a file's format load when a file of
 
 from __future__ import annotations
 
+import copy
+import json
 import mmap
 import os
 import sys
@@ -13,6 +15,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +24,9 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_tensor
+from gmmkeops._columns import listed, named_alike, places, table_names, table_of
 
-__all__ = ["SUFFIXES", "Arrays", "Chunk", "Files", "Reader", "Streams", "Unit", "open_file"]
+__all__ = ["SUFFIXES", "Arrays", "Chunk", "ColumnError", "Files", "Reader", "Streams", "Table", "Unit", "open_file"]
 
 Columns = Sequence[str | int] | None
 
@@ -61,6 +65,8 @@ class Reader(ABC):
     Attributes:
         name: How messages call it.
         features: D.
+        columns: The columns that are read: names, or numbers where the columns have no names.
+        known: The names of the columns that may be read; None where the columns have no names.
         rows: How many rows there are before any are filtered out; None where only reading tells.
         paths: The files behind it.
         grain: Rows below which a stretch from the middle costs no less than a longer one.
@@ -68,9 +74,29 @@ class Reader(ABC):
 
     name: str
     features: int
+    columns: list[Any]
+    known: tuple[str, ...] | None = None
     rows: int | None
     paths: tuple[Path, ...] = ()
     grain: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The names of the columns, in the order in which they are read; None where they have none."""
+        return None if self.known is None else tuple(self.columns)
+
+    def chosen(self, columns: Sequence[str]) -> Reader:
+        """The same rows with other columns, by their names.
+
+        Raises:
+            ValueError: A column is missing, or the columns have no names.
+        """
+        if self.known is None:
+            raise ValueError(f"{self.name} has no names of columns, expected {listed(columns)}.")
+        places(columns, self.known, self.name)
+        part = copy.copy(self)
+        part.columns, part.features = list(columns), len(columns)
+        return part
 
     def path(self, unit: Unit) -> int:
         """Which of the files a unit is in."""
@@ -116,6 +142,8 @@ class Arrays(Reader):
                 raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}; {hint}.")
             known = list(range(x.shape[1]))
         self.columns, self.weights = _chosen(name, known, columns, weights)
+        if isinstance(x, np.ndarray) and x.dtype.names:
+            self.known = tuple(known if columns is None else self.columns)
         self.all = self.columns == list(range(len(known))) and self.weights is None
         self.features = len(self.columns)
 
@@ -135,6 +163,31 @@ class Arrays(Reader):
         return Chunk(points, weights)
 
 
+class Table(Reader):
+    """A table in memory with named columns: pandas, polars, pyarrow."""
+
+    def __init__(self, x: Any, name: str, columns: Columns = None, weights: str | int | None = None) -> None:
+        names = table_names(x) or ()
+        self.table, self.name, self.rows = x, name, len(x)
+        self.columns, self.weights = _chosen(name, names, columns, weights)
+        self.known, self.features = names if columns is None else tuple(self.columns), len(self.columns)
+
+    @cached_property
+    def numbers(self) -> Arrays:
+        """The columns that are read; others need not be numbers."""
+        kept = list(dict.fromkeys([*self.columns, *([] if self.weights is None else [self.weights])]))
+        found = as_tensor(table_of(self.table, kept, self.name), name=self.name)
+        where = None if self.weights is None else kept.index(self.weights)
+        return Arrays(found, self.name, [kept.index(column) for column in self.columns], where)
+
+    def chosen(self, columns: Sequence[str]) -> Reader:
+        places(columns, self.known or (), self.name)
+        return Table(self.table, self.name, columns, self.weights)
+
+    def load(self, unit: Unit) -> Chunk:
+        return self.numbers.load(unit)
+
+
 class Parquet(Reader):
     """A Parquet file by row groups."""
 
@@ -144,8 +197,11 @@ class Parquet(Reader):
         self.name, self.paths = str(path), (path,)
         with ParquetFile(path) as file:
             names, metadata = file.schema_arrow.names, file.metadata
+            index = _saved_index(file.schema_arrow.metadata)
             sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self.columns, self.weights = _chosen(self.name, names, columns, weights)
+        plain = [name for name in names if name not in index and name != weights] if columns is None else columns
+        self.columns, self.weights = _chosen(self.name, names, plain, weights)
+        self.known = tuple(names if columns is None else self.columns)
         self.features, self.rows = len(self.columns), sum(sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self.grain = max(sizes, default=1)
@@ -198,6 +254,13 @@ class Parquet(Reader):
         return [*self.columns, *([] if self.weights is None else [self.weights])]
 
 
+def _saved_index(metadata: dict[bytes, bytes] | None) -> set[str]:
+    """The columns in which pandas has saved the labels of the rows, by what it has noted in the file."""
+    noted = json.loads((metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
+    # What is no name describes numbers that are not saved.
+    return {column for column in noted if isinstance(column, str)}
+
+
 def _parquet_file() -> Any:
     """pyarrow's reader, whose own allocator would reserve a gigabyte of address space, and keep what it has had."""
     name = "ARROW_DEFAULT_MEMORY_POOL"
@@ -235,6 +298,7 @@ class Las(Reader):
                 f"it has {path.stat().st_size} bytes and its header promises {self.rows} points, which end at byte {end}"
             )
         self.columns, self.weights = _chosen(self.name, names, ("x", "y", "z") if columns is None else columns, weights)
+        self.known = tuple(names if columns is None else self.columns)
         self.grain = 50_000 if compressed else 1
         self.classes = None if classes is None else np.asarray(list(classes))
         self.features = len(self.columns)
@@ -261,19 +325,35 @@ class Files(Reader):
 
     def __init__(self, readers: Sequence[Reader]) -> None:
         first = readers[0]
-        for reader in readers:
-            if reader.features != first.features:
+        self.readers = [first]
+        for reader in readers[1:]:
+            if (reader.names is None) is not (first.names is None):
+                with_names, without = (reader, first) if first.names is None else (first, reader)
+                raise ValueError(
+                    f"the columns of {with_names.name} have names ({listed(with_names.columns)}) and those of "
+                    f"{without.name} have none, so they cannot be matched; read these files one by one."
+                )
+            if reader.features != first.features and reader.names is None:
                 raise ValueError(
                     f"{reader.name} has {reader.features} columns but {first.name} has {first.features}; "
                     "pick the same ones with columns=."
                 )
-        self.readers = list(readers)
+            if first.names is not None and reader.names is not None and reader.names != first.names:
+                named_alike(reader.names, first.names, reader.name, first.name)
+                reader = reader.chosen(first.names)
+            self.readers.append(reader)
+        self.columns, self.known = first.columns, first.known
         self.name = f"{len(readers)} files from {first.name}"
         self.features = first.features
         self.starts = np.concatenate([[0], np.cumsum([reader.rows or 0 for reader in readers])]).tolist()
         self.rows = self.starts[-1]
         self.grain = max(reader.grain for reader in readers)
         self.paths = tuple(path for reader in readers for path in reader.paths)
+
+    def chosen(self, columns: Sequence[str]) -> Reader:
+        if self.known is None:
+            return super().chosen(columns)
+        return Files([reader.chosen(columns) for reader in self.readers])
 
     def units(self, size: int) -> list[Unit]:
         return [
@@ -290,6 +370,8 @@ class Files(Reader):
         reader = self.readers[which]
         try:
             return reader.load(Unit(unit.first - self.starts[which], unit.rows))
+        except ColumnError:
+            raise
         except Exception as error:
             raise ValueError(f"{reader.name}: {error}") from error
 
@@ -301,15 +383,32 @@ class Streams:
 
     def __init__(self, make: Callable[[], Any], name: str) -> None:
         self.make, self.name, self.features = make, name, 0
+        self.known: tuple[str, ...] | None = None
+        self.names: tuple[str, ...] | None = None
         first, second = iter(make()), iter(make())
         if first is second:
             raise TypeError(
                 f"{name} returned the same iterator twice, which can be read only once; make a new one at each call."
             )
         try:
-            self.features = int(self._chunk(next(first)).points.shape[1])
+            item = next(first)
         except StopIteration:
             raise ValueError(f"{name} gave no chunks; it must give arrays (n, D).") from None
+        self.known = self.names = table_names(item[0] if isinstance(item, (tuple, list)) else item)
+        self.features = int(self._chunk(item).points.shape[1])
+
+    def chosen(self, columns: Sequence[str]) -> Streams:
+        """The same rows with other columns, by their names.
+
+        Raises:
+            ValueError: A column is missing, or the columns have no names.
+        """
+        if self.known is None:
+            raise ValueError(f"{self.name} has no names of columns, expected {listed(columns)}.")
+        places(columns, self.known, self.name)
+        part = copy.copy(self)
+        part.names, part.features = tuple(columns), len(columns)
+        return part
 
     def chunks(self) -> Iterator[Chunk]:
         """All of it, from the beginning."""
@@ -321,6 +420,16 @@ class Streams:
             if isinstance(item, tuple) and len(item) == 2 and np.ndim(item[1]) == 1:
                 weights = as_tensor(item[1], name="weights")
             item = item[0]
+        if self.known is not None:
+            own = table_names(item)
+            if own is None:
+                raise ValueError(
+                    f"{self.name} gave a table with the columns {listed(self.known)} first and then a chunk without "
+                    "names of columns; give tables with the same columns."
+                )
+            if own != self.known:
+                named_alike(own, self.known, f"a chunk of {self.name}", "its first chunk")
+            item = table_of(item, self.names, self.name)
         points = as_tensor(item, name=self.name)
         if points.ndim != 2 or points.shape[1] == 0:
             raise ValueError(f"{self.name} must give arrays of shape (n, D), got {tuple(points.shape)}.")
@@ -329,14 +438,26 @@ class Streams:
         return Chunk(points, weights)
 
 
+class ColumnError(ValueError):
+    """The columns that were asked for are not those that data have."""
+
+
 def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: str | int | None) -> tuple[list[Any], Any]:
     """The columns to read, and that of the weights, if they are there."""
+    # A name that is made of digits may have been taken for a number.
+    written = {str(column): column for column in known if isinstance(column, str)}
+    weights = written.get(str(weights), weights) if isinstance(weights, int) else weights
     wanted = [column for column in known if column != weights] if columns is None else list(columns)
+    wanted = [written.get(str(column), column) if isinstance(column, int) else column for column in wanted]
     for column in [*wanted, *([] if weights is None else [weights])]:
         if column not in known:
-            raise ValueError(f"there is no column {column!r}; it has {', '.join(map(str, known))}")
+            raise ColumnError(f"there is no column {column!r} in {name}; it has the columns {listed(known)}.")
+        if list(known).count(column) > 1:
+            raise ColumnError(f"{name} has {list(known).count(column)} columns named {column}; give each its own name.")
+    if len(set(wanted)) < len(wanted):
+        raise ColumnError(f"columns must name each column once, got {listed(wanted)} for {name}.")
     if not wanted:
-        raise ValueError("no columns are left to read; name some with columns=")
+        raise ColumnError(f"no columns of {name} are left to read; it has the columns {listed(known)}.")
     return wanted, weights
 
 
@@ -346,7 +467,7 @@ def _stack(arrays: list[Any], name: str) -> Tensor:
     out = np.empty((len(arrays[0]), len(arrays)), np.float32 if single else np.float64)
     for d, array in enumerate(arrays):
         if array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} must be numeric, got a column of {array.dtype}; choose others with columns=.")
+            raise ColumnError(f"{name} must be numeric, got a column of {array.dtype}; choose others with columns=.")
         out[:, d] = array
     return torch.from_numpy(out)
 
@@ -377,7 +498,9 @@ def _ply(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
     from plyfile import PlyData
 
     data = PlyData.read(path, mmap="r")["vertex"].data
-    return Arrays(data, str(path), ("x", "y", "z") if columns is None else columns, weights, path)
+    reader = Arrays(data, str(path), ("x", "y", "z") if columns is None else columns, weights, path)
+    reader.known = data.dtype.names if columns is None else reader.known
+    return reader
 
 
 # What opens a file of each suffix, and which extra of this package brings the library for it.
@@ -414,6 +537,8 @@ def open_file(
         raise ImportError(
             f'reading {path} needs {error.name}; type: pip install "gmmkeops[{extra}]"', name=error.name
         ) from None
+    except ColumnError:
+        raise
     except Exception as error:
         if _no_decompressor(error):
             raise ImportError(f'reading {path} needs lazrs; type: pip install "gmmkeops[las]"') from None

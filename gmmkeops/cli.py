@@ -1,7 +1,8 @@
 """The command line: fits, scores, samples, selects and converts from the shell; ``gmmkeops doctor`` says what works here.
 
 Results go to standard output (as JSON with ``--json``), progress and messages to standard error. Exit codes: 0 for success,
-1 for an error that is told in one sentence, 2 for a command that was not understood.
+1 for an error that is told in one sentence, 2 for a command that was not understood. Each command imports what it needs, since
+torch takes a second or two to import, and a command that is not understood needs none of it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from gmmkeops import distributed, doctor, export, io, reductions, selection
-from gmmkeops.estimator import GaussianMixture
-from gmmkeops.factors import factor_class
-from gmmkeops.fitting import EM, Adam, Checkpoint, Method
-from gmmkeops.mixture import Mixture
-from gmmkeops.sources import Source
+    from gmmkeops.fitting import Method
+    from gmmkeops.mixture import Mixture
+    from gmmkeops.sources import Source
 
 __all__ = ["main"]
 
@@ -45,10 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default")
         warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
         try:
-            return int(options.run(options) or 0)
-        except (ValueError, TypeError, OSError, ImportError, MemoryError, distributed.RankError) as error:
-            _say(f"error: {error}")
-            return 1
+            from gmmkeops.distributed import RankError
+
+            try:
+                return int(options.run(options) or 0)
+            except (ValueError, TypeError, OSError, ImportError, MemoryError, RankError) as error:
+                _say(f"error: {error}")
+                return 1
         except KeyboardInterrupt:
             _say("interrupted")
             return 130
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--solver", choices=("em", "adam"), default="em", help="default: em")
     fit.add_argument("--batch-size", type=int, help="points per step; all at once if left out")
     fit.add_argument("--tol", type=float, default=1e-3, help="stop below this change, nats per point (default: 1e-3)")
+    fit.add_argument("--device", help="where to compute, e.g. cuda")
     fit.add_argument("--checkpoint", type=Path, help="file that keeps the state; a fit that finds it goes on from it")
     fit.add_argument("--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="default: 60")
     _fitting(fit)
@@ -104,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     for made, needed in ((score, False), (predict, True)):
         made.add_argument("model", type=Path, help="a mixture's file")
         _points(made)
-        made.add_argument("--out", type=Path, required=needed, help=".npy file with one number per point")
+        made.add_argument("--out", type=Path, required=needed, help=".npy or .csv file with one number per point")
 
     sample = command(
         "sample",
@@ -165,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _points(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", nargs="+", help="files of points (.npy .parquet .las .laz .ply), folders or patterns")
-    parser.add_argument("--columns", help="names or numbers of the coordinates, with commas")
+    parser.add_argument(
+        "--columns", help="names of the coordinates, or numbers where columns have no names, with commas"
+    )
     parser.add_argument("--classes", help="classes of a LAS file to read, with commas")
     parser.add_argument("--weights", help="name or number of the column with the points' weights")
 
@@ -176,7 +180,6 @@ def _fitting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="for the same start each time (default: 0)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: float32")
     parser.add_argument("--max-memory", help="that the fit may take, such as 1.5GB")
-    parser.add_argument("--device", help="where to compute, e.g. cuda")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
@@ -198,22 +201,33 @@ def _name(text: str) -> str | int:
 
 
 def _source(options: Any) -> Source:
+    from gmmkeops.sources import Source
+
+    classes = None if options.classes is None else _list(options.classes)
+    if classes is not None and not all(part.isdigit() for part in classes):
+        raise ValueError(f"--classes takes numbers of classes with commas, such as 2,6, got {options.classes!r}.")
     return Source.of(
         options.input,
         columns=None if options.columns is None else [_name(part) for part in _list(options.columns)],
-        classes=None if options.classes is None else [int(part) for part in _list(options.classes)],
+        classes=None if classes is None else [int(part) for part in classes],
         weights=None if options.weights is None else _name(options.weights),
     )
 
 
 def _fit(options: Any) -> int:
+    from gmmkeops import distributed, io
+    from gmmkeops.estimator import GaussianMixture
+    from gmmkeops.fitting import EM, Adam, Checkpoint
+
     began = time.perf_counter()
-    if not options.out.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {options.out.parent} for {options.out.name}.")
+    io.check_output(options.out, io.MIXTURES)
     distributed.join()
     batch = options.batch_size
     solver: Method[Any] = EM(batch_size=batch) if options.solver == "em" else Adam(batch_size=batch)
     source = _source(options)
+    io.check_output(options.out, io.MIXTURES, inputs=source.paths)
+    if options.checkpoint is not None:
+        io.check_output(options.checkpoint, inputs=[*source.paths, options.out], name="--checkpoint")
     model = GaussianMixture(
         options.components,
         covariance_type=options.covariance,
@@ -247,9 +261,19 @@ def _fit(options: Any) -> int:
     return 0
 
 
-def _each(options: Any, function: Callable[[Mixture, torch.Tensor], torch.Tensor], see: Callable[..., None]) -> Mixture:
+def _each(options: Any, function: Callable[[Mixture, Tensor], Tensor], see: Callable[..., None]) -> Mixture:
     """Shows ``see`` a number for each point and the points' weights, chunk by chunk; writes the numbers where wanted."""
-    mixture, source = io.load(options.model), _source(options)
+    import numpy as np
+    import torch
+
+    from gmmkeops import io
+
+    if options.out is not None:
+        io.check_output(options.out, io.TABLES, inputs=[options.model])
+    mixture = io.load(options.model)
+    source = _source(options).matched(mixture.columns)
+    if options.out is not None:
+        io.check_output(options.out, io.TABLES, inputs=source.paths)
     if source.features != mixture.features:
         raise ValueError(
             f"{source.name} has {source.features} columns, the model {mixture.features}; choose --columns."
@@ -265,14 +289,14 @@ def _each(options: Any, function: Callable[[Mixture, torch.Tensor], torch.Tensor
         if time.perf_counter() - began > 2 and sys.stderr.isatty():
             sys.stderr.write(f"\r{rows} points ")
     if options.out is not None:
-        io.write_array(options.out, np.concatenate(kept))
+        io.write_table(options.out, np.concatenate(kept))
     return mixture
 
 
 def _score(options: Any) -> None:
     total = mass = rows = 0.0
 
-    def see(values: torch.Tensor, weights: torch.Tensor) -> None:
+    def see(values: Tensor, weights: Tensor) -> None:
         nonlocal total, mass, rows
         total, mass, rows = total + float(values @ weights), mass + float(weights.sum()), rows + len(values)
 
@@ -291,7 +315,7 @@ def _score(options: Any) -> None:
 def _predict(options: Any) -> None:
     counts: dict[int, int] = {}
 
-    def see(labels: torch.Tensor, weights: torch.Tensor) -> None:
+    def see(labels: Tensor, weights: Tensor) -> None:
         for label, count in zip(*labels.unique(return_counts=True), strict=True):
             counts[int(label)] = counts.get(int(label), 0) + int(count)
 
@@ -302,16 +326,16 @@ def _predict(options: Any) -> None:
 
 
 def _sample(options: Any) -> None:
+    import torch
+
+    from gmmkeops import io
+
     if options.number < 1:
         raise ValueError(f"--number must be at least 1, got {options.number}.")
-    if options.out.suffix not in (".npy", ".csv"):
-        raise ValueError(f"points are written to .npy or .csv files, got {options.out}.")
+    io.check_output(options.out, io.TABLES, inputs=[options.model])
     generator = torch.Generator().manual_seed(options.seed)
     points = io.load(options.model).sample((options.number,), generator=generator).double().numpy()
-    if options.out.suffix == ".csv":
-        np.savetxt(options.out, points, delimiter=",", fmt="%.17g")
-    else:
-        io.write_array(options.out, points)
+    io.write_table(options.out, points)
     _tell(options, {"out": str(options.out), "rows": len(points)}, f"{len(points)} points written to {options.out}")
 
 
@@ -327,11 +351,19 @@ def _numbers(text: str) -> list[int]:
 
 
 def _select(options: Any) -> None:
+    import torch
+
+    from gmmkeops import io, selection
+    from gmmkeops.factors import factor_class
+
     types = _list(options.covariance)
     for kind in types:
         factor_class(kind)
+    source = _source(options)
+    if options.out is not None:
+        io.check_output(options.out, io.MIXTURES, inputs=source.paths)
     found = selection.select(
-        _source(options),
+        source,
         _numbers(options.components),
         types,
         criterion=options.criterion,
@@ -347,12 +379,15 @@ def _select(options: Any) -> None:
 
 
 def _info(options: Any) -> None:
+    from gmmkeops import io
+
     mixture = io.load(options.model)
     weights, means = mixture.weights.double(), mixture.means.double()
     largest = weights.argsort(descending=True)[:5]
     facts = {
         "components": mixture.components,
         "features": mixture.features,
+        "columns": None if mixture.columns is None else list(mixture.columns),
         "family": mixture.factor.family,
         "tied": mixture.factor.leading == 1 and mixture.components > 1,
         "parameters": mixture.parameter_count,
@@ -369,22 +404,25 @@ def _info(options: Any) -> None:
 
 
 def _convert(options: Any) -> None:
+    from gmmkeops import export, io
+
+    io.check_output(options.out, (".npz", ".ply"), inputs=[options.model])
     mixture, out = io.load(options.model), options.out
     facts: dict[str, Any] = {"out": str(out), "components": mixture.components}
     text = f"{mixture.components} components written to {out}"
-    if out.suffix == ".npz":
+    if out.suffix.lower() == ".npz":
         export.npz(mixture, out)
-    elif out.suffix == ".ply" and options.kind == "ellipsoids":
+    elif options.kind == "ellipsoids":
         export.ellipsoids(mixture, out)
-    elif out.suffix == ".ply":
+    else:
         facts["offset"] = export.splats(mixture, out).tolist()
         text += f"; add {facts['offset']} to its coordinates"
-    else:
-        raise ValueError(f"mixtures are converted to .npz or .ply files, got {out}.")
     _tell(options, facts, text)
 
 
 def _doctor(options: Any) -> int:
+    from gmmkeops import doctor
+
     findings = doctor.examine()
     lines = []
     for finding in findings:
@@ -398,6 +436,11 @@ def _doctor(options: Any) -> int:
 
 
 def _warmup(options: Any) -> int:
+    import torch
+
+    from gmmkeops import reductions
+    from gmmkeops.factors import factor_class
+
     rows, device = [], torch.device(options.device)
     for D in _numbers(options.dimensions):
         for kind in _list(options.covariance):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmmkeops._columns import listed
 from gmmkeops._random import as_generator
 from gmmkeops.factors import FullFactor
 from gmmkeops.mixture import Mixture
@@ -43,6 +44,11 @@ class Estimate(NamedTuple):
 def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generator) -> Tensor:
     if p.features != q.features:
         raise ValueError(f"the mixtures have {p.features} and {q.features} features; compare mixtures of one space.")
+    if p.columns is not None and q.columns is not None and p.columns != q.columns:
+        raise ValueError(
+            f"the mixtures have the columns {listed(p.columns)} and {listed(q.columns)}; compare mixtures of the same columns "
+            "in the same order, which marginal gives."
+        )
     if samples < 2:
         raise ValueError(f"samples must be at least 2, got {samples}.")
     with torch.no_grad():
@@ -170,4 +176,4 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
         weights.log(),
         torch.stack([part.mean for part in one]),
         FullFactor.from_covariances(torch.stack([part.covariance_matrix for part in one])),
-    )
+    ).named(mixture.columns)

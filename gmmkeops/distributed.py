@@ -284,10 +284,12 @@ class World:
     def share(self, source: Source) -> Source:
         """This rank's part of a source.
 
-        What all ranks hold alike (the same files, or equal arrays) is divided among them; what differs is each one's own.
+        What all ranks hold alike (the same files, or equal arrays) is divided among them; what differs is each one's own, with
+        the columns of rank 0's, matched by their names.
         """
         if self.size == 1:
             return source
+        source = source.matched(self.tell(source.columns)[0])
         said = self.tell([source.identity(), source.rows])
         if said[0][0] is not None and said[0][1] and all(other == said[0] for other in said):
             return source.shared(self.rank, self.size)

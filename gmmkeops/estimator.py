@@ -170,10 +170,11 @@ class GaussianMixture(MixtureEstimator):
         mixture, self._memory = method.update(
             start, x, getattr(self, "_memory", None), penalty=self.penalty, weights=g, backend=self.backend
         )
+        if names is not None:
+            mixture = mixture.named(tuple(names))
         self._adopt(mixture, torch.is_tensor(X))
         self.n_features_in_ = x.shape[1]
-        if names is not None:
-            self.feature_names_in_ = names
+        self._name(mixture.columns)
         self.n_iter_, self.converged_ = getattr(self, "n_iter_", 0) + 1, False
         return self
 
@@ -196,6 +197,7 @@ class GaussianMixture(MixtureEstimator):
         model = cls(mixture.components, covariance_type=name, **params)
         model._adopt(mixture.detach().to(torch.float64), False)
         model.n_features_in_, model.converged_, model.n_iter_ = mixture.features, True, 0
+        model._name(mixture.columns)
         return model
 
     def save(self, path: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gmmkeops._ellipsoids import by_height, principal_axes, surfaces
-from gmmkeops.io import write_whole
+from gmmkeops.io import check_output, write_whole
 from gmmkeops.mixture import Mixture
 
 __all__ = ["ellipsoids", "npz", "splats"]
@@ -33,15 +33,15 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
     """Writes what ``sklearn.mixture.GaussianMixture`` holds, under its names, to a file that ``numpy.load`` reads.
 
     Arrays: ``weights_`` (K,), ``means_`` (K, D), ``covariances_`` and ``precisions_cholesky_`` in the shape that the
-    covariance type has there, float64, data units; and ``covariance_type``.
+    covariance type has there, float64, data units; ``covariance_type``; and ``feature_names_in_`` where they are known.
 
     Args:
         mixture: One mixture. Types that scikit-learn lacks are written as the nearest it has: tied ones of several
             components as "tied", or written out for each component.
-        path: The file.
+        path: The ``.npz`` file.
 
     Raises:
-        ValueError: A batch of mixtures.
+        ValueError: A batch of mixtures, or a path with another suffix.
         OSError: The file cannot be written; what stood there is kept.
 
     Example:
@@ -54,6 +54,7 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
     """
     from gmmkeops.estimator import GaussianMixture
 
+    path = check_output(path, (".npz",))
     model: Any = GaussianMixture.from_mixture(mixture.detach().to("cpu"))
     kind = model.covariance_type
     if kind in ("tied_diag", "tied_spherical"):
@@ -64,9 +65,11 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
     else:
         arrays = {"covariances_": model.covariances_, "precisions_cholesky_": model.precisions_cholesky_}
     arrays |= {"weights_": model.weights_, "means_": model.means_, "covariance_type": np.array(kind)}
+    if mixture.columns is not None:
+        arrays["feature_names_in_"] = np.array(mixture.columns)
     file = io.BytesIO()
     np.savez(file, **arrays)
-    write_whole(Path(path), file.getvalue())
+    write_whole(path, file.getvalue())
 
 
 def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float = 2.0) -> None:
@@ -74,11 +77,11 @@ def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float 
 
     Args:
         mixture: One mixture in three dimensions.
-        path: The file.
+        path: The ``.ply`` file.
         radius: How many standard deviations large they are.
 
     Raises:
-        ValueError: The mixture has not three dimensions.
+        ValueError: The mixture has not three dimensions, or the path has another suffix.
         ImportError: plyfile is not installed.
 
     Example:
@@ -91,6 +94,7 @@ def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float 
     """
     from plyfile import PlyData, PlyElement
 
+    path = check_output(path, (".ply",))
     _, means, scales, R = principal_axes(mixture)
     vertices, triangles = surfaces(means, scales, R, radius)
     K, count, _ = vertices.shape
@@ -113,13 +117,13 @@ def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
 
     Args:
         mixture: One mixture in three dimensions.
-        path: The file.
+        path: The ``.ply`` file.
 
     Returns:
         The offset (3,), data units, to be added to the file's coordinates.
 
     Raises:
-        ValueError: The mixture has not three dimensions.
+        ValueError: The mixture has not three dimensions, or the path has another suffix.
         ImportError: plyfile is not installed.
 
     Reference:
@@ -135,6 +139,7 @@ def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
     """
     from plyfile import PlyData, PlyElement
 
+    path = check_output(path, (".ply",))
     W, means, scales, R = principal_axes(mixture)
     offset = np.round(np.median(means, 0))
     area = np.sort(scales, 1)[:, 1:].prod(1)
@@ -158,10 +163,10 @@ def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
 _COLOURS = ("red", "green", "blue")
 
 
-def _write(data: Any, path: str | os.PathLike[str]) -> None:
+def _write(data: Any, path: Path) -> None:
     file = io.BytesIO()
     data.write(file)
-    write_whole(Path(path), file.getvalue())
+    write_whole(path, file.getvalue())
 
 
 def _quaternions(R: np.ndarray) -> np.ndarray:

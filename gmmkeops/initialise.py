@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_weights
+from gmmkeops._columns import table_names
 from gmmkeops._floor import nearest_factor
 from gmmkeops._survey import sample
 from gmmkeops.distributed import World
@@ -91,12 +92,15 @@ def initialise(
         raise ValueError(f"components must be at least 1, got {components}.")
     world = World()
     with world.together():
+        if readable(x):
+            x, weights = Source.of(x, weights=weights), None
+        names = world.tell(x.columns if isinstance(x, Source) else table_names(x))[0]
         rows, mass, some, chunks = representatives(x, weights, max(_SAMPLE, 20 * K), world, minimum=K)
         if some < K:
             raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
         generator = _on(world.generator(generator, rows.device), rows.device)
         if strategy == "responsibilities":
-            return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied)
+            return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied).named(names)
         points, masses = _distinct(rows, mass)
         if strategy == "kmeans":
             centres = _kmeans(points, masses, K, generator, backend, runs)
@@ -108,7 +112,7 @@ def initialise(
         mixture = _mixture_of(world.added(_clusters(chunks(), centres, kind, backend)), kind, tied)
         for _ in range(refine):
             mixture = _mixture_of(world.added(_shares(chunks(), mixture, backend)), kind, tied)
-        return mixture
+        return mixture.named(names)
 
 
 def representatives(

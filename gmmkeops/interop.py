@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from gmmkeops.estimator import GaussianMixture
@@ -32,7 +33,8 @@ def from_sklearn(model: Any) -> GaussianMixture:
     if not hasattr(model, "covariances_"):
         raise ValueError(f"{type(model).__name__} is not fitted; call its fit first.")
     mixture = Mixture.from_parameters(model.weights_, model.means_, model.covariances_, model.covariance_type)
-    ours = GaussianMixture.from_mixture(mixture)
+    names = getattr(model, "feature_names_in_", None)
+    ours = GaussianMixture.from_mixture(mixture.named(None if names is None else tuple(names)))
     ours.set_params(covariance_type=model.covariance_type)
     return ours
 
@@ -71,5 +73,7 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     theirs.precisions_cholesky_ = factors.numpy()
     theirs.converged_, theirs.n_iter_ = bool(ours.converged_), int(ours.n_iter_)
     theirs.n_features_in_ = fitted.features
+    if fitted.columns is not None:
+        theirs.feature_names_in_ = np.array(fitted.columns, dtype=object)
     theirs.lower_bound_ = getattr(ours, "lower_bound_", float("nan"))
     return theirs

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +19,25 @@ import torch
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.mixture import Mixture
 
-__all__ = ["KINDS", "load", "save", "unused_name", "write_array", "write_whole"]
+__all__ = [
+    "KINDS",
+    "MIXTURES",
+    "TABLES",
+    "check_output",
+    "load",
+    "save",
+    "unused_name",
+    "write_table",
+    "write_whole",
+]
 
 T = TypeVar("T")
 
 _FORMAT = "gmmkeops.mixture"
 _VERSION = 1
+# Formats of files by their suffixes. A mixture's file may do without one.
+MIXTURES = (".safetensors", "")
+TABLES = (".npy", ".csv")
 KINDS: dict[str, type[Factor]] = {"full": FullFactor, "diagonal": DiagonalFactor, "spherical": SphericalFactor}
 
 
@@ -33,10 +46,12 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
 
     Args:
         mixture: A :class:`~gmmkeops.Mixture`, batches too, or a fitted :class:`~gmmkeops.GaussianMixture`.
-        path: The file, replaced in one step if it exists.
+        path: The file, ``.safetensors`` or without a suffix, replaced in one step if it exists. The names of the mixture's
+            columns, where they are known, are written too.
 
     Raises:
         TypeError: Neither of the two.
+        ValueError: The suffix belongs to another format.
         OSError: The folder cannot be written to.
 
     Example:
@@ -49,6 +64,7 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save as serialise
 
+    path = check_output(path, MIXTURES, name="a mixture")
     mixture = getattr(mixture, "mixture_", mixture)
     if not isinstance(mixture, Mixture):
         raise TypeError(f"save takes a Mixture or a fitted GaussianMixture, got {type(mixture).__name__}.")
@@ -60,24 +76,73 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
         "features": mixture.features,
         "components": mixture.components,
     }
+    if mixture.columns is not None:
+        header["columns"] = list(mixture.columns)
     data = serialise(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {_FORMAT: json.dumps(header)}
     )
-    write_whole(Path(path), data)
+    write_whole(path, data)
 
 
-def write_array(path: Path, array: Any) -> None:
-    """Writes a .npy file, whole or not at all.
+def check_output(
+    path: str | os.PathLike[str],
+    formats: Sequence[str] | None = None,
+    *,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    name: str = "the output",
+) -> Path:
+    """Checks that a file may be written, before anything is computed for it.
+
+    Args:
+        path: The file.
+        formats: The suffixes of the formats that it may be written in; any if left out.
+        inputs: Files that must stay as they are. Links to them are recognized.
+        name: How messages call the file.
+
+    Returns:
+        The path.
 
     Raises:
+        ValueError: The suffix belongs to another format, or the file is one of the inputs.
+        FileNotFoundError: The folder does not exist.
+        IsADirectoryError: The path is a folder.
+    """
+    path = Path(path)
+    # A link is not replaced, but the file that it points to.
+    target = path.resolve() if path.is_symlink() else path
+    wrong = [file for file in (path, target) if formats is not None and file.suffix.lower() not in formats]
+    if wrong and formats is not None:
+        known = " or ".join(suffix for suffix in formats if suffix)
+        what = f"a {wrong[0].suffix} file" if wrong[0].suffix else "a file without a suffix"
+        raise ValueError(f"{name} is written to a {known} file, got {wrong[0]}, {what}; choose another name.")
+    for other in inputs:
+        # A file that does not exist yet has no other names than its path.
+        same = path.exists() and os.path.exists(other) and os.path.samefile(path, other)
+        if same or os.path.abspath(path) == os.path.abspath(other):
+            raise ValueError(f"{name} {path} would overwrite {other}, which is used here too; choose another name.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it for {name}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}.")
+    return path
+
+
+def write_table(path: str | os.PathLike[str], array: Any) -> None:
+    """Writes numbers (N,) or (N, D) to a .npy or .csv file, as its suffix says, whole or not at all.
+
+    Raises:
+        ValueError: The suffix belongs to another format.
         OSError: The folder cannot be written to.
     """
     import io
 
     import numpy as np
 
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    path, file = check_output(path, TABLES), io.BytesIO()
+    if path.suffix.lower() == ".csv":
+        np.savetxt(file, array, delimiter=",", fmt="%d" if array.dtype.kind in "iu" else "%.17g")
+    else:
+        np.save(file, array, allow_pickle=False)
     write_whole(path, file.getvalue())
 
 
@@ -171,8 +236,9 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
         ) from None
     try:
         header = json.loads(metadata[_FORMAT])
-        family, features, version = header["family"], int(header["features"]), header["version"]
-    except (KeyError, ValueError, TypeError):
+        family, features, version = str(header["family"]), int(header["features"]), header["version"]
+        columns = header.get("columns")
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"{path} holds no gmmkeops mixture: its header has no {_FORMAT} entry.") from None
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this gmmkeops reads {_VERSION}; upgrade gmmkeops.")
@@ -190,6 +256,6 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
     try:
         kind = KINDS[family]
         factor = kind(**moved, **({"features": features} if family == "spherical" else {}))
-        return Mixture(logits, means, factor)
+        return Mixture(logits, means, factor).named(columns)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None

@@ -9,8 +9,9 @@ The log-density is one log-sum-exp reduction with offsets :math:`c_k = \log W_k 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_points, as_tensor, check_finite, readable
+from gmmkeops._columns import table_of
 from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
@@ -40,6 +42,10 @@ class Mixture(Distribution):
         factor: A precision factor with leading dimension K, or 1 when tied, and the same batch dimensions.
         validate_args: False skips the checks of values (never those of shapes).
 
+    Attributes:
+        columns: Names of the D columns, or None where they are not known. Data with names of columns (tables, files) are
+            matched to them by name, data without names by their places; see :meth:`named`.
+
     Raises:
         ValueError: Shapes or devices do not fit, or values are NaN.
 
@@ -56,6 +62,7 @@ class Mixture(Distribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = False
+    columns: tuple[str, ...] | None = None
 
     def __init__(self, logits: Tensor, means: Tensor, factor: Factor, validate_args: bool | None = None) -> None:
         logits, means = as_tensor(logits, name="logits"), as_tensor(means, name="means")
@@ -138,6 +145,33 @@ class Mixture(Distribution):
             )
         covariances = covariances.unsqueeze(0) if tied else covariances
         return cls(weights.log(), means, kind.from_covariances(covariances, features=D))
+
+    def named(self, columns: Sequence[str] | None) -> Mixture:
+        """The same mixture with names for its columns, which :func:`gmmkeops.save` keeps.
+
+        Args:
+            columns: D names, each once; None for none.
+
+        Raises:
+            ValueError: They are not D different strings.
+
+        Example:
+            >>> import gmmkeops as gk
+            >>> m = gk.Mixture.from_parameters([1.0], [[0.0, 5.0]], [1.0], "spherical").named(["a", "b"])
+            >>> m.marginal(1).columns
+            ('b',)
+        """
+        if columns is None and self.columns is None:
+            return self
+        names = tuple(columns) if isinstance(columns, Iterable) and not isinstance(columns, str) else ()
+        strings = all(isinstance(name, str) for name in names)
+        if columns is not None and (len(set(names)) != self.features or len(names) != self.features or not strings):
+            raise ValueError(
+                f"columns must be {self.features} different strings, one for each column, got {columns!r}."
+            )
+        mixture = copy.copy(self)
+        mixture.columns = None if columns is None else tuple(map(str, names))
+        return mixture
 
     @property
     def components(self) -> int:
@@ -449,7 +483,8 @@ class Mixture(Distribution):
             factor = factor.replace(log_diagonal=factor.tensors["log_diagonal"][..., keep])
         else:
             factor = SphericalFactor(factor.tensors["log_diagonal"], len(keep))
-        return Mixture(self.logits, self.means[..., keep], factor, validate_args=False)
+        names = None if self.columns is None else [self.columns[d] for d in keep]
+        return Mixture(self.logits, self.means[..., keep], factor, validate_args=False).named(names)
 
     def condition(self, columns: Sequence[int] | int, values: Any) -> Mixture:
         r"""The distribution of the other columns where some are known, exactly: a mixture again, or a batch of them.
@@ -499,7 +534,8 @@ class Mixture(Distribution):
             factor = type(factor).from_precisions(aa)
         else:
             factor = self.marginal(rest).factor
-        return Mixture(logits, means, factor.expand(batch), validate_args=False)
+        names = None if self.columns is None else [self.columns[d] for d in rest]
+        return Mixture(logits, means, factor.expand(batch), validate_args=False).named(names)
 
     def _columns(self, columns: Sequence[int] | int) -> list[int]:
         chosen = [columns] if isinstance(columns, int) else [int(column) for column in columns]
@@ -516,13 +552,13 @@ class Mixture(Distribution):
             self.means.expand(*batch_shape, self.components, self.features),
             self.factor.expand(batch_shape),
             validate_args=False,
-        )
+        ).named(self.columns)
 
     def select(self, index: Tensor) -> Mixture:
         """The mixture of some components (an index or mask over K), their weights brought back to a sum of one."""
         return Mixture(
             self.logits[..., index], self.means[..., index, :], self.factor.select(index), validate_args=False
-        )
+        ).named(self.columns)
 
     def to(self, *args: Any, **kwargs: Any) -> Mixture:
         """Moves or casts the parameters, as :meth:`torch.Tensor.to`."""
@@ -531,16 +567,16 @@ class Mixture(Distribution):
             self.means.to(*args, **kwargs),
             self.factor.to(*args, **kwargs),
             validate_args=False,
-        )
+        ).named(self.columns)
 
     def detach(self) -> Mixture:
         """The same mixture outside any autograd graph, in its own memory."""
         return Mixture(
             self.logits.detach().clone(), self.means.detach().clone(), self.factor.detach(), validate_args=False
-        )
+        ).named(self.columns)
 
     def _points(self, value: Any) -> Tensor:
-        x = as_tensor(value, name="x")
+        x = as_tensor(table_of(value, self.columns), name="x")
         if x.ndim == 0 or x.shape[-1] != self.features:
             raise ValueError(
                 f"x must have {self.features} columns, shape (*, {self.features}), got {tuple(x.shape)}; "

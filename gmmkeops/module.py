@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gmmkeops._checks import as_points, as_tensor
+from gmmkeops._columns import table_names, table_of
 from gmmkeops._random import as_generator
 from gmmkeops.factors import factor_class
 from gmmkeops.initialise import initialise
@@ -52,6 +53,8 @@ class GMM(nn.Module):
         log_diagonal: Parameters (K or 1, D or 1), without a context.
         upper: Parameters (K or 1, D(D-1)/2) of full factors, without a context.
         network: The perceptron, with one.
+        columns: Names of the D columns of the points and of the C columns of the contexts, where the data that the model
+            was initialized with or fitted to had names; else None. They are not part of the state dict.
 
     Raises:
         ValueError: A size below one, or an unknown covariance type.
@@ -69,6 +72,8 @@ class GMM(nn.Module):
         >>> model.means.grad.shape
         torch.Size([3, 2])
     """
+
+    columns: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class GMM(nn.Module):
         else:
             if c is None:
                 raise ValueError(f"this GMM needs a context of {self.context} columns; call model(c).")
+            c = table_of(c, None if self.columns is None else self.columns[self.features :], "the context")
             c = as_tensor(c, name="the context", dtype=next(self.network.parameters()).dtype)
             if c.ndim == 0 or c.shape[-1] != self.context:
                 raise ValueError(f"the context must have shape (*, {self.context}), got {tuple(c.shape)}.")
@@ -136,7 +142,8 @@ class GMM(nn.Module):
         epsilon = torch.as_tensor(self.epsilon, dtype=raw.dtype, device=raw.device)
         tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(epsilon.log() + 2 * raw)
         factor = self.kind(**tensors, **({"features": self.features} if self.kind.family == "spherical" else {}))
-        return Mixture(logits, means, factor, validate_args=False)
+        names = None if self.columns is None else self.columns[: self.features]
+        return Mixture(logits, means, factor, validate_args=False).named(names)
 
     @torch.no_grad()
     def carried(self, shift: Tensor, scale: Tensor) -> GMM:
@@ -186,6 +193,7 @@ class GMM(nn.Module):
         else:
             for name, tensor in shapes.items():
                 getattr(self, name).copy_(tensor.reshape(getattr(self, name).shape))
+        self.columns = None if self.context else mixture.columns
         return self
 
     def initialize(
@@ -217,6 +225,7 @@ class GMM(nn.Module):
         """
         names = {"full": "full", "diagonal": "diag", "spherical": "spherical"}
         covariance_type = ("tied_" if self.tied else "") + names[self.kind.family]
+        columns, others = table_names(x), table_names(context)
         x = as_tensor(x, name="x", device=next(self.parameters()).device)
         generator = as_generator(generator, x.device)
         if x.ndim == 2 and x.shape[1] != self.features:
@@ -234,8 +243,9 @@ class GMM(nn.Module):
         if strategy == "kmeans++":
             # The algorithm of that name: seeds far apart, then Lloyd's iterations; here the best of more runs than "kmeans".
             strategy, options["runs"] = "kmeans", _RUNS
-        self.assign(initialise(x, self.components, strategy, **options))
+        self.assign(initialise(x, self.components, strategy, **options).named(columns))
         if context is not None:
+            self.columns = None if columns is None or others is None else columns + others
             self._suit(c.double(), generator)
         return self
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import ConvergenceWarning, as_points
+from gmmkeops._columns import table_names
 from gmmkeops._random import as_generator
 from gmmkeops.fitting import EM, FitResult, Method, fit
 from gmmkeops.initialise import initialise
@@ -36,7 +37,7 @@ _ROWS = 1 << 16
 def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float]:
     """Σ g ℓ, Σ g, and Σ g H if it is asked for."""
     total = mass = disorder = 0.0
-    for chunk in chunked(x, weights, features=mixture.features):
+    for chunk in chunked(x, weights, features=mixture.features, columns=mixture.columns):
         with torch.no_grad():
             values, g = mixture.log_prob(chunk.points).double(), chunk.weights
             total += float(values.sum() if g is None else values @ g)
@@ -145,7 +146,10 @@ def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> floa
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be between 0 and 100, got {percentile}.")
     with torch.no_grad():
-        parts = [mixture.log_prob(chunk.points).double() for chunk in chunked(x, features=mixture.features)]
+        parts = [
+            mixture.log_prob(chunk.points).double()
+            for chunk in chunked(x, features=mixture.features, columns=mixture.columns)
+        ]
     values = torch.cat(parts).sort().values
     place = percentile / 100 * (len(values) - 1)
     low = int(place)
@@ -321,6 +325,7 @@ def select(
     if criterion not in ("bic", "aic", "icl"):
         raise ValueError(f"criterion must be 'bic', 'aic' or 'icl', got {criterion!r}.")
     points, g = (Source.of(x, weights=weights), None) if readable(x) else (as_points(x), weights)
+    names = points.columns if isinstance(points, Source) else table_names(x)
     device = points.device if isinstance(points, Tensor) else torch.device("cpu")
     numbers = list(components)
     if not numbers or not covariance_types:
@@ -332,6 +337,7 @@ def select(
         for kind in covariance_types:
             same = torch.Generator(device).manual_seed(seed)
             start = initialise(points, K, "kmeans", covariance_type=kind, weights=g, runs=runs, generator=same)
+            start = start.named(names)
             with warnings.catch_warnings():
                 # The table says which fits did not converge.
                 warnings.simplefilter("ignore", ConvergenceWarning)

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_points, as_weights, check_finite
-from gmmkeops._readers import SUFFIXES, Arrays, Chunk, Files, Reader, Streams, Unit, open_file
+from gmmkeops._columns import table_names, table_of
+from gmmkeops._readers import SUFFIXES, Arrays, Chunk, ColumnError, Files, Reader, Streams, Table, Unit, open_file
 from gmmkeops._survey import SAMPLE, Reservoir, Survey, fingerprint
 
 __all__ = ["NUMBERS", "Chunk", "Source", "chunked", "readable"]
@@ -46,6 +47,8 @@ class Source:
     Attributes:
         name: How messages call it.
         features: Number of columns D.
+        columns: Their names, in the order in which they are read, or None where the data have no names.
+        paths: The files that it reads.
 
     Example:
         >>> import numpy as np, gmmkeops as gk
@@ -56,6 +59,7 @@ class Source:
 
     def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:
         self.reader, self.name, self.features = reader, reader.name, reader.features
+        self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
         self.size = chunk_rows or max(1, NUMBERS // self.features)
         given = weights.detach().cpu() if isinstance(weights, Tensor) else weights
         self.weights = None if given is None else np.asarray(given, dtype=np.float64)
@@ -82,7 +86,8 @@ class Source:
                 a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns an
                 iterator of arrays (n, D), or of pairs (points, weights), anew at each call.
             columns: Which columns are the coordinates: names, or numbers of an array's. By default all that are not the
-                weights; x, y and z of LAS and PLY.
+                weights; x, y and z of LAS and PLY. The labels of rows that pandas saves in Parquet files are left out.
+                Files of one source are matched by the names of their columns, to the order of the first file.
             classes: Which classes of a LAS file's points are read; all if left out.
             weights: Name or number of the column with the points' weights; or an array (N,) of them.
             chunk_rows: Rows that are read at a time; about a million numbers' worth if left out.
@@ -135,6 +140,34 @@ class Source:
             size = min(size, max(1, (self.reader.rows or 0) // (8 * count)))
         units = self.reader.units(size)
         return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
+
+    def matched(self, columns: Sequence[str] | None) -> Source:
+        """The same rows with the columns of a model, matched by their names.
+
+        Args:
+            columns: Names of the model's columns, or None where they are not known.
+
+        Returns:
+            A source of these columns in this order; the same source where one side has no names, so that columns are
+            matched by their places.
+
+        Raises:
+            ValueError: A column is missing; the sentence names it and lists those that exist.
+
+        Example:
+            >>> import numpy as np, gmmkeops as gk
+            >>> rows = np.array([(1.0, 2.0, 3.0)], [("a", "f8"), ("b", "f8"), ("c", "f8")])
+            >>> gk.Source.of(rows).matched(["c", "a"]).survey().reservoir.sample()[0].tolist()
+            [[3.0, 1.0]]
+        """
+        if columns is None or self.columns is None or self.columns == tuple(columns):
+            return self
+        part = copy.copy(self)
+        part.reader = self.reader.chosen(columns)
+        part.columns, part.features = tuple(columns), len(columns)
+        part.size = self.size if self.chunk_rows else max(1, self.size * self.features // part.features)
+        part._survey = None
+        return part
 
     def in_chunks(self, rows: int) -> Source:
         """The same, read at most so many rows at a time."""
@@ -235,6 +268,8 @@ class Source:
                 self._check_stamps(self.reader.path(unit))
             chunk = self.reader.load(unit)
         except Exception as error:
+            if isinstance(error, ColumnError) or not self.reader.paths:
+                raise
             raise ValueError(
                 f"{self.name} cannot be read from row {unit.first} to {unit.first + unit.rows} "
                 f"({str(error).rstrip('.')}); it may be cut short, or have changed since it was opened."
@@ -380,21 +415,24 @@ def readable(x: Any) -> bool:
     return callable(x) and not hasattr(x, "__array__")
 
 
-def chunked(x: Any, weights: Any = None, *, features: int | None = None) -> Iterator[Chunk]:
+def chunked(
+    x: Any, weights: Any = None, *, features: int | None = None, columns: Sequence[str] | None = None
+) -> Iterator[Chunk]:
     """Points in memory as one chunk, or those of a source one after the other; checked.
 
     Args:
         x: Points (N, D), or what :meth:`Source.of` takes.
         weights: Weight of each point (N,), or None.
         features: Expected D, if known.
+        columns: Names of the model's columns, if known, which data with names are matched to.
 
     Raises:
-        TypeError, ValueError: Bad points or weights.
+        TypeError, ValueError: Bad points or weights, or a column that is missing.
     """
     if not readable(x):
-        points = as_points(x, features=features)
+        points = as_points(table_of(x, columns), features=features)
         return iter([Chunk(points, as_weights(weights, points))])
-    source = Source.of(x, weights=weights)
+    source = Source.of(x, weights=weights).matched(columns)
     if features not in (None, source.features):
         raise ValueError(
             f"{source.name} has {source.features} columns, expected {features} as in the model; pass the same columns."
@@ -404,7 +442,7 @@ def chunked(x: Any, weights: Any = None, *, features: int | None = None) -> Iter
 
 def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Streams:
     if not readable(x):
-        return Arrays(x, "x", columns, weights)
+        return Arrays(x, "x", columns, weights) if table_names(x) is None else Table(x, "x", columns, weights)
     if isinstance(x, np.memmap):
         return Arrays(x, f"the memory map of {x.filename}", columns, weights)
     if isinstance(x, torch.utils.data.DataLoader):

@@ -99,7 +99,7 @@ def standard_errors(
     layout = _Layout(m)
     joint = layout.size <= _JOINT if joint is None else bool(joint)
     tally = _Tally(layout, joint)
-    for chunk in chunked(x, weights, features=m.features):
+    for chunk in chunked(x, weights, features=m.features, columns=m.columns):
         rows = max(1, _CHUNK // (m.components * (m.features + 1) ** 2))
         g = chunk.points.new_ones(len(chunk.points), dtype=torch.float64) if chunk.weights is None else chunk.weights
         for part, own in zip(chunk.points.to(m.means.device).split(rows), g.split(rows), strict=True):

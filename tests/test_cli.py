@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +151,175 @@ def test_errors_are_one_sentence_and_a_code(scene, capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2
+
+
+def test_a_command_that_is_not_understood_imports_no_torch():
+    """It takes the tenth of a second that Python takes, not the seconds of torch."""
+    code = """
+import sys
+from gmmkeops import cli
+for arguments in (["fit"], ["nonsense"], ["fit", "x.npy", "-k", "three", "--out", "m"], ["--help"], ["--version"], []):
+    try:
+        cli.main(arguments)
+    except SystemExit as ended:
+        print(ended.code, {"torch", "numpy", "pykeops"} & set(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    endings = [line for line in done.stderr.splitlines() if line.endswith("set()")]
+    assert endings == ["2 set()"] * 3 + ["0 set()"] * 2 + ["2 set()"]
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "gmmkeops.cli", "predict"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the following arguments are required" in done.stderr
+    assert time.perf_counter() - started < 2
+
+
+def outputs(folder, out):
+    """Every command that writes a file, with the file that it writes."""
+    model, points = folder / "m.safetensors", folder / "x.npy"
+    return [
+        ["fit", points, "-k", 1, "--out", out],
+        ["score", model, points, "--out", out],
+        ["predict", model, points, "--out", out],
+        ["sample", model, "--out", out],
+        ["select", points, "-k", 1, "--out", out],
+        ["convert", model, out],
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.npy", "a.csv", "a.laz", "a.las", "a.parquet", "a.safetensors", "a.npz", "a.ply", "a.txt", "a"]
+)
+@pytest.mark.parametrize("before", [None, b"precious"])
+def test_outputs_are_what_their_suffix_says_or_are_refused(name, before, scene, capsys):
+    folder, x = scene
+    gk.save(gk.fit(gk.initialise(x, 2), x, gk.EM(), max_iter=20).mixture, folder / "m.safetensors")
+    whole = {
+        "npy": lambda path: np.load(path),
+        "csv": lambda path: np.loadtxt(path, delimiter=","),
+        "safetensors": gk.load,
+        "": gk.load,
+        "npz": lambda path: np.load(path)["means_"],
+        "ply": lambda path: gk.Source.of(path, columns=["x"]).survey(),
+    }
+    formats = {"fit": ["safetensors", ""], "select": ["safetensors", ""], "convert": ["npz", "ply"]}
+    out, suffix = folder / name, name.removeprefix("a").removeprefix(".")
+    for command in outputs(folder, out):
+        out.unlink(missing_ok=True)
+        if before is not None:
+            out.write_bytes(before)
+        code, said = run(capsys, *command)
+        if suffix in formats.get(command[0], ["npy", "csv"]):
+            assert code == 0, said.err
+            whole[suffix](out)
+            assert stat.S_IMODE(out.stat().st_mode) == 0o666 & ~umask()
+        else:
+            assert (code, said.out, said.err.count("\n")) == (1, "", 1)
+            assert "is written to a" in said.err
+            assert (out.read_bytes() if out.exists() else None) == before
+    assert {path.name for path in folder.iterdir()} <= {"m.safetensors", "x.npy", name}
+
+
+def umask():
+    value = os.umask(0o22)
+    os.umask(value)
+    return value
+
+
+@pytest.mark.parametrize("link", ["itself", "relative", "symlink", "hardlink", "by folder", "by pattern"])
+def test_an_input_is_never_overwritten(link, scene, capsys, monkeypatch):
+    folder, x = scene
+    gk.save(gk.Mixture.from_parameters([1.0], x[:1], [1.0], "spherical"), folder / "m.safetensors")
+    (folder / "sub").mkdir()
+    monkeypatch.chdir(folder / "sub")
+
+    def named(path):
+        other = folder / f"other-{path.name}"
+        if link == "symlink":
+            other.unlink(missing_ok=True)
+            other.symlink_to(path)
+            return other
+        if link == "hardlink":
+            other.unlink(missing_ok=True)
+            os.link(path, other)
+            return other
+        return f"../{path.name}" if link == "relative" else path
+
+    points = {"by folder": folder, "by pattern": f"{folder}/*.npy"}.get(link, folder / "x.npy")
+    model, data = folder / "m.safetensors", folder / "x.npy"
+    before = {path: path.read_bytes() for path in (model, data)}
+    for command in (
+        ["predict", model, points, "--out", named(data)],
+        ["score", model, points, "--out", named(data)],
+        ["fit", points, "-k", 1, "--out", folder / "new.safetensors", "--checkpoint", named(data)],
+        ["fit", points, "-k", 1, "--out", folder / "new.safetensors", "--checkpoint", folder / "new.safetensors"],
+    ):
+        code, said = run(capsys, *command)
+        assert (code, said.err.count("\n")) == (1, 1)
+        assert "would overwrite" in said.err
+        assert not (folder / "new.safetensors").exists()
+    # A model under a name that could be that of points.
+    os.link(model, folder / "model.npy")
+    code, said = run(capsys, "sample", model, "--out", folder / "model.npy")
+    assert (code, "would overwrite" in said.err) == (1, True)
+    assert {path: path.read_bytes() for path in (model, data)} == before
+
+
+def test_a_scan_is_not_replaced_by_labels(tmp_path, capsys):
+    laspy = pytest.importorskip("laspy")
+    scan = laspy.create()
+    scan.x, scan.y, scan.z = np.random.default_rng(0).normal(size=(3, 500))
+    scan.write(tmp_path / "scan.las")
+    gk.save(gk.initialise(tmp_path / "scan.las", 2), tmp_path / "m.safetensors")
+    before = (tmp_path / "scan.las").read_bytes()
+    for name in ("scan.las", "labels.laz"):
+        code, said = run(capsys, "predict", tmp_path / "m.safetensors", tmp_path / "scan.las", "--out", tmp_path / name)
+        assert code == 1
+        assert "is written to a .npy or .csv file" in said.err
+    assert (tmp_path / "scan.las").read_bytes() == before
+    assert not (tmp_path / "labels.laz").exists()
+
+
+def test_a_failure_keeps_the_old_output(scene, capsys):
+    folder, x = scene
+    gk.save(gk.Mixture.from_parameters([1.0], x[:1], [1.0], "spherical"), folder / "m.safetensors")
+    x[3999, 1] = np.nan
+    np.save(folder / "bad.npy", x)
+    (folder / "old.npy").write_bytes(b"precious")
+    code, said = run(capsys, "predict", folder / "m.safetensors", folder / "bad.npy", "--out", folder / "old.npy")
+    assert (code, "row 3999" in said.err) == (1, True)
+    assert (folder / "old.npy").read_bytes() == b"precious"
+    code, said = run(capsys, "sample", folder / "m.safetensors", "--out", folder)
+    assert (code, "is a folder" in said.err or "without a suffix" in said.err) == (1, True)
+    assert run(capsys, "predict", folder / "m.safetensors", folder / "x.npy", "--out", folder / "no" / "l.npy")[0] == 1
+
+
+def test_savers_refuse_suffixes_of_other_formats(tmp_path):
+    m = gk.Mixture.from_parameters([1.0], [[0.0, 1.0, 2.0]], [1.0], "spherical")
+    for save, wrong in (
+        (lambda path: gk.save(m, path), "scan.las"),
+        (lambda path: gk.save(m, path), "m.npz"),
+        (gk.GaussianMixture.from_mixture(m).save, "m.parquet"),
+        (lambda path: gk.export.npz(m, path), "m.ply"),
+        (lambda path: gk.export.splats(m, path), "m.npz"),
+        (lambda path: gk.export.ellipsoids(m, path), "scan.laz"),
+    ):
+        (tmp_path / wrong).write_bytes(b"precious")
+        with pytest.raises(ValueError, match="is written to a"):
+            save(tmp_path / wrong)
+        assert (tmp_path / wrong).read_bytes() == b"precious"
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "scan.las")
+    with pytest.raises(ValueError, match=r"got .*scan\.las, a \.las file"):
+        gk.save(m, tmp_path / "link.safetensors")
+    gk.save(m, tmp_path / "M.SAFETENSORS")
+    gk.export.npz(m, tmp_path / "M.NPZ")
+    assert gk.load(tmp_path / "M.SAFETENSORS").features == 3
+
+
+def test_classes_are_numbers(scene, capsys):
+    folder, _ = scene
+    code, said = run(capsys, "fit", folder / "x.npy", "-k", 1, "--classes", "ground", "--out", folder / "m")
+    assert (code, "--classes takes numbers" in said.err) == (1, True)
 
 
 @pytest.mark.parametrize(

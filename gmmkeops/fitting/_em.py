@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_points, as_weights
+from gmmkeops._columns import table_of
 from gmmkeops._floor import nearest_factor
 from gmmkeops._random import DEFAULT_SEED
 from gmmkeops.factors import Factor
@@ -388,7 +389,7 @@ class EM(Method[_State]):
         problem = Problem.without_points(frame, mass, penalty)
         state = self.init(problem, frame.enter(mixture))
         new, _ = self._m_step(problem, state, frame.enter_moments(moments))
-        return frame.leave(new)
+        return frame.leave(new).named(mixture.columns)
 
     def update(
         self,
@@ -415,7 +416,7 @@ class EM(Method[_State]):
         Raises:
             TypeError, ValueError: Bad points or weights.
         """
-        x = as_points(x, features=mixture.features)
+        x = as_points(table_of(x, mixture.columns), features=mixture.features)
         # Each batch has random numbers of its own, the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
         problem = Problem.of(
@@ -430,7 +431,8 @@ class EM(Method[_State]):
         state = self._blend(state, self._moments(problem, state, None))
         assert state.memory is not None, "just blended"
         new, _ = self._m_step(problem, state, state.memory)
-        return problem.frame.leave(new), (problem.frame.leave_moments(state.memory), state.batches, seen)
+        mixture = problem.frame.leave(new).named(mixture.columns)
+        return mixture, (problem.frame.leave_moments(state.memory), state.batches, seen)
 
 
 def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:

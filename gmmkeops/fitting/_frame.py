@@ -32,11 +32,13 @@ class Frame:
         shift: m (D,), data units, float64.
         scale: s (D,), data units, powers of two, float64.
         extra: How many columns at the end are no coordinates of mixtures but contexts.
+        columns: Names of all columns (D,), or None where they are not known.
     """
 
     shift: Tensor
     scale: Tensor
     extra: int = 0
+    columns: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0) -> Frame:
@@ -118,7 +120,8 @@ class Frame:
         """A mixture of the frame, in the user's units (differentiable)."""
         shift, scale = self._own(self.shift), self._own(self.scale)
         factor = mixture.factor.rescale(1 / scale)
-        return Mixture(mixture.logits, mixture.means * scale + shift, factor, validate_args=False)
+        names = None if self.columns is None else self.columns[: len(scale)]
+        return Mixture(mixture.logits, mixture.means * scale + shift, factor, validate_args=False).named(names)
 
 
 def _spread(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 
 from gmmkeops import reductions
 from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights
+from gmmkeops._columns import table_names, table_of
 from gmmkeops.distributed import World
 from gmmkeops.fitting._checkpoint import Checkpoint, Journal
 from gmmkeops.fitting._conditional import Network
@@ -119,10 +120,10 @@ def fit(
     world = World()
     with world.together():
         mixture = _starting_mixture(start, method)
-        extra = 0
+        extra, columns = 0, start.columns
         if isinstance(start, GMM) and start.context:
             extra = start.context
-            x, method, truncate = _conditional(start, x, context, method, truncate)
+            x, columns, method, truncate = _conditional(start, x, context, method, truncate)
         elif context is not None:
             raise ValueError("context belongs to a GMM that was constructed with one; pass GMM(features, context=C).")
         max_iter = method.max_iter if max_iter is None else int(max_iter)
@@ -136,10 +137,13 @@ def fit(
         frame = None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra)
         kind = as_dtype(dtype)
         limit = None if max_memory is None else as_bytes(max_memory)
+        x, columns = _matched(x, weights, columns, world)
+        weights = None if isinstance(x, Source) else weights
         problem = _problem(
             mixture, x, weights, penalty, truncate, backend, kind, generator, world, frame, journal, limit, extra
         )
         told = (callbacks,) if callable(callbacks) else tuple(callbacks)
+        problem = replace(problem, frame=replace(problem.frame, columns=columns))
         run = _Run(problem, method, tol, told, began, _facts(problem, mixture, method))
         inside = problem.frame.enter(mixture.detach().to(torch.float64))
         if saved is None:
@@ -161,10 +165,21 @@ def fit(
     if isinstance(start, GMM):
         if extra:
             start.load_state_dict(result.answer.state_dict())
+            start.columns = columns
         else:
             start.assign(result.mixture)
     _logger.info("%s", result)
     return result
+
+
+def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World) -> tuple[Any, tuple[str, ...] | None]:
+    """Points with the columns of the start, matched by name where both have names; and the names, if either has them."""
+    if readable(x):
+        x = world.share(Source.of(x, weights=weights).matched(columns))
+        return x, columns or x.columns
+    columns = columns or world.tell(table_names(x))[0]
+    world.agree({"columns": columns})
+    return table_of(x, columns), None if columns is None else tuple(columns)
 
 
 def _problem(
@@ -185,9 +200,8 @@ def _problem(
     """What is asked, checked; the last ``extra`` columns are contexts."""
     K, D, device = mixture.components, mixture.features + extra, mixture.means.device
     alone, name = world.size == 1, "x"
-    if readable(x):
-        x, g = world.share(Source.of(x, weights=weights)), None
-        name = x.name
+    if isinstance(x, Source):
+        name, g = x.name, None
         if x.features != D:
             raise ValueError(f"{name} has {x.features} columns, expected {D} as in the model; pass the same columns.")
     else:
@@ -267,8 +281,8 @@ def _starting_mixture(start: Any, method: Any) -> Mixture:
 
 def _conditional(
     model: GMM, x: Any, context: Any, method: Method[Any], truncate: float | None
-) -> tuple[Any, Method[Any], float]:
-    """Points and contexts as one cloud, and the method for the network."""
+) -> tuple[Any, tuple[str, ...] | None, Method[Any], float]:
+    """Points and contexts as one cloud, the names of its columns if they are known, and the method for the network."""
     if not isinstance(method, Gradient):
         raise ValueError(
             f"a GMM with a context is fitted by gradient, got {type(method).__name__}; pass gmmkeops.Adam(lr=1e-3)."
@@ -277,16 +291,23 @@ def _conditional(
         raise ValueError(
             "truncate is about one mixture for all points, but with a context each has its own; leave it out."
         )
+    columns = model.columns
     if context is not None:
         if readable(x):
             raise ValueError("points that are read have their contexts as their last columns; leave context out.")
         # A rank may have none; that there are some in all is checked with all of them.
+        names, others = table_names(x), table_names(context)
+        if columns is not None:
+            x = table_of(x, columns[: model.features])
+            context = table_of(context, columns[model.features :], "context")
+        elif names is not None and others is not None:
+            columns = names + others
         x = as_points(x, features=model.features, minimum=0)
         c = as_points(context, name="context", features=model.context, minimum=0)
         if len(x) != len(c):
             raise ValueError(f"context must have a row for each of the {len(x)} points, got {len(c)}.")
         x = torch.cat([x.to(torch.promote_types(x.dtype, c.dtype)), c.to(x.device)], 1)
-    return x, Network.of(model, method), 0
+    return x, columns, Network.of(model, method), 0
 
 
 class _Run:

@@ -1,0 +1,92 @@
+"""Names of columns: those of tables in memory, and the places at which named columns are found in data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["listed", "named_alike", "places", "table_names", "table_of"]
+
+# Names that a message lists before it counts the rest.
+_LISTED = 40
+
+
+def table_names(x: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a table in memory (pandas, polars, pyarrow), or None where there are none.
+
+    Names that are not strings, such as the numbers that pandas gives to columns without names, are none.
+    """
+    if isinstance(x, (np.ndarray, Tensor)):
+        return None
+    # The columns of a pyarrow table are its data; their names stand beside them.
+    names = getattr(x, "column_names", None)
+    names = getattr(x, "columns", None) if names is None else names
+    if names is None or isinstance(names, dict) or callable(names):
+        return None
+    found = tuple(names)
+    return tuple(map(str, found)) if found and all(isinstance(name, str) for name in found) else None
+
+
+def listed(names: Sequence[Any]) -> str:
+    """Names of columns for a message: all of them, or the first ones and how many there are."""
+    if len(names) > 2 and list(names) == list(range(len(names))):
+        return f"0 to {len(names) - 1}"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(str, names[:_LISTED])) + more
+
+
+def places(wanted: Sequence[str], known: Sequence[str], name: str) -> list[int]:
+    """The places of columns among those that data have.
+
+    Args:
+        wanted: Names of the model's columns.
+        known: Names of the data's columns.
+        name: The data, as messages name them.
+
+    Raises:
+        ValueError: A column is missing, or there are two of its name; the sentence lists the columns that exist.
+    """
+    missing = [column for column in wanted if column not in known]
+    if missing:
+        noun = "column" if len(missing) == 1 else "columns"
+        raise ValueError(
+            f"{name} lacks the {noun} {listed(missing)} of the model, whose columns are {listed(wanted)}; it has the "
+            f"columns {listed(known)}."
+        )
+    for column in wanted:
+        if list(known).count(column) > 1:
+            raise ValueError(f"{name} has {list(known).count(column)} columns named {column}; give each its own name.")
+    return [list(known).index(column) for column in wanted]
+
+
+def table_of(x: Any, columns: Sequence[str] | None, name: str = "x") -> Any:
+    """A table in memory with these columns alone, in this order; anything without names of columns stays as it is.
+
+    Raises:
+        ValueError: A column is missing, or there are two of its name.
+    """
+    names = None if columns is None else table_names(x)
+    if columns is None or names is None or names == tuple(columns):
+        return x
+    places(columns, names, name)
+    return x.select(list(columns)) if not hasattr(x, "loc") and hasattr(x, "select") else x[list(columns)]
+
+
+def named_alike(columns: Sequence[str], first: Sequence[str], name: str, first_name: str) -> None:
+    """Checks that data have the columns that other data have, in any order.
+
+    Raises:
+        ValueError: They differ; the sentence names both and the columns that only one has.
+    """
+    if set(columns) == set(first) and len(columns) == len(first):
+        return
+    only = [column for column in columns if column not in first]
+    missing = [column for column in first if column not in columns]
+    differences = [f"lacks {listed(missing)}"] * bool(missing) + [f"has {listed(only)} beside them"] * bool(only)
+    raise ValueError(
+        f"{name} has other columns than {first_name}, which has {listed(first)}: it "
+        f"{' and '.join(differences) or 'names a column twice'}; choose columns that all have with columns=."
+    )
