@@ -6,6 +6,8 @@ Nothing here changes its argument, so a refused call leaves every object as it w
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ __all__ = [
     "as_tensor",
     "as_weights",
     "check_finite",
-    "readable",
+    "concrete",
+    "recordable",
+    "recording",
 ]
 
 _FLOATS = (torch.float32, torch.float64)
@@ -78,6 +82,9 @@ def as_tensor(value: Any, *, name: str, dtype: torch.dtype | None = None, device
     Raises:
         TypeError: The value is not numeric, is complex, or cannot be read as an array.
     """
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+        # numpy takes no tensor that requires a gradient, and would lose it.
+        value = torch.stack(tuple(value)) if len({item.shape for item in value}) == 1 else value
     if isinstance(value, Tensor):
         tensor = value
     else:
@@ -126,7 +133,21 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
     return found
 
 
-def readable(tensor: Tensor) -> bool:
+@contextmanager
+def recording() -> Iterator[None]:
+    """Lets gradients be recorded, also within ``torch.no_grad`` and ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one made in ``torch.inference_mode`` where torch could not record what is done with it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+def concrete(tensor: Tensor) -> bool:
     """Whether the values of a tensor can decide what is done next.
 
     They cannot while torch compiles or exports, and in a function that ``torch.func.vmap`` maps over a batch.
@@ -143,7 +164,7 @@ def readable(tensor: Tensor) -> bool:
 
 def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0) -> None:
     """Raises a ValueError that names the first entry of ``tensor`` (whose rows count from ``first``) that is not finite."""
-    if not readable(tensor):
+    if not concrete(tensor):
         return
     detached = tensor.detach()
     # A sum that is finite has finite terms; one that is not may only have overflowed.
@@ -170,6 +191,7 @@ def as_points(
     dtype: torch.dtype | None = None,
     device: Any = None,
     minimum: int = 1,
+    differentiable: bool = False,
 ) -> Tensor:
     """Checks a cloud of points.
 
@@ -180,6 +202,7 @@ def as_points(
         dtype: Result dtype (default: float32 stays, all else is float64).
         device: Result device (default: where the points are).
         minimum: The least number of rows.
+        differentiable: Whether gradients may flow into the points; the points of a fit are constants.
 
     Returns:
         A finite tensor (N, D), float32 or float64.
@@ -202,7 +225,7 @@ def as_points(
         few = "no rows" if tensor.shape[0] == 0 else f"{tensor.shape[0]} rows"
         raise ValueError(f"{name} has {few}, expected at least {minimum}; pass more points or use fewer components.")
     check_finite(tensor, name=name)
-    return tensor
+    return tensor if differentiable else tensor.detach()
 
 
 def as_weights(
@@ -214,7 +237,7 @@ def as_weights(
         weights: Weights (N,), or None.
         points: The points (N, D) they belong to; the result has their device.
         name: How messages call it.
-        signed: Whether negative weights make sense here (gradients: yes; fits: no).
+        signed: Whether negative weights and gradients in them make sense here (sums of log-densities: yes; fits: no).
         some: Whether some must be positive (of a whole cloud: yes; of a part: no).
 
     Raises:
@@ -235,7 +258,7 @@ def as_weights(
             raise ValueError(f"{name} must not be negative, got {float(tensor[row])} at row {row}; clip them at zero.")
         if some and not bool((tensor > 0).any()):
             raise ValueError(f"{name} must not all be zero; leave {name} out to weigh every point alike.")
-    return tensor
+    return tensor if signed else tensor.detach()
 
 
 def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:

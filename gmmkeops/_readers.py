@@ -129,6 +129,7 @@ class Arrays(Reader):
     ) -> None:
         if not isinstance(x, (np.ndarray, Tensor)):
             x = as_tensor(x, name=name)
+        x = x.detach() if isinstance(x, Tensor) else x
         self.x, self.name, self.rows, self.remap = x, name, len(x) if x.ndim else 0, remap
         path = getattr(x, "filename", None) if path is None else path
         self.paths = () if path is None else (Path(path),)
@@ -430,7 +431,7 @@ class Streams:
             if own != self.known:
                 named_alike(own, self.known, f"a chunk of {self.name}", "its first chunk")
             item = table_of(item, self.names, self.name)
-        points = as_tensor(item, name=self.name)
+        points = as_tensor(item, name=self.name).detach()
         if points.ndim != 2 or points.shape[1] == 0:
             raise ValueError(f"{self.name} must give arrays of shape (n, D), got {tuple(points.shape)}.")
         if self.features not in (0, points.shape[1]):

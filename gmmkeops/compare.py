@@ -18,7 +18,7 @@ from torch import Tensor
 from gmmkeops._columns import listed
 from gmmkeops._random import as_generator
 from gmmkeops.factors import FullFactor
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, log_weights
 
 __all__ = ["Estimate", "jensen_shannon", "kl_divergence", "merge", "total_variation"]
 
@@ -139,6 +139,14 @@ def total_variation(
     return _estimate((1 - ratios).clamp(min=0))
 
 
+def _part(mixture: Mixture, components: list[int]) -> Mixture:
+    """The mixture of some components; where none of them has weight, of all alike."""
+    part = mixture.select(torch.tensor(components, device=mixture.means.device))
+    if bool((part.logits == -math.inf).all()):
+        return Mixture(torch.zeros_like(part.logits), part.means, part.factor, validate_args=False)
+    return part
+
+
 def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
     r"""Replaces groups of components by one each, with the group's weight, mean and covariance.
 
@@ -170,10 +178,10 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
     if len(set(named)) < len(named) or not all(0 <= k < mixture.components for k in named) or not all(groups):
         raise ValueError(f"groups must be disjoint, not empty, and below {mixture.components}, got {groups}.")
     parts = [list(group) for group in groups] + [[k] for k in range(mixture.components) if k not in named]
-    one = [mixture.select(torch.tensor(part)) for part in parts]
+    one = [_part(mixture, part) for part in parts]
     weights = torch.stack([mixture.weights[part].sum() for part in parts])
     return Mixture(
-        weights.log(),
+        log_weights(weights),
         torch.stack([part.mean for part in one]),
         FullFactor.from_covariances(torch.stack([part.covariance_matrix for part in one])),
     ).named(mixture.columns)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, check_finite, readable
+from gmmkeops._checks import as_tensor, check_finite, concrete
 
 __all__ = [
     "DiagonalFactor",
@@ -454,7 +454,7 @@ def _square(value: Any, name: str) -> Tensor:
 
 def _positive(values: Tensor, name: str) -> Tensor:
     good = torch.isfinite(values) & (values > 0)
-    if readable(values) and not bool(good.all()):
+    if concrete(values) and not bool(good.all()):
         where = [int(i) for i in (~good).nonzero()[0]]
         raise ValueError(
             f"{name} must be positive and finite, got {float(values[tuple(where)]):.6g} in component "
@@ -468,7 +468,7 @@ def _cholesky(matrices: Tensor, name: str) -> Tensor:
     size = matrices.detach().abs().amax((-1, -2))
     # What float32 arithmetic leaves of a symmetric matrix, also where it has been cast to float64 since.
     skew = asymmetry > 1e-5 * size
-    known = readable(matrices)
+    known = concrete(matrices)
     if known and bool(skew.any()):
         raise ValueError(
             f"{name} must be symmetric, component {int(skew.nonzero()[0, -1])} is not (entries differ by "

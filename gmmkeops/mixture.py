@@ -20,15 +20,21 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_points, as_tensor, check_finite, readable
+from gmmkeops._checks import as_points, as_tensor, check_finite, concrete, recordable
 from gmmkeops._columns import table_of
 from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
-__all__ = ["Mixture"]
+__all__ = ["Mixture", "log_weights"]
 
 # Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
 _CHUNK = 1 << 22
+
+
+def log_weights(weights: Tensor) -> Tensor:
+    """Logarithms of weights, -inf for zeros, which get a gradient of zero (that of the logarithm would be infinite)."""
+    none = weights == 0
+    return weights.masked_fill(none, 1.0).log().masked_fill(none, -math.inf)
 
 
 class Mixture(Distribution):
@@ -65,7 +71,7 @@ class Mixture(Distribution):
     columns: tuple[str, ...] | None = None
 
     def __init__(self, logits: Tensor, means: Tensor, factor: Factor, validate_args: bool | None = None) -> None:
-        logits, means = as_tensor(logits, name="logits"), as_tensor(means, name="means")
+        logits, means = recordable(as_tensor(logits, name="logits")), recordable(as_tensor(means, name="means"))
         if not isinstance(factor, Factor):
             raise TypeError(f"factor must be a Factor, got {type(factor).__name__}; use Mixture.from_parameters.")
         if means.ndim < 2 or logits.shape != means.shape[:-1] or logits.shape[-1] == 0:
@@ -86,7 +92,7 @@ class Mixture(Distribution):
             )
         if validate_args is not False:
             check_finite(means, name="means", rows="component")
-            some = readable(logits)
+            some = concrete(logits)
             if some and (bool(torch.isnan(logits).any()) or bool((logits == math.inf).any())):
                 raise ValueError("logits must not be NaN or +inf; pass finite log-weights, or -inf for none.")
             if some and bool((logits == -math.inf).all(-1).any()):
@@ -101,6 +107,8 @@ class Mixture(Distribution):
         cls, weights: Any, means: Any, covariances: Any, covariance_type: str = "full", *, features: int | None = None
     ) -> Mixture:
         """A mixture from known parameters, in the shapes of scikit-learn and tgmm.
+
+        Gradients flow into all parameters but the weights that are exactly zero, whose components stay without weight.
 
         Args:
             weights: (K,), not negative, summing to one.
@@ -128,12 +136,12 @@ class Mixture(Distribution):
                 f"weights must have shape (K,) and means (K, D), got {tuple(weights.shape)} and {tuple(means.shape)}."
             )
         check_finite(weights, name="weights", rows="component")
-        if readable(weights) and bool((weights < 0).any()):
+        if concrete(weights) and bool((weights < 0).any()):
             component = int((weights < 0).nonzero()[0, 0])
             raise ValueError(
                 f"weights must not be negative, got {float(weights[component]):.6g} in component {component}."
             )
-        if readable(weights) and abs(float(weights.detach().sum(dtype=torch.float64)) - 1) > 1e-4:
+        if concrete(weights) and abs(float(weights.detach().sum(dtype=torch.float64)) - 1) > 1e-4:
             raise ValueError(f"weights must sum to one, got {float(weights.sum()):.6g}; divide them by their sum.")
         K, D = means.shape
         leading = () if tied else (K,)
@@ -144,7 +152,7 @@ class Mixture(Distribution):
                 f"got {tuple(covariances.shape)}."
             )
         covariances = covariances.unsqueeze(0) if tied else covariances
-        return cls(weights.log(), means, kind.from_covariances(covariances, features=D))
+        return cls(log_weights(weights), means, kind.from_covariances(covariances, features=D))
 
     def named(self, columns: Sequence[str] | None) -> Mixture:
         """The same mixture with names for its columns, which :func:`gmmkeops.save` keeps.
@@ -257,7 +265,7 @@ class Mixture(Distribution):
         x = self._points(value)
         if self.batch_shape:
             return self._batch_log_prob(x)
-        flat = as_points(x.reshape(-1, self.features), name="x", features=self.features)
+        flat = as_points(x.reshape(-1, self.features), features=self.features, differentiable=True)
         arguments = (flat, self.offsets, self.means, self.factor)
         values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
         return values.reshape(x.shape[:-1])
@@ -576,7 +584,7 @@ class Mixture(Distribution):
         ).named(self.columns)
 
     def _points(self, value: Any) -> Tensor:
-        x = as_tensor(table_of(value, self.columns), name="x")
+        x = recordable(as_tensor(table_of(value, self.columns), name="x"))
         if x.ndim == 0 or x.shape[-1] != self.features:
             raise ValueError(
                 f"x must have {self.features} columns, shape (*, {self.features}), got {tuple(x.shape)}; "

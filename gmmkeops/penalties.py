@@ -106,7 +106,9 @@ class WeightEntropy(Penalty):
         _finite("strength", self.strength, -1e300)
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        return -self.strength * (mixture.weights * mixture.log_weights).sum()
+        # W log W tends to zero with the weight, and so does its slope in the logit; 0 · (-inf) would be NaN.
+        logs = mixture.log_weights.masked_fill(mixture.weights == 0, 0.0)
+        return -self.strength * (mixture.weights * logs).sum()
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
         if self.strength < 0:
@@ -147,7 +149,9 @@ class Dirichlet(Penalty):
             )
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        return -((self._alpha(mixture) - 1) * mixture.log_weights).sum() / points
+        alpha = self._alpha(mixture)
+        # A flat prior says nothing, of a component without weight neither.
+        return -((alpha - 1) * mixture.log_weights.masked_fill(alpha == 1, 0.0)).sum() / points
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
         none = Surrogate.none(mixture)

@@ -199,7 +199,7 @@ class Draws:
                 f"the chains of {self.method} have not met (split R̂ up to {worst:.2f}): they have not seen the whole "
                 "posterior; draw longer, or narrow the prior.",
                 SamplingWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return self
 

@@ -30,6 +30,7 @@ from torch.distributions import (
 )
 
 from gmmkeops import reductions
+from gmmkeops._checks import recording
 from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._normal_wishart import bartlett, gamma, stick_weights
@@ -46,6 +47,7 @@ _SWAP = 10
 _Move = Callable[[Values, Moments, torch.Generator], Tensor]
 
 
+@recording()
 def gibbs(
     prior: Prior,
     x: Any,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import SamplingWarning
+from gmmkeops._checks import SamplingWarning, recording
 from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._pareto import smoothed
@@ -36,6 +36,7 @@ _SHARE = 1e-6
 _LEAST_ESS, _LARGEST_K = 100.0, 0.7
 
 
+@recording()
 def importance(
     prior: Prior,
     x: Any,
@@ -114,7 +115,7 @@ def importance(
             f"the importance weights have collapsed (effective sample size {ess:.1f} of {draws} draws, Pareto k {k:.2f}): the "
             "answer is not to be trusted; take another proposal, or gibbs or nuts.",
             SamplingWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     values = {name: value.detach() for name, value in values.items()}
     found = {"ess": ess, "pareto_k": k, "log_evidence": evidence}

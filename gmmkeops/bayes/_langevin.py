@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import recording
 from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._prior import Prior
@@ -28,6 +29,7 @@ from gmmkeops.bayes._target import Target, check_counts
 __all__ = ["langevin"]
 
 
+@recording()
 def langevin(
     prior: Prior,
     x: Any,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import SamplingWarning
+from gmmkeops._checks import SamplingWarning, recording
 from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._prior import Prior, Values
@@ -25,6 +25,7 @@ from gmmkeops.bayes._target import Target, check_counts
 __all__ = ["nuts"]
 
 
+@recording()
 def nuts(
     prior: Prior,
     x: Any,
@@ -122,7 +123,7 @@ def nuts(
             f"{divergences} of {chains * draws} trajectories diverged: the draws miss a part of the posterior; pass "
             "target_accept_prob=0.95, or narrow the prior.",
             SamplingWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     facts = {"divergences": float(divergences), "acceptance": accepted}
     found = Draws.of(prior, values, "NUTS", log_weights=log_weights, chains=chains, diagnostics=facts)

@@ -61,7 +61,7 @@ class StudentMixture(Distribution):
 
     def log_joint(self, value: Any) -> Tensor:
         """log W_k + log t_k(x) for points (N, D), data units: (N, K), nats."""
-        x = as_points(value, features=self.means.shape[1])
+        x = as_points(value, features=self.means.shape[1], differentiable=True)
         rows = max(1, _CHUNK // self.means.numel())
         return torch.cat([self._exponents(part.to(self.means)) for part in x.split(rows)]).to(x.dtype)
 
@@ -80,7 +80,7 @@ class StudentMixture(Distribution):
         Raises:
             TypeError, ValueError: Points that are not numeric, of the wrong width, or not finite.
         """
-        x = as_points(value, features=self.means.shape[1])
+        x = as_points(value, features=self.means.shape[1], differentiable=True)
         rows = max(1, _CHUNK // self.means.numel())
         parts = [torch.logsumexp(self._exponents(part.to(self.means)), -1) for part in x.split(rows)]
         return torch.cat(parts).to(x.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_points, as_weights
+from gmmkeops._checks import as_points, as_weights, recordable
 from gmmkeops.bayes._prior import Prior, StickBreaking, Values
 from gmmkeops.bayes._variational import VariationalBayes
 from gmmkeops.fitting import fit
@@ -59,8 +59,9 @@ class Target:
     ) -> None:
         x = torch.as_tensor(x)
         self.prior, self.backend = prior, backend
-        self.x = as_points(x[:, None] if x.ndim == 1 else x, features=prior.features)
-        self.weights = as_weights(weights, self.x)
+        self.x = recordable(as_points(x[:, None] if x.ndim == 1 else x, features=prior.features))
+        g = as_weights(weights, self.x)
+        self.weights = None if g is None else recordable(g)
         self.cloud = reductions.arrange(self.x, prior.components, truncate, sweeps=1000)
 
     @property

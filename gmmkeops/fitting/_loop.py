@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights
+from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights, recording
 from gmmkeops._columns import table_names, table_of
 from gmmkeops.distributed import World
 from gmmkeops.fitting._checkpoint import Checkpoint, Journal
@@ -118,7 +118,7 @@ def fit(
     """
     began = time.perf_counter()
     world = World()
-    with world.together():
+    with world.together(), recording():
         mixture = _starting_mixture(start, method)
         extra, columns = 0, start.columns
         if isinstance(start, GMM) and start.context:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, as_weights, readable
+from gmmkeops._checks import as_tensor, as_weights, concrete, recordable
 from gmmkeops.factors import DiagonalFactor, Factor
 from gmmkeops.moments import Moments
 from gmmkeops.reductions import _dense, _keops
@@ -59,7 +59,7 @@ def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None
 
     ``best`` is which of a point's exponents, from the largest on, the lists are judged by; 0 for their log-sum-exp.
     """
-    if not all(map(readable, _arguments(x, offsets, means, factor))):
+    if not all(map(concrete, _arguments(x, offsets, means, factor))):
         raise ValueError(
             "torch.func.vmap and torch.compile can take log-densities and their sums; for labels, largest exponents, moments "
             "and arranged points pass all points in one ordinary call."
@@ -222,8 +222,10 @@ class _Sweep:
 def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Points (those of a cloud in its order), offsets, means and factors as tensors."""
     points = x.cloud.points if isinstance(x, Truncation) else as_tensor(x, name="x")
-    U = as_tensor(factor_tensor(factor), name="factor")
-    return points, as_tensor(offsets, name="offsets"), as_tensor(means, name="means"), U
+    named = {"offsets": offsets, "means": means, "factor": factor_tensor(factor)}
+    found = [points, *(as_tensor(value, name=name) for name, value in named.items())]
+    points, offsets, means, U = map(recordable, found)
+    return points, offsets, means, U
 
 
 def logsumexp(
