@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,23 +17,43 @@ __all__ = ["SAMPLE", "Reservoir", "Survey", "fingerprint", "sample"]
 
 # Rows that a survey's sample has unless more are asked for.
 SAMPLE = 20_000
-# Rows whose random numbers are made at a time.
-_ROWS = 1 << 18
+# Rows whose random numbers are made at a time: in cache, and few enough that torch does not split them among threads, which
+# would wait for each other longer than they work; a GPU wants long kernels.
+_ROWS, _ROWS_CUDA = 32_000, 1 << 22
 
 
-def _uniform(first: int, count: int) -> np.ndarray:
-    """One number in (0, 1] for each row from ``first`` on (count,), which depends on the row's number alone.
+def _signed(number: int) -> int:
+    """A 64-bit pattern as int64 has it; torch's int64 arithmetic is modulo 2⁶⁴, on every device."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
-    Reference: Steele, Lea and Flood 2014, *Fast splittable pseudorandom number generators* (the finaliser of SplitMix64).
+
+_STEP, _FACTORS = _signed(0x9E3779B97F4A7C15), (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+_HASH = _FACTORS[0]
+
+
+class _Uniforms:
+    """Numbers in (0, 1] for rows, in units of 2⁻⁵³, which depend on a row's number alone; the same on every device.
+
+    Reference: Steele, Lea and Flood 2014, *Fast splittable pseudorandom number generators* (the finalizer of SplitMix64).
     """
-    z = np.arange(first, first + count, dtype=np.uint64)
-    z += np.uint64(1)
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z ^= z >> np.uint64(shift)
-        z *= np.uint64(factor)
-    z ^= z >> np.uint64(31)
-    return ((z >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.base = torch.arange(1, count + 1, device=device) * _STEP
+        self.z, self.shifted = torch.empty_like(self.base), torch.empty_like(self.base)
+
+    def __call__(self, first: int, count: int) -> Tensor:
+        """The numbers of rows ``first`` to ``first + count`` less one (count,), int64; the next call overwrites them."""
+        z, shifted = self.z[:count], self.shifted[:count]
+        torch.add(self.base[:count], _signed(first * _STEP), out=z)
+        for shift, factor in zip((30, 27), _FACTORS, strict=True):
+            z.bitwise_xor_(_right(z, shift, out=shifted)).mul_(factor)
+        z.bitwise_xor_(_right(z, 31, out=shifted))
+        return _right(z, 11, out=z)
+
+
+def _right(z: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """The 64-bit patterns shifted to the right, zeros coming in."""
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 class Reservoir:
@@ -46,68 +65,82 @@ class Reservoir:
 
     def __init__(self, size: int) -> None:
         self.size, self.seen = size, 0
-        self._rows: list[Tensor] = []
-        self._weights: list[np.ndarray] = []
-        self._priorities: list[np.ndarray] = []
-        self._numbers: list[np.ndarray] = []
+        # Priorities, weights, numbers and rows, all on the device that the rows came on. They are taken by index_select, which
+        # a CPU does on one core: threads would wait for each other longer than they work (measured: 8x).
+        self._kept: list[tuple[Tensor, ...]] = []
         self._least = 0.0
 
     def add(self, points: Tensor, weights: Tensor | None, first: int) -> None:
         """Takes in points (n, D) with weights (n,), the first of which is row number ``first``."""
-        for start in range(0, len(points), _ROWS):
-            part = points[start : start + _ROWS]
-            g = np.ones(len(part)) if weights is None else weights[start : start + _ROWS].cpu().numpy()
-            priority = g / _uniform(first + start, len(part))
-            kept = np.flatnonzero((priority > self._least) & (g > 0))
-            self.seen += int(np.count_nonzero(g > 0))
-            numbers = first + start + kept
-            self._take(part[torch.from_numpy(kept).to(part.device)], g[kept], priority[kept], numbers)
+        count = max(1, min(len(points), _ROWS_CUDA if points.is_cuda else _ROWS))
+        uniforms, least = _Uniforms(count, points.device), self._least
+        kept: list[tuple[Tensor, ...]] = []
+        for start in range(0, len(points), count):
+            size = min(count, len(points) - start)
+            g = None if weights is None else weights[start : start + size]
+            u = uniforms(first + start, size)
+            self.seen += size if g is None else int((g > 0).sum())
+            if least > 0:
+                # No row whose number is larger can have a priority above the least one, by any weight here.
+                limit = (1.0 if g is None else float(g.max())) / least * 2.0**53
+                rows = (u <= int(min(limit * (1 + 1e-9) + 1, 2.0**53))).nonzero()[:, 0]
+            else:
+                rows = torch.arange(size, device=u.device)
+            own = torch.ones(len(rows), dtype=torch.float64, device=u.device) if g is None else g.index_select(0, rows)
+            priority = own / ((u.index_select(0, rows).double() + 1) * 2.0**-53)
+            above = (priority > least).nonzero()[:, 0]
+            kept.append(tuple(column.index_select(0, above) for column in (priority, own, rows + start)))
+            if sum(len(part[0]) for part in kept) > 2 * self.size:
+                kept, least = self._largest(kept, least)
+        if kept:
+            priority, own, rows = self._largest(kept, least)[0][0]
+            self._take(priority, own, rows + first, points.index_select(0, rows))
 
-    def _take(self, rows: Tensor, weights: np.ndarray, priorities: np.ndarray, numbers: np.ndarray) -> None:
-        self._rows.append(rows.clone())
-        self._weights.append(weights)
-        self._priorities.append(priorities)
-        self._numbers.append(numbers)
-        if sum(map(len, self._weights)) > 2 * self.size + _ROWS // 8:
+    def _take(self, *columns: Tensor) -> None:
+        if len(columns[0]):
+            self._kept.append(columns)
+        if sum(len(part[0]) for part in self._kept) > 2 * self.size:
             self._cut()
 
     def _cut(self) -> None:
         """Keeps the rows of the largest priorities, one more than asked for, which is the threshold."""
-        if not self._rows:
-            return
-        priorities = np.concatenate(self._priorities)
-        if len(priorities) > self.size + 1:
-            best = np.argpartition(-priorities, self.size)[: self.size + 1]
-        else:
-            best = np.arange(len(priorities))
-        rows = torch.cat(self._rows)
-        self._rows = [rows[torch.from_numpy(best).to(rows.device)]]
-        self._weights, self._numbers = [np.concatenate(self._weights)[best]], [np.concatenate(self._numbers)[best]]
-        self._priorities = [priorities[best]]
-        self._least = float(self._priorities[0].min()) if len(best) > self.size else 0.0
+        if self._kept:
+            self._kept, self._least = self._largest(self._kept, self._least)
 
-    def parts(self) -> tuple[Tensor, np.ndarray]:
-        """What is kept: rows (n, D), and their weights, priorities and numbers (3, n)."""
+    def _largest(self, parts: list[tuple[Tensor, ...]], least: float) -> tuple[list[tuple[Tensor, ...]], float]:
+        """Those with the largest priorities, which are the first column, and the least priority that is of interest now."""
+        columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        if len(columns[0]) <= self.size:
+            return [columns], least
+        if len(columns[0]) > self.size + 1:
+            best = columns[0].topk(self.size + 1, sorted=False).indices
+            columns = tuple(column.index_select(0, best) for column in columns)
+        return [columns], float(columns[0].min())
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """What is kept: rows (n, D), and their weights, priorities and numbers (3, n), float64."""
         self._cut()
-        if not self._rows:
-            return torch.empty(0, 0), np.empty((3, 0))
-        return self._rows[0], np.stack([self._weights[0], self._priorities[0], self._numbers[0].astype(np.float64)])
+        if not self._kept:
+            return torch.empty(0, 0), torch.empty(3, 0, dtype=torch.float64)
+        priorities, weights, numbers, rows = self._kept[0]
+        return rows, torch.stack([weights, priorities, numbers.double()])
 
-    def merge(self, rows: Tensor, numbers: np.ndarray, seen: int) -> None:
+    def merge(self, rows: Tensor, numbers: Tensor, seen: int) -> None:
         """Takes in what another reservoir kept of ``seen`` rows."""
         self.seen += seen
-        if len(rows):
-            self._take(rows, *numbers)
+        weights, priorities, places = numbers
+        self._take(priorities, weights, places.long(), rows)
 
     def sample(self) -> tuple[Tensor, Tensor]:
         """Rows (n, D) in the order of their numbers, and the mass that each stands for (n,), float64."""
         rows, (weights, priorities, numbers) = self.parts()
-        order = np.argsort(numbers, kind="stable")
+        order = numbers.argsort(stable=True)
         mass = weights
         if len(rows) > self.size:
-            least = int(priorities.argmin())
-            mass, order = np.maximum(weights, priorities[least]), order[order != least]
-        return rows[torch.from_numpy(order).to(rows.device)], torch.from_numpy(mass[order]).to(rows.device)
+            least = priorities.argmin()
+            mass = torch.maximum(weights, priorities[least])
+            order = order[order != least]
+        return rows.index_select(0, order), mass.index_select(0, order)
 
 
 def sample(x: Tensor, weights: Tensor | None, size: int = SAMPLE) -> tuple[Tensor, Tensor | None]:
@@ -145,14 +178,14 @@ class Survey:
 
 def fingerprint(points: Tensor, weights: Tensor | None) -> int:
     """A number of rows (n, D) and their weights that does not depend on their order, and adds modulo 2⁶⁴."""
-    total = 0
-    for start in range(0, len(points), _ROWS):
+    total, size = 0, _ROWS_CUDA if points.is_cuda else _ROWS
+    for start in range(0, len(points), size):
         # Adding zero makes the two zeros one.
-        part = points[start : start + _ROWS].double() + 0.0
-        columns = list(part.T) + ([] if weights is None else [weights[start : start + _ROWS]])
-        mixed = np.full(len(part), 0x9E3779B97F4A7C15, dtype=np.uint64)
+        part = points[start : start + size].double() + 0.0
+        columns = list(part.T) + ([] if weights is None else [weights[start : start + size]])
+        mixed = torch.full((len(part),), _STEP, device=part.device)
         for column in columns:
-            mixed = (mixed ^ column.contiguous().cpu().numpy().view(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed ^= mixed >> np.uint64(29)
-        total += int(mixed.sum(dtype=np.uint64))
+            mixed = (mixed ^ column.contiguous().view(torch.int64)).mul_(_HASH)
+            mixed ^= _right(mixed, 29)
+        total += int(mixed.sum())
     return total % (1 << 64)

@@ -273,11 +273,11 @@ class World:
         )
         D = max(facts[7] for facts in said)
         all_rows = self.gather(rows.double().reshape(len(rows), D))
-        all_numbers = self.gather(torch.from_numpy(numbers.T.copy()))
+        all_numbers = self.gather(numbers.T.contiguous())
         reservoir = Reservoir(max(facts[8] for facts in said))
         single = all(facts[6] for facts in said)
         for part, columns, facts in zip(all_rows, all_numbers, said, strict=True):
-            reservoir.merge(part.to(torch.float32 if single else torch.float64), columns.numpy().T, facts[9])
+            reservoir.merge(part.to(torch.float32 if single else torch.float64), columns.T, facts[9])
         sums = [sum(facts[i] for facts in said) for i in range(6)]
         return Survey(sums[0], sums[1], sums[2], (sums[3], sums[4]), sums[5] % (1 << 64), single, reservoir)
 
