@@ -353,8 +353,38 @@ class World:
         said = self.tell(facts)
         for rank, other in enumerate(said):
             for name, value in said[0].items():
-                if other.get(name) != value:
+                found = difference(other.get(name), value)
+                if found is not None:
+                    at = f"rank {rank} is at another mixture than rank 0: " if name == "start" else ""
                     raise RankError(
-                        f"rank {rank} disagrees with rank 0 on the {name}: {other.get(name)} and {value}; "
+                        f"{at}rank {rank} disagrees with rank 0 on the {name}: {found[0]} and {found[1]}; "
                         "run the same script with the same settings on all ranks."
                     )
+
+
+def difference(a: Any, b: Any) -> tuple[str, str] | None:
+    """What differs between two facts, each as text, or None where nothing does.
+
+    Args:
+        a, b: Text or numbers; dictionaries of text, whose entry "class" is named beside the first one that differs; or lists
+            of numbers of which the last is a tolerance for the others.
+    """
+    if a == b:
+        return None
+    if isinstance(a, dict) and isinstance(b, dict) and a["class"] == b["class"]:
+        for key in dict.fromkeys([*a, *b]):
+            if a.get(key) != b.get(key):
+                return f"{a['class']} with {key}={a.get(key)}", f"{b['class']} with {key}={b.get(key)}"
+        return None
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(isinstance(x, float) for x in a + b):
+        *numbers, tolerance = zip(a, b, strict=True)
+        if all(abs(x - y) <= max(tolerance) for x, y in numbers):
+            return None
+        return f"fingerprint {a[0]:.12g}", f"fingerprint {b[0]:.12g}"
+    return _text(a), _text(b)
+
+
+def _text(fact: Any) -> str:
+    if not isinstance(fact, dict):
+        return str(fact)
+    return f"{fact['class']}({', '.join(f'{name}={value}' for name, value in fact.items() if name != 'class')})"

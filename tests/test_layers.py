@@ -35,7 +35,7 @@ LAYERS = [
     ["gmmkeops.module"],
     ["gmmkeops._penalty"],
     ["gmmkeops.penalties"],
-    ["gmmkeops.fitting._frame", "gmmkeops.fitting._stepwise"],
+    ["gmmkeops.fitting._frame", "gmmkeops.fitting._identity", "gmmkeops.fitting._stepwise"],
     ["gmmkeops.fitting._data"],
     ["gmmkeops.fitting._checkpoint"],
     ["gmmkeops.fitting._method"],

@@ -53,8 +53,11 @@ known("Moments")(Moments)
 class Checkpoint:
     """Where a fit keeps its state.
 
-    A fit that finds a checkpoint of the same data and model goes on from it. The file stays when the fit has ended: the same
-    call then gives the same result at once, or goes on with a larger ``max_iter``; delete it to begin anew.
+    A fit that finds a checkpoint of the same fit resumes from it: data, weights, initial mixture, method, penalty, seed of the
+    generator, truncation, backend and dtype must be the same, while ``max_iter``, tolerances and ``patience`` may differ.
+    Functions (a penalty of your own, a maker of optimizers) are compared by their code and by the values that they use. The
+    file stays when the fit has ended: the same call then gives the same result at once, or resumes with a larger
+    ``max_iter``; delete the file to begin anew.
 
     A file under one of the three names that is no checkpoint is never replaced, and no other file is touched. A write that
     fails (a full disk, a folder that has been removed) is a warning, and the fit goes on.
@@ -187,6 +190,8 @@ class Journal:
     def __init__(self, checkpoint: Checkpoint | None, world: World) -> None:
         self.checkpoint, self.world = checkpoint, world
         self.last = time.monotonic()
+        # The order of the rows, and how many are read at a time: what "so far" means in the middle of a sweep.
+        self.layout = ""
         # Of the iteration under way: how it began, the sweeps it has finished, and how far the next one has come.
         self.snapshot: Any = None
         self.written = False
@@ -219,6 +224,7 @@ class Journal:
             # Until it is taken up, what was read still holds.
             inside = self.inside if inside is None else inside
             tree = {**self.snapshot, "finished": self.finished, "inside": inside, "ranks": self.world.size}
+            tree["layout"] = self.layout
             self.written = self._tried(Path(checkpoint.path), lambda: checkpoint.write(tree))
         else:
             self.written = True
@@ -241,11 +247,11 @@ class Journal:
         return True
 
     def recall(self, saved: Any, device: Any) -> None:
-        """Takes up what was read: finished sweeps, and what the iteration was in the middle of with as many ranks."""
+        """Takes up what was read: finished sweeps, and what the iteration was in the middle of if ranks and rows are the same."""
         if self.checkpoint is None:
             return
         self.iteration, self.replay = saved["iteration"], list(saved["finished"])
-        if saved["ranks"] != self.world.size:
+        if saved["ranks"] != self.world.size or saved["layout"] != self.layout:
             return
         self.inside = saved["inside"]
         path = self.checkpoint.part(self.world.rank)
@@ -255,7 +261,7 @@ class Journal:
             except (ValueError, OSError) as error:
                 _logger.warning("%s is damaged (%s); this sweep begins anew", path, error)
                 return
-            if part["place"] == [self.iteration, len(self.replay), self.world.size, saved["mark"]]:
+            if part["place"] == [self.iteration, len(self.replay), self.world.size, saved["mark"], self.layout]:
                 self.partial = part
 
     def swept(self, sums: Moments) -> None:
@@ -275,7 +281,7 @@ class Journal:
             return
         if not self.written:
             self.write()
-        place = [self.iteration, len(self.finished), self.world.size, self.snapshot["mark"]]
+        place = [self.iteration, len(self.finished), self.world.size, self.snapshot["mark"], self.layout]
         tree = {"place": place, "sums": sums, "ledger": ledger.numbers, "pieces": pieces}
         path = self.checkpoint.part(self.world.rank)
         self._tried(path, lambda: write_whole(path, _bytes(tree)))

@@ -209,6 +209,17 @@ def _prune(state: _State, points: float) -> None:
         state.leaves[name] = kept
 
 
+@dataclass(frozen=True)
+class _MakeAdam:
+    """What makes an Adam optimizer, as a value that can be compared."""
+
+    lr: float
+    betas: tuple[float, float]
+
+    def __call__(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
+
+
 def Adam(
     lr: float = 0.05,
     *,
@@ -240,7 +251,4 @@ def Adam(
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr!r}.")
 
-    def optimizer(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=lr, betas=betas)
-
-    return Gradient(optimizer, scheduler, batch_size, max_iter, tol, patience)
+    return Gradient(_MakeAdam(lr, betas), scheduler, batch_size, max_iter, tol, patience)

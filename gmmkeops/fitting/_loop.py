@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ import torch
 from gmmkeops import reductions
 from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights, recording
 from gmmkeops._columns import table_names, table_of
-from gmmkeops.distributed import World
+from gmmkeops.distributed import World, difference
 from gmmkeops.fitting._checkpoint import Checkpoint, Journal
 from gmmkeops.fitting._conditional import Network
 from gmmkeops.fitting._data import Memory
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._gradient import Gradient
+from gmmkeops.fitting._identity import describe, facts_of, marks
 from gmmkeops.fitting._method import Evaluation, Method, Problem
 from gmmkeops.fitting._result import FitResult, Report, Step
 from gmmkeops.memory import as_bytes, chunk_rows, estimate_memory
@@ -36,6 +37,9 @@ from gmmkeops.sources import Source, readable
 __all__ = ["fit"]
 
 _logger = logging.getLogger("gmmkeops")
+
+# What may differ between the runs of one fit that is resumed, but not between ranks.
+_LIMITS = ("max_iter", "tol", "relative_tol", "patience")
 
 # Iterations after which labels by the mixture are much better than those by its start.
 _SETTLED = 4
@@ -98,7 +102,8 @@ def fit(
     Raises:
         TypeError: Wrong kinds of arguments.
         ValueError: Bad points or weights, a start that does not fit them, an objective that is not finite at the start, or
-            a checkpoint of other data or another model.
+            a checkpoint of another fit (other data, another start, method, penalty, generator seed, ...), or settings that cannot be
+            compared with those of a checkpoint or of another rank.
         RankError: Another process of the group failed, is gone, or was told to do something else.
 
     Warns:
@@ -132,6 +137,14 @@ def fit(
             raise ValueError(f"max_iter must not be negative, got {max_iter}.")
         if not tol >= 0:
             raise ValueError(f"tol must not be negative, got {tol}.")
+        settings: dict[str, Any] = {}
+        if checkpoint is not None or world.size > 1:
+            settings = _settings(mixture, method, penalty, truncate, backend)
+        limits = {"max_iter": max_iter, "tol": tol, **{name: getattr(method, name, None) for name in _LIMITS[2:]}}
+        given = {"weights": weights, "generator": generator, "checkpoint": checkpoint, "context": context}
+        limits |= {name: "none" if value is None else "given" for name, value in given.items()}
+        limits["columns"], limits["kind of x"] = str(columns), "read" if readable(x) else "in memory"
+        world.agree(settings | limits)
         journal = Journal(Checkpoint.of(checkpoint), world)
         saved = None if journal.checkpoint is None else journal.checkpoint.read(mixture.means.device, world)
         frame = None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra)
@@ -144,7 +157,8 @@ def fit(
         )
         told = (callbacks,) if callable(callbacks) else tuple(callbacks)
         problem = replace(problem, frame=replace(problem.frame, columns=columns))
-        run = _Run(problem, method, tol, told, began, _facts(problem, mixture, method))
+        facts = _facts(problem, mixture, method, settings) if settings else {}
+        run = _Run(problem, method, tol, told, began, facts, single=mixture.means.dtype == torch.float32)
         inside = problem.frame.enter(mixture.detach().to(torch.float64))
         if saved is None:
             run.problem = problem.truncated(truncate, inside, max_iter)
@@ -247,22 +261,47 @@ def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | N
     return world.share(Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, work))), None
 
 
-def _facts(problem: Problem, mixture: Mixture, method: Method[Any]) -> dict[str, Any]:
-    """What must be alike on all ranks, and in a fit that goes on: told so that a person understands the difference."""
-    free = ("max_iter", "tol", "relative_tol", "patience")
-    names: list[str] = [field.name for field in fields(method)] if is_dataclass(method) else []
-    said = {name: getattr(method, name) for name in names if name not in free}
-    plain = {name: value for name, value in said.items() if not callable(value)}
-    penalty = problem.penalty
-    facts = {
-        "data": f"{problem.rows} rows of {problem.data.features} columns, fingerprint {problem.fingerprint}",
-        "model": f"{mixture.components} components, {mixture.factor.family}, {mixture.factor.leading} factors",
-        "method": f"{type(method).__name__} with {plain}",
-        "penalty": "none" if penalty is None else type(penalty).__name__,
+def _settings(
+    mixture: Mixture, method: Method[Any], penalty: Any, truncate: float | None, backend: str
+) -> dict[str, Any]:
+    """What was asked for, described: it must be the same on all ranks, and in a fit that is resumed."""
+    network = f", {describe([str(method.model), method.model.epsilon])}" if isinstance(method, Network) else ""
+    return {
+        "model": f"{mixture.components} components in {mixture.features} dimensions, {mixture.factor.family}, "
+        f"{mixture.factor.leading} factors{network}",
+        "method": facts_of(method, "method", skip=(*_LIMITS, "model")),
+        "penalty": facts_of(penalty, "penalty") if isinstance(penalty, Penalty) else describe(penalty, "penalty"),
+        "truncate": describe(truncate, "truncate"),
+        "backend": describe(backend, "backend"),
+    }
+
+
+def _facts(problem: Problem, mixture: Mixture, method: Method[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The same of what was given; told so that a person understands the difference."""
+    frame = problem.frame
+    if isinstance(method, Network):
+        start = _tensors(method.model.carried(frame.shift, frame.scale).state_dict())
+    else:
+        start = _parts(frame.enter(mixture.detach().to(torch.float64)))
+    facts = settings | {
+        "data": f"{problem.rows} rows of {problem.data.features} columns, total weight {problem.mass:.9g}, "
+        f"fingerprint {problem.fingerprint}",
         "dtype": str(problem.data.dtype),
+        "generator": f"seed {problem.generator.initial_seed()}",
+        "start": marks(start, frame.shift, frame.scale),
     }
     problem.world.agree(facts)
     return facts
+
+
+def _parts(mixture: Mixture) -> list[torch.Tensor]:
+    """The parameters of a mixture of the frame, as numbers near one."""
+    return [mixture.log_weights.clamp(min=-1e3), mixture.means, *mixture.factor.tensors.values()]
+
+
+def _tensors(answer: Any) -> list[torch.Tensor]:
+    """The parameters of a network, or the mixture of a posterior."""
+    return list(answer.values()) if isinstance(answer, dict) else _parts(answer.mixture)
 
 
 def _starting_mixture(start: Any, method: Any) -> Mixture:
@@ -321,9 +360,11 @@ class _Run:
         callbacks: tuple[Callable[[Step], Any], ...],
         began: float,
         facts: dict[str, Any],
+        *,
+        single: bool,
     ) -> None:
         self.problem, self.method, self.tol, self.callbacks, self.began = problem, method, tol, callbacks, began
-        self.facts = facts
+        self.facts, self.single = facts, single
         self.best: Evaluation | None = None
         self.history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
         self.ending = "finished"
@@ -363,25 +404,40 @@ class _Run:
         """
         problem = self.problem
         for name, value in self.facts.items():
-            if saved["facts"].get(name) != value:
-                assert problem.journal.checkpoint is not None, "it was read from there"
-                raise ValueError(
-                    f"the checkpoint {os.fspath(problem.journal.checkpoint.path)} is of another {name} "
-                    f"({saved['facts'].get(name)}; here {value}); pass the same, or delete it to begin anew."
-                )
+            found = difference(saved["facts"].get(name), value)
+            if found is None or (name == "start" and self._ended(saved, value)):
+                continue
+            assert problem.journal.checkpoint is not None, "it was read from there"
+            raise ValueError(
+                f"the checkpoint {os.fspath(problem.journal.checkpoint.path)} is of another {name} "
+                f"({found[0]}; here {found[1]}); pass the same, or delete it to begin anew."
+            )
+        # What was saved holds on: a start that is where the fit had come to is no other start.
+        self.facts = saved["facts"]
         self.history, self.best, self.mark = saved["history"], saved["best"], saved["mark"]
         self.began -= saved["seconds"]
         if saved["arranged"] is not None and isinstance(problem.data, Memory):
             epsilon, by, memory = saved["arranged"]
             data = problem.data.arranged(epsilon, by, 1, problem.backend)
-            # Shares of other ranks than then have other boxes, whose lists are found anew.
-            if data.cloud is not None and saved["ranks"] == problem.world.size == 1:
+            # Shares of other ranks than then, and rows in another order, have other boxes, whose lists are found anew.
+            alike = saved["ranks"] == problem.world.size == 1 and saved["layout"] == problem.journal.layout
+            if data.cloud is not None and alike:
                 data.cloud.recall(memory)
             self.problem = replace(problem, data=data)
         problem.generator.set_state(saved["generator"].cpu())
         problem.journal.recall(saved, problem.data.device)
         _logger.info("going on from iteration %d", self.iterations)
         return self.method.unpack(self.problem, saved["state"])
+
+    def _ended(self, saved: dict[str, Any], start: list[float]) -> bool:
+        """Whether a start is the answer of the fit that was saved, as a module is after its fit, but for rounding."""
+        population, live, _ = self.method.current(self.problem, self.method.unpack(self.problem, saved["state"]))
+        best, frame = saved["best"], self.problem.frame
+        answers = [_parts(population.whole(live))]
+        if best is not None:
+            answers.append(_parts(best.mixture) if best.answer is None else _tensors(best.answer))
+        found = [marks(parts, frame.shift, frame.scale, single=self.single) for parts in answers]
+        return any(difference(answer, start) is None for answer in found)
 
     def go(self, state: Any, max_iter: int, bar: Any) -> Evaluation:
         """Iterates until the method, a callback, the user or ``max_iter`` says stop; returns the answer."""

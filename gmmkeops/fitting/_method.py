@@ -19,6 +19,7 @@ from gmmkeops.factors import Factor
 from gmmkeops.fitting._checkpoint import Journal, known
 from gmmkeops.fitting._data import Data, Ledger, Memory, Piece, Stream
 from gmmkeops.fitting._frame import Frame
+from gmmkeops.fitting._identity import describe
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
 from gmmkeops.penalties import Penalty, Surrogate, as_penalty
@@ -102,6 +103,7 @@ class Problem:
             effective = mass if weights is None else mass**2 / float(weights.square().sum())
             frame = Frame.of(*sample(x, weights), isotropic=isotropic, extra=extra) if frame is None else frame
             mark = None if journal.checkpoint is None else fingerprint(x, weights)
+            points, rows_at_once = x, 0
         else:
             source = x if isinstance(x, Source) else world.share(Source.of(x, weights=weights))
             survey = world.merged(source.survey())
@@ -110,6 +112,9 @@ class Problem:
             cloud = points.to(device), masses.to(device)
             frame = Frame.of(*cloud, isotropic=isotropic, extra=extra) if frame is None else frame
             single, mark = survey.single, survey.fingerprint
+            rows_at_once = source.size
+        if journal.checkpoint is not None:
+            journal.layout = f"{describe(sample(points, None)[0])}, {rows_at_once} rows at a time"
         if isinstance(x, Tensor):
             first = 0
             if world.size > 1:
