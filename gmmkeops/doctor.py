@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import platform
 import shutil
+import sysconfig
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -102,12 +104,31 @@ def _cuda() -> list[Finding]:
     return [*found, _engine("dense on CUDA", "dense", device), _engine("KeOps on CUDA", "keops", device)]
 
 
+def _toolkit(version: str) -> str:
+    """Commands that let KeOps find nvrtc and the headers of CUDA, by torch's version of CUDA.
+
+    The wheels that torch brings lack the name ``libnvrtc.so`` that a linker needs, and those of CUDA 12 have their headers in
+    several folders; a folder on ``LD_LIBRARY_PATH`` does not change that.
+    """
+    major, _, minor = version.partition(".")
+    package = "-".join(["cuda-toolkit", *filter(None, (major, minor))])
+    toolkit = f"sudo apt install {package}   (from NVIDIA's package repository); export CUDA_PATH=/usr/local/cuda"
+    if not major.isdigit() or int(major) < 13:
+        return toolkit
+    folder = Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{major}"
+    wheels = " ".join(f"'nvidia-cuda-{part}=={version}.*'" for part in ("nvrtc", "runtime", "crt", "cccl"))
+    return (
+        f"{toolkit}; or, without the toolkit: pip install {wheels}; export CUDA_PATH={folder}; "
+        f"ln -s libnvrtc.so.{major} $CUDA_PATH/lib/libnvrtc.so; export LD_LIBRARY_PATH=$CUDA_PATH/lib"
+    )
+
+
 def _engine(what: str, backend: str, device: torch.device) -> Finding:
     """Runs the three reductions by an engine against the dense float64 ones."""
     if backend == "keops" and (reason := _keops.unavailable(device)) is not None:
         remedy = "pip install pykeops" if "not installed" in reason else ""
         if "does not see CUDA" in reason:
-            remedy = "pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12; export CUDA_PATH=/usr/local/cuda"
+            remedy = _toolkit(torch.version.cuda or "")
         return Finding(what, False, f"{reason}; the dense engine runs instead.", remedy)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 2, generator=generator)

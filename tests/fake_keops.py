@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from gmmkeops import reductions
 from gmmkeops.reductions import _keops
 
 
@@ -122,10 +123,12 @@ class LazyTensor:
         return smallest.values, smallest.indices
 
 
-def install(monkeypatch, folder, *, computes=True, watch=lambda result: None):
-    """Puts the dense LazyTensor in the place of KeOps' own, on every device."""
+def install(monkeypatch, folder, *, computes=True, watch=lambda result: None, reason=None):
+    """Puts the dense LazyTensor in the place of KeOps' own, on every device; or a reason why there is none."""
     lazy = type("LazyTensor", (LazyTensor,), {"computes": computes, "watch": staticmethod(watch)})
     monkeypatch.setattr(_keops, "_compiled", set())
-    for name, value in {"lazy": lazy, "reason": None, "pid": None, "lock": folder / "lock"}.items():
+    monkeypatch.setattr(reductions._choice, "_warned", set())
+    lazy = lazy if reason is None else None
+    for name, value in {"lazy": lazy, "reason": reason, "pid": None, "lock": folder / "lock"}.items():
         monkeypatch.setitem(_keops._state, name, value)
     monkeypatch.setitem(sys.modules, "pykeops", SimpleNamespace(config=SimpleNamespace(gpu_available=True)))

@@ -43,7 +43,8 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
         ValueError: The backend's name is unknown.
 
     Warns:
-        UserWarning: Once for each reason, when KeOps was asked for and cannot run; dense runs instead.
+        UserWarning: Once for each reason, when KeOps was asked for, or is the faster engine, and cannot run; dense runs
+            instead.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -62,9 +63,10 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
     reason = _keops.unavailable(device)
     if reason is None:
         return "keops"
-    if reason not in _warned and (backend == "keops" or "not see CUDA" in reason):
+    if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"KeOps was asked for but {reason}; using the dense engine.", UserWarning, stacklevel=3)
+        wanted = "was asked for" if backend == "keops" else "is the faster engine here"
+        warnings.warn(f"KeOps {wanted} but {reason}; using the dense engine.", UserWarning, stacklevel=3)
     return "dense"
 
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from ctypes.util import find_library
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,16 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cuda":
         pykeops = sys.modules["pykeops"]
         if not pykeops.config.gpu_available:
-            return "pykeops does not see CUDA, though torch does (are nvcc's headers and libnvrtc installed?)"
+            return _without_cuda()
     return None
+
+
+def _without_cuda() -> str:
+    """Which library KeOps misses on a machine where torch sees CUDA, in one clause; it looks for them as the linker does."""
+    for name, owner in (("nvrtc", "the CUDA toolkit"), ("cuda", "the NVIDIA driver")):
+        if find_library(name) is None:
+            return f"pykeops does not see CUDA, though torch does: there is no lib{name}.so of {owner} where the linker looks"
+    return "pykeops does not see CUDA, though torch does"
 
 
 def _load() -> str | None:
