@@ -57,16 +57,20 @@ class Boxes:
         z = points.double()
         mean = z.mean(1, keepdim=True)
         z = z - mean
-        _, axes = torch.linalg.eigh(z.mT @ z / z.shape[1])
+        _, axes = torch.linalg.eigh(_squares(z))
         t = z @ axes
         low, high = t.amin(1, keepdim=True), t.amax(1, keepdim=True)
         middle = 0.5 * (low + high)
         t = t - middle
-        deviation = t.square().mean(1, keepdim=True).sqrt()
-        radius = (t / deviation.clamp(min=1e-300)).square().sum(-1).amax(1).sqrt()
         half = 0.5 * (high - low)[:, 0]
+        # Squares of lengths of any size stay within range when they are taken in units of the box.
+        unit = half.amax(1).clamp(min=1e-300)[:, None]
+        t = t / unit[..., None]
+        deviation = t.square().mean(1, keepdim=True).sqrt()
+        radius = (t / deviation.clamp(min=1e-150)).square().sum(-1).amax(1).sqrt()
         centre = (mean + middle @ axes.mT)[:, 0]
-        return centre, axes, half, radius[:, None] * deviation[:, 0], half.norm(dim=1) + centre.abs().amax(1)
+        semi = unit * (radius[:, None] * deviation[:, 0])
+        return centre, axes, half, semi, unit[:, 0] * (half / unit).norm(dim=1) + centre.abs().amax(1)
 
 
 @dataclass(frozen=True)
@@ -156,8 +160,14 @@ def _projections(nodes: Tensor) -> Tensor:
     """Coordinates along each node's principal axis (nodes, size)."""
     sample = nodes[:, :: max(1, nodes.shape[1] // _AXIS_ROWS)].double()
     sample = sample - sample.mean(1, keepdim=True)
-    _, axes = torch.linalg.eigh(sample.mT @ sample)
+    _, axes = torch.linalg.eigh(_squares(sample))
     return torch.bmm(nodes, axes[:, :, -1:].to(nodes.dtype))[:, :, 0]
+
+
+def _squares(z: Tensor) -> Tensor:
+    """zᵀz of residuals (B, rows, D), in units of the largest of each, so that those of any size are within range."""
+    z = z / z.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
+    return z.mT @ z
 
 
 def _halves(along: Tensor) -> Tensor:

@@ -266,8 +266,7 @@ def _looked(
             all_[plan.rows] = part
         judged = parts[0] if parts[0].ndim == 1 else parts[0][:, -1]
         minima = plan.minima(judged)
-        good = ~(minima < blocks.floor(problem, plan, single))
-        passed.append(plan.only(good))
+        passed.append(plan.only(blocks.good(problem, plan, minima, single)))
         plan = blocks.again(problem, plan, minima, single)
     return found, passed
 

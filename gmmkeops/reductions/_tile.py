@@ -176,7 +176,7 @@ class Tile:
             return True
         least = float(values.amin())
         self.minima.append(least)
-        return not least < self.floor
+        return least >= self.floor or self.floor == -math.inf
 
     def add(self, values: Tensor, weights: Tensor | None) -> None:
         """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""

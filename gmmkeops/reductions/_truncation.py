@@ -28,6 +28,8 @@ _GIVE = 0.25
 # Lists are made for so many moves as the last one, if those are gentle; and made anew when more than this share of the boxes
 # fails with them.
 _AHEAD, _FAILURES = 4.0, 0.02
+# Below these values the engines keep exponents finite, so that what they find says nothing.
+_LEAST = {torch.float32: -2.9e38, torch.float64: -9.9e299}
 # Lists longer than this share of all components do not pay for being lists.
 _PAYS = 0.5
 
@@ -63,6 +65,7 @@ class Truncation:
     share: float = 1.0
     _last: Exponents | None = field(default=None, repr=False)
     _kept: tuple[Plan, Exponents, Drift, bool] | None = field(default=None, repr=False)
+    _repeated: bool = field(default=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.cloud.rank)
@@ -86,12 +89,13 @@ class Truncation:
             single: Whether the sweep reads single exponents rather than their sum. No dropped one is then above what it
                 reads, which therefore is what it would read of all.
         """
+        self._repeated = False
         plan = self._reused(problem, single)
         if plan is None:
             margin = None if self._last is None else Drift.between(self._last, problem) * _AHEAD
             if margin is not None and not margin.gentle:
                 margin = None
-            limit = self._guess() + self._log_epsilon(single) - (0 if single else _GIVE)
+            limit = self._limit(problem, self._guess(), single) - (0 if single else _GIVE)
             plan = lists(self.cloud, problem, limit, single=single, margin=margin)
             self._kept = None if margin is None else (plan, problem, margin, single)
         self._last = problem
@@ -110,31 +114,55 @@ class Truncation:
 
     def again(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Plan | None:
         """What is left to do after a sweep that found these minima (S,) over its stretches, or None."""
-        failed = minima < self.floor(problem, plan, single)
-        # What is not a number has overflowed, and is looked at again with all components.
-        minima = torch.where(minima.isnan(), -math.inf, minima)
-        minima = minima - 2 * _rounding(problem) * minima.abs()
-        lost = plan.dropped[plan.owner] - minima
+        failed = ~self.good(problem, plan, minima, single)
+        low = self._lower(problem, minima)
         if not single and not bool(failed.all()):
-            self.certificate = max(self.certificate, float(lost[~failed].max().exp().log1p()))
+            dropped = plan.dropped[plan.owner][~failed]
+            # A floor that is met keeps this below ε / (1 - ε), but for the rounding of the difference itself.
+            lost = torch.where(dropped > -math.inf, dropped - low[~failed], -math.inf).clamp(max=self._allowed(single))
+            self.certificate = max(self.certificate, float(lost.max().exp().log1p()))
         boxes = plan.boxes[plan.owner]
         untouched = torch.full_like(self._guess(), math.inf)
-        new = untouched.scatter_reduce(0, boxes, minima, "amin")
+        new = untouched.scatter_reduce(0, boxes, low, "amin")
         self.minima = torch.where(new < math.inf, new, self._guess())
         if not bool(failed.any()):
             return None
         if int(failed.sum()) > _FAILURES * len(failed):
             self._kept = None
-        guess = untouched.scatter_reduce(0, boxes[failed], minima[failed], "amin")
-        rest = lists(self.cloud, problem, guess + self._log_epsilon(single), single=single)
+        # What is found with a list is a lower bound of the truth, so that one more list is enough; if rounding lets even that
+        # one fail, or there is no bound, all components are looked at.
+        guess = untouched.scatter_reduce(0, boxes[failed], low[failed], "amin")
+        limit = torch.where(guess < math.inf, self._limit(problem, guess, single), guess)
+        if self._repeated:
+            limit = torch.where(guess < math.inf, -math.inf, guess)
+        self._repeated = True
+        rest = lists(self.cloud, problem, limit, single=single)
         rest = replace(rest, spans=plan.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
         self.share += self._share(problem, rest)
         return rest
 
+    def good(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Tensor:
+        """Whether each stretch (S,) has found enough with its list; what is not a number has overflowed, and has not."""
+        floor = self.floor(problem, plan, single)
+        return (minima >= floor) | (floor == -math.inf)
+
     def floor(self, problem: Exponents, plan: Plan, single: bool = False) -> Tensor:
-        """The least value that each stretch (S,) may find with its list, nats."""
-        least = plan.dropped[plan.owner] - self._log_epsilon(single)
-        return least + _rounding(problem) * least.abs().nan_to_num(posinf=0)
+        """The least value that each stretch (S,) may find with its list, nats; -inf where the list is all components."""
+        dropped = plan.dropped[plan.owner]
+        least = dropped - self._allowed(single)
+        # Twice the rounding that a value found is lowered by, since that one is relative to the value.
+        least = least + 2 * _rounding(problem) * least.abs().clamp(min=1.0)
+        return torch.where(dropped > -math.inf, least, -math.inf)
+
+    def _lower(self, problem: Exponents, minima: Tensor) -> Tensor:
+        """Values found, less what rounding may have added to them; -inf for those beyond the range of the engines."""
+        low = minima - _rounding(problem) * minima.abs().clamp(min=1.0)
+        return torch.where(low > _LEAST[problem.x.dtype], low, -math.inf)
+
+    def _limit(self, problem: Exponents, guess: Tensor, single: bool) -> Tensor:
+        """The most that lists may drop of boxes whose least values are guessed (B,), nats."""
+        room = 4 * _rounding(problem) * guess.abs().clamp(min=1.0)
+        return torch.where(guess > -math.inf, guess - room + self._log_epsilon(single), -math.inf)
 
     def remember(self) -> dict[str, Any]:
         """What the next sweep's lists depend on, beside the cloud."""
@@ -169,6 +197,10 @@ class Truncation:
 
     def _log_epsilon(self, single: bool) -> float:
         return 0.0 if single else math.log(self.epsilon)
+
+    def _allowed(self, single: bool) -> float:
+        """How much larger the sum of what is dropped may be than the sum of what is kept, nats."""
+        return 0.0 if single else math.log(self.epsilon) - math.log1p(-self.epsilon)
 
     def _share(self, problem: Exponents, plan: Plan) -> float:
         return plan.pairs / (len(self.cloud.points) * problem.shape[1])
