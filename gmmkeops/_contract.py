@@ -42,6 +42,12 @@ class Estimator:
     def _names(cls) -> list[str]:
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        """The constructor's default of an argument; None where a subclass has no such argument."""
+        parameter = inspect.signature(cls.__init__).parameters.get(name)
+        return None if parameter is None else parameter.default
+
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The constructor's arguments by name."""
         return {name: getattr(self, name) for name in self._names()}
@@ -116,8 +122,8 @@ class Estimator:
     def _require_fitted(self) -> None:
         if not self.__sklearn_is_fitted__():
             raise _not_fitted(
-                f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments, or make it "
-                "by from_mixture, before using this method."
+                f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments before using "
+                "this estimator."
             )
 
 

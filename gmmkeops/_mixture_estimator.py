@@ -6,11 +6,13 @@ shapes are those of ``sklearn.mixture``, with tgmm's for the tied types.
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,6 +40,8 @@ _CANDIDATES, _FEW = 8, 3
 _MANY = 400
 _SAMPLE = 20_000
 _STEPS = 20
+# Mean log-likelihoods of the same mixture and points differ by less, relative to their size, in float32 too.
+_SAME = 1e-5
 # Objectives that differ by less, as a share, are equal but for rounding; the first of them is taken.
 _TIE = 1e-9
 _STRATEGIES = {
@@ -79,7 +83,7 @@ class MixtureEstimator(Estimator, ABC):
 
     @abstractmethod
     def _method(self, warm: bool) -> Method[Any]:
-        """How to fit, from the last fit's answer or afresh."""
+        """The method of the fit, with the ``tol`` and ``max_iter`` that hold, for a warm start or a new one."""
 
     @abstractmethod
     def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
@@ -128,7 +132,9 @@ class MixtureEstimator(Estimator, ABC):
         if last is not None and names is not None and self.mixture_.columns not in (None, tuple(names)):
             # The parameters of the last fit belong to other columns.
             last = None
-        method = self._method(last is not None)
+        method, settings = self._method(last is not None), self._settings()
+        earlier = getattr(self, "_trace", None) if last is not None else None
+        continuation = _Continuation(method, earlier if earlier and earlier.settings == settings else None)
         with warnings.catch_warnings():
             # One start's failure to converge is not the answer's: the best one speaks below.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
@@ -140,23 +146,23 @@ class MixtureEstimator(Estimator, ABC):
                     method,
                     penalty=getattr(self, "penalty", None),
                     weights=g,
-                    max_iter=self.max_iter,
-                    tol=self.tol,
                     truncate=self.truncate,
                     backend=self.backend,
                     dtype=self.dtype,
                     checkpoint=self.checkpoint,
                     max_memory=self.max_memory,
-                    callbacks=self._talk(run),
+                    callbacks=(*self._talk(run), continuation),
                     progress=None if self.verbose > 1 else False,
                     generator=generator,
                 )
                 if _improves(result, best):
                     best = result
         assert best is not None, "n_init is at least 1"
-        if not best.converged and not best.report.interrupted and self.tol > 0 and self.max_iter > 0:
+        if continuation.converged and not best.report.interrupted:
+            best = replace(best, converged=True)
+        if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
             warnings.warn(
-                f"The best of {self.n_init} starts did not converge to tol={self.tol:g} within {self.max_iter} "
+                f"The best of {self.n_init} starts did not converge to tol={method.tol:g} within {method.max_iter} "
                 "iterations; raise max_iter or tol, or check for degenerate data.",
                 convergence_warning(),
                 stacklevel=2,
@@ -167,6 +173,7 @@ class MixtureEstimator(Estimator, ABC):
         self._adopt(best.mixture.named(names), torch.is_tensor(X))
         self.n_features_in_ = _features(x)
         self._name(self.mixture_.columns)
+        self._trace = _Trace([*continuation.objectives, *best.history["objective"]], best.log_likelihood, settings)
         self._conclude(best)
         return self
 
@@ -190,6 +197,35 @@ class MixtureEstimator(Estimator, ABC):
         if self.init_params not in _STRATEGIES:
             raise ValueError(f"init_params must be one of {list(_STRATEGIES)}, got {self.init_params!r}.")
 
+    def _combined(self, solver: Method[Any]) -> Method[Any]:
+        """The solver with the settings that were given to the estimator; one counts as given if it is not the default.
+
+        Raises:
+            ValueError: A setting is given to both, with different values, or the solver has no such setting.
+        """
+        theirs: dict[str, Any] = {field.name: field.default for field in fields(solver)} if is_dataclass(solver) else {}
+        changed: dict[str, Any] = {}
+        for name in ("max_iter", "tol", "reg_covar"):
+            mine, own = getattr(self, name), getattr(solver, name, None)
+            if mine == self._default(name):
+                continue
+            if own is None:
+                raise ValueError(
+                    f"{name}={mine!r} has no effect on solver={type(solver).__name__}, which has no such setting; leave it out, "
+                    'or pass solver="em".'
+                )
+            if own not in (mine, theirs.get(name)):
+                raise ValueError(
+                    f"{name} is given twice: {name}={mine!r} and {name}={own!r} of the solver {type(solver).__name__}; give "
+                    "it in one of the two places."
+                )
+            changed[name] = mine
+        return _changed(solver, **changed) if changed else solver
+
+    def _settings(self) -> str:
+        """What the objective of a fit depends on beside points and mixture, as text."""
+        return repr((_changed(self._method(False), max_iter=0, tol=0.0), getattr(self, "penalty", None)))
+
     def _found_start(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
         """What ``init_params`` finds; of several k-means, the one that a few EM steps on a sample like best (em-EM).
 
@@ -203,7 +239,8 @@ class MixtureEstimator(Estimator, ABC):
             "backend": self.backend,
         }
         K, strategy = self.n_components, _STRATEGIES[self.init_params]
-        if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or self.max_iter == 0:
+        method = self._method(False)
+        if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or method.max_iter == 0:
             return initialise(x, K, "random" if given else strategy, weights=g, runs=1, **options)
         world = World()
         with world.together():
@@ -213,8 +250,8 @@ class MixtureEstimator(Estimator, ABC):
             warnings.simplefilter("ignore", PrecisionWarning)
             for _ in range(min(_MANY // K, _CANDIDATES if len(part) < some else _FEW)):
                 start = initialise(part, K, strategy, weights=share, runs=1, **options)
-                method = EM(reg_covar=float(self.reg_covar), tol=0)
-                found = fit(start, part, method, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
+                trial = EM(reg_covar=getattr(method, "reg_covar", EM.reg_covar), tol=0)
+                found = fit(start, part, trial, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
                 if _improves(found, best):
                     best = found
         assert best is not None, "there are candidates"
@@ -375,6 +412,58 @@ class MixtureEstimator(Estimator, ABC):
         )
         self._sampled += 1
         return self._out(x, self._tensors), self._out(labels, self._tensors)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """The iterations that led to an estimator's mixture, for warm starts that continue them.
+
+    Args:
+        objectives: The objective of each iteration, nats per point.
+        log_likelihood: Mean log-likelihood of the mixture that they led to, nats per point.
+        settings: Method and penalty of the fits.
+    """
+
+    objectives: list[float]
+    log_likelihood: float
+    settings: str
+
+
+class _Continuation:
+    """A callback that ends a warm start once it has converged together with the iterations that it continues.
+
+    A fit of one iteration has nothing to compare its objective with but the iterations before it.
+
+    Attributes:
+        converged: Whether they have.
+        objectives: The objectives of the earlier iterations; none where they are those of other points.
+    """
+
+    def __init__(self, method: Method[Any], earlier: _Trace | None) -> None:
+        # A warm start heats an annealed fit again, and its objective is then another one.
+        self.earlier = None if getattr(method, "temperature", None) is not None else earlier
+        self.method, self.converged = method, False
+        self.objectives = [] if self.earlier is None else self.earlier.objectives
+
+    def __call__(self, step: Step) -> bool:
+        if self.earlier is not None:
+            before, now = self.earlier.log_likelihood, step.history["log_likelihood"][0]
+            if abs(now - before) > max(self.method.tol, _SAME * max(1.0, abs(before))):
+                self.earlier, self.objectives = None, []
+        if self.objectives:
+            self.converged = self.method.finished(
+                [*self.objectives, *step.history["objective"]], self.method.tol, step._problem.mass
+            )
+        return self.converged
+
+
+def _changed(method: Method[Any], **settings: Any) -> Method[Any]:
+    """The method with other settings."""
+    if is_dataclass(method):
+        return cast(Method[Any], replace(cast(Any, method), **settings))
+    other = copy.copy(method)
+    vars(other).update(settings)
+    return other
 
 
 def _features(x: Tensor | Source) -> int:

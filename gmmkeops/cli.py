@@ -223,7 +223,8 @@ def _fit(options: Any) -> int:
     io.check_output(options.out, io.MIXTURES)
     distributed.join()
     batch = options.batch_size
-    solver: Method[Any] = EM(batch_size=batch) if options.solver == "em" else Adam(batch_size=batch)
+    settings: Any = {"batch_size": batch, "tol": options.tol, "max_iter": options.max_iter}
+    solver: Method[Any] = EM(**settings) if options.solver == "em" else Adam(**settings)
     source = _source(options)
     io.check_output(options.out, io.MIXTURES, inputs=source.paths)
     if options.checkpoint is not None:
@@ -232,8 +233,6 @@ def _fit(options: Any) -> int:
         options.components,
         covariance_type=options.covariance,
         solver=solver,
-        tol=options.tol,
-        max_iter=options.max_iter,
         random_state=options.seed,
         dtype=options.dtype,
         device=options.device,

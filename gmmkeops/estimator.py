@@ -38,11 +38,12 @@ class GaussianMixture(MixtureEstimator):
     Args:
         n_components: Number of components K.
         covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
-        solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``, whose own settings then hold but for
-            ``max_iter`` and ``tol``.
+        solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``. ``tol``, ``max_iter`` and ``reg_covar``
+            may be given to the method or to the estimator; a value other than the default counts as given. Different values
+            given to both are an error, and what is given to neither is the method's own.
         penalty: A penalty (:mod:`gmmkeops.penalties`) or a function of a mixture, nats per point.
         tol: Stop when the mean log-likelihood (or penalised objective) moves by less, nats per point.
-        reg_covar: Added to the variances by EM, squared data units.
+        reg_covar: Added to the variances by EM, squared data units. Adam has no such setting and refuses it.
         max_iter: Iterations at most.
         n_init: Starts, of which the best result is kept.
         init_params: "kmeans", "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").
@@ -212,11 +213,16 @@ class GaussianMixture(MixtureEstimator):
 
     def _method(self, warm: bool) -> Method[Any]:
         if isinstance(self.solver, Method):
-            return self.solver
+            return self._combined(self.solver)
         if self.solver == "em":
-            return EM(reg_covar=float(self.reg_covar))
+            return EM(reg_covar=float(self.reg_covar), max_iter=self.max_iter, tol=float(self.tol))
         if self.solver == "adam":
-            return Adam()
+            if self.reg_covar != self._default("reg_covar"):
+                raise ValueError(
+                    f'reg_covar={self.reg_covar!r} has no effect on solver="adam", which has no such setting; leave it out, or '
+                    'pass solver="em".'
+                )
+            return Adam(max_iter=self.max_iter, tol=float(self.tol))
         raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
 
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
@@ -407,6 +413,8 @@ class BayesianGaussianMixture(MixtureEstimator):
             begin=self._remembered() if warm else None,
             batch_size=self.batch_size,
             reg_covar=float(self.reg_covar),
+            max_iter=self.max_iter,
+            tol=float(self.tol),
         )
 
     def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:

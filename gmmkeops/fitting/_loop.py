@@ -495,8 +495,8 @@ class _Run:
         if bar is not None:
             bar.set_postfix(objective=f"{now.objective:.4f}", live=len(now.live), refresh=False)
             bar.update()
-        frame, history = self.problem.frame, self.history
-        step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, frame)
+        history = self.history
+        step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, self.problem)
         stops = [callback(step) is True for callback in self.callbacks]
         (stop,) = self.problem.world.any(any(stops))
         if self.method.finished(history["objective"], self.tol, self.problem.mass):

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from gmmkeops.fitting._frame import Frame
-from gmmkeops.fitting._method import Evaluation
+from gmmkeops.fitting._method import Evaluation, Problem
 from gmmkeops.mixture import Mixture
 
 __all__ = ["FitResult", "Report", "Step"]
@@ -120,9 +119,9 @@ class Step:
     live: torch.Tensor
     history: dict[str, list[float]]
     _evaluation: Evaluation = field(repr=False)
-    _frame: Frame = field(repr=False)
+    _problem: Problem = field(repr=False)
 
     @cached_property
     def mixture(self) -> Mixture:
         """The mixture that the objective belongs to, in the user's units, float64."""
-        return self._frame.leave(self._evaluation.mixture)
+        return self._problem.frame.leave(self._evaluation.mixture)
