@@ -104,6 +104,11 @@ class Penalty(ABC):
         """Whether :meth:`project` may move a mixture."""
         return False
 
+    @property
+    def prunes(self) -> bool:
+        """Whether the penalty may drive weights to zero, so that a fit goes on until no component is left to be pruned."""
+        return False
+
     @abstractmethod
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         """The penalty of a mixture.
@@ -178,6 +183,10 @@ class _Sum(Penalty):
     def bounds(self) -> bool:
         return any(part.bounds for part in self.parts)
 
+    @property
+    def prunes(self) -> bool:
+        return any(part.prunes for part in self.parts)
+
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return sum((part(mixture, points) for part in self.parts), mixture.means.new_zeros(()))
 
@@ -200,6 +209,10 @@ class _Scaled(Penalty):
     @property
     def bounds(self) -> bool:
         return self.part.bounds
+
+    @property
+    def prunes(self) -> bool:
+        return self.factor > 0 and self.part.prunes
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.factor * self.part(mixture, points)

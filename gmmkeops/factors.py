@@ -130,6 +130,10 @@ class Factor(ABC):
         U = self.matrices()
         return U @ U.mT
 
+    def precision_diagonals(self) -> Tensor:
+        """Diagonals of the precision matrices (*B, K or 1, D), 1 / squared data units."""
+        return self.U.square().expand(*self.U.shape[:-1], self.features)
+
     def matrices(self) -> Tensor:
         """The factor in dense form (*B, K or 1, D, D), 1 / data units."""
         return torch.diag_embed(self.U.expand(*self.U.shape[:-1], self.features))
@@ -215,6 +219,9 @@ class FullFactor(Factor):
 
     def matrices(self) -> Tensor:
         return self.U
+
+    def precision_diagonals(self) -> Tensor:
+        return self.U.square().sum(-1)
 
     def whiten(self, residuals: Tensor) -> Tensor:
         return (self.U.mT @ residuals.unsqueeze(-1)).squeeze(-1)

@@ -71,6 +71,10 @@ class SqrtWeights(Penalty):
     def __post_init__(self) -> None:
         _finite("strength", self.strength, 0)
 
+    @property
+    def prunes(self) -> bool:
+        return self.strength > 0
+
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.strength * (0.5 * mixture.log_weights).exp().mean()
 
@@ -104,6 +108,10 @@ class WeightEntropy(Penalty):
 
     def __post_init__(self) -> None:
         _finite("strength", self.strength, -1e300)
+
+    @property
+    def prunes(self) -> bool:
+        return self.strength > 0
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         # W log W tends to zero with the weight, and so does its slope in the logit; 0 · (-inf) would be NaN.
@@ -147,6 +155,10 @@ class Dirichlet(Penalty):
             raise ValueError(
                 f"concentration must be positive and finite, one number or (K,), got {self.concentration}."
             )
+
+    @property
+    def prunes(self) -> bool:
+        return bool((as_tensor(self.concentration, name="concentration") < 1).any())
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         alpha = self._alpha(mixture)

@@ -70,21 +70,170 @@ def test_fifty_iterations_of_scikit_learn(family, seed):
     assert abs(ours.aic(x.numpy()) - theirs.aic(x.numpy())) < 1e-6
 
 
+def ridge_data(name):
+    rng = np.random.RandomState(5)
+    blobs = np.r_[
+        rng.randn(120, 2) @ [[1.0, 0.3], [0.0, 1.2]], [5, 4] + 1.5 * rng.randn(140, 2), [9, 0] + 0.4 * rng.randn(90, 2)
+    ]
+    return {
+        "blobs": blobs,
+        "constant column": np.c_[blobs, np.full(len(blobs), 3.0)],
+        "integer counts": rng.poisson([2, 5, 9], (400, 3)).astype(float),
+        "variance near the ridge": 1e-3 * blobs,
+        "heavy tails": rng.standard_t(2, (400, 2)),
+    }[name]
+
+
+def ridge_start(x, K, family):
+    """Equal weights, points of the data, and the mean variance: what both libraries take as arguments."""
+    D, precision = x.shape[1], 1 / x.var(0).mean()
+    shapes = {
+        "full": np.stack([precision * np.eye(D)] * K),
+        "tied": precision * np.eye(D),
+        "diag": np.full((K, D), precision),
+        "spherical": np.full(K, precision),
+    }
+    means = x[np.random.RandomState(2).choice(len(x), K, replace=False)]
+    return {"weights_init": np.full(K, 1 / K), "means_init": means, "precisions_init": shapes[family]}
+
+
 @pytest.mark.parametrize("family", ["full", "tied", "diag", "spherical"])
-def test_stops_when_scikit_learn_does(family):
-    for seed in range(10):
-        x = cloud(seed)
-        start = plain_start(x, 3, family)
-        given = {"full": np.stack([np.eye(2)] * 3), "tied": np.eye(2), "diag": np.ones((3, 2)), "spherical": np.ones(3)}
-        theirs = Theirs(
-            3,
-            covariance_type=family,
-            weights_init=np.full(3, 1 / 3),
-            means_init=start.means.numpy(),
-            precisions_init=given[family],
-            max_iter=500,
-        ).fit(x.numpy())
-        assert abs(gk.fit(start, x, gk.EM(), max_iter=500).n_iter - theirs.n_iter_) <= 1
+@pytest.mark.parametrize("ridge", [0, 1e-6, 1e-2, 1, 10])
+@pytest.mark.parametrize(
+    "name", ["blobs", "constant column", "integer counts", "variance near the ridge", "heavy tails"]
+)
+@pytest.mark.filterwarnings("ignore:reg_covar:gmmkeops.PrecisionWarning")
+@pytest.mark.filterwarnings("ignore:Initialization did not converge", "ignore:Best performing init")
+def test_the_ridge_is_that_of_scikit_learn(name, ridge, family):
+    x = ridge_data(name)
+    for K in (1, 3):
+        settings = {
+            "covariance_type": family,
+            "reg_covar": ridge,
+            "tol": 0,
+            "max_iter": 50,
+            **ridge_start(x, K, family),
+        }
+        ours = gk.GaussianMixture(K, **settings).fit(x)
+        history = np.array(ours.result_.history["objective"])
+        assert np.diff(history).max() <= 1e-12 * max(1, np.abs(history).max())
+        eigenvalues = torch.linalg.eigvalsh(ours.mixture_.factor.covariances())
+        assert float(eigenvalues.min()) >= ridge * (1 - 1e-9)
+        if ridge == 0 and name == "constant column" and family != "spherical":
+            with pytest.raises(ValueError, match="ill-defined empirical covariance"):
+                Theirs(K, **settings).fit(x)
+            continue
+        theirs = Theirs(K, **settings).fit(x)
+        unit = x.var(0).max()
+        assert np.abs(ours.weights_ - theirs.weights_).max() < 1e-8
+        assert np.abs(ours.means_ - theirs.means_).max() < 1e-8 * math.sqrt(unit)
+        assert np.abs(ours.covariances_ - theirs.covariances_).max() < 1e-8 * max(unit, ridge)
+        assert ours.bic(x) == pytest.approx(theirs.bic(x), rel=1e-8)
+        assert ours.aic(x) == pytest.approx(theirs.aic(x), rel=1e-8)
+        assert ours.lower_bound_ == pytest.approx(theirs.score(x), rel=1e-8, abs=1e-8)
+
+
+VARIANTS = {
+    "plain": {},
+    "accelerated": {"accelerate": True},
+    "hard": {"assignment": "hard"},
+    "stochastic": {"assignment": "stochastic"},
+    "annealed": {"temperature": (0.3, 10)},
+    "frozen": {"frozen_means": [True, False, False]},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_variant_adds_the_ridge_to_its_last_covariances(variant, family):
+    """With one component every variant is in closed form: the covariance of the data plus the ridge."""
+    x = torch.from_numpy(ridge_data("blobs"))
+    keywords = {name: value for name, value in VARIANTS[variant].items() if name != "frozen_means"}
+    start = gk.Mixture.from_parameters([1.0], [[1.0, 1.0]], torch.ones(1, 2), "diag")
+    kind, _ = gk.factors.factor_class(family)
+    start = gk.Mixture(
+        start.logits,
+        start.means,
+        kind(
+            torch.zeros(1, 2 if kind is not gk.SphericalFactor else 1),
+            **({"features": 2} if kind is gk.SphericalFactor else {}),
+        ),
+    )
+    result = gk.fit(start, x, gk.EM(reg_covar=10.0, tol=0, **keywords), max_iter=30)
+    exact = np.cov(x.numpy().T, bias=True) + 10 * np.eye(2)
+    if kind is not gk.FullFactor:
+        exact = np.diag(np.diag(exact))
+    if kind is gk.SphericalFactor:
+        exact = np.eye(2) * np.diag(exact).mean()
+    got = result.mixture.factor.covariances()[0].numpy()
+    assert np.abs(got - exact).max() < 1e-9 * np.abs(exact).max()
+    # Three components: no eigenvalue is below the ridge, and no variant returns its start.
+    start = plain_start(x, 3, family)
+    result = gk.fit(start, x, gk.EM(reg_covar=2.0, tol=0, **VARIANTS[variant]), max_iter=30)
+    assert float(torch.linalg.eigvalsh(result.mixture.factor.covariances()).min()) > 2.0 * (1 - 1e-9)
+    assert float((result.mixture.means - start.means).abs().max()) > 0.1
+    if variant in ("plain", "accelerated", "hard", "frozen"):
+        assert max(b - a for a, b in itertools.pairwise(result.history["objective"])) < 1e-10
+
+
+@pytest.mark.parametrize("read", ["memory", "chunks", "truncated"])
+@pytest.mark.parametrize("penalty", [None, P.SqrtWeights(0.5), P.InverseWishart(3.0, 6.0)])
+def test_the_ridge_holds_however_the_points_are_read(read, penalty):
+    x = torch.from_numpy(ridge_data("heavy tails"))
+    start, method = plain_start(x, 3, "full"), gk.EM(reg_covar=1.0, tol=0)
+    points = gk.Source.of(x, chunk_rows=64) if read == "chunks" else x
+    result = gk.fit(start, points, method, max_iter=40, penalty=penalty, truncate=1e-9 if read == "truncated" else 0)
+    assert max(b - a for a, b in itertools.pairwise(result.history["objective"])) < 1e-8
+    assert float(torch.linalg.eigvalsh(result.mixture.factor.covariances()).min()) > 1 - 1e-9
+    exact = result.mixture.log_prob(x).mean() - (0 if penalty is None else penalty(result.mixture, len(x)))
+    assert result.objective == pytest.approx(-float(exact), abs=1e-7)
+
+
+def tutorial_spiral(N, seed):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.linspace(0, 2 * math.pi, N + 1)[:-1].double()
+    x = torch.stack((0.5 + 0.4 * (t / 7) * t.cos(), 0.5 + 0.3 * t.sin()), 1)
+    return x + 0.02 * torch.randn(N, 2, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+@pytest.mark.parametrize(
+    ("N", "K", "strength"), [(2000, 20, 0), (1000, 12, 20), (2000, 20, 20), (1000, 30, 60), (2000, 8, 2)]
+)
+def test_a_converged_fit_has_little_left_to_gain(N, K, strength, accelerate):
+    x, tol = tutorial_spiral(N, 1), gk.EM().tol
+    penalty = P.SqrtWeights(strength) if strength else None
+    result = gk.fit(gk.initialise(x, K), x, gk.EM(accelerate=accelerate), penalty=penalty, max_iter=2000)
+    assert result.converged
+    more = gk.fit(result.mixture, x, gk.EM(tol=0), penalty=penalty, max_iter=1000)
+    assert result.objective - more.objective <= 3 * tol
+
+
+@pytest.mark.slow
+def test_most_converged_fits_have_little_left_to_gain():
+    """Random mixtures that overlap: after convergence at the default tolerance, 1000 iterations gain 3 tolerances."""
+    kept, iterations = [], []
+    for seed in range(24):
+        rng = np.random.RandomState(seed)
+        K, D = rng.randint(2, 30), rng.randint(1, 8)
+        scales = np.exp(0.5 * rng.randn(K))
+        labels = rng.choice(K, 3000, p=rng.dirichlet(np.full(K, 2.0)))
+        x = torch.from_numpy(2.5 * rng.randn(K, D)[labels] + scales[labels, None] * rng.randn(3000, D))
+        result = gk.fit(gk.initialise(x, K), x, gk.EM(), max_iter=3000)
+        more = gk.fit(result.mixture, x, gk.EM(tol=0), max_iter=1000)
+        kept.append(result.objective - more.objective <= 3 * gk.EM().tol)
+        iterations.append(result.n_iter)
+    assert np.mean(kept) >= 0.75, (np.mean(kept), np.median(iterations))
+
+
+def test_annealing_spares_components_until_it_is_over():
+    x = tutorial_spiral(4000, 0)
+    start, penalty = gk.initialise(x, 30), P.SqrtWeights(20)
+    cold = gk.fit(start, x, gk.EM(tol=0), penalty=penalty, max_iter=300)
+    warm = gk.fit(start, x, gk.EM(temperature=(0.3, 30), tol=0), penalty=penalty, max_iter=300)
+    assert set(warm.history["live"][:30]) == {30}
+    assert 1 < warm.report.live_components < 30
+    assert warm.objective < cold.objective + 0.01
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -231,7 +380,7 @@ def test_variances_far_away_and_tiny(family, shift, sigma):
     x = noise + shift
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gk.PrecisionWarning)
-        got = gk.GaussianMixture(1, covariance_type=family).fit(x).covariances_
+        got = gk.GaussianMixture(1, covariance_type=family, reg_covar=0).fit(x).covariances_
     exact = x - shift
     exact = np.cov(exact.T, bias=True)
     if "diag" in family or "spherical" in family:
@@ -243,7 +392,7 @@ def test_variances_far_away_and_tiny(family, shift, sigma):
 
 def test_a_ridge_in_other_units_is_called_out():
     x = cloud() * 1e-6
-    with pytest.warns(gk.PrecisionWarning, match=r"reg_covar=1e-06 is larger than the variance of every column"):
+    with pytest.warns(gk.PrecisionWarning, match=r"reg_covar=1e-06 is much larger than the variance of every column"):
         gk.GaussianMixture(2, random_state=0).fit(x)
 
 
@@ -312,7 +461,7 @@ def test_stochastic_em_wanders_near_the_optimum_and_repeats():
 def test_stepwise_em_nears_full_em_in_three_passes(average):
     x = cloud(9, N=20_000)
     start = gk.initialise(x, 3)
-    full = gk.fit(start, x, gk.EM(tol=1e-6), max_iter=2000)
+    full = gk.fit(start, x, gk.EM(tol=0), max_iter=400)
     method = gk.EM(batch_size=500, average=average, tol=0)
     parts = gk.fit(start, x, method, max_iter=3)
     assert full.log_likelihood - parts.log_likelihood < 1e-3
@@ -342,7 +491,7 @@ def test_annealing_escapes_a_bad_start():
     assert warm.log_likelihood > cold.log_likelihood + 0.1
     assert torch.allclose(warm.mixture.means.sort(0).values, centres, atol=0.2)
     # Objectives are those of the mixture, not of the heated one.
-    assert abs(warm.history["objective"][0] + float(start.log_prob(x).mean())) < 1e-12
+    assert abs(warm.history["log_likelihood"][0] - float(start.log_prob(x).mean())) < 1e-12
 
 
 def test_acceleration_never_rises_and_needs_fewer_passes():
@@ -352,12 +501,12 @@ def test_acceleration_never_rises_and_needs_fewer_passes():
         x = torch.randn(2000, 2, generator=generator, dtype=torch.float64)
         x[:1000, 0] += 1.5
         start = plain_start(x, 3, "full")
-        slow = gk.fit(start, x, gk.EM(tol=1e-7), max_iter=3000)
-        fast = gk.fit(start, x, gk.EM(tol=1e-7, accelerate=True), max_iter=1000)
+        # An accelerated iteration reads the points three times: fewer readings lead further.
+        slow = gk.fit(start, x, gk.EM(tol=0), max_iter=300)
+        fast = gk.fit(start, x, gk.EM(tol=0, accelerate=True), max_iter=70)
         assert rises(fast) < 1e-10
-        saved.append((fast.log_likelihood - slow.log_likelihood, slow.n_iter, 3 * fast.n_iter))
-    assert np.median([gain for gain, _, _ in saved]) > -1e-4
-    assert np.median([b / a for _, a, b in saved]) < 0.7
+        saved.append(fast.log_likelihood - slow.log_likelihood)
+    assert np.median(saved) > 1e-5
 
 
 def test_a_component_that_dies_is_named_and_finite():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,9 +65,10 @@ class VariationalBayes(Method[_State]):
         step_exponent, step_offset: Of the steps, as for :class:`~gmmkeops.EM`.
         reg_covar: Added to the variances, squared data units.
         max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
-        tol: Stop when the bound of all points together moves by less, nats (not per point, as in scikit-learn).
-        relative_tol: The same as a share of the bound.
-        patience: The bound is compared with that of this many iterations before.
+        tol: Tolerance on the lower bound of all points together, nats (as in scikit-learn, not per point): the fit has
+            converged when the bound has changed by less than a quarter of it over the last half of the iterations.
+        relative_tol: The same as a fraction of the bound.
+        patience: Least number of iterations over which that change is measured.
 
     Raises:
         ValueError: A keyword out of its range, or a penalty: the priors stand here.
@@ -84,6 +85,8 @@ class VariationalBayes(Method[_State]):
         >>> int((result.mixture.weights > 0.01).sum())
         2
     """
+
+    returns_last: ClassVar[bool] = True
 
     weights: str = "dirichlet_process"
     concentration: float | None = None
@@ -219,8 +222,8 @@ class VariationalBayes(Method[_State]):
         sums = self._moments(problem, q)
         return self._evaluation(problem, q, sums.total - q.divergence(), sums, exact=True)
 
-    def finished(self, objectives: list[float], tol: float, mass: float) -> bool:
-        return super().finished(objectives, tol / mass, mass)
+    def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
+        return super().finished(objectives, tol / problem.mass, problem)
 
     def answer(self, found: Any, frame: Frame) -> NormalWishart:
         return found.carried(frame.leave)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ from gmmkeops.moments import Moments, like, outer
 
 __all__ = ["EM"]
 
-# What stands for reg_covar where that is in other units than the data, as a share of the frame's unit variance.
-RELATIVE_RIDGE = 1e-6
+# A reg_covar of more than so many times the variance of every column is probably in other units than the data.
+_DROWNING = 30.0
 # EM's weights fall by factors, not by steps, so it can wait until a death is no more than rounding to the objective.
 DEAD_SHARE = 1e-3
 # Shake of the means in each heated iteration, in the frame's unit: heated enough, all components sit in one place, which
@@ -52,7 +52,11 @@ _LONGEST_STRIDE = 64.0
 @known("EM")
 @dataclass(frozen=True)
 class _State:
-    """Where EM is: the live mixture, and what stepwise EM remembers of earlier batches."""
+    """State of EM: the active mixture, and the statistics of earlier batches that stepwise EM keeps.
+
+    ``counts`` are the expected fractions of the points in each covariance (K or 1,) at the last M-step, which weigh the
+    ridge in the objective; ``drift`` is what their changes have taken from the objective's values so far.
+    """
 
     population: Population
     mixture: Mixture
@@ -61,6 +65,17 @@ class _State:
     batches: int = 0
     memory: Moments | None = None
     average: Moments | None = None
+    counts: Tensor | None = None
+    drift: float = 0.0
+
+
+class _MStep(NamedTuple):
+    """Result of an M-step: the active mixture, which components (K,) hit a bound, and the fractions of the points (K or 1,)
+    that the covariances were estimated from."""
+
+    mixture: Mixture
+    hit: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,16 +99,22 @@ class EM(Method[_State]):
         step_offset: t_0 > 0.
         average: Return the M-step of the moments averaged over all batches (Polyak-Ruppert) rather than the last.
         temperature: (β, n): exponents are multiplied by an inverse temperature that rises from β to 1 over the first n
-            iterations, and the means are shaken a little each time (deterministic annealing); or None.
+            iterations, and a small random perturbation is added to the means each time (deterministic annealing); or None.
+            Until then no component is pruned, and penalties that are concave in the weights do not act.
         accelerate: Extrapolate every two EM steps by SQUAREM, kept only where the objective does not rise. An iteration
             is then three passes over the data. Without effect on batches.
-        reg_covar: Added to the variances, squared data units.
+        reg_covar: Added to the diagonal of each covariance in every M-step, squared data units, as in scikit-learn; no
+            eigenvalue of a fitted covariance is below it. Such steps may raise the negative log-likelihood. What they lower,
+            and what the history holds as "objective", has :math:`\frac{1}{2} \text{reg\_covar} \sum_k c_k \operatorname{tr}
+            \Sigma_k^{-1}` added, with the fractions :math:`c_k` of the points that component k is responsible for; changes of
+            these fractions alone, which no M-step has made, are left out of it.
         frozen_weights, frozen_means, frozen_covariances: True, or one truth value per component: these stay as they
             start. Of a tied covariance all or none.
         max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
-        tol: Stop when the objective moves by less over ``patience`` iterations, nats per point.
-        relative_tol: The same as a share of the objective.
-        patience: See ``tol``.
+        tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
+            last half of the iterations (by less than a tenth of it with a penalty that prunes components).
+        relative_tol: The same as a fraction of the objective.
+        patience: Least number of iterations over which that change is measured.
 
     Raises:
         ValueError: A keyword out of its range.
@@ -110,6 +131,8 @@ class EM(Method[_State]):
         >>> result.converged, all(b <= a for a, b in zip(*[result.history["objective"][i:] for i in (0, 1)]))
         (True, True)
     """
+
+    returns_last: ClassVar[bool] = True
 
     assignment: str = "soft"
     batch_size: int | None = None
@@ -146,11 +169,11 @@ class EM(Method[_State]):
         problem.surrogate(mixture)  # a penalty without an M-step says so before any work is done
         for name in ("frozen_weights", "frozen_means", "frozen_covariances"):
             _mask(getattr(self, name), mixture, name)
-        if self.reg_covar / float(problem.frame.scale.max()) ** 2 > 1:
+        largest = float(problem.frame.scale.max()) ** 2
+        if self.reg_covar > _DROWNING * largest:
             warnings.warn(
-                f"reg_covar={self.reg_covar:g} is larger than the variance of every column (about "
-                f"{float(problem.frame.scale.max()) ** 2:.2g}); {RELATIVE_RIDGE:g} of that is added instead. Pass a "
-                "reg_covar in the data's squared units.",
+                f"reg_covar={self.reg_covar:g} is much larger than the variance of every column (about {largest:.2g}), so "
+                "that it alone determines the covariances; pass a reg_covar in the squared units of the data.",
                 PrecisionWarning,
                 stacklevel=3,
             )
@@ -169,19 +192,18 @@ class EM(Method[_State]):
 
     def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
         if self.average and state.average is not None:
-            mixture, _ = self._m_step(problem, state, state.average)
-            return state.population, mixture, state.floored
+            return state.population, self._m_step(problem, state, state.average).mixture, state.floored
         return state.population, state.mixture, state.floored
 
-    def finished(self, objectives: list[float], tol: float, mass: float) -> bool:
+    def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
         heated = 0 if self.temperature is None else self.temperature[1]
-        return len(objectives) > heated and super().finished(objectives, tol, mass)
+        return super().finished(objectives[heated:], tol, problem)
 
     def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
         if self.batch_size is not None:
             return self._pass(problem, state)
         whole = state.population.whole(state.mixture)
-        sums, objective, likelihood = self._look(problem, state)
+        state, sums, objective, likelihood = self._look(problem, state)
         now = Evaluation(
             whole, objective, likelihood, state.population.live, state.floored, exact=self.assignment != "hard"
         )
@@ -193,15 +215,19 @@ class EM(Method[_State]):
             state = self._extrapolate(problem, now, state)
         return replace(state, iteration=state.iteration + 1), now
 
-    def _look(self, problem: Problem, state: _State) -> tuple[Moments, float, float]:
-        """The E-step: moments, and the objective and log-likelihood of the state's mixture."""
+    def _look(self, problem: Problem, state: _State) -> tuple[_State, Moments, float, float]:
+        """Perform the E-step: the state, moments, and the objective and mean log-likelihood of the state's mixture."""
         sums = self._moments(problem, state, None)
         likelihood = float(sums.total / sums.mass) - problem.frame.log_volume
         if self._beta(state) < 1:
             with torch.no_grad():
                 likelihood = -float(problem.negative_log_likelihood(state.mixture))
         penalty = float(problem.penalised(state.population.whole(state.mixture)))
-        return sums, penalty - likelihood, likelihood
+        if state.counts is None:
+            fractions = sums.S0 / sums.mass
+            state = replace(state, counts=fractions.sum(0, keepdim=True) if _tied(state) else fractions)
+        ridge = self._ridge_cost(problem, state.counts, state.mixture.factor) + state.drift
+        return state, sums, penalty - likelihood + ridge, likelihood
 
     def _beta(self, state: _State) -> float:
         if self.temperature is None or state.iteration >= self.temperature[1]:
@@ -218,28 +244,36 @@ class EM(Method[_State]):
 
     def _move(self, problem: Problem, state: _State, sums: Moments) -> _State:
         """The M-step, within bounds; components that it empties leave the work."""
-        mixture, hit = self._m_step(problem, state, sums)
+        new = self._m_step(problem, state, sums)
+        mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()
-        floored[state.population.live[hit]] = True
-        state = replace(state, mixture=mixture, floored=floored)
+        floored[state.population.live[new.hit]] = True
+        # The ridge's weights change with the responsibilities; the objective's value stays as it is.
+        drift = state.drift - self._ridge_cost(problem, new.counts, before)
+        drift += self._ridge_cost(problem, state.counts, before)
+        state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
         keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / problem.count
         frozen = _mask(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
         keep |= frozen
-        if bool(keep.all()) or not bool(keep.any()):
+        if self._beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
             return state
         index = keep.nonzero()[:, 0]
         return replace(
             state,
             population=state.population.retire(mixture, keep),
             mixture=mixture.select(index),
+            counts=new.counts if _tied(state) else new.counts[index],
             memory=None if state.memory is None else state.memory.select(index),
             average=None if state.average is None else state.average.select(index),
         )
 
-    def _m_step(self, problem: Problem, state: _State, sums: Moments) -> tuple[Mixture, Tensor]:
+    def _m_step(self, problem: Problem, state: _State, sums: Moments) -> _MStep:
         live, old = state.population.live, state.mixture
         whole = state.population.whole(old)
         prior = problem.surrogate(whole)
+        if self._beta(state) < 1:
+            # A heated component shares its points with all others; a concave penalty would prune it for that.
+            prior = replace(prior, slopes=torch.zeros_like(prior.slopes))
 
         def alive(mean: Tensor) -> Tensor:
             return mean[live] if mean.ndim == 2 else mean
@@ -262,7 +296,7 @@ class EM(Method[_State]):
         for points, mean in pulls:
             scatter = scatter + points * outer(means - mean, scatter.ndim)
         mass = S0 + prior.degrees_per_component
-        tied = whole.factor.leading == 1 and whole.components > 1
+        tied = _tied(state)
         if tied and len(live) < whole.components:
             # The dead have left the data, not the prior: their means still pull at the covariance they share.
             dead = torch.ones(whole.components, dtype=torch.bool, device=live.device)
@@ -273,21 +307,21 @@ class EM(Method[_State]):
                 away = whole.means[dead] - (mean[dead] if mean.ndim == 2 else mean)
                 rest = rest + points * outer(away, scatter.ndim)
             scatter = torch.cat([scatter, rest])
-        factor, hit = self._covariances(problem, old, mass, scatter, prior, frozen["frozen_covariances"], tied)
+        if tied:
+            mass, scatter = mass.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
+        mass = mass + prior.degrees
+        factor, hit = self._covariances(problem, old, mass, scatter, prior, frozen["frozen_covariances"])
         logits = _weights(
             S0 + prior.counts[live], problem.mass * prior.slopes[live], old.log_weights, frozen["frozen_weights"]
         )
         mixture, low = problem.project(Mixture(logits, means, factor, validate_args=False))
-        return mixture, low | hit
+        return _MStep(mixture, low | hit, mass / problem.mass)
 
     def _covariances(
-        self, problem: Problem, old: Mixture, mass: Tensor, scatter: Tensor, prior: Any, frozen: Tensor, tied: bool
+        self, problem: Problem, old: Mixture, mass: Tensor, scatter: Tensor, prior: Any, frozen: Tensor
     ) -> tuple[Factor, Tensor]:
         """New factors from the scatter about the new means, and which components' needed a repair."""
         D = old.features
-        if tied:
-            mass, scatter = mass.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
-        mass = mass + prior.degrees
         if prior.scatter is not None:
             scatter = scatter + like(prior.scatter, scatter.ndim)
         if scatter.ndim == 1:
@@ -295,7 +329,7 @@ class EM(Method[_State]):
         covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
         covariances = covariances + like(torch.diag(self._ridge(problem)), scatter.ndim, mean=True)
         factor, repaired = nearest_factor(type(old.factor), covariances, D, RELATIVE_FLOOR)
-        if tied:
+        if len(mass) < old.components:
             return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
         # A component that owns nothing keeps its shape, as a frozen one does.
         keep = frozen | ~(mass > 1e-200)
@@ -305,13 +339,18 @@ class EM(Method[_State]):
         return factor, repaired & ~keep
 
     def _ridge(self, problem: Problem) -> Tensor:
-        """reg_covar in the frame (D,); where it would drown the data, a millionth of their own scale instead."""
-        ridge = self.reg_covar / problem.frame.scale**2
-        return torch.full_like(ridge, RELATIVE_RIDGE) if float(ridge.min()) > 1 else ridge
+        """``reg_covar`` in standardized coordinates (D,)."""
+        return self.reg_covar / problem.frame.scale**2
+
+    def _ridge_cost(self, problem: Problem, counts: Tensor | None, factor: Factor) -> float:
+        """½ reg_covar Σ c_j tr Σ_j⁻¹ for fractions c (K or 1,) of the points, nats per point; batches have none."""
+        if not self.reg_covar or counts is None:
+            return 0.0
+        return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(problem)))
 
     def _extrapolate(self, problem: Problem, start: Evaluation, first: _State) -> _State:
         """SQUAREM in unconstrained coordinates, from the mixture before and two EM steps; the better of both ends."""
-        sums, objective, _ = self._look(problem, first)
+        first, sums, objective, _ = self._look(problem, first)
         second = self._move(problem, first, sums)
         if len(second.population.live) < len(start.live) or objective > start.objective:
             return second
@@ -330,7 +369,7 @@ class EM(Method[_State]):
         logits = _weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = problem.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third = replace(second, mixture=leap)
-        sums, there, _ = self._look(problem, third)
+        third, sums, there, _ = self._look(problem, third)
         # ``objective`` is that of one EM step; two steps are no worse, so anything below both is kept.
         return self._move(problem, third, sums) if there <= objective else second
 
@@ -388,7 +427,7 @@ class EM(Method[_State]):
         frame = Frame.around(centre, spread, isotropic=isotropic)
         problem = Problem.without_points(frame, mass, penalty)
         state = self.init(problem, frame.enter(mixture))
-        new, _ = self._m_step(problem, state, frame.enter_moments(moments))
+        new = self._m_step(problem, state, frame.enter_moments(moments)).mixture
         return frame.leave(new).named(mixture.columns)
 
     def update(
@@ -430,9 +469,14 @@ class EM(Method[_State]):
         problem = replace(problem, mass=seen)
         state = self._blend(state, self._moments(problem, state, None))
         assert state.memory is not None, "just blended"
-        new, _ = self._m_step(problem, state, state.memory)
+        new = self._m_step(problem, state, state.memory).mixture
         mixture = problem.frame.leave(new).named(mixture.columns)
         return mixture, (problem.frame.leave_moments(state.memory), state.batches, seen)
+
+
+def _tied(state: _State) -> bool:
+    whole = state.population.parked
+    return whole.factor.leading == 1 and whole.components > 1
 
 
 def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:

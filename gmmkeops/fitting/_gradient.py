@@ -56,9 +56,10 @@ class Gradient(Method[_State]):
             ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 500)``; or None.
         batch_size: Points per step; None takes them all. An iteration is one pass over the data either way.
         max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
-        tol: Stop when the objective moves by less over ``patience`` iterations, nats per point; 0 never stops early.
-        patience: See ``tol``.
-        relative_tol: The same as a share of the objective.
+        tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
+            last half of the iterations (by less than a tenth of it with a penalty that prunes components); 0 never stops early.
+        patience: Least number of iterations over which that change is measured.
+        relative_tol: The same as a fraction of the objective.
 
     Example:
         >>> import torch, gmmkeops as gk

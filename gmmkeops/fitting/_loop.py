@@ -442,7 +442,7 @@ class _Run:
     def go(self, state: Any, max_iter: int, bar: Any) -> Evaluation:
         """Iterates until the method, a callback, the user or ``max_iter`` says stop; returns the answer."""
         journal = self.problem.journal
-        if self.iterations and self.method.finished(self.history["objective"], self.tol, self.problem.mass):
+        if self.iterations and self.method.finished(self.history["objective"], self.tol, self.problem):
             self.ending = "converged"
         if bar is not None:
             bar.update(self.iterations)
@@ -456,7 +456,7 @@ class _Run:
                 state, now = self.method.step(self.problem, state)
                 if not math.isfinite(now.objective):
                     self.ending = "diverged"
-                elif self.best is None or now.objective < self.best.objective:
+                elif self.best is None or self.method.returns_last or now.objective < self.best.objective:
                     self.best = now
                 if self.ending != "diverged":
                     self._tell(now, bar)
@@ -470,11 +470,11 @@ class _Run:
             self.ending = "interrupted"
         best = self.best
         if self.ending in ("finished", "converged", "stopped"):
-            # The last step's mixture has not been looked at yet. It is the answer unless it is worse than the best.
+            # The last step's mixture has not been evaluated yet. It is the result unless the best one is asked for.
             last = self.method.evaluate(self.problem, state)
             slack = 0.0 if best is None else 1e-8 * max(1.0, abs(best.objective))
             if math.isfinite(last.objective) and (
-                best is None or not best.exact or last.objective <= best.objective + slack
+                best is None or not best.exact or self.method.returns_last or last.objective <= best.objective + slack
             ):
                 best = last
         if best is None:
@@ -499,7 +499,7 @@ class _Run:
         step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, self.problem)
         stops = [callback(step) is True for callback in self.callbacks]
         (stop,) = self.problem.world.any(any(stops))
-        if self.method.finished(history["objective"], self.tol, self.problem.mass):
+        if self.method.finished(history["objective"], self.tol, self.problem):
             self.ending = "converged"
         elif stop:
             self.ending = "stopped"
@@ -520,9 +520,10 @@ def _doubt(run: _Run, tol: float, max_iter: int) -> str:
 def _result(best: Evaluation, run: _Run) -> FitResult:
     problem = run.problem
     objective, likelihood = best.objective, best.log_likelihood
-    if not best.exact and best.answer is None:
+    if best.answer is None:
         with torch.no_grad():
-            likelihood = -float(problem.negative_log_likelihood(best.mixture))
+            if not best.exact:
+                likelihood = -float(problem.negative_log_likelihood(best.mixture))
             objective = float(problem.penalised(best.mixture)) - likelihood
     live = set(best.live.tolist())
     ledger = problem.ledger.of_all(problem.world)

