@@ -273,7 +273,7 @@ class EM(Method[_State]):
         prior = problem.surrogate(whole)
         if self._beta(state) < 1:
             # A heated component shares its points with all others; a concave penalty would prune it for that.
-            prior = replace(prior, slopes=torch.zeros_like(prior.slopes))
+            prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
 
         def alive(mean: Tensor) -> Tensor:
             return mean[live] if mean.ndim == 2 else mean
