@@ -25,7 +25,7 @@ from gmmkeops.factors import Factor
 from gmmkeops.fitting import Method
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._frame import Frame
-from gmmkeops.fitting._method import Evaluation, Population, Problem
+from gmmkeops.fitting._method import Evaluation, Population, Problem, stands_still
 from gmmkeops.fitting._stepwise import blended, expected
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
@@ -66,9 +66,10 @@ class VariationalBayes(Method[_State]):
         reg_covar: Added to the variances, squared data units.
         max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
         tol: Tolerance on the lower bound of all points together, nats (as in scikit-learn, not per point): the fit has
-            converged when the bound has changed by less than a quarter of it over the last half of the iterations.
+            converged when the bound has changed by less over ``patience`` iterations. Components that lose their weight
+            slowly can still gain more than that.
         relative_tol: The same as a fraction of the bound.
-        patience: Least number of iterations over which that change is measured.
+        patience: Number of iterations over which the change is measured.
 
     Raises:
         ValueError: A keyword out of its range, or a penalty: the priors stand here.
@@ -223,7 +224,8 @@ class VariationalBayes(Method[_State]):
         return self._evaluation(problem, q, sums.total - q.divergence(), sums, exact=True)
 
     def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
-        return super().finished(objectives, tol / problem.mass, problem)
+        """Return whether the bound of all points together has changed by less than a tolerance, as in scikit-learn."""
+        return stands_still(objectives, self.patience, tol / problem.mass, self.relative_tol)
 
     def answer(self, found: Any, frame: Frame) -> NormalWishart:
         return found.carried(frame.leave)

@@ -25,7 +25,7 @@ from gmmkeops.moments import Moments
 from gmmkeops.penalties import Penalty, Surrogate, as_penalty
 from gmmkeops.sources import Source
 
-__all__ = ["Evaluation", "Method", "Population", "Problem"]
+__all__ = ["Evaluation", "Method", "Population", "Problem", "stands_still"]
 
 S = TypeVar("S")
 
@@ -382,9 +382,15 @@ class Method(ABC, Generic[S]):
             tol: Tolerance, nats per point.
             problem: The data and the penalty.
         """
-        window = max(self.patience, len(objectives) // 2)
-        if len(objectives) <= window:
-            return False
         prunes = problem.penalty is not None and problem.penalty.prunes
-        change = abs(objectives[-1 - window] - objectives[-1]) / (_PRUNING if prunes else _PLATEAU)
-        return change < tol or change < self.relative_tol * abs(objectives[-1])
+        fraction = _PRUNING if prunes else _PLATEAU
+        window = max(self.patience, len(objectives) // 2)
+        return stands_still(objectives, window, fraction * tol, fraction * self.relative_tol)
+
+
+def stands_still(objectives: list[float], window: int, tol: float, relative_tol: float) -> bool:
+    """Return whether objectives have changed by less than a tolerance, or a fraction of the last one, over a window."""
+    if len(objectives) <= window:
+        return False
+    change = abs(objectives[-1 - window] - objectives[-1])
+    return change < tol or change < relative_tol * abs(objectives[-1])
