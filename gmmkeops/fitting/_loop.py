@@ -102,8 +102,8 @@ def fit(
     Raises:
         TypeError: Wrong kinds of arguments.
         ValueError: Bad points or weights, a start that does not fit them, an objective that is not finite at the start, or
-            a checkpoint of another fit (other data, another start, method, penalty, generator seed, ...), or settings that cannot be
-            compared with those of a checkpoint or of another rank.
+            a checkpoint of another fit (other data, another start, method, penalty, generator seed, ...), or settings that
+            cannot be compared with those of a checkpoint or of another rank.
         RankError: Another process of the group failed, is gone, or was told to do something else.
 
     Warns:
