@@ -11,11 +11,13 @@ import json
 import mmap
 import os
 import sys
+import warnings
 from abc import ABC, abstractmethod
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +27,21 @@ from torch import Tensor
 
 from gmmkeops._checks import as_tensor
 from gmmkeops._columns import listed, named_alike, places, table_names, table_of
+from gmmkeops._declared import Damage, check_las, check_ply
 
-__all__ = ["SUFFIXES", "Arrays", "Chunk", "ColumnError", "Files", "Reader", "Streams", "Table", "Unit", "open_file"]
+__all__ = [
+    "SUFFIXES",
+    "Arrays",
+    "Chunk",
+    "ColumnError",
+    "Files",
+    "Reader",
+    "Streams",
+    "Table",
+    "Unit",
+    "open_file",
+    "reason",
+]
 
 Columns = Sequence[str | int] | None
 
@@ -199,7 +214,7 @@ class Parquet(Reader):
         with ParquetFile(path) as file:
             names, metadata = file.schema_arrow.names, file.metadata
             index = _saved_index(file.schema_arrow.metadata)
-            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            sizes = _checked_rows(metadata, path.stat().st_size)
         plain = [name for name in names if name not in index and name != weights] if columns is None else columns
         self.columns, self.weights = _chosen(self.name, names, plain, weights)
         self.known = tuple(names if columns is None else self.columns)
@@ -229,6 +244,9 @@ class Parquet(Reader):
                 self._batches, self._left, self._next = self._rows(group, unit.rows), None, first
                 self._take(unit.first - first)
             batches = self._take(unit.rows)
+        rows = sum(batch.num_rows for batch in batches)
+        if rows != unit.rows:
+            raise Damage(f"a row group has {rows} rows and promises {unit.rows}")
         arrays = [_column(batches, name) for name in self.columns]
         weights = None if self.weights is None else as_tensor(_column(batches, self.weights), name="weights")
         return Chunk(_stack(arrays, self.name), weights)
@@ -240,7 +258,7 @@ class Parquet(Reader):
         while count:
             batch = next(self._batches, None) if self._left is None else self._left
             if batch is None:
-                raise ValueError(f"a row group ends {count} rows early")
+                raise Damage(f"a row group ends {count} rows early")
             batches.append(batch.slice(0, count))
             self._left = batch.slice(count) if batch.num_rows > count else None
             count -= len(batches[-1])
@@ -260,6 +278,30 @@ def _saved_index(metadata: dict[bytes, bytes] | None) -> set[str]:
     noted = json.loads((metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
     # What is no name describes numbers that are not saved.
     return {column for column in noted if isinstance(column, str)}
+
+
+def _checked_rows(metadata: Any, size: int) -> list[int]:
+    """The rows of each row group, checked against the values and bytes of its columns.
+
+    Raises:
+        Damage: They do not fit each other, or the file.
+    """
+    rows = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            column = group.column(place)
+            # Of a column of lists there may be more values than rows.
+            flat = column.path_in_schema.count(".") == 0
+            start, stored = column.data_page_offset, column.total_compressed_size
+            # A page holds less than 2³¹ values, behind a header of several bytes.
+            fits = 0 <= start < size and 0 <= stored <= size and column.num_values <= (1 + stored // 8) << 31
+            if not fits or (flat and column.num_values != group.num_rows):
+                raise Damage(f"row group {number} promises {group.num_rows} rows, which do not fit its columns")
+        if group.num_rows < 0:
+            raise Damage(f"row group {number} promises {group.num_rows} rows")
+        rows.append(group.num_rows)
+    return rows
 
 
 def _parquet_file() -> Any:
@@ -286,32 +328,72 @@ class Las(Reader):
     def __init__(self, path: Path, columns: Columns, classes: Sequence[int] | None, weights: str | int | None) -> None:
         import laspy
 
-        self._open = laspy.open
         self.name, self.paths = str(path), (path,)
-        with laspy.open(path) as file:
+        layout = check_las(path)
+        # Chunks of many points are decompressed point by point, which takes no memory for them.
+        backend = None if layout.parallel else (laspy.LazBackend.Lazrs, laspy.LazBackend.Laszip)
+        self._open = partial(laspy.open, read_evlrs=False, laz_backend=backend)
+        with self._open(path) as file:
             header = file.header
             self.rows = int(header.point_count)
             names = ["x", "y", "z", *header.point_format.dimension_names]
-            end = header.offset_to_point_data + self.rows * header.point_format.size
             compressed = header.are_points_compressed
-        if not compressed and end > path.stat().st_size:
-            raise ValueError(
-                f"it has {path.stat().st_size} bytes and its header promises {self.rows} points, which end at byte {end}"
-            )
+        self.layout, self.header = layout, header
+        # Where each chunk begins, in rows and in bytes, if chunks differ in their numbers of points.
+        self.starts = [(0, layout.start)]
+        for rows, size in layout.chunks or ():
+            first, place = self.starts[-1]
+            self.starts.append((first + rows, place + size))
         self.columns, self.weights = _chosen(self.name, names, ("x", "y", "z") if columns is None else columns, weights)
         self.known = tuple(names if columns is None else self.columns)
         self.grain = 50_000 if compressed else 1
         self.classes = None if classes is None else np.asarray(list(classes))
         self.features = len(self.columns)
 
+    def units(self, size: int) -> list[Unit]:
+        if self.layout.chunks is None:
+            return super().units(size)
+        # Chunks are not cut, unless they are long: each is decompressed as a whole.
+        found: list[Unit] = []
+        for (first, _), (stop, _) in pairwise(self.starts):
+            if found and stop - found[-1].first <= size:
+                found[-1] = Unit(found[-1].first, stop - found[-1].first)
+            elif stop > first:
+                found += _cut(first, stop, stop - first if stop - first <= 2 * size else size)
+        return found
+
+    def _points(self, unit: Unit) -> Any:
+        """The points of a unit, as laspy has them."""
+        if self.layout.chunks is None:
+            with self._open(self.paths[0]) as file:
+                file.seek(unit.first)
+                return file.read_points(unit.rows)
+        # lazrs (0.8.2) finds other points where it is told to seek in chunks of different lengths; they are found here.
+        import lazrs
+        from laspy.point.record import PackedPointRecord, ScaleAwarePointRecord
+
+        begin = bisect_right(self.starts, unit.first, key=lambda start: start[0]) - 1
+        end = bisect_left(self.starts, unit.first + unit.rows, key=lambda start: start[0])
+        (first, place), (last, stop) = self.starts[begin], self.starts[end]
+        with open(self.paths[0], "rb") as raw:
+            raw.seek(place)
+            data = raw.read(stop - place)
+        out = np.zeros((last - first) * self.header.point_format.size, np.uint8)
+        lazrs.decompress_points_with_chunk_table(data, self.layout.laszip, out, list(self.layout.chunks[begin:end]))
+        array = PackedPointRecord.from_buffer(out, self.header.point_format).array
+        array = array[unit.first - first :][: unit.rows]
+        return ScaleAwarePointRecord(array, self.header.point_format, self.header.scales, self.header.offsets)
+
     def load(self, unit: Unit) -> Chunk:
-        with self._open(self.paths[0]) as file:
-            file.seek(unit.first)
-            found = file.read_points(unit.rows)
+        try:
+            found = self._points(unit)
+        except BaseException as error:
+            # A decompressor that has lost its way raises what is no Exception.
+            if type(error).__name__ == "PanicException":
+                raise Damage("its compressed points are damaged") from None
+            raise
         if len(found) != unit.rows:
-            raise ValueError(
-                f"it ends after {unit.first + len(found)} of the {self.rows} points that its header promises"
-            )
+            raise Damage(f"it ends after {unit.first + len(found)} of the {self.rows} points that its header promises")
         if self.classes is not None:
             found = found[np.isin(np.asarray(found["classification"]), self.classes)]
         arrays = [np.asarray(getattr(found, name) if name in ("x", "y", "z") else found[name]) for name in self.columns]
@@ -374,7 +456,7 @@ class Files(Reader):
         except ColumnError:
             raise
         except Exception as error:
-            raise ValueError(f"{reader.name}: {error}") from error
+            raise Damage(f"{reader.name}: {reason(error) or 'it is damaged'}") from error
 
 
 class Streams:
@@ -474,7 +556,17 @@ def _stack(arrays: list[Any], name: str) -> Tensor:
 
 
 def _npy(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
-    whole = np.load(path, mmap_mode="r", allow_pickle=False)
+    with open(path, "rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            raise Damage("it does not begin as .npy files do")
+    with warnings.catch_warnings():
+        # A damaged header can be Python that warns.
+        warnings.simplefilter("ignore")
+        whole = np.load(path, mmap_mode="r", allow_pickle=False)
+    if whole.dtype.itemsize == 0:
+        raise Damage("its rows have no bytes")
+    if whole.dtype.names is None and whole.dtype.kind not in "fiub":
+        raise ColumnError(f"{path} must be numeric, got dtype {whole.dtype}; convert its columns to numbers first.")
     if not whole.flags.c_contiguous or whole.ndim != 2:
         return Arrays(whole, str(path), columns, weights, path)
     dtype, (rows, width), begin = whole.dtype, whole.shape, whole.offset
@@ -498,6 +590,7 @@ def _las(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
 def _ply(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
     from plyfile import PlyData
 
+    check_ply(path)
     data = PlyData.read(path, mmap="r")["vertex"].data
     reader = Arrays(data, str(path), ("x", "y", "z") if columns is None else columns, weights, path)
     reader.known = data.dtype.names if columns is None else reader.known
@@ -543,9 +636,17 @@ def open_file(
     except Exception as error:
         if _no_decompressor(error):
             raise ImportError(f'reading {path} needs lazrs; type: pip install "gmmkeops[las]"') from None
+        why = reason(error)
         raise ValueError(
-            f"{path} cannot be read as {suffix[1:]} ({str(error).rstrip('.')}); it may be cut short or of another kind."
+            f"{path} cannot be read as {suffix[1:]}{f' ({why})' if why else ''}; it may be cut short, damaged or of another kind."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read, in one clause: this package's own words or none, since those of other libraries vary."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for what it declares"
+    return str(error).rstrip(".") if isinstance(error, (Damage, ColumnError)) else ""
 
 
 def _no_decompressor(error: Exception) -> bool:

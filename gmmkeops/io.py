@@ -230,10 +230,8 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a complete safetensors file ({error}); write it again with gmmkeops.save."
-        ) from None
+    except (SafetensorError, OSError, UnicodeDecodeError, MemoryError) as error:
+        raise ValueError(f"{path} is not a complete safetensors file; write it again with gmmkeops.save.") from error
     try:
         header = json.loads(metadata[_FORMAT])
         family, features, version = str(header["family"]), int(header["features"]), header["version"]

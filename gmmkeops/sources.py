@@ -24,7 +24,20 @@ from torch import Tensor
 
 from gmmkeops._checks import as_points, as_weights, check_finite
 from gmmkeops._columns import table_names, table_of
-from gmmkeops._readers import SUFFIXES, Arrays, Chunk, ColumnError, Files, Reader, Streams, Table, Unit, open_file
+from gmmkeops._declared import Damage
+from gmmkeops._readers import (
+    SUFFIXES,
+    Arrays,
+    Chunk,
+    ColumnError,
+    Files,
+    Reader,
+    Streams,
+    Table,
+    Unit,
+    open_file,
+    reason,
+)
 from gmmkeops._survey import SAMPLE, Reservoir, Survey, fingerprint
 
 __all__ = ["NUMBERS", "Chunk", "Source", "chunked", "readable"]
@@ -270,9 +283,10 @@ class Source:
         except Exception as error:
             if isinstance(error, ColumnError) or not self.reader.paths:
                 raise
+            why = f" ({found})" if (found := reason(error)) else ""
             raise ValueError(
-                f"{self.name} cannot be read from row {unit.first} to {unit.first + unit.rows} "
-                f"({str(error).rstrip('.')}); it may be cut short, or have changed since it was opened."
+                f"{self.name} cannot be read from row {unit.first} to {unit.first + unit.rows}{why}; "
+                "it may be cut short or damaged, or have changed since it was opened."
             ) from error
         if self.weights is not None:
             chunk = replace(chunk, weights=torch.from_numpy(self.weights[unit.first : unit.first + unit.rows]))
@@ -287,7 +301,7 @@ class Source:
             old, new = self._stamps[i], _stamp(paths[i])
             if old != new:
                 what = f"it had {old[0]} bytes and has {new[0]}" if old[0] != new[0] else "it was written to"
-                raise ValueError(f"{paths[i]} changed while it was read: {what}; begin again once it is complete.")
+                raise Damage(f"{paths[i]} changed while it was read: {what}; begin again once it is complete.")
 
     def _compare(self, tally: _Tally) -> None:
         survey = self._survey
@@ -393,7 +407,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError:
-        raise ValueError(f"{path} is gone; put it back and begin again.") from None
+        raise Damage(f"{path} is gone; put it back and begin again.") from None
     return status.st_size, status.st_mtime_ns
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -233,3 +234,33 @@ def test_torchrun_restarts_a_killed_worker_from_its_checkpoint(folder):
     assert more.history["objective"][7] == pytest.approx(
         -expected.log_prob(torch.from_numpy(x)).mean().item(), abs=0.05
     )
+
+
+def test_ranks_match_columns_by_name(folder):
+    """Each rank has a file of its own; the columns are in another order in the second, and others in a third try."""
+    pytest.importorskip("pyarrow")
+    script = """
+import pandas as pd
+half = x[rank * 12_000 : 12_000 + rank * 8000]
+mine = pd.DataFrame({"a": half[:, 0], "b": half[:, 1], "c": half[:, 2]})[[["a", "b", "c"], ["c", "a", "b"]][rank]]
+mine.to_parquet(folder + f"/own{rank}.parquet")
+for data in (folder + f"/own{rank}.parquet", mine):
+    found = gk.fit(gk.initialise(data, 4), data, gk.EM(tol=0), max_iter=0, progress=False).mixture
+    result = gk.fit(start, data, gk.EM(tol=0), max_iter=3, progress=False).mixture
+    print(json.dumps([found.columns, result.columns, result.means.tolist(), found.means.mean(0).tolist()]), flush=True)
+try:
+    gk.fit(start, mine.rename(columns={"a": "q"} if rank else {}), gk.EM(), max_iter=1, progress=False)
+except (ValueError, RankError) as error:
+    print(error, flush=True)
+"""
+    found = outputs(launch(2, script, folder))
+    assert [len(out.splitlines()) for _, out, _ in found] == [3, 3], found
+    single = gk.fit(gk.load(folder / "start.safetensors"), np.load(folder / "x.npy"), gk.EM(tol=0), max_iter=3).mixture
+    lines = [out.splitlines() for _, out, _ in found]
+    for line in (*lines[0][:2], *lines[1][:2]):
+        begun, fitted, means, middle = json.loads(line)
+        assert begun == fitted == ["a", "b", "c"]
+        assert torch.allclose(torch.tensor(means).double(), single.means, rtol=1e-5, atol=1e-6)
+        assert middle == pytest.approx(json.loads(lines[0][0])[3], rel=1e-9)
+    for out in lines:
+        assert "lacks the column a" in out[2]
