@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gmmkeops._checks import as_points
+from gmmkeops._columns import table_of
 from gmmkeops._ellipsoids import by_height, camera, principal_axes, rendered
 from gmmkeops.fitting import FitResult
 from gmmkeops.initialise import stratified_rows
@@ -397,7 +398,7 @@ def pairs(
         import matplotlib.pyplot as plt
 
         axes = plt.subplots(D, D, figsize=(2.2 * D, 2.2 * D), layout="constrained", squeeze=False)[1]
-    cloud = None if x is None else as_points(x, features=D).detach().cpu()
+    cloud = None if x is None else as_points(table_of(x, mixture.columns), features=D).detach().cpu()
     names = [f"x{d}" for d in range(D)] if names is None else names
     for row in range(D):
         for column in range(D):

@@ -306,6 +306,16 @@ def test_estimators_keep_names(kind, rows, tmp_path):
     assert read.mixture_.columns is None
 
 
+def test_posteriors_keep_names(rows):
+    fitted = gk.BayesianGaussianMixture(n_components=2, random_state=0, max_iter=500).fit(frame(rows))
+    ours, theirs = frame(rows), frame(rows, NAMES[::-1])
+    predictive = fitted.posterior_.predictive()
+    assert torch.equal(predictive.log_prob(theirs), predictive.log_prob(ours.to_numpy()))
+    assert fitted.posterior_.sample(3).columns == NAMES
+    plug_in = fitted.mixture_
+    assert torch.equal(plug_in.log_prob(theirs), plug_in.log_prob(ours.to_numpy()))
+
+
 def test_names_go_to_scikit_learn_and_back(rows, tmp_path):
     pytest.importorskip("sklearn")
     ours = gk.GaussianMixture(2, random_state=0).fit(frame(rows))

@@ -160,7 +160,9 @@ class NormalWishart:
         """A mixture whose log-joint densities are the expected ones but for a constant, and that constant, nats."""
         D = self.mixture.features
         logits = self.offsets - self.mixture.factor.log_determinant()
-        mixture = Mixture(logits, self.mixture.means, self.mixture.factor, validate_args=False)
+        mixture = Mixture(logits, self.mixture.means, self.mixture.factor, validate_args=False).named(
+            self.mixture.columns
+        )
         return mixture, float(torch.logsumexp(logits, 0)) + 0.5 * D * math.log(2 * math.pi)
 
     def normaliser(self) -> Tensor:
@@ -243,7 +245,9 @@ class NormalWishart:
         tensors["log_diagonal"] = tensors["log_diagonal"] + 0.5 * share.log()[:, None]
         if "upper" in tensors:
             tensors["upper"] = tensors["upper"] * share.sqrt()[:, None]
-        return StudentMixture(self.mixture.logits, self.mixture.means, factor.replace(**tensors), degrees.expand(K))
+        found = StudentMixture(self.mixture.logits, self.mixture.means, factor.replace(**tensors), degrees.expand(K))
+        found.columns = self.mixture.columns
+        return found
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Mixture:
         """Draws mixtures: a batch (count,) of them.
@@ -273,7 +277,8 @@ class NormalWishart:
             away = torch.linalg.solve_triangular(drawn.U.mT, noise[..., None], upper=False)[..., 0]
         else:
             away = noise / drawn.U
-        return Mixture(weights.clamp(min=1e-300).log(), self.mixture.means + away, drawn, validate_args=False)
+        mixture = Mixture(weights.clamp(min=1e-300).log(), self.mixture.means + away, drawn, validate_args=False)
+        return mixture.named(self.mixture.columns)
 
 
 known("NormalWishart")(NormalWishart)

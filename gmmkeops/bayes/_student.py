@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from gmmkeops._checks import as_points
+from gmmkeops._columns import table_of
 from gmmkeops.factors import Factor
 from gmmkeops.mixture import Mixture
 
@@ -40,6 +41,9 @@ class StudentMixture(Distribution):
         factor: Scales: U with leading dimension K, 1 / data units.
         degrees: Degrees of freedom (K,).
 
+    Attributes:
+        columns: Names of the D columns, or None where they are not known; tables are matched to them by name.
+
     Reference:
         Bishop 2006, *Pattern Recognition and Machine Learning*, equations 10.81 and 10.82.
 
@@ -54,6 +58,7 @@ class StudentMixture(Distribution):
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = False
+    columns: tuple[str, ...] | None = None
 
     def __init__(self, logits: Tensor, means: Tensor, factor: Factor, degrees: Tensor) -> None:
         self.logits, self.means, self.factor, self.degrees = logits, means, factor, degrees
@@ -61,7 +66,7 @@ class StudentMixture(Distribution):
 
     def log_joint(self, value: Any) -> Tensor:
         """log W_k + log t_k(x) for points (N, D), data units: (N, K), nats."""
-        x = as_points(value, features=self.means.shape[1], differentiable=True)
+        x = as_points(table_of(value, self.columns), features=self.means.shape[1], differentiable=True)
         rows = max(1, _CHUNK // self.means.numel())
         return torch.cat([self._exponents(part.to(self.means)) for part in x.split(rows)]).to(x.dtype)
 
@@ -80,7 +85,7 @@ class StudentMixture(Distribution):
         Raises:
             TypeError, ValueError: Points that are not numeric, of the wrong width, or not finite.
         """
-        x = as_points(value, features=self.means.shape[1], differentiable=True)
+        x = as_points(table_of(value, self.columns), features=self.means.shape[1], differentiable=True)
         rows = max(1, _CHUNK // self.means.numel())
         parts = [torch.logsumexp(self._exponents(part.to(self.means)), -1) for part in x.split(rows)]
         return torch.cat(parts).to(x.dtype)
