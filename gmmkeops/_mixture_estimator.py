@@ -144,6 +144,7 @@ class MixtureEstimator(Estimator, ABC):
                     start if isinstance(x, Source) else start.named(names),
                     x,
                     method,
+                    tol=0.0 if continuation.earlier is not None else None,
                     penalty=getattr(self, "penalty", None),
                     weights=g,
                     truncate=self.truncate,
@@ -432,9 +433,11 @@ class _Trace:
 class _Continuation:
     """A callback that ends a warm start once it has converged together with the iterations that it continues.
 
-    A fit of one iteration has nothing to compare its objective with but the iterations before it.
+    A fit of one iteration has nothing to compare its objective with but the iterations before it. The fit itself then has
+    the tolerance zero.
 
     Attributes:
+        earlier: The fit that is continued; None where there is none, and the fit decides by itself.
         converged: Whether they have.
         objectives: The objectives of the earlier iterations; none where they are those of other points.
     """
@@ -449,11 +452,9 @@ class _Continuation:
         if self.earlier is not None:
             before, now = self.earlier.log_likelihood, step.history["log_likelihood"][0]
             if abs(now - before) > max(self.method.tol, _SAME * max(1.0, abs(before))):
-                self.earlier, self.objectives = None, []
-        if self.objectives:
-            self.converged = self.method.finished(
-                [*self.objectives, *step.history["objective"]], self.method.tol, step._problem.mass
-            )
+                self.objectives = []
+            objectives = [*self.objectives, *step.history["objective"]]
+            self.converged = self.method.finished(objectives, self.method.tol, step._problem)
         return self.converged
 
 

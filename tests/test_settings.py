@@ -76,7 +76,7 @@ def test_the_tolerance_of_either_place_is_the_same_tolerance(X, tol):
 def test_reg_covar_of_either_place_is_used(X, own, theirs):
     solver = gk.EM() if theirs is None else gk.EM(reg_covar=theirs)
     params = {} if own is None else {"reg_covar": own}
-    options = {"means_init": X[[0, 300]], "tol": 0, "max_iter": 5, "random_state": 0}
+    options = {"init_params": "random_from_data", "tol": 0, "max_iter": 5, "random_state": 0}
     model = gk.GaussianMixture(2, solver=solver, **options, **params)
     start = model.set_params(max_iter=0).fit(X).mixture_
     found = model.set_params(max_iter=5).fit(X).result_.history["objective"]
@@ -193,7 +193,7 @@ def test_a_warm_start_on_other_points_is_compared_with_none_of_the_old(X):
 def test_a_warm_start_may_have_another_tolerance(X):
     warm = gk.GaussianMixture(3, max_iter=500, tol=1e-2, warm_start=True, random_state=0).fit(X)
     first = warm.n_iter_
-    assert warm.set_params(tol=1e-9, max_iter=1).fit(X).converged_ is False
+    assert warm.set_params(tol=1e-5, max_iter=1).fit(X).converged_ is False
     assert warm.set_params(max_iter=3000).fit(X).converged_
     assert warm.n_iter_ > 1
     assert first < warm.n_iter_ + first

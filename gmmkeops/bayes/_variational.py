@@ -25,7 +25,7 @@ from gmmkeops.factors import Factor
 from gmmkeops.fitting import Method
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._frame import Frame
-from gmmkeops.fitting._method import Evaluation, Population, Problem, stands_still
+from gmmkeops.fitting._method import Evaluation, Population, Problem
 from gmmkeops.fitting._stepwise import blended, expected
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
@@ -225,7 +225,7 @@ class VariationalBayes(Method[_State]):
 
     def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
         """Return whether the bound of all points together has changed by less than a tolerance, as in scikit-learn."""
-        return stands_still(objectives, self.patience, tol / problem.mass, self.relative_tol)
+        return self._still(objectives, 1, self._tolerance(objectives, tol / problem.mass))
 
     def answer(self, found: Any, frame: Frame) -> NormalWishart:
         return found.carried(frame.leave)

@@ -25,7 +25,7 @@ from gmmkeops.moments import Moments
 from gmmkeops.penalties import Penalty, Surrogate, as_penalty
 from gmmkeops.sources import Source
 
-__all__ = ["Evaluation", "Method", "Population", "Problem", "stands_still"]
+__all__ = ["Evaluation", "Method", "Population", "Problem"]
 
 S = TypeVar("S")
 
@@ -38,6 +38,8 @@ DEAD_LOG_WEIGHT = -100.0
 # Fractions of the tolerance that the objective may still change by over the last half of the iterations: measured, so that
 # a thousand further iterations gain at most three tolerances on most data sets.
 _PLATEAU, _PRUNING = 0.25, 0.1
+# Changes over half of the iterations, nats per point, that never count; and iterations over which smaller tolerances do.
+_NEGLIGIBLE, _RECENT = 1e-5, 10
 
 
 @dataclass(frozen=True)
@@ -375,7 +377,8 @@ class Method(ABC, Generic[S]):
         A single small step is no sign of convergence: EM crosses plateaus on which a step gains less than any tolerance, and
         gains much more later. The window is therefore at least ``patience`` iterations long and grows with their number.
         Where a penalty prunes components, a tenth of the tolerance is asked for: before a component is pruned, the objective
-        stands almost still.
+        stands almost still. Changes of 1e-5 nats per point over half of the iterations are let pass; tolerances below that
+        are compared with the change over the last ten iterations.
 
         Args:
             objectives: One for each iteration, nats per point.
@@ -383,14 +386,17 @@ class Method(ABC, Generic[S]):
             problem: The data and the penalty.
         """
         prunes = problem.penalty is not None and problem.penalty.prunes
-        fraction = _PRUNING if prunes else _PLATEAU
-        window = max(self.patience, len(objectives) // 2)
-        return stands_still(objectives, window, fraction * tol, fraction * self.relative_tol)
+        tol = self._tolerance(objectives, tol)
+        half = len(objectives) // 2
+        return self._still(
+            objectives, half, max((_PRUNING if prunes else _PLATEAU) * tol, _NEGLIGIBLE)
+        ) and self._still(objectives, min(half, _RECENT), tol)
 
+    def _tolerance(self, objectives: list[float], tol: float) -> float:
+        """The larger one of the absolute and the relative tolerance, nats per point."""
+        return max(tol, self.relative_tol * abs(objectives[-1])) if objectives else tol
 
-def stands_still(objectives: list[float], window: int, tol: float, relative_tol: float) -> bool:
-    """Return whether objectives have changed by less than a tolerance, or a fraction of the last one, over a window."""
-    if len(objectives) <= window:
-        return False
-    change = abs(objectives[-1 - window] - objectives[-1])
-    return change < tol or change < relative_tol * abs(objectives[-1])
+    def _still(self, objectives: list[float], window: int, tol: float) -> bool:
+        """Return whether the objective has changed by less than ``tol`` over a window of at least ``patience`` iterations."""
+        window = max(self.patience, window)
+        return len(objectives) > window and abs(objectives[-1 - window] - objectives[-1]) < tol
