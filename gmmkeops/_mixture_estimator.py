@@ -25,6 +25,7 @@ from gmmkeops._random import DEFAULT_SEED
 from gmmkeops.distributed import World
 from gmmkeops.factors import factor_class
 from gmmkeops.fitting import EM, FitResult, Method, Step, fit
+from gmmkeops.fitting._identity import describe
 from gmmkeops.initialise import initialise, representatives
 from gmmkeops.mixture import Mixture
 from gmmkeops.sources import Source, chunked, readable
@@ -44,6 +45,8 @@ _STEPS = 20
 _SAME = 1e-5
 # Objectives that differ by less, as a share, are equal but for rounding; the first of them is taken.
 _TIE = 1e-9
+# Parameters that ranks may have of their own; of random_state, rank 0's counts.
+_OF_A_RANK = ("checkpoint", "device", "random_state", "verbose", "verbose_interval")
 _STRATEGIES = {
     "kmeans": "kmeans",
     "k-means++": "kmeans++",
@@ -124,17 +127,24 @@ class MixtureEstimator(Estimator, ABC):
         Warns:
             ConvergenceWarning: The best start did not converge.
         """
-        self._check()
-        x, g, names, device = self._data(X, sample_weight)
-        generator = World().generator(generator_of(self.random_state, device), device)
-        best: FitResult | None = None
-        last = self._last((self.n_components, _features(x))) if self.warm_start else None
-        if last is not None and names is not None and self.mixture_.columns not in (None, tuple(names)):
-            # The parameters of the last fit belong to other columns.
-            last = None
-        method, settings = self._method(last is not None), self._settings()
-        earlier = getattr(self, "_trace", None) if last is not None else None
-        continuation = _Continuation(method, earlier if earlier and earlier.settings == settings else None)
+        world = World()
+        with world.together():
+            self._check()
+            x, g, names, device = self._data(X, sample_weight)
+            best: FitResult | None = None
+            last = self._last((self.n_components, _features(x))) if self.warm_start else None
+            if last is not None and names is not None and self.mixture_.columns not in (None, tuple(names)):
+                # The parameters of the last fit belong to other columns.
+                last = None
+            method, settings = self._method(last is not None), self._settings()
+            earlier = getattr(self, "_trace", None) if last is not None else None
+            continuation = _Continuation(method, earlier if earlier and earlier.settings == settings else None)
+            if world.size > 1:
+                own = {name: value for name, value in self.get_params(deep=False).items() if name not in _OF_A_RANK}
+                own |= {"sample_weight": sample_weight is None, "warm_start": last is not None}
+                call = {"call": f"{type(self).__name__}.fit"}
+                world.agree(call | {name: describe(value, name) for name, value in own.items()})
+            generator = world.generator(generator_of(self.random_state, device), device)
         with warnings.catch_warnings():
             # One start's failure to converge is not the answer's: the best one speaks below.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)

@@ -2,6 +2,9 @@
 
 Off unless a process group is initialised. Each rank sweeps its share of the points; moments and counts are all-reduced, so
 that every rank makes the same step from the same sums. A rank that is gone, stuck or in disagreement is named on all of them.
+
+Before every exchange the ranks compare what each is about to do, so that two different exchanges never meet. The same comparison
+carries a Ctrl-C, so that all ranks leave at the same place.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ import atexit
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +37,12 @@ __all__ = ["RankError", "World", "join"]
 _BEAT, _GONE = 0.5, 40.0
 # Seconds in which it shows who is gone, once a connection has broken.
 _VERDICT = 5.0
+# Seconds for which ranks wait for another one that is in a callback.
+_CALLBACK = 30.0
+# Seconds in which one press of Ctrl-C reaches all ranks, and for which an interrupted one waits for the others.
+_PRESS, _PATIENCE = 1.0, 10.0
+# What ranks may be about to do together, and how it is called.
+_ACTS = {"sum": "adds numbers", "gather": "exchanges rows", "interrupt": "was interrupted"}
 
 _REMEDY = "; a fit with checkpoint= goes on from its last checkpoint when it is started again."
 
@@ -94,7 +105,11 @@ class _Heart:
             self.stop.wait(_BEAT)
 
     def _round(self) -> None:
-        self.store.set(f"gmmkeops/alive {self.rank}", str(self.rounds))
+        now, world = time.monotonic(), self.worlds[-1] if self.worlds else None
+        # Seconds for which this rank has waited for others, and been in a callback.
+        times = (None, None) if world is None else (world.waiting, world.calling)
+        mine = [0.0 if when is None else now - when for when in times]
+        self.store.set(f"gmmkeops/alive {self.rank}", f"{self.rounds} {mine[0]:.1f} {mine[1]:.1f}")
         for rank, (last, _) in self.seen.items():
             key = f"gmmkeops/alive {rank}"
             sign = self.store.get(key).decode() if self.store.check([key]) else ""
@@ -105,10 +120,23 @@ class _Heart:
                 silent = time.monotonic() - when
                 if silent > world.patience and not world.word:
                     world.word = f"rank {rank} is gone: no sign of life for {silent:.0f} s"
+            if not world.word:
+                world.word = self._held_up(mine)
             if world.word:
                 self.store.compare_set(f"{world.key}/verdict", "", world.word)
             if self.store.check([f"{world.key}/verdict"]):
                 world.verdict = self.store.get(f"{world.key}/verdict").decode()
+                world.wake()
+
+    def _held_up(self, mine: list[float]) -> str:
+        """Says so where ranks have waited too long for one that is in a callback."""
+        times = {rank: [float(part) for part in sign.split()[1:]] for rank, (sign, _) in self.seen.items() if sign}
+        times[self.rank] = mine
+        for rank, (_, calling) in times.items():
+            others = [waiting for other, (waiting, _) in times.items() if other != rank]
+            if calling > _CALLBACK and max(others, default=0.0) > _CALLBACK:
+                return f"rank {rank} has been in a callback for {calling:.0f} s, while other ranks wait for it"
+        return ""
 
 
 def join(backend: str | None = None) -> None:
@@ -166,43 +194,175 @@ class World:
         (0, 1)
     """
 
+    # The call that this process is in the middle of.
+    _outer: World | None = None
+
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size == 1:
             return
+        if World._outer is not None:
+            # Part of a call that is under way: what happens here concerns all of it.
+            self.__dict__ = World._outer.__dict__
+            return
         self.device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-        self.key = f"gmmkeops/fit {next(_fits)}"
+        self.number, self.key = 0, ""
         self.heart = _Heart.of(self.rank, self.size)
         # Seconds without a sign of life until a rank counts as gone.
         self.patience = _GONE
         # What has been said of a rank that failed, and what this one has to say.
         self.verdict, self.word = "", ""
+        # Since when this rank has waited for others, and has been in a callback.
+        self.waiting: float | None = None
+        self.calling: float | None = None
+        # Whether it is in the middle of an exchange; when Ctrl-C was pressed during one; whether all ranks have left together.
+        self.busy, self.pressed, self.left = False, 0.0, False
+        self.signals = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """While it lasts this rank hears what happens to the others; what it fails with is told to them."""
-        if self.size == 1:
+        if self.size == 1 or World._outer is not None:
             yield
             return
+        self.number = next(_fits)
+        self.key, self.verdict, self.word = f"gmmkeops/fit {self.number}", "", ""
+        self.pressed, self.left = 0.0, False
+        World._outer = self
         self.heart.worlds.append(self)
+        self.signals = threading.current_thread() is threading.main_thread()
+        self.signals &= signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self.signals:
+            signal.signal(signal.SIGINT, self._press)
         try:
             yield
         except RankError:
             if self.rank == 0:
-                # Others may have to read by this rank's store what has happened.
-                time.sleep(_VERDICT)
+                # Others may have to read by this rank's store what has happened, or to hear the end of an exchange.
+                time.sleep(_VERDICT if self.verdict or _stuck else _BEAT)
+            raise
+        except KeyboardInterrupt:
+            self._say(f"rank {self.rank} was interrupted (Ctrl-C)")
             raise
         except BaseException as error:
-            self.word = f"rank {self.rank} failed with {type(error).__name__}: {str(error).rstrip('.')}"
-            # Two rounds, of which the second has begun after this.
-            told, end = self.heart.rounds + 2, time.monotonic() + _VERDICT
-            while self.heart.rounds < told and not self.heart.lost and time.monotonic() < end:
-                time.sleep(_BEAT / 5)
+            self._say(f"rank {self.rank} failed with {type(error).__name__}: {str(error).rstrip('.')}")
             raise
         finally:
+            if self.signals:
+                self.signals = False
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             self.heart.worlds.remove(self)
+            World._outer = None
+
+    def _say(self, word: str) -> None:
+        """Tells the others what has become of this rank."""
+        self.word = word
+        # Two rounds, of which the second has begun after this.
+        told, end = self.heart.rounds + 2, time.monotonic() + _VERDICT
+        while self.heart.rounds < told and not self.heart.lost and time.monotonic() < end:
+            time.sleep(_BEAT / 5)
+
+    def _press(self, *_: Any) -> None:
+        """Ctrl-C: at once, or after the exchange that this rank is in the middle of, so that none is left half done."""
+        if self.verdict:
+            self._look()
+        if not self.busy:
+            raise KeyboardInterrupt
+        self.pressed = self.pressed or time.monotonic()
+
+    def wake(self) -> None:
+        """Ends a callback that the others have given up on, as far as Python can."""
+        if self.calling is not None and self.signals and hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    @contextmanager
+    def callback(self) -> Iterator[None]:
+        """While it lasts this rank is in the hands of the user."""
+        if self.size == 1:
+            yield
+            return
+        self.calling = time.monotonic()
+        try:
+            yield
+        finally:
+            self.calling = None
+
+    def interrupted(self) -> None:
+        """After Ctrl-C: returns where all ranks were interrupted, and so leave at the same place.
+
+        Raises:
+            RankError: Only some ranks were; it names them on all ranks.
+        """
+        if self.size == 1 or self.left:
+            return
+        if _stuck:
+            self._say(f"rank {self.rank} was interrupted (Ctrl-C)")
+            raise RankError(f"rank {self.rank} was interrupted (Ctrl-C) while it waited for the others" + _REMEDY)
+        self.pressed = time.monotonic()
+        try:
+            self._meet("interrupt")
+        except KeyboardInterrupt:
+            if not self.left:
+                self.interrupted()
+
+    def _meet(self, act: str, *sizes: int) -> Tensor:
+        """Compares what the ranks are about to do together; returns the first size of each.
+
+        Raises:
+            RankError: They are about to do different things, or some were interrupted.
+            KeyboardInterrupt: All were interrupted.
+        """
+        self.busy = True
+        try:
+            codes = list(_ACTS)
+            length, shape = (*sizes, 0, 0)[:2]
+            said = self._told([self.number, codes.index(act), length, shape])
+            if any(codes[row[1]] == "interrupt" for row in said):
+                # The same press may be on its way to the others.
+                time.sleep(_PRESS)
+                pressed = self._told([int(self.pressed > 0)])
+                self.pressed = 0.0
+                who = [str(rank) for rank, (flag,) in enumerate(pressed) if flag]
+                if len(who) == self.size:
+                    self.left = True
+                    raise KeyboardInterrupt
+                names = f"rank {who[0]} was" if len(who) == 1 else f"ranks {', '.join(who)} were"
+                raise RankError(f"{names} interrupted (Ctrl-C), and the others were not" + _REMEDY)
+            for rank, row in enumerate(said):
+                alike = row[3] == said[0][3] and (act != "sum" or row[2] == said[0][2])
+                if row[:2] != said[0][:2] or not alike:
+                    raise RankError(
+                        f"rank {rank} is at another step than rank 0: in its call number {row[0]} it {_ACTS[codes[row[1]]]} "
+                        f"({row[2]}), rank 0 in call number {said[0][0]} {_ACTS[codes[said[0][1]]]} ({said[0][2]}); "
+                        "run the same script with the same settings on all ranks."
+                    )
+            return torch.tensor([row[2] for row in said])
+        finally:
+            self.busy = False
+
+    def _told(self, numbers: list[int]) -> list[list[int]]:
+        """As many whole numbers of each rank."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        self._collect(lambda: dist.all_gather(parts, mine, async_op=True))
+        return [part.tolist() for part in parts]
+
+    def _exchange(self, start: Callable[[], Any]) -> None:
+        """One exchange on which the ranks have agreed; a Ctrl-C during it comes when it is complete."""
+        self.busy = True
+        try:
+            self._collect(start)
+        finally:
+            self.busy = False
+        if self.pressed:
+            raise KeyboardInterrupt
+
+    def look(self) -> None:
+        """Raises what has happened to another rank, in the middle of long work of this one."""
+        if self.size > 1:
+            self._look()
 
     def _look(self) -> None:
         """Raises what has happened to another rank, if anything has."""
@@ -219,12 +379,15 @@ class World:
         pause = 2e-5
         try:
             work = start()
+            self.waiting = time.monotonic()
             while not work.is_completed():
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)
                 self._look()
+                if self.pressed and time.monotonic() - self.pressed > _PATIENCE:
+                    raise KeyboardInterrupt
             work.wait()
-        except RankError:
+        except (RankError, KeyboardInterrupt):
             _stuck.append(self.rank)
             raise
         except RuntimeError as error:
@@ -235,6 +398,8 @@ class World:
                 self._look()
                 time.sleep(_BEAT)
             raise RankError(f"a connection between ranks broke ({error})" + _REMEDY) from None
+        finally:
+            self.waiting = None
 
     @classmethod
     def alone(cls) -> World:
@@ -317,23 +482,23 @@ class World:
         """The sum of a float64 tensor over all ranks."""
         if self.size == 1:
             return values
+        self._meet("sum", values.numel())
         out = values.detach().to(self.device, copy=True)
-        self._collect(lambda: dist.all_reduce(out, async_op=True))
+        self._exchange(lambda: dist.all_reduce(out, async_op=True))
         return out.to(values.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """Tensors of all ranks, which may differ in their first dimension."""
         if self.size == 1:
             return [values]
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        mine = torch.tensor([len(values)], device=self.device)
-        self._collect(lambda: dist.all_gather(sizes, mine, async_op=True))
-        longest = max(int(size) for size in sizes)
+        kind = zlib.crc32(repr((values.dtype, tuple(values.shape[1:]))).encode())
+        sizes = self._meet("gather", len(values), kind).tolist()
+        longest = max(sizes)
         padded = torch.zeros(longest, *values.shape[1:], dtype=values.dtype, device=self.device)
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._collect(lambda: dist.all_gather(parts, padded, async_op=True))
-        return [part[: int(size)].to(values.device) for part, size in zip(parts, sizes, strict=True)]
+        self._exchange(lambda: dist.all_gather(parts, padded, async_op=True))
+        return [part[:size].to(values.device) for part, size in zip(parts, sizes, strict=True)]
 
     def tell(self, value: Any) -> list[Any]:
         """What JSON can hold, of all ranks."""

@@ -84,14 +84,22 @@ def initialise(
         >>> gk.initialise(x, 2, "kmeans").means.sort(0).values.round(decimals=2).tolist()
         [[0.05], [5.05]]
     """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
-    kind, tied = factor_class(covariance_type)
-    K = int(components)
-    if K < 1:
-        raise ValueError(f"components must be at least 1, got {components}.")
     world = World()
     with world.together():
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
+        kind, tied = factor_class(covariance_type)
+        K = int(components)
+        if K < 1:
+            raise ValueError(f"components must be at least 1, got {components}.")
+        settings: dict[str, Any] = {
+            "call": "initialise",
+            "components": K,
+            "strategy": strategy,
+            "covariance_type": covariance_type,
+        }
+        settings |= {"runs": int(runs), "refine": int(refine), "weights": "none" if weights is None else "given"}
+        world.agree(settings)
         if readable(x):
             x, weights = Source.of(x, weights=weights), None
         names = world.tell(x.columns if isinstance(x, Source) else table_names(x))[0]

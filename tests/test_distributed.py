@@ -264,3 +264,121 @@ except (ValueError, RankError) as error:
         assert middle == pytest.approx(json.loads(lines[0][0])[3], rel=1e-9)
     for out in lines:
         assert "lacks the column a" in out[2]
+
+
+DIFFERENT = """
+results = []
+def both(name, do, where=1):
+    \"\"\"Runs a call that is not the same on all ranks; prints how it ended.\"\"\"
+    began = time.monotonic()
+    try:
+        do()
+        said = "no error"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    print(json.dumps([name, said, time.monotonic() - began]), flush=True)
+
+odd = rank == 1
+P, mine = gk.penalties, x[rank::size]
+em = gk.EM(tol=0)
+def fit(method=em, data=mine, model=start, **options):
+    return gk.fit(model, data, method, **{"max_iter": 3, "progress": False, **options})
+def interrupt(*who, how="raise"):
+    def callback(step):
+        if rank in who and step.iteration == 1:
+            if how == "raise":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+    return callback
+strength = 0.1 + 0.1 * rank
+g = np.ones(len(mine))
+both("max_iter", lambda: fit(max_iter=3 + rank))
+both("tol", lambda: fit(tol=1e-9 * rank))
+both("patience", lambda: fit(gk.EM(tol=0, patience=1 + rank)))
+both("method assignment", lambda: fit(gk.EM(tol=0, assignment="hard" if odd else "soft")))
+both("method lr", lambda: fit(gk.Adam(lr=0.1 + 0.1 * rank)))
+both("method EM", lambda: fit(gk.Adam() if odd else em))
+both("method optimizer", lambda: fit(gk.Gradient((lambda p: torch.optim.SGD(p, lr=0.1)) if odd else torch.optim.Adam)))
+both("penalty strength", lambda: fit(penalty=P.SqrtWeights(strength)))
+both("penalty strength=", lambda: fit(gk.Adam(), penalty=lambda m: strength * m.means.square().sum()))
+both("penalty", lambda: fit(penalty=P.SqrtWeights(1.0) if odd else None))
+both("truncate", lambda: fit(truncate=1e-3 * rank))
+both("dtype", lambda: fit(dtype="float32" if odd else "float64"))
+both("backend", lambda: fit(backend="dense" if odd else "auto"))
+both("start", lambda: fit(model=gk.Mixture(start.logits, start.means + 1e-3 * rank, start.factor)))
+few = torch.arange(4 - rank)
+both("model", lambda: fit(model=gk.Mixture(start.logits[few], start.means[few], gk.FullFactor.from_factors(start.factor.U[few]))))
+both("weights", lambda: fit(weights=g if odd else None))
+both("generator", lambda: fit(generator=torch.Generator() if odd else None))
+both("checkpoint", lambda: fit(checkpoint=folder + "/odd.ckpt" if odd else None))
+both("max_memory", lambda: fit(max_memory="1GB" if odd else None))
+both("kind of x", lambda: fit(data=folder + "/x.npy" if odd else x))
+both("components", lambda: gk.initialise(mine, 3 + rank))
+both("weights", lambda: gk.initialise(mine, 3, weights=g if odd else None))
+both("n_init", lambda: gk.GaussianMixture(4, n_init=1 + rank, random_state=0).fit(mine))
+both("covariance_type", lambda: gk.GaussianMixture(4, covariance_type="diag" if odd else "full", random_state=0).fit(mine))
+both("call initialise fit", lambda: gk.initialise(mine, 3) if odd else fit())
+both("call GaussianMixture", lambda: gk.GaussianMixture(2).fit(mine) if odd else fit())
+for how in ("raise", "signal"):
+    both("rank 1 was interrupted", lambda: fit(max_iter=50, callbacks=interrupt(1, how=how)))
+    both("rank 0 was interrupted", lambda: fit(max_iter=50, callbacks=interrupt(0, how=how)))
+for how in ("raise", "signal"):
+    result = fit(max_iter=50, callbacks=interrupt(0, 1, how=how))
+    print(json.dumps(["together", result.report.interrupted, result.n_iter, result.mixture.means.tolist()]))
+result = fit(max_iter=50, callbacks=lambda step: rank == 1 and step.iteration == 1)
+print(json.dumps(["stopped", result.report.interrupted, result.n_iter, result.mixture.means.tolist()]))
+"""
+
+
+def test_whatever_differs_between_ranks_is_named_on_all_of_them(folder):
+    """None of it deadlocks, and the same processes fit together afterwards."""
+    found = outputs(launch(2, DIFFERENT, folder), timeout=300)
+    lines = []
+    for code, text, errors in found:
+        assert code == 0, errors
+        lines.append([json.loads(line) for line in text.splitlines()])
+    assert len(lines[0]) == len(lines[1]) == 33
+    for first, second in zip(*lines, strict=True):
+        if first[0] in ("together", "stopped"):
+            assert first == second
+            assert first[1:3] == [first[0] == "together", 2]
+            continue
+        for name, said, seconds in (first, second):
+            assert said.startswith("RankError: "), (name, said)
+            assert all(word in said for word in name.split()), (name, said)
+            assert "rank 1" in said or "rank 0 was" in said, said
+            assert seconds < 30
+        assert first[1] == second[1]
+
+
+ALONE = """
+distributed._CALLBACK = 3.0
+what = os.environ["WHAT"]
+def callback(step):
+    if rank == 1 and step.iteration == 2:
+        if what == "sleeps":
+            time.sleep(600)
+        if what == "raises":
+            raise ArithmeticError("of my own")
+try:
+    gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=1000, callbacks=callback, progress=False)
+except BaseException as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("sleeps", "rank 1 has been in a callback for"),
+        ("raises", "rank 1 failed with ArithmeticError: of my own"),
+    ],
+)
+def test_a_callback_that_does_not_come_back_is_named_on_all_ranks(what, says, folder, monkeypatch):
+    monkeypatch.setenv("WHAT", what)
+    began = time.monotonic()
+    found = outputs(launch(2, ALONE, folder), timeout=100)
+    assert time.monotonic() - began < 60
+    for rank, (code, text, errors) in enumerate(found):
+        assert code in (0, 1), errors
+        assert says in text or (rank == 1 and what != "sleeps"), (rank, text, errors)

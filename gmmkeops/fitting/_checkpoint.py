@@ -246,6 +246,10 @@ class Journal:
             return False
         return True
 
+    def agreed(self, tree: Any, device: Any) -> Any:
+        """What rank 0 has, on all ranks."""
+        return tree if self.world.size == 1 else _tree(self.world.gather_bytes(_bytes(tree))[0], device)
+
     def recall(self, saved: Any, device: Any) -> None:
         """Takes up what was read: finished sweeps, and what the iteration was in the middle of if ranks and rows are the same."""
         if self.checkpoint is None:

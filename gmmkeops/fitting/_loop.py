@@ -87,7 +87,8 @@ def fit(
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
         dtype: ``"float32"`` or ``"float64"`` to compute in. By default float32 points are computed in float32 and all else
             in float64. The points are centred in float64 first, so map coordinates lose no digits in float32.
-        callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit.
+        callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit. With several
+            ranks one that returns True on any of them ends the fit on all, and others wait for a callback for 30 seconds at most.
         progress: Whether to show a progress bar; by default only in a terminal.
         generator: Random number generator (minibatches, stochastic assignment). Without one a fixed seed is used, so that
             the same call gives the same result in every process. Torch's global random state is left alone either way.
@@ -97,7 +98,8 @@ def fit(
             copy in the frame would take more are read a chunk at a time, from memory too.
 
     Returns:
-        A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far.
+        A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far; with several ranks it does so where it
+        reaches all of them, and is an error that names them where it reaches only some.
 
     Raises:
         TypeError: Wrong kinds of arguments.
@@ -143,8 +145,12 @@ def fit(
         limits = {"max_iter": max_iter, "tol": tol, **{name: getattr(method, name, None) for name in _LIMITS[2:]}}
         given = {"weights": weights, "generator": generator, "checkpoint": checkpoint, "context": context}
         limits |= {name: "none" if value is None else "given" for name, value in given.items()}
-        limits["columns"], limits["kind of x"] = str(columns), "read" if readable(x) else "in memory"
-        world.agree(settings | limits)
+        limits |= {
+            "columns": str(columns),
+            "max_memory": str(max_memory),
+            "kind of x": "read" if readable(x) else "in memory",
+        }
+        world.agree({"call": "fit"} | settings | limits)
         journal = Journal(Checkpoint.of(checkpoint), world)
         saved = None if journal.checkpoint is None else journal.checkpoint.read(mixture.means.device, world)
         frame = None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra)
@@ -256,7 +262,8 @@ def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | N
     if isinstance(x, Source):
         return x.in_chunks(chunk_rows(limit, K, D, kind, dtype or torch.float64)), g
     work = x.dtype if dtype is None else dtype
-    if estimate_memory(len(x), K, D, covariance_type=kind, dtype=work) <= limit:
+    (over,) = world.any(estimate_memory(len(x), K, D, covariance_type=kind, dtype=work) > limit)
+    if not over:
         return x, g
     return world.share(Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, work))), None
 
@@ -464,6 +471,9 @@ class _Run:
                 journal.begin(self.iterations, lambda: self.snapshot(state))
                 journal.write()
         except KeyboardInterrupt:
+            self.problem.world.interrupted()
+            # Some ranks may have had the last mixture already, and others not.
+            self.best, self.history = journal.agreed((self.best, self.history), self.problem.data.device)
             journal.write()
             if self.best is None:
                 raise
@@ -497,7 +507,8 @@ class _Run:
             bar.update()
         history = self.history
         step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.live, history, now, self.problem)
-        stops = [callback(step) is True for callback in self.callbacks]
+        with self.problem.world.callback():
+            stops = [callback(step) is True for callback in self.callbacks]
         (stop,) = self.problem.world.any(any(stops))
         if self.method.finished(history["objective"], self.tol, self.problem):
             self.ending = "converged"

@@ -202,6 +202,7 @@ class Problem:
         for number, piece in enumerate(pieces, behind + 1):
             if not len(piece.x):
                 continue
+            self.world.look()
             x = piece.x
             if isinstance(x, Tensor) and piece.truncate != 0:
                 x = reductions.arrange(x, len(means), piece.truncate)
