@@ -5,8 +5,10 @@ Nothing here changes its argument, so a refused call leaves every object as it w
 
 from __future__ import annotations
 
+import decimal
+import numbers
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,14 +20,19 @@ __all__ = [
     "ConvergenceWarning",
     "PrecisionWarning",
     "SamplingWarning",
+    "as_device",
     "as_dtype",
     "as_points",
     "as_tensor",
     "as_weights",
+    "check_dense",
     "check_finite",
+    "check_unmasked",
     "concrete",
     "recordable",
     "recording",
+    "renamed",
+    "shape_hint",
 ]
 
 _FLOATS = (torch.float32, torch.float64)
@@ -70,52 +77,203 @@ class SamplingWarning(UserWarning):
     """
 
 
-def as_tensor(value: Any, *, name: str, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-    """Turns numbers in any container (list, numpy, DataFrame, tensor) into a float tensor, without a copy where it can.
+def as_tensor(
+    value: Any, *, name: str, dtype: torch.dtype | None = None, device: Any = None, abstract: bool = False
+) -> Tensor:
+    """Converts numbers in any container (list, numpy, DataFrame, tensor) to a float tensor, without a copy where it can.
 
     Args:
         value: Anything numeric. Integers and half floats are widened (to float64 and float32).
-        name: How messages call it.
+        name: The name of the argument in error messages.
         dtype: Result dtype; by default float32 stays float32 and everything else becomes float64.
         device: Result device; by default where the value is.
+        abstract: Whether a tensor on the meta device, which has a shape and no numbers, is accepted.
 
     Raises:
-        TypeError: The value is not numeric, is complex, or cannot be read as an array.
+        TypeError: The value is not numeric, is complex, or is no dense array.
+        ValueError: It has masked or missing entries.
     """
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
+        for item in value:
+            check_dense(item, name=name, abstract=abstract)
         # numpy takes no tensor that requires a gradient, and would lose it.
         value = torch.stack(tuple(value)) if len({item.shape for item in value}) == 1 else value
-    if isinstance(value, Tensor):
-        tensor = value
-    else:
-        if hasattr(value, "to_numpy"):
-            value = value.to_numpy()
-        try:
-            array = np.asarray(value)
-        except (ValueError, TypeError) as error:
-            raise TypeError(f"{name} must be an array of numbers; it could not be read as one ({error}).") from None
-        if array.dtype == object:
-            try:
-                array = array.astype(np.float64)
-            except (ValueError, TypeError) as error:
-                raise TypeError(
-                    f"{name} must be numeric, got an array of Python objects ({error}); convert its columns to numbers first."
-                ) from None
-        if array.dtype.kind == "c":
-            raise TypeError(f"{name} must be real, got complex numbers ({array.dtype}); pass real and imaginary parts.")
-        if array.dtype.kind not in "fiub":
-            raise TypeError(f"{name} must be numeric, got dtype {array.dtype}; convert its columns to numbers first.")
-        if array.dtype.itemsize > 8:
-            array = array.astype(np.float64)
-        array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-        if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
-            array = array.copy()
-        tensor = torch.from_numpy(array)
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real, got complex numbers ({tensor.dtype}); pass real and imaginary parts.")
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(_as_array(value, name))
+    check_dense(tensor, name=name, abstract=abstract)
     if dtype is None and tensor.dtype not in _FLOATS:
         dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else torch.float64
-    return tensor.to(device=device, dtype=dtype)
+    return tensor.to(device=as_device(device), dtype=dtype)
+
+
+@contextmanager
+def renamed(name: str, argument: str) -> Iterator[None]:
+    """Errors about ``name`` that arise inside are about ``argument``, which the user has typed."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        if type(error) not in (TypeError, ValueError) or not text.startswith(f"{name} "):
+            raise
+        raise type(error)(argument + text.removeprefix(name)) from None
+
+
+def check_dense(tensor: Tensor, *, name: str, abstract: bool = False) -> None:
+    """Raises a TypeError unless a tensor holds real numbers in a dense array, or would if it were not ``abstract``."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must be one dense array, got a nested tensor; join its parts to one array (N, D) first."
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got a sparse tensor; convert it with .to_dense() first.")
+    if tensor.is_quantized:
+        raise TypeError(
+            f"{name} must be floats or integers, got a quantized tensor; convert it with .dequantize() first."
+        )
+    if tensor.device.type == "meta" and not abstract:
+        raise TypeError(f"{name} must hold numbers, got a tensor on the meta device, which has none; pass the data.")
+    if tensor.is_complex():
+        raise TypeError(_COMPLEX.format(name=name, dtype=str(tensor.dtype).removeprefix("torch.")))
+
+
+def check_unmasked(value: np.ma.MaskedArray[Any, Any], *, name: str) -> np.ndarray:
+    """The data of a masked array that masks nothing.
+
+    Raises:
+        ValueError: Some entries are masked.
+    """
+    mask: Any = np.ma.getmaskarray(value)
+    masked = sum(int(mask[field].sum()) for field in mask.dtype.names) if mask.dtype.names else int(mask.sum())
+    if masked:
+        raise ValueError(
+            f"{name} must have no masked entries, got {masked} of them; drop those rows first, or fill them with .filled()."
+        )
+    return np.asarray(value.data)
+
+
+_COMPLEX = "{name} must be real, got complex numbers ({dtype}); pass real and imaginary parts."
+
+
+def _as_array(value: Any, name: str) -> np.ndarray:
+    """Numbers in any container but a tensor as an array of floats, integers or truth values in native order."""
+    _check_container(value, name)
+    if isinstance(value, np.ma.MaskedArray):
+        value = check_unmasked(value, name=name)
+    elif hasattr(value, "to_numpy"):
+        value = _of_table(value, name)
+    try:
+        array = np.asarray(value)
+    except Exception:
+        raise TypeError(_unreadable(value, name)) from None
+    if array.dtype == object:
+        array = _of_objects(array, value, name)
+    kind = array.dtype.kind
+    if kind == "c":
+        raise TypeError(_COMPLEX.format(name=name, dtype=array.dtype))
+    if kind == "V" and array.dtype.names:
+        raise TypeError(
+            f"{name} must be an array of numbers, got a table of the columns {', '.join(map(repr, array.dtype.names))}; "
+            "stack them side by side as an array (N, D) first."
+        )
+    if kind not in "fiub":
+        what = {"U": "text", "S": "text", "M": "dates", "m": "durations"}.get(kind, str(array.dtype))
+        raise TypeError(f"{name} must be numeric, got {what}; convert its columns to numbers first.")
+    if array.dtype.itemsize > 8:
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float64)
+    array = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 for stride in array.strides) or not array.flags.writeable:
+        array = array.copy()
+    return array
+
+
+def _check_container(value: Any, name: str) -> None:
+    """Raises a TypeError for what numpy would read wrongly, or not at all."""
+    if hasattr(value, "toarray") and hasattr(value, "nnz"):
+        raise TypeError(f"{name} must be dense, got a sparse matrix; convert it with .toarray() first.")
+    if isinstance(value, (Mapping, Set)) and not hasattr(value, "__array__"):
+        raise TypeError(
+            f"{name} must be an array of numbers, got a {type(value).__name__}; stack its values as an array (N, D) first."
+        )
+    if isinstance(value, Iterator):
+        raise TypeError(f"{name} must be an array of numbers, got a {type(value).__name__}; pass a list of its rows.")
+    if isinstance(value, (str, bytes, bytearray)):
+        raise TypeError(f"{name} must be an array of numbers, got text ({value[:40]!r}); pass the numbers themselves.")
+    if isinstance(value, torch.utils.data.Dataset):
+        raise TypeError(
+            f"{name} must be an array of numbers, got a {type(value).__name__}; pass its tensor, or where data may be read "
+            "in parts a DataLoader of it."
+        )
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            if isinstance(part, np.ma.MaskedArray):
+                check_unmasked(part, name=name)
+            elif isinstance(part, Tensor):
+                check_dense(part, name=name)
+
+
+def _of_table(value: Any, name: str) -> Any:
+    """The numbers of a DataFrame, a Series or the like, whose columns have dtypes of their own."""
+    dtypes: Any = getattr(value, "dtypes", None)
+    columns: Any = dtypes.items() if hasattr(dtypes, "items") else [(None, getattr(value, "dtype", None))]
+    for column, dtype in columns:
+        # Columns of Python objects may hold numbers, which is seen later.
+        if getattr(dtype, "kind", "f") in "fiubc" or dtype == np.dtype(object):
+            continue
+        place = name if column is None else f"column {column!r} of {name}"
+        raise TypeError(f"{place} must be numeric, got values of kind {dtype}; convert them to numbers first.")
+    try:
+        return value.to_numpy()
+    except Exception:
+        raise TypeError(_unreadable(value, name)) from None
+
+
+def _unreadable(value: Any, name: str) -> str:
+    """The sentence about a value that is no array."""
+    if isinstance(value, (list, tuple)) and any(np.ndim(part) > 1 for part in value if hasattr(part, "shape")):
+        shapes = " and ".join(str(tuple(getattr(part, "shape", ()))) for part in value[:3])
+        return (
+            f"{name} must be one array, got a {type(value).__name__} of {len(value)} arrays of shapes {shapes}; pass the "
+            "points alone, and weights by their own argument."
+        )
+    if isinstance(value, (list, tuple)):
+        return f"{name} must be one array, got a {type(value).__name__} of rows that differ in length; make them equal."
+    return f"{name} must be an array of numbers, got a {type(value).__name__}; pass a two-dimensional array of numbers."
+
+
+def _of_objects(array: np.ndarray, value: Any, name: str) -> np.ndarray:
+    """The numbers in an array of Python objects, none of which may be anything else."""
+    if array.ndim == 0:
+        raise TypeError(_unreadable(value, name))
+    numeric = (numbers.Real, decimal.Decimal, np.bool_)
+    others = {kind for kind in set(map(type, array.flat)) if not issubclass(kind, numeric)}
+    if others:
+        index, found = next((i, item) for i, item in enumerate(array.flat) if type(item) in others)
+        where = np.unravel_index(index, array.shape)
+        place = f"row {where[0]}" + (f", column {where[1]}" if len(where) > 1 else "")
+        if isinstance(found, (list, tuple, np.ndarray, Tensor)):
+            raise TypeError(_unreadable(value if isinstance(value, (list, tuple)) else array.tolist(), name))
+        if found is None or type(found).__name__ in ("NAType", "NaTType"):
+            raise ValueError(
+                f"{name} must have no missing entries, got {found} at {place}; drop or fill those rows first."
+            )
+        if isinstance(found, numbers.Complex):
+            raise TypeError(_COMPLEX.format(name=name, dtype=type(found).__name__) + f" The first is at {place}.")
+        if isinstance(found, (str, bytes)):
+            raise TypeError(
+                f"{name} must be numeric, got text ({found[:40]!r} at {place}); convert its columns to numbers first, "
+                "for example with .astype(float)."
+            )
+        # scikit-learn's checks of estimators look for these words.
+        raise TypeError(
+            f"{name} must be numeric (the argument must be free of strings and of objects that are not numbers), got a "
+            f"{type(found).__name__} at {place}; convert its columns to numbers first."
+        )
+    try:
+        return array.astype(np.float64)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(
+            f"{name} must hold numbers that fit into float64, got some that do not; rescale them first."
+        ) from None
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:
@@ -126,11 +284,46 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
     """
     if dtype is None:
         return None
-    name = dtype if isinstance(dtype, str) else str(dtype) if isinstance(dtype, torch.dtype) else np.dtype(dtype).name
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if found not in _FLOATS:
-        raise ValueError(f"dtype must be float32 or float64, got {dtype!r}.")
-    return found
+    try:
+        text = isinstance(dtype, (str, torch.dtype))
+        name = str(dtype).removeprefix("torch.") if text else np.dtype(dtype).name
+    except (TypeError, ValueError):
+        name = ""
+    if name not in ("float32", "float64"):
+        shown = getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
+        shown = f"a {type(dtype).__name__}" if isinstance(dtype, (list, tuple, np.ndarray, Tensor)) else shown
+        raise ValueError(f"dtype must be float32 or float64, got {shown}; pass one of these two, or leave it out.")
+    return torch.float32 if name == "float32" else torch.float64
+
+
+def as_device(device: Any) -> torch.device | None:
+    """A device that this machine has, from its name, its number or torch's own; None stays None.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    if device is None:
+        return None
+    if isinstance(device, torch.device) and device.type == "cpu":
+        return device
+    try:
+        if isinstance(device, bool):
+            raise TypeError
+        found = torch.device(device)
+        if found.type != "meta":
+            torch.empty(0, device=found)
+            return found
+    except Exception:
+        pass
+    raise ValueError(
+        f"device must name a device of this machine such as 'cpu'{_accelerators()}, got {str(device)!r}; leave it out to "
+        "compute where the data are."
+    )
+
+
+def _accelerators() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f" or 'cuda' (of which there are {count})" if count else " (there is no CUDA device here)"
 
 
 @contextmanager
@@ -213,8 +406,7 @@ def as_points(
     """
     tensor = as_tensor(x, name=name, dtype=dtype, device=device)
     if tensor.ndim != 2:
-        hint = "use x[:, None] for one column" if tensor.ndim == 1 else "flatten the leading dimensions"
-        raise ValueError(f"{name} must have shape (N, D), got {tuple(tensor.shape)}; {hint}.")
+        raise ValueError(f"{name} must have shape (N, D), got {tuple(tensor.shape)}; {shape_hint(tensor.ndim, name)}.")
     if tensor.shape[1] == 0:
         raise ValueError(f"{name} must have at least one column, got shape {tuple(tensor.shape)}.")
     if features is not None and tensor.shape[1] != features:
@@ -226,6 +418,13 @@ def as_points(
         raise ValueError(f"{name} has {few}, expected at least {minimum}; pass more points or use fewer components.")
     check_finite(tensor, name=name)
     return tensor if differentiable else tensor.detach()
+
+
+def shape_hint(ndim: int, name: str) -> str:
+    """What turns an array of another number of dimensions into points (N, D)."""
+    if ndim == 1:
+        return f"use {name}[:, None] for one column"
+    return "pass an array with one row per point" if ndim == 0 else "flatten the leading dimensions"
 
 
 def as_weights(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, as_mixture
 
 __all__ = ["by_height", "camera", "principal_axes", "rendered", "surfaces"]
 
@@ -23,7 +23,7 @@ def principal_axes(mixture: Mixture) -> tuple[np.ndarray, np.ndarray, np.ndarray
     Raises:
         ValueError: Not one mixture in three dimensions.
     """
-    if mixture.batch_shape or mixture.features != 3:
+    if as_mixture(mixture).features != 3:
         raise ValueError(f"only one mixture in 3 dimensions can be drawn in space, got {mixture.features} dimensions.")
     mixture = mixture.detach().to("cpu")
     C = mixture.factor.covariances().expand(mixture.components, 3, 3).double().numpy()

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from gmmkeops import selection
-from gmmkeops._checks import ConvergenceWarning, PrecisionWarning, as_points, as_tensor, as_weights
+from gmmkeops._arguments import as_choice, as_fraction, as_integer, as_number
+from gmmkeops._checks import (
+    ConvergenceWarning,
+    PrecisionWarning,
+    as_device,
+    as_dtype,
+    as_points,
+    as_tensor,
+    as_weights,
+    renamed,
+)
 from gmmkeops._contract import Estimator, column_names, convergence_warning
 from gmmkeops._random import DEFAULT_SEED
 from gmmkeops.distributed import World
@@ -27,7 +37,9 @@ from gmmkeops.factors import factor_class
 from gmmkeops.fitting import EM, FitResult, Method, Step, fit
 from gmmkeops.fitting._identity import describe
 from gmmkeops.initialise import initialise, representatives
+from gmmkeops.memory import as_bytes
 from gmmkeops.mixture import Mixture
+from gmmkeops.reductions import BACKENDS
 from gmmkeops.sources import Source, chunked, readable
 
 __all__ = ["MixtureEstimator", "generator_of"]
@@ -131,6 +143,7 @@ class MixtureEstimator(Estimator, ABC):
         with world.together():
             self._check()
             x, g, names, device = self._data(X, sample_weight)
+            self._check_columns(_features(x))
             best: FitResult | None = None
             last = self._last((self.n_components, _features(x))) if self.warm_start else None
             if last is not None and names is not None and self.mixture_.columns not in (None, tuple(names)):
@@ -192,21 +205,26 @@ class MixtureEstimator(Estimator, ABC):
         """Fits, and returns the component of each point (N,)."""
         return self.fit(X, y, sample_weight).predict(X)
 
+    def _check_columns(self, features: int) -> None:
+        """Raises where a parameter does not fit the number of columns of the data."""
+
     def _check(self) -> None:
         """Raises where a parameter that all estimators have is not what it should be."""
-        for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1), ("verbose_interval", 1)):
+            as_integer(getattr(self, name), name, least)
+        as_integer(int(self.verbose) if isinstance(self.verbose, bool) else self.verbose, "verbose", 0)
         for name in ("tol", "reg_covar"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float, np.number)) or not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number and not negative, got {value!r}.")
+            as_number(getattr(self, name), name, 0, clause="must be a finite number and not negative")
+        as_fraction(self.truncate, "truncate")
+        as_choice(self.backend, "backend", BACKENDS)
+        as_device(self.device)
+        as_dtype(self.dtype)
+        if self.max_memory is not None:
+            as_bytes(self.max_memory)
         if self.checkpoint is not None and self.n_init > 1:
             raise ValueError(f"checkpoint keeps one fit, got n_init={self.n_init} of them; set n_init=1.")
         factor_class(self.covariance_type)
-        if self.init_params not in _STRATEGIES:
-            raise ValueError(f"init_params must be one of {list(_STRATEGIES)}, got {self.init_params!r}.")
+        as_choice(self.init_params, "init_params", list(_STRATEGIES))
 
     def _combined(self, solver: Method[Any]) -> Method[Any]:
         """The solver with the settings that were given to the estimator; one counts as given if it is not the default.
@@ -285,9 +303,9 @@ class MixtureEstimator(Estimator, ABC):
     def _data(self, X: Any, sample_weight: Any) -> tuple[Tensor | Source, Any, Sequence[str] | None, torch.device]:
         """Points and weights to fit, in memory or to be read; the names of their columns, and where to compute."""
         if readable(X):
-            device = torch.device("cpu" if self.device is None else self.device)
-            source = Source.of(X, weights=sample_weight)
-            return source, None, source.columns, device
+            with renamed("x", "X"), renamed("weights", "sample_weight"):
+                source = Source.of(X, weights=sample_weight)
+            return source, None, source.columns, as_device(self.device) or torch.device("cpu")
         x, names = self._points(X, fitting=True, minimum=max(self.n_components, 2) if World().size == 1 else 0)
         g = as_weights(sample_weight, x, name="sample_weight")
         return x, g, None if names is None else tuple(names), x.device
@@ -295,13 +313,12 @@ class MixtureEstimator(Estimator, ABC):
     def _points(self, X: Any, *, fitting: bool = False, minimum: int = 1) -> tuple[Tensor, np.ndarray | None]:
         if hasattr(X, "toarray") and hasattr(X, "nnz"):
             raise TypeError("Sparse data was passed, but dense data is required; use X.toarray().")
+        if np.iscomplexobj(X) if isinstance(X, np.ndarray) else torch.is_tensor(X) and X.is_complex():
+            raise ValueError("Complex data not supported: X has complex numbers; pass real and imaginary parts.")
+        x = as_tensor(X, name="X", dtype=as_dtype(self.dtype), device=self.device)
         names = column_names(X)
         if not fitting:
             self._check_names(names)
-        dtype = None if self.dtype is None else getattr(torch, str(self.dtype).removeprefix("torch."))
-        if np.iscomplexobj(X) if isinstance(X, np.ndarray) else torch.is_tensor(X) and X.is_complex():
-            raise ValueError("Complex data not supported: X has complex numbers; pass real and imaginary parts.")
-        x = as_tensor(X, name="X", dtype=dtype, device=self.device)
         if x.ndim != 2:
             raise ValueError(
                 f"Expected 2D array, got {x.ndim}D array instead: X has shape {tuple(x.shape)}. Reshape your data with "
@@ -351,9 +368,10 @@ class MixtureEstimator(Estimator, ABC):
     def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor], mixture: Mixture) -> Any:
         with torch.no_grad():
             if readable(X):
-                device = torch.device("cpu" if self.device is None else self.device)
+                device = as_device(self.device) or torch.device("cpu")
                 mixture = mixture.to(device)
-                parts = chunked(X, features=self.n_features_in_, columns=self.mixture_.columns)
+                with renamed("x", "X"):
+                    parts = chunked(X, features=self.n_features_in_, columns=self.mixture_.columns)
                 return self._out(torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts]), False)
             x, _ = self._points(X)
             return self._out(function(mixture.to(x.device), x), torch.is_tensor(X))
@@ -385,7 +403,8 @@ class MixtureEstimator(Estimator, ABC):
             return float(values.mean() if g is None else g.to(values) @ values / g.sum().to(values))
         self._require_fitted()
         judge, lack = self._judge()
-        return selection.score(judge.named(self.mixture_.columns), X, weights=sample_weight) + lack
+        with renamed("weights", "sample_weight"):
+            return selection.score(judge.named(self.mixture_.columns), X, weights=sample_weight) + lack
 
     def sample(
         self,
@@ -411,7 +430,8 @@ class MixtureEstimator(Estimator, ABC):
             ValueError: n_samples is below one; or as :meth:`Mixture.sample`.
         """
         self._require_fitted()
-        if n_samples < 1:
+        if not isinstance(n_samples, (int, np.integer)) or isinstance(n_samples, bool) or n_samples < 1:
+            # scikit-learn's sentence, for which its users look.
             raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
         x, labels = self.mixture_.sample(
             int(n_samples),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_number
 from gmmkeops.mixture import Mixture
 
 __all__ = ["Penalty", "Surrogate", "as_penalty"]
@@ -137,14 +138,14 @@ class Penalty(ABC):
         return mixture, torch.zeros(mixture.components, dtype=torch.bool, device=mixture.means.device)
 
     def __add__(self, other: Any) -> Penalty:
-        if other == 0:
+        if isinstance(other, int) and other == 0:
             return self
         return _Sum((self, as_penalty(other))) if callable(other) else NotImplemented
 
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> Penalty:
-        return _Scaled(float(factor), self)
+        return _Scaled(as_number(factor, "the factor of a penalty"), self)
 
     __rmul__ = __mul__
 

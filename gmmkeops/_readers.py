@@ -7,6 +7,7 @@ beginning streams instead. The libraries for a file's format load when a file of
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import mmap
 import os
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor
+from gmmkeops._checks import as_tensor, check_dense, check_unmasked, shape_hint
 from gmmkeops._columns import listed, named_alike, places, table_names, table_of
 from gmmkeops._declared import Damage, check_las, check_ply
 
@@ -142,7 +143,11 @@ class Arrays(Reader):
         path: Any = None,
         remap: Callable[[Unit], np.memmap] | None = None,
     ) -> None:
-        if not isinstance(x, (np.ndarray, Tensor)):
+        if isinstance(x, np.ma.MaskedArray):
+            x = check_unmasked(x, name=name)
+        if isinstance(x, Tensor):
+            check_dense(x, name=name)
+        elif not isinstance(x, np.ndarray) or x.dtype == object:
             x = as_tensor(x, name=name)
         x = x.detach() if isinstance(x, Tensor) else x
         self.x, self.name, self.rows, self.remap = x, name, len(x) if x.ndim else 0, remap
@@ -154,14 +159,16 @@ class Arrays(Reader):
                 raise ValueError(f"{name} must be one row of named columns per point, got shape {x.shape}.")
         else:
             if x.ndim != 2:
-                hint = "use x[:, None] for one column" if x.ndim == 1 else "flatten the leading dimensions"
-                raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}; {hint}.")
+                raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}; {shape_hint(x.ndim, name)}.")
+            as_tensor(x[:0], name=name)
             known = list(range(x.shape[1]))
         self.columns, self.weights = _chosen(name, known, columns, weights)
         if isinstance(x, np.ndarray) and x.dtype.names:
             self.known = tuple(known if columns is None else self.columns)
         self.all = self.columns == list(range(len(known))) and self.weights is None
         self.features = len(self.columns)
+        if isinstance(x, np.ndarray) and x.dtype.names:
+            _stack([x[column][:0] for column in self.columns], name)
 
     def load(self, unit: Unit) -> Chunk:
         part = self.x[unit.first : unit.first + unit.rows] if self.remap is None else self.remap(unit)
@@ -464,11 +471,13 @@ class Streams:
 
     paths: tuple[Path, ...] = ()
 
-    def __init__(self, make: Callable[[], Any], name: str) -> None:
+    def __init__(self, make: Callable[[], Any], name: str, fields: bool = False) -> None:
+        # Whether a list is always points and what belongs to them, as a loader gives it, and never rows.
+        self.fields = fields
         self.make, self.name, self.features = make, name, 0
         self.known: tuple[str, ...] | None = None
         self.names: tuple[str, ...] | None = None
-        first, second = iter(make()), iter(make())
+        first, second = self._begin(), self._begin()
         if first is second:
             raise TypeError(
                 f"{name} returned the same iterator twice, which can be read only once; make a new one at each call."
@@ -477,7 +486,7 @@ class Streams:
             item = next(first)
         except StopIteration:
             raise ValueError(f"{name} gave no chunks; it must give arrays (n, D).") from None
-        self.known = self.names = table_names(item[0] if isinstance(item, (tuple, list)) else item)
+        self.known = self.names = table_names(self._parts(item)[0])
         self.features = int(self._chunk(item).points.shape[1])
 
     def chosen(self, columns: Sequence[str]) -> Streams:
@@ -493,16 +502,28 @@ class Streams:
         part.names, part.features = tuple(columns), len(columns)
         return part
 
+    def _begin(self) -> Iterator[Any]:
+        """An iterator from the beginning, if the function can be called and returns one."""
+        _check_callable(self.make, self.name)
+        found = self.make()
+        if isinstance(found, (np.ndarray, Tensor)) or hasattr(found, "to_numpy"):
+            raise TypeError(
+                f"{self.name} returned a {type(found).__name__}; it must return an iterator of arrays (n, D): pass the array "
+                "itself, or yield it."
+            )
+        if not hasattr(found, "__iter__"):
+            raise TypeError(
+                f"{self.name} returned a {type(found).__name__}; it must return an iterator of arrays (n, D), "
+                "for example by yield."
+            )
+        return iter(found)
+
     def chunks(self) -> Iterator[Chunk]:
         """All of it, from the beginning."""
-        return map(self._chunk, self.make())
+        return map(self._chunk, self._begin())
 
     def _chunk(self, item: Any) -> Chunk:
-        weights = None
-        if isinstance(item, (tuple, list)):
-            if isinstance(item, tuple) and len(item) == 2 and np.ndim(item[1]) == 1:
-                weights = as_tensor(item[1], name="weights")
-            item = item[0]
+        item, weights = self._parts(item)
         if self.known is not None:
             own = table_names(item)
             if own is None:
@@ -513,12 +534,76 @@ class Streams:
             if own != self.known:
                 named_alike(own, self.known, f"a chunk of {self.name}", "its first chunk")
             item = table_of(item, self.names, self.name)
-        points = as_tensor(item, name=self.name).detach()
+        points = as_tensor(item, name=f"what {self.name} gives").detach()
         if points.ndim != 2 or points.shape[1] == 0:
             raise ValueError(f"{self.name} must give arrays of shape (n, D), got {tuple(points.shape)}.")
         if self.features not in (0, points.shape[1]):
             raise ValueError(f"{self.name} gave {points.shape[1]} columns, {self.features} before; give the same ones.")
-        return Chunk(points, weights)
+        return Chunk(points, None if weights is None else self._weights(weights, points))
+
+    def _parts(self, item: Any) -> tuple[Any, Any]:
+        """The points, and the weights or None, of what is given at a time."""
+        if not isinstance(item, (tuple, list)):
+            return item, None
+        # A list of rows is an array; a tuple, and a list that begins with an array of rows, are points and weights.
+        if isinstance(item, list) and not (item and self._are_points(item)):
+            return item, None
+        if len(item) not in (1, 2):
+            raise ValueError(
+                f"{self.name} must give points, or pairs (points, weights), got {len(item)} items at a time; "
+                "leave the others out."
+            )
+        return item[0], item[1] if len(item) == 2 else None
+
+    def _are_points(self, item: list[Any]) -> bool:
+        """Whether a list begins with points, rather than with the first of its rows."""
+        if self.fields or hasattr(item[0], "columns"):
+            return True
+        ndim = np.ndim(item[0]) if not isinstance(item[0], Tensor) else item[0].ndim
+        if ndim == 1 and len(item) == 2 and isinstance(item[0], (np.ndarray, Tensor)) and not self.features:
+            raise ValueError(
+                f"{self.name} gave a list of two arrays of one dimension, which may be two rows, or points and weights; give "
+                "an array (n, D), or a pair (points, weights) with points of shape (n, D)."
+            )
+        return ndim >= 2
+
+    def _weights(self, weights: Any, points: Tensor) -> Tensor:
+        name = f"the weights that {self.name} gives beside its points"
+        if isinstance(weights, np.ma.MaskedArray):
+            weights = check_unmasked(weights, name=name)
+        kind = weights if isinstance(weights, Tensor) else np.asarray(weights)
+        real = kind.is_floating_point() if isinstance(kind, Tensor) else kind.dtype.kind in "fO"
+        if not real:
+            dtype = str(kind.dtype).removeprefix("torch.")
+            raise TypeError(
+                f"{name} must be floats, got {dtype}, which may be labels; give the points alone, or weights as floats."
+            )
+        found = as_tensor(weights, name=name)
+        if found.shape == (len(points), 1):
+            found = found[:, 0]
+        if found.shape != points.shape[:1]:
+            raise ValueError(
+                f"{name} must have shape ({len(points)},), one per point, got {tuple(found.shape)}; "
+                "give the points alone, or a flat array of weights."
+            )
+        return found
+
+
+def _check_callable(make: Callable[[], Any], name: str) -> None:
+    """Raises a TypeError for a function that needs arguments."""
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind()
+    except TypeError:
+        needed = [
+            p.name for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+        ]
+        raise TypeError(
+            f"{name} must take no arguments, got one that needs {', '.join(needed)}; wrap it, as lambda: function(...)."
+        ) from None
 
 
 class ColumnError(ValueError):
@@ -549,6 +634,8 @@ def _stack(arrays: list[Any], name: str) -> Tensor:
     single = all(array.dtype == np.float32 for array in arrays)
     out = np.empty((len(arrays[0]), len(arrays)), np.float32 if single else np.float64)
     for d, array in enumerate(arrays):
+        if isinstance(array, np.ma.MaskedArray):
+            array = check_unmasked(array, name=name)
         if array.dtype.kind not in "fiub":
             raise ColumnError(f"{name} must be numeric, got a column of {array.dtype}; choose others with columns=.")
         out[:, d] = array

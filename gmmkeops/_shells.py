@@ -7,15 +7,23 @@ import math
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_number
+
 __all__ = ["radii", "shell"]
 
 
 def shell(confidence: float | None, std_range: tuple[float, float] | None, features: int) -> tuple[float, float]:
     """The radii between which to draw, standard deviations."""
-    low, high = (0.0, math.inf) if std_range is None else (float(std_range[0]), float(std_range[1]))
+    low, high = 0.0, math.inf
+    if std_range is not None:
+        if not isinstance(std_range, (tuple, list)) or len(std_range) != 2:
+            raise ValueError(f"std_range must be a pair (a, b) with 0 <= a < b, got {std_range!r}.")
+        low = as_number(std_range[0], "the first of std_range", 0)
+        high = math.inf if std_range[1] == math.inf else as_number(std_range[1], "the second of std_range", 0)
     if not 0 <= low < high:
         raise ValueError(f"std_range must be (a, b) with 0 <= a < b, got {std_range}.")
     if confidence is not None:
+        confidence = as_number(confidence, "confidence")
         if not 0 < confidence <= 1:
             raise ValueError(f"confidence must be above 0 and at most 1, got {confidence}.")
         share = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)

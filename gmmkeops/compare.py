@@ -9,16 +9,17 @@ Olsen 2007, *Approximating the Kullback Leibler divergence between Gaussian mixt
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_integer
 from gmmkeops._columns import listed
 from gmmkeops._random import as_generator
 from gmmkeops.factors import FullFactor
-from gmmkeops.mixture import Mixture, log_weights
+from gmmkeops.mixture import Mixture, as_mixture, log_weights
 
 __all__ = ["Estimate", "jensen_shannon", "kl_divergence", "merge", "total_variation"]
 
@@ -42,6 +43,8 @@ class Estimate(NamedTuple):
 
 
 def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generator) -> Tensor:
+    for name, mixture in (("p", p), ("q", q)):
+        as_mixture(mixture, name)
     if p.features != q.features:
         raise ValueError(f"the mixtures have {p.features} and {q.features} features; compare mixtures of one space.")
     if p.columns is not None and q.columns is not None and p.columns != q.columns:
@@ -49,8 +52,7 @@ def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generato
             f"the mixtures have the columns {listed(p.columns)} and {listed(q.columns)}; compare mixtures of the same columns "
             "in the same order, which marginal gives."
         )
-    if samples < 2:
-        raise ValueError(f"samples must be at least 2, got {samples}.")
+    samples = as_integer(samples, "samples", 2)
     with torch.no_grad():
         x = p.sample(samples, generator=generator)
         return p.log_prob(x).double() - q.log_prob(x).double()
@@ -88,7 +90,7 @@ def kl_divergence(
         >>> abs(value - 0.5) < 5 * error
         True
     """
-    return _estimate(_differences(p, q, samples, as_generator(generator, p.means.device)))
+    return _estimate(_differences(p, q, samples, as_generator(generator, as_mixture(p, "p").means.device)))
 
 
 def jensen_shannon(
@@ -111,6 +113,8 @@ def jensen_shannon(
         >>> round(gk.compare.jensen_shannon(p, q).value, 4)  # they share nothing: log 2
         0.6931
     """
+    as_mixture(p, "p")
+    samples = as_integer(samples, "samples", 2)
     generator, halves = as_generator(generator, p.means.device), []
     for a, b in ((p, q), (q, p)):
         difference = _differences(a, b, max(2, samples // 2), generator)
@@ -135,7 +139,7 @@ def total_variation(
         >>> gk.compare.total_variation(p, q).value
         1.0
     """
-    ratios = (-_differences(p, q, samples, as_generator(generator, p.means.device))).exp()
+    ratios = (-_differences(p, q, samples, as_generator(generator, as_mixture(p, "p").means.device))).exp()
     return _estimate((1 - ratios).clamp(min=0))
 
 
@@ -172,9 +176,10 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
         >>> gk.compare.merge(two, [[0, 1]]).covariance_matrix.round(decimals=6).tolist()
         [[2.0]]
     """
-    if mixture.batch_shape:
-        raise ValueError(f"merge takes one mixture, got a batch {tuple(mixture.batch_shape)}.")
-    named = [int(k) for group in groups for k in group]
+    as_mixture(mixture)
+    if not isinstance(groups, Iterable) or not all(isinstance(group, (list, tuple, range)) for group in groups):
+        raise TypeError("groups must be a list of lists of components, got something else; pass for example [[0, 1]].")
+    named = [as_integer(k, "each component in groups") for group in groups for k in group]
     if len(set(named)) < len(named) or not all(0 <= k < mixture.components for k in named) or not all(groups):
         raise ValueError(f"groups must be disjoint, not empty, and below {mixture.components}, got {groups}.")
     parts = [list(group) for group in groups] + [[k] for k in range(mixture.components) if k not in named]

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from gmmkeops import io, selection
-from gmmkeops._checks import as_points, as_tensor, as_weights
+from gmmkeops._arguments import as_choice, as_integer, as_number
+from gmmkeops._checks import as_tensor, as_weights, check_finite, renamed
 from gmmkeops._contract import NotFittedError
 from gmmkeops._mixture_estimator import MixtureEstimator, generator_of
 from gmmkeops.bayes import NormalWishart, VariationalBayes
 from gmmkeops.factors import Factor, factor_class
 from gmmkeops.fitting import EM, Adam, FitResult, Method
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, as_mixture
 from gmmkeops.sources import Source, readable
 
 __all__ = ["BayesianGaussianMixture", "GaussianMixture", "NotFittedError"]
@@ -190,8 +191,7 @@ class GaussianMixture(MixtureEstimator):
         Raises:
             ValueError: A batch of mixtures.
         """
-        if mixture.batch_shape:
-            raise ValueError(f"an estimator holds one mixture, got a batch of shape {tuple(mixture.batch_shape)}.")
+        as_mixture(mixture)
         tied = "tied_" if mixture.factor.leading == 1 and mixture.components > 1 else ""
         family = {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
         name = {"tied_full": "tied"}.get(tied + family, tied + family)
@@ -214,9 +214,9 @@ class GaussianMixture(MixtureEstimator):
     def _method(self, warm: bool) -> Method[Any]:
         if isinstance(self.solver, Method):
             return self._combined(self.solver)
-        if self.solver == "em":
+        if isinstance(self.solver, str) and self.solver == "em":
             return EM(reg_covar=float(self.reg_covar), max_iter=self.max_iter, tol=float(self.tol))
-        if self.solver == "adam":
+        if isinstance(self.solver, str) and self.solver == "adam":
             if self.reg_covar != self._default("reg_covar"):
                 raise ValueError(
                     f'reg_covar={self.reg_covar!r} has no effect on solver="adam", which has no such setting; leave it out, or '
@@ -247,9 +247,10 @@ class GaussianMixture(MixtureEstimator):
                 raise ValueError(f"weights_init must have shape ({K},), no negative entry and a sum of one.")
             logits = weights.log()
         if self.means_init is not None:
-            means = as_points(self.means_init, name="means_init", **wide)
+            means = as_tensor(self.means_init, name="means_init", **wide)
             if means.shape != (K, D):
                 raise ValueError(f"means_init must have shape ({K}, {D}), got {tuple(means.shape)}.")
+            check_finite(means, name="means_init", rows="component")
         if self.precisions_init is not None:
             factor = self._given_factor(as_tensor(self.precisions_init, name="precisions_init", **wide), K, D)
         return Mixture(logits, means, factor)
@@ -260,7 +261,8 @@ class GaussianMixture(MixtureEstimator):
         shape = {"full": (*leading, D, D), "diagonal": (*leading, D), "spherical": leading}[kind.family]
         if tuple(precisions.shape) != shape:
             raise ValueError(f"precisions_init must have shape {shape}, got {tuple(precisions.shape)}.")
-        return kind.from_precisions(precisions[None] if tied else precisions, features=D)
+        with renamed("precisions", "precisions_init"):
+            return kind.from_precisions(precisions[None] if tied else precisions, features=D)
 
     def bic(self, X: Any) -> float:
         """Bayesian information criterion, the lower the better: -2 N score + parameters · log N."""
@@ -285,6 +287,7 @@ class GaussianMixture(MixtureEstimator):
         return float(self._apply(X, value, self.mixture_))
 
 
+WEIGHTS = ("dirichlet_process", "dirichlet_distribution")
 # What of the attributes is the posterior.
 _POSTERIOR = ("weight_concentration_", "mean_precision_", "means_", "degrees_of_freedom_", "covariances_")
 
@@ -400,6 +403,41 @@ class BayesianGaussianMixture(MixtureEstimator):
         self.truncate = truncate
         self.checkpoint = checkpoint
         self.max_memory = max_memory
+
+    def _check(self) -> None:
+        super()._check()
+        as_choice(self.weight_concentration_prior_type, "weight_concentration_prior_type", WEIGHTS)
+        for name in ("weight_concentration_prior", "mean_precision_prior", "degrees_of_freedom_prior"):
+            if getattr(self, name) is not None:
+                as_number(getattr(self, name), name, 0, above=True)
+        if self.batch_size is not None:
+            as_integer(self.batch_size, "batch_size", 1)
+        for name in ("mean_prior", "covariance_prior"):
+            if getattr(self, name) is not None:
+                value = as_tensor(getattr(self, name), name=name, dtype=torch.float64)
+                check_finite(value.reshape(-1), name=name, rows="entry")
+
+    def _check_columns(self, features: int) -> None:
+        D, nu = features, self.degrees_of_freedom_prior
+        if nu is not None and not nu > D - 1:
+            raise ValueError(f"degrees_of_freedom_prior must be above {D - 1} for {D} columns, got {nu:g}.")
+        family = factor_class(self.covariance_type)[0].family
+        shapes: dict[str, tuple[int, ...]] = {
+            "mean_prior": (D,),
+            "covariance_prior": {"full": (D, D), "diagonal": (D,), "spherical": ()}[family],
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name) is None:
+                continue
+            value = as_tensor(getattr(self, name), name=name, dtype=torch.float64)
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape} for covariance_type={self.covariance_type!r} and {D} columns, got "
+                    f"{tuple(value.shape)}."
+                )
+            if name == "covariance_prior":
+                with renamed("covariances", name):
+                    factor_class(self.covariance_type)[0].from_covariances(value[None], features=D)
 
     def _method(self, warm: bool) -> Method[Any]:
         kappa = self.mean_precision_prior

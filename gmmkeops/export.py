@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from gmmkeops._arguments import as_number
 from gmmkeops._ellipsoids import by_height, principal_axes, surfaces
 from gmmkeops.io import check_output, write_whole
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, as_mixture
 
 __all__ = ["ellipsoids", "npz", "splats"]
 
@@ -55,7 +56,7 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
     from gmmkeops.estimator import GaussianMixture
 
     path = check_output(path, (".npz",))
-    model: Any = GaussianMixture.from_mixture(mixture.detach().to("cpu"))
+    model: Any = GaussianMixture.from_mixture(as_mixture(mixture).detach().to("cpu"))
     kind = model.covariance_type
     if kind in ("tied_diag", "tied_spherical"):
         K, D, C = mixture.components, mixture.features, mixture.factor.covariances().detach().cpu().numpy()
@@ -96,6 +97,7 @@ def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float 
 
     path = check_output(path, (".ply",))
     _, means, scales, R = principal_axes(mixture)
+    radius = as_number(radius, "radius", 0, above=True)
     vertices, triangles = surfaces(means, scales, R, radius)
     K, count, _ = vertices.shape
     rows = np.empty(K * count, [(name, "f8") for name in "xyz"] + [(name, "u1") for name in _COLOURS])

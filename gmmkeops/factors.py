@@ -193,10 +193,12 @@ class FullFactor(Factor):
     family = "full"
 
     def __init__(self, log_diagonal: Tensor, upper: Tensor | None = None) -> None:
-        self.log_diagonal = log_diagonal
+        self.log_diagonal = log_diagonal = _stored(log_diagonal, "log_diagonal")
         self.features = log_diagonal.shape[-1]
         pairs = self.features * (self.features - 1) // 2
-        self.upper = log_diagonal.new_zeros(*log_diagonal.shape[:-1], pairs) if upper is None else upper
+        self.upper = (
+            log_diagonal.new_zeros(*log_diagonal.shape[:-1], pairs) if upper is None else _stored(upper, "upper")
+        )
         if self.upper.shape != (*log_diagonal.shape[:-1], pairs):
             raise ValueError(
                 f"upper must have shape {(*log_diagonal.shape[:-1], pairs)} for log_diagonal "
@@ -297,7 +299,7 @@ class DiagonalFactor(Factor):
     family = "diagonal"
 
     def __init__(self, log_diagonal: Tensor) -> None:
-        self.log_diagonal = log_diagonal
+        self.log_diagonal = log_diagonal = _stored(log_diagonal, "log_diagonal")
         self.features = log_diagonal.shape[-1]
 
     @property
@@ -361,6 +363,7 @@ class SphericalFactor(Factor):
     family = "spherical"
 
     def __init__(self, log_diagonal: Tensor, features: int) -> None:
+        log_diagonal = _stored(log_diagonal, "log_diagonal")
         if log_diagonal.shape[-1:] != (1,):
             raise ValueError(f"a spherical log_diagonal must end in one column, got {tuple(log_diagonal.shape)}.")
         self.log_diagonal = log_diagonal
@@ -441,14 +444,23 @@ def factor_class(covariance_type: str) -> tuple[type[Factor], bool]:
     try:
         return _FAMILIES[covariance_type]
     except (KeyError, TypeError):
+        shown = repr(covariance_type) if isinstance(covariance_type, (str, int)) else type(covariance_type).__name__
         names = ", ".join(repr(name) for name in _FAMILIES)
-        raise ValueError(f"covariance_type must be one of {names}, got {covariance_type!r}.") from None
+        raise ValueError(f"covariance_type must be one of {names}, got {shown}.") from None
 
 
 def _features(features: int | None, given: Tensor) -> int:
     if features is None:
         raise ValueError(f"a spherical factor of shape {tuple(given.shape)} needs features=D, its number of columns.")
     return features
+
+
+def _stored(value: Any, name: str) -> Tensor:
+    """A factor's own numbers, with a leading dimension for the components."""
+    tensor = value if isinstance(value, Tensor) else as_tensor(value, name=name)
+    if tensor.ndim < 2:
+        raise ValueError(f"{name} must have shape (K, ...), or (1, ...) when tied, got {tuple(tensor.shape)}.")
+    return tensor
 
 
 def _square(value: Any, name: str) -> Tensor:

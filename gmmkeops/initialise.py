@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
+from gmmkeops._arguments import as_choice, as_integer
 from gmmkeops._checks import as_points, as_weights
 from gmmkeops._columns import table_names
 from gmmkeops._floor import nearest_factor
@@ -86,19 +87,19 @@ def initialise(
     """
     world = World()
     with world.together():
-        if strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}.")
+        as_choice(strategy, "strategy", STRATEGIES)
         kind, tied = factor_class(covariance_type)
-        K = int(components)
-        if K < 1:
-            raise ValueError(f"components must be at least 1, got {components}.")
+        K = as_integer(components, "components")
+        as_integer(K, "components", 1, clause="must be at least 1")
+        runs, refine = as_integer(runs, "runs", 1), as_integer(refine, "refine", 0)
+        as_choice(backend, "backend", reductions.BACKENDS)
         settings: dict[str, Any] = {
             "call": "initialise",
             "components": K,
             "strategy": strategy,
             "covariance_type": covariance_type,
         }
-        settings |= {"runs": int(runs), "refine": int(refine), "weights": "none" if weights is None else "given"}
+        settings |= {"runs": runs, "refine": refine, "weights": "none" if weights is None else "given"}
         world.agree(settings)
         if readable(x):
             x, weights = Source.of(x, weights=weights), None

@@ -57,6 +57,8 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     """
     from sklearn.mixture import GaussianMixture as Theirs
 
+    if isinstance(mixture, GaussianMixture):
+        mixture._require_fitted()
     ours = mixture if isinstance(mixture, GaussianMixture) else GaussianMixture.from_mixture(mixture)
     kind = {"tied_full": "tied", "tied_diag": "tied", "tied_spherical": "tied"}.get(ours.covariance_type)
     theirs = Theirs(ours.mixture_.components, covariance_type=kind or ours.covariance_type)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from gmmkeops._checks import as_device
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.mixture import Mixture
 
@@ -23,6 +24,7 @@ __all__ = [
     "KINDS",
     "MIXTURES",
     "TABLES",
+    "as_path",
     "check_output",
     "load",
     "save",
@@ -84,6 +86,17 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     write_whole(path, data)
 
 
+def as_path(path: Any, name: str = "path") -> Path:
+    """A path.
+
+    Raises:
+        TypeError: It is neither text nor a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be the name of a file, got {type(path).__name__}; pass text or a pathlib.Path.")
+    return Path(path)
+
+
 def check_output(
     path: str | os.PathLike[str],
     formats: Sequence[str] | None = None,
@@ -103,11 +116,12 @@ def check_output(
         The path.
 
     Raises:
+        TypeError: The path is neither text nor a path.
         ValueError: The suffix belongs to another format, or the file is one of the inputs.
         FileNotFoundError: The folder does not exist.
         IsADirectoryError: The path is a folder.
     """
-    path = Path(path)
+    path = as_path(path)
     # A link is not replaced, but the file that it points to.
     target = path.resolve() if path.is_symlink() else path
     wrong = [file for file in (path, target) if formats is not None and file.suffix.lower() not in formats]
@@ -223,7 +237,7 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path, device = as_path(path), as_device(device)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gmmkeops._arguments import as_integer, as_number
 from gmmkeops._checks import as_dtype
 from gmmkeops.factors import factor_class
 from gmmkeops.reductions import may_arrange
@@ -45,8 +46,7 @@ def estimate_memory(
         >>> gk.estimate_memory(10**8, 1000, 3) > 10**9 > gk.estimate_memory(10**8, 1000, 3, streamed=True)
         True
     """
-    if min(n, k, d) < 1:
-        raise ValueError(f"points, components and dimensions must be at least 1, got {n}, {k} and {d}.")
+    n, k, d = as_integer(n, "n", 1), as_integer(k, "k", 1), as_integer(d, "d", 1)
     kind = as_dtype(dtype) or torch.float64
     rows = min(n, NUMBERS // d) if streamed else n
     return _components(k, d, covariance_type) + rows * _per_row(rows, k, d, kind, streamed)
@@ -76,10 +76,11 @@ def as_bytes(limit: int | float | str) -> int:
         found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", limit.upper())
         if found is None:
             raise ValueError(f"max_memory looks like 2e9, '1.5GB' or '800MiB', got {limit!r}.")
-        limit = float(found[1]) * _UNITS[found[2]]
-    if not limit > 0:
-        raise ValueError(f"max_memory must be positive, got {limit}.")
-    return int(limit)
+        try:
+            limit = float(found[1]) * _UNITS[found[2]]
+        except ValueError:
+            raise ValueError(f"max_memory looks like 2e9, '1.5GB' or '800MiB', got {limit!r}.") from None
+    return int(as_number(limit, "max_memory", 0, above=True))
 
 
 def chunk_rows(limit: int, k: int, d: int, covariance_type: str, dtype: torch.dtype) -> int:

@@ -20,12 +20,14 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_points, as_tensor, check_finite, concrete, recordable
+from gmmkeops._arguments import as_integer, as_shape
+from gmmkeops._checks import as_device, as_points, as_tensor, check_finite, concrete, recordable
 from gmmkeops._columns import table_of
+from gmmkeops._random import as_generator
 from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
-__all__ = ["Mixture", "log_weights"]
+__all__ = ["Mixture", "as_mixture", "log_weights"]
 
 # Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
 _CHUNK = 1 << 22
@@ -35,6 +37,25 @@ def log_weights(weights: Tensor) -> Tensor:
     """Logarithms of weights, -inf for zeros, which get a gradient of zero (that of the logarithm would be infinite)."""
     none = weights == 0
     return weights.masked_fill(none, 1.0).log().masked_fill(none, -math.inf)
+
+
+def as_mixture(value: Any, name: str = "mixture") -> Mixture:
+    """One mixture.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: It is a batch of mixtures.
+    """
+    if not isinstance(value, Mixture):
+        remedy = f"pass its {'mixture_' if hasattr(value, 'mixture_') else 'mixture'}"
+        if not hasattr(value, "mixture_") and not hasattr(value, "mixture"):
+            remedy = "make one with Mixture.from_parameters"
+        raise TypeError(f"{name} must be a Mixture, got {type(value).__name__}; {remedy}.")
+    if value.batch_shape:
+        raise ValueError(
+            f"{name} must be one mixture, got a batch of shape {tuple(value.batch_shape)}; pass one of them."
+        )
+    return value
 
 
 class Mixture(Distribution):
@@ -71,7 +92,9 @@ class Mixture(Distribution):
     columns: tuple[str, ...] | None = None
 
     def __init__(self, logits: Tensor, means: Tensor, factor: Factor, validate_args: bool | None = None) -> None:
-        logits, means = recordable(as_tensor(logits, name="logits")), recordable(as_tensor(means, name="means"))
+        abstract = validate_args is False
+        logits = recordable(as_tensor(logits, name="logits", abstract=abstract))
+        means = recordable(as_tensor(means, name="means", abstract=abstract))
         if not isinstance(factor, Factor):
             raise TypeError(f"factor must be a Factor, got {type(factor).__name__}; use Mixture.from_parameters.")
         if means.ndim < 2 or logits.shape != means.shape[:-1] or logits.shape[-1] == 0:
@@ -332,6 +355,8 @@ class Mixture(Distribution):
             >>> m.quantile([0.025, 0.975]).round(decimals=3).tolist()
             [-3.645, 3.645]
         """
+        if self.features > 1:
+            raise ValueError(f"a quantile is of one column, this mixture has {self.features}; take a marginal first.")
         share = as_tensor(q, name="q").to(self.means)
         if not bool(((share > 0) & (share < 1)).all()):
             raise ValueError("q must lie inside (0, 1).")
@@ -387,6 +412,7 @@ class Mixture(Distribution):
         """
         if k is None:
             return torch.softmax(self.log_joint(value), -1)
+        k = as_integer(k, "k", 1, self.components, clause=f"must be between 1 and the {self.components} components")
         x, flat = self._flat(value)
         cloud = reductions.arrange(flat, self.components, truncate, sweeps=2)
         arguments = (cloud, self.offsets.detach(), self.means.detach(), self.factor)
@@ -434,9 +460,11 @@ class Mixture(Distribution):
         Raises:
             ValueError: No such component, an empty region, or one so far out that its mass is no float64.
         """
-        shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
-        if component is not None and not -self.components <= component < self.components:
-            raise ValueError(f"component must be below {self.components}, got {component}.")
+        shape = as_shape(sample_shape)
+        if component is not None:
+            component = as_integer(component, "component", -self.components, self.components - 1)
+        if generator is not None:
+            as_generator(generator)
         low, high = shell(confidence, std_range, self.features)
         with torch.no_grad():
             count, K, D = shape.numel(), self.components, self.features
@@ -546,7 +574,9 @@ class Mixture(Distribution):
         return Mixture(logits, means, factor.expand(batch), validate_args=False).named(names)
 
     def _columns(self, columns: Sequence[int] | int) -> list[int]:
-        chosen = [columns] if isinstance(columns, int) else [int(column) for column in columns]
+        one = not isinstance(columns, Iterable) or isinstance(columns, (str, bytes))
+        wanted: Any = [columns] if one else columns
+        chosen = [as_integer(column, "each column") for column in wanted]
         chosen = [column + self.features if column < 0 else column for column in chosen]
         if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= c < self.features for c in chosen):
             raise ValueError(f"columns must be distinct and among the {self.features} of the mixture, got {columns}.")
@@ -569,7 +599,14 @@ class Mixture(Distribution):
         ).named(self.columns)
 
     def to(self, *args: Any, **kwargs: Any) -> Mixture:
-        """Moves or casts the parameters, as :meth:`torch.Tensor.to`."""
+        """Moves or casts the parameters, as :meth:`torch.Tensor.to`.
+
+        Raises:
+            ValueError: There is no such device here.
+        """
+        for place in (*args[:1], kwargs.get("device")):
+            if isinstance(place, (str, int, torch.device)) and str(place) != "meta":
+                as_device(place)
         return Mixture(
             self.logits.to(*args, **kwargs),
             self.means.to(*args, **kwargs),

@@ -8,20 +8,20 @@ Zuko's ``GMM`` (probabilists/zuko).
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from gmmkeops._arguments import as_integer, as_number
 from gmmkeops._checks import as_points, as_tensor
 from gmmkeops._columns import table_names, table_of
 from gmmkeops._random import as_generator
 from gmmkeops.factors import factor_class
 from gmmkeops.initialise import initialise
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, as_mixture
 
 __all__ = ["GMM"]
 
@@ -88,10 +88,13 @@ class GMM(nn.Module):
     ) -> None:
         super().__init__()
         for name, value, least in (("features", features, 1), ("context", context, 0), ("components", components, 1)):
-            if int(value) != value or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        if not (math.isfinite(epsilon) and epsilon >= 0):
-            raise ValueError(f"epsilon must be finite and not negative, got {epsilon!r}.")
+            as_integer(value, name, least)
+        epsilon = as_number(epsilon, "epsilon", 0)
+        if isinstance(hidden_features, (str, bytes)) or not isinstance(hidden_features, Iterable):
+            raise TypeError(f"hidden_features must be a list of integers, got {hidden_features!r}.")
+        hidden_features = [as_integer(width, "each of hidden_features", 1) for width in hidden_features]
+        if not callable(activation):
+            raise TypeError(f"activation must be a constructor such as torch.nn.ReLU, got {type(activation).__name__}.")
         self.kind, tied_name = factor_class(covariance_type)
         self.features, self.context, self.components = int(features), int(context), int(components)
         self.tied = bool(tied or tied_name)
@@ -180,6 +183,7 @@ class GMM(nn.Module):
         Raises:
             ValueError: The mixture has another number of components, features, or another factor.
         """
+        as_mixture(mixture)
         shapes = {"logits": mixture.logits.unsqueeze(-2), "means": mixture.means, **mixture.factor.tensors}
         given = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
         if given != self.shapes or mixture.factor.family != self.kind.family:
@@ -240,7 +244,7 @@ class GMM(nn.Module):
             "generator": generator,
             "refine": _REFINE,
         }
-        if strategy == "kmeans++":
+        if isinstance(strategy, str) and strategy == "kmeans++":
             # The algorithm of that name: seeds far apart, then Lloyd's iterations; here the best of more runs than "kmeans".
             strategy, options["runs"] = "kmeans", _RUNS
         self.assign(initialise(x, self.components, strategy, **options).named(columns))

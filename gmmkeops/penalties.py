@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor
+from gmmkeops._arguments import as_number
+from gmmkeops._checks import as_tensor, check_finite
 from gmmkeops._floor import floor_eigenvalues
 from gmmkeops._penalty import Penalty, Surrogate, as_penalty
 from gmmkeops.mixture import Mixture
@@ -38,10 +39,12 @@ __all__ = [
 
 
 def _finite(name: str, value: float, least: float, *, strict: bool = False) -> None:
-    ok = value > least if strict else value >= least
-    if not (ok and value < float("inf")):
-        bound = "greater than" if strict else "at least"
-        raise ValueError(f"{name} must be finite and {bound} {least:g}, got {value!r}.")
+    bound = "greater than" if strict else "at least"
+    as_number(value, name, least, above=strict, clause=f"must be finite and {bound} {least:g}")
+
+
+def _told(values: Tensor) -> str:
+    return str(values.tolist()) if values.numel() <= 4 else f"an array of shape {tuple(values.shape)}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class WeightEntropy(Penalty):
     strength: float
 
     def __post_init__(self) -> None:
-        _finite("strength", self.strength, -1e300)
+        as_number(self.strength, "strength")
 
     @property
     def prunes(self) -> bool:
@@ -152,9 +155,7 @@ class Dirichlet(Penalty):
     def __post_init__(self) -> None:
         alpha = as_tensor(self.concentration, name="concentration")
         if alpha.ndim > 1 or not bool(((alpha > 0) & torch.isfinite(alpha)).all()):
-            raise ValueError(
-                f"concentration must be positive and finite, one number or (K,), got {self.concentration}."
-            )
+            raise ValueError(f"concentration must be positive and finite, one number or (K,), got {_told(alpha)}.")
 
     @property
     def prunes(self) -> bool:
@@ -205,7 +206,7 @@ class NormalMean(Penalty):
 
     def __post_init__(self) -> None:
         _finite("mean_precision", self.mean_precision, 0)
-        as_tensor(self.mean, name="mean")
+        check_finite(as_tensor(self.mean, name="mean"), name="mean", rows="entry")
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         residuals = (mixture.means - self._centre(mixture)).expand_as(mixture.means)
@@ -252,8 +253,12 @@ class InverseWishart(Penalty):
     def __post_init__(self) -> None:
         _finite("degrees_of_freedom", self.degrees_of_freedom, 0, strict=True)
         scale = as_tensor(self.scale, name="scale", dtype=torch.float64)
-        if scale.ndim not in (0, 2) or (scale.ndim == 0 and not float(scale) > 0):
-            raise ValueError(f"scale must be a positive number or a matrix (D, D), got {self.scale}.")
+        square = scale.ndim == 2 and scale.shape[0] == scale.shape[1] > 0
+        if not (square or (scale.ndim == 0 and float(scale) > 0)):
+            raise ValueError(f"scale must be a positive number or a matrix (D, D), got {_told(scale)}.")
+        check_finite(scale, name="scale")
+        if square and not torch.allclose(scale, scale.mT, rtol=1e-5, atol=0):
+            raise ValueError("scale must be symmetric, got a matrix that is not; symmetrise it with (S + S.T) / 2.")
         if scale.ndim == 2 and int(torch.linalg.cholesky_ex(scale).info) > 0:
             raise ValueError("scale must be positive definite; add a small ridge to its diagonal.")
 

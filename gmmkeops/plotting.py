@@ -7,19 +7,20 @@ it holds :math:`1 - e^{-r^2/2}` of its component.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from gmmkeops._arguments import as_choice, as_integer, as_number
 from gmmkeops._checks import as_points
 from gmmkeops._columns import table_of
 from gmmkeops._ellipsoids import by_height, camera, principal_axes, rendered
 from gmmkeops.fitting import FitResult
 from gmmkeops.initialise import stratified_rows
-from gmmkeops.mixture import Mixture
-from gmmkeops.selection import Selection
+from gmmkeops.mixture import Mixture, as_mixture
+from gmmkeops.selection import CRITERIA, Selection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ def _axes(ax: Any) -> Any:
 
 
 def _plane(mixture: Mixture) -> None:
-    if mixture.features != 2 or mixture.batch_shape:
+    if as_mixture(mixture).features != 2:
         raise ValueError(f"this picture needs one mixture in 2 dimensions, got {mixture}; plot a marginal of it.")
 
 
@@ -77,9 +78,8 @@ def density(
     """
     _plane(mixture)
     ax = _axes(ax)
-    left, right, bottom, top = _extent(mixture) if extent is None else extent
-    if not (left < right and bottom < top):
-        raise ValueError(f"extent must be (left, right, bottom, top) with left < right, bottom < top, got {extent}.")
+    left, right, bottom, top = _sides(_extent(mixture) if extent is None else extent)
+    resolution, levels = as_integer(resolution, "resolution", 1), as_integer(levels, "levels", 0)
     # Pixel centres, so that the image and the contours agree.
     step = (np.arange(resolution) + 0.5) / resolution
     u, v = left + (right - left) * step, bottom + (top - bottom) * step
@@ -103,6 +103,16 @@ def density(
                 u, v, values, levels=np.linspace(low, high, levels), colors="k", linewidths=0.4, alpha=0.5
             )
     return {"image": image, "contours": contours}
+
+
+def _sides(extent: Any) -> tuple[float, float, float, float]:
+    """The four sides of a picture that is not empty."""
+    sides = list(extent) if isinstance(extent, Iterable) and not isinstance(extent, (str, bytes)) else []
+    sides = [as_number(side, "each side of extent") for side in sides]
+    if len(sides) != 4 or not (sides[0] < sides[1] and sides[2] < sides[3]):
+        raise ValueError(f"extent must be (left, right, bottom, top) with left < right, bottom < top, got {extent}.")
+    left, right, bottom, top = sides
+    return left, right, bottom, top
 
 
 def _extent(mixture: Mixture) -> tuple[float, float, float, float]:
@@ -149,6 +159,8 @@ def ellipses(
     from matplotlib.patches import Ellipse
 
     _plane(mixture)
+    deviations = as_number(deviations, "deviations", 0, above=True)
+    minimum_weight = as_number(minimum_weight, "minimum_weight")
     ax = _axes(ax)
     weights = mixture.weights.detach().cpu()
     values, vectors = torch.linalg.eigh(mixture.factor.covariances().detach().cpu().expand(len(weights), 2, 2))
@@ -205,6 +217,9 @@ def ellipsoids(
     from matplotlib.colors import to_rgba_array
 
     W, means, scales, R = principal_axes(mixture)
+    deviations, resolution = as_number(deviations, "deviations", 0, above=True), as_integer(resolution, "resolution", 1)
+    azimuth, elevation = as_number(azimuth, "azimuth"), as_number(elevation, "elevation")
+    minimum_weight = as_number(minimum_weight, "minimum_weight")
     shown = (minimum_weight <= W) & (W > 0)
     colours = by_height(means) if color is None else to_rgba_array(color)[:, :3]
     colours = np.broadcast_to(colours, (len(W), 3))[shown]
@@ -215,10 +230,7 @@ def ellipsoids(
         reach = deviations * np.sqrt(covariances.diagonal(axis1=1, axis2=2))
         low, high = (means - reach).min(0).round(12), (means + reach).max(0).round(12)
         extent = low[0], high[0], low[1], high[1]
-    left, right, bottom, top = (float(side) for side in extent)
-    extent = left, right, bottom, top
-    if not (left < right and bottom < top):
-        raise ValueError(f"extent must be (left, right, bottom, top) with left < right, bottom < top, got {extent}.")
+    extent = _sides(extent)
     # Twice as fine, and averaged, so that borders are smooth.
     picture = rendered(means, covariances, colours, deviations, extent, 2 * resolution)
     rows, columns = (size - size % 2 for size in picture.shape[:2])
@@ -249,6 +261,7 @@ def view(x: Any, *, azimuth: float = -60.0, elevation: float = 35.0) -> Any:
         [[2.0, 3.0, 1.0]]
     """
     x = as_points(x, features=3).detach().cpu().double()
+    azimuth, elevation = as_number(azimuth, "azimuth"), as_number(elevation, "elevation")
     return x @ torch.from_numpy(camera(azimuth, elevation)).T
 
 
@@ -276,7 +289,7 @@ def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = 
         >>> len(gk.plotting.points(torch.randn(10**5, 2), limit=1000).get_offsets())
         1000
     """
-    x = as_points(x, features=2).detach().cpu()
+    x, limit = as_points(x, features=2).detach().cpu(), as_integer(limit, "limit", 1)
     rows = stratified_rows(len(x), limit, torch.Generator().manual_seed(0), x.device)
     if isinstance(color, np.ndarray | torch.Tensor) and len(color) == len(x):
         color = color[rows.numpy()]
@@ -308,8 +321,10 @@ def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iter
         >>> line.axes.get_ylabel()
         'objective (nats per point)'
     """
-    if against not in ("iteration", "seconds"):
+    if not isinstance(against, str) or against not in ("iteration", "seconds"):
         raise ValueError(f"against must be 'iteration' or 'seconds', got {against!r}.")
+    if not isinstance(result, FitResult):
+        raise TypeError(f"result must be a FitResult, got {type(result).__name__}; pass what gmmkeops.fit returned.")
     ax = _axes(ax)
     values = result.history["objective"]
     lines = ax.plot(range(len(values)) if against == "iteration" else result.history["seconds"], values, **style)
@@ -331,7 +346,8 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
         The lines drawn, then the circle.
 
     Raises:
-        KeyError: The table has no such criterion.
+        TypeError: The table is something else.
+        ValueError: The criterion is none of these.
 
     Example:
         >>> import matplotlib, torch, gmmkeops as gk
@@ -341,8 +357,12 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
         >>> float(circle.get_offsets()[0, 0])  # two components
         2.0
     """
+    if not isinstance(table, Selection):
+        raise TypeError(
+            f"table must be a Selection, got {type(table).__name__}; pass what gmmkeops.selection.select returned."
+        )
+    criterion = table.criterion if criterion is None else as_choice(criterion, "criterion", CRITERIA)
     ax = _axes(ax)
-    criterion = table.criterion if criterion is None else criterion
     kinds = list(dict.fromkeys(row["covariance_type"] for row in table.rows))
     drawn: list[Any] = []
     for kind, marker in zip(kinds, "os^Dv*" * len(kinds), strict=False):
@@ -391,9 +411,12 @@ def pairs(
         >>> gk.plotting.pairs(m, names=["width (m)", "height (m)"]).shape
         (2, 2)
     """
-    D = mixture.features
-    if D < 2 or mixture.batch_shape:
+    D = as_mixture(mixture).features
+    if D < 2:
         raise ValueError(f"pairs needs one mixture in at least 2 dimensions, got {mixture}.")
+    limit, deviations = as_integer(limit, "limit", 1), as_number(deviations, "deviations", 0, above=True)
+    if names is not None and (isinstance(names, str) or not hasattr(names, "__len__") or len(names) != D):
+        raise ValueError(f"names must be a list of {D} names, one per column, got {names!r}.")
     if axes is None:
         import matplotlib.pyplot as plt
 

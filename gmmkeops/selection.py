@@ -12,6 +12,7 @@ of a model*; Akaike 1974, *A new look at the statistical model identification*; 
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -21,21 +22,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import ConvergenceWarning, as_points
+from gmmkeops._arguments import as_choice, as_integer, as_number
+from gmmkeops._checks import ConvergenceWarning, as_points, as_tensor, check_finite
 from gmmkeops._columns import table_names
 from gmmkeops._random import as_generator
 from gmmkeops.fitting import EM, FitResult, Method, fit
 from gmmkeops.initialise import initialise
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, as_mixture
 from gmmkeops.sources import Source, chunked, readable
 
 __all__ = ["Selection", "aic", "anomaly_threshold", "bic", "icl", "score", "select", "silhouette"]
 
 _ROWS = 1 << 16
+CRITERIA = ("bic", "aic", "icl")
 
 
 def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float]:
     """Σ g ℓ, Σ g, and Σ g H if it is asked for."""
+    as_mixture(mixture)
     total = mass = disorder = 0.0
     for chunk in chunked(x, weights, features=mixture.features, columns=mixture.columns):
         with torch.no_grad():
@@ -143,7 +147,8 @@ def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> floa
         >>> round(gk.selection.anomaly_threshold(m, x, 50), 3) == round(float(m.log_prob([[1.0]])[0]), 3)
         True
     """
-    if not 0 <= percentile <= 100:
+    as_mixture(mixture)
+    if not 0 <= as_number(percentile, "percentile") <= 100:
         raise ValueError(f"percentile must be between 0 and 100, got {percentile}.")
     with torch.no_grad():
         parts = [
@@ -186,9 +191,11 @@ def silhouette(
         (1.0, 1.0)
     """
     points = as_points(x, minimum=2).double()
-    label = torch.as_tensor(labels, device=points.device)
+    label = as_tensor(labels, name="labels", dtype=torch.float64, device=points.device)
     if label.shape != points.shape[:1]:
-        raise ValueError(f"labels must have shape ({len(points)},), got {tuple(label.shape)}.")
+        raise ValueError(f"labels must have shape ({len(points)},), one per point, got {tuple(label.shape)}.")
+    check_finite(label, name="labels")
+    samples = None if samples is None else as_integer(samples, "samples", 2)
     kinds, label = label.unique(return_inverse=True)
     K = len(kinds)
     if K < 2:
@@ -322,14 +329,27 @@ def select(
         >>> gk.selection.select(x, [1, 2, 3]).best.components
         2
     """
-    if criterion not in ("bic", "aic", "icl"):
-        raise ValueError(f"criterion must be 'bic', 'aic' or 'icl', got {criterion!r}.")
+    as_choice(criterion, "criterion", CRITERIA)
+    if not isinstance(components, Iterable) or isinstance(components, (str, bytes)):
+        raise TypeError(
+            f"components must be a list of integers, got {type(components).__name__}; pass for example [2, 3, 4]."
+        )
+    if isinstance(covariance_types, (str, bytes)) or not isinstance(covariance_types, Iterable):
+        raise TypeError(
+            f"covariance_types must be a list of names, got {covariance_types!r}; pass for example ['full']."
+        )
+    if method is not None and not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as gmmkeops.EM(), got {type(method).__name__}.")
+    unknown = sorted(set(options) - set(inspect.signature(fit).parameters))
+    if unknown:
+        raise TypeError(f"select has no argument {unknown[0]!r}, and gmmkeops.fit has none; see their documentation.")
     points, g = (Source.of(x, weights=weights), None) if readable(x) else (as_points(x), weights)
     names = points.columns if isinstance(points, Source) else table_names(x)
     device = points.device if isinstance(points, Tensor) else torch.device("cpu")
-    numbers = list(components)
+    numbers = [as_integer(number, "each of components", 1) for number in components]
+    covariance_types = list(covariance_types)
     if not numbers or not covariance_types:
-        raise ValueError("there is nothing to select from; pass at least one number of components and one type.")
+        raise ValueError("components and covariance_types must not be empty; pass at least one of each.")
     generator = as_generator(generator, device)
     rows, results = [], []
     for K in numbers:

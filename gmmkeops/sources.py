@@ -10,7 +10,7 @@ import copy
 import ctypes
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gmmkeops._checks import as_points, as_weights, check_finite
+from gmmkeops._arguments import as_integer
+from gmmkeops._checks import as_points, as_tensor, as_weights, check_finite
 from gmmkeops._columns import table_names, table_of
 from gmmkeops._declared import Damage
 from gmmkeops._readers import (
@@ -73,11 +73,12 @@ class Source:
     def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:
         self.reader, self.name, self.features = reader, reader.name, reader.features
         self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
-        self.size = chunk_rows or max(1, NUMBERS // self.features)
-        given = weights.detach().cpu() if isinstance(weights, Tensor) else weights
-        self.weights = None if given is None else np.asarray(given, dtype=np.float64)
+        self.size = max(1, NUMBERS // self.features) if chunk_rows is None else as_integer(chunk_rows, "chunk_rows", 1)
+        given = None if weights is None else as_tensor(weights, name="weights", dtype=torch.float64)
+        self.weights = None if given is None else given.detach().cpu().numpy()
         self.rows = None if isinstance(reader, Streams) else reader.rows
         self.share, self.first = (0, 1), 0
+        self.classes: Sequence[int] | None = None
         self._survey: Survey | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._stamps: list[tuple[int, int]] | None = None
@@ -96,8 +97,9 @@ class Source:
 
         Args:
             x: An array, a tensor or a memory map (N, D); the path of a ``.npy``, Parquet, LAS, LAZ or PLY file, a folder or
-                a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns an
-                iterator of arrays (n, D), or of pairs (points, weights), anew at each call.
+                a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns a new
+                iterator at each call. Loaders and functions give arrays (n, D), or pairs (points, weights) with one weight
+                per point, (n,) or (n, 1), as floats: integers beside the points are refused, since they may be labels.
             columns: Which columns are the coordinates: names, or numbers of an array's. By default all that are not the
                 weights; x, y and z of LAS and PLY. The labels of rows that pandas saves in Parquet files are left out.
                 Files of one source are matched by the names of their columns, to the order of the first file.
@@ -106,7 +108,7 @@ class Source:
             chunk_rows: Rows that are read at a time; about a million numbers' worth if left out.
 
         Raises:
-            TypeError: Nothing that can be read twice, such as a generator.
+            TypeError: Nothing that can be read twice, such as a generator; or values that are not numbers.
             FileNotFoundError, ImportError: The file is not there, or the library for its format is not.
             ValueError: The file is damaged, a column is not there, or shapes do not fit; in one sentence.
 
@@ -122,7 +124,14 @@ class Source:
             if any(choice is not None for choice in (columns, classes, weights, chunk_rows)):
                 raise ValueError("x is a Source already; choose columns, classes and weights where it is made.")
             return x
-        column = weights if isinstance(weights, (str, int)) else None
+        if columns is not None and (isinstance(columns, str) or not hasattr(columns, "__len__")):
+            raise TypeError(f"columns must be a list of names or numbers, got {columns!r}; pass [{columns!r}].")
+        if classes is not None:
+            several = isinstance(classes, Iterable) and not isinstance(classes, (str, bytes))
+            if not several:
+                raise TypeError(f"classes must be a list of integers, got {classes!r}; pass [{classes!r}].")
+            classes = [as_integer(item, "each of the classes", 0) for item in classes]
+        column = weights if isinstance(weights, (str, int, np.integer)) and not isinstance(weights, bool) else None
         given = None if column is not None else weights
         reader = _reader(x, columns, classes, column)
         if isinstance(reader, Streams) and (columns is not None or column is not None):
@@ -130,6 +139,7 @@ class Source:
                 "columns and weights are chosen by the function itself; it may give pairs (points, weights)."
             )
         source = cls(reader, given, chunk_rows)
+        source.classes = classes
         if source.weights is not None:
             if classes is not None or isinstance(reader, Streams):
                 raise ValueError("an array of weights needs rows of known number; name a column, or give pairs.")
@@ -335,9 +345,24 @@ class Source:
             squares += len(chunk.points) if chunk.weights is None else float(chunk.weights.square().sum())
             mark += fingerprint(chunk.points, chunk.weights)
             single &= chunk.points.dtype == torch.float32
+        if not (tally.rows and tally.mass > 0) and self.share[1] == 1:
+            raise self.nothing(tally.rows)
         total = (tally.total, tally.magnitude)
         self._survey = Survey(tally.rows, tally.mass, squares, total, mark % (1 << 64), single, reservoir)
         return self._survey
+
+    def nothing(self, rows: int = 0) -> ValueError:
+        """The error about a source that has no rows, or none with a weight."""
+        if rows:
+            return ValueError(
+                f"weights of {self.name} must not all be zero; leave weights out to weigh all points alike."
+            )
+        if self.classes is not None:
+            return ValueError(
+                f"{self.name} has no points of classes={list(self.classes)}; choose classes that the file has, or leave "
+                "classes out."
+            )
+        return ValueError(f"{self.name} has no rows; pass at least one point.")
 
 
 def _share_arenas() -> None:
@@ -451,7 +476,19 @@ def chunked(
         raise ValueError(
             f"{source.name} has {source.features} columns, expected {features} as in the model; pass the same columns."
         )
-    return (chunk for chunk in source.chunks() if len(chunk.points))
+    return _some(source)
+
+
+def _some(source: Source) -> Iterator[Chunk]:
+    """The chunks of a source that have rows, of which there must be one."""
+    tally = _Tally()
+    for chunk in source.chunks():
+        if len(chunk.points):
+            tally.rows += len(chunk.points)
+            tally.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
+            yield chunk
+    if not tally.mass > 0:
+        raise source.nothing(tally.rows)
 
 
 def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Streams:
@@ -460,7 +497,7 @@ def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Stream
     if isinstance(x, np.memmap):
         return Arrays(x, f"the memory map of {x.filename}", columns, weights)
     if isinstance(x, torch.utils.data.DataLoader):
-        return Streams(lambda: x, "the DataLoader")
+        return Streams(lambda: x, "the DataLoader", fields=True)
     if callable(x):
         return Streams(x, f"the function {getattr(x, '__name__', type(x).__name__)}")
     files = [path for item in (x if isinstance(x, (list, tuple)) else [x]) for path in _paths(item)]

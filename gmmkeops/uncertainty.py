@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, as_mixture
 from gmmkeops.sources import chunked
 
 __all__ = ["StandardErrors", "standard_errors"]
@@ -95,7 +95,7 @@ def standard_errors(
         >>> gk.standard_errors(mixture, x).means.round(decimals=3).tolist()
         [[0.01]]
     """
-    m = mixture.detach().to(torch.float64)
+    m = as_mixture(mixture).detach().to(torch.float64)
     layout = _Layout(m)
     joint = layout.size <= _JOINT if joint is None else bool(joint)
     tally = _Tally(layout, joint)

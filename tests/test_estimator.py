@@ -268,7 +268,7 @@ def test_refused_fit_leaves_the_model_as_it_was(X):
         ({"weights_init": [0.5, 0.6], "n_components": 2}, ValueError, r"weights_init must have shape \(2,\)"),
         ({"means_init": [[0.0]]}, ValueError, r"means_init must have shape \(1, 2\)"),
         ({"precisions_init": np.eye(2)}, ValueError, r"precisions_init must have shape \(1, 2, 2\)"),
-        ({"precisions_init": -np.eye(2)[None]}, ValueError, "precisions must be positive definite"),
+        ({"precisions_init": -np.eye(2)[None]}, ValueError, "precisions_init must be positive definite"),
         ({"random_state": "x"}, TypeError, "random_state must be None, an int or a numpy generator"),
         ({"penalty": lambda m: m.means.sum()}, TypeError, "has no M-step"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),

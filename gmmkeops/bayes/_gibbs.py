@@ -102,8 +102,8 @@ def gibbs(
         [0.0, 10.0]
     """
     check_counts(draws=(draws, 1), warmup=(warmup, 0), chains=(chains, 1), thin=(thin, 1))
-    moves = _moves(prior)
     target = Target(prior, x, weights, backend=backend, truncate=truncate)
+    moves = _moves(prior)
     generator = as_generator(generator)
     kept: list[Values] = []
     occupied: list[Tensor] = []

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_choice, as_integer
 from gmmkeops._checks import SamplingWarning, recording
 from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
@@ -86,10 +87,8 @@ def importance(
         >>> found.mean("means").round(decimals=0)[:, 0].tolist()
         [350.0, 500.0]
     """
-    if proposal not in PROPOSALS:
-        raise ValueError(f"proposal must be one of {', '.join(map(repr, PROPOSALS))}, got {proposal!r}.")
-    if draws < 10:
-        raise ValueError(f"draws must be at least 10, got {draws}.")
+    as_choice(proposal, "proposal", PROPOSALS)
+    draws = as_integer(draws, "draws", 10)
     target = Target(prior, x, weights, backend=backend)
     generator = as_generator(generator)
     if proposal == "prior":

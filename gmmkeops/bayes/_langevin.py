@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_integer, as_number
 from gmmkeops._checks import recording
 from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
@@ -84,14 +85,12 @@ def langevin(
         >>> 0.8 < float(found.sd("means")) * 20_000**0.5 < 1.2
         True
     """
-    if not 0 < step <= 1:
+    if not 0 < as_number(step, "step") <= 1:
         raise ValueError(f"step must be above 0 and at most 1, got {step!r}.")
     check_counts(draws=(draws, 1), warmup=(warmup, 0), thin=(thin, 1))
     target = Target(prior, x, weights, backend=backend)
     rows = target.rows
-    size = min(rows, max(10_000, rows // 100)) if batch_size is None else int(batch_size)
-    if not 1 <= size <= rows:
-        raise ValueError(f"batch_size must be from 1 to the {rows} points, got {batch_size!r}.")
+    size = min(rows, max(10_000, rows // 100)) if batch_size is None else as_integer(batch_size, "batch_size", 1, rows)
     generator = as_generator(generator)
     mode, root = target.laplace(generator, starts=1)
     _, whole = target.slopes(mode[None])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, biject_to, constraints
 
+from gmmkeops._arguments import as_integer, as_number
 from gmmkeops._checks import as_tensor, check_finite
 from gmmkeops.bayes._normal_wishart import gamma, stick_weights
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor, factor_class
@@ -54,10 +55,8 @@ class StickBreaking(Distribution):
     support = constraints.simplex
 
     def __init__(self, concentration: float, components: int) -> None:
-        if not (math.isfinite(concentration) and concentration > 0):
-            raise ValueError(f"concentration must be positive and finite, got {concentration!r}.")
-        self.concentration = float(concentration)
-        super().__init__(torch.Size(), torch.Size([int(components)]), validate_args=False)
+        self.concentration = as_number(concentration, "concentration", 0, above=True)
+        super().__init__(torch.Size(), torch.Size([as_integer(components, "components", 1)]), validate_args=False)
 
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
         """Draws weights (*S, K); without a generator by torch's global one, as all distributions of torch do."""
@@ -166,9 +165,7 @@ class Prior:
         covariance_type: str = "full",
         features: int | None = None,
     ) -> None:
-        K = int(components)
-        if K < 1:
-            raise ValueError(f"components must be at least 1, got {components!r}.")
+        K = as_integer(components, "components", 1)
         self.kind, self.tied = factor_class(covariance_type)
         given = {"scales": scales, "covariances": covariances, "precisions": precisions}
         named = [name for name, value in given.items() if value is not None]
@@ -183,7 +180,7 @@ class Prior:
                 "scales are of spherical or diagonal components; give covariances or precisions of full ones."
             )
         shape = _shape_of(means)
-        D = int(features) if features is not None else (shape[-1] if shape else 1)
+        D = as_integer(features, "features", 1) if features is not None else (shape[-1] if shape else 1)
         self.components, self.features = K, D
         leading = 1 if self.tied else K
         sizes = {FullFactor: (leading, D, D), DiagonalFactor: (leading, D), SphericalFactor: (leading, 1)}
@@ -255,7 +252,7 @@ class Prior:
             of = FullFactor.from_covariances if self.spread == "covariances" else FullFactor.from_precisions
             return of(value)
         if not bool((value > 0).all()):
-            raise ValueError(f"{self.spread} must be positive.")
+            raise ValueError(f"{self.spread} must be positive, got {float(value.min()):g}; pass numbers above zero.")
         power = {"scales": -1.0, "covariances": -0.5, "precisions": 0.5}[self.spread]
         logs = power * value.log()
         return SphericalFactor(logs, self.features) if self.kind is SphericalFactor else DiagonalFactor(logs)

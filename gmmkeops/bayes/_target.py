@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_points, as_weights, recordable
+from gmmkeops._arguments import as_choice, as_integer
+from gmmkeops._checks import as_points, as_tensor, as_weights, recordable
 from gmmkeops.bayes._prior import Prior, StickBreaking, Values
 from gmmkeops.bayes._variational import VariationalBayes
 from gmmkeops.fitting import fit
@@ -37,8 +38,7 @@ _ORDERS = 5
 def check_counts(**counts: tuple[int, int]) -> None:
     """Raises where a count by name, with the least it may be, is no such integer."""
     for name, (value, least) in counts.items():
-        if int(value) != value or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        as_integer(value, name, least)
 
 
 class Target:
@@ -57,8 +57,10 @@ class Target:
     def __init__(
         self, prior: Prior, x: Any, weights: Any = None, *, backend: str = "auto", truncate: float | None = None
     ) -> None:
-        x = torch.as_tensor(x)
-        self.prior, self.backend = prior, backend
+        x = as_tensor(x, name="x")
+        if not isinstance(prior, Prior):
+            raise TypeError(f"prior must be a Prior, got {type(prior).__name__}; make one with gmmkeops.bayes.Prior.")
+        self.prior, self.backend = prior, as_choice(backend, "backend", reductions.BACKENDS)
         self.x = recordable(as_points(x[:, None] if x.ndim == 1 else x, features=prior.features))
         g = as_weights(weights, self.x)
         self.weights = None if g is None else recordable(g)

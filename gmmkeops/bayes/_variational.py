@@ -12,14 +12,14 @@ Hoffman, Blei, Wang and Paisley 2013, *Stochastic variational inference*, JMLR 1
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor
+from gmmkeops._arguments import as_choice, as_number, check_settings
+from gmmkeops._checks import as_tensor, check_finite
 from gmmkeops.bayes._normal_wishart import NormalWishart
 from gmmkeops.factors import Factor
 from gmmkeops.fitting import Method
@@ -106,18 +106,20 @@ class VariationalBayes(Method[_State]):
     patience: int = 1
 
     def __post_init__(self) -> None:
-        if self.weights not in _WEIGHTS:
-            raise ValueError(f"weights must be one of {', '.join(map(repr, _WEIGHTS))}, got {self.weights!r}.")
+        as_choice(self.weights, "weights", _WEIGHTS)
         for name in ("concentration", "mean_precision", "degrees"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, got {value!r}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
-        if not 0.5 < self.step_exponent <= 1:
+            if value is not None or name == "mean_precision":
+                as_number(value, name, 0, above=True)
+        check_settings(self)
+        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
             raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
-        if not 0 <= self.reg_covar < math.inf:
-            raise ValueError(f"reg_covar must be finite and not negative, got {self.reg_covar}.")
+        as_number(self.step_offset, "step_offset", 0, above=True)
+        as_number(self.reg_covar, "reg_covar", 0)
+        if self.begin is not None and not isinstance(self.begin, NormalWishart):
+            raise TypeError(
+                f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a result."
+            )
 
     def init(self, problem: Problem, mixture: Mixture) -> _State:
         if problem.penalty is not None:
@@ -151,6 +153,7 @@ class VariationalBayes(Method[_State]):
             mean = as_tensor(self.means, name="means", **wide)
             if mean.shape != (D,):
                 raise ValueError(f"the prior means must have shape ({D},), got {tuple(mean.shape)}.")
+            check_finite(mean, name="means", rows="column")
             mean = (mean - frame.shift) / frame.scale
         if self.covariances is not None:
             covariance = as_tensor(self.covariances, name="covariances", **wide)

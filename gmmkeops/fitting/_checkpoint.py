@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_number
 from gmmkeops.distributed import World
 from gmmkeops.fitting._data import Ledger
 from gmmkeops.io import KINDS, unused_name, write_whole
@@ -85,8 +86,11 @@ class Checkpoint:
     every: float = 60.0
 
     def __post_init__(self) -> None:
-        if not self.every >= 0:
-            raise ValueError(f"every must not be negative, got {self.every} seconds.")
+        if not isinstance(self.path, (str, os.PathLike)):
+            raise TypeError(
+                f"checkpoint must be the name of a file or a Checkpoint, got {type(self.path).__name__}; pass text or a path."
+            )
+        as_number(self.every, "every", 0, clause="must not be negative, in seconds")
 
     @classmethod
     def of(cls, value: Any) -> Checkpoint | None:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import PrecisionWarning, as_points, as_weights
+from gmmkeops._arguments import as_choice, as_integer, as_number, check_settings
+from gmmkeops._checks import PrecisionWarning, as_points, as_tensor, as_weights
 from gmmkeops._columns import table_of
 from gmmkeops._floor import nearest_factor
 from gmmkeops._random import DEFAULT_SEED
@@ -33,7 +34,7 @@ from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
 from gmmkeops.fitting._stepwise import blended, expected
-from gmmkeops.mixture import Mixture
+from gmmkeops.mixture import Mixture, as_mixture
 from gmmkeops.moments import Moments, like, outer
 
 __all__ = ["EM"]
@@ -151,19 +152,19 @@ class EM(Method[_State]):
     patience: int = 1
 
     def __post_init__(self) -> None:
-        if self.assignment not in reductions.ASSIGNMENTS:
-            names = ", ".join(map(repr, reductions.ASSIGNMENTS))
-            raise ValueError(f"assignment must be one of {names}, got {self.assignment!r}.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
-        if not 0.5 < self.step_exponent <= 1:
+        as_choice(self.assignment, "assignment", reductions.ASSIGNMENTS)
+        check_settings(self)
+        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
             raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
-        if not self.step_offset > 0:
-            raise ValueError(f"step_offset must be positive, got {self.step_offset}.")
-        if not 0 <= self.reg_covar < float("inf"):
-            raise ValueError(f"reg_covar must be finite and not negative, got {self.reg_covar}.")
-        if self.temperature is not None and not (0 < self.temperature[0] <= 1 and self.temperature[1] >= 0):
-            raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {self.temperature}.")
+        as_number(self.step_offset, "step_offset", 0, above=True)
+        as_number(self.reg_covar, "reg_covar", 0)
+        if self.temperature is not None:
+            if not isinstance(self.temperature, (tuple, list)) or len(self.temperature) != 2:
+                raise ValueError(f"temperature must be a pair (β, n), got {self.temperature!r}.")
+            beta = as_number(self.temperature[0], "the β of temperature=(β, n)", 0, above=True)
+            as_integer(self.temperature[1], "the n of temperature=(β, n)", 0)
+            if beta > 1:
+                raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {self.temperature}.")
 
     def init(self, problem: Problem, mixture: Mixture) -> _State:
         problem.surrogate(mixture)  # a penalty without an M-step says so before any work is done
@@ -455,7 +456,7 @@ class EM(Method[_State]):
         Raises:
             TypeError, ValueError: Bad points or weights.
         """
-        x = as_points(table_of(x, mixture.columns), features=mixture.features)
+        x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.features)
         # Each batch has random numbers of its own, the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
         problem = Problem.of(
@@ -481,7 +482,10 @@ def _tied(state: _State) -> bool:
 
 def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:
     """One truth value per component (K,) from True, False or a sequence."""
-    mask = torch.as_tensor(value, dtype=torch.bool, device=mixture.means.device)
+    mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got other numbers.")
+    mask = mask.bool()
     if mask.ndim == 0:
         return mask.expand(mixture.components)
     if mask.shape != (mixture.components,):

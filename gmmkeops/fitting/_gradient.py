@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_number, check_settings
 from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._method import DEAD_POINTS, Evaluation, Method, Population, Problem
 from gmmkeops.mixture import Mixture
@@ -81,8 +82,12 @@ class Gradient(Method[_State]):
     def __post_init__(self) -> None:
         if not callable(self.optimizer):
             raise TypeError("optimizer must make an optimiser from tensors, e.g. lambda p: torch.optim.SGD(p, lr=0.1).")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if self.scheduler is not None and not callable(self.scheduler):
+            raise TypeError(
+                f"scheduler must make a schedule from an optimiser, or be None, got {type(self.scheduler).__name__}; pass a "
+                "function of the optimiser."
+            )
+        check_settings(self)
 
     def init(self, problem: Problem, mixture: Mixture) -> _State:
         mixture, floored = problem.project(mixture.detach())
@@ -249,7 +254,12 @@ def Adam(
         >>> gk.Adam(lr=0.1, batch_size=1000).batch_size
         1000
     """
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr!r}.")
+    as_number(lr, "lr")
+    lr = as_number(lr, "lr", 0, above=True, clause="must be positive")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers from 0 to below 1, got {betas!r}.")
+    for beta in betas:
+        if not as_number(beta, "each of betas", 0) < 1:
+            raise ValueError(f"betas must be a pair of numbers from 0 to below 1, got {betas!r}.")
 
     return Gradient(_MakeAdam(lr, betas), scheduler, batch_size, max_iter, tol, patience)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
+from gmmkeops._arguments import as_choice, as_fraction, as_functions, as_integer, as_number
 from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights, recording
 from gmmkeops._columns import table_names, table_of
 from gmmkeops.distributed import World, difference
@@ -133,12 +134,12 @@ def fit(
             x, columns, method, truncate = _conditional(start, x, context, method, truncate)
         elif context is not None:
             raise ValueError("context belongs to a GMM that was constructed with one; pass GMM(features, context=C).")
-        max_iter = method.max_iter if max_iter is None else int(max_iter)
-        tol = method.tol if tol is None else float(tol)
-        if max_iter < 0:
-            raise ValueError(f"max_iter must not be negative, got {max_iter}.")
-        if not tol >= 0:
-            raise ValueError(f"tol must not be negative, got {tol}.")
+        max_iter = as_integer(method.max_iter if max_iter is None else max_iter, "max_iter")
+        as_integer(max_iter, "max_iter", 0, clause="must not be negative")
+        tol = as_number(method.tol if tol is None else tol, "tol")
+        as_number(tol, "tol", 0, clause="must not be negative")
+        truncate, told = as_fraction(truncate, "truncate"), as_functions(callbacks, "callbacks")
+        as_choice(backend, "backend", reductions.BACKENDS)
         settings: dict[str, Any] = {}
         if checkpoint is not None or world.size > 1:
             settings = _settings(mixture, method, penalty, truncate, backend)
@@ -161,7 +162,6 @@ def fit(
         problem = _problem(
             mixture, x, weights, penalty, truncate, backend, kind, generator, world, frame, journal, limit, extra
         )
-        told = (callbacks,) if callable(callbacks) else tuple(callbacks)
         problem = replace(problem, frame=replace(problem.frame, columns=columns))
         facts = _facts(problem, mixture, method, settings) if settings else {}
         run = _Run(problem, method, tol, told, began, facts, single=mixture.means.dtype == torch.float32)

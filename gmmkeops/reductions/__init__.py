@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_choice, as_integer
 from gmmkeops._checks import as_tensor, as_weights, concrete, recordable
 from gmmkeops.factors import DiagonalFactor, Factor
 from gmmkeops.moments import Moments
@@ -223,7 +224,7 @@ def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, T
     """Points (those of a cloud in its order), offsets, means and factors as tensors."""
     points = x.cloud.points if isinstance(x, Truncation) else as_tensor(x, name="x")
     named = {"offsets": offsets, "means": means, "factor": factor_tensor(factor)}
-    found = [points, *(as_tensor(value, name=name) for name, value in named.items())]
+    found = [points, *(as_tensor(value, name=name, abstract=True) for name, value in named.items())]
     points, offsets, means, U = map(recordable, found)
     return points, offsets, means, U
 
@@ -377,10 +378,10 @@ def topk(
         >>> gk.reductions.topk(torch.zeros(1, 1), torch.tensor([0.0, 2.0, 1.0]), torch.zeros(3, 1), torch.ones(1, 1), 2)
         (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
-    problem, blocks = _setup(x, offsets, means, factor, truncate, best=max(1, int(k)))
-    if not 1 <= int(k) <= problem.shape[1]:
-        raise ValueError(f"k must be between 1 and the {problem.shape[1]} components, got {k}.")
-    found = (_dense if engine(problem, backend) == "dense" else _keops).topk(problem, int(k), blocks)
+    k = as_integer(k, "k", 1)
+    problem, blocks = _setup(x, offsets, means, factor, truncate, best=k)
+    as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
+    found = (_dense if engine(problem, backend) == "dense" else _keops).topk(problem, k, blocks)
     return found if blocks is None else (blocks.cloud.leave(found[0]), blocks.cloud.leave(found[1]))
 
 
@@ -420,8 +421,8 @@ def moments(
         >>> gk.reductions.moments(torch.ones(4, 1), torch.zeros(1), torch.zeros(1, 1), torch.ones(1, 1)).S1
         tensor([[4.]], dtype=torch.float64)
     """
-    if assignment not in ASSIGNMENTS:
-        raise ValueError(f"assignment must be one of {', '.join(map(repr, ASSIGNMENTS))}, got {assignment!r}.")
+    as_choice(assignment, "assignment", ASSIGNMENTS)
+    seed = as_integer(seed, "seed")
     problem, blocks = _setup(x, offsets, means, factor, truncate, best=1 if assignment == "hard" else 0)
     g = _weights(weights, problem.x if blocks is None else blocks)
     g = g if g is None or blocks is None else blocks.cloud.enter(g)

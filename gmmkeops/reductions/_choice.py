@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._arguments import as_choice, as_fraction, as_integer
 from gmmkeops._checks import as_points
 from gmmkeops.reductions import _keops
 from gmmkeops.reductions._boxes import Cloud
@@ -51,8 +52,7 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
         >>> gk.reductions.engine(torch.zeros(5, 3))
         'dense'
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    as_choice(backend, "backend", BACKENDS)
     if isinstance(problem, Exponents):
         problem, full = problem.x, problem.is_full
     if isinstance(problem, Tensor):
@@ -109,8 +109,8 @@ def arrange(
         (True, True)
     """
     x = as_points(x)
-    if truncate is not None and not (isinstance(truncate, (int, float)) and 0 <= truncate < 1):
-        raise ValueError(f"truncate must be None or a number from 0 to below 1, got {truncate!r}.")
+    truncate = as_fraction(truncate, "truncate")
+    components, sweeps = as_integer(components, "components", 1), as_integer(sweeps, "sweeps", 0)
     labels = None if x.shape[1] <= _FEW else labels
     if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
         return x

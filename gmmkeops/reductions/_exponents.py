@@ -69,19 +69,19 @@ class Exponents:
         """
         points = as_points(x)
         D = points.shape[1]
-        means = as_tensor(means, name="means", dtype=torch.float64).detach()
+        means = as_tensor(means, name="means", dtype=torch.float64, abstract=True).detach()
         if means.ndim != 2 or means.shape[0] == 0:
             raise ValueError(f"means must have shape (K, D) with K > 0, got {tuple(means.shape)}; add a row dimension.")
         if means.shape[1] != D:
             raise ValueError(
                 f"x has {D} columns, expected {means.shape[1]} as the means have; pass the columns that were fitted."
             )
-        offsets = as_tensor(offsets, name="offsets", dtype=torch.float64).detach()
+        offsets = as_tensor(offsets, name="offsets", dtype=torch.float64, abstract=True).detach()
         if offsets.shape != means.shape[:1]:
             raise ValueError(f"offsets must have shape ({means.shape[0]},), one per mean, got {tuple(offsets.shape)}.")
-        U = as_tensor(factor_tensor(factor), name="factor", dtype=torch.float64).detach()
+        U = as_tensor(factor_tensor(factor), name="factor", dtype=torch.float64, abstract=True).detach()
         K = means.shape[0]
-        if U.shape[0] not in (1, K) or tuple(U.shape[1:]) not in {(D, D), (D,), (1,)}:
+        if U.ndim == 0 or U.shape[0] not in (1, K) or tuple(U.shape[1:]) not in {(D, D), (D,), (1,)}:
             raise ValueError(
                 f"factor must have shape (K or 1, D, D), (K or 1, D) or (K or 1, 1) with K={K} and D={D}, "
                 f"got {tuple(U.shape)}."
