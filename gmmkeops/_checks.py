@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gmmkeops._forks import mind_fork
+
 __all__ = [
     "ConvergenceWarning",
     "PrecisionWarning",
@@ -93,6 +95,7 @@ def as_tensor(
         TypeError: The value is not numeric, is complex, or is no dense array.
         ValueError: It has masked or missing entries.
     """
+    mind_fork()
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
         for item in value:
             check_dense(item, name=name, abstract=abstract)
@@ -359,6 +362,7 @@ def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0
     """Raises a ValueError that names the first entry of ``tensor`` (whose rows count from ``first``) that is not finite."""
     if not concrete(tensor):
         return
+    mind_fork()
     detached = tensor.detach()
     # A sum that is finite has finite terms; one that is not may only have overflowed.
     if bool(torch.isfinite(detached.sum())):

@@ -131,6 +131,65 @@ def _cut(first: int, stop: int, size: int) -> list[Unit]:
     return [Unit(start, min(size, stop - start)) for start in range(first, stop, size)]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the numbers of an array are in a file, in a form that can be pickled.
+
+    Args:
+        path: The file; None for an array that only stands for one.
+        dtype, shape: Of the array.
+        offset: Bytes before its first number.
+        mode: Of the memory map.
+    """
+
+    path: str | None
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int = 0
+    mode: str = "r"
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> _Place | np.ndarray:
+        """The place of a memory map, or of what stands for one; a copy of the numbers where they are no one piece of a file."""
+        if not isinstance(x, np.memmap):
+            return cls(None, x.dtype, x.shape)
+        root = x
+        while isinstance(root.base, np.memmap):
+            root = root.base
+        # What was written to a private map is not in the file.
+        if root.filename is None or root.mode == "c" or not x.flags.c_contiguous:
+            return np.array(x)
+        away = x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+        return cls(str(root.filename), x.dtype, x.shape, root.offset + away)
+
+    def array(self) -> np.ndarray:
+        """The array again."""
+        if self.path is None:
+            return np.broadcast_to(np.zeros((), self.dtype), self.shape)
+        return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape)  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A function that maps the rows of a unit of a ``.npy`` file, and no others.
+
+    Args:
+        path: The file.
+        dtype: Of its numbers.
+        width: Numbers in a row.
+        offset: Bytes before the first row.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    width: int
+    offset: int
+
+    def __call__(self, unit: Unit) -> np.memmap:
+        first = self.offset + unit.first * self.width * self.dtype.itemsize
+        return np.memmap(self.path, self.dtype, "r", first, (unit.rows, self.width))
+
+
 class Arrays(Reader):
     """An array or tensor in memory, or on disk as a memory map; structured arrays too."""
 
@@ -169,6 +228,17 @@ class Arrays(Reader):
         self.features = len(self.columns)
         if isinstance(x, np.ndarray) and x.dtype.names:
             _stack([x[column][:0] for column in self.columns], name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything; numbers that are in a file are named by their place there."""
+        state = dict(vars(self))
+        if isinstance(self.x, np.memmap) or self.remap is not None:
+            state["x"] = _Place.of(self.x)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        x = state["x"]
+        vars(self).update(state, x=x.array() if isinstance(x, _Place) else x)
 
     def load(self, unit: Unit) -> Chunk:
         part = self.x[unit.first : unit.first + unit.rows] if self.remap is None else self.remap(unit)
@@ -232,6 +302,10 @@ class Parquet(Reader):
         self._batches: Iterator[Any] = iter(())
         self._left: Any = None
         self._next = -1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the place that the reading has come to."""
+        return {**vars(self), "_batches": iter(()), "_left": None, "_next": -1}
 
     def units(self, size: int) -> list[Unit]:
         # A group that is little longer is not cut: it is read as a whole anyway.
@@ -656,14 +730,9 @@ def _npy(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
         raise ColumnError(f"{path} must be numeric, got dtype {whole.dtype}; convert its columns to numbers first.")
     if not whole.flags.c_contiguous or whole.ndim != 2:
         return Arrays(whole, str(path), columns, weights, path)
-    dtype, (rows, width), begin = whole.dtype, whole.shape, whole.offset
-
-    def remap(unit: Unit) -> np.memmap:
-        return np.memmap(path, dtype, "r", begin + unit.first * width * dtype.itemsize, (unit.rows, width))
-
     # What stands for the file takes no address space that grows with it.
-    stand_in = np.broadcast_to(np.zeros((), dtype), (rows, width))
-    return Arrays(stand_in, str(path), columns, weights, path, remap)
+    stand_in = np.broadcast_to(np.zeros((), whole.dtype), whole.shape)
+    return Arrays(stand_in, str(path), columns, weights, path, _Rows(path, whole.dtype, whole.shape[1], whole.offset))
 
 
 def _parquet(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:

@@ -19,6 +19,7 @@ from gmmkeops._arguments import as_choice, as_integer
 from gmmkeops._checks import as_points, as_weights
 from gmmkeops._columns import table_names
 from gmmkeops._floor import nearest_factor
+from gmmkeops._forks import mind_fork
 from gmmkeops._survey import sample
 from gmmkeops.distributed import World
 from gmmkeops.factors import SphericalFactor, factor_class
@@ -85,6 +86,7 @@ def initialise(
         >>> gk.initialise(x, 2, "kmeans").means.sort(0).values.round(decimals=2).tolist()
         [[0.05], [5.05]]
     """
+    mind_fork()
     world = World()
     with world.together():
         as_choice(strategy, "strategy", STRATEGIES)

@@ -53,6 +53,7 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: Neither of the two.
+        ValueError: The mixture is in half precision.
         ValueError: The suffix belongs to another format.
         OSError: The folder cannot be written to.
 
@@ -70,6 +71,12 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     mixture = getattr(mixture, "mixture_", mixture)
     if not isinstance(mixture, Mixture):
         raise TypeError(f"save takes a Mixture or a fitted GaussianMixture, got {type(mixture).__name__}.")
+    kinds = {tensor.dtype for tensor in (mixture.logits, mixture.means, *mixture.factor.tensors.values())}
+    if half := kinds - {torch.float32, torch.float64}:
+        raise ValueError(
+            f"save writes float32 and float64 mixtures, got {', '.join(sorted(map(str, half)))}; half precision is not "
+            "supported, so convert the mixture with .to(torch.float64)."
+        )
     tensors = {"logits": mixture.logits, "means": mixture.means, **mixture.factor.tensors}
     header = {
         "format": _FORMAT,

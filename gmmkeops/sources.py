@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from gmmkeops._arguments import as_integer
 from gmmkeops._checks import as_points, as_tensor, as_weights, check_finite
 from gmmkeops._columns import table_names, table_of
 from gmmkeops._declared import Damage
+from gmmkeops._forks import mind_fork
 from gmmkeops._readers import (
     SUFFIXES,
     Arrays,
@@ -81,6 +82,7 @@ class Source:
         self.classes: Sequence[int] | None = None
         self._survey: Survey | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
         self._stamps: list[tuple[int, int]] | None = None
 
     @classmethod
@@ -192,6 +194,10 @@ class Source:
         part._survey = None
         return part
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the thread that reads, which the copy starts when it needs it."""
+        return {**vars(self), "_pool": None}
+
     def in_chunks(self, rows: int) -> Source:
         """The same, read at most so many rows at a time."""
         part = copy.copy(self)
@@ -240,6 +246,7 @@ class Source:
         Raises:
             ValueError: A chunk cannot be read, has entries that are not finite, or the pass was not like the first.
         """
+        mind_fork()
         self._check_stamps()
         tally = _Tally()
         loaded = self._loaded(self.units() if order is None else order, skip)
@@ -261,10 +268,11 @@ class Source:
 
     def _ahead(self, load: Callable[[], Any]) -> Callable[[], Any]:
         """Begins to load in the reader's thread; returns what waits for it."""
-        if self._pool is None:
-            # One thread for all passes: a new one each time would take, and keep, memory of its own.
+        if self._pool is None or self._process != os.getpid():
+            # One thread for all passes: a new one each time would take, and keep, memory of its own. A forked process has
+            # none of its parent's threads.
             _share_arenas()
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader")
+            self._pool, self._process = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader"), os.getpid()
         try:
             return self._pool.submit(load).result
         except RuntimeError as error:
@@ -336,6 +344,7 @@ class Source:
         Raises:
             ValueError: There are no rows, or they cannot be read; as :meth:`chunks`.
         """
+        mind_fork()
         if self._survey is not None and self._survey.reservoir.size >= size:
             return self._survey
         reservoir, tally, squares, mark, single = Reservoir(size), _Tally(), 0.0, 0, True
@@ -497,12 +506,30 @@ def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Stream
     if isinstance(x, np.memmap):
         return Arrays(x, f"the memory map of {x.filename}", columns, weights)
     if isinstance(x, torch.utils.data.DataLoader):
+<<<<<<< HEAD
         return Streams(lambda: x, "the DataLoader", fields=True)
+=======
+        return Streams(_Again(x), "the DataLoader")
+>>>>>>> 9f0cc10 (Sources, readers and everything that users hold survive pickle, copies and forks; a forked process computes on one thread; half precision is not written)
     if callable(x):
         return Streams(x, f"the function {getattr(x, '__name__', type(x).__name__)}")
     files = [path for item in (x if isinstance(x, (list, tuple)) else [x]) for path in _paths(item)]
     readers = [open_file(path, columns, classes, weights) for path in files]
     return readers[0] if len(readers) == 1 else Files(readers)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A function that returns the same iterable at each call.
+
+    Args:
+        iterable: What can be iterated over again and again.
+    """
+
+    iterable: Any
+
+    def __call__(self) -> Any:
+        return self.iterable
 
 
 def _paths(item: str | os.PathLike[str]) -> list[Path]:

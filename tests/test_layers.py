@@ -13,6 +13,7 @@ PACKAGE = Path(gmmkeops.__file__).parent
 
 # From the bottom up; a file may import only what stands on lines above its own.
 LAYERS = [
+    ["gmmkeops._forks"],
     ["gmmkeops._arguments"],
     ["gmmkeops._checks", "gmmkeops._columns", "gmmkeops._declared", "gmmkeops._random", "gmmkeops._shells"],
     ["gmmkeops._readers", "gmmkeops._survey"],

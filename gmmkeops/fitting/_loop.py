@@ -20,6 +20,7 @@ from gmmkeops import reductions
 from gmmkeops._arguments import as_choice, as_fraction, as_functions, as_integer, as_number
 from gmmkeops._checks import ConvergenceWarning, as_dtype, as_points, as_weights, recording
 from gmmkeops._columns import table_names, table_of
+from gmmkeops._forks import mind_fork
 from gmmkeops.distributed import World, difference
 from gmmkeops.fitting._checkpoint import Checkpoint, Journal
 from gmmkeops.fitting._conditional import Network
@@ -125,6 +126,7 @@ def fit(
         (50, 'dense')
     """
     began = time.perf_counter()
+    mind_fork()
     world = World()
     with world.together(), recording():
         mixture = _starting_mixture(start, method)
