@@ -23,11 +23,8 @@ from gmmkeops import reductions
 from gmmkeops._arguments import as_integer, as_shape
 from gmmkeops._checks import as_device, as_points, as_tensor, check_finite, concrete, recordable
 from gmmkeops._columns import table_of
-<<<<<<< HEAD
-from gmmkeops._random import as_generator
-=======
 from gmmkeops._forks import mind_fork
->>>>>>> 9f0cc10 (Sources, readers and everything that users hold survive pickle, copies and forks; a forked process computes on one thread; half precision is not written)
+from gmmkeops._random import as_generator
 from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
@@ -464,18 +461,12 @@ class Mixture(Distribution):
         Raises:
             ValueError: No such component, an empty region, or one so far out that its mass is no float64.
         """
-<<<<<<< HEAD
+        mind_fork()
         shape = as_shape(sample_shape)
         if component is not None:
             component = as_integer(component, "component", -self.components, self.components - 1)
         if generator is not None:
             as_generator(generator)
-=======
-        mind_fork()
-        shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
-        if component is not None and not -self.components <= component < self.components:
-            raise ValueError(f"component must be below {self.components}, got {component}.")
->>>>>>> 9f0cc10 (Sources, readers and everything that users hold survive pickle, copies and forks; a forked process computes on one thread; half precision is not written)
         low, high = shell(confidence, std_range, self.features)
         with torch.no_grad():
             count, K, D = shape.numel(), self.components, self.features

@@ -506,11 +506,7 @@ def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Stream
     if isinstance(x, np.memmap):
         return Arrays(x, f"the memory map of {x.filename}", columns, weights)
     if isinstance(x, torch.utils.data.DataLoader):
-<<<<<<< HEAD
-        return Streams(lambda: x, "the DataLoader", fields=True)
-=======
-        return Streams(_Again(x), "the DataLoader")
->>>>>>> 9f0cc10 (Sources, readers and everything that users hold survive pickle, copies and forks; a forked process computes on one thread; half precision is not written)
+        return Streams(_Again(x), "the DataLoader", fields=True)
     if callable(x):
         return Streams(x, f"the function {getattr(x, '__name__', type(x).__name__)}")
     files = [path for item in (x if isinstance(x, (list, tuple)) else [x]) for path in _paths(item)]
