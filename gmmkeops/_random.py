@@ -1,23 +1,27 @@
-"""Generators of random numbers for calls that were given none: of a fixed seed, so that results repeat in every process."""
+"""Generators of random numbers, on the device where they are used, and draws that are the same in every run.
+
+Calls that were given no generator take one of a fixed seed, so that results repeat in every process.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["DEFAULT_SEED", "as_generator"]
+__all__ = ["DEFAULT_SEED", "as_generator", "categorical", "generator_on", "running_sum"]
 
 # A number that hardly any script seeds its own data with: a fit's random numbers are then not those that made its points.
 DEFAULT_SEED = 0x676D6D6B656F7073
 
 
 def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
-    """Return the given generator, or without one a new generator of a fixed seed.
+    """Return the given generator as one of the device, or without one a new generator of a fixed seed.
 
     Args:
-        generator: A ``torch.Generator``, or None.
-        device: Device of the new generator.
+        generator: A ``torch.Generator`` of any device, or None.
+        device: Device of the random numbers.
 
     Raises:
         TypeError: ``generator`` is neither.
@@ -29,4 +33,52 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
             "pass torch.Generator().manual_seed(0)."
         )
-    return generator
+    return _moved(generator, torch.device(device))
+
+
+def generator_on(generator: Any, device: Any) -> torch.Generator | None:
+    """Return the given generator as one of the device; None, which is torch's global generator, stays None.
+
+    Args:
+        generator: A ``torch.Generator`` of any device, or None.
+        device: Device of the random numbers.
+
+    Raises:
+        TypeError: ``generator`` is neither.
+    """
+    return None if generator is None else as_generator(generator, device)
+
+
+def _moved(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """The generator, or one of the device that is seeded by it if it belongs to another; the next call gives another one."""
+    if generator.device.type == device.type:
+        return generator
+    seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
+    return torch.Generator(device).manual_seed(seed)
+
+
+def running_sum(values: Tensor, dim: int = 0) -> Tensor:
+    """Return the cumulative sum along a dimension.
+
+    Under ``torch.use_deterministic_algorithms(True)`` torch has none of floats on CUDA; there it is made of shifted sums.
+    Reference: Hillis and Steele 1986, *Data parallel algorithms*, CACM 29.
+    """
+    if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return values.cumsum(dim)
+    size, step = values.shape[dim], 1
+    while step < size:
+        head, tail = values.split([step, size - step], dim)
+        values = torch.cat([head, tail + values.narrow(dim, 0, size - step)], dim)
+        step *= 2
+    return values
+
+
+def categorical(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw with replacement: indices (*B, count), int64, with probabilities proportional to the weights (*B, K)."""
+    if not (weights.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return torch.multinomial(weights, count, replacement=True, generator=generator)
+    total = running_sum(weights, -1)
+    u = torch.rand(*weights.shape[:-1], count, generator=generator, dtype=total.dtype, device=total.device)
+    # No draw may be at the right end, whose weight may be zero.
+    last = (weights > 0).long().mul(torch.arange(weights.shape[-1], device=weights.device)).amax(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(total, u * total[..., -1:], right=True), last)

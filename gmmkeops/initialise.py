@@ -20,6 +20,7 @@ from gmmkeops._checks import as_points, as_weights
 from gmmkeops._columns import table_names
 from gmmkeops._floor import nearest_factor
 from gmmkeops._forks import mind_fork
+from gmmkeops._random import running_sum
 from gmmkeops._survey import sample
 from gmmkeops.distributed import World
 from gmmkeops.factors import SphericalFactor, factor_class
@@ -109,7 +110,7 @@ def initialise(
         rows, mass, some, chunks = representatives(x, weights, max(_SAMPLE, 20 * K), world, minimum=K)
         if some < K:
             raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
-        generator = _on(world.generator(generator, rows.device), rows.device)
+        generator = world.generator(generator, rows.device)
         if strategy == "responsibilities":
             return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied).named(names)
         points, masses = _distinct(rows, mass)
@@ -152,14 +153,6 @@ def representatives(
     return rows, masses, len(x) if g is None else int((g > 0).sum()), lambda: [Chunk(x, g)]
 
 
-def _on(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """A generator for a device, seeded by one of another."""
-    if generator.device.type == device.type:
-        return generator
-    seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
-    return torch.Generator(device).manual_seed(seed)
-
-
 def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
     """The distinct points (M, D) among rows, float64, and their masses (M,).
 
@@ -188,7 +181,7 @@ def stratified_rows(count: int, size: int, generator: torch.Generator, device: t
 
 def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Indices drawn with chances proportional to ``mass``, by inverting its cumulative sum."""
-    total = mass.cumsum(0)
+    total = running_sum(mass)
     u = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device)
     return torch.searchsorted(total, u * total[-1]).clamp(max=len(mass) - 1)
 

@@ -24,7 +24,7 @@ from gmmkeops._arguments import as_integer, as_shape
 from gmmkeops._checks import as_device, as_points, as_tensor, check_finite, concrete, recordable
 from gmmkeops._columns import table_of
 from gmmkeops._forks import mind_fork
-from gmmkeops._random import as_generator
+from gmmkeops._random import categorical, generator_on
 from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
 
@@ -362,7 +362,7 @@ class Mixture(Distribution):
         if not bool(((share > 0) & (share < 1)).all()):
             raise ValueError("q must lie inside (0, 1).")
         with torch.no_grad():
-            share = share.reshape(*share.shape, *[1] * len(self.batch_shape)).expand(*share.shape, *self.batch_shape)
+            share = share.reshape((*share.shape, *[1] * len(self.batch_shape))).expand((*share.shape, *self.batch_shape))
             # No quantile of a mixture is beyond those of all its components.
             z = torch.special.ndtri(share).unsqueeze(-1)
             each = self.means[..., 0] + z / self.factor.log_determinant().exp()
@@ -465,9 +465,8 @@ class Mixture(Distribution):
         shape = as_shape(sample_shape)
         if component is not None:
             component = as_integer(component, "component", -self.components, self.components - 1)
-        if generator is not None:
-            as_generator(generator)
         low, high = shell(confidence, std_range, self.features)
+        generator = generator_on(generator, self.means.device)
         with torch.no_grad():
             count, K, D = shape.numel(), self.components, self.features
             batch = self.batch_shape.numel()
@@ -476,7 +475,7 @@ class Mixture(Distribution):
                 labels = torch.full((count, batch), (component or 0) % K, device=self.means.device)
             else:
                 weights = self.weights.double().reshape(batch, K)
-                labels = torch.multinomial(weights, count, replacement=True, generator=generator).T
+                labels = categorical(weights, count, generator).T
             first = torch.arange(batch, device=labels.device)
             index = (labels + K * first).reshape(-1)
             factor = self.factor.replace(**{n: t.flatten(0, -2) for n, t in self.factor.tensors.items()})

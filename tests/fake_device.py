@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -137,6 +138,12 @@ class FakeTensor(torch.Tensor):
 
     def __array__(self, *args, **kwargs):
         raise TypeError(f"can't convert cuda:0 device type tensor to numpy at {_site()}")
+
+    def __deepcopy__(self, memo):
+        copy = on_device(self.held)
+        if getattr(self, "_is_param", False):
+            copy = torch.nn.Parameter(copy)
+        return copy.requires_grad_(self.requires_grad)
 
     def _read(self):
         _counts.synchronizations["item", _site()] += 1
@@ -272,6 +279,10 @@ def _run(function, args, kwargs):
     if device is not None:
         kwargs["device"] = "cpu"
     out = function(*tree_map(_held, args), **tree_map(_held, kwargs))
+    if torch.Tag.inplace_view in function.tags:
+        # A new shape in place, which the tensor that is seen takes as well.
+        with torch._C._DisableTorchDispatch():
+            function(*args, **kwargs)
     if on_host:
         return out
     # What an operation has changed in place keeps its tensor.
@@ -369,6 +380,14 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=_synchronized))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (64 << 30, 80 << 30))
+    run = threading.Thread.run
+
+    def run_on_device(self):
+        # Modes belong to a thread.
+        with _Named(), _Mode():
+            run(self)
+
+    monkeypatch.setattr(threading.Thread, "run", run_on_device)
     _counts.clear()
     try:
         with _Named(), _Mode():

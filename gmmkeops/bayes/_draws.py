@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import SamplingWarning, as_points
+from gmmkeops._random import categorical, generator_on
 from gmmkeops.bayes._prior import Prior, Values
 from gmmkeops.mixture import Mixture
 
@@ -133,14 +134,14 @@ class Draws:
         """A function of some draws and some points, chunk by chunk over the points: (N, ...)."""
         x = torch.as_tensor(x)
         x = as_points(x[:, None] if x.ndim == 1 else x, features=self.prior.features).double()
-        mixtures, size = self.mixtures, max(1, _CHUNK // (width * len(self.log_weights)))
+        mixtures, size = self.mixtures.to(x.device), max(1, _CHUNK // (width * len(self.log_weights)))
         return torch.cat([function(mixtures, part) for part in x.split(size)])
 
     def log_prob(self, x: Any) -> Tensor:
         """Posterior predictive log-density of points (N, D) or (N,), nats."""
 
         def density(mixtures: Mixture, part: Tensor) -> Tensor:
-            return torch.logsumexp(mixtures.log_prob(part[:, None, :]) + self.log_weights, 1)
+            return torch.logsumexp(mixtures.log_prob(part[:, None, :]) + self.log_weights.to(part.device), 1)
 
         return self._over(x, density, self.prior.components * self.prior.features)
 
@@ -149,7 +150,7 @@ class Draws:
 
         def shares(mixtures: Mixture, part: Tensor) -> Tensor:
             own = torch.softmax(mixtures.log_joint(part[:, None, :]), -1)
-            return torch.einsum("s,nsk->nk", self.weights, own)
+            return torch.einsum("s,nsk->nk", self.weights.to(own.device), own)
 
         return self._over(x, shares, self.prior.components * self.prior.features)
 
@@ -158,7 +159,8 @@ class Draws:
 
         Without a generator torch's global one is used, as by all distributions of torch: two calls draw different points.
         """
-        rows = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        generator = generator_on(generator, self.weights.device)
+        rows = categorical(self.weights, count, generator)
         chosen = self.prior.mixtures({name: value[rows] for name, value in self.values.items()})
         return chosen.sample(generator=generator)
 

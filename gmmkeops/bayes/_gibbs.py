@@ -133,9 +133,9 @@ def _bar(total: int, progress: bool | None) -> Any:
 
 def _sweep(target: Target, values: Values, generator: torch.Generator) -> Moments:
     """Draws every label, and returns their moments about the means."""
-    mixture = target.prior.mixtures({name: value[0] for name, value in values.items()})
+    mixture = target.prior.mixtures({name: value[0] for name, value in values.items()}).to(target.x.device)
     seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    return reductions.moments(
+    sums = reductions.moments(
         target.cloud,
         mixture.offsets,
         mixture.means,
@@ -146,6 +146,8 @@ def _sweep(target: Target, values: Values, generator: torch.Generator) -> Moment
         backend=target.backend,
         truncate=0,
     )
+    # Parameters are drawn on the CPU.
+    return Moments(*(part.cpu() for part in (sums.S0, sums.S1, sums.S2, sums.centres, sums.total, sums.mass)))
 
 
 def _swapped(target: Target, values: Values, sweep: int, generator: torch.Generator) -> Values:

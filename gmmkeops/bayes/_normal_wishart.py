@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._floor import nearest_factor
+from gmmkeops._random import generator_on, running_sum
 from gmmkeops.bayes._student import StudentMixture
 from gmmkeops.factors import Factor, FullFactor
 from gmmkeops.fitting._checkpoint import known
@@ -126,7 +127,7 @@ class NormalWishart:
         """The weights' parameters with so many points more in each component."""
         if not self.sticks:
             return self.concentration + n
-        after = n.flip(0).cumsum(0).flip(0) - n
+        after = running_sum(n.flip(0)).flip(0) - n
         return self.concentration + torch.stack([n, after.clamp(min=0)])
 
     def expected_log_weights(self) -> Tensor:
@@ -134,7 +135,7 @@ class NormalWishart:
         if not self.sticks:
             return torch.digamma(self.concentration) - torch.digamma(self.concentration.sum())
         a, b = torch.digamma(self.concentration) - torch.digamma(self.concentration.sum(0))
-        return a + torch.cat([b.new_zeros(1), b[:-1].cumsum(0)])
+        return a + torch.cat([b.new_zeros(1), running_sum(b[:-1])])
 
     def expected_log_determinants(self) -> Tensor:
         """E log |Λ| (K or 1,), in the logarithm of 1 / squared data units."""
@@ -255,6 +256,7 @@ class NormalWishart:
         Without a generator torch's global one is used, as by all distributions of torch: two calls draw different mixtures.
         """
         K, D, factor = self.mixture.components, self.mixture.features, self.mixture.factor
+        generator = generator_on(generator, self.concentration.device)
         a = self.concentration.expand(count, *self.concentration.shape)
         draws = gamma(a, generator)
         if self.sticks:

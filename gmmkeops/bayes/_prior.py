@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Independent, biject_to, constraint
 
 from gmmkeops._arguments import as_integer, as_number
 from gmmkeops._checks import as_tensor, check_finite
+from gmmkeops._random import generator_on
 from gmmkeops.bayes._normal_wishart import gamma, stick_weights
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor, factor_class
 from gmmkeops.mixture import Mixture
@@ -61,6 +62,7 @@ class StickBreaking(Distribution):
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
         """Draws weights (*S, K); without a generator by torch's global one, as all distributions of torch do."""
         shape = (*torch.Size(sample_shape), *self.event_shape)
+        generator = generator_on(generator, "cpu")
         a = gamma(torch.ones(shape, dtype=torch.float64), generator)
         b = gamma(torch.full(shape, self.concentration, dtype=torch.float64), generator)
         return stick_weights(a / (a + b))
@@ -275,7 +277,7 @@ class Prior:
 
         Without a generator torch's global one is used, as by all distributions of torch: two calls draw different values.
         """
-        found = {}
+        found, generator = {}, generator_on(generator, "cpu")
         for site in self.sites:
             if site.prior is None:
                 assert site.known is not None, "known or with a prior"

@@ -18,6 +18,7 @@ from torch.distributions import Distribution, constraints
 
 from gmmkeops._checks import as_points
 from gmmkeops._columns import table_of
+from gmmkeops._random import generator_on
 from gmmkeops.factors import Factor
 from gmmkeops.mixture import Mixture
 
@@ -112,6 +113,7 @@ class StudentMixture(Distribution):
         """Draws points (*S, D), data units; without a generator by torch's global one, as all distributions of torch do."""
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         count, D = shape.numel(), self.means.shape[1]
+        generator = generator_on(generator, self.means.device)
         gaussian = Mixture(self.logits, torch.zeros_like(self.means), self.factor, validate_args=False)
         noise, labels = gaussian.sample(count, return_labels=True, generator=generator)
         d = self.degrees[labels][:, None].expand(-1, D if self.factor.family == "diagonal" else 1)

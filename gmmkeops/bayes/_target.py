@@ -74,14 +74,16 @@ class Target:
     def log_likelihood(self, mixtures: Mixture) -> Tensor:
         """Σ g ℓ of each mixture of a batch (S,), nats; differentiable (once) in the parameters."""
         if self.rows <= _FEW:
-            logs = mixtures.log_prob(self.x.double()[:, None, :])
-            return logs.sum(0) if self.weights is None else self.weights @ logs
+            # The parameters are on the CPU, wherever the points are.
+            logs = mixtures.to(self.x.device).log_prob(self.x.double()[:, None, :])
+            return (logs.sum(0) if self.weights is None else self.weights @ logs).to(mixtures.means.device)
         return torch.stack([self.total(self.cloud, self.weights, mixture) for mixture in _each(mixtures)])
 
     def total(self, points: Any, weights: Tensor | None, mixture: Mixture) -> Tensor:
         """Σ g ℓ of some points, nats."""
-        arguments = (points, mixture.offsets, mixture.means, mixture.factor)
-        return reductions.total(*arguments, weights=weights, backend=self.backend, truncate=0)
+        moved = mixture.to(self.x.device)
+        arguments = (points, moved.offsets, moved.means, moved.factor)
+        return reductions.total(*arguments, weights=weights, backend=self.backend, truncate=0).to(mixture.means.device)
 
     def log_density(self, z: Tensor) -> Tensor:
         """Log-density of unbounded numbers (S, size) but for a constant: (S,), nats; -inf where there is none."""
@@ -111,7 +113,7 @@ class Target:
                 method = VariationalBayes(concentration=sticks.concentration, reg_covar=0.0, tol=0)
                 settings: Any = {"weights": self.weights, "backend": self.backend, "progress": False}
                 found = fit(found, self.x, method, max_iter=_STEPS, **settings).mixture
-            z = prior.unbounded(prior.of_mixture(found))
+            z = prior.unbounded(prior.of_mixture(found.to("cpu")))
             if bool(torch.isfinite(z).all()) and bool(torch.isfinite(self.log_density(z)).all()):
                 return self._placed(z)
         return prior.unbounded(prior.sample(1, generator))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._random import running_sum
 from gmmkeops.reductions._exponents import Exponents
 from gmmkeops.reductions._products import product
 
@@ -245,7 +246,7 @@ class Tile:
         """Fills ``self.R`` with one drawn label per point; returns the log-sum-exps (rows,)."""
         values = self.softmax()
         generator = torch.Generator(self.E.device).manual_seed(seed)
-        torch.cumsum(self.R, 0, dtype=self.E.dtype, out=self.E)
+        self.E.copy_(running_sum(self.E.copy_(self.R)))
         # The first component whose cumulative share reaches a uniform number in (0, 1] has a share of its own.
         u = 1 - torch.rand(self.width, generator=generator, dtype=self.R.dtype, device=self.R.device)
         label = torch.lt(self.E, u * self.E[-1], out=self._below()).sum(0)
