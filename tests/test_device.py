@@ -373,11 +373,11 @@ def test_the_fake_device_has_no_deterministic(monkeypatch, operation, determinis
         operation(on_device(torch.rand(10, generator=generator())))
 
 
+# Kernels, host synchronizations and copies to the device of one iteration, at most: a tenth above what they are today.
 @pytest.mark.filterwarnings("ignore:KeOps is the faster engine here")
-# Kernels, host synchronizations and copies to the device of one iteration, at most.
 @pytest.mark.parametrize(
     ("name", "bounds"),
-    [("em", (0, 0, 0)), ("em_float32", (0, 0, 0)), ("adam", (0, 0, 0)), ("variational", (0, 0, 0))],
+    [("em", (310, 36, 7)), ("em_float32", (320, 36, 7)), ("adam", (230, 20, 2)), ("variational", (400, 19, 3))],
 )
 def test_costs_of_an_iteration(monkeypatch, tmp_path, name, bounds):
     method = {"adam": gk.Adam, "variational": gk.bayes.VariationalBayes}.get(name, gk.EM)
