@@ -362,7 +362,9 @@ class Mixture(Distribution):
         if not bool(((share > 0) & (share < 1)).all()):
             raise ValueError("q must lie inside (0, 1).")
         with torch.no_grad():
-            share = share.reshape((*share.shape, *[1] * len(self.batch_shape))).expand((*share.shape, *self.batch_shape))
+            share = share.reshape((*share.shape, *[1] * len(self.batch_shape))).expand(
+                (*share.shape, *self.batch_shape)
+            )
             # No quantile of a mixture is beyond those of all its components.
             z = torch.special.ndtri(share).unsqueeze(-1)
             each = self.means[..., 0] + z / self.factor.log_determinant().exp()
@@ -448,8 +450,9 @@ class Mixture(Distribution):
         Args:
             sample_shape: S, an int or a shape.
             return_labels: Whether to return the components as well.
-            generator: Random number generator. Without one torch's global generator is used, as by all distributions of
-                torch: two calls draw different points, and ``torch.manual_seed`` makes them repeat.
+            generator: Random number generator of any device; one of another device than the mixture's seeds the draws.
+                Without one torch's global generator is used, as by all distributions of torch: two calls draw different
+                points, and ``torch.manual_seed`` makes them repeat.
             component: Draw from this component alone.
             confidence: Draw within the ellipsoid that holds this share of a component, in (0, 1].
             std_range: (a, b): draw at Mahalanobis distances from a to b of the component's mean; b may be infinite.

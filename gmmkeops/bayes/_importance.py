@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gmmkeops._arguments import as_choice, as_integer
 from gmmkeops._checks import SamplingWarning, recording
-from gmmkeops._random import as_generator, generator_on
+from gmmkeops._random import as_generator
 from gmmkeops.bayes._draws import Draws
 from gmmkeops.bayes._pareto import smoothed
 from gmmkeops.bayes._prior import Prior, Values
@@ -90,7 +90,6 @@ def importance(
     as_choice(proposal, "proposal", PROPOSALS)
     draws = as_integer(draws, "draws", 10)
     target = Target(prior, x, weights, backend=backend)
-    generator = generator_on(generator, "cpu")
     generator = as_generator(generator)
     if proposal == "prior":
         values = prior.sample(draws, generator)
