@@ -42,7 +42,7 @@ from gmmkeops.mixture import Mixture
 from gmmkeops.reductions import BACKENDS
 from gmmkeops.sources import Source, chunked, readable
 
-__all__ = ["MixtureEstimator", "generator_of"]
+__all__ = ["MixtureEstimator", "Trace", "generator_of"]
 
 Self = TypeVar("Self", bound="MixtureEstimator")
 
@@ -95,6 +95,9 @@ class MixtureEstimator(Estimator, ABC):
     max_memory: Any
 
     mixture_: Mixture
+    # The iterations that a warm start continues, and the statistics of the batches that a stream has brought.
+    _trace: Trace | None = None
+    _memory: Any = None
 
     @abstractmethod
     def _method(self, warm: bool) -> Method[Any]:
@@ -150,7 +153,7 @@ class MixtureEstimator(Estimator, ABC):
                 # The parameters of the last fit belong to other columns.
                 last = None
             method, settings = self._method(last is not None), self._settings()
-            earlier = getattr(self, "_trace", None) if last is not None else None
+            earlier = self._trace if last is not None else None
             continuation = _Continuation(method, earlier if earlier and earlier.settings == settings else None)
             if world.size > 1:
                 own = {name: value for name, value in self.get_params(deep=False).items() if name not in _OF_A_RANK}
@@ -191,13 +194,11 @@ class MixtureEstimator(Estimator, ABC):
                 convergence_warning(),
                 stacklevel=2,
             )
-        self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
         # Ranks read their sources in the order of the first one's columns, which the result has.
         names = best.mixture.columns if isinstance(x, Source) and names is not None else names
         self._adopt(best.mixture.named(names), torch.is_tensor(X))
-        self.n_features_in_ = _features(x)
-        self._name(self.mixture_.columns)
-        self._trace = _Trace([*continuation.objectives, *best.history["objective"]], best.log_likelihood, settings)
+        self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
+        self._trace = Trace([*continuation.objectives, *best.history["objective"]], best.log_likelihood, settings)
         self._conclude(best)
         return self
 
@@ -337,10 +338,21 @@ class MixtureEstimator(Estimator, ABC):
             )
         return as_points(x, name="X", minimum=minimum), names
 
-    def _adopt(self, mixture: Mixture, tensors: bool) -> None:
+    def _adopt(self, mixture: Mixture, tensors: bool, fitted_type: str | None = None) -> None:
+        """Sets what follows from a mixture; what is known of another one alone is dropped.
+
+        Args:
+            mixture: The mixture.
+            tensors: Whether attributes are tensors rather than numpy arrays.
+            fitted_type: The mixture's covariance type, where that is not the parameter's.
+        """
+        for name in [name for name in vars(self) if name.endswith("_") and not name.startswith("_")]:
+            delattr(self, name)
         self.mixture_, self._tensors, self._sampled = mixture, tensors, 0
+        self._trace, self._memory = None, None
+        self._fitted_type = _canonical(self.covariance_type if fitted_type is None else fitted_type)
         factor = mixture.factor
-        tied = factor_class(self.covariance_type)[1]
+        tied = self._fitted_type.startswith("tied_")
 
         def shaped(matrices: Tensor) -> Any:
             if factor.family != "full":
@@ -353,13 +365,17 @@ class MixtureEstimator(Estimator, ABC):
         self.covariances_ = shaped(factor.covariances())
         self.precisions_ = shaped(factor.precisions())
         self.precisions_cholesky_ = shaped(factor.matrices())
+        self.n_features_in_ = mixture.features
+        if mixture.columns is not None:
+            self.feature_names_in_ = np.array(mixture.columns, dtype=object)
 
-    def _name(self, columns: Sequence[str] | None) -> None:
-        """Keeps the names of the columns as scikit-learn does, where they are known."""
-        if columns is not None:
-            self.feature_names_in_ = np.array(columns, dtype=object)
-        elif hasattr(self, "feature_names_in_"):
-            del self.feature_names_in_
+    def _same_model(self) -> bool:
+        """Whether there is a mixture, of as many components and of the covariance type that the parameters ask for."""
+        return (
+            self.fitted_
+            and self.mixture_.components == self.n_components
+            and self._fitted_type == _canonical(self.covariance_type)
+        )
 
     @staticmethod
     def _out(values: Tensor, tensors: bool) -> Any:
@@ -446,7 +462,7 @@ class MixtureEstimator(Estimator, ABC):
 
 
 @dataclass(frozen=True)
-class _Trace:
+class Trace:
     """The iterations that led to an estimator's mixture, for warm starts that continue them.
 
     Args:
@@ -472,7 +488,7 @@ class _Continuation:
         objectives: The objectives of the earlier iterations; none where they are those of other points.
     """
 
-    def __init__(self, method: Method[Any], earlier: _Trace | None) -> None:
+    def __init__(self, method: Method[Any], earlier: Trace | None) -> None:
         # A warm start heats an annealed fit again, and its objective is then another one.
         self.earlier = None if getattr(method, "temperature", None) is not None else earlier
         self.method, self.converged = method, False
@@ -495,6 +511,12 @@ def _changed(method: Method[Any], **settings: Any) -> Method[Any]:
     other = copy.copy(method)
     vars(other).update(settings)
     return other
+
+
+def _canonical(covariance_type: str) -> str:
+    """One name for each covariance type."""
+    kind, tied = factor_class(covariance_type)
+    return ("tied_" if tied else "") + kind.family
 
 
 def _features(x: Tensor | Source) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -20,14 +21,29 @@ from gmmkeops import io, selection
 from gmmkeops._arguments import as_choice, as_integer, as_number
 from gmmkeops._checks import as_tensor, as_weights, check_finite, renamed
 from gmmkeops._contract import NotFittedError
-from gmmkeops._mixture_estimator import MixtureEstimator, generator_of
+from gmmkeops._mixture_estimator import MixtureEstimator, Trace, generator_of
+from gmmkeops._saved import packed, unpacked
 from gmmkeops.bayes import NormalWishart, VariationalBayes
 from gmmkeops.factors import Factor, factor_class
 from gmmkeops.fitting import EM, Adam, FitResult, Method
 from gmmkeops.mixture import Mixture, as_mixture
+from gmmkeops.moments import Moments
 from gmmkeops.sources import Source, readable
 
 __all__ = ["BayesianGaussianMixture", "GaussianMixture", "NotFittedError"]
+
+
+# Attributes that follow from the mixture.
+_OF_THE_MIXTURE = (
+    "mixture_",
+    "weights_",
+    "means_",
+    "covariances_",
+    "precisions_",
+    "precisions_cholesky_",
+    "n_features_in_",
+    "feature_names_in_",
+)
 
 
 class GaussianMixture(MixtureEstimator):
@@ -52,7 +68,8 @@ class GaussianMixture(MixtureEstimator):
             out comes from ``init_params``.
         random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. With None a fixed seed is used, so that the
             same fit gives the same result in every process. Global random states are never read or changed.
-        warm_start: Begin at the last fit's parameters.
+        warm_start: Begin at the last fit's parameters, and compare the objective with that of its iterations. With other
+            ``n_components``, another ``covariance_type`` or other columns than in the last fit, ``fit`` begins anew.
         verbose: Write a line to stderr each ``verbose_interval`` iterations; from 2 on, show a bar in a terminal instead.
         verbose_interval: See ``verbose``.
         device: Where to compute, e.g. "cuda"; by default where the data are.
@@ -71,11 +88,12 @@ class GaussianMixture(MixtureEstimator):
         precisions_: Their inverses.
         precisions_cholesky_: Upper-triangular U of the precisions' :math:`U U^\top`.
         converged_: Whether the tolerance was met.
-        n_iter_: When it was.
+        n_iter_: Number of iterations of the last ``fit``; after ``partial_fit`` the number of batches of the stream.
         lower_bound_: Mean log-likelihood (minus penalty) of the parameters above, nats per point.
         lower_bounds_: The same for the parameters before each iteration.
         mixture_: The :class:`~gmmkeops.Mixture`.
-        result_: The :class:`~gmmkeops.FitResult` of the best start.
+        result_: The :class:`~gmmkeops.FitResult` of the best start. Attributes describe ``mixture_`` always: those that are
+            not known of it (after ``partial_fit``, ``from_mixture``) do not exist.
         n_features_in_: Number of columns D.
         feature_names_in_: Their names, where the data had them.
 
@@ -149,7 +167,10 @@ class GaussianMixture(MixtureEstimator):
         """One step of stepwise EM on a batch, ``partial_fit(X, y=None, sample_weight=None)``; returns the estimator.
 
         The first call starts from its batch, which needs at least K points. Moments of the t-th batch enter with weight
-        (t + 2)^-0.6, so a stream is averaged and slowly forgotten.
+        (t + 2)^-0.6, so a stream is averaged and slowly forgotten. After ``fit``, ``from_mixture`` or ``load`` of such a model
+        a new stream begins at its mixture; after a change of ``n_components`` or ``covariance_type`` one begins at the batch.
+        ``n_iter_`` is then the number of batches of the stream, ``converged_`` is False, and ``lower_bound_``, ``lower_bounds_``
+        and ``result_`` do not exist, because a stream has no training data to compute them on.
 
         Raises:
             AttributeError: The solver is not EM.
@@ -161,55 +182,111 @@ class GaussianMixture(MixtureEstimator):
 
     def _partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
         self._check()
-        method = cast(EM, self._method(False))
-        x, names = self._points(X, fitting=not self.fitted_, minimum=1 if self.fitted_ else max(self.n_components, 2))
+        method, goes_on = cast(EM, self._method(False)), self._same_model()
+        x, names = self._points(X, fitting=not goes_on, minimum=1 if goes_on else max(self.n_components, 2))
+        self._check_columns(x.shape[1])
         g = as_weights(sample_weight, x, name="sample_weight")
-        start = (
-            self.mixture_.to(x.device)
-            if self.fitted_
-            else self._start(x, g, generator_of(self.random_state, x.device), x.device)
-        )
-        mixture, self._memory = method.update(
-            start, x, getattr(self, "_memory", None), penalty=self.penalty, weights=g, backend=self.backend
-        )
-        if names is not None:
-            mixture = mixture.named(tuple(names))
-        self._adopt(mixture, torch.is_tensor(X))
-        self.n_features_in_ = x.shape[1]
-        self._name(mixture.columns)
-        self.n_iter_, self.converged_ = getattr(self, "n_iter_", 0) + 1, False
+        if goes_on:
+            start, memory = self.mixture_.to(x.device), self._memory
+            columns = self.mixture_.columns
+        else:
+            start, memory = self._start(x, g, generator_of(self.random_state, x.device), x.device), None
+            columns = None if names is None else tuple(names)
+        if memory is not None:
+            sums = memory[0]
+            sums = Moments(*(getattr(sums, field.name).to(x.device) for field in fields(sums)))
+            memory = (sums, *memory[1:])
+        mixture, memory = method.update(start, x, memory, penalty=self.penalty, weights=g, backend=self.backend)
+        self._adopt(mixture.named(columns), torch.is_tensor(X))
+        self._memory, self.n_iter_, self.converged_ = memory, memory[1], False
         return self
 
     @classmethod
     def from_mixture(cls, mixture: Mixture, **params: Any) -> GaussianMixture:
         """An estimator with known parameters, ready to score, sample and predict without ``fit``.
 
+        It has no ``converged_``, ``n_iter_``, ``lower_bound_``, ``lower_bounds_`` and ``result_``, which describe a fit.
+
         Args:
             mixture: One mixture.
-            **params: Further arguments of the constructor.
+            **params: Further arguments of the constructor; ``covariance_type`` must be that of the mixture.
 
         Raises:
-            ValueError: A batch of mixtures.
+            ValueError: A batch of mixtures, or another covariance type.
         """
         as_mixture(mixture)
         tied = "tied_" if mixture.factor.leading == 1 and mixture.components > 1 else ""
         family = {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
         name = {"tied_full": "tied"}.get(tied + family, tied + family)
-        model = cls(mixture.components, covariance_type=name, **params)
+        params.setdefault("covariance_type", name)
+        kind, shared = factor_class(params["covariance_type"])
+        if kind.family != mixture.factor.family or (mixture.components > 1 and shared != bool(tied)):
+            raise ValueError(
+                f"covariance_type={params['covariance_type']!r} is not that of the mixture, {name!r}; leave it out."
+            )
+        model = cls(mixture.components, **params)
         model._adopt(mixture.detach().to(torch.float64), False)
-        model.n_features_in_, model.converged_, model.n_iter_ = mixture.features, True, 0
-        model._name(mixture.columns)
         return model
 
     def save(self, path: Any) -> None:
-        """Writes the fitted mixture to a file; see :func:`gmmkeops.save`."""
+        """Writes parameters and fitted attributes to a file; see :func:`gmmkeops.save`.
+
+        Raises:
+            ValueError: A parameter is of a kind that a file cannot hold, such as a function or a numpy ``RandomState``.
+        """
         self._require_fitted()
-        io.save(self.mixture_, path)
+        io.save(self, path)
 
     @classmethod
     def load(cls, path: Any, device: Any = "cpu") -> GaussianMixture:
-        """An estimator with the mixture of a file; see :func:`gmmkeops.load` for what may be wrong with it."""
-        return cls.from_mixture(io.load(path, device=device))
+        """An estimator from a file: as it was saved, or, of the file of a mixture, as by :meth:`from_mixture`.
+
+        Args:
+            path: A file that :meth:`save` or :func:`gmmkeops.save` wrote.
+            device: Where to put the parameters.
+
+        Raises:
+            FileNotFoundError, ValueError: As :func:`gmmkeops.load`.
+
+        Example:
+            >>> import os, tempfile, numpy as np, gmmkeops as gk
+            >>> X = np.array([[1.0], [2.0], [3.0], [9.0], [11.0]])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = os.path.join(folder, "model.safetensors")
+            ...     gk.GaussianMixture(2, tol=1e-6).fit(X).save(path)
+            ...     gk.GaussianMixture.load(path)
+            GaussianMixture(n_components=2, tol=1e-06)
+        """
+        mixture, entry, tensors = io.read(path, device=device)
+        if entry is None:
+            return cls.from_mixture(mixture)
+        try:
+            found = unpacked(entry, tensors, mixture, (Trace,))
+            model = cls(**found["params"])
+            attributes = found["attributes"]
+            kind, tied = factor_class(attributes["_fitted_type"])
+            if (kind.family, 1 if tied else mixture.components) != (mixture.factor.family, mixture.factor.leading):
+                raise ValueError("the mixture is of another covariance type")
+            model._adopt(mixture, attributes["_tensors"], attributes["_fitted_type"])
+            vars(model).update(attributes)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: its entry about the estimator cannot be read.") from error
+        return model
+
+    def _saved(self) -> tuple[Any, list[Tensor]]:
+        """Parameters and fitted attributes but for those that follow from the mixture, for :func:`gmmkeops.save`."""
+        tensors: list[Tensor] = []
+        params = {name: packed(value, tensors, name) for name, value in self.get_params().items()}
+        attributes = {}
+        for name, value in vars(self).items():
+            if name in params or name in _OF_THE_MIXTURE or (name == "result_" and value.answer is not None):
+                continue
+            attributes[name] = packed(value, tensors, name, (Trace,))
+        # Dictionaries, as ``packed`` writes them.
+        parts = {"params": params, "attributes": attributes}
+        return {
+            "dict": [[name, {"dict": [list(item) for item in part.items()]}] for name, part in parts.items()]
+        }, tensors
 
     def _method(self, warm: bool) -> Method[Any]:
         if isinstance(self.solver, Method):
@@ -226,7 +303,7 @@ class GaussianMixture(MixtureEstimator):
         raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
 
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
-        return self.mixture_ if self.fitted_ and self.mixture_.means.shape == shape else None
+        return self.mixture_ if self._same_model() and self.mixture_.means.shape == shape else None
 
     def _conclude(self, best: FitResult) -> None:
         self.lower_bound_ = -best.objective
@@ -288,6 +365,8 @@ class GaussianMixture(MixtureEstimator):
 
 
 WEIGHTS = ("dirichlet_process", "dirichlet_distribution")
+
+
 # What of the attributes is the posterior.
 _POSTERIOR = ("weight_concentration_", "mean_precision_", "means_", "degrees_of_freedom_", "covariances_")
 
@@ -314,7 +393,9 @@ class BayesianGaussianMixture(MixtureEstimator):
         degrees_of_freedom_prior: Of the Wishart prior, above D - 1; D if None.
         covariance_prior: Prior scatter: (D, D) full and tied, (D,) diagonal, a number for spherical types, squared data
             units; the data's covariance if None.
-        warm_start: Begin at the posterior that the attributes hold.
+        warm_start: Begin at the posterior that the attributes hold, and compare the bound with that of the last fit's
+            iterations. With other ``n_components``, another ``covariance_type`` or ``weight_concentration_prior_type``, or other
+            columns than in the last fit, ``fit`` begins anew.
         batch_size: Points per natural-gradient step, or None for all at once.
         device, dtype, backend, truncate, checkpoint, max_memory: As for :class:`GaussianMixture`.
 
@@ -460,6 +541,9 @@ class BayesianGaussianMixture(MixtureEstimator):
 
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
         if not all(hasattr(self, name) for name in _POSTERIOR) or tuple(self.means_.shape) != shape:
+            return None
+        sticks = self.weight_concentration_prior_type == "dirichlet_process"
+        if isinstance(self.weight_concentration_, tuple) is not sticks or (self.fitted_ and not self._same_model()):
             return None
         return self._remembered().mixture
 

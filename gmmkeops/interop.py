@@ -34,8 +34,11 @@ def from_sklearn(model: Any) -> GaussianMixture:
         raise ValueError(f"{type(model).__name__} is not fitted; call its fit first.")
     mixture = Mixture.from_parameters(model.weights_, model.means_, model.covariances_, model.covariance_type)
     names = getattr(model, "feature_names_in_", None)
-    ours = GaussianMixture.from_mixture(mixture.named(None if names is None else tuple(names)))
-    ours.set_params(covariance_type=model.covariance_type)
+    mixture = mixture.named(None if names is None else tuple(names))
+    ours = GaussianMixture.from_mixture(mixture, covariance_type=model.covariance_type)
+    for name in ("converged_", "n_iter_"):
+        if hasattr(model, name):
+            setattr(ours, name, getattr(model, name))
     return ours
 
 
@@ -60,8 +63,12 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     if isinstance(mixture, GaussianMixture):
         mixture._require_fitted()
     ours = mixture if isinstance(mixture, GaussianMixture) else GaussianMixture.from_mixture(mixture)
-    kind = {"tied_full": "tied", "tied_diag": "tied", "tied_spherical": "tied"}.get(ours.covariance_type)
-    theirs = Theirs(ours.mixture_.components, covariance_type=kind or ours.covariance_type)
+    kind = (
+        "tied"
+        if ours._fitted_type.startswith("tied_")
+        else {"diagonal": "diag"}.get(ours._fitted_type, ours._fitted_type)
+    )
+    theirs = Theirs(ours.mixture_.components, covariance_type=kind)
     fitted = ours.mixture_.detach().to(device="cpu", dtype=torch.float64)
     covariances, precisions, factors = fitted.factor.covariances(), fitted.factor.precisions(), fitted.factor.matrices()
     if theirs.covariance_type in ("diag", "spherical"):
@@ -73,9 +80,10 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     theirs.weights_, theirs.means_ = fitted.weights.numpy(), fitted.means.numpy()
     theirs.covariances_, theirs.precisions_ = covariances.numpy(), precisions.numpy()
     theirs.precisions_cholesky_ = factors.numpy()
-    theirs.converged_, theirs.n_iter_ = bool(ours.converged_), int(ours.n_iter_)
+    # scikit-learn's warm start goes on from a model only where it finds these.
+    theirs.converged_, theirs.n_iter_ = bool(getattr(ours, "converged_", False)), int(getattr(ours, "n_iter_", 0))
     theirs.n_features_in_ = fitted.features
     if fitted.columns is not None:
         theirs.feature_names_in_ = np.array(fitted.columns, dtype=object)
-    theirs.lower_bound_ = getattr(ours, "lower_bound_", float("nan"))
+    theirs.lower_bound_ = getattr(ours, "lower_bound_", -float("inf"))
     return theirs

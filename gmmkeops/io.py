@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from gmmkeops._checks import as_device
 from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
@@ -27,6 +28,7 @@ __all__ = [
     "as_path",
     "check_output",
     "load",
+    "read",
     "save",
     "unused_name",
     "write_table",
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 _FORMAT = "gmmkeops.mixture"
 _VERSION = 1
+# Name of the header's entry about an estimator, and what the names of its tensors begin with.
+_ESTIMATOR, _PART = "gmmkeops.estimator", "estimator."
 # Formats of files by their suffixes. A mixture's file may do without one.
 MIXTURES = (".safetensors", "")
 TABLES = (".npy", ".csv")
@@ -47,13 +51,15 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     """Writes a mixture (or a fitted estimator's) to a file, whole or not at all.
 
     Args:
-        mixture: A :class:`~gmmkeops.Mixture`, batches too, or a fitted :class:`~gmmkeops.GaussianMixture`.
+        mixture: A :class:`~gmmkeops.Mixture`, batches too, or a fitted :class:`~gmmkeops.GaussianMixture`, whose parameters
+            and fitted attributes are written too (:meth:`gmmkeops.GaussianMixture.load`).
         path: The file, ``.safetensors`` or without a suffix, replaced in one step if it exists. The names of the mixture's
             columns, where they are known, are written too.
 
     Raises:
         TypeError: Neither of the two.
-        ValueError: The mixture is in half precision.
+        ValueError: The mixture is in half precision, or a parameter of the estimator is of a kind that a file cannot hold,
+            such as a function.
         ValueError: The suffix belongs to another format.
         OSError: The folder cannot be written to.
 
@@ -68,6 +74,9 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save as serialise
 
     path = check_output(path, MIXTURES, name="a mixture")
+    # What an estimator writes of itself beside its mixture.
+    own = getattr(mixture, "_saved", None) if hasattr(mixture, "mixture_") else None
+    entry, parts = (None, []) if own is None else own()
     mixture = getattr(mixture, "mixture_", mixture)
     if not isinstance(mixture, Mixture):
         raise TypeError(f"save takes a Mixture or a fitted GaussianMixture, got {type(mixture).__name__}.")
@@ -87,9 +96,10 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     }
     if mixture.columns is not None:
         header["columns"] = list(mixture.columns)
-    data = serialise(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {_FORMAT: json.dumps(header)}
-    )
+    metadata = {_FORMAT: json.dumps(header)} | ({} if entry is None else {_ESTIMATOR: json.dumps(entry)})
+    tensors |= {f"{_PART}{number}": part for number, part in enumerate(parts)}
+    # A copy of each, since tensors that share their memory are refused.
+    data = serialise({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata)
     write_whole(path, data)
 
 
@@ -242,6 +252,22 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
         ...     gk.load(path)
         Mixture(components=1, features=1, factor=spherical)
     """
+    return read(path, device=device)[0]
+
+
+def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture, Any, dict[int, Tensor]]:
+    """Reads a mixture, and what else an estimator has written to its file.
+
+    Args:
+        path: The file.
+        device: Where to put the tensors.
+
+    Returns:
+        The mixture, the estimator's entry of the header (None where there is none), and its tensors by number.
+
+    Raises:
+        FileNotFoundError, ValueError: As :func:`load`.
+    """
     from safetensors import SafetensorError, safe_open
 
     path, device = as_path(path), as_device(device)
@@ -257,12 +283,16 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
         header = json.loads(metadata[_FORMAT])
         family, features, version = str(header["family"]), int(header["features"]), header["version"]
         columns = header.get("columns")
+        entry = json.loads(metadata[_ESTIMATOR]) if _ESTIMATOR in metadata else None
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"{path} holds no gmmkeops mixture: its header has no {_FORMAT} entry.") from None
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this gmmkeops reads {_VERSION}; upgrade gmmkeops.")
     if family not in KINDS:
         raise ValueError(f"{path} names an unknown family {family!r}; expected one of {', '.join(KINDS)}.")
+    parts = {
+        name: tensors.pop(name).to(device) for name in list(tensors) if entry is not None and name.startswith(_PART)
+    }
     names = {"logits", "means", "log_diagonal"} | ({"upper"} if family == "full" else set())
     if set(tensors) != names:
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}, expected {sorted(names)} for {family}.")
@@ -275,6 +305,7 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
     try:
         kind = KINDS[family]
         factor = kind(**moved, **({"features": features} if family == "spherical" else {}))
-        return Mixture(logits, means, factor).named(columns)
+        mixture = Mixture(logits, means, factor).named(columns)
+        return mixture, entry, {int(name.removeprefix(_PART)): part for name, part in parts.items()}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None

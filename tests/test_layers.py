@@ -53,7 +53,7 @@ LAYERS = [
     ["gmmkeops.bayes._target", "gmmkeops.bayes._draws"],
     ["gmmkeops.bayes._importance", "gmmkeops.bayes._gibbs", "gmmkeops.bayes._nuts", "gmmkeops.bayes._langevin"],
     ["gmmkeops.bayes"],
-    ["gmmkeops._contract"],
+    ["gmmkeops._contract", "gmmkeops._saved"],
     ["gmmkeops._mixture_estimator"],
     ["gmmkeops.estimator"],
     ["gmmkeops.plotting", "gmmkeops.interop", "gmmkeops.doctor", "gmmkeops.export"],
