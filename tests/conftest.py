@@ -70,13 +70,17 @@ class Case:
 
 
 def make_factor(covariance_type, K, D, condition, generator):
-    """Random factors whose covariances have eigenvalues from 1/condition to 1."""
+    """Random factors of such a condition number, each with a determinant of its own.
+
+    Where all determinants are the same, a wrong log-determinant cancels and no test can see it.
+    """
     kind, tied = gk.factors.factor_class(covariance_type)
     lead = 1 if tied else K
     random = {"generator": generator, "dtype": torch.float64}
     log_eigenvalues = -math.log(condition) * torch.rand(lead, D, **random)
     if D > 1:
         log_eigenvalues[:, 0], log_eigenvalues[:, 1] = 0.0, -math.log(condition)
+    log_eigenvalues += 1.4 * (torch.rand(lead, 1, **random) - 0.5)
     if kind is gk.FullFactor:
         Q, _ = torch.linalg.qr(torch.randn(lead, D, D, **random))
         return kind.from_factors(Q * (-0.5 * log_eigenvalues).exp()[:, None, :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import subprocess
@@ -200,6 +201,66 @@ def test_learning_rate_schedule_is_stepped_once_per_iteration():
     assert rates == [1.0, 0.5, 0.25]
 
 
+def independent_objective(tensors, x, weights, penalty):
+    """The objective of a fit, written with torch.distributions alone, from raw parameters."""
+    logits, means = tensors["logits"], tensors["means"]
+    (K, D), diagonal = means.shape, tensors["log_diagonal"].exp()
+    if "upper" in tensors:
+        U = torch.diag_embed(diagonal)
+        row, column = torch.triu_indices(D, D, 1)
+        U[:, row, column] = tensors["upper"]
+    else:
+        U = torch.diag_embed(diagonal.expand(-1, D))
+    precision = (U @ U.mT).expand(K, D, D)
+    components = torch.distributions.MultivariateNormal(means, precision_matrix=precision)
+    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=logits), components)
+    value = -(weights @ mixture.log_prob(x)) / weights.sum()
+    return value + penalty(logits.log_softmax(0).exp(), means, precision)
+
+
+@pytest.mark.parametrize("penalized", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gradient_step_follows_the_objective(family, penalized):
+    """One step of plain gradient descent of size h moves the parameters by -h times the finite differences.
+
+    The columns have standard deviations near one, so that standardized coordinates have the scale of the data.
+    """
+    D, K, h = 3, 4, 1e-4
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(60, D, generator=generator, dtype=torch.float64)
+    x = 1.05 * (x - x.mean(0)) / x.std(0)
+    weights = 0.5 + torch.rand(60, generator=generator, dtype=torch.float64)
+    start = random_mixture(family, K=K, D=D, seed=1, condition=5.0)
+    tensors = {"logits": start.logits, "means": 0.5 * start.means, **start.factor.tensors}
+    start = gk.Mixture(tensors["logits"], tensors["means"], start.factor)
+
+    def ours(mixture):
+        precisions = mixture.factor.precisions().expand(K, D, D)
+        return 0.3 * mixture.weights.square().sum() + 0.1 * mixture.means.sum() + 0.02 * precisions.square().sum()
+
+    def theirs(W, means, precisions):
+        if not penalized:
+            return torch.zeros((), dtype=torch.float64)
+        return 0.3 * W.square().sum() + 0.1 * means.sum() + 0.02 * precisions.square().sum()
+
+    method = gk.Gradient(lambda parameters: torch.optim.SGD(parameters, lr=h))
+    result = gk.fit(start, x, method, weights=weights, penalty=ours if penalized else None, max_iter=1)
+    found = {"logits": result.mixture.logits, "means": result.mixture.means, **result.mixture.factor.tensors}
+    for name, before in tensors.items():
+        step = torch.zeros_like(before)
+        for i in range(before.numel()):
+            values = []
+            for sign in (1, -1):
+                moved = {key: value.clone() for key, value in tensors.items()}
+                moved[name].view(-1)[i] += sign * 1e-5
+                values.append(float(independent_objective(moved, x, weights, theirs)))
+            step.view(-1)[i] = -h * (values[0] - values[1]) / 2e-5
+        change = found[name] - before
+        if name == "logits":  # defined up to a constant
+            change, step = change - change.mean(), step - step.mean()
+        assert float((change - step).abs().max()) < 1e-5 * float(step.abs().max()) + 1e-12, name
+
+
 def test_module_is_trained_in_place():
     x = blobs()
     model = gk.GMM(2, components=3).initialize(x, "random")
@@ -320,44 +381,78 @@ def test_progress_bar(capsys):
     assert captured.out == captured.err == ""
 
 
-X = blobs(20)
-START = random_mixture("full", K=3)
+@functools.cache
+def few():
+    return blobs(20)
+
+
+@functools.cache
+def begun():
+    return random_mixture("full", K=3)
 
 
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
         (
-            lambda: gk.fit(START, X, "adam"),
+            lambda: gk.fit(begun(), few(), "adam"),
             TypeError,
             r"method must be a Method such as gmmkeops.Adam\(lr=0.05\), got str",
         ),
-        (lambda: gk.fit("start", X, gk.Adam()), TypeError, "start must be a Mixture or a GMM, got str"),
-        (lambda: gk.fit(START.expand((2,)), X, gk.Adam()), ValueError, "fit takes one mixture, got a batch"),
-        (lambda: gk.fit(gk.GMM(2, context=1), X, gk.Adam()), ValueError, "x has 2 columns, expected 3"),
-        (lambda: gk.fit(START, X[:2], gk.Adam()), ValueError, "x has 2 rows, expected at least 3"),
-        (lambda: gk.fit(START, X[:0], gk.Adam()), ValueError, "x has no rows, expected at least 3"),
-        (lambda: gk.fit(START, torch.zeros(9, 5), gk.Adam()), ValueError, "x has 5 columns, expected 2"),
-        (lambda: gk.fit(START, X * math.nan, gk.Adam()), ValueError, "x must be finite, got NaN at row 0, column 0"),
-        (lambda: gk.fit(START, X + 0j, gk.Adam()), TypeError, "x must be real, got complex"),
-        (lambda: gk.fit(START, [["a", "b"]] * 9, gk.Adam()), TypeError, "x must be numeric"),
+        (lambda: gk.fit("start", few(), gk.Adam()), TypeError, "start must be a Mixture or a GMM, got str"),
         (
-            lambda: gk.fit(START, X, gk.Adam(), weights=-torch.ones(20)),
+            lambda: gk.fit(begun().expand((2,)), few(), gk.Adam()),
+            ValueError,
+            "fit takes one mixture, got a batch",
+        ),
+        (lambda: gk.fit(gk.GMM(2, context=1), few(), gk.Adam()), ValueError, "x has 2 columns, expected 3"),
+        (lambda: gk.fit(begun(), few()[:2], gk.Adam()), ValueError, "x has 2 rows, expected at least 3"),
+        (lambda: gk.fit(begun(), few()[:0], gk.Adam()), ValueError, "x has no rows, expected at least 3"),
+        (lambda: gk.fit(begun(), torch.zeros(9, 5), gk.Adam()), ValueError, "x has 5 columns, expected 2"),
+        (
+            lambda: gk.fit(begun(), few() * math.nan, gk.Adam()),
+            ValueError,
+            "x must be finite, got NaN at row 0, column 0",
+        ),
+        (lambda: gk.fit(begun(), few() + 0j, gk.Adam()), TypeError, "x must be real, got complex"),
+        (lambda: gk.fit(begun(), [["a", "b"]] * 9, gk.Adam()), TypeError, "x must be numeric"),
+        (
+            lambda: gk.fit(begun(), few(), gk.Adam(), weights=-torch.ones(20)),
             ValueError,
             "weights must not be negative, got -1.0 at row 0",
         ),
-        (lambda: gk.fit(START, X, gk.Adam(), weights=torch.zeros(20)), ValueError, "weights must not all be zero"),
-        (lambda: gk.fit(START, X, gk.Adam(), weights=[1.0]), ValueError, r"weights must have shape \(20,\)"),
-        (lambda: gk.fit(START, X, gk.Adam(), penalty=3), TypeError, "penalty must be a Penalty or a function"),
         (
-            lambda: gk.fit(START, X, gk.Adam(), penalty=lambda m: m.means.sum() * math.nan),
+            lambda: gk.fit(begun(), few(), gk.Adam(), weights=torch.zeros(20)),
+            ValueError,
+            "weights must not all be zero",
+        ),
+        (
+            lambda: gk.fit(begun(), few(), gk.Adam(), weights=[1.0]),
+            ValueError,
+            r"weights must have shape \(20,\)",
+        ),
+        (
+            lambda: gk.fit(begun(), few(), gk.Adam(), penalty=3),
+            TypeError,
+            "penalty must be a Penalty or a function",
+        ),
+        (
+            lambda: gk.fit(begun(), few(), gk.Adam(), penalty=lambda m: m.means.sum() * math.nan),
             ValueError,
             "not finite at the start",
         ),
-        (lambda: gk.fit(START, X, gk.Adam(), max_iter=-1), ValueError, "max_iter must not be negative"),
-        (lambda: gk.fit(START, X, gk.Adam(), tol=-1), ValueError, "tol must not be negative"),
-        (lambda: gk.fit(START, X, gk.Adam(), backend="cuda"), ValueError, "backend must be one of"),
-        (lambda: gk.fit(START.to(device="meta"), X, gk.Adam()), ValueError, "x is on cpu but the start on meta"),
+        (
+            lambda: gk.fit(begun(), few(), gk.Adam(), max_iter=-1),
+            ValueError,
+            "max_iter must not be negative",
+        ),
+        (lambda: gk.fit(begun(), few(), gk.Adam(), tol=-1), ValueError, "tol must not be negative"),
+        (lambda: gk.fit(begun(), few(), gk.Adam(), backend="cuda"), ValueError, "backend must be one of"),
+        (
+            lambda: gk.fit(begun().to(device="meta"), few(), gk.Adam()),
+            ValueError,
+            "x is on cpu but the start on meta",
+        ),
         (lambda: gk.Adam(lr=0), ValueError, "lr must be positive, got 0"),
         (lambda: gk.Adam(batch_size=0), ValueError, "batch_size must be at least 1"),
         (lambda: gk.Gradient(0.1), TypeError, "optimizer must make an optimiser"),
@@ -372,7 +467,7 @@ def test_refused_fit_leaves_the_module_as_it_was():
     model = gk.GMM(2, components=3)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="finite"):
-        gk.fit(model, X * math.inf, gk.Adam())
+        gk.fit(model, few() * math.inf, gk.Adam())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
