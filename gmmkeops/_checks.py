@@ -432,7 +432,7 @@ def shape_hint(ndim: int, name: str) -> str:
 
 
 def as_weights(
-    weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False, some: bool = True
+    weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False, some: bool = True, first: int = 0
 ) -> Tensor | None:
     """Checks one weight per point; None stays None (all ones).
 
@@ -442,6 +442,7 @@ def as_weights(
         name: How messages call it.
         signed: Whether negative weights and gradients in them make sense here (sums of log-densities: yes; fits: no).
         some: Whether some must be positive (of a whole cloud: yes; of a part: no).
+        first: Row number of the first point among all.
 
     Raises:
         ValueError: Wrong length, not finite, negative where that is refused, or nothing but zeros.
@@ -454,11 +455,13 @@ def as_weights(
             f"{name} must have shape ({points.shape[0]},), one per point, got {tuple(tensor.shape)}; "
             "pass a flat array as long as the points."
         )
-    check_finite(tensor, name=name)
+    check_finite(tensor, name=name, first=first)
     if not signed:
         if bool((tensor < 0).any()):
             row = int((tensor < 0).nonzero()[0, 0])
-            raise ValueError(f"{name} must not be negative, got {float(tensor[row])} at row {row}; clip them at zero.")
+            raise ValueError(
+                f"{name} must not be negative, got {float(tensor[row])} at row {first + row}; clip them at zero."
+            )
         if some and not bool((tensor > 0).any()):
             raise ValueError(f"{name} must not all be zero; leave {name} out to weigh every point alike.")
     return tensor if signed else tensor.detach()

@@ -290,7 +290,8 @@ class Source:
         for chunk in pieces:
             points = chunk.points
             check_finite(points, name=self.name, first=chunk.first)
-            yield replace(chunk, weights=as_weights(chunk.weights, points, name=f"weights of {self.name}", some=False))
+            checked = as_weights(chunk.weights, points, name=f"weights of {self.name}", some=False, first=chunk.first)
+            yield replace(chunk, weights=checked)
 
     def _load(self, unit: Unit) -> Chunk:
         assert isinstance(self.reader, Reader), "units are loaded by a reader"

@@ -157,6 +157,29 @@ def test_starts_and_estimators_read_sources(x, tmp_path):
     assert low == pytest.approx(gk.selection.anomaly_threshold(same.mixture_, x), abs=1e-5)
 
 
+def test_array_weights_and_row_numbers_hold_across_chunks(tmp_path):
+    """Every chunk takes its own part of the weights, and messages count rows from the first row of all."""
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=(500, 2)) * [1.0, 3.0], rng.uniform(0.2, 3.0, 500)
+    np.save(tmp_path / "x.npy", x)
+    one = gk.Mixture.from_parameters([1.0], [[0.0, 0.0]], [[1.0, 1.0]], "diag")
+    for data in (tmp_path / "x.npy", x):
+        source = gk.Source.of(data, weights=g, chunk_rows=64)
+        found = gk.fit(one, source, gk.EM(reg_covar=0, tol=0), max_iter=2).mixture
+        mean = np.average(x, axis=0, weights=g)
+        assert np.allclose(found.means[0], mean, rtol=1e-12)
+        assert np.allclose(found.variance, np.average((x - mean) ** 2, axis=0, weights=g), rtol=1e-12)
+        for value, message in ((-1.0, "must not be negative, got -1.0 at row 333"), (np.nan, "got NaN at row 333")):
+            wrong = g.copy()
+            wrong[333] = value
+            with pytest.raises(ValueError, match=message):
+                gk.fit(one, gk.Source.of(data, weights=wrong, chunk_rows=64), gk.EM())
+    x[444, 1] = np.inf
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match="got inf at row 444, column 1"):
+        gk.fit(one, gk.Source.of(tmp_path / "x.npy", chunk_rows=64), gk.EM())
+
+
 def test_weights_from_a_column_an_array_or_pairs(x, start, tmp_path):
     g = np.random.default_rng(1).integers(0, 3, len(x)).astype(np.float32)
     expected = gk.fit(start, x, gk.EM(tol=0), weights=g, max_iter=4)
