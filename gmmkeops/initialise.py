@@ -144,7 +144,7 @@ def representatives(
     """
     if readable(x) or world.size > 1:
         source = world.share(Source.of(x, weights=weights))
-        survey = world.merged(source.survey(size))
+        survey = world.merged(source.survey(size, alone=world.size == 1))
         rows, mass = survey.reservoir.sample()
         return rows, mass, survey.reservoir.seen, source.chunks
     x = as_points(x, minimum=minimum)

@@ -336,11 +336,12 @@ class Source:
                 f"({survey.total[0]!r}); it must give the same points each time."
             )
 
-    def survey(self, size: int = SAMPLE) -> Survey:
+    def survey(self, size: int = SAMPLE, *, alone: bool = True) -> Survey:
         """What one pass over all of it shows; remembered.
 
         Args:
             size: Rows that the sample must have, if there are so many.
+            alone: Whether these are all points, of which there must be some, rather than those of one of several ranks.
 
         Raises:
             ValueError: There are no rows, or they cannot be read; as :meth:`chunks`.
@@ -355,7 +356,7 @@ class Source:
             squares += len(chunk.points) if chunk.weights is None else float(chunk.weights.square().sum())
             mark += fingerprint(chunk.points, chunk.weights)
             single &= chunk.points.dtype == torch.float32
-        if not (tally.rows and tally.mass > 0) and self.share[1] == 1:
+        if not (tally.rows and tally.mass > 0) and alone:
             raise self.nothing(tally.rows)
         total = (tally.total, tally.magnitude)
         self._survey = Survey(tally.rows, tally.mass, squares, total, mark % (1 << 64), single, reservoir)

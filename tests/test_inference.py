@@ -59,7 +59,7 @@ def test_confidence_component_and_twenty_points_beyond_five_sigma():
     for bad, message in (
         ({"std_range": (2.0, 1.0)}, "std_range must be"),
         ({"confidence": 1.5}, "confidence must be above 0"),
-        ({"component": 9}, "component must be below 4"),
+        ({"component": 9}, "component must be an integer from -4 to 3, got 9"),
         ({"std_range": (60.0, math.inf)}, "no mass that float64 can tell"),
         ({"std_range": (4.0, 5.0), "confidence": 0.5}, "ends at 1.177 standard deviations, below 4"),
     ):
@@ -174,7 +174,7 @@ def test_selection_finds_three_full_components():
     assert row["bic"] == pytest.approx(gk.selection.bic(table.results[8].mixture, x))
     with pytest.raises(ValueError, match="criterion must be"):
         gk.selection.select(x, [1], criterion="gut")
-    with pytest.raises(ValueError, match="nothing to select"):
+    with pytest.raises(ValueError, match="components and covariance_types must not be empty"):
         gk.selection.select(x, [])
 
 

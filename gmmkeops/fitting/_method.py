@@ -111,7 +111,7 @@ class Problem:
             points, rows_at_once = x, 0
         else:
             source = x if isinstance(x, Source) else world.share(Source.of(x, weights=weights))
-            survey = world.merged(source.survey())
+            survey = world.merged(source.survey(alone=world.size == 1))
             rows, mass, effective = survey.rows, survey.mass, survey.mass**2 / max(survey.squares, 1e-300)
             points, masses = survey.reservoir.sample()
             cloud = points.to(device), masses.to(device)
