@@ -128,7 +128,7 @@ class EM(Method[_State]):
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
-        >>> result = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=1e-4), penalty=gk.penalties.SqrtWeights(0.1))
+        >>> result = gk.fit(gk.initialise(x, 2), x, gk.EM(), penalty=gk.penalties.SqrtWeights(0.1), max_iter=2000)
         >>> result.converged, all(b <= a for a, b in zip(*[result.history["objective"][i:] for i in (0, 1)]))
         (True, True)
     """
