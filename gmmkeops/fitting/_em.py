@@ -127,9 +127,10 @@ class EM(Method[_State]):
 
     Example:
         >>> import torch, gmmkeops as gk
-        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
         >>> result = gk.fit(gk.initialise(x, 2), x, gk.EM(), penalty=gk.penalties.SqrtWeights(0.1), max_iter=2000)
-        >>> result.converged, all(b <= a for a, b in zip(*[result.history["objective"][i:] for i in (0, 1)]))
+        >>> objective = torch.tensor(result.history["objective"], dtype=torch.float64)
+        >>> result.converged, bool((objective.diff() <= 1e-12).all())  # it falls, but for rounding
         (True, True)
     """
 
