@@ -296,7 +296,14 @@ class Mixture(Distribution):
 
     def _batch_log_prob(self, x: Tensor) -> Tensor:
         """Log-densities (*S, *B) of points (*S, *B, D), some mixtures at a time, whose gradients compute them again."""
-        batch = torch.broadcast_shapes(self.batch_shape, x.shape[:-1])
+        # torch.broadcast_shapes imports SymPy, which takes a second and 50 MB.
+        try:
+            batch = torch.broadcast_tensors(self.logits[..., 0], x[..., 0])[0].shape
+        except RuntimeError:
+            raise ValueError(
+                f"points of shape {tuple(x.shape)} do not fit a batch of mixtures of shape {tuple(self.batch_shape)}; their "
+                "leading dimensions must broadcast."
+            ) from None
         lead = batch[: len(batch) - len(self.batch_shape)]
         # A factor's matrix is as large as its residuals are for D points.
         room = max(1, _CHUNK // (self.components * self.features * (self.features + 1)))
@@ -313,7 +320,12 @@ class Mixture(Distribution):
         columns = (self.logits.flatten(0, -2), self.means.flatten(0, -3), *tensors.values())
         values = []
         for points, *own in zip(flat.split(size, 1), *(tensor.split(size) for tensor in columns), strict=True):
-            values.append(torch.cat([checkpoint(some, part, *own, use_reentrant=False) for part in points.split(rows)]))
+            # Only gradients compute values again, and torch's checkpoint imports its compiler (a second and 50 MB).
+            if torch.is_grad_enabled():
+                parts = [checkpoint(some, part, *own, use_reentrant=False) for part in points.split(rows)]
+            else:
+                parts = [some(part, *own) for part in points.split(rows)]
+            values.append(torch.cat(parts))
         return torch.cat(values, 1).reshape(batch)
 
     def cdf(self, value: Any) -> Tensor:

@@ -188,6 +188,12 @@ def test_memory_beyond_the_parameters_is_bounded():
     assert beyond < 330_000
 
 
+def test_points_that_do_not_fit_the_batch_are_refused():
+    mixtures = conditional(D=2)(torch.zeros(3, 2).double())
+    with pytest.raises(ValueError, match=r"points of shape \(5, 4, 2\) do not fit a batch of mixtures of shape \(3,\)"):
+        mixtures.log_prob(torch.zeros(5, 4, 2))
+
+
 def test_gradients_are_the_same_in_stretches(monkeypatch):
     model = conditional(D=4, K=5)
     c, x = torch.randn(300, 2).double(), torch.randn(300, 4).double()
