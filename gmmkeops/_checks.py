@@ -425,7 +425,7 @@ def as_points(
 
 
 def shape_hint(ndim: int, name: str) -> str:
-    """What turns an array of another number of dimensions into points (N, D)."""
+    """Return the advice that turns an array of another number of dimensions into points (N, D)."""
     if ndim == 1:
         return f"use {name}[:, None] for one column"
     return "pass an array with one row per point" if ndim == 0 else "flatten the leading dimensions"

@@ -38,17 +38,20 @@ def listed(names: Sequence[Any]) -> str:
     return ", ".join(map(str, names[:_LISTED])) + more
 
 
-def places(wanted: Sequence[str], known: Sequence[str], name: str) -> list[int]:
+def places(wanted: Sequence[str], known: Sequence[str] | None, name: str) -> list[int]:
     """The places of columns among those that data have.
 
     Args:
         wanted: Names of the model's columns.
-        known: Names of the data's columns.
+        known: Names of the data's columns, or None where they have none.
         name: The data, as messages name them.
 
     Raises:
-        ValueError: A column is missing, or there are two of its name; the sentence lists the columns that exist.
+        ValueError: The columns have no names, one is missing, or there are two of its name; the sentence lists the columns
+            that exist.
     """
+    if known is None:
+        raise ValueError(f"{name} has no names of columns, expected {listed(wanted)}.")
     missing = [column for column in wanted if column not in known]
     if missing:
         noun = "column" if len(missing) == 1 else "columns"

@@ -21,7 +21,7 @@ _RECORD = 54
 # The items that LASzip compresses: bytes of each (0 where any number may be), and layers of those that have some.
 _ITEMS = {0: 0, 6: 20, 7: 8, 8: 6, 9: 29, 10: 30, 11: 6, 12: 8, 13: 29, 14: 0}
 _LAYERS = {10: 9, 11: 1, 12: 2, 13: 1}
-# What stands for the number of points in a chunk where it varies.
+# Value of the number of points in a chunk that means that it varies.
 _VARIABLE = 0xFFFFFFFF
 # Bytes of decompressed points in a chunk up to which several chunks are decompressed at a time.
 _CHUNK = 1 << 26
@@ -191,7 +191,7 @@ def check_ply(path: Path) -> None:
                 raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
             count = int(words[2])
         elif words[:1] == [b"property"]:
-            # Of a list there is at least its length; in text a number takes two characters.
+            # A list of numbers declares at least its length; in text a number takes two characters.
             kind = words[2 if words[1:2] == [b"list"] else 1 :][:1]
             if not kind or kind[0] not in _PLY_TYPES:
                 raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")

@@ -154,7 +154,9 @@ class MixtureEstimator(Estimator, ABC):
                 last = None
             method, settings = self._method(last is not None), self._settings()
             earlier = self._trace if last is not None else None
-            continuation = _Continuation(method, earlier if earlier and earlier.settings == settings else None)
+            continuation = _Continuation(
+                method, earlier if settings and earlier and earlier.settings == settings else None
+            )
             if world.size > 1:
                 own = {name: value for name, value in self.get_params(deep=False).items() if name not in _OF_A_RANK}
                 own |= {"sample_weight": sample_weight is None, "warm_start": last is not None}
@@ -253,8 +255,11 @@ class MixtureEstimator(Estimator, ABC):
         return _changed(solver, **changed) if changed else solver
 
     def _settings(self) -> str:
-        """What the objective of a fit depends on beside points and mixture, as text."""
-        return repr((_changed(self._method(False), max_iter=0, tol=0.0), getattr(self, "penalty", None)))
+        """Return a description of the method and the penalty, on which the objective depends; "" if there is none."""
+        try:
+            return describe([_changed(self._method(False), max_iter=0, tol=0.0), getattr(self, "penalty", None)])
+        except ValueError:
+            return ""
 
     def _found_start(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
         """What ``init_params`` finds; of several k-means, the one that a few EM steps on a sample like best (em-EM).

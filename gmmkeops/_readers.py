@@ -102,13 +102,11 @@ class Reader(ABC):
         return None if self.known is None else tuple(self.columns)
 
     def chosen(self, columns: Sequence[str]) -> Reader:
-        """The same rows with other columns, by their names.
+        """Return a reader of the same rows with other columns, given by name.
 
         Raises:
             ValueError: A column is missing, or the columns have no names.
         """
-        if self.known is None:
-            raise ValueError(f"{self.name} has no names of columns, expected {listed(columns)}.")
         places(columns, self.known, self.name)
         part = copy.copy(self)
         part.columns, part.features = list(columns), len(columns)
@@ -133,7 +131,7 @@ def _cut(first: int, stop: int, size: int) -> list[Unit]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the numbers of an array are in a file, in a form that can be pickled.
+    """Location of an array's numbers in a file, in a form that can be pickled.
 
     Args:
         path: The file; None for an array that only stands for one.
@@ -156,7 +154,7 @@ class _Place:
         root = x
         while isinstance(root.base, np.memmap):
             root = root.base
-        # What was written to a private map is not in the file.
+        # Changes to a private memory map are not in the file.
         if root.filename is None or root.mode == "c" or not x.flags.c_contiguous:
             return np.array(x)
         away = x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
@@ -357,7 +355,7 @@ class Parquet(Reader):
 def _saved_index(metadata: dict[bytes, bytes] | None) -> set[str]:
     """The columns in which pandas has saved the labels of the rows, by what it has noted in the file."""
     noted = json.loads((metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
-    # What is no name describes numbers that are not saved.
+    # A line that is no name describes numbers that are not saved.
     return {column for column in noted if isinstance(column, str)}
 
 
@@ -372,7 +370,7 @@ def _checked_rows(metadata: Any, size: int) -> list[int]:
         group = metadata.row_group(number)
         for place in range(group.num_columns):
             column = group.column(place)
-            # Of a column of lists there may be more values than rows.
+            # A column of lists may hold more values than rows.
             flat = column.path_in_schema.count(".") == 0
             start, stored = column.data_page_offset, column.total_compressed_size
             # A page holds less than 2³¹ values, behind a header of several bytes.
@@ -564,13 +562,11 @@ class Streams:
         self.features = int(self._chunk(item).points.shape[1])
 
     def chosen(self, columns: Sequence[str]) -> Streams:
-        """The same rows with other columns, by their names.
+        """Return a reader of the same rows with other columns, given by name.
 
         Raises:
             ValueError: A column is missing, or the columns have no names.
         """
-        if self.known is None:
-            raise ValueError(f"{self.name} has no names of columns, expected {listed(columns)}.")
         places(columns, self.known, self.name)
         part = copy.copy(self)
         part.names, part.features = tuple(columns), len(columns)

@@ -118,7 +118,7 @@ class Reservoir:
         return [columns], float(columns[0].min())
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """What is kept: rows (n, D), and their weights, priorities and numbers (3, n), float64."""
+        """Return the kept rows (n, D) and their weights, priorities and row numbers (3, n), float64."""
         self._cut()
         if not self._kept:
             return torch.empty(0, 0), torch.empty(3, 0, dtype=torch.float64)

@@ -41,7 +41,7 @@ _VERDICT = 5.0
 _CALLBACK = 30.0
 # Seconds in which one press of Ctrl-C reaches all ranks, and for which an interrupted one waits for the others.
 _PRESS, _PATIENCE = 1.0, 10.0
-# What ranks may be about to do together, and how it is called.
+# Collective operations that ranks perform together, and their names in messages.
 _ACTS = {"sum": "adds numbers", "gather": "exchanges rows", "interrupt": "was interrupted"}
 
 _REMEDY = "; a fit with checkpoint= goes on from its last checkpoint when it is started again."
@@ -320,7 +320,7 @@ class World:
             length, shape = (*sizes, 0, 0)[:2]
             said = self._told([self.number, codes.index(act), length, shape])
             if any(codes[row[1]] == "interrupt" for row in said):
-                # The same press may be on its way to the others.
+                # Ctrl-C may be about to reach the other ranks as well.
                 time.sleep(_PRESS)
                 pressed = self._told([int(self.pressed > 0)])
                 self.pressed = 0.0
@@ -528,7 +528,7 @@ class World:
 
 
 def difference(a: Any, b: Any) -> tuple[str, str] | None:
-    """What differs between two facts, each as text, or None where nothing does.
+    """Return the difference between two facts, each as text, or None where they are equal.
 
     Args:
         a, b: Text or numbers; dictionaries of text, whose entry "class" is named beside the first one that differs; or lists

@@ -74,7 +74,7 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save as serialise
 
     path = check_output(path, MIXTURES, name="a mixture")
-    # What an estimator writes of itself beside its mixture.
+    # State that an estimator writes beside its mixture.
     own = getattr(mixture, "_saved", None) if hasattr(mixture, "mixture_") else None
     entry, parts = (None, []) if own is None else own()
     mixture = getattr(mixture, "mixture_", mixture)

@@ -179,7 +179,7 @@ class Mixture(Distribution):
         return cls(log_weights(weights), means, kind.from_covariances(covariances, features=D))
 
     def named(self, columns: Sequence[str] | None) -> Mixture:
-        """The same mixture with names for its columns, which :func:`gmmkeops.save` keeps.
+        """Return the mixture with names for its columns, which :func:`gmmkeops.save` keeps.
 
         Args:
             columns: D names, each once; None for none.

@@ -167,7 +167,7 @@ class Source:
         return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
 
     def matched(self, columns: Sequence[str] | None) -> Source:
-        """The same rows with the columns of a model, matched by their names.
+        """Return a source of the same rows with the columns of a model, matched by name.
 
         Args:
             columns: Names of the model's columns, or None where they are not known.

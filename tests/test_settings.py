@@ -190,6 +190,18 @@ def test_a_warm_start_on_other_points_is_compared_with_none_of_the_old(X):
     assert not other.converged_
 
 
+def test_a_warm_start_with_another_long_prior_is_another_fit(X):
+    """Printed tensors of more than a thousand entries are shortened, and hide what differs."""
+    few, many = torch.full((1200,), 2.0), torch.full((1200,), 2.0)
+    many[600] = 50.0
+    assert repr(few) == repr(many)
+    x = np.repeat(X, 4, 0) + 0.01 * np.random.default_rng(0).normal(size=(4 * len(X), 2))
+    options = {"init_params": "random_from_data", "warm_start": True, "max_iter": 4, "tol": 100.0}
+    model = gk.GaussianMixture(1200, penalty=gk.penalties.Dirichlet(few), **options).fit(x)
+    assert model.set_params(max_iter=1).fit(x).converged_
+    assert not model.set_params(penalty=gk.penalties.Dirichlet(many)).fit(x).converged_
+
+
 def test_a_warm_start_may_have_another_tolerance(X):
     warm = gk.GaussianMixture(3, max_iter=500, tol=1e-2, warm_start=True, random_state=0).fit(X)
     first = warm.n_iter_

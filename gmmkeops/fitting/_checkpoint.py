@@ -251,7 +251,7 @@ class Journal:
         return True
 
     def agreed(self, tree: Any, device: Any) -> Any:
-        """What rank 0 has, on all ranks."""
+        """Return the value of rank 0 on all ranks."""
         return tree if self.world.size == 1 else _tree(self.world.gather_bytes(_bytes(tree))[0], device)
 
     def recall(self, saved: Any, device: Any) -> None:

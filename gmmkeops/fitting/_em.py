@@ -113,7 +113,8 @@ class EM(Method[_State]):
             start. Of a tied covariance all or none.
         max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
         tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
-            last half of the iterations (by less than a tenth of it with a penalty that prunes components).
+            last half of the iterations (by less than a tenth of it with a penalty that prunes components). Changes below 1e-5
+            over that half are accepted; smaller tolerances bound the change over the last ten iterations.
         relative_tol: The same as a fraction of the objective.
         patience: Least number of iterations over which that change is measured.
 
@@ -251,8 +252,8 @@ class EM(Method[_State]):
         floored = state.floored.clone()
         floored[state.population.live[new.hit]] = True
         # The ridge's weights change with the responsibilities; the objective's value stays as it is.
-        drift = state.drift - self._ridge_cost(problem, new.counts, before)
-        drift += self._ridge_cost(problem, state.counts, before)
+        change = None if state.counts is None else state.counts - new.counts
+        drift = state.drift + self._ridge_cost(problem, change, before)
         state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
         keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / problem.count
         frozen = _mask(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]

@@ -217,7 +217,7 @@ def _prune(state: _State, points: float) -> None:
 
 @dataclass(frozen=True)
 class _MakeAdam:
-    """What makes an Adam optimizer, as a value that can be compared."""
+    """Maker of an Adam optimizer, as a value that can be compared."""
 
     lr: float
     betas: tuple[float, float]

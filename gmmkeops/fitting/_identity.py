@@ -104,7 +104,7 @@ def _digest(data: bytes) -> str:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """What makes up an instance: the fields of a dataclass; otherwise its attributes, without cached properties."""
+    """Return the contents of an instance: the fields of a dataclass; otherwise its attributes, without cached properties."""
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     found: dict[str, Any] = {}

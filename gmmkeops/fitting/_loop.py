@@ -40,7 +40,7 @@ __all__ = ["fit"]
 
 _logger = logging.getLogger("gmmkeops")
 
-# What may differ between the runs of one fit that is resumed, but not between ranks.
+# Settings that may change when a fit is resumed, but not between ranks.
 _LIMITS = ("max_iter", "tol", "relative_tol", "patience")
 
 # Iterations after which labels by the mixture are much better than those by its start.
@@ -273,7 +273,7 @@ def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | N
 def _settings(
     mixture: Mixture, method: Method[Any], penalty: Any, truncate: float | None, backend: str
 ) -> dict[str, Any]:
-    """What was asked for, described: it must be the same on all ranks, and in a fit that is resumed."""
+    """Return descriptions of the settings, which must be equal on all ranks and when a fit is resumed."""
     network = f", {describe([str(method.model), method.model.epsilon])}" if isinstance(method, Network) else ""
     return {
         "model": f"{mixture.components} components in {mixture.features} dimensions, {mixture.factor.family}, "
@@ -286,7 +286,7 @@ def _settings(
 
 
 def _facts(problem: Problem, mixture: Mixture, method: Method[Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The same of what was given; told so that a person understands the difference."""
+    """Return descriptions of data and start, which must be equal when a fit is resumed, in words that a person understands."""
     frame = problem.frame
     if isinstance(method, Network):
         start = _tensors(method.model.carried(frame.shift, frame.scale).state_dict())
@@ -421,7 +421,7 @@ class _Run:
                 f"the checkpoint {os.fspath(problem.journal.checkpoint.path)} is of another {name} "
                 f"({found[0]}; here {found[1]}); pass the same, or delete it to begin anew."
             )
-        # What was saved holds on: a start that is where the fit had come to is no other start.
+        # The saved facts remain valid: the mixture that the fit had reached is no other start.
         self.facts = saved["facts"]
         self.history, self.best, self.mark = saved["history"], saved["best"], saved["mark"]
         self.began -= saved["seconds"]

@@ -326,7 +326,7 @@ class Method(ABC, Generic[S]):
     Attributes:
         max_iter: Iterations unless the fit says otherwise.
         tol: Tolerance unless the fit says otherwise, nats per point; zero runs all iterations.
-        relative_tol: Tolerance as a share of the objective.
+        relative_tol: Tolerance as a fraction of the objective.
         patience: The objective is compared with that of at least this many iterations before.
         returns_last: Whether the last mixture is the result, since each step lowers the objective in the history; otherwise
             the best one is.
@@ -377,9 +377,9 @@ class Method(ABC, Generic[S]):
 
         A single small step is no sign of convergence: EM crosses plateaus on which a step gains less than any tolerance, and
         gains much more later. The window is therefore at least ``patience`` iterations long and grows with their number.
-        Where a penalty prunes components, a tenth of the tolerance is asked for: before a component is pruned, the objective
-        stands almost still. Changes of 1e-5 nats per point over half of the iterations are let pass; tolerances below that
-        are compared with the change over the last ten iterations.
+        With a penalty that prunes components the limit is a tenth of the tolerance: before a component is pruned, the objective
+        stands almost still. Changes below 1e-5 nats per point over half of the iterations are accepted; smaller tolerances
+        bound the change over the last ten iterations.
 
         Args:
             objectives: One for each iteration, nats per point.

@@ -24,10 +24,10 @@ __all__ = ["Attached", "LogSumExp", "Sweep", "Total"]
 
 
 class Sweep(Protocol):
-    """What the functions ask of an engine; it may remember what it found out about its arguments."""
+    """Interface of an engine to the derivatives; it may keep results about its arguments."""
 
     def anew(self) -> Sweep:
-        """The same engine for other arguments."""
+        """Return the engine for other arguments."""
 
     def unordered(self, x: Tensor) -> Tensor:
         """The points in the order of the results."""

@@ -69,7 +69,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _without_cuda() -> str:
-    """Which library KeOps misses on a machine where torch sees CUDA, in one clause; it looks for them as the linker does."""
+    """Return the library that KeOps misses on a machine where torch sees CUDA, in one clause, found as the linker does."""
     for name, owner in (("nvrtc", "the CUDA toolkit"), ("cuda", "the NVIDIA driver")):
         if find_library(name) is None:
             return f"pykeops does not see CUDA, though torch does: there is no lib{name}.so of {owner} where the linker looks"
