@@ -182,8 +182,8 @@ def test_float32_products_of_weights_of_any_size(size, high):
 
 
 def test_float32_products_of_lists(high):
-    case = make_case("diag", torch.float32, N=20_000, K=300, D=2, condition=100.0)
-    assert error(reductions.logsumexp(*case.arguments, truncate=1e-7), case.oracle()["values"]) < 1e-3
+    case = make_case("diag", torch.float32, N=20_000, K=300, D=2, condition=10.0)
+    assert error(reductions.logsumexp(*case.arguments, truncate=1e-7), case.oracle()["values"]) < 1e-4
     assert high.count(False) > 1
 
 
@@ -192,7 +192,7 @@ def test_float32_products_that_will_not_do(high):
     x = 500 + 0.05 * torch.randn(9000, 2, generator=torch.Generator().manual_seed(0))
     problem = x, torch.zeros(2), torch.tensor([[500.0, 500.0], [-500.0, -500.0]]), torch.full((2, 2), 20.0)
     with pytest.warns(
-        PrecisionWarning, match="asks for float32 products, which would change log-densities by more than 0.001"
+        PrecisionWarning, match="asks for float32 products, which would change log-densities by more than 0.0001"
     ):
         sums = reductions.moments(*problem)
     torch.set_float32_matmul_precision("highest")

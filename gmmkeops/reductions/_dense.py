@@ -10,7 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from itertools import count, pairwise
+from itertools import chain, count, pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from gmmkeops.reductions._cores import on_cores
 from gmmkeops.reductions._exponents import Exponents
 from gmmkeops.reductions._lists import Plan
 from gmmkeops.reductions._products import asked
-from gmmkeops.reductions._tile import Tile
+from gmmkeops.reductions._rounding import Sizes
+from gmmkeops.reductions._tile import Tile, least_limit
 from gmmkeops.reductions._truncation import Truncation
 
 __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
@@ -36,8 +37,9 @@ _TILE_CUDA = 1 << 24
 _PAIRS_PER_THREAD = 500_000
 # What a tile costs beside its pairs, in pairs.
 _PAIRS_PER_TILE = 10_000
-# What products in float32 may change of a point's log-sum-exp, nats, and of how many points it is looked at.
-_IMPRECISE, _LOOKED_AT = 1e-3, 256
+# What products in float32 may change of a point's log-sum-exp ℓ, as a fraction of max(1, |ℓ|); of how many points it is looked
+# at; and how much larger than at those a size may be.
+_IMPRECISE, _LOOKED_AT, _FURTHER = 1e-4, 256, 8.0
 
 
 def _tile_rows(problem: Exponents, halvings: int = 0) -> int:
@@ -86,22 +88,30 @@ def _sweep(
     raise AssertionError("halving ends")
 
 
-def _imprecise_will_do(problem: Exponents, halvings: int) -> bool:
-    """Whether products of float32 points may be float32 ones: they are asked for, and near enough at some of the points."""
+def _float32_limit(problem: Exponents, halvings: int) -> float | None:
+    """The largest sizes of components (:class:`Sizes`) for which products of float32 points may be float32 ones, or None.
+
+    They are asked for, and near enough at some of the points; errors grow with the square of the size.
+    """
     N = problem.shape[0]
-    if problem.x.dtype != torch.float32 or not asked() or N < 32 * _LOOKED_AT:
-        return False
+    if problem.x.dtype != torch.float32 or not asked(problem.x.device) or N < 32 * _LOOKED_AT:
+        return None
     few = problem.rows(torch.arange(_LOOKED_AT, device=problem.x.device) * (N - 1) // (_LOOKED_AT - 1))
-    found = [few.x.new_empty(_LOOKED_AT) for _ in range(2)]
-    for values, precise in zip(found, (False, True), strict=True):
+    found = [few.x.new_empty(_LOOKED_AT, dtype=torch.float64) for _ in range(2)]
+    label = torch.empty(_LOOKED_AT, dtype=torch.int64, device=problem.x.device)
+    for values, limit in zip(found, (math.inf, None), strict=True):
 
         def body(tile: Tile, start: int, stop: int, values: Tensor = values) -> None:
+            label[start:stop] = tile.E.argmax(0)
             values[start:stop] = tile.softmax()
 
-        _run(few, body, _whole(few, halvings), not precise, False, precise)
-    error = float((found[0] - found[1]).abs().max())
-    if error <= _IMPRECISE:
-        return True
+        _run(few, body, _whole(few, halvings), limit is None, False, limit)
+    error = float(((found[0] - found[1]).abs() / found[1].abs().clamp(min=1)).max())
+    if error <= _IMPRECISE / 2:
+        sizes = Sizes(problem)
+        own = (sizes.lengths[label] * (few.x - problem.centre).abs()).sum(1) + sizes.own[label]
+        # The middle one: a sample may hold points that are far from all components.
+        return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / 2 / max(error, 1e-300)))
     warnings.warn(
         "torch.set_float32_matmul_precision asks for float32 products, which would change log-densities by more than "
         f"{_IMPRECISE:g} nats here; float64 ones are taken.",
@@ -109,7 +119,7 @@ def _imprecise_will_do(problem: Exponents, halvings: int) -> bool:
         stacklevel=2,
     )
     _logger.info("float32 products would change log-densities by %.1g nats", error)
-    return False
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -126,14 +136,14 @@ def _swept(
     halvings: int,
 ) -> list[Tile]:
     # What lies beyond the range of float32 lies beyond that of its products, too.
-    precise = clamp or not _imprecise_will_do(problem, halvings)
+    limit = None if clamp else _float32_limit(problem, halvings)
     plan = None if blocks is None else blocks.begin(problem, single)
     if blocks is None or plan is None:
-        return _run(problem, body, _whole(problem, halvings), clamp, featured, precise)
+        return _run(problem, body, _whole(problem, halvings), clamp, featured, limit)
     workers: list[Tile] = []
     while plan is not None:
         plan = plan.split(_TILE_CPU >> halvings)
-        new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, single)), clamp, featured, precise)
+        new = _run(problem, body, _stretches(plan, blocks.floor(problem, plan, single)), clamp, featured, limit)
         workers += new
         minima = torch.tensor([least for tile in new for least in tile.minima], dtype=torch.float64)
         plan = blocks.again(problem, plan, minima.to(plan.dropped.device), single)
@@ -164,8 +174,9 @@ def _run(
     tiles: list[_Stretch],
     clamp: bool,
     featured: bool,
-    precise: bool,
+    limit: float | None,
 ) -> list[Tile]:
+    """Runs ``body`` over tiles, with float32 products where components' sizes are within a limit; None for nowhere."""
     K = problem.shape[1]
     rows = [stop - start for start, stop, _, _ in tiles]
     pairs = [n * (K if index is None else len(index)) for n, (_, _, index, _) in zip(rows, tiles, strict=True)]
@@ -176,15 +187,32 @@ def _run(
     cuts = torch.searchsorted(work, torch.arange(1, workers) * (int(work[-1]) / workers)).tolist()
     cuts = [0, *cuts, len(tiles)]
 
-    def run(worker: int) -> Tile:
-        tile = Tile(problem, max(rows), max(pairs), clamp, featured, precise)
-        for start, stop, index, floor in tiles[cuts[worker] : cuts[worker + 1]]:
-            tile.load(start, stop, index)
-            tile.floor = floor
-            body(tile, start, stop)
-        return tile
+    bounds: Sizes | None = (sizes := Sizes(problem))
+    if problem.x.is_cuda and bool(
+        sizes.most((problem.x - problem.centre).abs().amax(0)) <= least_limit(problem, limit)
+    ):
+        # One look at all points, so that the device is not waited for in each tile.
+        bounds = None
 
-    return on_cores(run, workers, problem.x.device)
+    def new(limit: float | None) -> Tile:
+        return Tile(problem, max(rows), max(pairs), clamp, featured, bounds, limit, limit is None)
+
+    def run(worker: int) -> list[Tile]:
+        tile, deputy = new(limit), None
+        for start, stop, index, floor in tiles[cuts[worker] : cuts[worker + 1]]:
+            doing = tile
+            if not tile.load(start, stop, index):
+                deputy = doing = new(None) if deputy is None else deputy
+                deputy.minima = tile.minima
+                deputy.load(start, stop, index)
+            doing.floor = floor
+            body(doing, start, stop)
+        if deputy is None:
+            return [tile]
+        deputy.minima = []
+        return [tile, deputy]
+
+    return list(chain.from_iterable(on_cores(run, workers, problem.x.device)))
 
 
 def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
@@ -233,7 +261,7 @@ def moments(
     problem: Exponents, weights: Tensor | None, assignment: str, seed: int, blocks: Truncation | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S0 (K,), S1 (K, D), S2 about the components' means, and Σ g ℓ, all float64."""
-    _, K, D = problem.shape
+    D = problem.shape[2]
     unit = 1.0
     if weights is not None:
         # Without a power of two of theirs, weights of any size are within the range of the products.
@@ -259,17 +287,20 @@ def moments(
     sums = torch.stack([tile.sums for tile in workers]).sum(0) * unit
     S0, S1, S2 = sums[:, 0], sums[:, 1 : D + 1], sums[:, D + 1 :]
     mu = problem.means
+    S2 = workers[0].shaped(S2)
     if workers[0].full:
-        dense = S2.new_empty(K, D, D)
-        row, column = workers[0].row, workers[0].column
-        dense[:, row, column] = dense[:, column, row] = S2
         cross = S1[:, :, None] * mu[:, None, :]
-        S2 = dense - cross - cross.mT + S0[:, None, None] * mu[:, :, None] * mu[:, None, :]
+        S2 = S2 - cross - cross.mT + S0[:, None, None] * mu[:, :, None] * mu[:, None, :]
     elif workers[0].spherical:
-        S2 = S2[:, 0] - 2 * (S1 * mu).sum(1) + S0 * (mu**2).sum(1)
+        S2 = S2 - 2 * (S1 * mu).sum(1) + S0 * (mu**2).sum(1)
     else:
         S2 = S2 - 2 * S1 * mu + S0[:, None] * mu**2
-    return S0, S1 - S0[:, None] * mu, S2, total * unit
+    S1 = S1 - S0[:, None] * mu
+    for tile in workers:
+        if tile.own is not None:
+            own = tile.own * unit
+            S0, S1, S2 = S0 + own[:, 0], S1 + own[:, 1 : D + 1], S2 + tile.shaped(own[:, D + 1 :])
+    return S0, S1, S2, total * unit
 
 
 def point_gradient(problem: Exponents, weights: Tensor, blocks: Truncation | None = None) -> Tensor:
@@ -284,11 +315,16 @@ def point_gradient(problem: Exponents, weights: Tensor, blocks: Truncation | Non
     def body(tile: Tile, start: int, stop: int) -> None:
         if not tile.sees(tile.softmax()):
             return
-        averages = tile.chosen(slopes).T @ tile.shares()
+        shares = tile.shares()
+        pull_apart = tile.pull(shares)
+        averages = tile.chosen(slopes).T @ shares
         shape = (D, D, -1) if problem.is_full else (1, slopes.shape[1] - D, -1)
         pull = averages[D:].reshape(shape)
         pulled = (pull * tile.X).sum(1) if problem.is_full else pull[0] * tile.X
-        gradient[start:stop] = ((averages[:D] - pulled) * weights[start:stop]).T
+        found = averages[:D] - pulled
+        if pull_apart is not None:
+            found = found - pull_apart
+        gradient[start:stop] = (found * weights[start:stop]).T
 
     _sweep(problem, body, blocks, clamp=True)
     return gradient

@@ -17,9 +17,14 @@ from torch import Tensor
 __all__ = ["asked", "product", "split_product"]
 
 
-def asked() -> bool:
-    """Whether the user allows faster products than exact ones: ``torch.set_float32_matmul_precision("high")``."""
-    return torch.get_float32_matmul_precision() != "highest"
+def asked(device: torch.device) -> bool:
+    """Whether the user allows faster products than exact ones on a device: ``torch.set_float32_matmul_precision("high")``.
+
+    ``torch.backends.cuda.matmul.fp32_precision = "tf32"`` asks for the same on CUDA alone. Settings that differ between devices
+    make ``torch.get_float32_matmul_precision`` raise, so each device's own setting is read.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return str(backend.matmul.fp32_precision) in ("tf32", "bf16")
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

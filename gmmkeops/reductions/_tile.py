@@ -10,11 +10,16 @@ with B the natural parameters of the components. The cancellation of :math:`x^\t
 where that would be felt, the exponents come from whitened residuals :math:`U_k^\top x - U_k^\top \mu_k` instead. Where a tile
 sees so few components that their matrices are smaller than the features, both halves do without :math:`x x^\top`. Between the
 two products a tile is only ever touched by a softmax.
+
+All of these expand something about a common center. Components for which a bound (:mod:`._rounding`) does not show that this
+is accurate enough over the points of the tile are evaluated from the residuals :math:`x - \mu_k` about their own means instead,
+and so are their moments.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,12 +28,29 @@ from torch import Tensor
 from gmmkeops._random import running_sum
 from gmmkeops.reductions._exponents import Exponents
 from gmmkeops.reductions._products import product
+from gmmkeops.reductions._rounding import Sizes, linear_limit, quadratic_limit
 
-__all__ = ["Tile"]
+__all__ = ["Tile", "least_limit"]
 
 # Dimensions for each component of a tile from which on its residuals cost less than the features of the points (measured in 10
 # to 64 dimensions).
 _FEW = 6
+# What an expansion about the common center may change of an exponent e, as a fraction of max(1, |e|), by the dtype of the
+# points.
+_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-8}
+# Numbers that residuals about the components' own means take at a time.
+_ROOM, _ROOM_CUDA = 1 << 18, 1 << 24
+
+
+def _limits(dtype: torch.dtype) -> tuple[float, float]:
+    """The largest sizes of components whose moments, and whose exponents, may be expanded for points of a dtype."""
+    square = quadratic_limit(_TOLERANCE[dtype], torch.float64)
+    return square, square if dtype == torch.float32 else linear_limit(_TOLERANCE[dtype], torch.float64)
+
+
+def least_limit(problem: Exponents, most: float | None) -> float:
+    """The largest size of components for which nothing is taken from residuals; ``most`` as for :class:`Tile`."""
+    return min(_limits(problem.x.dtype)) if most is None else most
 
 
 class Tile:
@@ -39,10 +61,22 @@ class Tile:
         rows, pairs: The most that a tile will have of them.
         clamp: Keep exponents beyond the dtype's range finite.
         featured: Load features also where the exponents do without them.
+        sizes: What bounds the rounding of each tile; None where all tiles are known to be within the limits.
+        most: The largest sizes that a tile with float32 products is loaded with; None for those of float64 ones.
         precise: Take products of float32 points in float64.
     """
 
-    def __init__(self, problem: Exponents, rows: int, pairs: int, clamp: bool, featured: bool, precise: bool) -> None:
+    def __init__(
+        self,
+        problem: Exponents,
+        rows: int,
+        pairs: int,
+        clamp: bool,
+        featured: bool,
+        sizes: Sizes | None,
+        most: float | None,
+        precise: bool,
+    ) -> None:
         _, K, D = problem.shape
         x = problem.x
         self.problem, self.clamp, self.featured = problem, clamp, featured
@@ -59,12 +93,19 @@ class Tile:
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
         self.sums = torch.zeros(K, 1 + D + products, dtype=torch.float64, device=x.device)
+        # The same about the components' own means, of those that have been evaluated from residuals.
+        self.own: Tensor | None = None
         self.total = torch.zeros((), dtype=torch.float64, device=x.device)
         self.quadratic = x.dtype == torch.float32
         # How far below a point's largest exponent others still count, nats, and what they count then.
         self.depth = 80.0 if self.quadratic else 700.0
         self.nothing = math.exp(-self.depth) * (1 + 1e-5)
         self.offsets = problem.offsets.to(**wide)
+        self.sizes, self.most = sizes, most
+        # Places in the tile of the components whose exponents, and whose moments, are taken from residuals.
+        self.apart: Tensor | None = None
+        self.apart_moments: Tensor | None = None
+        self.moments_limit, self.limit = _limits(x.dtype)
         if self.quadratic:
             self.natural = self._natural().to(**wide)
         else:
@@ -108,20 +149,61 @@ class Tile:
         pairs = rows * components
         self.E, self.R = self._e[:pairs].view(components, rows), self._r[:pairs].view(components, rows)
 
-    def load(self, start: int, stop: int, index: Tensor | None = None) -> None:
-        """Brings rows start:stop in, centred, with their features and their exponents ``self.E`` (components, rows)."""
+    def load(self, start: int, stop: int, index: Tensor | None = None) -> bool:
+        """Brings rows start:stop in, centred, with their features and their exponents ``self.E`` (components, rows).
+
+        Returns whether float32 products are good enough for them; if not, the tile holds nothing.
+        """
         p, self.index = self.problem, index
         height = p.means.shape[0] if index is None else len(index)
         if (stop - start, height) != (self.width, self.height):
             self._narrow(stop - start, height)
         torch.sub(p.x[start:stop].T, p.centre[:, None], out=self.X)
         self.few = self.full and _FEW * self.height <= len(self.X)
+        if not self._bound():
+            return False
+        if self.featured and not self.few:
+            self._multiply()
+        if self.apart is None or len(self.apart) < self.height:
+            self._expand()
+        if self.apart is not None:
+            self._evaluate(self.apart)
+            if self.clamp:
+                self.E.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
+        return True
+
+    def _bound(self) -> bool:
+        """Finds the components whose expansion about the center would not be accurate enough in this tile.
+
+        Returns whether the tile's own products are good enough for the others.
+        """
+        self.apart = self.apart_moments = None
+        if self.sizes is None:
+            return True
+        limit = min(self.limit, self.moments_limit) if self.featured else self.limit
+        reach = self.X.abs().amax(1).double()
+        if bool(self.sizes.most(reach) <= (limit if self.most is None else self.most)):
+            return True
+        if self.most is not None:
+            return False
+        sizes = self.sizes.of(reach, self.index)
+        self.apart = self._beyond(sizes, self.limit)
+        self.apart_moments = self._beyond(sizes, self.moments_limit)
+        return True
+
+    @staticmethod
+    def _beyond(sizes: Tensor, limit: float) -> Tensor | None:
+        places = (~(sizes <= limit)).nonzero()[:, 0]
+        return places if len(places) else None
+
+    def _expand(self) -> None:
+        """Fills ``self.E`` by expansions about the common center."""
         if self.few:
             self._residuals()
             return
-        if self.quadratic or self.featured:
-            self._multiply()
         if self.quadratic:
+            if not self.featured:
+                self._multiply()
             product(self.chosen(self.natural), self.F, out=self.E)
             if self.clamp:
                 self.E.clamp_(min=-3e38)
@@ -163,6 +245,59 @@ class Tile:
         if self.clamp:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
 
+    def residuals(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Residuals about their own means of the components at places in the tile, some at a time.
+
+        Yields places (b,), components (b,), x - μ (b, D, rows) and Uᵀ(x - μ), all float64.
+        """
+        p, x = self.problem, self.X.double()
+        most = max(1, (_ROOM_CUDA if x.is_cuda else _ROOM) // x.numel())
+        for some in places.split(most):
+            index = self.components(some)
+            z, U = x - p.means[index][:, :, None], p.U[index]
+            yield some, index, z, U.mT @ z if self.full else U[:, :, None] * z
+
+    def _evaluate(self, places: Tensor) -> None:
+        """Fills rows of ``self.E`` from residuals about the components' own means."""
+        for some, index, _, y in self.residuals(places):
+            self.E[some] = (self.problem.offsets[index][:, None] - 0.5 * y.square_().sum(1)).to(self.E.dtype)
+
+    def _add_apart(self, shares: Tensor, places: Tensor) -> None:
+        """Adds moments about the components' own means, and leaves no shares (components, rows) of theirs."""
+        if self.own is None:
+            self.own = torch.zeros_like(self.sums)
+        for some, index, z, _ in self.residuals(places):
+            r = shares[some].double()[:, None]
+            if self.full:
+                square = ((r * z) @ z.mT)[:, self.row, self.column]
+            else:
+                square = (r * z.square()).sum(2)
+                square = square.sum(1, keepdim=True) if self.spherical else square
+            self.own[index] += torch.cat([r.sum(2), (r * z).sum(2), square], 1)
+        shares[places] = 0
+
+    def shaped(self, products: Tensor) -> Tensor:
+        """Sums of products of coordinates as second moments: (K, D, D), (K, D) or (K,)."""
+        if self.spherical:
+            return products[:, 0]
+        if not self.full:
+            return products
+        D = self.problem.means.shape[1]
+        dense = products.new_empty(len(products), D, D)
+        dense[:, self.row, self.column] = dense[:, self.column, self.row] = products
+        return dense
+
+    def pull(self, shares: Tensor) -> Tensor | None:
+        """Σ r U Uᵀ(x - μ) (D, rows) of the components evaluated from residuals, which keep no shares; None without any."""
+        if self.apart is None:
+            return None
+        found = torch.zeros_like(self.X, dtype=torch.float64)
+        for some, index, _, y in self.residuals(self.apart):
+            U = self.problem.U[index]
+            found += (shares[some].double()[:, None] * (U @ y if self.full else U[:, :, None] * y)).sum(0)
+        shares[self.apart] = 0
+        return found
+
     def chosen(self, rows: Tensor) -> Tensor:
         """Of one row for each component, those of the components in the tile."""
         return rows if self.index is None else rows.index_select(0, self.index)
@@ -182,7 +317,13 @@ class Tile:
     def add(self, values: Tensor, weights: Tensor | None) -> None:
         """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
         self.total += values.sum(dtype=torch.float64) if weights is None else values.double() @ weights
-        if self.few:
+        if self.apart_moments is not None:
+            shares = self.shares(weights)
+            self._add_apart(shares, self.apart_moments)
+            if len(self.apart_moments) == self.height:
+                return
+            self._add(shares) if self.few else self._keep(product(shares, self.F.T))
+        elif self.few:
             self._add(self.shares(weights))
         elif len(self.F) < self.height:
             # The smaller side of the product is the one that is scaled.
@@ -205,13 +346,17 @@ class Tile:
             self.sums.index_add_(0, self.index, sums.to(self.sums.dtype))
 
     def softmax(self) -> Tensor:
-        """Fills ``self.R`` with exponentials relative to the largest of each point; returns the log-sum-exps (rows,)."""
-        largest = self.R.copy_(self.E).amax(0)
-        self.R.sub_(largest)
+        """Fills ``self.R`` with exponentials relative to the largest of each point; returns the log-sum-exps (rows,).
+
+        The exponents ``self.E`` are overwritten.
+        """
+        # Differences come before any rounding to float32: exponents of points far from everything are large.
+        largest = self.E.amax(0)
+        self.R.copy_(self.E.sub_(largest))
         # Exponentials that underflow take up to eighty times as long as others (measured); they are zero without asking.
         torch.threshold_(self.R.clamp_(min=-self.depth).exp_(), self.nothing, 0.0)
         self._sums = self.R.sum(0)
-        return largest.add_(self._sums.log())
+        return largest + self._sums.log()
 
     def _unscaled(self) -> Tensor:
         """``self.R`` in the products' dtype; where that is another one, in the place of the exponents."""
