@@ -43,6 +43,9 @@ class LazyTensor:
         width = max(self.shape[-1], other.shape[-1])
         return self._new(width, lambda: operation(self.value(), other.value()), other)
 
+    def __add__(self, other):
+        return self._pointwise(other, torch.add)
+
     def __sub__(self, other):
         return self._pointwise(other, torch.sub)
 

@@ -85,16 +85,28 @@ def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None
 def _values(problem: Exponents, blocks: Truncation | None, backend: str) -> Tensor:
     if engine(problem, backend) == "dense":
         return _dense.logsumexp(problem, blocks)
-    return _planned(problem, blocks)[0]
+    return _planned(_keops.accurate(problem), blocks)[0].to(problem.x.dtype)
 
 
-def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any]:
-    """ℓ (N,) by KeOps, and the plans by which it was found."""
+def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any, Tensor]:
+    """ℓ (N,) by KeOps, the plans by which it was found, and the rows (n,) that are left to the dense engine."""
     values, plans = _keops.logsumexp(problem, blocks)
-    overflowed = ~torch.isfinite(values)
-    if bool(overflowed.any()):
-        values[overflowed] = _dense.logsumexp(problem.rows(overflowed))
-    return values, plans
+    far = _keops.far(problem, values)
+    if len(far):
+        values[far] = _dense.logsumexp(problem.rows(far))
+    return values, plans, far
+
+
+def _largest(problem: Exponents, k: int, backend: str, blocks: Truncation | None) -> tuple[Tensor, Tensor]:
+    """The k largest exponents (N, k) and their components (N, k)."""
+    if engine(problem, backend) == "dense":
+        return _dense.topk(problem, k, blocks)
+    accurate = _keops.accurate(problem)
+    values, indices = _keops.topk(accurate, k, blocks)
+    far = _keops.far(accurate, values[:, 0])
+    if len(far):
+        values[far], indices[far] = _dense.topk(accurate.rows(far), k)
+    return values.to(problem.x.dtype), indices
 
 
 def _moments(
@@ -115,11 +127,16 @@ def _moments(
     if assignment != "soft" or engine(problem, backend) == "dense":
         S0, S1, S2, total = _dense.moments(problem, weights, assignment, seed, blocks)
     else:
-        values, plans = _planned(problem, blocks)
-        g = torch.ones_like(values) if weights is None else weights
+        problem = _keops.accurate(problem)
+        values, plans, far = _planned(problem, blocks)
+        g = torch.ones_like(values, dtype=torch.float64) if weights is None else weights
+        total = (values.double() * g).sum()
+        values[far] = _keops.NO_SHARE
         S0, S1, S2 = _keops.moments(problem, values, g, plans)
         S2 = S2.sum(1) if problem.U.shape[1:] == (1,) and x.shape[1] > 1 else S2
-        total = (values.double() * g).sum()
+        if len(far):
+            rest = _dense.moments(problem.rows(far), g[far], "soft", 0)
+            S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
     if problem.U.shape[1:] == (1,):
         S2 = S2.reshape(-1)
     return Moments(S0, S1, S2, problem.means + problem.centre, total, mass)
@@ -135,8 +152,13 @@ def _parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tens
 def _point_gradient(problem: Exponents, blocks: Truncation | None, weights: Tensor, backend: str) -> Tensor:
     if engine(problem, backend) == "dense":
         return _dense.point_gradient(problem, weights, blocks)
-    values, plans = _planned(problem, blocks)
-    return _keops.point_gradient(problem, values, weights, plans)
+    accurate = _keops.accurate(problem)
+    values, plans, far = _planned(accurate, blocks)
+    values[far] = _keops.NO_SHARE
+    gradient = _keops.point_gradient(accurate, values, weights, plans)
+    if len(far):
+        gradient[far] = _dense.point_gradient(accurate.rows(far), weights[far])
+    return gradient.to(problem.x.dtype)
 
 
 def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Tensor) -> Tensor:
@@ -344,7 +366,10 @@ def argmax(
         tensor([0, 1])
     """
     problem, blocks = _setup(x, offsets, means, factor, truncate, best=1)
-    labels = (_dense if engine(problem, backend) == "dense" else _keops).argmax(problem, blocks)
+    if engine(problem, backend) == "dense":
+        labels = _dense.argmax(problem, blocks)
+    else:
+        labels = _largest(problem, 1, backend, blocks)[1][:, 0]
     return labels if blocks is None else blocks.cloud.leave(labels)
 
 
@@ -381,7 +406,7 @@ def topk(
     k = as_integer(k, "k", 1)
     problem, blocks = _setup(x, offsets, means, factor, truncate, best=k)
     as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
-    found = (_dense if engine(problem, backend) == "dense" else _keops).topk(problem, k, blocks)
+    found = _largest(problem, k, backend, blocks)
     return found if blocks is None else (blocks.cloud.leave(found[0]), blocks.cloud.leave(found[1]))
 
 
