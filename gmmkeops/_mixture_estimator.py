@@ -321,7 +321,7 @@ class MixtureEstimator(Estimator, ABC):
             raise TypeError("Sparse data was passed, but dense data is required; use X.toarray().")
         if np.iscomplexobj(X) if isinstance(X, np.ndarray) else torch.is_tensor(X) and X.is_complex():
             raise ValueError("Complex data not supported: X has complex numbers; pass real and imaginary parts.")
-        x = as_tensor(X, name="X", dtype=as_dtype(self.dtype), device=self.device)
+        x = as_tensor(X, name="X", device=self.device)
         names = column_names(X)
         if not fitting:
             self._check_names(names)
@@ -393,9 +393,14 @@ class MixtureEstimator(Estimator, ABC):
                 mixture = mixture.to(device)
                 with renamed("x", "X"):
                     parts = chunked(X, features=self.n_features_in_, columns=self.mixture_.columns)
-                return self._out(torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts]), False)
+                found = torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts])
+                return self._out(self._cast(found), False)
             x, _ = self._points(X)
-            return self._out(function(mixture.to(x.device), x), torch.is_tensor(X))
+            return self._out(self._cast(function(mixture.to(x.device), x)), torch.is_tensor(X))
+
+    def _cast(self, found: Tensor) -> Tensor:
+        """What has been found of points, in the dtype that was asked for; the points themselves are not rounded."""
+        return found.to(as_dtype(self.dtype) or found.dtype) if found.is_floating_point() else found
 
     def _engine(self) -> dict[str, Any]:
         return {"backend": self.backend, "truncate": self.truncate}

@@ -178,7 +178,7 @@ def _fitting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--covariance", default="full", help=f"one of {', '.join(_TYPES)} (default: full)")
     parser.add_argument("--max-iter", type=int, default=100, help="iterations at most (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="for the same start each time (default: 0)")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default: float32")
+    parser.add_argument("--dtype", choices=("float32", "float64"), help="to compute in (default: that of the data)")
     parser.add_argument("--max-memory", help="that the fit may take, such as 1.5GB")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 

@@ -73,7 +73,8 @@ class GaussianMixture(MixtureEstimator):
         verbose: Write a line to stderr each ``verbose_interval`` iterations; from 2 on, show a bar in a terminal instead.
         verbose_interval: See ``verbose``.
         device: Where to compute, e.g. "cuda"; by default where the data are.
-        dtype: "float32" or "float64" to compute in; by default float32 data stay so and all else is float64.
+        dtype: "float32" or "float64" to compute in and to return densities and probabilities in; by default float32 data stay
+            so and all else is float64. Where float32 is not accurate enough a fit goes on in float64.
         backend: "auto", "keops" or "dense".
         truncate: ε that sweeps may leave out of each point's density, certified (:func:`gmmkeops.fit`); 0 for none. By
             default what rounding hides, where that pays.
@@ -358,10 +359,8 @@ class GaussianMixture(MixtureEstimator):
         if readable(X):
             return function(self.mixture_, X)
 
-        def value(mixture: Mixture, x: Tensor) -> Tensor:
-            return torch.tensor(function(mixture, x), dtype=torch.float64)
-
-        return float(self._apply(X, value, self.mixture_))
+        x, _ = self._points(X)
+        return float(function(self.mixture_.to(x.device), x))
 
 
 WEIGHTS = ("dirichlet_process", "dirichlet_distribution")

@@ -250,34 +250,43 @@ class FullFactor(Factor):
 
     @classmethod
     def from_factors(cls, factors: Any, features: int | None = None) -> FullFactor:
-        A = _square(factors, "factors")
+        given = _square(factors, "factors")
+        A = given.double()
         # A = R Q with R upper triangular, so A Aᵀ = R Rᵀ: a QR of the row-reversed transpose.
         _, R = torch.linalg.qr(A.flip(-2).mT)
         U = R.mT.flip(-1, -2)
-        return cls._of_matrix(U * torch.where(U.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2), "factors")
+        U = U * torch.where(U.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+        return cls._of_matrix(U, "factors", given.dtype)
 
     @classmethod
     def from_covariances(cls, covariances: Any, features: int | None = None) -> FullFactor:
-        return cls.from_cholesky(_cholesky(_square(covariances, "covariances"), "covariances"))
+        given = _square(covariances, "covariances")
+        # In float64 throughout: the errors of a Cholesky factorization grow with the condition number.
+        return cls._of_cholesky(_cholesky(given.double(), "covariances"), given.dtype)
 
     @classmethod
     def from_precisions(cls, precisions: Any, features: int | None = None) -> FullFactor:
-        P = _square(precisions, "precisions")
+        given = _square(precisions, "precisions")
+        P = given.double()
         # The upper factor of P is the reversed lower Cholesky factor of the reversed P.
-        return cls._of_matrix(_cholesky(P.flip(-1, -2), "precisions").flip(-1, -2), "precisions")
+        return cls._of_matrix(_cholesky(P.flip(-1, -2), "precisions").flip(-1, -2), "precisions", given.dtype)
 
     @classmethod
     def from_cholesky(cls, cholesky: Any, features: int | None = None) -> FullFactor:
-        L = _square(cholesky, "cholesky")
-        _positive(L.diagonal(dim1=-2, dim2=-1), "the diagonals of cholesky")
-        eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
-        return cls._of_matrix(torch.linalg.solve_triangular(L, eye, upper=False).mT, "cholesky")
+        given = _square(cholesky, "cholesky")
+        return cls._of_cholesky(given.double(), given.dtype)
 
     @classmethod
-    def _of_matrix(cls, U: Tensor, name: str) -> FullFactor:
+    def _of_cholesky(cls, L: Tensor, dtype: torch.dtype) -> FullFactor:
+        _positive(L.diagonal(dim1=-2, dim2=-1), "the diagonals of cholesky")
+        eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+        return cls._of_matrix(torch.linalg.solve_triangular(L, eye, upper=False).mT, "cholesky", dtype)
+
+    @classmethod
+    def _of_matrix(cls, U: Tensor, name: str, dtype: torch.dtype) -> FullFactor:
         diagonal = _positive(U.diagonal(dim1=-2, dim2=-1), f"the diagonals of the factors of {name}")
         row, column = torch.triu_indices(U.shape[-1], U.shape[-1], 1, device=U.device)
-        return cls(diagonal.log(), U[..., row, column])
+        return cls(diagonal.log().to(dtype), U[..., row, column].to(dtype))
 
     @classmethod
     def count(cls, components: int, features: int, tied: bool = False) -> int:

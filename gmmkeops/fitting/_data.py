@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops.distributed import World
+from gmmkeops.factors import Factor
 from gmmkeops.fitting._frame import Frame
 from gmmkeops.mixture import Mixture
 from gmmkeops.sources import Chunk, Source
 
 __all__ = ["Data", "Ledger", "Memory", "Piece", "Stream"]
+
+# What rounding the points to float32 may change of a whitened residual: 3e-5 of it are about 1e-4 nats at three deviations.
+_ROUNDING = 3e-5
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,29 @@ class Piece:
         weights: (n,) float64, or None.
         truncate: What sweeps may leave out.
         first: Number of its first row among all.
+        rounding: The most that rounding to float32 has changed each column (D,); None where it has changed nothing.
+        exact: Gives the piece in float64, where rounding has changed something.
     """
 
     x: Tensor | reductions.Truncation
     weights: Tensor | None
     truncate: float | None
     first: int = 0
+    rounding: Tensor | None = None
+    exact: Callable[[], Piece] | None = None
+
+    def accurate(self, factor: Factor) -> Piece:
+        """The piece itself, or the same in float64 if rounding changes a log-density of components by more than allowed."""
+        if self.rounding is None or self.exact is None or _harmless(self.rounding, factor):
+            return self
+        return self.exact()
+
+
+def _harmless(rounding: Tensor, factor: Factor) -> bool:
+    """Whether whitened residuals change by no more than the limit where columns (D,) change by the rounding."""
+    U = factor.U.detach().double()
+    lengths = U.norm(dim=-1) if U.ndim == 3 else U.abs().expand(len(U), len(rounding))
+    return bool((lengths @ rounding).amax() <= _ROUNDING)
 
 
 @dataclass
@@ -43,12 +65,14 @@ class Ledger:
         epsilon: The largest ε of its truncations.
         certificate: Most that it may have lost of any point's log-likelihood, nats.
         pairs, looked: Pairs of point and component, and how many of them were looked at.
+        wide: Whether float32 would not have done for some points, which were computed in float64: 1, else 0.
     """
 
     epsilon: float = 0.0
     certificate: float = 0.0
     pairs: float = 0.0
     looked: float = 0.0
+    wide: float = 0.0
 
     def add(self, x: Tensor | reductions.Truncation, components: int) -> None:
         """Enters a sweep over points, or what was arranged of them."""
@@ -64,13 +88,13 @@ class Ledger:
     @property
     def numbers(self) -> list[float]:
         """All of it."""
-        return [self.epsilon, self.certificate, self.pairs, self.looked]
+        return [self.epsilon, self.certificate, self.pairs, self.looked, self.wide]
 
     def of_all(self, world: World) -> Ledger:
         """What truncation has done on all ranks."""
         said = world.tell(self.numbers)
-        epsilon, certificate, pairs, looked = zip(*said, strict=True)
-        return Ledger(max(epsilon), max(certificate), sum(pairs), sum(looked))
+        epsilon, certificate, pairs, looked, wide = zip(*said, strict=True)
+        return Ledger(max(epsilon), max(certificate), sum(pairs), sum(looked), max(wide))
 
 
 class Data(ABC):
@@ -95,9 +119,9 @@ class Data(ABC):
         """All points, once, in an order drawn with ``seed``, at most ``size`` at a time."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Memory(Data):
-    """Points in memory.
+    """Points in memory, which become float64 ones for good when float32 is no longer enough.
 
     Args:
         x: Points (N, D) in the frame.
@@ -106,6 +130,8 @@ class Memory(Data):
         cloud: All points arranged for sweeps that leave components out, or None.
         first: Number of the first row among all processes'.
         by: The mixture that they were arranged by, or None.
+        rounding: The most that rounding to float32 has changed each column (D,); None where it has changed nothing.
+        enter: Brings the user's points into the frame in float64.
     """
 
     x: Tensor
@@ -114,6 +140,32 @@ class Memory(Data):
     cloud: reductions.Truncation | None = None
     first: int = 0
     by: Mixture | None = None
+    rounding: Tensor | None = None
+    enter: Callable[[], Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls, x: Tensor, weights: Tensor | None, frame: Frame, dtype: torch.dtype, truncate: float | None, first: int
+    ) -> Memory:
+        """Points (N, D) of the user, brought into a frame."""
+        points, rounding = frame.points(x, dtype)
+        return cls(
+            points,
+            weights,
+            truncate,
+            first=first,
+            rounding=rounding,
+            enter=None if rounding is None else lambda: frame.points(x, torch.float64)[0],
+        )
+
+    def refine(self) -> None:
+        """Turns the points into float64 ones that have not been rounded, arranged as they were."""
+        if self.enter is None:
+            return
+        self.x, self.rounding, self.enter = self.enter(), None, None
+        if self.cloud is not None and self.by is not None:
+            epsilon, self.cloud = self.cloud.epsilon, None
+            self.cloud = self.arranged(epsilon, self.by, 1, "dense").cloud
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -130,13 +182,30 @@ class Memory(Data):
     def pieces(self, skip: int = 0) -> Iterator[Piece]:
         # Arranging has been decided for all points, not for each sweep.
         if not skip:
-            yield Piece(self.x if self.cloud is None else self.cloud, self.weights, 0, self.first)
+            yield self._whole()
+
+    def _whole(self) -> Piece:
+        x = self.x if self.cloud is None else self.cloud
+
+        def exact() -> Piece:
+            self.refine()
+            return self._whole()
+
+        return Piece(x, self.weights, 0, self.first, self.rounding, exact)
+
+    def _some(self, rows: Tensor) -> Piece:
+        weights = None if self.weights is None else self.weights[rows]
+
+        def exact() -> Piece:
+            self.refine()
+            return self._some(rows)
+
+        return Piece(self.x[rows], weights, self.truncate, self.first + int(rows[0]), self.rounding, exact)
 
     def batches(self, size: int, seed: int) -> Iterator[Piece]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed)).to(self.device)
         for rows in order.split(size) if len(order) else ():
-            weights = None if self.weights is None else self.weights[rows]
-            yield Piece(self.x[rows], weights, self.truncate, self.first + int(rows[0]))
+            yield self._some(rows)
 
     def arranged(self, truncate: float | None, mixture: Mixture, sweeps: int, backend: str) -> Memory:
         """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
@@ -173,9 +242,14 @@ class Stream(Data):
         return self.source.features
 
     def _enter(self, chunk: Chunk) -> Piece:
-        points = self.frame.points(chunk.points.to(self.device), self.dtype)
         weights = None if chunk.weights is None else chunk.weights.to(self.device)
-        return Piece(points, weights, self.truncate, chunk.first)
+
+        def piece(dtype: torch.dtype) -> Piece:
+            points, rounding = self.frame.points(chunk.points.to(self.device), dtype)
+            exact = None if rounding is None else cache(lambda: piece(torch.float64))
+            return Piece(points, weights, self.truncate, chunk.first, rounding, exact)
+
+        return piece(self.dtype)
 
     def pieces(self, skip: int = 0) -> Iterator[Piece]:
         return self.source.chunks(skip, prepare=self._enter)
@@ -196,7 +270,9 @@ class Stream(Data):
 
 def _rows(piece: Piece, rows: Tensor) -> Piece:
     assert isinstance(piece.x, Tensor), "only points that are not arranged are taken apart"
-    return replace(piece, x=piece.x[rows], weights=None if piece.weights is None else piece.weights[rows])
+    weights = None if piece.weights is None else piece.weights[rows]
+    exact = None if piece.exact is None else lambda: _rows(_in_float64(piece), rows)
+    return replace(piece, x=piece.x[rows], weights=weights, exact=exact)
 
 
 def _joined(a: Piece, b: Piece) -> Piece:
@@ -206,4 +282,22 @@ def _joined(a: Piece, b: Piece) -> Piece:
     if a.weights is not None or b.weights is not None:
         one = torch.ones((), dtype=torch.float64, device=a.x.device)
         weights = torch.cat([one.expand(len(piece.x)) if piece.weights is None else piece.weights for piece in (a, b)])
-    return replace(b, x=torch.cat([a.x, b.x]), weights=weights)
+    rounding, exact = _larger(a.rounding, b.rounding), None
+    if rounding is not None:
+        exact = cache(lambda: _joined(_in_float64(a), _in_float64(b)))
+    return replace(b, x=torch.cat([a.x, b.x]), weights=weights, rounding=rounding, exact=exact)
+
+
+def _larger(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The larger rounding of each column (D,)."""
+    if a is None or b is None:
+        return b if a is None else a
+    return torch.maximum(a, b)
+
+
+def _in_float64(piece: Piece) -> Piece:
+    """A piece in float64; one that rounding has not changed is cast."""
+    if piece.exact is not None:
+        return piece.exact()
+    assert isinstance(piece.x, Tensor), "only points that are not arranged are joined"
+    return replace(piece, x=piece.x.double())

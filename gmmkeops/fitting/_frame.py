@@ -81,12 +81,19 @@ class Frame:
         """Of one number for each column those of the mixtures' coordinates."""
         return columns[: len(columns) - self.extra]
 
-    def points(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The cloud in the frame (N, D), subtracted in float64 and then cast."""
+    def points(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The cloud in the frame (N, D), subtracted in float64 and then cast.
+
+        Also the most that the cast has changed each column (D,), float64, or None where it has changed nothing.
+        """
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        changed = self.shift.new_zeros(len(self.shift))
         for part, into in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
-            into.copy_((part.double() - self.shift) / self.scale)
-        return out
+            wide = (part.double() - self.shift) / self.scale
+            into.copy_(wide)
+            if dtype != torch.float64:
+                changed = torch.maximum(changed, _largest(wide.sub_(into)))
+        return out, changed if dtype != torch.float64 and bool(changed.any()) else None
 
     def surrogate(self, surrogate: Surrogate) -> Surrogate:
         """What penalties add to an M-step, in the frame."""
@@ -122,6 +129,22 @@ class Frame:
         factor = mixture.factor.rescale(1 / scale)
         names = None if self.columns is None else self.columns[: len(scale)]
         return Mixture(mixture.logits, mixture.means * scale + shift, factor, validate_args=False).named(names)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest size in each column (D,) of values (N, D), which are overwritten.
+
+    Many rows at a time are taken as one: a maximum over the first of two dimensions, of which the last is short, is slow.
+    """
+    N, D = values.shape
+    values = values.abs_()
+    whole = N - N % 64
+    parts = [values[whole:], values[:whole].view(64, -1, D).amax(0) if whole else values[:0]]
+    found = torch.cat(parts)
+    while len(found) > 64:
+        keep = len(found) % 64
+        found = torch.cat([found[:keep], found[keep:].view(64, -1, D).amax(0)])
+    return found.amax(0) if len(found) else values.new_zeros(D)
 
 
 def _spread(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

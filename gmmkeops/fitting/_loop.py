@@ -88,7 +88,9 @@ def fit(
             None leaves out what the points' own rounding hides, where that pays.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
         dtype: ``"float32"`` or ``"float64"`` to compute in. By default float32 points are computed in float32 and all else
-            in float64. The points are centred in float64 first, so map coordinates lose no digits in float32.
+            in float64. The points are centred in float64 first, so map coordinates lose no digits in float32. Where the
+            components become so narrow, or points are so far away, that float32 coordinates would change log-densities by
+            about 1e-4 nats or more, the fit goes on in float64, and the report says so.
         callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit. With several
             ranks one that returns True on any of them ends the fit on all, and others wait for a callback for 30 seconds at most.
         progress: Whether to show a progress bar; by default only in a terminal.
@@ -262,12 +264,15 @@ def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | N
     tied = "tied_" if mixture.factor.leading == 1 and K > 1 else ""
     kind = tied + {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
     if isinstance(x, Source):
-        return x.in_chunks(chunk_rows(limit, K, D, kind, dtype or torch.float64)), g
-    work = x.dtype if dtype is None else dtype
-    (over,) = world.any(estimate_memory(len(x), K, D, covariance_type=kind, dtype=work) > limit)
+        return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64)), g
+    # Points that are computed in float32 become float64 ones where that is not accurate enough.
+    wanted = estimate_memory(len(x), K, D, covariance_type=kind, dtype=torch.float64)
+    if (x.dtype if dtype is None else dtype) == torch.float32:
+        wanted += 4 * x.numel()
+    (over,) = world.any(wanted > limit)
     if not over:
         return x, g
-    return world.share(Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, work))), None
+    return world.share(Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, torch.float64))), None
 
 
 def _settings(
@@ -403,6 +408,7 @@ class _Run:
             "best": self.best,
             "generator": problem.generator.get_state(),
             "arranged": arranged,
+            "dtype": str(problem.data.dtype),
         }
 
     def resume(self, saved: dict[str, Any]) -> Any:
@@ -425,6 +431,8 @@ class _Run:
         self.facts = saved["facts"]
         self.history, self.best, self.mark = saved["history"], saved["best"], saved["mark"]
         self.began -= saved["seconds"]
+        if isinstance(problem.data, Memory) and saved["dtype"] == str(torch.float64):
+            problem.data.refine()
         if saved["arranged"] is not None and isinstance(problem.data, Memory):
             epsilon, by, memory = saved["arranged"]
             data = problem.data.arranged(epsilon, by, 1, problem.backend)
@@ -547,7 +555,7 @@ def _result(best: Evaluation, run: _Run) -> FitResult:
         floors_hit=tuple(best.floored.nonzero()[:, 0].tolist()),
         engine=reductions.engine(problem.data.device, problem.backend, features=problem.data.features, full=full),
         device=str(problem.data.device),
-        dtype=str(problem.data.dtype).removeprefix("torch."),
+        dtype="float64" if ledger.wide else str(problem.data.dtype).removeprefix("torch."),
         mass=problem.mass,
         truncate=ledger.epsilon,
         certificate=ledger.certificate,

@@ -125,7 +125,7 @@ class Problem:
             if world.size > 1:
                 part, first = source.slice, source.first
                 x, weights = x[part], None if weights is None else weights[part]
-            data = Memory(frame.points(x, x.dtype if dtype is None else dtype), weights, truncate, first=first)
+            data = Memory.of(x, weights, frame, x.dtype if dtype is None else dtype, truncate, first)
         else:
             kept = torch.float32 if single else torch.float64
             data = Stream(x, frame, kept if dtype is None else dtype, device, truncate)
@@ -203,7 +203,9 @@ class Problem:
             if not len(piece.x):
                 continue
             self.world.look()
-            x = piece.x
+            accurate = piece.accurate(factor)
+            ledger.wide = max(ledger.wide, float(accurate is not piece))
+            piece, x = accurate, accurate.x
             if isinstance(x, Tensor) and piece.truncate != 0:
                 x = reductions.arrange(x, len(means), piece.truncate)
             part = reductions.moments(

@@ -116,5 +116,5 @@ def _middle(values: Tensor) -> Tensor:
 
 
 def factor_tensor(factor: Factor | Tensor) -> Tensor:
-    """The tensor U of a factor, or the tensor itself."""
-    return factor.U if isinstance(factor, Factor) else factor
+    """The tensor U of a factor, computed in float64, or the tensor itself."""
+    return factor.to(torch.float64).U if isinstance(factor, Factor) else factor
