@@ -153,12 +153,12 @@ def test_float32_products(engine, split, family, D, K, high, monkeypatch):
     """Everything with float32 products, whole or in the parts that tensor cores take: near the oracle, though not as near."""
     if split:
         monkeypatch.setattr(reductions._products, "_on_tensor_cores", lambda a: a.dtype == torch.float32)
-    case = make_case(family, torch.float32, N=9000, D=D, K=K, condition=10.0, device=engine[1])
+    case = make_case(family, torch.float32, N=9000, D=D, K=K, condition=4.0, device=engine[1])
     g = torch.randn(9000, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(engine[1])
     # Weights of both signs cancel in the sums; rounding is relative to the sums of their sizes.
     truth, absolute = case.oracle(g), case.oracle(g.abs())
     values = reductions.logsumexp(*case.arguments, backend="dense")
-    assert error(values, truth["values"]) < 2e-4
+    assert error(values, truth["values"]) < 1e-4
     sums = reductions.moments(*case.arguments, weights=g, backend="dense")
     for name in ("S0", "S1", "S2", "total"):
         assert float((getattr(sums, name) - truth[name]).abs().max() / absolute[name].abs().max()) < 2e-5
