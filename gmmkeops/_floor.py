@@ -42,7 +42,8 @@ def nearest_factor(
 ) -> tuple[Factor, Tensor]:
     """Factors of covariances that rounding may have left without a factor, and which of them (K or 1,) had none.
 
-    Those alone are decomposed, and their eigenvalues raised to ``floor`` (one number, or one per covariance).
+    In those alone, variances of columns are raised to ``floor`` (one number, or one per covariance), and eigenvalues of the
+    correlations to what rounding hides.
     """
     floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
     if kind is not FullFactor:
@@ -50,13 +51,25 @@ def nearest_factor(
         raised = torch.maximum(covariances, floor if covariances.ndim == 1 else floor[:, None])
         return kind.from_covariances(raised, features=features), low if low.ndim == 1 else low.any(1)
     covariances = 0.5 * (covariances + covariances.mT)
-    broken = torch.linalg.cholesky_ex(covariances).info > 0
+    # A column without variance is raised by itself; it is not decomposed with others, whose rounding would be its variance.
+    variances = covariances.diagonal(dim1=1, dim2=2)
+    flat = variances < floor[:, None]
+    if bool(flat.any()):
+        covariances = covariances.masked_fill(flat[:, :, None] | flat[:, None, :], 0.0)
+        covariances = covariances + torch.diag_embed(floor[:, None] * flat)
+        variances = covariances.diagonal(dim1=1, dim2=2)
+    L, info = torch.linalg.cholesky_ex(covariances)
+    # A pivot is a variance given the columns before; next to nothing of its column's variance, it is rounding.
+    noise = 4 * features * torch.finfo(covariances.dtype).eps
+    broken = (info > 0) | (L.diagonal(dim1=1, dim2=2).square() <= noise * variances).any(1)
+    hit = broken | flat.any(1)
     if not bool(broken.any()):
-        return FullFactor.from_covariances(covariances), broken
-    values, vectors = torch.linalg.eigh(covariances[broken])
-    values = torch.maximum(values, floor[broken, None])
-    fixed = FullFactor.from_factors(vectors * values.rsqrt()[:, None, :])
+        return FullFactor.from_covariances(covariances), hit
+    # Columns may have any units: what is decomposed is their correlations.
+    unit = variances[broken].clamp(min=1e-300).sqrt()
+    values, vectors = torch.linalg.eigh(covariances[broken] / (unit[:, :, None] * unit[:, None, :]))
+    fixed = FullFactor.from_factors(vectors / unit[:, :, None] * values.clamp(min=noise).rsqrt()[:, None, :])
     if len(covariances) == 1:
-        return fixed, broken
+        return fixed, hit
     sound = torch.where(broken[:, None, None], torch.eye(features).to(covariances), covariances)
-    return FullFactor.from_covariances(sound).scatter(broken.nonzero()[:, 0], fixed), broken
+    return FullFactor.from_covariances(sound).scatter(broken.nonzero()[:, 0], fixed), hit

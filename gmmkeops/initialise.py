@@ -21,6 +21,7 @@ from gmmkeops._columns import table_names
 from gmmkeops._floor import nearest_factor
 from gmmkeops._forks import mind_fork
 from gmmkeops._random import running_sum
+from gmmkeops._spread import NOISE, trimmed_spread
 from gmmkeops._survey import sample
 from gmmkeops.distributed import World
 from gmmkeops.factors import SphericalFactor, factor_class
@@ -38,8 +39,11 @@ _SAMPLE = 20_000
 # Rounds in which seeding chooses its centres, when there are more.
 _ROUNDS = 64
 
-# Of the average cluster's mass: how much of the average cluster is mixed into each.
+# Of the average cluster's mass: how much of a typical cluster is mixed into each.
 _SHARE = 0.01
+# A typical variance within clusters counts as one: what is added to the variances of the typical cluster, and the largest mean
+# variance that a cluster counts with in it.
+_FLOOR, _LARGE = 1e-6, 10.0
 
 
 def initialise(
@@ -73,7 +77,8 @@ def initialise(
 
     Returns:
         A float64 mixture with each cluster's weight, mean and covariance. To every cluster a hundredth of the average
-        cluster's weight is added, spread like the clusters on average, so that one point alone has a covariance too.
+        cluster's weight is added, spread like a typical cluster, so that one point alone has a covariance too. A few
+        outliers do not change what is typical.
 
     Raises:
         TypeError, ValueError: Bad points, more components than points, or an unknown strategy.
@@ -111,8 +116,9 @@ def initialise(
         if some < K:
             raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
         generator = world.generator(generator, rows.device)
+        robust = trimmed_spread(rows, mass)
         if strategy == "responsibilities":
-            return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied).named(names)
+            return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied, *robust).named(names)
         points, masses = _distinct(rows, mass)
         if strategy == "kmeans":
             centres = _kmeans(points, masses, K, generator, backend, runs)
@@ -121,9 +127,9 @@ def initialise(
             centres = min(tries, key=lambda seeds: float(_nearest(points, seeds) @ masses))
         else:
             centres = _seed(points, masses, K, generator, spread=False)
-        mixture = _mixture_of(world.added(_clusters(chunks(), centres, kind, backend)), kind, tied)
+        mixture = _mixture_of(world.added(_clusters(chunks(), centres, kind, backend)), kind, tied, *robust)
         for _ in range(refine):
-            mixture = _mixture_of(world.added(_shares(chunks(), mixture, backend)), kind, tied)
+            mixture = _mixture_of(world.added(_shares(chunks(), mixture, backend)), kind, tied, *robust)
         return mixture.named(names)
 
 
@@ -300,30 +306,51 @@ def _shares(chunks: Iterable[Chunk], mixture: Mixture, backend: str) -> Moments:
     return sums
 
 
-def _mixture_of(sums: Moments, kind: Any, tied: bool) -> Mixture:
-    """Each component's share, mean and covariance, with a little of the average one."""
+def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Tensor) -> Mixture:
+    """Each component's weight, mean and covariance, with a little of a typical one.
+
+    Of points with such centers and spreads (D,), which outliers do not rule.
+    """
     K, D = sums.centres.shape
     about = sums.recentre(sums.means)
     counts, scatter, mass = about.S0, about.S2, about.mass
     if kind.family == "spherical":
         scatter = scatter / D
-    pooled = scatter.sum(0, keepdim=True) / mass
-    # Even the average cluster can be flat (constant columns, K = N): a share of the whole cloud's variance is added.
-    mean = about.means.T @ counts / mass
-    whole = (counts @ (about.means - mean) ** 2) / mass
-    variance = float(whole.mean() + _mean_variance(pooled))
-    floor = 1e-6 * variance if variance > 0 else 1e-12
-    pooled = pooled + floor * (torch.eye(D).to(pooled) if pooled.ndim == 3 else 1)
+        center, spread = center.abs().amax()[None], spread.norm()[None] / D**0.5
     column = (-1, *[1] * (scatter.ndim - 1))
+    diagonal = scatter.diagonal(dim1=1, dim2=2) if scatter.ndim == 3 else scatter.reshape(K, -1)
+    variances = diagonal.clamp(min=0) / counts.clamp(min=1e-300)[:, None]
+    noise = NOISE * (sums.means.abs() if len(spread) > 1 else sums.means.abs().amax(1, keepdim=True))
+    variances = torch.where(variances > noise**2, variances, 0.0)
+    unit = _unit(counts, variances, torch.where(spread > NOISE * center.abs(), spread, 0.0))
+    # In these units a typical cluster has variances of about one. One outlier, or a cluster of a few, rules neither them nor
+    # what is added to the others.
+    scatter = scatter / (unit[:, None] * unit if scatter.ndim == 3 else unit**2)
     share = _SHARE * mass / K
+    limit = torch.ones_like(counts) if tied else _LARGE / (variances / unit**2).mean(1).clamp(min=_LARGE)
+    pooled = (limit.reshape(column) * scatter).sum(0, keepdim=True) / mass
+    pooled = pooled + _FLOOR * (torch.eye(D).to(pooled) if pooled.ndim == 3 else 1)
     covariances = pooled if tied else (scatter + share * pooled) / (counts + share).reshape(column)
     # An empty cluster keeps that share as its weight, so that its logarithm is finite.
     logits = counts.clamp(min=share).log()
-    diagonal = covariances.diagonal(dim1=-2, dim2=-1) if covariances.ndim == 3 else covariances.reshape(-1, 1)
-    largest = diagonal.reshape(len(covariances), -1).amax(1)
-    factor, _ = nearest_factor(kind, covariances, D, 1e-12 * largest)
-    return Mixture(torch.log_softmax(logits, 0), sums.means, factor)
+    # What rounding leaves of a cluster without extent in some direction may be less than what has been added to it.
+    floor = (_FLOOR * share / (counts + share)).clamp(min=_FLOOR if tied else 0.0)[: len(covariances)]
+    if covariances.ndim == 3:
+        floor = torch.maximum(floor, 1e-15 * covariances.diagonal(dim1=1, dim2=2).amax(1))
+    factor, _ = nearest_factor(kind, covariances, D, floor)
+    return Mixture(torch.log_softmax(logits, 0), sums.means, factor.rescale(1 / unit.expand(D)))
 
 
-def _mean_variance(covariance: Tensor) -> Tensor:
-    return covariance.diagonal(dim1=-2, dim2=-1).mean() if covariance.ndim == 3 else covariance.mean()
+def _unit(counts: Tensor, variances: Tensor, spread: Tensor) -> Tensor:
+    """A typical standard deviation within clusters for each column (D or 1,), data units.
+
+    It is the weighted median of the clusters'. Where most of the points are clusters of their own, or a column is constant, that
+    is zero: then it is the whole data's, or the largest of the other columns'.
+    """
+    order = variances.argsort(0)
+    below = running_sum(counts[order])
+    place = (below >= 0.5 * below[-1]).int().argmax(0)
+    median = variances.gather(0, order).gather(0, place[None])[0].sqrt()
+    unit = torch.where(median > 0, median, spread)
+    largest = float(unit.amax())
+    return torch.where(unit > 0, unit, largest if largest > 0 else 1e-3)

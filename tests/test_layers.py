@@ -16,6 +16,7 @@ LAYERS = [
     ["gmmkeops._forks"],
     ["gmmkeops._arguments"],
     ["gmmkeops._checks", "gmmkeops._columns", "gmmkeops._declared", "gmmkeops._random", "gmmkeops._shells"],
+    ["gmmkeops._spread"],
     ["gmmkeops._readers", "gmmkeops._survey"],
     ["gmmkeops.sources"],
     ["gmmkeops.moments"],

@@ -31,7 +31,7 @@ from gmmkeops.moments import Moments, outer
 __all__ = ["NormalWishart", "bartlett", "gamma", "stick_weights"]
 
 # Of the largest variance: what an eigenvalue that rounding has lost is raised to.
-_FLOOR = 1e-12
+_FLOOR = 1e-28
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class NormalWishart:
             covariances: :math:`(\\nu W)^{-1}`: (K or 1, D, D), (K or 1, D) or (K or 1,), squared data units.
         """
         diagonal = covariances.diagonal(dim1=-2, dim2=-1) if covariances.ndim == 3 else covariances
-        factor, _ = nearest_factor(kind, covariances, means.shape[1], _FLOOR * float(diagonal.max()))
+        factor, _ = nearest_factor(
+            kind, covariances, means.shape[1], _FLOOR * diagonal.reshape(len(covariances), -1).amax(1)
+        )
         weights = _mean_weights(concentration)
         mixture = Mixture(weights.clamp(min=1e-300).log(), means, factor, validate_args=False)
         return cls(mixture, concentration, mean_precision, degrees, prior)

@@ -32,7 +32,7 @@ from gmmkeops.factors import Factor
 from gmmkeops.fitting._checkpoint import known
 from gmmkeops.fitting._data import Piece
 from gmmkeops.fitting._frame import Frame
-from gmmkeops.fitting._method import DEAD_POINTS, RELATIVE_FLOOR, Evaluation, Method, Population, Problem
+from gmmkeops.fitting._method import DEAD_POINTS, FLOOR, Evaluation, Method, Population, Problem
 from gmmkeops.fitting._stepwise import blended, expected
 from gmmkeops.mixture import Mixture, as_mixture
 from gmmkeops.moments import Moments, like, outer
@@ -331,7 +331,7 @@ class EM(Method[_State]):
             mass = mass * D
         covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
         covariances = covariances + like(torch.diag(self._ridge(problem)), scatter.ndim, mean=True)
-        factor, repaired = nearest_factor(type(old.factor), covariances, D, RELATIVE_FLOOR)
+        factor, repaired = nearest_factor(type(old.factor), covariances, D, FLOOR)
         if len(mass) < old.components:
             return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
         # A component that owns nothing keeps its shape, as a frozen one does.

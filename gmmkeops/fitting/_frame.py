@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import warn_if_coarse
+from gmmkeops._spread import NOISE, trimmed_spread
 from gmmkeops.mixture import Mixture
 from gmmkeops.moments import Moments
 from gmmkeops.penalties import Surrogate
@@ -42,19 +43,11 @@ class Frame:
 
     @classmethod
     def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0) -> Frame:
-        """The frame of a cloud (N, D): its weighted mean, and standard deviations rounded to powers of two.
+        """The frame of a cloud (N, D): its trimmed mean, and trimmed standard deviations rounded to powers of two.
 
         Spherical factors stay spherical only where all columns share one scale (``isotropic``).
         """
-        g = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights
-        shift, variance = _spread(x, g)
-        for _ in range(5):
-            # A few points far away would set the scale of all others: beyond three deviations they do not count.
-            trimmed, core = _spread(x, g, within=(shift, 3 * variance.sqrt()))
-            if not bool((core < variance / 4).any()):
-                break
-            shift, variance = trimmed, core
-        spread = variance.sqrt()
+        shift, spread = trimmed_spread(x, weights)
         warn_if_coarse(x, spread, shift.abs())
         return cls.around(shift, spread, isotropic=isotropic, extra=extra)
 
@@ -65,11 +58,12 @@ class Frame:
             own = spread[: len(spread) - extra]
             spread = torch.cat([own.square().mean().sqrt().expand_as(own), spread[len(own) :]])
         # A constant column has rounding noise for a spread; it gets the scale of the others, or one.
-        tiny = spread <= 1e-14 * (shift.abs() + spread.max())
+        tiny = spread <= NOISE * shift.abs()
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
         scale = torch.where(tiny, largest, spread).log2().round().exp2()
-        # Whole steps: subtracting them rounds nothing, and a sample of the cloud leads to the same ones.
-        shift = (shift / scale).round() * scale
+        # Whole steps: subtracting them rounds nothing, and a sample of the cloud leads to the same ones. Of a constant column
+        # nothing is to be left.
+        shift = torch.where(tiny, shift, (shift / scale).round() * scale)
         return cls(shift, scale, extra)
 
     @property
@@ -145,18 +139,3 @@ def _largest(values: Tensor) -> Tensor:
         keep = len(found) % 64
         found = torch.cat([found[:keep], found[keep:].view(64, -1, D).amax(0)])
     return found.amax(0) if len(found) else values.new_zeros(D)
-
-
-def _spread(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Weighted mean and variance of each column (D,), of all points or of those within some distance of a centre.
-
-    The mean comes first and the squares are taken about it: exact also at 10⁷ from the origin.
-    """
-    parts = list(zip(x.split(_ROWS), g.split(_ROWS), strict=True))
-    if within is not None:
-        centre, reach = within
-        parts = [(part, h * ((part.double() - centre).abs() <= reach).all(1)) for part, h in parts]
-    mass = torch.stack([h.sum() for _, h in parts]).sum().clamp(min=1e-300)
-    mean = torch.stack([h @ part.double() for part, h in parts]).sum(0) / mass
-    variance = torch.stack([h @ (part.double() - mean).square() for part, h in parts]).sum(0) / mass
-    return mean, variance

@@ -29,9 +29,10 @@ __all__ = ["Evaluation", "Method", "Population", "Problem"]
 
 S = TypeVar("S")
 
-# Least eigenvalue of a covariance in the frame, where the data's own variance is about one: a fit may not put a
-# component on a single point and send its density to infinity.
-RELATIVE_FLOOR = 1e-12
+# Least eigenvalue of a covariance in standardized coordinates: about the square of what rounding hides there. A component that
+# collapses to a single point keeps a finite density, and no covariance that the points determine is changed: two sites that are
+# 1e8 deviations apart have variances of 1e-16.
+FLOOR = 1e-28
 # A component is dead when it would own fewer points than this; its weight is then brought to nothing.
 DEAD_POINTS = 1e-3
 DEAD_LOG_WEIGHT = -100.0
@@ -251,7 +252,7 @@ class Problem:
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """The mixture (of the frame) within all bounds, and the components (K,) that hit one."""
-        factor, low = floor_eigenvalues(mixture.factor, RELATIVE_FLOOR)
+        factor, low = floor_eigenvalues(mixture.factor, FLOOR)
         hit = low.expand(mixture.components)
         if bool(low.any()):
             mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
