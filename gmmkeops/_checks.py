@@ -6,6 +6,7 @@ Nothing here changes its argument, so a refused call leaves every object as it w
 from __future__ import annotations
 
 import decimal
+import math
 import numbers
 import warnings
 from collections.abc import Iterator, Mapping, Set
@@ -35,6 +36,7 @@ __all__ = [
     "recording",
     "renamed",
     "shape_hint",
+    "weight_unit",
 ]
 
 _FLOATS = (torch.float32, torch.float64)
@@ -464,7 +466,22 @@ def as_weights(
             )
         if some and not bool((tensor > 0).any()):
             raise ValueError(f"{name} must not all be zero; leave {name} out to weigh every point alike.")
+        if not bool(torch.isfinite(tensor.sum())):
+            raise ValueError(
+                f"{name} must have a sum within float64, got weights up to {float(tensor.max()):.3g}; divide them by the largest."
+            )
     return tensor if signed else tensor.detach()
+
+
+def weight_unit(largest: float) -> float:
+    """A power of two near the largest weight where that is extreme; otherwise one.
+
+    Only ratios of weights matter to a fit. In this unit their squares and their products with squares of coordinates are within
+    range, and dividing by it rounds nothing.
+    """
+    if 1e-60 <= largest <= 1e60 or not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
 
 
 def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:

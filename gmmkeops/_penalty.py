@@ -60,6 +60,17 @@ class Surrogate:
         zeros = mixture.means.new_zeros(mixture.components)
         return cls(zeros, zeros)
 
+    def counted_in(self, unit: float) -> Surrogate:
+        """The same for points whose weights are given in such a unit."""
+        return Surrogate(
+            self.counts / unit,
+            self.slopes,
+            tuple((points / unit, mean) for points, mean in self.means),
+            None if self.scatter is None else self.scatter / unit,
+            self.degrees / unit,
+            self.degrees_per_component / unit,
+        )
+
     def __add__(self, other: Surrogate) -> Surrogate:
         scatter = other.scatter if self.scatter is None else self.scatter
         if self.scatter is not None and other.scatter is not None:

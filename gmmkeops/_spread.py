@@ -10,12 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NOISE", "trimmed_spread"]
+__all__ = ["NOISE", "check_range", "trimmed_spread"]
 
 # Rows turned to float64 at a time, and times that rows are left out: each removes outliers of another magnitude.
 _ROWS, _ROUNDS = 1 << 19, 40
 # A column with a smaller spread than this fraction of its distance from the origin is constant but for rounding.
 NOISE = 1e-14
+# Lengths whose squares, and sums of many of them, are within the range of float64.
+_SMALLEST, _LARGEST = 1e-150, 1e150
+
+
+def check_range(x: Tensor) -> None:
+    """Raises a ValueError where points (N, D) are so large that squared distances overflow."""
+    if x.dtype == torch.float64 and x.numel() and not float(x.abs().amax()) < _LARGEST:
+        row, column = divmod(int(x.abs().argmax()), x.shape[1])
+        raise ValueError(
+            f"x reaches {float(x[row, column]):.3g} at row {row}, column {column}, where squared distances overflow float64; "
+            "rescale the columns."
+        )
 
 
 def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -27,7 +39,11 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
 
     Returns:
         Means (D,) and standard deviations (D,), float64, data units.
+
+    Raises:
+        ValueError: Squares of the points or of their spread are beyond the range of float64.
     """
+    check_range(x)
     g = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights
     center, spread = _moments(x, g)
     for _ in range(_ROUNDS):
@@ -35,6 +51,13 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
         if not bool((core < spread / 2).any()):
             break
         center, spread = trimmed, core
+    tiny = (spread > NOISE * center.abs()) & (spread < _SMALLEST)
+    if bool(tiny.any()):
+        column = int(tiny.nonzero()[0, 0])
+        raise ValueError(
+            f"x has a spread of {float(spread[column]):.3g} in column {column}, whose square underflows float64; rescale the "
+            "columns."
+        )
     return center, spread
 
 

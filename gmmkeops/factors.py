@@ -125,6 +125,10 @@ class Factor(ABC):
         """log |det U_k| (*B, K or 1), nats."""
         return self._log_diagonal.sum(-1)
 
+    def largest(self) -> Tensor:
+        """The largest size of an entry of any factor, a scalar; 1 / data units."""
+        return self._log_diagonal.amax().exp()
+
     def precisions(self) -> Tensor:
         """Precision matrices in dense form (*B, K or 1, D, D), 1 / squared data units."""
         U = self.matrices()
@@ -221,6 +225,12 @@ class FullFactor(Factor):
 
     def matrices(self) -> Tensor:
         return self.U
+
+    def largest(self) -> Tensor:
+        parts = [super().largest()]
+        if self.upper.numel():
+            parts += [self.upper.amax(), -self.upper.amin()]
+        return torch.stack(parts).amax()
 
     def precision_diagonals(self) -> Tensor:
         return self.U.square().sum(-1)

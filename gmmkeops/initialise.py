@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._arguments import as_choice, as_integer
-from gmmkeops._checks import as_points, as_weights
+from gmmkeops._checks import as_points, as_weights, weight_unit
 from gmmkeops._columns import table_names
 from gmmkeops._floor import nearest_factor
 from gmmkeops._forks import mind_fork
 from gmmkeops._random import running_sum
-from gmmkeops._spread import NOISE, trimmed_spread
+from gmmkeops._spread import NOISE, check_range, trimmed_spread
 from gmmkeops._survey import sample
 from gmmkeops.distributed import World
 from gmmkeops.factors import SphericalFactor, factor_class
@@ -147,14 +148,24 @@ def representatives(
 
     Returns:
         The rows, the mass that each stands for (n,), how many points have weight, and a function that reads this rank's.
+        Weights of extreme size are given in a unit of their own.
     """
     if readable(x) or world.size > 1:
         source = world.share(Source.of(x, weights=weights))
         survey = world.merged(source.survey(size, alone=world.size == 1))
         rows, mass = survey.reservoir.sample()
-        return rows, mass, survey.reservoir.seen, source.chunks
+        unit = weight_unit(survey.mass / max(survey.rows, 1))
+
+        def chunks() -> Iterable[Chunk]:
+            for chunk in source.chunks():
+                yield chunk if chunk.weights is None else replace(chunk, weights=chunk.weights / unit)
+
+        return rows, mass / unit, survey.reservoir.seen, source.chunks if unit == 1 else chunks
     x = as_points(x, minimum=minimum)
+    check_range(x)
     g = as_weights(weights, x)
+    if g is not None:
+        g = g / weight_unit(float(g.max()))
     rows, masses = sample(x, g, size)
     return rows, masses, len(x) if g is None else int((g > 0).sum()), lambda: [Chunk(x, g)]
 

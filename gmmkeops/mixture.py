@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,9 @@ __all__ = ["Mixture", "as_mixture", "log_weights"]
 
 # Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
 _CHUNK = 1 << 22
+# Whitened distances below which nothing is lost in differences of exponents, and the log-densities below which a dtype has none.
+_NEAR = 1e4
+_LEAST = {torch.float32: -2.9e38, torch.float64: -9e299}
 
 
 def log_weights(weights: Tensor) -> Tensor:
@@ -287,12 +290,17 @@ class Mixture(Distribution):
             TypeError, ValueError: Points that are not numeric, of the wrong width, empty, or not finite.
         """
         x = self._points(value)
+        near, is_near = self._near(x)
         if self.batch_shape:
-            return self._batch_log_prob(x)
-        flat = as_points(x.reshape(-1, self.features), features=self.features, differentiable=True)
-        arguments = (flat, self.offsets, self.means, self.factor)
-        values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
-        return values.reshape(x.shape[:-1])
+            values = self._batch_log_prob(near)
+        else:
+            flat = as_points(near.reshape(-1, self.features), features=self.features, differentiable=True)
+            arguments = (flat, self.offsets, self.means, self.factor)
+            values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate).reshape(x.shape[:-1])
+        values = values.to(x.dtype)
+        if not is_near:
+            self._check_range(values, x)
+        return values
 
     def _batch_log_prob(self, x: Tensor) -> Tensor:
         """Log-densities (*S, *B) of points (*S, *B, D), some mixtures at a time, whose gradients compute them again."""
@@ -308,13 +316,13 @@ class Mixture(Distribution):
         # A factor's matrix is as large as its residuals are for D points.
         room = max(1, _CHUNK // (self.components * self.features * (self.features + 1)))
         if batch.numel() <= room:
-            return torch.logsumexp(self.log_joint(x), -1)
+            return torch.logsumexp(self._joint(x), -1)
         flat = x.expand(*batch, self.features).reshape(lead.numel(), -1, self.features)
         tensors = {name: tensor.flatten(0, -3) for name, tensor in self.factor.tensors.items()}
 
         def some(points: Tensor, logits: Tensor, means: Tensor, *parts: Tensor) -> Tensor:
             factor = self.factor.replace(**dict(zip(tensors, parts, strict=True)))
-            return torch.logsumexp(Mixture(logits, means, factor, validate_args=False).log_joint(points), -1)
+            return torch.logsumexp(Mixture(logits, means, factor, validate_args=False)._joint(points), -1)
 
         size, rows = max(1, room // lead.numel()), min(room, lead.numel())
         columns = (self.logits.flatten(0, -2), self.means.flatten(0, -3), *tensors.values())
@@ -340,7 +348,7 @@ class Mixture(Distribution):
         Raises:
             ValueError: The mixture has more than one column; take a :meth:`marginal`.
         """
-        return self._share_below(self._points(value)[..., 0])
+        return self._share_below(self._points(value, infinite=True)[..., 0])
 
     def _share_below(self, x: Tensor) -> Tensor:
         if self.features > 1:
@@ -348,7 +356,8 @@ class Mixture(Distribution):
                 f"a distribution function is of one column, this mixture has {self.features}; take a marginal first."
             )
         U = self.factor.log_determinant().exp()
-        return (self.weights * torch.special.ndtr((x.unsqueeze(-1) - self.means[..., 0]) * U)).sum(-1)
+        below = (self.weights * torch.special.ndtr((x.unsqueeze(-1) - self.means[..., 0]) * U)).sum(-1)
+        return below.clamp(max=1)
 
     def quantile(self, q: Any) -> Tensor:
         """Quantiles of a mixture in one dimension, by bisection to the last bits.
@@ -399,11 +408,22 @@ class Mixture(Distribution):
             (*S, *B, K), nats, in the dtype of the points.
         """
         x = self._points(value)
-        offsets, wide = self.offsets, torch.promote_types(x.dtype, self.means.dtype)
+        near, is_near = self._near(x)
+        values = self._joint(near).to(x.dtype)
+        if not is_near:
+            self._check_range(values.amax(-1), x)
+        return values
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """Log-densities log p(x, k) (*S, *B, K) of checked points, in their dtype."""
+        wide = torch.promote_types(x.dtype, self.means.dtype)
+        offsets, means, factor = self.offsets.to(wide), self.means.to(wide), self.factor
+        factor = factor if factor.dtype == wide else factor.to(wide)
 
         def exponents(rows: Tensor) -> Tensor:
-            residuals = rows.unsqueeze(-2).to(wide) - self.means.to(wide)
-            return (offsets - 0.5 * self.factor.whiten(residuals).square().sum(-1)).to(rows.dtype)
+            distances = factor.whiten(rows.unsqueeze(-2).to(wide) - means).square().sum(-1)
+            # Products that overflow may cancel to what is no number; such a distance is infinite.
+            return (offsets - 0.5 * distances.masked_fill(distances.isnan(), math.inf)).to(rows.dtype)
 
         rows = max(1, _CHUNK // self.means.numel())
         if self.batch_shape or x.ndim < 2 or x.shape[:-1].numel() <= rows:
@@ -426,21 +446,39 @@ class Mixture(Distribution):
             (*S, K); or with ``k`` the pair of probabilities (*S, k), in falling order, and components (*S, k).
         """
         if k is None:
-            return torch.softmax(self.log_joint(value), -1)
+            x = self._points(value)
+            near, is_near = self._near(x)
+            joint = self._joint(near)
+            if is_near:
+                return torch.softmax(joint, -1).to(x.dtype)
+            self._check_range(joint.amax(-1), x)
+            return self._posterior(joint, near).exp().to(x.dtype)
         k = as_integer(k, "k", 1, self.components, clause=f"must be between 1 and the {self.components} components")
         x, flat = self._flat(value)
+        flat, _ = self._near(flat)
         cloud = reductions.arrange(flat, self.components, truncate, sweeps=2)
         arguments = (cloud, self.offsets.detach(), self.means.detach(), self.factor)
         exponents, indices = reductions.topk(*arguments, k, backend=backend)
         values = reductions.logsumexp(*arguments, backend=backend).detach()
+        shares = (exponents - values[:, None]).exp()
+        for rows, posterior in self._far_rows(flat, values):
+            some, indices[rows] = posterior.topk(k, -1)
+            shares[rows] = some.exp().to(shares.dtype)
         shape = (*x.shape[:-1], k)
-        return (exponents - values[:, None]).exp().reshape(shape), indices.reshape(shape)
+        return shares.to(x.dtype).reshape(shape), indices.reshape(shape)
 
     def predict(self, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
         """The most probable component of each point (*S, D): (*S,), int64; exact with any truncation."""
         x, flat = self._flat(value)
+        flat, is_near = self._near(flat)
         arguments = (flat, self.offsets, self.means, self.factor)
-        labels = reductions.argmax(*arguments, backend=backend, truncate=truncate)
+        if is_near:
+            labels = reductions.argmax(*arguments, backend=backend, truncate=truncate)
+        else:
+            exponents, indices = reductions.topk(*arguments, 1, backend=backend, truncate=truncate)
+            labels = indices[:, 0]
+            for rows, posterior in self._far_rows(flat, exponents[:, 0]):
+                labels[rows] = posterior.argmax(-1)
         return labels.reshape(x.shape[:-1])
 
     def sample(
@@ -636,7 +674,97 @@ class Mixture(Distribution):
             self.logits.detach().clone(), self.means.detach().clone(), self.factor.detach(), validate_args=False
         ).named(self.columns)
 
-    def _points(self, value: Any) -> Tensor:
+    def _near(self, x: Tensor) -> tuple[Tensor, bool]:
+        """The points, as float64 where squared distances might overflow float32; and whether no distance is large at all."""
+        tensors = (x, self.means, *self.factor.tensors.values())
+        if not x.numel() or not all(concrete(tensor) for tensor in tensors):
+            return x, True
+        with torch.no_grad():
+            means = self.means.detach()
+            # A difference is at most the sum of two sizes, and a factor's norm so much larger than its largest entry.
+            low, high = means.flatten(0, -2).aminmax(dim=0)
+            center = 0.5 * low.double() + 0.5 * high.double()
+            least, most = x.detach().reshape(-1, self.features).aminmax(dim=0)
+            reach = torch.maximum(most.double() - center, center - least.double()).amax()
+            reach = reach + 0.5 * (high.double() - low.double()).amax()
+            largest = float(self.features * reach * self.factor.detach().largest())
+        if largest < _NEAR:
+            return x, True
+        return (x.double() if largest > 1e18 else x), False
+
+    def _far(self, values: Tensor) -> Tensor:
+        """Where log-densities are so low that differences of exponents have lost digits."""
+        return values < -1e3 * self.features
+
+    def _far_rows(self, flat: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows whose log-densities (N,) are so low; and their log p(k | x), float64."""
+        self._check_range(values, flat)
+        far = self._far(values).nonzero()[:, 0]
+        with torch.no_grad():
+            for rows in far.split(max(1, _CHUNK // self.means.numel())) if len(far) else ():
+                x = flat[rows].double()
+                yield rows, self._posterior(self._joint(x), x)
+
+    def _posterior(self, joint: Tensor, x: Tensor) -> Tensor:
+        """log p(k | x) (*S, *B, K) of points and their log p(x, k), as accurate far from the components as near."""
+        values = torch.log_softmax(joint, -1)
+        far = self._far(joint.detach().amax(-1)).reshape(-1, *self.batch_shape)
+        rows = far.flatten(1).any(1).nonzero()[:, 0] if self.batch_shape else far.nonzero()[:, 0]
+        if not len(rows):
+            return values
+        flat, points = (
+            values.reshape(*far.shape, -1),
+            x.expand(*joint.shape[:-1], self.features).reshape(*far.shape, -1),
+        )
+        parts = rows.split(max(1, _CHUNK // (self.means.numel() * self.features)))
+        odds = torch.cat([self._odds(points[some], flat[some].detach().argmax(-1)) for some in parts])
+        return flat.index_copy(0, rows, torch.log_softmax(odds, -1).to(flat.dtype)).reshape(values.shape)
+
+    def _odds(self, x: Tensor, best: Tensor) -> Tensor:
+        r"""log p(x, k) - log p(x, j) (n, *B, K) of points (n, *B, D) and the components j = best (n, *B), float64.
+
+        The squares are not subtracted from each other: with :math:`y_k = U_k^\top (x - \mu_k)` and
+        :math:`\delta = y_j - y_k = (U_j - U_k)^\top (x - \mu_j) + U_k^\top (\mu_k - \mu_j)` it is
+
+        .. math:: \tfrac12 (|y_j|^2 - |y_k|^2) = \delta^\top (y_j - \delta / 2).
+        """
+        offsets, means = self.offsets.double(), self.means.double()
+        factor = self.factor.to(torch.float64)
+        U = factor.U.expand(*means.shape[:-1], *factor.U.shape[means.ndim - 1 :])
+
+        def chosen(of: Tensor) -> Tensor:
+            depth = of.ndim - offsets.ndim
+            index = best.reshape(*best.shape, *[1] * (depth + 1))
+            return torch.take_along_dim(of.expand(len(best), *of.shape), index, len(best.shape))
+
+        z = x.double().unsqueeze(-2) - chosen(means)
+        shift = factor.whiten(means - chosen(means))
+        if U.ndim > means.ndim:
+            y = (z.unsqueeze(-2) @ chosen(U)).squeeze(-2)
+            delta = (z.unsqueeze(-2) @ (chosen(U) - U)).squeeze(-2) + shift
+        else:
+            y, delta = z * chosen(U), z * (chosen(U) - U) + shift
+        # A sum of products that overflow may be no number; such a component is infinitely less probable.
+        differences = (delta * (y - 0.5 * delta)).sum(-1)
+        return offsets - chosen(offsets) + differences.masked_fill(differences.isnan(), -math.inf)
+
+    def _check_range(self, values: Tensor, x: Tensor) -> None:
+        """Raises a ValueError where log-densities (*S, *B) of points (*S, *B, D) are beyond the range of their dtype."""
+        if not concrete(values):
+            return
+        bad = ~(values.detach() > _LEAST[values.dtype])
+        if bool(bad.any()):
+            place = bad.nonzero()[0].tolist()
+            points = x.detach().expand(*bad.shape, self.features)
+            largest, name = float(points[tuple(place)].abs().amax()), str(values.dtype).removeprefix("torch.")
+            row = place[0] if len(place) == 1 else tuple(place)
+            remedy = "pass float64, or rescale the columns" if name == "float32" else "rescale the columns"
+            raise ValueError(
+                f"x reaches {largest:.3g} in row {row if place else 0}, so far from all components that its squared distances "
+                f"overflow {name}; {remedy}."
+            )
+
+    def _points(self, value: Any, infinite: bool = False) -> Tensor:
         x = recordable(as_tensor(table_of(value, self.columns), name="x"))
         if x.ndim == 0 or x.shape[-1] != self.features:
             raise ValueError(
@@ -645,6 +773,9 @@ class Mixture(Distribution):
             )
         if x.device != self.means.device:
             raise ValueError(f"x is on {x.device} but the mixture on {self.means.device}; move one with .to().")
+        if infinite and concrete(x):
+            x = x.nan_to_num(nan=math.nan, posinf=torch.finfo(x.dtype).max, neginf=torch.finfo(x.dtype).min)
+        check_finite(x.reshape(-1, self.features), name="x")
         return x
 
     def _flat(self, value: Any) -> tuple[Tensor, Tensor]:

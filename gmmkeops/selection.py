@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._arguments import as_choice, as_integer, as_number
-from gmmkeops._checks import ConvergenceWarning, as_points, as_tensor, check_finite
+from gmmkeops._checks import ConvergenceWarning, as_points, as_tensor, check_finite, weight_unit
 from gmmkeops._columns import table_names
 from gmmkeops._random import as_generator
 from gmmkeops.fitting import EM, FitResult, Method, fit
@@ -37,20 +37,23 @@ _ROWS = 1 << 16
 CRITERIA = ("bic", "aic", "icl")
 
 
-def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float]:
-    """Σ g ℓ, Σ g, and Σ g H if it is asked for."""
+def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float, float]:
+    """Σ g ℓ, Σ g, and Σ g H if it is asked for, in a unit of weight; and that unit."""
     as_mixture(mixture)
-    total = mass = disorder = 0.0
+    total = mass = disorder = unit = 0.0
     for chunk in chunked(x, weights, features=mixture.features, columns=mixture.columns):
         with torch.no_grad():
             values, g = mixture.log_prob(chunk.points).double(), chunk.weights
+            if g is not None and len(g):
+                unit = unit or weight_unit(float(g.max()))
+                g = g / unit
             total += float(values.sum() if g is None else values @ g)
             mass += float(len(values) if g is None else g.sum())
             rows = max(1, (1 << 22) // mixture.components)
             for start in range(0, len(values) if entropy else 0, rows):
                 h = torch.special.entr(mixture.responsibilities(chunk.points[start : start + rows])).sum(1).double()
                 disorder += float(h.sum() if g is None else h @ g[start : start + rows])
-    return total, mass, disorder
+    return total, mass, disorder, unit or 1.0
 
 
 def score(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
@@ -62,7 +65,7 @@ def score(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
         >>> round(gk.selection.score(m, [[0.0], [1.0]]), 4)  # -log(2π)/2 - 1/4
         -1.1689
     """
-    total, mass, _ = _sums(mixture, x, weights)
+    total, mass, _, _ = _sums(mixture, x, weights)
     return total / mass
 
 
@@ -90,8 +93,8 @@ def bic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
         >>> gk.selection.bic(m, x) == -6 * gk.selection.score(m, x) + 2 * math.log(3)
         True
     """
-    total, mass, _ = _sums(mixture, x, weights)
-    return -2 * total + mixture.parameter_count * math.log(mass)
+    total, mass, _, unit = _sums(mixture, x, weights)
+    return -2 * total * unit + mixture.parameter_count * (math.log(mass) + math.log(unit))
 
 
 def aic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
@@ -106,7 +109,8 @@ def aic(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
         >>> gk.selection.aic(m, [[0.0], [1.0]]) == -4 * gk.selection.score(m, [[0.0], [1.0]]) + 2 * 2
         True
     """
-    return -2 * _sums(mixture, x, weights)[0] + 2 * mixture.parameter_count
+    total, _, _, unit = _sums(mixture, x, weights)
+    return -2 * total * unit + 2 * mixture.parameter_count
 
 
 def icl(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
@@ -125,8 +129,8 @@ def icl(mixture: Mixture, x: Any, *, weights: Any = None) -> float:
         >>> round(gk.selection.icl(m, x) - gk.selection.bic(m, x), 6) == round(2 * 3 * math.log(2), 6)
         True
     """
-    total, mass, disorder = _sums(mixture, x, weights, entropy=True)
-    return -2 * total + mixture.parameter_count * math.log(mass) + 2 * disorder
+    total, mass, disorder, unit = _sums(mixture, x, weights, entropy=True)
+    return 2 * (disorder - total) * unit + mixture.parameter_count * (math.log(mass) + math.log(unit))
 
 
 def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> float:

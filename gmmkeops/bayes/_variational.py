@@ -124,6 +124,11 @@ class VariationalBayes(Method[_State]):
     def init(self, problem: Problem, mixture: Mixture) -> _State:
         if problem.penalty is not None:
             raise ValueError("VariationalBayes has priors of its own; set them instead of passing a penalty.")
+        if problem.unit != 1:
+            raise ValueError(
+                f"weights count points here, against those of the prior; got a total of {problem.mass * problem.unit:.3g}: "
+                "divide them by their mean."
+            )
         prior = self._prior(problem, mixture)
         if self.begin is not None:
             given = self.begin.carried(problem.frame.enter)

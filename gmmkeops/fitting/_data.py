@@ -229,6 +229,7 @@ class Stream(Data):
         frame: What they are brought into.
         dtype, device: What they are computed in, and where.
         truncate: What sweeps may leave out.
+        unit: What weights are counted in.
     """
 
     source: Source
@@ -236,6 +237,7 @@ class Stream(Data):
     dtype: torch.dtype
     device: torch.device
     truncate: float | None = None
+    unit: float = 1.0
 
     @property
     def features(self) -> int:  # type: ignore[override]
@@ -243,6 +245,7 @@ class Stream(Data):
 
     def _enter(self, chunk: Chunk) -> Piece:
         weights = None if chunk.weights is None else chunk.weights.to(self.device)
+        weights = weights if weights is None or self.unit == 1 else weights / self.unit
 
         def piece(dtype: torch.dtype) -> Piece:
             points, rounding = self.frame.points(chunk.points.to(self.device), dtype)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._arguments import as_choice, as_integer, as_number, check_settings
-from gmmkeops._checks import PrecisionWarning, as_points, as_tensor, as_weights
+from gmmkeops._checks import PrecisionWarning, as_points, as_tensor, as_weights, weight_unit
 from gmmkeops._columns import table_of
 from gmmkeops._floor import nearest_factor
 from gmmkeops._random import DEFAULT_SEED
@@ -461,9 +461,13 @@ class EM(Method[_State]):
         x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.features)
         # Each batch has random numbers of its own, the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
-        problem = Problem.of(
-            x, as_weights(weights, x), penalty, backend, generator, isotropic=mixture.factor.family == "spherical"
-        )
+        g = as_weights(weights, x)
+        if g is not None and weight_unit(float(g.max())) != 1:
+            raise ValueError(
+                f"weights of batches must be of ordinary size, got up to {float(g.max()):.3g}; divide those of all batches by "
+                "one number."
+            )
+        problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
         state = self.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
         seen = problem.mass
         if memory is not None:

@@ -250,9 +250,9 @@ def _problem(
         frame=frame,
         journal=journal,
     )
-    if problem.rows < K or not problem.mass > 0:
+    if problem.rows < K or not 0 < problem.mass < math.inf:
         raise ValueError(
-            f"{name} has {problem.rows} rows of total weight {problem.mass:g}, expected at least {K}; "
+            f"{name} has {problem.rows} rows of total weight {problem.mass * problem.unit:g}, expected at least {K}; "
             "pass more points or use fewer components."
         )
     return problem
@@ -298,7 +298,7 @@ def _facts(problem: Problem, mixture: Mixture, method: Method[Any], settings: di
     else:
         start = _parts(frame.enter(mixture.detach().to(torch.float64)))
     facts = settings | {
-        "data": f"{problem.rows} rows of {problem.data.features} columns, total weight {problem.mass:.9g}, "
+        "data": f"{problem.rows} rows of {problem.data.features} columns, total weight {problem.mass * problem.unit:.9g}, "
         f"fingerprint {problem.fingerprint}",
         "dtype": str(problem.data.dtype),
         "generator": f"seed {problem.generator.initial_seed()}",
@@ -556,7 +556,7 @@ def _result(best: Evaluation, run: _Run) -> FitResult:
         engine=reductions.engine(problem.data.device, problem.backend, features=problem.data.features, full=full),
         device=str(problem.data.device),
         dtype="float64" if ledger.wide else str(problem.data.dtype).removeprefix("torch."),
-        mass=problem.mass,
+        mass=problem.mass * problem.unit,
         truncate=ledger.epsilon,
         certificate=ledger.certificate,
         pairs=ledger.looked / ledger.pairs if ledger.pairs else 1.0,

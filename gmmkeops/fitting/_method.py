@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
+from gmmkeops._checks import weight_unit
 from gmmkeops._floor import floor_eigenvalues
+from gmmkeops._spread import check_range
 from gmmkeops._survey import fingerprint, sample
 from gmmkeops.distributed import World
 from gmmkeops.factors import Factor
@@ -61,6 +63,7 @@ class Problem:
         fingerprint: A number of the points and weights, where there is a checkpoint.
         journal: What is written down for one.
         show: Told how many rows of a source a sweep has read.
+        unit: What weights and masses are counted in here; penalties and reports have the user's own.
     """
 
     data: Data
@@ -76,6 +79,7 @@ class Problem:
     fingerprint: int | None = None
     journal: Journal = field(default_factory=lambda: Journal(None, World.alone()))
     show: Callable[[int], None] | None = None
+    unit: float = 1.0
 
     @classmethod
     def of(
@@ -105,16 +109,27 @@ class Problem:
         journal = Journal(None, world) if journal is None else journal
         data: Data
         if isinstance(x, Tensor) and world.size == 1:
+            check_range(x)
+            unit = 1.0 if weights is None else weight_unit(float(weights.max()))
+            given = weights
+            weights = weights if weights is None or unit == 1 else weights / unit
             rows, mass = len(x), float(len(x)) if weights is None else float(weights.sum())
             effective = mass if weights is None else mass**2 / float(weights.square().sum())
             frame = Frame.of(*sample(x, weights), isotropic=isotropic, extra=extra) if frame is None else frame
-            mark = None if journal.checkpoint is None else fingerprint(x, weights)
+            mark = None if journal.checkpoint is None else fingerprint(x, given)
             points, rows_at_once = x, 0
         else:
             source = x if isinstance(x, Source) else world.share(Source.of(x, weights=weights))
             survey = world.merged(source.survey(alone=world.size == 1))
-            rows, mass, effective = survey.rows, survey.mass, survey.mass**2 / max(survey.squares, 1e-300)
+            unit = weight_unit(survey.mass / max(survey.rows, 1))
+            rows, mass = survey.rows, survey.mass / unit
             points, masses = survey.reservoir.sample()
+            masses = masses / unit
+            if unit == 1:
+                effective = mass**2 / max(survey.squares, 1e-300)
+            else:
+                # Squares of the weights themselves are out of range; those of the sample stand for them.
+                effective = rows * float(masses.mean()) ** 2 / max(float(masses.square().mean()), 1e-300)
             cloud = points.to(device), masses.to(device)
             frame = Frame.of(*cloud, isotropic=isotropic, extra=extra) if frame is None else frame
             single, mark = survey.single, survey.fingerprint
@@ -125,14 +140,25 @@ class Problem:
             first = 0
             if world.size > 1:
                 part, first = source.slice, source.first
-                x, weights = x[part], None if weights is None else weights[part]
+                x, weights = x[part], None if weights is None else weights[part] / unit
             data = Memory.of(x, weights, frame, x.dtype if dtype is None else dtype, truncate, first)
         else:
             kept = torch.float32 if single else torch.float64
-            data = Stream(x, frame, kept if dtype is None else dtype, device, truncate)
+            data = Stream(x, frame, kept if dtype is None else dtype, device, truncate, unit)
         penalty = None if penalty is None else as_penalty(penalty)
         return cls(
-            data, rows, mass, effective, frame, penalty, backend, generator, world, fingerprint=mark, journal=journal
+            data,
+            rows,
+            mass,
+            effective,
+            frame,
+            penalty,
+            backend,
+            generator,
+            world,
+            fingerprint=mark,
+            journal=journal,
+            unit=unit,
         )
 
     @classmethod
@@ -242,13 +268,14 @@ class Problem:
         """The penalty of a mixture of the frame, nats per point."""
         if self.penalty is None:
             return mixture.means.new_zeros(())
-        return self.penalty(self.frame.leave(mixture), self.mass)
+        return self.penalty(self.frame.leave(mixture), self.mass * self.unit)
 
     def surrogate(self, mixture: Mixture) -> Surrogate:
         """What the penalty adds to an M-step at a mixture of the frame, in the frame."""
         if self.penalty is None:
             return Surrogate.none(mixture)
-        return self.frame.surrogate(self.penalty.m_step(self.frame.leave(mixture), self.mass))
+        added = self.penalty.m_step(self.frame.leave(mixture), self.mass * self.unit)
+        return self.frame.surrogate(added if self.unit == 1 else added.counted_in(self.unit))
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """The mixture (of the frame) within all bounds, and the components (K,) that hit one."""
