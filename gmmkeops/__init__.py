@@ -101,6 +101,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for module in _MODULES:
         import_module(f"{__name__}.{module}")
+    import_module(f"{__name__}._pytrees")
     for home, names in _HOMES.items():
         found = import_module(f"{__name__}.{home}")
         globals().update({public: getattr(found, public) for public in names})

@@ -2,23 +2,26 @@ r"""Two mixtures side by side: distances by Monte Carlo with their standard erro
 
 .. math:: \mathrm{KL}(p \,\|\, q) = \mathbb E_p[\log p - \log q], \qquad \hat\mu \pm \hat\sigma / \sqrt n
 
-No closed form exists between mixtures; a sample of p gives an unbiased estimate whose error is known. Reference: Hershey and
-Olsen 2007, *Approximating the Kullback Leibler divergence between Gaussian mixture models*, ICASSP.
+No closed form exists between mixtures of several components; a sample of p gives an unbiased estimate whose error is known.
+Between two Gaussians there is one, which ``torch.distributions.kl_divergence`` computes. Reference: Hershey and Olsen 2007,
+*Approximating the Kullback Leibler divergence between Gaussian mixture models*, ICASSP.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
+from torch.distributions.kl import register_kl
 
 from gmmkeops._arguments import as_integer
 from gmmkeops._columns import listed
 from gmmkeops._random import as_generator
-from gmmkeops.factors import FullFactor
+from gmmkeops.factors import DiagonalFactor, Factor, FullFactor
 from gmmkeops.mixture import Mixture, as_mixture, log_weights
 
 __all__ = ["Estimate", "jensen_shannon", "kl_divergence", "merge", "total_variation"]
@@ -190,3 +193,65 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
         torch.stack([part.mean for part in one]),
         FullFactor.from_covariances(torch.stack([part.covariance_matrix for part in one])),
     ).named(mixture.columns)
+
+
+def _gaussian(p: Distribution) -> Mixture:
+    """A Gaussian as a mixture of one component.
+
+    Raises:
+        NotImplementedError: It is a mixture of more components, or no Gaussian in D dimensions.
+    """
+    if isinstance(p, Mixture):
+        if p.components > 1:
+            raise NotImplementedError(
+                f"the divergence from or to a mixture of {p.components} components has no closed form; estimate it with "
+                "gmmkeops.compare.kl_divergence(p, q) (gk.compare), which samples."
+            )
+        return p
+    if isinstance(p, (MultivariateNormal, LowRankMultivariateNormal)):
+        mean, factor = p.loc, cast(Factor, FullFactor.from_cholesky(p.scale_tril.unsqueeze(-3)))
+    elif isinstance(p, Independent) and isinstance(p.base_dist, Normal) and len(p.event_shape) == 1:
+        mean, factor = p.base_dist.loc, DiagonalFactor(-p.base_dist.scale.log().unsqueeze(-2))
+    else:
+        raise NotImplementedError(
+            "the divergence has a closed form between a mixture of one component and another one, a MultivariateNormal or an "
+            f"Independent(Normal(...), 1), got {p}; estimate others by sampling, as gmmkeops.compare (gk.compare) does."
+        )
+    return Mixture(torch.zeros_like(mean[..., :1]), mean.unsqueeze(-2), factor, validate_args=False)
+
+
+@register_kl(Mixture, Mixture)
+@register_kl(Mixture, MultivariateNormal)
+@register_kl(MultivariateNormal, Mixture)
+@register_kl(Mixture, LowRankMultivariateNormal)
+@register_kl(LowRankMultivariateNormal, Mixture)
+@register_kl(Mixture, Independent)
+@register_kl(Independent, Mixture)
+def _closed_form(p: Distribution, q: Distribution) -> Tensor:
+    r"""Kullback-Leibler divergence (*B) between Gaussians, nats.
+
+    .. math:: \mathrm{KL}(p \,\|\, q) = \log \frac{|U_p|}{|U_q|}
+              + \tfrac12 \bigl(\lVert U_q^\top L_p \rVert^2 + \lVert U_q^\top (\mu_p - \mu_q) \rVert^2 - D\bigr),
+              \qquad L_p L_p^\top = \Sigma_p
+
+    Raises:
+        NotImplementedError: One of them is no Gaussian.
+        ValueError: They have other numbers of features, or batches that do not broadcast.
+    """
+    p, q = _gaussian(p), _gaussian(q)
+    if p.features != q.features:
+        raise ValueError(f"the distributions have {p.features} and {q.features} features; compare those of one space.")
+    try:
+        torch.broadcast_tensors(p.logits, q.logits)
+    except RuntimeError:
+        raise ValueError(
+            f"the distributions have batches of shapes {tuple(p.batch_shape)} and {tuple(q.batch_shape)}; pass shapes that "
+            "broadcast."
+        ) from None
+    wide = torch.promote_types(p.means.dtype, q.means.dtype)
+    p, q = p.to(wide), q.to(wide)
+    U, L = q.factor.matrices()[..., 0, :, :], p.factor.cholesky()[..., 0, :, :]
+    shift = q.factor.whiten(p.means - q.means)
+    squares = (U.mT @ L).square().sum((-1, -2)) + shift.square().sum((-1, -2))
+    log_ratio = p.factor.log_determinant()[..., 0] - q.factor.log_determinant()[..., 0]
+    return log_ratio + 0.5 * (squares - p.features)

@@ -305,7 +305,7 @@ def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture,
     try:
         kind = KINDS[family]
         factor = kind(**moved, **({"features": features} if family == "spherical" else {}))
-        mixture = Mixture(logits, means, factor).named(columns)
+        mixture = Mixture(logits, means, factor, validate_args=True).named(columns)
         return mixture, entry, {int(name.removeprefix(_PART)): part for name, part in parts.items()}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None

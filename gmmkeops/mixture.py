@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
 from gmmkeops._arguments import as_integer, as_shape
-from gmmkeops._checks import as_device, as_points, as_tensor, check_finite, concrete, recordable
+from gmmkeops._checks import as_device, as_tensor, check_finite, concrete, recordable
 from gmmkeops._columns import table_of
 from gmmkeops._forks import mind_fork
+from gmmkeops._quantiles import quantiles
 from gmmkeops._random import categorical, generator_on
 from gmmkeops._shells import radii, shell
 from gmmkeops.factors import Factor, SphericalFactor, factor_class
@@ -35,6 +36,11 @@ _CHUNK = 1 << 22
 # Whitened distances below which nothing is lost in differences of exponents, and the log-densities below which a dtype has none.
 _NEAR = 1e4
 _LEAST = {torch.float32: -2.9e38, torch.float64: -9e299}
+
+
+def _fits(shape: torch.Size, rows: int) -> bool:
+    """Whether so many rows are computed at once; compilers get all of them, and plan the memory themselves."""
+    return torch.compiler.is_compiling() or shape.numel() <= rows
 
 
 def log_weights(weights: Tensor) -> Tensor:
@@ -71,7 +77,11 @@ class Mixture(Distribution):
         logits: Unnormalised log-weights (*B, K), nats; -inf for a component without weight.
         means: Component means (*B, K, D), data units.
         factor: A precision factor with leading dimension K, or 1 when tied, and the same batch dimensions.
-        validate_args: False skips the checks of values (never those of shapes).
+        validate_args: Whether the values of parameters and points are checked; shapes always are. The default is that of
+            all distributions of torch, ``torch.distributions.Distribution.set_default_validate_args``. It is True until
+            someone calls that function, as ``torch.compile`` does. Without checks the log-density is NaN at points with
+            NaN and -inf at infinite points. Values are not known, and so not checked, while torch compiles or exports and
+            within ``torch.func.vmap``.
 
     Attributes:
         columns: Names of the D columns, or None where they are not known. Data with names of columns (tables, files) are
@@ -117,7 +127,7 @@ class Mixture(Distribution):
                 f"logits are on {logits.device}, means on {means.device} and the factor on {factor.device}; "
                 "move all to one device with .to()."
             )
-        if validate_args is not False:
+        if self._validate_args if validate_args is None else validate_args:
             check_finite(means, name="means", rows="component")
             some = concrete(logits)
             if some and (bool(torch.isnan(logits).any()) or bool((logits == math.inf).any())):
@@ -127,7 +137,20 @@ class Mixture(Distribution):
             for name, tensor in factor.tensors.items():
                 check_finite(tensor, name=f"the factor's {name}", rows="component")
         self.logits, self.means, self.factor = logits, means, factor
-        super().__init__(torch.Size(batch), torch.Size([D]), validate_args=False)
+        super().__init__(torch.Size(batch), torch.Size([D]), validate_args)
+
+    @classmethod
+    def _unchecked(cls, logits: Tensor, means: Tensor, factor: Factor, validate_args: bool | None = None) -> Mixture:
+        """A mixture whose parameters are valid; ``validate_args`` applies to its points alone."""
+        mixture = cls(logits, means, factor, validate_args=False)
+        del mixture._validate_args
+        if validate_args is not None:
+            mixture._validate_args = validate_args
+        return mixture
+
+    def _like(self, logits: Tensor, means: Tensor, factor: Factor) -> Mixture:
+        """A mixture of parameters computed from this one's, with the same ``validate_args``."""
+        return self._unchecked(logits, means, factor, vars(self).get("_validate_args"))
 
     @classmethod
     def from_parameters(
@@ -287,35 +310,38 @@ class Mixture(Distribution):
             (*S, *B), nats per point, differentiable in points and parameters.
 
         Raises:
-            TypeError, ValueError: Points that are not numeric, of the wrong width, empty, or not finite.
+            TypeError, ValueError: Points that are not numeric, of the wrong width, or not finite.
         """
         x = self._points(value)
         near, is_near = self._near(x)
+        if self._validate_args and concrete(x):
+            self._check_finite(x)
+            values = self._log_prob(near, backend, truncate).to(x.dtype)
+            if not is_near:
+                self._check_range(values, x)
+            return values
+        finite = torch.isfinite(x).all(-1)
+        values = self._log_prob(torch.where(finite.unsqueeze(-1), near, 0.0), backend, truncate).to(x.dtype)
+        # The sum is NaN where an entry is NaN, else infinite.
+        return torch.where(finite, values, -x.detach().abs().sum(-1))
+
+    def _log_prob(self, x: Tensor, backend: str, truncate: float | None) -> Tensor:
+        """Log-densities (*S, *B) of finite points."""
         if self.batch_shape:
-            values = self._batch_log_prob(near)
-        else:
-            flat = as_points(near.reshape(-1, self.features), features=self.features, differentiable=True)
-            arguments = (flat, self.offsets, self.means, self.factor)
-            values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate).reshape(x.shape[:-1])
-        values = values.to(x.dtype)
-        if not is_near:
-            self._check_range(values, x)
-        return values
+            return self._batch_log_prob(x)
+        if x.numel() == 0:
+            return torch.logsumexp(self._joint(x), -1)
+        arguments = (x.reshape(-1, self.features), self.offsets, self.means, self.factor)
+        values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
+        return values.reshape(x.shape[:-1])
 
     def _batch_log_prob(self, x: Tensor) -> Tensor:
         """Log-densities (*S, *B) of points (*S, *B, D), some mixtures at a time, whose gradients compute them again."""
-        # torch.broadcast_shapes imports SymPy, which takes a second and 50 MB.
-        try:
-            batch = torch.broadcast_tensors(self.logits[..., 0], x[..., 0])[0].shape
-        except RuntimeError:
-            raise ValueError(
-                f"points of shape {tuple(x.shape)} do not fit a batch of mixtures of shape {tuple(self.batch_shape)}; their "
-                "leading dimensions must broadcast."
-            ) from None
+        batch = self._broadcast(x[..., 0], x, "points").shape
         lead = batch[: len(batch) - len(self.batch_shape)]
         # A factor's matrix is as large as its residuals are for D points.
         room = max(1, _CHUNK // (self.components * self.features * (self.features + 1)))
-        if batch.numel() <= room:
+        if _fits(batch, room):
             return torch.logsumexp(self._joint(x), -1)
         flat = x.expand(*batch, self.features).reshape(lead.numel(), -1, self.features)
         tensors = {name: tensor.flatten(0, -3) for name, tensor in self.factor.tensors.items()}
@@ -348,19 +374,16 @@ class Mixture(Distribution):
         Raises:
             ValueError: The mixture has more than one column; take a :meth:`marginal`.
         """
-        return self._share_below(self._points(value, infinite=True)[..., 0])
-
-    def _share_below(self, x: Tensor) -> Tensor:
-        if self.features > 1:
-            raise ValueError(
-                f"a distribution function is of one column, this mixture has {self.features}; take a marginal first."
-            )
-        U = self.factor.log_determinant().exp()
-        below = (self.weights * torch.special.ndtr((x.unsqueeze(-1) - self.means[..., 0]) * U)).sum(-1)
-        return below.clamp(max=1)
+        x = self._points(value)
+        self._check_one_column()
+        if self._validate_args:
+            # The distribution function is known at both infinities.
+            check_finite(torch.where(torch.isinf(x), 0.0, x).reshape(-1, 1), name="x")
+        z = (x - self.means[..., 0]) * self.factor.log_determinant().exp()
+        return (self.weights * torch.special.ndtr(z)).sum(-1).clamp(max=1)
 
     def quantile(self, q: Any) -> Tensor:
-        """Quantiles of a mixture in one dimension, by bisection to the last bits.
+        """Quantiles of a mixture in one dimension, in float64 to the last bits.
 
         Args:
             q: Shares in (0, 1): (*S), the same for all mixtures of a batch.
@@ -377,26 +400,73 @@ class Mixture(Distribution):
             >>> m.quantile([0.025, 0.975]).round(decimals=3).tolist()
             [-3.645, 3.645]
         """
-        if self.features > 1:
-            raise ValueError(f"a quantile is of one column, this mixture has {self.features}; take a marginal first.")
-        share = as_tensor(q, name="q").to(self.means)
-        if not bool(((share > 0) & (share < 1)).all()):
+        q = as_tensor(q, name="q").to(self.means)
+        if not bool(((q > 0) & (q < 1)).all()):
             raise ValueError("q must lie inside (0, 1).")
-        with torch.no_grad():
-            share = share.reshape((*share.shape, *[1] * len(self.batch_shape))).expand(
-                (*share.shape, *self.batch_shape)
+        q = q.reshape((*q.shape, *[1] * len(self.batch_shape)))
+        return self._quantiles(q.detach()).detach().to(q.dtype)
+
+    def icdf(self, value: Any) -> Tensor:
+        """Inverse of the distribution function of a mixture in one dimension.
+
+        The quantiles are found in float64, far in the tails as well, and are rounded at the end.
+
+        Args:
+            value: Probabilities in [0, 1]: (*S), or (*S, *B) for a batch of mixtures.
+
+        Returns:
+            Points (*S, *B, 1), data units, with first and second derivatives in probabilities and parameters; -inf for 0, +inf
+            for 1. Without checks of values, NaN for what is no probability.
+
+        Raises:
+            ValueError: The mixture has more than one column (take a :meth:`marginal`), a value is not in [0, 1], or the
+                shape does not fit the batch.
+
+        Example:
+            >>> import gmmkeops as gk
+            >>> m = gk.Mixture.from_parameters([0.5, 0.5], [[-2.0], [2.0]], [1.0, 1.0], "spherical")
+            >>> m.icdf([0.025, 0.5, 1.0]).round(decimals=3).tolist()
+            [[-3.645], [0.0], [inf]]
+        """
+        q = recordable(as_tensor(value, name="value", device=self.means.device))
+        if self._validate_args and concrete(q) and not bool(((q >= 0) & (q <= 1)).all()):
+            raise ValueError("value must hold probabilities from 0 to 1 for icdf; pass what cdf returns.")
+        return self._quantiles(q).unsqueeze(-1).to(torch.promote_types(q.dtype, self.means.dtype))
+
+    def _quantiles(self, probabilities: Tensor) -> Tensor:
+        """Quantiles (*S, *B) of a mixture in one dimension, float64."""
+        self._check_one_column()
+        precisions = self.factor.log_determinant().double().exp()
+        return quantiles(
+            self.log_weights,
+            self.means[..., 0],
+            precisions,
+            self._broadcast(probabilities, probabilities, "probabilities"),
+        )
+
+    def _check_one_column(self) -> None:
+        if self.features > 1:
+            raise ValueError(
+                f"a distribution function is of one column, this mixture has {self.features}; take a marginal first."
             )
-            # No quantile of a mixture is beyond those of all its components.
-            z = torch.special.ndtri(share).unsqueeze(-1)
-            each = self.means[..., 0] + z / self.factor.log_determinant().exp()
-            low, high = each.amin(-1), each.amax(-1)
-            for _ in range(200):
-                middle = 0.5 * (low + high)
-                if bool(((middle <= low) | (middle >= high)).all()):
-                    break
-                below = self._share_below(middle) < share
-                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return 0.5 * (low + high)
+
+    def entropy(self) -> Tensor:
+        r"""Differential entropy of a mixture of one component, in closed form.
+
+        .. math:: H = \tfrac D2 \log(2 \pi e) - \log |\det U|
+
+        Returns:
+            (*B), nats.
+
+        Raises:
+            NotImplementedError: There are more components, and no closed form.
+        """
+        if self.components > 1:
+            raise NotImplementedError(
+                f"the entropy of a mixture of {self.components} components has no closed form; average -log_prob over a "
+                "sample, or compare mixtures by sampling with gmmkeops.compare (gk.compare.kl_divergence)."
+            )
+        return 0.5 * self.features * math.log(2 * math.pi * math.e) - self.factor.log_determinant()[..., 0]
 
     def log_joint(self, value: Any) -> Tensor:
         r"""log p(x, k) = log W_k + log N(x; μ_k, Σ_k), every component written out.
@@ -408,6 +478,7 @@ class Mixture(Distribution):
             (*S, *B, K), nats, in the dtype of the points.
         """
         x = self._points(value)
+        self._check_finite(x)
         near, is_near = self._near(x)
         values = self._joint(near).to(x.dtype)
         if not is_near:
@@ -425,8 +496,8 @@ class Mixture(Distribution):
             # Products that overflow may cancel to what is no number; such a distance is infinite.
             return (offsets - 0.5 * distances.masked_fill(distances.isnan(), math.inf)).to(rows.dtype)
 
-        rows = max(1, _CHUNK // self.means.numel())
-        if self.batch_shape or x.ndim < 2 or x.shape[:-1].numel() <= rows:
+        rows = max(1, _CHUNK // max(1, self.means.numel()))
+        if self.batch_shape or x.ndim < 2 or _fits(x.shape[:-1], rows):
             return exponents(x)
         flat = x.reshape(-1, self.features)
         return torch.cat([exponents(part) for part in flat.split(rows)]).reshape(*x.shape[:-1], self.components)
@@ -447,6 +518,7 @@ class Mixture(Distribution):
         """
         if k is None:
             x = self._points(value)
+            self._check_finite(x)
             near, is_near = self._near(x)
             joint = self._joint(near)
             if is_near:
@@ -455,6 +527,8 @@ class Mixture(Distribution):
             return self._posterior(joint, near).exp().to(x.dtype)
         k = as_integer(k, "k", 1, self.components, clause=f"must be between 1 and the {self.components} components")
         x, flat = self._flat(value)
+        if not len(flat):
+            return torch.softmax(self._joint(x), -1).topk(k)
         flat, _ = self._near(flat)
         cloud = reductions.arrange(flat, self.components, truncate, sweeps=2)
         arguments = (cloud, self.offsets.detach(), self.means.detach(), self.factor)
@@ -470,6 +544,8 @@ class Mixture(Distribution):
     def predict(self, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
         """The most probable component of each point (*S, D): (*S,), int64; exact with any truncation."""
         x, flat = self._flat(value)
+        if not len(flat):
+            return self._joint(x).argmax(-1)
         flat, is_near = self._near(flat)
         arguments = (flat, self.offsets, self.means, self.factor)
         if is_near:
@@ -524,7 +600,7 @@ class Mixture(Distribution):
             count, K, D = shape.numel(), self.components, self.features
             batch = self.batch_shape.numel()
             wide: Any = {"dtype": torch.float64, "device": self.means.device}
-            if component is not None or count == 0:
+            if component is not None or count * batch == 0:
                 labels = torch.full((count, batch), (component or 0) % K, device=self.means.device)
             else:
                 weights = self.weights.double().reshape(batch, K)
@@ -534,14 +610,13 @@ class Mixture(Distribution):
             factor = self.factor.replace(**{n: t.flatten(0, -2) for n, t in self.factor.tensors.items()})
             which = index if self.factor.leading == K else first.expand_as(labels).reshape(-1)
             draws = torch.randn(count * batch, D, generator=generator, dtype=self.means.dtype, device=labels.device)
-            if (low, high) != (0.0, math.inf):
+            if (low, high) != (0.0, math.inf) and len(draws):
                 radius = radii(torch.rand(count * batch, 1, generator=generator, **wide), low, high, D)
                 draws = (draws.double() / draws.double().norm(dim=1, keepdim=True) * radius).to(draws.dtype)
             means, rows = self.means.reshape(-1, D), max(1, _CHUNK // (D * D))
             # Some mixtures of the batch at a time, since their factors are turned into matrices.
-            for some in (
-                torch.arange(count * batch, device=labels.device).view(count, batch).split(max(1, rows // K), 1)
-            ):
+            order = torch.arange(count * batch, device=labels.device).view(count, batch)
+            for some in order.split(max(1, rows // K), 1) if len(draws) else ():
                 begin = int(some[0, 0]) * self.factor.leading
                 mine = slice(begin, begin + some.shape[1] * self.factor.leading)
                 own = factor.replace(**{name: tensor[mine] for name, tensor in factor.tensors.items()})
@@ -574,7 +649,7 @@ class Mixture(Distribution):
         else:
             factor = SphericalFactor(factor.tensors["log_diagonal"], len(keep))
         names = None if self.columns is None else [self.columns[d] for d in keep]
-        return Mixture(self.logits, self.means[..., keep], factor, validate_args=False).named(names)
+        return self._like(self.logits, self.means[..., keep], factor).named(names)
 
     def condition(self, columns: Sequence[int] | int, values: Any) -> Mixture:
         r"""The distribution of the other columns where some are known, exactly: a mixture again, or a batch of them.
@@ -625,7 +700,7 @@ class Mixture(Distribution):
         else:
             factor = self.marginal(rest).factor
         names = None if self.columns is None else [self.columns[d] for d in rest]
-        return Mixture(logits, means, factor.expand(batch), validate_args=False).named(names)
+        return self._like(logits, means, factor.expand(batch)).named(names)
 
     def _columns(self, columns: Sequence[int] | int) -> list[int]:
         one = not isinstance(columns, Iterable) or isinstance(columns, (str, bytes))
@@ -639,18 +714,17 @@ class Mixture(Distribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
         """The same mixture for a larger batch, without a copy."""
         batch_shape = torch.Size(batch_shape)
-        return Mixture(
+        return self._like(
             self.logits.expand(*batch_shape, self.components),
             self.means.expand(*batch_shape, self.components, self.features),
             self.factor.expand(batch_shape),
-            validate_args=False,
         ).named(self.columns)
 
     def select(self, index: Tensor) -> Mixture:
         """The mixture of some components (an index or mask over K), their weights brought back to a sum of one."""
-        return Mixture(
-            self.logits[..., index], self.means[..., index, :], self.factor.select(index), validate_args=False
-        ).named(self.columns)
+        return self._like(self.logits[..., index], self.means[..., index, :], self.factor.select(index)).named(
+            self.columns
+        )
 
     def to(self, *args: Any, **kwargs: Any) -> Mixture:
         """Moves or casts the parameters, as :meth:`torch.Tensor.to`.
@@ -661,18 +735,19 @@ class Mixture(Distribution):
         for place in (*args[:1], kwargs.get("device")):
             if isinstance(place, (str, int, torch.device)) and str(place) != "meta":
                 as_device(place)
-        return Mixture(
-            self.logits.to(*args, **kwargs),
-            self.means.to(*args, **kwargs),
-            self.factor.to(*args, **kwargs),
-            validate_args=False,
+        return self._like(
+            self.logits.to(*args, **kwargs), self.means.to(*args, **kwargs), self.factor.to(*args, **kwargs)
         ).named(self.columns)
 
     def detach(self) -> Mixture:
         """The same mixture outside any autograd graph, in its own memory."""
-        return Mixture(
-            self.logits.detach().clone(), self.means.detach().clone(), self.factor.detach(), validate_args=False
-        ).named(self.columns)
+        return self._like(self.logits.detach().clone(), self.means.detach().clone(), self.factor.detach()).named(
+            self.columns
+        )
+
+    def _check_finite(self, x: Tensor) -> None:
+        if self._validate_args:
+            check_finite(x.reshape(-1, self.features), name="x")
 
     def _near(self, x: Tensor) -> tuple[Tensor, bool]:
         """The points, as float64 where squared distances might overflow float32; and whether no distance is large at all."""
@@ -750,7 +825,7 @@ class Mixture(Distribution):
 
     def _check_range(self, values: Tensor, x: Tensor) -> None:
         """Raises a ValueError where log-densities (*S, *B) of points (*S, *B, D) are beyond the range of their dtype."""
-        if not concrete(values):
+        if not self._validate_args or not concrete(values):
             return
         bad = ~(values.detach() > _LEAST[values.dtype])
         if bool(bad.any()):
@@ -764,7 +839,7 @@ class Mixture(Distribution):
                 f"overflow {name}; {remedy}."
             )
 
-    def _points(self, value: Any, infinite: bool = False) -> Tensor:
+    def _points(self, value: Any) -> Tensor:
         x = recordable(as_tensor(table_of(value, self.columns), name="x"))
         if x.ndim == 0 or x.shape[-1] != self.features:
             raise ValueError(
@@ -773,10 +848,21 @@ class Mixture(Distribution):
             )
         if x.device != self.means.device:
             raise ValueError(f"x is on {x.device} but the mixture on {self.means.device}; move one with .to().")
-        if infinite and concrete(x):
-            x = x.nan_to_num(nan=math.nan, posinf=torch.finfo(x.dtype).max, neginf=torch.finfo(x.dtype).min)
-        check_finite(x.reshape(-1, self.features), name="x")
+        self._broadcast(x[..., 0], x, "points")
         return x
+
+    def _broadcast(self, leading: Tensor, given: Tensor, name: str) -> Tensor:
+        """The ``leading`` dimensions (*S) of what was given, broadcast with the batch of mixtures to (*S, *B)."""
+        if not self.batch_shape:
+            return leading
+        # torch.broadcast_shapes imports SymPy, which takes a second and 50 MB.
+        try:
+            return torch.broadcast_tensors(leading, self.logits[..., 0])[0]
+        except RuntimeError:
+            raise ValueError(
+                f"{name} of shape {tuple(given.shape)} do not fit a batch of mixtures of shape {tuple(self.batch_shape)}; "
+                "their leading dimensions must broadcast."
+            ) from None
 
     def _flat(self, value: Any) -> tuple[Tensor, Tensor]:
         if self.batch_shape:

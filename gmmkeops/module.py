@@ -35,6 +35,7 @@ class GMM(nn.Module):
     r"""A trainable Gaussian mixture, unconditional or conditioned on a context.
 
     As in all modules of torch, the first parameters are drawn by torch's global generator; :meth:`initialize` replaces them.
+    ``torch.compile(model, fullgraph=True)`` and ``torch.export.export(model, (c,))`` return mixtures, as the module does.
 
     Args:
         features: D, the number of columns of a point.
@@ -146,7 +147,7 @@ class GMM(nn.Module):
         tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(epsilon.log() + 2 * raw)
         factor = self.kind(**tensors, **({"features": self.features} if self.kind.family == "spherical" else {}))
         names = None if self.columns is None else self.columns[: self.features]
-        return Mixture(logits, means, factor, validate_args=False).named(names)
+        return Mixture._unchecked(logits, means, factor).named(names)
 
     @torch.no_grad()
     def carried(self, shift: Tensor, scale: Tensor) -> GMM:

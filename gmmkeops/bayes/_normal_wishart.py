@@ -85,7 +85,7 @@ class NormalWishart:
             kind, covariances, means.shape[1], _FLOOR * diagonal.reshape(len(covariances), -1).amax(1)
         )
         weights = _mean_weights(concentration)
-        mixture = Mixture(weights.clamp(min=1e-300).log(), means, factor, validate_args=False)
+        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), means, factor)
         return cls(mixture, concentration, mean_precision, degrees, prior)
 
     @property
@@ -281,7 +281,7 @@ class NormalWishart:
             away = torch.linalg.solve_triangular(drawn.U.mT, noise[..., None], upper=False)[..., 0]
         else:
             away = noise / drawn.U
-        mixture = Mixture(weights.clamp(min=1e-300).log(), self.mixture.means + away, drawn, validate_args=False)
+        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), self.mixture.means + away, drawn)
         return mixture.named(self.mixture.columns)
 
 

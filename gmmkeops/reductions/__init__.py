@@ -28,7 +28,7 @@ from gmmkeops._arguments import as_choice, as_integer
 from gmmkeops._checks import as_tensor, as_weights, concrete, recordable
 from gmmkeops.factors import DiagonalFactor, Factor
 from gmmkeops.moments import Moments
-from gmmkeops.reductions import _dense, _keops
+from gmmkeops.reductions import _dense, _keops, _plain
 from gmmkeops.reductions._choice import BACKENDS, arrange, engine, may_arrange
 from gmmkeops.reductions._derivatives import Attached, LogSumExp, Total
 from gmmkeops.reductions._exponents import Exponents, factor_tensor
@@ -251,6 +251,13 @@ def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, T
     return points, offsets, means, U
 
 
+def _compiled(sweep: _Sweep, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
+    """ℓ (N,) in plain operations, which torch's compilers understand; they plan the memory of the N x K array themselves."""
+    wide = torch.promote_types(x.dtype, means.dtype)
+    points = sweep.unordered(x)
+    return _plain.logsumexp(points.to(wide), offsets.to(wide), means.to(wide), U.to(wide)).to(x.dtype)
+
+
 def logsumexp(
     x: Tensor | Truncation,
     offsets: Tensor,
@@ -294,6 +301,8 @@ def logsumexp(
     """
     arguments = _arguments(x, offsets, means, factor)
     sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
+    if torch.compiler.is_compiling():
+        return _compiled(sweep, *arguments)
     return LogSumExp.apply(*arguments, sweep)
 
 
@@ -331,6 +340,9 @@ def total(
     arguments = _arguments(x, offsets, means, factor)
     sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
     g = _weights(weights, arguments[0] if sweep.blocks is None else sweep.blocks)
+    if torch.compiler.is_compiling():
+        values = _compiled(sweep, *arguments).double()
+        return values.sum() if g is None else (g * values).sum()
     if g is not None and g.requires_grad:
         return (g * LogSumExp.apply(*arguments, sweep).double()).sum()
     return Total.apply(*arguments, g, sweep)[0]
