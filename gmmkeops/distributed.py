@@ -219,7 +219,10 @@ class World:
         self.calling: float | None = None
         # Whether it is in the middle of an exchange; when Ctrl-C was pressed during one; whether all ranks have left together.
         self.busy, self.pressed, self.left = False, 0.0, False
-        self.signals = False
+        # Whether SIGINT is handled by this world, and the handler that it replaces. The lock keeps the heartbeat thread from
+        # sending the signal after the callback has returned.
+        self.signals, self.lock = False, threading.Lock()
+        self.before: Any = None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -232,13 +235,15 @@ class World:
         self.pressed, self.left = 0.0, False
         World._outer = self
         self.heart.worlds.append(self)
-        self.signals = threading.current_thread() is threading.main_thread()
-        self.signals &= signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        # Handlers that were not set from Python (None) could not be set again.
+        self.before = signal.getsignal(signal.SIGINT)
+        self.signals = threading.current_thread() is threading.main_thread() and self.before is not None
         if self.signals:
             signal.signal(signal.SIGINT, self._press)
         try:
             yield
         except RankError:
+            self.calling = None
             if self.rank == 0:
                 # Others may have to read by this rank's store what has happened, or to hear the end of an exchange.
                 time.sleep(_VERDICT if self.verdict or _stuck else _BEAT)
@@ -251,8 +256,9 @@ class World:
             raise
         finally:
             if self.signals:
-                self.signals = False
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                with self.lock:
+                    self.signals = False
+                signal.signal(signal.SIGINT, self.before)
             self.heart.worlds.remove(self)
             World._outer = None
 
@@ -264,18 +270,32 @@ class World:
         while self.heart.rounds < told and not self.heart.lost and time.monotonic() < end:
             time.sleep(_BEAT / 5)
 
-    def _press(self, *_: Any) -> None:
-        """Ctrl-C: at once, or after the exchange that this rank is in the middle of, so that none is left half done."""
+    def _press(self, number: int, frame: Any) -> None:
+        """Handle SIGINT: leave a callback that the others have given up on, or do what Ctrl-C does in this process.
+
+        A process that ignores Ctrl-C (as a background job of a shell script does) or has a handler of its own keeps that
+        behavior. Otherwise KeyboardInterrupt is raised: at once, or after the exchange that this rank is in the middle of,
+        so that none is left half done.
+        """
         if self.verdict:
             self._look()
-        if not self.busy:
+        if self.before is signal.SIG_IGN:
+            return
+        if self.before is signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        elif self.before is not signal.default_int_handler:
+            self.before(number, frame)
+        elif self.busy:
+            self.pressed = self.pressed or time.monotonic()
+        else:
             raise KeyboardInterrupt
-        self.pressed = self.pressed or time.monotonic()
 
     def wake(self) -> None:
-        """Ends a callback that the others have given up on, as far as Python can."""
-        if self.calling is not None and self.signals and hasattr(signal, "pthread_kill"):
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        """End a callback that the others have given up on, as far as Python can."""
+        with self.lock:
+            if self.calling is not None and self.signals and hasattr(signal, "pthread_kill"):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     @contextmanager
     def callback(self) -> Iterator[None]:
@@ -287,7 +307,8 @@ class World:
         try:
             yield
         finally:
-            self.calling = None
+            with self.lock:
+                self.calling = None
 
     def interrupted(self) -> None:
         """After Ctrl-C: returns where all ranks were interrupted, and so leave at the same place.
@@ -302,7 +323,8 @@ class World:
             raise RankError(f"rank {self.rank} was interrupted (Ctrl-C) while it waited for the others" + _REMEDY)
         self.pressed = time.monotonic()
         try:
-            self._meet("interrupt")
+            with self._exchange("interrupt"):
+                pass
         except KeyboardInterrupt:
             if not self.left:
                 self.interrupted()
@@ -314,33 +336,29 @@ class World:
             RankError: They are about to do different things, or some were interrupted.
             KeyboardInterrupt: All were interrupted.
         """
-        self.busy = True
-        try:
-            codes = list(_ACTS)
-            length, shape = (*sizes, 0, 0)[:2]
-            said = self._told([self.number, codes.index(act), length, shape])
-            if any(codes[row[1]] == "interrupt" for row in said):
-                # Ctrl-C may be about to reach the other ranks as well.
-                time.sleep(_PRESS)
-                pressed = self._told([int(self.pressed > 0)])
-                self.pressed = 0.0
-                who = [str(rank) for rank, (flag,) in enumerate(pressed) if flag]
-                if len(who) == self.size:
-                    self.left = True
-                    raise KeyboardInterrupt
-                names = f"rank {who[0]} was" if len(who) == 1 else f"ranks {', '.join(who)} were"
-                raise RankError(f"{names} interrupted (Ctrl-C), and the others were not" + _REMEDY)
-            for rank, row in enumerate(said):
-                alike = row[3] == said[0][3] and (act != "sum" or row[2] == said[0][2])
-                if row[:2] != said[0][:2] or not alike:
-                    raise RankError(
-                        f"rank {rank} is at another step than rank 0: in its call number {row[0]} it {_ACTS[codes[row[1]]]} "
-                        f"({row[2]}), rank 0 in call number {said[0][0]} {_ACTS[codes[said[0][1]]]} ({said[0][2]}); "
-                        "run the same script with the same settings on all ranks."
-                    )
-            return torch.tensor([row[2] for row in said])
-        finally:
-            self.busy = False
+        codes = list(_ACTS)
+        length, shape = (*sizes, 0, 0)[:2]
+        said = self._told([self.number, codes.index(act), length, shape])
+        if any(codes[row[1]] == "interrupt" for row in said):
+            # Ctrl-C may be about to reach the other ranks as well.
+            time.sleep(_PRESS)
+            pressed = self._told([int(self.pressed > 0)])
+            self.pressed = 0.0
+            who = [str(rank) for rank, (flag,) in enumerate(pressed) if flag]
+            if len(who) == self.size:
+                self.left = True
+                raise KeyboardInterrupt
+            names = f"rank {who[0]} was" if len(who) == 1 else f"ranks {', '.join(who)} were"
+            raise RankError(f"{names} interrupted (Ctrl-C), and the others were not" + _REMEDY)
+        for rank, row in enumerate(said):
+            alike = row[3] == said[0][3] and (act != "sum" or row[2] == said[0][2])
+            if row[:2] != said[0][:2] or not alike:
+                raise RankError(
+                    f"rank {rank} is at another step than rank 0: in its call number {row[0]} it {_ACTS[codes[row[1]]]} "
+                    f"({row[2]}), rank 0 in call number {said[0][0]} {_ACTS[codes[said[0][1]]]} ({said[0][2]}); "
+                    "run the same script with the same settings on all ranks."
+                )
+        return torch.tensor([row[2] for row in said])
 
     def _told(self, numbers: list[int]) -> list[list[int]]:
         """As many whole numbers of each rank."""
@@ -349,11 +367,16 @@ class World:
         self._collect(lambda: dist.all_gather(parts, mine, async_op=True))
         return [part.tolist() for part in parts]
 
-    def _exchange(self, start: Callable[[], Any]) -> None:
-        """One exchange on which the ranks have agreed; a Ctrl-C during it comes when it is complete."""
+    @contextmanager
+    def _exchange(self, act: str, *sizes: int) -> Iterator[Tensor]:
+        """Compare what the ranks are about to do, and then do it; yield the first size of each rank.
+
+        A Ctrl-C is raised after the exchange, never between the comparison and the exchange: this rank would start the next
+        comparison while the others wait in the exchange.
+        """
         self.busy = True
         try:
-            self._collect(start)
+            yield self._meet(act, *sizes)
         finally:
             self.busy = False
         if self.pressed:
@@ -482,9 +505,9 @@ class World:
         """The sum of a float64 tensor over all ranks."""
         if self.size == 1:
             return values
-        self._meet("sum", values.numel())
-        out = values.detach().to(self.device, copy=True)
-        self._exchange(lambda: dist.all_reduce(out, async_op=True))
+        with self._exchange("sum", values.numel()):
+            out = values.detach().to(self.device, copy=True)
+            self._collect(lambda: dist.all_reduce(out, async_op=True))
         return out.to(values.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
@@ -492,13 +515,12 @@ class World:
         if self.size == 1:
             return [values]
         kind = zlib.crc32(repr((values.dtype, tuple(values.shape[1:]))).encode())
-        sizes = self._meet("gather", len(values), kind).tolist()
-        longest = max(sizes)
-        padded = torch.zeros(longest, *values.shape[1:], dtype=values.dtype, device=self.device)
-        padded[: len(values)] = values
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._exchange(lambda: dist.all_gather(parts, padded, async_op=True))
-        return [part[:size].to(values.device) for part, size in zip(parts, sizes, strict=True)]
+        with self._exchange("gather", len(values), kind) as sizes:
+            padded = torch.zeros(int(sizes.max()), *values.shape[1:], dtype=values.dtype, device=self.device)
+            padded[: len(values)] = values
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            self._collect(lambda: dist.all_gather(parts, padded, async_op=True))
+        return [part[:size].to(values.device) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     def tell(self, value: Any) -> list[Any]:
         """What JSON can hold, of all ranks."""
