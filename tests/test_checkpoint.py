@@ -116,7 +116,7 @@ def test_real_kills_at_random_moments(x, tmp_path):
             stderr=subprocess.PIPE,
         )
         assert child.stdout.readline() == b"ready\n"
-        if kills < 8:
+        if kills < 4:
             time.sleep(0.25 * dice.random())
             child.kill()
         _, errors = child.communicate(timeout=120)

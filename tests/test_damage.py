@@ -133,7 +133,7 @@ def check(paths):
 
 def test_damaged_files_are_refused_in_one_sentence(valid, tmp_path):
     assert set(read(valid.iterdir()).values()) == {"read"}
-    check(scatter(valid, tmp_path, 25, seed=0))
+    check(scatter(valid, tmp_path, 12, seed=0))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -73,23 +74,29 @@ def folder(tmp_path_factory):
 
 
 AGREE = """
-cuts = {1: [0, N], 2: [0, N // 5, N], 3: [0, N // 5, N // 5, N], 4: [0, 7, N // 2, N // 2, N]}[size]
+cuts = {1: [0, N], 3: [0, N // 5, N // 5, N], 4: [0, 7, N // 2, N // 2, N]}[size]
 mine = x[cuts[rank]:cuts[rank + 1]]
 g = np.arange(N, dtype=float)[cuts[rank]:cuts[rank + 1]] % 3
 file = gk.Source.of(folder + "/x.npy", chunk_rows=1900)
 found = []
 def keep(mixture):
     found.append(torch.cat([part.reshape(-1) for part in (mixture.weights, mixture.means, mixture.factor.covariances())]))
-for data, weights in ((mine, None), (mine, g), (file, None), (x, None)):
+em, accelerated, adam = gk.EM(tol=0), gk.EM(tol=0, accelerate=True), gk.Adam()
+for data, weights, methods in (
+    (mine, None, (em, accelerated, adam)),
+    (mine, g, (em, adam)),
+    (file, None, (em, accelerated)),
+    (x, None, (em,)),
+):
     generator = torch.Generator().manual_seed(5 + rank)  # rank 0's counts
     keep(gk.initialise(data, 4, weights=weights, generator=generator))
-    for method in (gk.EM(tol=0), gk.EM(tol=0, accelerate=True), gk.Adam()):
+    for method in methods:
         penalty = gk.penalties.Dirichlet(2.0)
         keep(gk.fit(start, data, method, max_iter=5, weights=weights, penalty=penalty).mixture)
-keep(gk.GaussianMixture(4, random_state=0).fit(mine).mixture_)
+keep(gk.GaussianMixture(4, max_iter=5, random_state=0).fit(mine).mixture_)
 keep(gk.fit(start, mine, gk.EM(tol=0), truncate=1e-5, max_iter=3).mixture)
 keep(gk.fit(start, mine, gk.bayes.VariationalBayes(tol=0), max_iter=5).posterior.mixture)
-keep(gk.BayesianGaussianMixture(n_components=4, random_state=0, max_iter=20, tol=0).fit(x).mixture_)
+keep(gk.BayesianGaussianMixture(n_components=4, random_state=0, max_iter=5, tol=0).fit(x).mixture_)
 torch.manual_seed(0)
 network = gk.GMM(2, context=1, components=4).double()
 network.initialize(x[:, :2], context=x[:, 2:], generator=torch.Generator().manual_seed(0))
@@ -104,14 +111,14 @@ np.save(folder + f"/out-{size}-{rank}.npy", torch.stack(found).numpy())
 """
 
 
-def test_one_to_four_ranks_give_the_model_of_one_process(folder):
+def test_three_and_four_ranks_give_the_model_of_one_process(folder):
     """Unequal shares, one of them empty; weights; files and arrays that all ranks hold alike, which are divided."""
-    for size in (1, 2, 3, 4):
+    for size in (1, 3, 4):
         for code, _, errors in outputs(launch(size, AGREE, folder), timeout=300):
             assert code == 0, errors
     expected = np.load(folder / "out-1-0.npy")
     assert np.abs(expected).max() > 1
-    for size in (2, 3, 4):
+    for size in (3, 4):
         for rank in range(size):
             assert np.abs(np.load(folder / f"out-{size}-{rank}.npy") - expected).max() < 1e-6
 
@@ -148,40 +155,40 @@ def test_a_rank_that_is_gone_is_named_on_all_others(how, victim, folder):
 
 
 DISAGREE = """
-what = os.environ["WHAT"]
-data, model, method = x[rank::size], start, gk.EM(tol=0)
-if rank == 1:
-    if what == "components":
-        model = gk.Mixture.from_parameters([0.5, 0.5], [[0.0] * 3, [1.0] * 3], [1.0, 1.0], "spherical")
-    if what == "method":
-        method = gk.EM(tol=0, assignment="hard")
-    if what == "start":
-        model = gk.Mixture(start.logits, start.means + 0.01, start.factor)
-    if what == "points":
-        data = data.copy()
-        data[5, 1] = np.nan
-try:
-    gk.fit(model, data, method, max_iter=3)
-except Exception as error:
-    print(type(error).__name__, error, flush=True)
-time.sleep(0.5)
+moved = gk.Mixture(start.logits, start.means + 0.01, start.factor)
+two = gk.Mixture.from_parameters([0.5, 0.5], [[0.0] * 3, [1.0] * 3], [1.0, 1.0], "spherical")
+mine = x[rank::size].copy()
+bad = mine.copy()
+bad[5, 1] = np.nan
+for name, model, data, method in (
+    ("components", two, mine, gk.EM(tol=0)),
+    ("method", start, mine, gk.EM(tol=0, assignment="hard")),
+    ("start", moved, mine, gk.EM(tol=0)),
+    ("points", start, bad, gk.EM(tol=0)),
+):
+    try:
+        if rank == 1:
+            gk.fit(model, data, method, max_iter=3)
+        else:
+            gk.fit(start, mine, gk.EM(tol=0), max_iter=3)
+    except Exception as error:
+        print(name, error, flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    ("what", "says"),
-    [
-        ("components", "rank 1 disagrees with rank 0 on the model"),
-        ("method", "rank 1 disagrees with rank 0 on the method"),
-        ("start", "rank 1 is at another mixture than rank 0"),
-        ("points", "x must be finite, got NaN at row 5, column 1"),
-    ],
-)
-def test_a_rank_that_disagrees_or_fails_is_named_on_all(what, says, folder, monkeypatch):
-    monkeypatch.setenv("WHAT", what)
+def test_a_rank_that_disagrees_or_fails_is_named_on_all(folder):
+    expected = [
+        "components rank 1 disagrees with rank 0 on the model",
+        "method rank 1 disagrees with rank 0 on the method",
+        "start rank 1 is at another mixture than rank 0",
+        "x must be finite, got NaN at row 5, column 1",
+    ]
     for rank, (_, text, errors) in enumerate(outputs(launch(3, DISAGREE, folder))):
-        assert says in text, (rank, text, errors)
-        assert "rank 1" in text or rank == 1
+        lines = text.splitlines()
+        assert len(lines) == len(expected), (rank, text, errors)
+        for says, line in zip(expected, lines, strict=True):
+            assert says in line, (rank, text, errors)
+        assert rank == 1 or "rank 1" in lines[3]
 
 
 LATE = """
@@ -195,19 +202,6 @@ gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=2)
 def test_a_rank_that_comes_late_to_a_fit_is_waited_for(folder):
     for code, _, errors in outputs(launch(2, LATE, folder)):
         assert code == 0, errors
-
-
-STOPS = """
-stops = [lambda step: step.iteration == 2] if rank == 1 else []
-result = gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=50, callbacks=stops)
-print(result.n_iter)
-"""
-
-
-def test_a_callback_on_one_rank_stops_all(folder):
-    for code, text, errors in outputs(launch(2, STOPS, folder)):
-        assert code == 0, errors
-        assert text == "3\n"
 
 
 RESTART = """
@@ -379,17 +373,17 @@ def test_whatever_differs_between_ranks_is_named_on_all_of_them(folder):
 
 ALONE = """
 distributed._CALLBACK = 1.0
-what = os.environ["WHAT"]
-handler, received = signal.default_int_handler, []
-if what == "Ctrl-C is ignored":
+what, received = os.environ["WHAT"], []
+handler = signal.default_int_handler
+if rank == 2:
     handler = signal.SIG_IGN
-if what == "Ctrl-C has a handler":
+if rank == 3:
     handler = lambda number, frame: received.append(number)
 signal.signal(signal.SIGINT, handler)
 def callback(step):
-    if rank == 1 and step.iteration == 1 and handler is not signal.default_int_handler:
+    if rank > 1 and step.iteration == 1:
         os.kill(os.getpid(), signal.SIGINT)
-    if rank == 1 and step.iteration == 2:
+    if rank > 0 and step.iteration == 2:
         if what == "raises":
             raise ArithmeticError("of my own")
         time.sleep(600)
@@ -403,21 +397,19 @@ print("received", received, flush=True)
 
 
 @pytest.mark.parametrize(
-    ("what", "says"),
+    ("what", "ranks", "says"),
     [
-        ("sleeps", "RankError: rank 1 has been in a callback for"),
-        ("Ctrl-C is ignored", "RankError: rank 1 has been in a callback for"),
-        ("Ctrl-C has a handler", "RankError: rank 1 has been in a callback for"),
-        ("raises", "rank 1 failed with ArithmeticError: of my own"),
+        ("sleeps", 4, r"RankError: rank [123] has been in a callback for"),
+        ("raises", 2, r"RankError: rank 1 failed with ArithmeticError: of my own"),
     ],
 )
-def test_a_callback_that_does_not_come_back_is_named_on_all_ranks(what, says, folder, monkeypatch):
-    """A callback that sleeps is woken whatever Ctrl-C does in its process, and Ctrl-C goes on doing that."""
+def test_a_callback_that_does_not_come_back_is_named_on_all_ranks(what, ranks, says, folder, monkeypatch):
+    """Callbacks that sleep are woken whatever Ctrl-C does in their processes, and Ctrl-C goes on doing that."""
     monkeypatch.setenv("WHAT", what)
     began = time.monotonic()
-    found = outputs(launch(2, ALONE, folder), timeout=100)
+    found = outputs(launch(ranks, ALONE, folder), timeout=100)
     assert time.monotonic() - began < 60
     for rank, (code, text, errors) in enumerate(found):
         assert code in (0, 1), errors
-        assert says in text or (rank == 1 and what == "raises"), (rank, text, errors)
-        assert text.endswith("received [2]\n" if rank == 1 and "handler" in what else "received []\n"), (text, errors)
+        assert re.search(says, text) or (rank == 1 and what == "raises"), (rank, text, errors)
+        assert text.endswith("received [2]\n" if rank == 3 else "received []\n"), (text, errors)

@@ -41,7 +41,7 @@ def X():
     return clusters()[0]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", TYPES)
 def test_fifty_iterations_are_those_of_scikit_learn(kind, weights, seed):
