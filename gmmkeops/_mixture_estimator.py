@@ -10,7 +10,8 @@ import copy
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -42,7 +43,7 @@ from gmmkeops.mixture import Mixture
 from gmmkeops.reductions import BACKENDS
 from gmmkeops.sources import Source, chunked, readable
 
-__all__ = ["MixtureEstimator", "Trace", "generator_of"]
+__all__ = ["MixtureEstimator", "Trace", "generator_of", "in_own_words"]
 
 Self = TypeVar("Self", bound="MixtureEstimator")
 
@@ -68,6 +69,13 @@ _STRATEGIES = {
     "random_from_data": "random",
     "points": "random",
 }
+
+
+@contextmanager
+def in_own_words() -> Iterator[None]:
+    """Errors name an estimator's arguments X and sample_weight, not those of the functions that it calls."""
+    with renamed("x", "X"), renamed("weights", "sample_weight"):
+        yield
 
 
 class MixtureEstimator(Estimator, ABC):
@@ -163,7 +171,7 @@ class MixtureEstimator(Estimator, ABC):
                 call = {"call": f"{type(self).__name__}.fit"}
                 world.agree(call | {name: describe(value, name) for name, value in own.items()})
             generator = world.generator(generator_of(self.random_state, device), device)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), in_own_words():
             # One start's failure to converge is not the answer's: the best one speaks below.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
             for run in range(1 if last is not None else self.n_init):
@@ -309,7 +317,7 @@ class MixtureEstimator(Estimator, ABC):
     def _data(self, X: Any, sample_weight: Any) -> tuple[Tensor | Source, Any, Sequence[str] | None, torch.device]:
         """Points and weights to fit, in memory or to be read; the names of their columns, and where to compute."""
         if readable(X):
-            with renamed("x", "X"), renamed("weights", "sample_weight"):
+            with in_own_words():
                 source = Source.of(X, weights=sample_weight)
             return source, None, source.columns, as_device(self.device) or torch.device("cpu")
         x, names = self._points(X, fitting=True, minimum=max(self.n_components, 2) if World().size == 1 else 0)
@@ -387,12 +395,11 @@ class MixtureEstimator(Estimator, ABC):
         return values if tensors else values.cpu().numpy()
 
     def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor], mixture: Mixture) -> Any:
-        with torch.no_grad():
+        with torch.no_grad(), in_own_words():
             if readable(X):
                 device = as_device(self.device) or torch.device("cpu")
                 mixture = mixture.to(device)
-                with renamed("x", "X"):
-                    parts = chunked(X, features=self.n_features_in_, columns=self.mixture_.columns)
+                parts = chunked(X, features=self.n_features_in_, columns=self.mixture_.columns)
                 found = torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts])
                 return self._out(self._cast(found), False)
             x, _ = self._points(X)
@@ -429,7 +436,7 @@ class MixtureEstimator(Estimator, ABC):
             return float(values.mean() if g is None else g.to(values) @ values / g.sum().to(values))
         self._require_fitted()
         judge, lack = self._judge()
-        with renamed("weights", "sample_weight"):
+        with in_own_words():
             return selection.score(judge.named(self.mixture_.columns), X, weights=sample_weight) + lack
 
     def sample(

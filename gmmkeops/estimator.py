@@ -21,7 +21,7 @@ from gmmkeops import io, selection
 from gmmkeops._arguments import as_choice, as_integer, as_number
 from gmmkeops._checks import as_tensor, as_weights, check_finite, renamed
 from gmmkeops._contract import NotFittedError
-from gmmkeops._mixture_estimator import MixtureEstimator, Trace, generator_of
+from gmmkeops._mixture_estimator import MixtureEstimator, Trace, generator_of, in_own_words
 from gmmkeops._saved import packed, unpacked
 from gmmkeops.bayes import NormalWishart, VariationalBayes
 from gmmkeops.factors import Factor, factor_class
@@ -181,6 +181,7 @@ class GaussianMixture(MixtureEstimator):
             raise AttributeError('partial_fit is a step of EM; construct the estimator with solver="em".')
         return self._partial_fit
 
+    @in_own_words()
     def _partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
         self._check()
         method, goes_on = cast(EM, self._method(False)), self._same_model()

@@ -304,3 +304,21 @@ def test_gradients_of_responsibilities_far_away():
     assert float(shares[0].detach()) == pytest.approx(0.5, abs=1e-6)
     (gradient,) = torch.autograd.grad(shares[0], x)
     torch.testing.assert_close(gradient, 0.25 * slope, rtol=1e-5, atol=1e-6)
+
+
+def test_an_estimator_names_its_own_arguments():
+    x = np.random.default_rng(0).normal(size=(50, 2))
+    far = np.where(np.arange(50)[:, None] == 7, 1e200, x)
+    model = gk.GaussianMixture(2, random_state=0).fit(x)
+    for call in (
+        lambda: gk.GaussianMixture(2).fit(far),
+        lambda: gk.BayesianGaussianMixture(n_components=2).fit(far),
+        lambda: gk.GaussianMixture(2).partial_fit(far),
+        lambda: model.score_samples(far),
+        lambda: model.predict(far),
+        lambda: model.score(far),
+    ):
+        with pytest.raises(ValueError, match=r"^X reaches 1e\+200 (at|in) row 7"):
+            call()
+    with pytest.raises(ValueError, match="^sample_weight must be numbers of points"):
+        gk.BayesianGaussianMixture(n_components=2).fit(x, sample_weight=np.full(50, 1e200))

@@ -126,8 +126,8 @@ class VariationalBayes(Method[_State]):
             raise ValueError("VariationalBayes has priors of its own; set them instead of passing a penalty.")
         if problem.unit != 1:
             raise ValueError(
-                f"weights count points here, against those of the prior; got a total of {problem.mass * problem.unit:.3g}: "
-                "divide them by their mean."
+                "weights must be numbers of points, which VariationalBayes compares with those of the prior; got a total of "
+                f"{problem.mass * problem.unit:.3g}, so divide them by their mean."
             )
         prior = self._prior(problem, mixture)
         if self.begin is not None:
