@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import mmap
 import os
 import sys
@@ -45,6 +46,9 @@ __all__ = [
 ]
 
 Columns = Sequence[str | int] | None
+
+# Size of the buffer through which a column of a Parquet file is read, bytes.
+_BUFFER = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Reader(ABC):
         rows: How many rows there are before any are filtered out; None where only reading tells.
         paths: The files behind it.
         grain: Rows below which a stretch from the middle costs no less than a longer one.
+        stored: Bytes of a row in its file, columns that are not read included; 0 where only what is needed is read.
     """
 
     name: str
@@ -95,6 +100,7 @@ class Reader(ABC):
     rows: int | None
     paths: tuple[Path, ...] = ()
     grain: int = 1
+    stored: int = 0
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -210,6 +216,8 @@ class Arrays(Reader):
         self.x, self.name, self.rows, self.remap = x, name, len(x) if x.ndim else 0, remap
         path = getattr(x, "filename", None) if path is None else path
         self.paths = () if path is None else (Path(path),)
+        if isinstance(x, np.ndarray) and self.paths:
+            self.stored = x.dtype.itemsize * math.prod(x.shape[1:])
         if isinstance(x, np.ndarray) and x.dtype.names:
             known: list[Any] = list(x.dtype.names)
             if x.ndim != 1:
@@ -306,9 +314,9 @@ class Parquet(Reader):
         return {**vars(self), "_batches": iter(()), "_left": None, "_next": -1}
 
     def units(self, size: int) -> list[Unit]:
-        # A group that is little longer is not cut: it is read as a whole anyway.
+        # A group that is at most a quarter longer is not cut, since its end would be a small unit.
         groups = zip(self.starts[:-1], self.starts[1:], strict=True)
-        return [unit for a, b in groups for unit in _cut(a, b, b - a if b - a <= 2 * size else size)]
+        return [unit for a, b in groups for unit in _cut(a, b, b - a if 4 * (b - a) <= 5 * size else size)]
 
     def load(self, unit: Unit) -> Chunk:
         group = bisect_right(self.starts, unit.first) - 1
@@ -344,7 +352,8 @@ class Parquet(Reader):
         return batches
 
     def _rows(self, group: int, size: int) -> Iterator[Any]:
-        with self._open(self.paths[0], pre_buffer=False) as file:
+        # With a buffer, pages are read one after the other; without one, a whole compressed row group is held in memory.
+        with self._open(self.paths[0], pre_buffer=False, buffer_size=_BUFFER) as file:
             yield from file.iter_batches(size, row_groups=[group], columns=self._names, use_threads=False)
 
     @property
@@ -426,6 +435,7 @@ class Las(Reader):
         self.columns, self.weights = _chosen(self.name, names, ("x", "y", "z") if columns is None else columns, weights)
         self.known = tuple(names if columns is None else self.columns)
         self.grain = 50_000 if compressed else 1
+        self.stored = int(header.point_format.size)
         self.classes = None if classes is None else np.asarray(list(classes))
         self.features = len(self.columns)
 
@@ -509,7 +519,7 @@ class Files(Reader):
         self.features = first.features
         self.starts = np.concatenate([[0], np.cumsum([reader.rows or 0 for reader in readers])]).tolist()
         self.rows = self.starts[-1]
-        self.grain = max(reader.grain for reader in readers)
+        self.grain, self.stored = max(reader.grain for reader in readers), max(reader.stored for reader in readers)
         self.paths = tuple(path for reader in readers for path in reader.paths)
 
     def chosen(self, columns: Sequence[str]) -> Reader:
@@ -542,6 +552,7 @@ class Streams:
     """A function that returns an iterator of chunks, or a DataLoader: read from the beginning each time."""
 
     paths: tuple[Path, ...] = ()
+    stored = 0
 
     def __init__(self, make: Callable[[], Any], name: str, fields: bool = False) -> None:
         # Whether a list is always points and what belongs to them, as a loader gives it, and never rows.

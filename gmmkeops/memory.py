@@ -19,6 +19,10 @@ __all__ = ["as_bytes", "chunk_rows", "estimate_memory"]
 _COPIES = 24
 # What tiles, threads and torch's own buffers take, whatever the problem.
 _FIXED = 80 << 20
+# Factor by which the memory of chunks is counted: what one thread frees is not available to another thread at once.
+_ROOM = 2
+# Bytes of each number of a row while it is read: as it is stored, converted, and stacked with the others.
+_READ = 24
 # Points that a start looks at, and copies of them.
 _SAMPLE, _SAMPLE_COPIES = 20_000, 6
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -49,7 +53,8 @@ def estimate_memory(
     n, k, d = as_integer(n, "n", 1), as_integer(k, "k", 1), as_integer(d, "d", 1)
     kind = as_dtype(dtype) or torch.float64
     rows = min(n, NUMBERS // d) if streamed else n
-    return _components(k, d, covariance_type) + rows * _per_row(rows, k, d, kind, streamed)
+    per_row = _per_streamed_row(rows, k, d, kind) if streamed else _per_row(rows, k, d, kind)
+    return _components(k, d, covariance_type) + rows * per_row
 
 
 def _components(k: int, d: int, covariance_type: str) -> int:
@@ -59,11 +64,22 @@ def _components(k: int, d: int, covariance_type: str) -> int:
     return _FIXED + (moments // 2 if tied else moments) + 8 * max(_SAMPLE, 20 * k) * d * _SAMPLE_COPIES
 
 
-def _per_row(rows: int, k: int, d: int, dtype: torch.dtype, streamed: bool) -> int:
+def _per_row(rows: int, k: int, d: int, dtype: torch.dtype) -> int:
+    """Bytes of a row in standardized coordinates; where points are sorted into boxes, of a second copy and their order."""
     size = torch.finfo(dtype).bits // 8
-    # The copy in the frame; arranged, one more with its order while it is sorted; streamed, the chunk before it too.
-    copies = 1 + 2 * may_arrange(rows, k, d)
-    return d * size * copies + 32 * (copies > 1) + (d * (size + 24) if streamed else 0)
+    return d * size * 3 + 32 if may_arrange(rows, k, d) else d * size
+
+
+def _per_streamed_row(rows: int, k: int, d: int, dtype: torch.dtype, stored: int = 0) -> int:
+    """Bytes of a row while it is read, in the previous chunk, and of its weight and its place in a random order.
+
+    Args:
+        rows, k, d: Rows of a chunk, components, dimensions.
+        dtype: What the points are computed in.
+        stored: Bytes of a row in its file, where columns that are not needed are read too.
+    """
+    size = torch.finfo(dtype).bits // 8
+    return _ROOM * (stored + _READ * (d + 1) + d * size + 24 + _per_row(rows, k, d, dtype))
 
 
 def as_bytes(limit: int | float | str) -> int:
@@ -83,16 +99,23 @@ def as_bytes(limit: int | float | str) -> int:
     return int(as_number(limit, "max_memory", 0, above=True))
 
 
-def chunk_rows(limit: int, k: int, d: int, covariance_type: str, dtype: torch.dtype) -> int:
+def chunk_rows(limit: int, k: int, d: int, covariance_type: str, dtype: torch.dtype, stored: int = 0) -> int:
     """Rows of a chunk with which a streamed fit stays below a limit in bytes.
+
+    Args:
+        limit: Bytes.
+        k, d: Components and dimensions.
+        covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
+        dtype: What the points are computed in.
+        stored: Bytes of a row in its file, where columns that are not needed are read too.
 
     Raises:
         ValueError: Not even a small chunk would.
     """
     left = limit - _components(k, d, covariance_type)
-    rows = min(NUMBERS // d, left // _per_row(NUMBERS // d, k, d, dtype, True))
+    rows = min(NUMBERS // d, left // _per_streamed_row(NUMBERS // d, k, d, dtype, stored))
     if rows < 1000:
-        least = _components(k, d, covariance_type) + 1000 * _per_row(1000, k, d, dtype, True)
+        least = _components(k, d, covariance_type) + 1000 * _per_streamed_row(1000, k, d, dtype, stored)
         raise ValueError(
             f"a fit of {k} components in {d} dimensions takes at least {least / 1e6:.0f} MB, max_memory allows "
             f"{limit / 1e6:.0f} MB; raise it, or use fewer components or a simpler covariance type."

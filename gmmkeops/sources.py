@@ -47,8 +47,8 @@ __all__ = ["NUMBERS", "Chunk", "Source", "chunked", "readable"]
 NUMBERS = 1 << 20
 # How far sums of the same numbers in another order may be apart, as a share of the sum of their magnitudes.
 _ROUNDING = 1e-11
-# Rows that are summed at a time.
-_ROWS = 1 << 18
+# Numbers that are summed at a time.
+_SUMMED = 1 << 16
 # Places that a chunk of a pass in random order is read from.
 _PLACES = 256
 
@@ -287,11 +287,13 @@ class Source:
             pieces: Iterator[Chunk] = islice(_whole(self.reader.chunks(), self.size), skip, None)
         else:
             pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
-        for chunk in pieces:
-            points = chunk.points
-            check_finite(points, name=self.name, first=chunk.first)
-            checked = as_weights(chunk.weights, points, name=f"weights of {self.name}", some=False, first=chunk.first)
-            yield replace(chunk, weights=checked)
+        # A loop would keep the last chunk while the next one is read.
+        return map(self._checked, pieces)
+
+    def _checked(self, chunk: Chunk) -> Chunk:
+        check_finite(chunk.points, name=self.name, first=chunk.first)
+        name = f"weights of {self.name}"
+        return replace(chunk, weights=as_weights(chunk.weights, chunk.points, name=name, some=False, first=chunk.first))
 
     def _load(self, unit: Unit) -> Chunk:
         assert isinstance(self.reader, Reader), "units are loaded by a reader"
@@ -434,7 +436,7 @@ class _Tally:
     def add(self, chunk: Chunk) -> None:
         self.rows += len(chunk.points)
         self.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
-        for part in chunk.points.split(_ROWS):
+        for part in chunk.points.split(max(1, _SUMMED // chunk.points.shape[1])):
             self.total += float(part.sum(dtype=torch.float64))
             self.magnitude += float(part.abs().sum(dtype=torch.float64))
 

@@ -244,15 +244,15 @@ class Stream(Data):
         return self.source.features
 
     def _enter(self, chunk: Chunk) -> Piece:
+        return self._piece(chunk, self.dtype)
+
+    def _piece(self, chunk: Chunk, dtype: torch.dtype) -> Piece:
+        # A method: a function that refers to itself would keep its chunk until the garbage collector runs.
         weights = None if chunk.weights is None else chunk.weights.to(self.device)
         weights = weights if weights is None or self.unit == 1 else weights / self.unit
-
-        def piece(dtype: torch.dtype) -> Piece:
-            points, rounding = self.frame.points(chunk.points.to(self.device), dtype)
-            exact = None if rounding is None else cache(lambda: piece(torch.float64))
-            return Piece(points, weights, self.truncate, chunk.first, rounding, exact)
-
-        return piece(self.dtype)
+        points, rounding = self.frame.points(chunk.points.to(self.device), dtype)
+        exact = None if rounding is None else cache(lambda: self._piece(chunk, torch.float64))
+        return Piece(points, weights, self.truncate, chunk.first, rounding, exact)
 
     def pieces(self, skip: int = 0) -> Iterator[Piece]:
         return self.source.chunks(skip, prepare=self._enter)

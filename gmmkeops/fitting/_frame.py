@@ -21,8 +21,8 @@ from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
 
-# Rows turned to float64 at a time.
-_ROWS = 1 << 19
+# Rows of a sample that are turned to float64 at a time, and numbers of points: few enough to stay in cache.
+_ROWS, _NUMBERS = 1 << 19, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class Frame:
         """
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         changed = self.shift.new_zeros(len(self.shift))
-        for part, into in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
-            wide = (part.double() - self.shift) / self.scale
+        rows = max(1, _NUMBERS // max(1, x.shape[1]))
+        for part, into in zip(x.split(rows), out.split(rows), strict=True):
+            wide = torch.sub(part.double(), self.shift).div_(self.scale)
             into.copy_(wide)
             if dtype != torch.float64:
                 changed = torch.maximum(changed, _largest(wide.sub_(into)))

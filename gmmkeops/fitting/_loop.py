@@ -264,7 +264,7 @@ def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | N
     tied = "tied_" if mixture.factor.leading == 1 and K > 1 else ""
     kind = tied + {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
     if isinstance(x, Source):
-        return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64)), g
+        return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64, x.reader.stored)), g
     # Points that are computed in float32 become float64 ones where that is not accurate enough.
     wanted = estimate_memory(len(x), K, D, covariance_type=kind, dtype=torch.float64)
     if (x.dtype if dtype is None else dtype) == torch.float32:
