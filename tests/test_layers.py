@@ -30,6 +30,7 @@ LAYERS = [
     ["gmmkeops.reductions._tile"],
     ["gmmkeops.reductions._lists"],
     ["gmmkeops.reductions._truncation"],
+    ["gmmkeops.reductions._keops_cache"],
     ["gmmkeops.reductions._dense", "gmmkeops.reductions._keops"],
     ["gmmkeops.reductions._choice"],
     ["gmmkeops.reductions"],

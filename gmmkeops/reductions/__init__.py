@@ -18,8 +18,10 @@ so one pass gives every parameter's gradient, and EM reads the same sums. Second
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,7 +53,7 @@ __all__ = [
 
 ASSIGNMENTS = ("soft", "hard", "stochastic")
 
-
+R = TypeVar("R")
 _Setup = tuple[Exponents, Truncation | None]
 
 
@@ -83,9 +85,20 @@ def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None
 
 
 def _values(problem: Exponents, blocks: Truncation | None, backend: str) -> Tensor:
-    if engine(problem, backend) == "dense":
-        return _dense.logsumexp(problem, blocks)
-    return _planned(_keops.accurate(problem), blocks)[0].to(problem.x.dtype)
+    def keops() -> Tensor:
+        return _planned(_keops.accurate(problem), blocks)[0].to(problem.x.dtype)
+
+    return _run(problem, backend, lambda: _dense.logsumexp(problem, blocks), keops)
+
+
+def _run(problem: Exponents, backend: str, dense: Callable[[], R], keops: Callable[[], R]) -> R:
+    """Call the function of the engine that :func:`engine` names, and ask again where KeOps turns out not to work."""
+    if engine(problem, backend) == "keops":
+        with suppress(_keops.Broken):
+            return keops()
+        # The reason is known now: this raises an error or warns.
+        engine(problem, backend)
+    return dense()
 
 
 def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any, Tensor]:
@@ -97,10 +110,8 @@ def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any
     return values, plans, far
 
 
-def _largest(problem: Exponents, k: int, backend: str, blocks: Truncation | None) -> tuple[Tensor, Tensor]:
-    """The k largest exponents (N, k) and their components (N, k)."""
-    if engine(problem, backend) == "dense":
-        return _dense.topk(problem, k, blocks)
+def _largest(problem: Exponents, k: int, blocks: Truncation | None) -> tuple[Tensor, Tensor]:
+    """The k largest exponents (N, k) and their components (N, k), by KeOps."""
     accurate = _keops.accurate(problem)
     values, indices = _keops.topk(accurate, k, blocks)
     far = _keops.far(accurate, values[:, 0])
@@ -124,19 +135,24 @@ def _moments(
     if weights is None and len(x) > count:
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.enter(x.new_ones(count, dtype=torch.float64))
-    if assignment != "soft" or engine(problem, backend) == "dense":
-        S0, S1, S2, total = _dense.moments(problem, weights, assignment, seed, blocks)
-    else:
-        problem = _keops.accurate(problem)
-        values, plans, far = _planned(problem, blocks)
+
+    def dense() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _dense.moments(problem, weights, assignment, seed, blocks)
+
+    def keops() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        accurate = _keops.accurate(problem)
+        values, plans, far = _planned(accurate, blocks)
         g = torch.ones_like(values, dtype=torch.float64) if weights is None else weights
         total = (values.double() * g).sum()
         values[far] = _keops.NO_SHARE
-        S0, S1, S2 = _keops.moments(problem, values, g, plans)
-        S2 = S2.sum(1) if problem.U.shape[1:] == (1,) and x.shape[1] > 1 else S2
+        S0, S1, S2 = _keops.moments(accurate, values, g, plans)
+        S2 = S2.sum(1) if accurate.U.shape[1:] == (1,) and x.shape[1] > 1 else S2
         if len(far):
-            rest = _dense.moments(problem.rows(far), g[far], "soft", 0)
+            rest = _dense.moments(accurate.rows(far), g[far], "soft", 0)
             S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
+        return S0, S1, S2, total
+
+    S0, S1, S2, total = _run(problem, backend if assignment == "soft" else "dense", dense, keops)
     if problem.U.shape[1:] == (1,):
         S2 = S2.reshape(-1)
     return Moments(S0, S1, S2, problem.means + problem.centre, total, mass)
@@ -150,15 +166,17 @@ def _parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tens
 
 
 def _point_gradient(problem: Exponents, blocks: Truncation | None, weights: Tensor, backend: str) -> Tensor:
-    if engine(problem, backend) == "dense":
-        return _dense.point_gradient(problem, weights, blocks)
-    accurate = _keops.accurate(problem)
-    values, plans, far = _planned(accurate, blocks)
-    values[far] = _keops.NO_SHARE
-    gradient = _keops.point_gradient(accurate, values, weights, plans)
-    if len(far):
-        gradient[far] = _dense.point_gradient(accurate.rows(far), weights[far])
-    return gradient.to(problem.x.dtype)
+
+    def keops() -> Tensor:
+        accurate = _keops.accurate(problem)
+        values, plans, far = _planned(accurate, blocks)
+        values[far] = _keops.NO_SHARE
+        gradient = _keops.point_gradient(accurate, values, weights, plans)
+        if len(far):
+            gradient[far] = _dense.point_gradient(accurate.rows(far), weights[far])
+        return gradient.to(problem.x.dtype)
+
+    return _run(problem, backend, lambda: _dense.point_gradient(problem, weights, blocks), keops)
 
 
 def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Tensor) -> Tensor:
@@ -378,10 +396,11 @@ def argmax(
         tensor([0, 1])
     """
     problem, blocks = _setup(x, offsets, means, factor, truncate, best=1)
-    if engine(problem, backend) == "dense":
-        labels = _dense.argmax(problem, blocks)
-    else:
-        labels = _largest(problem, 1, backend, blocks)[1][:, 0]
+
+    def keops() -> Tensor:
+        return _largest(problem, 1, blocks)[1][:, 0]
+
+    labels = _run(problem, backend, lambda: _dense.argmax(problem, blocks), keops)
     return labels if blocks is None else blocks.cloud.leave(labels)
 
 
@@ -418,7 +437,7 @@ def topk(
     k = as_integer(k, "k", 1)
     problem, blocks = _setup(x, offsets, means, factor, truncate, best=k)
     as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
-    found = _largest(problem, k, backend, blocks)
+    found = _run(problem, backend, lambda: _dense.topk(problem, k, blocks), lambda: _largest(problem, k, blocks))
     return found if blocks is None else (blocks.cloud.leave(found[0]), blocks.cloud.leave(found[1]))
 
 

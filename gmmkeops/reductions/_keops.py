@@ -12,26 +12,29 @@ overflows* (JMLR 22).
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import importlib
 import os
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from ctypes.util import find_library
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gmmkeops.reductions._exponents import Exponents
+from gmmkeops.reductions._keops_cache import cache_folder, compiler_failure, refusing_damage, renewed_folder
 from gmmkeops.reductions._lists import Plan
 from gmmkeops.reductions._truncation import Truncation
 
-__all__ = ["NO_SHARE", "accurate", "far", "logsumexp", "moments", "point_gradient", "topk", "unavailable"]
+__all__ = ["NO_SHARE", "Broken", "accurate", "far", "logsumexp", "moments", "point_gradient", "topk", "unavailable"]
 
 # Compile flags worth 1.4-1.7x at D <= 3 (never -ffast-math: with gcc < 13 it sets flush-to-zero for the whole process).
 _FLAGS = "-march=native -include math.h -fno-math-errno -fno-trapping-math"
@@ -49,7 +52,11 @@ _CONDITION = 128.0
 _DEEPEST = 300.0
 
 _compiled: set[tuple[Any, ...]] = set()
-_state: dict[str, Any] = {"reason": None, "lazy": None, "pid": None, "lock": None}
+_state: dict[str, Any] = {"reason": None, "lazy": None, "pid": None, "lock": None, "own": False, "folder": None}
+# Seconds after which a cache that could not be read, perhaps because another process was writing it, is read again.
+_PATIENCE = 0.5
+
+R = TypeVar("R")
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -90,59 +97,124 @@ def _load() -> str | None:
         return "pykeops is not installed (pip install pykeops)"
     if "pykeops" not in sys.modules and shutil.which(os.environ.get("CXX", "c++")) is None and not shutil.which("g++"):
         return "no C++ compiler was found (install g++)"
-    settings, folder = {}, None
+    if "pykeops" in sys.modules and not _state["own"]:
+        # The user has imported it: its cache folder and what is damaged there are the user's.
+        return _begin(None)
+    _state["own"] = True
     flags = os.environ.get("CXXFLAGS", _FLAGS)
-    if "pykeops" not in sys.modules:
-        if "KEOPS_CACHE_FOLDER" not in os.environ:
-            base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-            folder = base / "gmmkeops" / f"keops-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
-            if " " in str(folder):
-                return f"the cache folder {folder} has a space in its name (set KEOPS_CACHE_FOLDER to one without)"
-            settings["KEOPS_CACHE_FOLDER"] = str(folder)
-        settings |= {"CXXFLAGS": flags, "KEOPS_VERBOSE": "0", "PYKEOPS_VERBOSE": "0"}
-    try:
+    folder = cache_folder(flags)
+    if " " in str(folder):
+        return f"the cache folder {folder} has a space in its name (set KEOPS_CACHE_FOLDER to one without)"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if (reason := _unwritable(folder)) is not None:
+        return reason
+    reason = _begin(folder)
+    if reason is not None and any(folder.rglob("*.pkl")):
+        # A list of formulas that is cut short breaks the import. Perhaps another process is writing it just now.
+        time.sleep(_PATIENCE)
+        reason = _begin(folder)
+        if reason is not None and (renewed := renewed_folder(folder, flags)) is not None:
+            reason = _begin(renewed)
+    if reason is not None and (compiler := shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")):
+        # The import itself runs the compiler.
+        return compiler_failure(compiler, f"{flags} -shared -fPIC") or reason
+    return reason
+
+
+def _begin(folder: Path | None) -> str | None:
+    """Imports pykeops with a cache folder, or as it is, and remembers it; returns the reason if that fails."""
+    with warnings.catch_warnings():
+        # An import that fails leaves the file open that it could not read.
+        warnings.simplefilter("ignore", ResourceWarning)
         try:
-            lazy = _import(settings)
-        except Exception:
-            if folder is None:
-                raise
-            # A cache that was cut short while being written breaks the import itself: ours can be made anew.
-            shutil.rmtree(folder, ignore_errors=True)
-            lazy = _import(settings)
-    except Exception as error:
-        return f"importing pykeops failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    if folder is not None:
-        _discard_truncated(folder)
-    _state["lazy"] = lazy
-    _state["lock"] = Path(sys.modules["pykeops"].get_build_folder()) / "gmmkeops.lock"
+            lazy = _import(folder)
+            lock = Path(sys.modules["pykeops"].get_build_folder()) / "gmmkeops.lock"
+        except Exception as error:
+            said = str(error).splitlines()[0] if str(error) else ""
+            return f"importing pykeops failed ({type(error).__name__}: {said})"
+    _state.update(lazy=lazy, lock=lock, folder=folder)
     return None
 
 
-def _discard_truncated(folder: Path) -> None:
-    """Removes compiled formulas that a killed process left cut short, which would crash where they are loaded."""
-    for path in folder.rglob("*.so"):
-        with contextlib.suppress(OSError):
-            with open(path, "rb") as file:
-                head = file.read(64)
-            if head[:5] != b"\x7fELF\x02":
-                continue
-            # The last thing in a shared object is its table of sections.
-            sections = int.from_bytes(head[40:48], "little")
-            end = sections + int.from_bytes(head[58:60], "little") * int.from_bytes(head[60:62], "little")
-            if path.stat().st_size < end or len(head) < 64:
-                path.unlink()
-
-
-def _import(settings: dict[str, str]) -> Any:
-    for name in [name for name in sys.modules if settings and name.split(".")[0] in ("pykeops", "keopscore")]:
+def _import(folder: Path | None) -> Any:
+    if folder is None:
+        return importlib.import_module("pykeops.torch").LazyTensor
+    for name in [name for name in sys.modules if name.split(".")[0] in ("pykeops", "keopscore")]:
         del sys.modules[name]
+    if _state["folder"] is not None:
+        # KeOps finds formulas by name on this path, where those of a folder that is no longer used must not be.
+        sys.path[:] = [entry for entry in sys.path if not entry.startswith(f"{_state['folder']}{os.sep}")]
+    settings = {
+        "KEOPS_CACHE_FOLDER": str(folder),
+        "CXXFLAGS": os.environ.get("CXXFLAGS", _FLAGS),
+        "KEOPS_VERBOSE": "0",
+        "PYKEOPS_VERBOSE": "0",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
-        return importlib.import_module("pykeops.torch").LazyTensor
+        with refusing_damage():
+            return importlib.import_module("pykeops.torch").LazyTensor
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+class Broken(RuntimeError):
+    """KeOps cannot compile or load a formula; :func:`unavailable` says why from then on."""
+
+
+class _Unusable(Exception):
+    """A formula could not be compiled or loaded."""
+
+
+def _renewed() -> bool:
+    """Begins again with a cache folder in which nothing is damaged; returns whether there is one."""
+    if _state["folder"] is None:
+        return False
+    folder = renewed_folder(_state["folder"], os.environ.get("CXXFLAGS", _FLAGS))
+    importlib.invalidate_caches()
+    return folder is not None and _begin(folder) is None
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why KeOps cannot compile into a folder, in one clause; None where it can."""
+    if os.access(folder, os.W_OK):
+        return None
+    return f"its cache folder {folder} cannot be written to (set KEOPS_CACHE_FOLDER to one that can)"
+
+
+def _failure() -> str:
+    """Why a formula cannot be compiled or loaded though the compiler works, in one clause."""
+    folder = _state["lock"].parent
+    return _unwritable(folder) or (
+        f"it cannot compile or load a formula in {folder} (set KEOPS_CACHE_FOLDER to an empty folder; if that does not help, "
+        "install the headers of Python)"
+    )
+
+
+def _healing(function: Callable[..., R]) -> Callable[..., R]:
+    """Calls a function once more, with formulas that are compiled anew, where those in the cache folder do not work.
+
+    Raises:
+        Broken: The compiler fails, or the second call does.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> R:
+        try:
+            return function(*arguments)
+        except _Unusable as unusable:
+            config = sys.modules["pykeops"].config.pykeops_base
+            reason = compiler_failure(config.get_cxx_compiler(), config.get_cpp_flags())
+            if reason is None and _renewed():
+                with contextlib.suppress(_Unusable):
+                    return function(*arguments)
+            _state["reason"] = reason or _failure()
+            raise Broken(_state["reason"]) from unusable
+
+    return call
 
 
 @contextlib.contextmanager
@@ -163,13 +235,11 @@ def _guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
             if key not in _compiled:
                 lock = stack.enter_context(open(_state["lock"], "a"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                stack.enter_context(refusing_damage())
             yield _state["lazy"]
         _compiled.add(key)
-    except (ImportError, OSError) as error:
-        raise RuntimeError(
-            "KeOps could not compile or load its formula; check that g++ works and that the cache folder "
-            f"{_state['lock'].parent} is writable, or pass backend='dense'."
-        ) from error
+    except (ImportError, OSError, ValueError, SyntaxError) as error:
+        raise _Unusable from error
 
 
 class _Formula:
@@ -301,6 +371,7 @@ def _looked(
     return found, passed
 
 
+@_healing
 def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> tuple[Tensor, list[Plan] | None]:
     """ℓ (N,), nats, in the dtype of the points, not finite where float32 overflows; and the plans by which it was found."""
 
@@ -312,6 +383,7 @@ def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> tuple[Ten
     return found[0], plans
 
 
+@_healing
 def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[Tensor, Tensor]:
     """The k largest exponents (N, k), nats, in falling order, and their indices (N, k)."""
 
@@ -326,6 +398,7 @@ def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[
     return values, indices
 
 
+@_healing
 def moments(
     problem: Exponents, values: Tensor, weights: Tensor, plans: list[Plan] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -368,6 +441,7 @@ def moments(
     return S0, S1, S2.reshape(K, D, D) if problem.is_full else S2
 
 
+@_healing
 def point_gradient(problem: Exponents, values: Tensor, weights: Tensor, plans: list[Plan] | None = None) -> Tensor:
     """∂(Σ g ℓ)/∂x (N, D), in the dtype of the points, given ℓ (N,)."""
     N, K, D = problem.shape
