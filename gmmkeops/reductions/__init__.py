@@ -96,7 +96,7 @@ def _run(problem: Exponents, backend: str, dense: Callable[[], R], keops: Callab
     if engine(problem, backend) == "keops":
         with suppress(_keops.Broken):
             return keops()
-        # The reason is known now: this raises an error or warns.
+        # The reason is known now: this warns.
         engine(problem, backend)
     return dense()
 

@@ -41,10 +41,11 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
         full: Whether factors are full matrices, when no exponents are given.
 
     Raises:
-        ValueError: The backend's name is unknown, or it is ``"keops"`` and KeOps cannot run.
+        ValueError: The backend's name is unknown.
 
     Warns:
-        UserWarning: Once for each reason, when the backend is ``"auto"`` and KeOps is the faster engine but cannot run.
+        UserWarning: Once for each reason, when KeOps was asked for, or is the faster engine, and cannot run; dense runs
+            instead.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -62,13 +63,10 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
     reason = _keops.unavailable(device)
     if reason is None:
         return "keops"
-    if backend == "keops":
-        raise ValueError(f"backend='keops' cannot run because {reason}; pass backend='auto' or 'dense'.")
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(
-            f"KeOps is the faster engine here but {reason}; using the dense engine.", UserWarning, stacklevel=3
-        )
+        wanted = "was asked for" if backend == "keops" else "is the faster engine here"
+        warnings.warn(f"KeOps {wanted} but {reason}; using the dense engine.", UserWarning, stacklevel=3)
     return "dense"
 
 
