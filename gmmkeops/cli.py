@@ -452,6 +452,8 @@ def _warmup(options: Any) -> int:
                 means = torch.rand(2, D, dtype=torch.float64, device=device)
                 unit = torch.eye(D) if factor_class(kind)[0].family == "full" else torch.ones(D)
                 factor = unit.expand(2, *unit.shape).double().to(device)
+                if reductions.engine(x, "keops") != "keops":
+                    raise ValueError("KeOps cannot run here; gmmkeops doctor says why.")
                 arguments = (x, means[:, 0], means, factor)
                 reductions.logsumexp(*arguments, backend="keops").sum().backward()
                 reductions.moments(x.detach(), *arguments[1:], backend="keops")
