@@ -173,6 +173,16 @@ def test_many_dimensions(dtype):
     check_moments(gk.reductions.moments(x, mixture.offsets, means, mixture.factor), e, z, U)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_tiles(family):
+    """More points than a tile holds: sums of the components that are evaluated from residuals add up over tiles."""
+    x, mixture = mixture_of("own 1e6", family, 3, torch.float64)
+    arguments = (mixture.offsets, mixture.means, mixture.factor)
+    once, often = gk.reductions.moments(x, *arguments), gk.reductions.moments(x.repeat(100, 1), *arguments)
+    for name in ("S0", "S1", "S2", "total", "mass"):
+        assert error(getattr(often, name) / 100, getattr(once, name)) < 1e-9, name
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_float32_products(precision, request):
     """Asked for, and taken only where they are accurate enough: not for the few points and components that are far away."""
