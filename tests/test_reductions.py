@@ -343,6 +343,23 @@ def test_hard_moments_are_sums_over_clusters():
     assert torch.allclose(sums.total, g @ case.oracle()["e"].amax(1), rtol=1e-5)
 
 
+def test_draws_of_many_tiles_are_independent():
+    """The mass of one of two equal components is binomial; tiles that draw alike would spread it several times as far."""
+    N, factor = 200_000, torch.ones(2, 1, dtype=torch.float64)
+    x, means = torch.zeros(N, 2, dtype=torch.float64), torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    offsets = torch.zeros(2, dtype=torch.float64)
+    masses = torch.stack(
+        [
+            reductions.moments(x, offsets, means, factor, assignment="stochastic", seed=10**6 * seed).S0
+            for seed in range(20)
+        ]
+    )
+    assert bool((masses.sum(1) == N).all())
+    deviations = (masses[:, 0] - N / 2) / (N / 4) ** 0.5
+    # A χ² of 20 degrees of freedom is beyond 60 once in 100 000 times.
+    assert float(deviations.square().sum()) < 60
+
+
 def test_stochastic_moments_are_draws():
     """20 000 copies of three points; each count is within 5 standard deviations but for chance 6e-7 per entry."""
     case = make_case("full", torch.float64, N=3, condition=10.0)
