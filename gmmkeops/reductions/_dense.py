@@ -111,7 +111,7 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
         sizes = Sizes(problem)
         own = (sizes.lengths[label] * (few.x - problem.centre).abs()).sum(1) + sizes.own[label]
         # The middle one: a sample may hold points that are far from all components.
-        return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / 2 / max(error, 1e-300)))
+        return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / max(error, 1e-300)))
     warnings.warn(
         "torch.set_float32_matmul_precision asks for float32 products, which would change log-densities by more than "
         f"{_IMPRECISE:g} nats here; float64 ones are taken.",

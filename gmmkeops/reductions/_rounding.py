@@ -53,6 +53,10 @@ class Sizes:
         """An upper bound on the sizes of all components over points within a reach (D,), a scalar."""
         return self._longest @ reach + self._most
 
+    def most_at(self, points: Tensor) -> Tensor:
+        """An upper bound on the sizes of all components at points, whose absolute values (D, rows) are given; a scalar."""
+        return (self._longest.to(points.dtype) @ points).amax() + self._most
+
     def of(self, reach: Tensor, index: Tensor | None = None) -> Tensor:
         """The size of each component, or of some, over points within a reach (D,)."""
         if index is None:

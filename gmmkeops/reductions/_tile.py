@@ -180,12 +180,13 @@ class Tile:
         self.apart = self.apart_moments = None
         if self.sizes is None:
             return True
-        limit = min(self.limit, self.moments_limit) if self.featured else self.limit
-        reach = self.X.abs().amax(1).double()
-        if bool(self.sizes.most(reach) <= (limit if self.most is None else self.most)):
-            return True
+        size = self.X.abs()
         if self.most is not None:
-            return False
+            return bool(self.sizes.most_at(size) <= self.most)
+        limit = min(self.limit, self.moments_limit) if self.featured else self.limit
+        reach = size.amax(1).double()
+        if bool(self.sizes.most(reach) <= limit):
+            return True
         sizes = self.sizes.of(reach, self.index)
         self.apart = self._beyond(sizes, self.limit)
         self.apart_moments = self._beyond(sizes, self.moments_limit)
