@@ -387,6 +387,24 @@ def test_parts_add_up_about_any_centres(seed, cut, family):
             assert torch.allclose(getattr(both, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("ndim", [3, 2, 1])
+def test_recentred_moments_are_those_about_the_other_centres(ndim):
+    generator = torch.Generator().manual_seed(3)
+    x, old, new = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (50, 4, 4))
+    r = torch.rand(50, 4, generator=generator, dtype=torch.float64)
+
+    def about(centres):
+        z = x[:, None] - centres
+        S2 = torch.einsum("nk,nkd,nke->kde", r, z, z)
+        S2 = S2 if ndim == 3 else S2.diagonal(dim1=1, dim2=2)
+        S2 = S2.sum(1) if ndim == 1 else S2
+        return gk.Moments(r.sum(0), torch.einsum("nk,nkd->kd", r, z), S2, centres, r.sum(), r.sum())
+
+    found, right = about(old).recentre(new), about(new)
+    for name in ("S0", "S1", "S2", "centres"):
+        assert torch.allclose(getattr(found, name), getattr(right, name), rtol=1e-12, atol=1e-12)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(FAMILIES))
 def test_integer_weights_are_repetition(seed, family):
