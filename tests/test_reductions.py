@@ -16,7 +16,7 @@ from conftest import ENGINES, FAMILIES, HAS_KEOPS, make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmmkeops import FullFactor, PrecisionWarning, reductions
+from gmmkeops import FullFactor, Moments, PrecisionWarning, reductions
 from gmmkeops.reductions import _keops
 
 DTYPES = [torch.float32, torch.float64]
@@ -398,7 +398,7 @@ def test_recentred_moments_are_those_about_the_other_centres(ndim):
         S2 = torch.einsum("nk,nkd,nke->kde", r, z, z)
         S2 = S2 if ndim == 3 else S2.diagonal(dim1=1, dim2=2)
         S2 = S2.sum(1) if ndim == 1 else S2
-        return gk.Moments(r.sum(0), torch.einsum("nk,nkd->kd", r, z), S2, centres, r.sum(), r.sum())
+        return Moments(r.sum(0), torch.einsum("nk,nkd->kd", r, z), S2, centres, r.sum(), r.sum())
 
     found, right = about(old).recentre(new), about(new)
     for name in ("S0", "S1", "S2", "centres"):
