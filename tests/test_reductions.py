@@ -405,6 +405,14 @@ def test_recentred_moments_are_those_about_the_other_centres(ndim):
         assert torch.allclose(getattr(found, name), getattr(right, name), rtol=1e-12, atol=1e-12)
 
 
+def test_a_decayed_sum_is_that_of_lighter_points():
+    x, *rest = make_case("full", torch.float64, seed=1).arguments
+    decayed = 0.3 * reductions.moments(x, *rest)
+    lighter = reductions.moments(x, *rest, weights=torch.full((len(x),), 0.3, dtype=torch.float64))
+    for name in ("S0", "S1", "S2", "total", "mass"):
+        assert torch.allclose(getattr(decayed, name), getattr(lighter, name), rtol=1e-9, atol=1e-9)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from(FAMILIES))
 def test_integer_weights_are_repetition(seed, family):
