@@ -77,7 +77,7 @@ def table(record: dict[str, Any], kind: str) -> list[str]:
                 continue
             remarks = [row["engine"]] if "engine" in row else []
             if row.get("pairs", 1) < 1:
-                remarks.append(f"{row['pairs']:.2%} of all pairs, no point short of {row['certificate']:.0e} nats")
+                remarks.append(f"{row['pairs']:.2%} of all pairs, error at most {row['certificate']:.0e} nats")
             if part := roof(row, record["roofline"]):
                 remarks.append(f"{part} of the roof")
             if "start_seconds" in row:
@@ -142,7 +142,7 @@ def readme(record: dict[str, Any]) -> str:
         lines.append(f"| {case} | {own} | {ways} | {others} |")
     lines += [
         "",
-        "| 10⁶ points of a surface, D = 3, ε = 10⁻⁴ | s per iteration | pairs looked at | memory |",
+        "| 10⁶ points of a surface, D = 3, ε = 10⁻⁴ | s per iteration | pairs evaluated | memory |",
         "|---|---|---|---|",
     ]
     for rows in em.values():
@@ -150,7 +150,7 @@ def readme(record: dict[str, Any]) -> str:
             if row["peer"] == "gmmkeops, 1e-4" and "seconds" in row:
                 name = f"K = {row['K']}" if row["N"] == 1_000_000 else f"10⁷ points, K = {row['K']}"
                 lines.append(f"| {name} | {seconds(row['seconds'])} | {row['pairs']:.2%} | {row['peak_MB']:.0f} MB |")
-    lines += ["", "| from nothing, start included | who | seconds | mean log-likelihood |", "|---|---|---|---|"]
+    lines += ["", "| from the data alone, initialization included | who | seconds | mean log-likelihood |", "|---|---|---|---|"]
     for row in record["rows"]:
         if row["kind"] in ("target", "fit"):
             value = f"{row['seconds']:.1f} | {row['log_likelihood']:.4f}" if "seconds" in row else f"{row['error']} | "
@@ -253,7 +253,7 @@ def choices(record: dict[str, Any]) -> str:
     best = max(row["log_likelihood"] for row in record["methods"])
     parts = {
         "methods": grid(
-            ["Method", "passes", "s", "nats per point", "short of the best"],
+            ["Method", "passes", "s", "nats per point", "below the best"],
             [
                 [
                     f"`{row['name']}`",
@@ -281,7 +281,7 @@ def choices(record: dict[str, Any]) -> str:
             [
                 "`truncate=`",
                 "s per iteration",
-                "pairs looked at",
+                "pairs evaluated",
                 "certified loss (nats)",
                 "largest loss of any point",
                 "nats per point",

@@ -145,7 +145,7 @@ def test_report_says_what_the_results_say(tmp_path):
     }
     text = "\n".join(report.markdown(record))
     assert "| tgmm | 5.00 | 10.0x |" in text
-    assert "10.00% of all pairs, no point short of 9e-05 nats" in text
+    assert "10.00% of all pairs, error at most 9e-05 nats" in text
     assert "needs more than 16 GB of memory" in text
     # Two products of ten features, four operations a feature and pair, and one exponential: 1.5 s of 0.5 s measured.
     assert f"{1e9 * (40 / 8e10 + 1e-9) / 0.5:.0%} of the roof" in text

@@ -118,7 +118,7 @@ def standard_errors(output):
 
 
 def ten_thousand(output):
-    share, certified = map(float, re.search(r"([\d.]+)% of the pairs looked at, certified (\S+) nats", output).groups())
+    share, certified = map(float, re.search(r"([\d.]+)% of the pairs evaluated, certified (\S+) nats", output).groups())
     assert share < 10
     assert 0 < certified <= 1.01e-4
     low, high = map(float, re.search(r"lost between (\S+) and (\S+) nats", output).groups())

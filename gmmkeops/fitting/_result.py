@@ -99,7 +99,7 @@ class FitResult:
             f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "
             f"{r.live_components} of {K} components live"
         ) + (
-            f"; {r.pairs:.2%} of all pairs looked at, no point short of {r.certificate:.0e} nats" if r.pairs < 1 else ""
+            f"; {r.pairs:.2%} of all pairs evaluated, error at most {r.certificate:.0e} nats" if r.pairs < 1 else ""
         )
 
 

@@ -58,7 +58,7 @@ for K in counts:
 exact = result.mixture.log_prob(x[:5000].double(), truncate=0)
 kept = result.mixture.log_prob(x[:5000].double(), truncate=1e-4)
 lost = exact - kept
-print(f"ten thousand: {shares[-1]:.2%} of the pairs looked at, certified {certificates[-1]:.1e} nats")
+print(f"ten thousand: {shares[-1]:.2%} of the pairs evaluated, certified {certificates[-1]:.1e} nats")
 print(f"ten thousand: lost between {float(lost.min()):.1e} and {float(lost.max()):.1e} nats")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
