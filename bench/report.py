@@ -150,7 +150,11 @@ def readme(record: dict[str, Any]) -> str:
             if row["peer"] == "gmmkeops, 1e-4" and "seconds" in row:
                 name = f"K = {row['K']}" if row["N"] == 1_000_000 else f"10⁷ points, K = {row['K']}"
                 lines.append(f"| {name} | {seconds(row['seconds'])} | {row['pairs']:.2%} | {row['peak_MB']:.0f} MB |")
-    lines += ["", "| from the data alone, initialization included | who | seconds | mean log-likelihood |", "|---|---|---|---|"]
+    lines += [
+        "",
+        "| from the data alone, initialization included | who | seconds | mean log-likelihood |",
+        "|---|---|---|---|",
+    ]
     for row in record["rows"]:
         if row["kind"] in ("target", "fit"):
             value = f"{row['seconds']:.1f} | {row['log_likelihood']:.4f}" if "seconds" in row else f"{row['error']} | "

@@ -43,7 +43,7 @@ _FLOATS = (torch.float32, torch.float64)
 
 
 class ConvergenceWarning(UserWarning):
-    """A fit stopped at ``max_iter`` before its tolerance was met, or its objective stopped being finite.
+    """A fit stopped at ``max_iter`` before its tolerance was met, or its objective became infinite or NaN.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk

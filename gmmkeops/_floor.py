@@ -1,4 +1,4 @@
-"""Factors whose covariances keep clear of singular ones: the nearest with no eigenvalue below a floor."""
+"""Regularization of covariances that are singular, or nearly so, by a lower bound on their eigenvalues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ __all__ = ["floor_eigenvalues", "nearest_factor"]
 
 @torch.no_grad()
 def floor_eigenvalues(factor: Factor, minimum: float) -> tuple[Factor, Tensor]:
-    """The factor with the covariances' eigenvalues raised to ``minimum``, and which of them (K or 1,) were below."""
+    """Raise the eigenvalues of covariances to at least ``minimum``.
+
+    Args:
+        factor: Precision factor of the covariances, without batch dimensions.
+        minimum: Lower bound, squared units of the factor.
+
+    Returns:
+        The new factor, and a Boolean mask (K or 1,) of covariances with an eigenvalue below the bound.
+    """
     ceiling = minimum**-0.5
     if factor.family != "full":
         log_diagonal = factor.tensors["log_diagonal"]
@@ -40,10 +48,19 @@ def floor_eigenvalues(factor: Factor, minimum: float) -> tuple[Factor, Tensor]:
 def nearest_factor(
     kind: type[Factor], covariances: Tensor, features: int, floor: float | Tensor
 ) -> tuple[Factor, Tensor]:
-    """Factors of covariances that rounding may have left without a factor, and which of them (K or 1,) had none.
+    """Precision factors of covariances that may not be positive definite because of rounding.
 
-    In those alone, variances of columns are raised to ``floor`` (one number, or one per covariance), and eigenvalues of the
-    correlations to what rounding hides.
+    Only where that is so are variances of columns raised to ``floor``, and eigenvalues of the correlation matrix to the rounding
+    error.
+
+    Args:
+        kind: Class of the factor.
+        covariances: (K, D, D), (K, D) or (K,), with K = 1 when tied.
+        features: Number of columns D.
+        floor: Lower bound of the variances: a number, or one per covariance (K,).
+
+    Returns:
+        The factor, and a Boolean mask (K or 1,) of covariances that were changed.
     """
     floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
     if kind is not FullFactor:
@@ -51,7 +68,7 @@ def nearest_factor(
         raised = torch.maximum(covariances, floor if covariances.ndim == 1 else floor[:, None])
         return kind.from_covariances(raised, features=features), low if low.ndim == 1 else low.any(1)
     covariances = 0.5 * (covariances + covariances.mT)
-    # A column without variance is raised by itself; it is not decomposed with others, whose rounding would be its variance.
+    # Columns without variance are treated separately: in a joint decomposition they would get the rounding errors of others.
     variances = covariances.diagonal(dim1=1, dim2=2)
     flat = variances < floor[:, None]
     if bool(flat.any()):
@@ -59,13 +76,13 @@ def nearest_factor(
         covariances = covariances + torch.diag_embed(floor[:, None] * flat)
         variances = covariances.diagonal(dim1=1, dim2=2)
     L, info = torch.linalg.cholesky_ex(covariances)
-    # A pivot is a variance given the columns before; next to nothing of its column's variance, it is rounding.
+    # A pivot is the variance of a column given the columns before it; a tiny fraction of the column's variance is rounding error.
     noise = 4 * features * torch.finfo(covariances.dtype).eps
     broken = (info > 0) | (L.diagonal(dim1=1, dim2=2).square() <= noise * variances).any(1)
     hit = broken | flat.any(1)
     if not bool(broken.any()):
         return FullFactor.from_covariances(covariances), hit
-    # Columns may have any units: what is decomposed is their correlations.
+    # Columns may have any units, so the correlation matrix is decomposed.
     unit = variances[broken].clamp(min=1e-300).sqrt()
     values, vectors = torch.linalg.eigh(covariances[broken] / (unit[:, :, None] * unit[:, None, :]))
     fixed = FullFactor.from_factors(vectors / unit[:, :, None] * values.clamp(min=noise).rsqrt()[:, None, :])

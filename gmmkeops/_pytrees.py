@@ -1,6 +1,6 @@
-"""Mixtures and factors as containers of tensors (pytrees).
+"""Registration of mixtures and factors as pytrees (containers of tensors).
 
-``torch.export`` can then return the mixture of a :class:`~gmmkeops.GMM`, and ``torch.func`` can map over mixtures.
+With it, ``torch.export`` can return the mixture of a :class:`~gmmkeops.GMM`, and ``torch.func`` can map over mixtures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _mixture_parts(mixture: Mixture) -> tuple[list[Any], list[Any]]:
 
 
 def _mixture(parts: Iterable[Any], constants: list[Any]) -> Mixture:
-    """The mixture of such parts, not checked: torch also passes placeholders in place of tensors."""
+    """Create a mixture from its parts without checks, because torch also passes placeholders in place of tensors."""
     mixture, (columns, validate_args) = object.__new__(Mixture), constants
     mixture.logits, mixture.means, mixture.factor = parts
     shape = getattr(mixture.means, "shape", torch.Size())

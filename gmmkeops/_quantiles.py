@@ -3,7 +3,7 @@ r"""Quantiles of Gaussian mixtures in one dimension, from the logarithm of the s
 .. math:: F(x) = \sum_k W_k\, \Phi\bigl((x - \mu_k) / \sigma_k\bigr), \qquad \log F(x) = \log q \text{ or }
           \log (1 - F(x)) = \log (1 - q) \text{ where } q > \tfrac12
 
-The logarithm keeps the digits of probabilities near zero, and the reflection at zero those of their complements near one.
+The logarithm is accurate for probabilities near zero. For probabilities near one, the mixture is reflected at zero.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["quantiles"]
 
 # Every third step halves a bracket, and after 2200 halvings any two float64 numbers are neighbors.
 _STEPS = 3 * 2200
-# Stands in for a slope of zero; its square, by which derivatives divide, does not underflow.
+# Smallest slope that derivatives divide by; its square does not underflow.
 _LEAST_SLOPE = 1e-150
 
 
@@ -29,6 +29,9 @@ def quantiles(log_weights: Tensor, means: Tensor, precisions: Tensor, probabilit
         means: μ (*S, K), data units.
         precisions: 1 / σ (*S, K) or (*S, 1), 1 / data units.
         probabilities: q (*S). The quantile is -inf for 0, +inf for 1, and NaN for numbers outside of [0, 1].
+
+    Returns:
+        (*S), float64, data units.
     """
     inside = (probabilities > 0) & (probabilities < 1)
     q = torch.where(inside, probabilities, 0.5).double()
@@ -39,7 +42,7 @@ def quantiles(log_weights: Tensor, means: Tensor, precisions: Tensor, probabilit
     arguments = (log_weights.double(), sign.unsqueeze(-1) * means.double(), precisions.double())
     with torch.no_grad():
         x = _solve(*arguments, tail)
-    # Newton steps of length zero: the first has the first derivatives of the inverse function, the second also the second.
+    # Newton steps of length zero give the derivatives: one step those of first order, two steps also those of second order.
     for _ in range(2 if torch.is_grad_enabled() else 0):
         value, slope = _log_tail(*arguments, x)
         residual = tail.log() - value
@@ -63,7 +66,7 @@ def _solve(log_weights: Tensor, means: Tensor, precisions: Tensor, tail: Tensor)
         value, slope = _log_tail(log_weights, means, precisions, x)
         low, high = torch.where(value < goal, x, low), torch.where(value < goal, high, x)
         middle = 0.5 * low + 0.5 * high
-        # What rounding of the logarithms and of x leaves.
+        # Rounding errors of the logarithms and of x.
         rounding = 4 * eps * (1 + goal.abs()) + eps * x.abs() * slope
         solved = ((value - goal).abs() <= rounding) | (middle <= low) | (middle >= high)
         if bool(solved.all()):
@@ -76,7 +79,7 @@ def _solve(log_weights: Tensor, means: Tensor, precisions: Tensor, tail: Tensor)
 
 def _log_tail(log_weights: Tensor, means: Tensor, precisions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """log F (*S) at points (*S), nats, and its derivative in the points (*S), 1 / data units."""
-    # Beyond 1e6 standard deviations a probability is no float64; torch's derivative of log_ndtr is infinite far beyond.
+    # Beyond 1e6 standard deviations probabilities underflow, and torch's derivative of log_ndtr is infinite far out.
     z = ((x.unsqueeze(-1) - means) * precisions).clamp(-1e6, 1e6)
     value = torch.logsumexp(log_weights + torch.special.log_ndtr(z), -1)
     density = torch.logsumexp(log_weights + precisions.log() - 0.5 * z.square(), -1) - 0.5 * math.log(2 * math.pi)

@@ -1,8 +1,8 @@
-"""A center and a scale for each column that a few distant values do not determine: mean and deviation of trimmed data.
+"""Robust center and scale of each column: mean and standard deviation of trimmed data.
 
-Rows beyond three standard deviations of the mean in any column are left out, as long as that reduces a variance to less than a
-quarter. Reference: Huber and Ronchetti 2009, *Robust statistics*, chapter 3 (trimming, with the outlier test of the three-sigma
-rule).
+Rows more than three standard deviations from the mean in any column are removed, repeatedly, as long as that reduces the
+variance of a column to less than a quarter. Reference: Huber and Ronchetti 2009, *Robust statistics*, chapter 3 (trimming, with
+the three-sigma rule as the outlier test).
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from torch import Tensor
 
 __all__ = ["NOISE", "check_range", "trimmed_spread"]
 
-# Rows turned to float64 at a time, and times that rows are left out: each removes outliers of another magnitude.
+# Rows converted to float64 at a time, and largest number of trimming steps: each removes outliers of another magnitude.
 _ROWS, _ROUNDS = 1 << 19, 40
-# A column with a smaller spread than this fraction of its distance from the origin is constant but for rounding.
+# A column with a smaller spread than this fraction of its distance from the origin is constant up to rounding.
 NOISE = 1e-14
 # Lengths whose squares, and sums of many of them, are within the range of float64.
 _SMALLEST, _LARGEST = 1e-150, 1e150
 
 
 def check_range(x: Tensor) -> None:
-    """Raises a ValueError where points (N, D) are so large that squared distances overflow."""
+    """Raise a ValueError if points (N, D) are so large that squared distances overflow float64."""
     if x.dtype == torch.float64 and x.numel() and not float(x.abs().amax()) < _LARGEST:
         row, column = divmod(int(x.abs().argmax()), x.shape[1])
         raise ValueError(
@@ -31,7 +31,7 @@ def check_range(x: Tensor) -> None:
 
 
 def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weighted mean and standard deviation of each column without the outliers.
+    """Weighted mean and standard deviation of each column without outliers.
 
     Args:
         x: Points (N, D), data units.
@@ -64,7 +64,7 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
 def _moments(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each column (D,), of all points or of those within some distance of a center.
 
-    The mean comes first and the squares are taken about it: exact also at 10⁷ from the origin.
+    The mean is computed first, and squares are taken about it, so that no digits are lost at 10⁷ from the origin.
     """
     parts = list(zip(x.split(_ROWS), g.split(_ROWS), strict=True))
     if within is not None:

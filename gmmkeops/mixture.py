@@ -1,4 +1,4 @@
-r"""The mixture: a torch distribution over components that share one kind of precision factor.
+r"""Gaussian mixtures as torch distributions, parameterized by weights, means and precision factors.
 
 .. math::
 
@@ -33,28 +33,28 @@ __all__ = ["Mixture", "as_mixture", "log_weights"]
 
 # Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
 _CHUNK = 1 << 22
-# Whitened distances below which nothing is lost in differences of exponents, and the log-densities below which a dtype has none.
+# Whitened distances below which differences of exponents lose no digits, and the smallest log-densities of each dtype.
 _NEAR = 1e4
 _LEAST = {torch.float32: -2.9e38, torch.float64: -9e299}
 
 
 def _fits(shape: torch.Size, rows: int) -> bool:
-    """Whether so many rows are computed at once; compilers get all of them, and plan the memory themselves."""
+    """Whether a shape has at most ``rows`` entries, or torch is compiling (compilers plan the memory themselves)."""
     return torch.compiler.is_compiling() or shape.numel() <= rows
 
 
 def log_weights(weights: Tensor) -> Tensor:
-    """Logarithms of weights, -inf for zeros, which get a gradient of zero (that of the logarithm would be infinite)."""
+    """Logarithms of weights. Zeros give -inf with a gradient of zero, since the gradient of the logarithm would be infinite."""
     none = weights == 0
     return weights.masked_fill(none, 1.0).log().masked_fill(none, -math.inf)
 
 
 def as_mixture(value: Any, name: str = "mixture") -> Mixture:
-    """One mixture.
+    """Check that a value is one mixture, and return it.
 
     Raises:
-        TypeError: It is something else.
-        ValueError: It is a batch of mixtures.
+        TypeError: The value is not a mixture.
+        ValueError: The value is a batch of mixtures.
     """
     if not isinstance(value, Mixture):
         remedy = f"pass its {'mixture_' if hasattr(value, 'mixture_') else 'mixture'}"
@@ -74,21 +74,22 @@ class Mixture(Distribution):
     .. math:: p(x) = \sum_k W_k\, \mathcal N(x;\, \mu_k, (U_k U_k^\top)^{-1}), \qquad W = \mathrm{softmax}(\mathrm{logits})
 
     Args:
-        logits: Unnormalised log-weights (*B, K), nats; -inf for a component without weight.
+        logits: Unnormalized log-weights (*B, K), nats; -inf for a component of weight zero.
         means: Component means (*B, K, D), data units.
         factor: A precision factor with leading dimension K, or 1 when tied, and the same batch dimensions.
         validate_args: Whether the values of parameters and points are checked; shapes always are. The default is that of
-            all distributions of torch, ``torch.distributions.Distribution.set_default_validate_args``. It is True until
-            someone calls that function, as ``torch.compile`` does. Without checks the log-density is NaN at points with
-            NaN and -inf at infinite points. Values are not known, and so not checked, while torch compiles or exports and
-            within ``torch.func.vmap``.
+            all torch distributions: True, unless ``torch.distributions.Distribution.set_default_validate_args`` has been
+            called, as ``torch.compile`` does. Without checks the log-density is NaN at points with NaN and -inf at infinite
+            points. Values are not checked while torch compiles or exports, or within ``torch.func.vmap``, because they are
+            not available there.
 
     Attributes:
-        columns: Names of the D columns, or None where they are not known. Data with names of columns (tables, files) are
-            matched to them by name, data without names by their places; see :meth:`named`.
+        columns: Names of the D columns, or None if they are not known. Data with column names (tables, files) are matched
+            to them by name, data without names by position; see :meth:`named`.
 
     Raises:
-        ValueError: Shapes or devices do not fit, or values are NaN.
+        TypeError: The factor is not a :class:`Factor`.
+        ValueError: Shapes or devices do not match, means or factors are not finite, or logits are NaN, +inf, or all -inf.
 
     Reference:
         McLachlan and Peel 2000, *Finite Mixture Models*.
@@ -119,7 +120,7 @@ class Mixture(Distribution):
         *batch, K, D = means.shape
         if factor.features != D or factor.leading not in (1, K) or factor.batch_shape != torch.Size(batch):
             raise ValueError(
-                f"factor must have batch {tuple(batch)}, leading dimension {K} or 1 and {D} features as the means do, "
+                f"factor must have batch {tuple(batch)}, leading dimension {K} or 1 and {D} features to match the means, "
                 f"got batch {tuple(factor.batch_shape)}, leading dimension {factor.leading} and {factor.features}."
             )
         if len({logits.device, means.device, factor.device}) > 1:
@@ -131,9 +132,13 @@ class Mixture(Distribution):
             check_finite(means, name="means", rows="component")
             some = concrete(logits)
             if some and (bool(torch.isnan(logits).any()) or bool((logits == math.inf).any())):
-                raise ValueError("logits must not be NaN or +inf; pass finite log-weights, or -inf for none.")
+                raise ValueError(
+                    "logits must not be NaN or +inf; pass finite log-weights, or -inf for a weight of zero."
+                )
             if some and bool((logits == -math.inf).all(-1).any()):
-                raise ValueError("logits must leave some component with weight, all are -inf.")
+                raise ValueError(
+                    "logits must be finite for at least one component, got -inf for all; pass finite log-weights."
+                )
             for name, tensor in factor.tensors.items():
                 check_finite(tensor, name=f"the factor's {name}", rows="component")
         self.logits, self.means, self.factor = logits, means, factor
@@ -141,7 +146,7 @@ class Mixture(Distribution):
 
     @classmethod
     def _unchecked(cls, logits: Tensor, means: Tensor, factor: Factor, validate_args: bool | None = None) -> Mixture:
-        """A mixture whose parameters are valid; ``validate_args`` applies to its points alone."""
+        """A mixture whose parameters are known to be valid; ``validate_args`` applies only to its points."""
         mixture = cls(logits, means, factor, validate_args=False)
         del mixture._validate_args
         if validate_args is not None:
@@ -149,16 +154,16 @@ class Mixture(Distribution):
         return mixture
 
     def _like(self, logits: Tensor, means: Tensor, factor: Factor) -> Mixture:
-        """A mixture of parameters computed from this one's, with the same ``validate_args``."""
+        """A mixture with parameters computed from those of this one, and the same ``validate_args``."""
         return self._unchecked(logits, means, factor, vars(self).get("_validate_args"))
 
     @classmethod
     def from_parameters(
         cls, weights: Any, means: Any, covariances: Any, covariance_type: str = "full", *, features: int | None = None
     ) -> Mixture:
-        """A mixture from known parameters, in the shapes of scikit-learn and tgmm.
+        """Create a mixture from weights, means and covariances, in the shapes of scikit-learn and tgmm.
 
-        Gradients flow into all parameters but the weights that are exactly zero, whose components stay without weight.
+        The result is differentiable in all parameters, except in weights that are exactly zero, which stay zero.
 
         Args:
             weights: (K,), not negative, summing to one.
@@ -166,11 +171,11 @@ class Mixture(Distribution):
             covariances: Squared data units: "full" (K, D, D), "tied" or "tied_full" (D, D), "diag" (K, D),
                 "spherical" (K,), "tied_diag" (D,), "tied_spherical" ().
             covariance_type: One of those names.
-            features: D, only needed where the means do not tell it.
+            features: Not used: D is the number of columns of the means.
 
         Raises:
-            ValueError: Shapes that do not fit, weights that are no distribution, or a covariance that is not positive
-                definite, with the component's number.
+            ValueError: Shapes do not match, weights are negative or do not sum to one, or a covariance is not positive
+                definite (the message gives the component's index).
 
         Example:
             >>> import gmmkeops as gk
@@ -205,13 +210,13 @@ class Mixture(Distribution):
         return cls(log_weights(weights), means, kind.from_covariances(covariances, features=D))
 
     def named(self, columns: Sequence[str] | None) -> Mixture:
-        """Return the mixture with names for its columns, which :func:`gmmkeops.save` keeps.
+        """Return the mixture with names for its columns, which :func:`gmmkeops.save` writes to the file.
 
         Args:
-            columns: D names, each once; None for none.
+            columns: D different names, or None to remove the names.
 
         Raises:
-            ValueError: They are not D different strings.
+            ValueError: The names are not D different strings.
 
         Example:
             >>> import gmmkeops as gk
@@ -253,7 +258,7 @@ class Mixture(Distribution):
 
     @property
     def offsets(self) -> Tensor:
-        """log W + log |det U| - D/2 log 2π (*B, K), nats, which the reductions add to each exponent."""
+        """Offsets log W + log |det U| - D/2 log 2π (*B, K) that the reductions add to each exponent, nats."""
         return self.log_weights + self.factor.log_determinant() - 0.5 * self.features * math.log(2 * math.pi)
 
     @property
@@ -287,7 +292,7 @@ class Mixture(Distribution):
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """Covariance of the whole mixture (*B, D, D), squared data units, within plus between components."""
+        """Covariance of the whole mixture (*B, D, D), within plus between components, squared data units."""
         weights = self.weights[..., None, None]
         between = (self.means - self.mean.unsqueeze(-2)).unsqueeze(-1)
         return (weights * (self.factor.covariances() + between @ between.mT)).sum(-3)
@@ -298,19 +303,21 @@ class Mixture(Distribution):
         return self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
 
     def log_prob(self, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
-        r"""Log-density log p(x), the normalising constant included.
+        r"""Log-density log p(x), with the normalizing constant.
 
         Args:
-            value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. Their dtype decides the precision.
+            value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. Their dtype is
+                that of the result.
             backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-            truncate: ε that may be left out of each point's density, 0 for none; as for
-                :func:`gmmkeops.reductions.arrange`.
+            truncate: Largest fraction ε of a point's density that may be neglected; 0 evaluates every component, None is as in
+                :func:`gmmkeops.reductions.arrange`. Without effect on a batch of mixtures.
 
         Returns:
             (*S, *B), nats per point, differentiable in points and parameters.
 
         Raises:
-            TypeError, ValueError: Points that are not numeric, of the wrong width, or not finite.
+            TypeError, ValueError: The points are not numeric, not finite, or do not have D columns; or their squared distances
+                overflow their dtype.
         """
         x = self._points(value)
         near, is_near = self._near(x)
@@ -336,10 +343,10 @@ class Mixture(Distribution):
         return values.reshape(x.shape[:-1])
 
     def _batch_log_prob(self, x: Tensor) -> Tensor:
-        """Log-densities (*S, *B) of points (*S, *B, D), some mixtures at a time, whose gradients compute them again."""
+        """Log-densities (*S, *B) of points (*S, *B, D), in blocks of mixtures; blocks are recomputed in the backward pass."""
         batch = self._broadcast(x[..., 0], x, "points").shape
         lead = batch[: len(batch) - len(self.batch_shape)]
-        # A factor's matrix is as large as its residuals are for D points.
+        # The matrix of one factor takes as much memory as the residuals of D points.
         room = max(1, _CHUNK // (self.components * self.features * (self.features + 1)))
         if _fits(batch, room):
             return torch.logsumexp(self._joint(x), -1)
@@ -354,7 +361,7 @@ class Mixture(Distribution):
         columns = (self.logits.flatten(0, -2), self.means.flatten(0, -3), *tensors.values())
         values = []
         for points, *own in zip(flat.split(size, 1), *(tensor.split(size) for tensor in columns), strict=True):
-            # Only gradients compute values again, and torch's checkpoint imports its compiler (a second and 50 MB).
+            # Checkpointing is needed for gradients only, and torch's checkpoint imports its compiler (a second and 50 MB).
             if torch.is_grad_enabled():
                 parts = [checkpoint(some, part, *own, use_reentrant=False) for part in points.split(rows)]
             else:
@@ -363,13 +370,13 @@ class Mixture(Distribution):
         return torch.cat(values, 1).reshape(batch)
 
     def cdf(self, value: Any) -> Tensor:
-        """Distribution function of a mixture in one dimension.
+        """Cumulative distribution function of a mixture in one dimension.
 
         Args:
             value: Points (*S, 1), or (*S, *B, 1) for a batch of mixtures; data units.
 
         Returns:
-            (*S, *B), in [0, 1], differentiable.
+            Probabilities (*S, *B) in [0, 1], differentiable in points and parameters.
 
         Raises:
             ValueError: The mixture has more than one column; take a :meth:`marginal`.
@@ -377,22 +384,22 @@ class Mixture(Distribution):
         x = self._points(value)
         self._check_one_column()
         if self._validate_args:
-            # The distribution function is known at both infinities.
+            # The distribution function is 0 or 1 at infinite points.
             check_finite(torch.where(torch.isinf(x), 0.0, x).reshape(-1, 1), name="x")
         z = (x - self.means[..., 0]) * self.factor.log_determinant().exp()
         return (self.weights * torch.special.ndtr(z)).sum(-1).clamp(max=1)
 
     def quantile(self, q: Any) -> Tensor:
-        """Quantiles of a mixture in one dimension, in float64 to the last bits.
+        """Quantiles of a mixture in one dimension, computed in float64; not differentiable (see :meth:`icdf`).
 
         Args:
-            q: Shares in (0, 1): (*S), the same for all mixtures of a batch.
+            q: Probabilities in (0, 1): (*S), the same for all mixtures of a batch.
 
         Returns:
-            (*S, *B), data units; not differentiated.
+            (*S, *B), data units, in the dtype of the means.
 
         Raises:
-            ValueError: The mixture has more than one column, or a share is not inside (0, 1).
+            ValueError: The mixture has more than one column, or a probability is not inside (0, 1).
 
         Example:
             >>> import gmmkeops as gk
@@ -402,21 +409,21 @@ class Mixture(Distribution):
         """
         q = as_tensor(q, name="q").to(self.means)
         if not bool(((q > 0) & (q < 1)).all()):
-            raise ValueError("q must lie inside (0, 1).")
+            raise ValueError("q must lie inside (0, 1); use icdf for probabilities of 0 and 1.")
         q = q.reshape((*q.shape, *[1] * len(self.batch_shape)))
         return self._quantiles(q.detach()).detach().to(q.dtype)
 
     def icdf(self, value: Any) -> Tensor:
-        """Inverse of the distribution function of a mixture in one dimension.
+        """Inverse cumulative distribution function (quantiles) of a mixture in one dimension.
 
-        The quantiles are found in float64, far in the tails as well, and are rounded at the end.
+        The quantiles are computed in float64, also far in the tails, and rounded to the dtype of the result.
 
         Args:
             value: Probabilities in [0, 1]: (*S), or (*S, *B) for a batch of mixtures.
 
         Returns:
             Points (*S, *B, 1), data units, with first and second derivatives in probabilities and parameters; -inf for 0, +inf
-            for 1. Without checks of values, NaN for what is no probability.
+            for 1. If values are not checked, those outside of [0, 1] give NaN.
 
         Raises:
             ValueError: The mixture has more than one column (take a :meth:`marginal`), a value is not in [0, 1], or the
@@ -447,7 +454,7 @@ class Mixture(Distribution):
     def _check_one_column(self) -> None:
         if self.features > 1:
             raise ValueError(
-                f"a distribution function is of one column, this mixture has {self.features}; take a marginal first."
+                f"a distribution function needs a mixture with one column, got {self.features} columns; take a marginal first."
             )
 
     def entropy(self) -> Tensor:
@@ -459,7 +466,7 @@ class Mixture(Distribution):
             (*B), nats.
 
         Raises:
-            NotImplementedError: There are more components, and no closed form.
+            NotImplementedError: The mixture has several components; its entropy has no closed form.
         """
         if self.components > 1:
             raise NotImplementedError(
@@ -469,13 +476,16 @@ class Mixture(Distribution):
         return 0.5 * self.features * math.log(2 * math.pi * math.e) - self.factor.log_determinant()[..., 0]
 
     def log_joint(self, value: Any) -> Tensor:
-        r"""log p(x, k) = log W_k + log N(x; μ_k, Σ_k), every component written out.
+        r"""Joint log-densities log p(x, k) = log W_k + log N(x; μ_k, Σ_k) of points and components.
 
         Args:
             value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units.
 
         Returns:
             (*S, *B, K), nats, in the dtype of the points.
+
+        Raises:
+            TypeError, ValueError: As for :meth:`log_prob`.
         """
         x = self._points(value)
         self._check_finite(x)
@@ -493,7 +503,7 @@ class Mixture(Distribution):
 
         def exponents(rows: Tensor) -> Tensor:
             distances = factor.whiten(rows.unsqueeze(-2).to(wide) - means).square().sum(-1)
-            # Products that overflow may cancel to what is no number; such a distance is infinite.
+            # Products that overflow may cancel to NaN; the distance is then infinite.
             return (offsets - 0.5 * distances.masked_fill(distances.isnan(), math.inf)).to(rows.dtype)
 
         rows = max(1, _CHUNK // max(1, self.means.numel()))
@@ -505,16 +515,20 @@ class Mixture(Distribution):
     def responsibilities(
         self, value: Any, k: int | None = None, *, backend: str = "auto", truncate: float | None = None
     ) -> Any:
-        """Posterior probabilities of the components, p(k | x).
+        """Responsibilities p(k | x): the posterior probabilities of the components.
 
         Args:
-            value: Points (*S, D), data units.
-            k: Keep the k largest of each point, without ever holding them all; None for all K.
-            backend: For the few largest: ``"auto"``, ``"keops"`` or ``"dense"``.
-            truncate: For the few largest, as for :meth:`log_prob`.
+            value: Points (*S, D), data units; without ``k`` also (*S, *B, D) for a batch of mixtures.
+            k: Return only the k largest of each point, without storing the others; None for all K.
+            backend: Used with ``k``: ``"auto"``, ``"keops"`` or ``"dense"``.
+            truncate: Used with ``k``, as for :meth:`log_prob`.
 
         Returns:
-            (*S, K); or with ``k`` the pair of probabilities (*S, k), in falling order, and components (*S, k).
+            (*S, K), or (*S, *B, K) for a batch; with ``k`` the pair of probabilities (*S, k), in descending order, and
+            components (*S, k), int64.
+
+        Raises:
+            TypeError, ValueError: As for :meth:`log_prob`; or k is not between 1 and K.
         """
         if k is None:
             x = self._points(value)
@@ -542,7 +556,18 @@ class Mixture(Distribution):
         return shares.to(x.dtype).reshape(shape), indices.reshape(shape)
 
     def predict(self, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
-        """The most probable component of each point (*S, D): (*S,), int64; exact with any truncation."""
+        """Index of the most probable component of each point.
+
+        Args:
+            value: Points (*S, D), data units.
+            backend, truncate: As for :meth:`log_prob`; labels are exact with any truncation.
+
+        Returns:
+            (*S), int64.
+
+        Raises:
+            TypeError, ValueError: As for :meth:`log_prob`; or this is a batch of mixtures.
+        """
         x, flat = self._flat(value)
         if not len(flat):
             return self._joint(x).argmax(-1)
@@ -567,28 +592,28 @@ class Mixture(Distribution):
         confidence: float | None = None,
         std_range: tuple[float, float] | None = None,
     ) -> Any:
-        r"""Draws points, and the component that each came from.
+        r"""Draw points, and optionally the component of each.
 
-        Within a region the draw is exact, not by rejection: the whitened point is a uniform direction times a radius from
-        the chi distribution with D degrees of freedom, truncated to the region, so a shell at five standard deviations is
-        as cheap as any.
+        Points within a region (``confidence`` or ``std_range``) are drawn exactly and without rejection: the whitened point is
+        a uniformly distributed direction times a radius from the chi distribution with D degrees of freedom, truncated to the
+        region. A shell at five standard deviations takes no longer than any other region.
 
         Args:
             sample_shape: S, an int or a shape.
             return_labels: Whether to return the components as well.
-            generator: Random number generator of any device; one of another device than the mixture's seeds the draws.
-                Without one torch's global generator is used, as by all distributions of torch: two calls draw different
-                points, and ``torch.manual_seed`` makes them repeat.
-            component: Draw from this component alone.
-            confidence: Draw within the ellipsoid that holds this share of a component, in (0, 1].
+            generator: Random number generator. If it is on another device than the mixture, a seed for the draws is taken from
+                it. None uses torch's global generator, as all torch distributions do: two calls draw different points, and
+                ``torch.manual_seed`` makes them reproducible.
+            component: Draw from this component only.
+            confidence: Draw within the ellipsoid that contains this probability of a component, in (0, 1].
             std_range: (a, b): draw at Mahalanobis distances from a to b of the component's mean; b may be infinite.
 
         Returns:
-            Points (*S, *B, D), data units; with ``return_labels`` also components (*S, *B), int64. Memory is that of
-            the points.
+            Points (*S, *B, D), data units; with ``return_labels`` also components (*S, *B), int64.
 
         Raises:
-            ValueError: No such component, an empty region, or one so far out that its mass is no float64.
+            ValueError: The component does not exist, or the region is empty or so far out that its probability underflows
+                float64.
         """
         mind_fork()
         shape = as_shape(sample_shape)
@@ -614,7 +639,7 @@ class Mixture(Distribution):
                 radius = radii(torch.rand(count * batch, 1, generator=generator, **wide), low, high, D)
                 draws = (draws.double() / draws.double().norm(dim=1, keepdim=True) * radius).to(draws.dtype)
             means, rows = self.means.reshape(-1, D), max(1, _CHUNK // (D * D))
-            # Some mixtures of the batch at a time, since their factors are turned into matrices.
+            # The batch is processed in blocks, because factors are turned into matrices.
             order = torch.arange(count * batch, device=labels.device).view(count, batch)
             for some in order.split(max(1, rows // K), 1) if len(draws) else ():
                 begin = int(some[0, 0]) * self.factor.leading
@@ -626,13 +651,13 @@ class Mixture(Distribution):
         return (points, labels.reshape(*shape, *self.batch_shape)) if return_labels else points
 
     def marginal(self, columns: Sequence[int] | int) -> Mixture:
-        """The distribution of some columns alone, exactly: a mixture again.
+        """Marginal distribution of some columns, a mixture in closed form.
 
         Args:
-            columns: Which, in the order they are wanted.
+            columns: Indices of the columns, in the order of the result; negative ones count from the end.
 
         Raises:
-            ValueError: No such column, or one named twice.
+            ValueError: A column does not exist or is given twice.
 
         Example:
             >>> import gmmkeops as gk
@@ -652,21 +677,25 @@ class Mixture(Distribution):
         return self._like(self.logits, self.means[..., keep], factor).named(names)
 
     def condition(self, columns: Sequence[int] | int, values: Any) -> Mixture:
-        r"""The distribution of the other columns where some are known, exactly: a mixture again, or a batch of them.
+        r"""Conditional distribution of the other columns given the values of some, a mixture in closed form.
 
         .. math::
 
             \mu_{a|b} = \mu_a - P_{aa}^{-1} P_{ab} (x_b - \mu_b), \quad \Sigma_{a|b} = P_{aa}^{-1}, \quad
             W_k \propto W_k\, \mathcal N(x_b; \mu_{k,b}, \Sigma_{k,bb})
 
-        Its mean is Gaussian-mixture regression.
+        Its mean is Gaussian mixture regression.
 
         Args:
-            columns: Which are known.
-            values: What they are (len(columns),), or (*B, len(columns)) for a batch of mixtures, data units.
+            columns: Indices of the columns b that are given.
+            values: Their values x_b, (len(columns),), or (*B, len(columns)) for a batch of mixtures; data units.
+
+        Returns:
+            A mixture of the other columns a, in their order; a batch (*B) of mixtures for values of shape (*B, len(columns)).
 
         Raises:
-            ValueError: No such column, all columns, or values of another shape.
+            ValueError: A column does not exist or is given twice, no column is left, values have another shape or are not
+                finite, or this is a batch of mixtures.
 
         Reference:
             Bishop 2006, *Pattern Recognition and Machine Learning*, §2.3.1.
@@ -682,7 +711,9 @@ class Mixture(Distribution):
         if not rest:
             raise ValueError("condition must leave at least one column free; use log_prob for all of them.")
         if self.batch_shape:
-            raise ValueError(f"this is a batch {tuple(self.batch_shape)} of mixtures; index its parameters first.")
+            raise ValueError(
+                f"condition needs one mixture, got a batch of shape {tuple(self.batch_shape)}; index its parameters first."
+            )
         x = as_tensor(values, name="values").to(self.means)
         if x.ndim == 0 or x.shape[-1] != len(known):
             raise ValueError(f"values must have shape (*, {len(known)}), one per known column, got {tuple(x.shape)}.")
@@ -712,7 +743,7 @@ class Mixture(Distribution):
         return chosen
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
-        """The same mixture for a larger batch, without a copy."""
+        """Expand the batch shape to ``batch_shape``, as all torch distributions; parameters are not copied."""
         batch_shape = torch.Size(batch_shape)
         return self._like(
             self.logits.expand(*batch_shape, self.components),
@@ -721,16 +752,16 @@ class Mixture(Distribution):
         ).named(self.columns)
 
     def select(self, index: Tensor) -> Mixture:
-        """The mixture of some components (an index or mask over K), their weights brought back to a sum of one."""
+        """The mixture of some components (an index or a mask over the K components), with their weights normalized."""
         return self._like(self.logits[..., index], self.means[..., index, :], self.factor.select(index)).named(
             self.columns
         )
 
     def to(self, *args: Any, **kwargs: Any) -> Mixture:
-        """Moves or casts the parameters, as :meth:`torch.Tensor.to`.
+        """Move or cast the parameters, as :meth:`torch.Tensor.to`.
 
         Raises:
-            ValueError: There is no such device here.
+            ValueError: The device does not exist on this machine.
         """
         for place in (*args[:1], kwargs.get("device")):
             if isinstance(place, (str, int, torch.device)) and str(place) != "meta":
@@ -740,7 +771,7 @@ class Mixture(Distribution):
         ).named(self.columns)
 
     def detach(self) -> Mixture:
-        """The same mixture outside any autograd graph, in its own memory."""
+        """A copy of the mixture that is detached from the autograd graph."""
         return self._like(self.logits.detach().clone(), self.means.detach().clone(), self.factor.detach()).named(
             self.columns
         )
@@ -750,13 +781,13 @@ class Mixture(Distribution):
             check_finite(x.reshape(-1, self.features), name="x")
 
     def _near(self, x: Tensor) -> tuple[Tensor, bool]:
-        """The points, as float64 where squared distances might overflow float32; and whether no distance is large at all."""
+        """The points, in float64 if squared distances might overflow float32; and whether all whitened distances are small."""
         tensors = (x, self.means, *self.factor.tensors.values())
         if not x.numel() or not all(concrete(tensor) for tensor in tensors):
             return x, True
         with torch.no_grad():
             means = self.means.detach()
-            # A difference is at most the sum of two sizes, and a factor's norm so much larger than its largest entry.
+            # A difference is at most the sum of two lengths, and a factor's norm at most D times its largest entry.
             low, high = means.flatten(0, -2).aminmax(dim=0)
             center = 0.5 * low.double() + 0.5 * high.double()
             least, most = x.detach().reshape(-1, self.features).aminmax(dim=0)
@@ -768,11 +799,11 @@ class Mixture(Distribution):
         return (x.double() if largest > 1e18 else x), False
 
     def _far(self, values: Tensor) -> Tensor:
-        """Where log-densities are so low that differences of exponents have lost digits."""
+        """Mask of log-densities that are so low that differences of exponents lose digits."""
         return values < -1e3 * self.features
 
     def _far_rows(self, flat: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows whose log-densities (N,) are so low; and their log p(k | x), float64."""
+        """Blocks of rows with such low log-densities (N,), and their log p(k | x), float64."""
         self._check_range(values, flat)
         far = self._far(values).nonzero()[:, 0]
         with torch.no_grad():
@@ -781,7 +812,7 @@ class Mixture(Distribution):
                 yield rows, self._posterior(self._joint(x), x)
 
     def _posterior(self, joint: Tensor, x: Tensor) -> Tensor:
-        """log p(k | x) (*S, *B, K) of points and their log p(x, k), as accurate far from the components as near."""
+        """log p(k | x) (*S, *B, K) from points and their log p(x, k), accurate also far from all components."""
         values = torch.log_softmax(joint, -1)
         far = self._far(joint.detach().amax(-1)).reshape(-1, *self.batch_shape)
         rows = far.flatten(1).any(1).nonzero()[:, 0] if self.batch_shape else far.nonzero()[:, 0]
@@ -798,7 +829,7 @@ class Mixture(Distribution):
     def _odds(self, x: Tensor, best: Tensor) -> Tensor:
         r"""log p(x, k) - log p(x, j) (n, *B, K) of points (n, *B, D) and the components j = best (n, *B), float64.
 
-        The squares are not subtracted from each other: with :math:`y_k = U_k^\top (x - \mu_k)` and
+        The difference is computed without subtracting the squares: with :math:`y_k = U_k^\top (x - \mu_k)` and
         :math:`\delta = y_j - y_k = (U_j - U_k)^\top (x - \mu_j) + U_k^\top (\mu_k - \mu_j)` it is
 
         .. math:: \tfrac12 (|y_j|^2 - |y_k|^2) = \delta^\top (y_j - \delta / 2).
@@ -819,12 +850,12 @@ class Mixture(Distribution):
             delta = (z.unsqueeze(-2) @ (chosen(U) - U)).squeeze(-2) + shift
         else:
             y, delta = z * chosen(U), z * (chosen(U) - U) + shift
-        # A sum of products that overflow may be no number; such a component is infinitely less probable.
+        # A sum of products that overflow may be NaN; the component is then infinitely less probable.
         differences = (delta * (y - 0.5 * delta)).sum(-1)
         return offsets - chosen(offsets) + differences.masked_fill(differences.isnan(), -math.inf)
 
     def _check_range(self, values: Tensor, x: Tensor) -> None:
-        """Raises a ValueError where log-densities (*S, *B) of points (*S, *B, D) are beyond the range of their dtype."""
+        """Raise a ValueError if log-densities (*S, *B) of points (*S, *B, D) exceed the range of their dtype."""
         if not self._validate_args or not concrete(values):
             return
         bad = ~(values.detach() > _LEAST[values.dtype])
@@ -835,7 +866,7 @@ class Mixture(Distribution):
             row = place[0] if len(place) == 1 else tuple(place)
             remedy = "pass float64, or rescale the columns" if name == "float32" else "rescale the columns"
             raise ValueError(
-                f"x reaches {largest:.3g} in row {row if place else 0}, so far from all components that its squared distances "
+                f"x reaches {largest:.3g} in row {row if place else 0}, so far from all components that squared distances "
                 f"overflow {name}; {remedy}."
             )
 
@@ -852,7 +883,7 @@ class Mixture(Distribution):
         return x
 
     def _broadcast(self, leading: Tensor, given: Tensor, name: str) -> Tensor:
-        """The ``leading`` dimensions (*S) of what was given, broadcast with the batch of mixtures to (*S, *B)."""
+        """A tensor ``leading`` of the leading dimensions of ``given``, broadcast with the batch of mixtures to (*S, *B)."""
         if not self.batch_shape:
             return leading
         # torch.broadcast_shapes imports SymPy, which takes a second and 50 MB.
@@ -867,7 +898,7 @@ class Mixture(Distribution):
     def _flat(self, value: Any) -> tuple[Tensor, Tensor]:
         if self.batch_shape:
             raise ValueError(
-                f"this is a batch {tuple(self.batch_shape)} of mixtures; index its parameters to take one of them."
+                f"this method needs one mixture, got a batch of shape {tuple(self.batch_shape)}; index its parameters first."
             )
         x = self._points(value)
         return x, x.reshape(-1, self.features)

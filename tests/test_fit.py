@@ -313,7 +313,7 @@ def test_tolerance():
 
 def test_divergence_returns_the_best_with_a_warning():
     x = blobs()
-    with pytest.warns(gk.ConvergenceWarning, match="stopped being finite"):
+    with pytest.warns(gk.ConvergenceWarning, match="became infinite or NaN"):
         result = gk.fit(gk.initialise(x, 3), x, gk.Gradient(lambda p: torch.optim.SGD(p, lr=1e300)), max_iter=20)
     assert math.isfinite(result.objective)
     assert bool(torch.isfinite(result.mixture.means).all())
@@ -439,7 +439,7 @@ def begun():
         (
             lambda: gk.fit(begun(), few(), gk.Adam(), penalty=lambda m: m.means.sum() * math.nan),
             ValueError,
-            "not finite at the start",
+            "not finite at the initial mixture",
         ),
         (
             lambda: gk.fit(begun(), few(), gk.Adam(), max_iter=-1),
@@ -451,7 +451,7 @@ def begun():
         (
             lambda: gk.fit(begun().to(device="meta"), few(), gk.Adam()),
             ValueError,
-            "x is on cpu but the start on meta",
+            "x is on cpu but start on meta",
         ),
         (lambda: gk.Adam(lr=0), ValueError, "lr must be positive, got 0"),
         (lambda: gk.Adam(batch_size=0), ValueError, "batch_size must be at least 1"),

@@ -195,7 +195,7 @@ EYE = torch.eye(2).double()
             TypeError,
             "x must hold numbers, got a tensor on the meta device",
         ),
-        (lambda: random_mixture("full").expand((2,)).predict(torch.zeros(1, 2)), ValueError, "this is a batch"),
+        (lambda: random_mixture("full").expand((2,)).predict(torch.zeros(1, 2)), ValueError, "needs one mixture"),
     ],
 )
 def test_bad_input_gets_one_sentence(make, kind, message):

@@ -1,4 +1,4 @@
-"""The points of a fit, in its frame: all in memory, or read a chunk at a time; in pieces either way."""
+"""The points of a fit in standardized coordinates, in memory or read chunk by chunk from a source."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from gmmkeops.sources import Chunk, Source
 
 __all__ = ["Data", "Ledger", "Memory", "Piece", "Stream"]
 
-# What rounding the points to float32 may change of a whitened residual: 3e-5 of it are about 1e-4 nats at three deviations.
+# Largest change of a whitened residual by rounding the points to float32: 3e-5 is about 1e-4 nats at three deviations.
 _ROUNDING = 3e-5
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some points, as the reductions take them.
+    """A block of points, the argument of a reduction.
 
     Args:
-        x: Points (n, D) in the frame, or what has been arranged of them.
-        weights: (n,) float64, or None.
-        truncate: What sweeps may leave out.
-        first: Number of its first row among all.
-        rounding: The most that rounding to float32 has changed each column (D,); None where it has changed nothing.
-        exact: Gives the piece in float64, where rounding has changed something.
+        x: Points (n, D) in standardized coordinates, or a kd-tree of them for truncation.
+        weights: Weights (n,) float64, or None.
+        truncate: ε as for :func:`gmmkeops.fit`, for points that are not sorted yet.
+        first: Index of the first row among all points.
+        rounding: Largest rounding error of each column by conversion to float32 (D,); None if nothing was rounded.
+        exact: Returns the piece in float64, if rounding has changed it.
     """
 
     x: Tensor | reductions.Truncation
@@ -44,14 +44,14 @@ class Piece:
     exact: Callable[[], Piece] | None = None
 
     def accurate(self, factor: Factor) -> Piece:
-        """The piece itself, or the same in float64 if rounding changes a log-density of components by more than allowed."""
+        """The piece itself, or its float64 version if the rounding may change log-densities by more than about 1e-4 nats."""
         if self.rounding is None or self.exact is None or _harmless(self.rounding, factor):
             return self
         return self.exact()
 
 
 def _harmless(rounding: Tensor, factor: Factor) -> bool:
-    """Whether whitened residuals change by no more than the limit where columns (D,) change by the rounding."""
+    """Whether rounding errors (D,) of the columns change no whitened residual by more than the limit."""
     U = factor.U.detach().double()
     lengths = U.norm(dim=-1) if U.ndim == 3 else U.abs().expand(len(U), len(rounding))
     return bool((lengths @ rounding).amax() <= _ROUNDING)
@@ -59,13 +59,13 @@ def _harmless(rounding: Tensor, factor: Factor) -> bool:
 
 @dataclass
 class Ledger:
-    """What the last sweep over all points left out.
+    """Error bounds and counts of the truncation in the last pass over all points.
 
     Args:
-        epsilon: The largest ε of its truncations.
-        certificate: Most that it may have lost of any point's log-likelihood, nats.
-        pairs, looked: Pairs of point and component, and how many of them were looked at.
-        wide: Whether float32 would not have done for some points, which were computed in float64: 1, else 0.
+        epsilon: Largest ε of the pass.
+        certificate: Upper bound on the error of any point's log-density, nats.
+        pairs, looked: Number of pairs of point and component, and number of evaluated pairs.
+        wide: 1 if some points were computed in float64 because float32 was not accurate enough, else 0.
     """
 
     epsilon: float = 0.0
@@ -75,7 +75,7 @@ class Ledger:
     wide: float = 0.0
 
     def add(self, x: Tensor | reductions.Truncation, components: int) -> None:
-        """Enters a sweep over points, or what was arranged of them."""
+        """Add the counts and error bounds of a reduction over points or their kd-tree."""
         pairs = float(len(x) * components)
         self.pairs += pairs
         if isinstance(x, Tensor):
@@ -87,23 +87,23 @@ class Ledger:
 
     @property
     def numbers(self) -> list[float]:
-        """All of it."""
+        """All fields, as a list."""
         return [self.epsilon, self.certificate, self.pairs, self.looked, self.wide]
 
     def of_all(self, world: World) -> Ledger:
-        """What truncation has done on all ranks."""
+        """The ledger of all ranks together."""
         said = world.tell(self.numbers)
         epsilon, certificate, pairs, looked, wide = zip(*said, strict=True)
         return Ledger(max(epsilon), max(certificate), sum(pairs), sum(looked), max(wide))
 
 
 class Data(ABC):
-    """What a fit reads, pass after pass.
+    """Points that can be read on every pass of a fit.
 
     Attributes:
-        dtype: What the points are computed in.
-        device: Where.
-        features: D.
+        dtype: Precision of the points.
+        device: Device of the computation.
+        features: Number of columns D.
     """
 
     dtype: torch.dtype
@@ -112,26 +112,26 @@ class Data(ABC):
 
     @abstractmethod
     def pieces(self, skip: int = 0) -> Iterator[Piece]:
-        """All points, once, but for so many pieces at the beginning."""
+        """Iterate over all points once, without the first ``skip`` pieces."""
 
     @abstractmethod
     def batches(self, size: int, seed: int) -> Iterator[Piece]:
-        """All points, once, in an order drawn with ``seed``, at most ``size`` at a time."""
+        """Iterate over all points once, in a random order given by ``seed``, in batches of at most ``size`` points."""
 
 
 @dataclass
 class Memory(Data):
-    """Points in memory, which become float64 ones for good when float32 is no longer enough.
+    """Points in memory; they are converted to float64 permanently if float32 is no longer accurate enough.
 
     Args:
-        x: Points (N, D) in the frame.
-        weights: g (N,) float64, or None.
-        truncate: What sweeps over some of the points may leave out.
-        cloud: All points arranged for sweeps that leave components out, or None.
-        first: Number of the first row among all processes'.
-        by: The mixture that they were arranged by, or None.
-        rounding: The most that rounding to float32 has changed each column (D,); None where it has changed nothing.
-        enter: Brings the user's points into the frame in float64.
+        x: Points (N, D) in standardized coordinates.
+        weights: Weights g (N,) float64, or None.
+        truncate: ε for reductions over batches of the points.
+        cloud: Kd-tree of all points, for reductions with truncation, or None.
+        first: Index of the first row among the points of all processes.
+        by: The mixture whose components the points were sorted by, or None.
+        rounding: Largest rounding error of each column by conversion to float32 (D,); None if nothing was rounded.
+        enter: Returns the points in standardized coordinates in float64.
     """
 
     x: Tensor
@@ -147,7 +147,7 @@ class Memory(Data):
     def of(
         cls, x: Tensor, weights: Tensor | None, frame: Frame, dtype: torch.dtype, truncate: float | None, first: int
     ) -> Memory:
-        """Points (N, D) of the user, brought into a frame."""
+        """Standardize points (N, D) in data units."""
         points, rounding = frame.points(x, dtype)
         return cls(
             points,
@@ -159,7 +159,7 @@ class Memory(Data):
         )
 
     def refine(self) -> None:
-        """Turns the points into float64 ones that have not been rounded, arranged as they were."""
+        """Replace the points by float64 ones that have not been rounded, with the same truncation."""
         if self.enter is None:
             return
         self.x, self.rounding, self.enter = self.enter(), None, None
@@ -180,7 +180,7 @@ class Memory(Data):
         return self.x.shape[1]
 
     def pieces(self, skip: int = 0) -> Iterator[Piece]:
-        # Arranging has been decided for all points, not for each sweep.
+        # Whether truncation saves time has been decided for all passes, not for each.
         if not skip:
             yield self._whole()
 
@@ -208,7 +208,7 @@ class Memory(Data):
             yield self._some(rows)
 
     def arranged(self, truncate: float | None, mixture: Mixture, sweeps: int, backend: str) -> Memory:
-        """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
+        """The points sorted for truncation by ``mixture`` (standardized), if that saves time over ``sweeps`` passes."""
 
         def labels() -> Tensor:
             arguments = (self.x if self.cloud is None else self.cloud, mixture.offsets, mixture.means, mixture.factor)
@@ -222,14 +222,14 @@ class Memory(Data):
 
 @dataclass(frozen=True)
 class Stream(Data):
-    """Points that are read anew on every pass.
+    """Points that are read from a source on every pass.
 
     Args:
-        source: Where they are read.
-        frame: What they are brought into.
-        dtype, device: What they are computed in, and where.
-        truncate: What sweeps may leave out.
-        unit: What weights are counted in.
+        source: The source, of this rank.
+        frame: The transformation to standardized coordinates.
+        dtype, device: Precision of the points, and device of the computation.
+        truncate: ε as for :func:`gmmkeops.fit`.
+        unit: Unit of the weights, a power of two.
     """
 
     source: Source
@@ -247,7 +247,7 @@ class Stream(Data):
         return self._piece(chunk, self.dtype)
 
     def _piece(self, chunk: Chunk, dtype: torch.dtype) -> Piece:
-        # A method: a function that refers to itself would keep its chunk until the garbage collector runs.
+        # A method, because a local function that refers to itself would keep its chunk until the garbage collector runs.
         weights = None if chunk.weights is None else chunk.weights.to(self.device)
         weights = weights if weights is None or self.unit == 1 else weights / self.unit
         points, rounding = self.frame.points(chunk.points.to(self.device), dtype)
@@ -272,7 +272,7 @@ class Stream(Data):
 
 
 def _rows(piece: Piece, rows: Tensor) -> Piece:
-    assert isinstance(piece.x, Tensor), "only points that are not arranged are taken apart"
+    assert isinstance(piece.x, Tensor), "only unsorted points are split"
     weights = None if piece.weights is None else piece.weights[rows]
     exact = None if piece.exact is None else lambda: _rows(_in_float64(piece), rows)
     return replace(piece, x=piece.x[rows], weights=weights, exact=exact)
@@ -292,14 +292,14 @@ def _joined(a: Piece, b: Piece) -> Piece:
 
 
 def _larger(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The larger rounding of each column (D,)."""
+    """Elementwise maximum of two rounding errors (D,)."""
     if a is None or b is None:
         return b if a is None else a
     return torch.maximum(a, b)
 
 
 def _in_float64(piece: Piece) -> Piece:
-    """A piece in float64; one that rounding has not changed is cast."""
+    """The piece in float64; a piece without rounding errors is cast."""
     if piece.exact is not None:
         return piece.exact()
     assert isinstance(piece.x, Tensor), "only points that are not arranged are joined"

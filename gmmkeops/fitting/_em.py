@@ -1,4 +1,4 @@
-r"""Expectation-maximisation, every variant of it a keyword; the data are read through ``moments`` alone.
+r"""Expectation-maximization (EM) and its variants, computed from the sufficient statistics ``moments`` of the E-step.
 
 .. math::
 
@@ -6,7 +6,7 @@ r"""Expectation-maximisation, every variant of it a keyword; the data are read t
     \Sigma_k^+ = \frac{S^2_k(\mu_k^+) + \kappa (\mu_k^+ - m)(\mu_k^+ - m)^\top + \Psi}{S^0_k + \text{degrees}}, \qquad
     W_k^+ = \frac{S^0_k + a_k}{\lambda + N c_k}
 
-with the pseudo-points of conjugate priors and the tangents of concave ones (:class:`gmmkeops.penalties.Surrogate`).
+with the pseudo-observations of conjugate priors and the tangents of concave penalties (:class:`gmmkeops.penalties.Surrogate`).
 References: Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*; Cappé and
 Moulines 2009, *On-line EM algorithm for latent data models*; Varadhan and Roland 2008, *Simple and globally convergent
 methods for accelerating the convergence of any EM algorithm*; Ueda and Nakano 1998, *Deterministic annealing EM*.
@@ -41,12 +41,13 @@ __all__ = ["EM"]
 
 # A reg_covar of more than so many times the variance of every column is probably in other units than the data.
 _DROWNING = 30.0
-# EM's weights fall by factors, not by steps, so it can wait until a death is no more than rounding to the objective.
+# Fraction of DEAD_POINTS below which EM prunes a component. EM's weights decrease geometrically, so it can wait until pruning
+# changes the objective by no more than rounding.
 DEAD_SHARE = 1e-3
-# Shake of the means in each heated iteration, in the frame's unit: heated enough, all components sit in one place, which
-# is a fixed point that only noise leaves.
+# Standard deviation of the noise that is added to the means in each iteration of annealing, in standardized coordinates. At a
+# low inverse temperature all means coincide, which is a fixed point that only noise leaves.
 SHAKE = 1e-2
-# How far an extrapolation may reach, in EM steps.
+# Largest step length of an extrapolation, in EM steps.
 _LONGEST_STRIDE = 64.0
 
 
@@ -55,8 +56,9 @@ _LONGEST_STRIDE = 64.0
 class _State:
     """State of EM: the active mixture, and the statistics of earlier batches that stepwise EM keeps.
 
-    ``counts`` are the expected fractions of the points in each covariance (K or 1,) at the last M-step, which weigh the
-    ridge in the objective; ``drift`` is what their changes have taken from the objective's values so far.
+    ``counts`` are the expected fractions of the points in each covariance (K or 1,) at the last M-step, which weight the
+    ``reg_covar`` term of the objective. ``drift`` is the accumulated change of this term by changes of the fractions alone, nats
+    per point.
     """
 
     population: Population
@@ -71,8 +73,8 @@ class _State:
 
 
 class _MStep(NamedTuple):
-    """Result of an M-step: the active mixture, which components (K,) hit a bound, and the fractions of the points (K or 1,)
-    that the covariances were estimated from."""
+    """Result of an M-step: the active mixture, a mask (K,) of components that were regularized, and the fraction of the points
+    (K or 1,) that each covariance was estimated from."""
 
     mixture: Mixture
     hit: Tensor
@@ -81,45 +83,45 @@ class _MStep(NamedTuple):
 
 @dataclass(frozen=True)
 class EM(Method[_State]):
-    r"""Expectation-maximisation. All keywords combine.
+    r"""Expectation-maximization (EM). All keywords can be combined.
 
     .. math::
 
         W_k = \frac{S^0_k}{\sum_j S^0_j}, \qquad \mu_k^+ = \mu_k + \frac{S^1_k}{S^0_k}, \qquad
         \Sigma_k = \frac{S^2_k}{S^0_k} - \frac{S^1_k {S^1_k}^\top}{(S^0_k)^2} + \text{reg\_covar}\, I
 
-    with the responsibility-weighted :class:`~gmmkeops.Moments` about :math:`\mu_k`, and with what penalties add to them.
+    with the responsibility-weighted :class:`~gmmkeops.Moments` about :math:`\mu_k`, to which penalties add their terms.
 
     Args:
-        assignment: ``"soft"`` is EM. ``"hard"`` gives each point to its best component (classification EM, which with a
-            tied spherical frozen covariance is k-means) and maximises the classification likelihood. ``"stochastic"``
-            draws the component (SEM).
-        batch_size: Points per step of stepwise EM, or None for all at once. Moments of the t-th batch enter with weight
-            :math:`(t + t_0)^{-\kappa}`; an iteration is one pass over the data either way.
+        assignment: ``"soft"`` is EM. ``"hard"`` assigns each point to its most probable component and maximizes the
+            classification likelihood (classification EM; k-means if the covariance is tied, spherical and frozen).
+            ``"stochastic"`` draws the component of each point (SEM).
+        batch_size: Points per step of stepwise EM, or None for full EM. Moments of the t-th batch enter the running average
+            with weight :math:`(t + t_0)^{-\kappa}`. An iteration is one pass over the data in both cases.
         step_exponent: κ, above 0.5 and at most 1.
         step_offset: t_0 > 0.
         average: Return the M-step of the moments averaged over all batches (Polyak-Ruppert) rather than the last.
         temperature: (β, n): exponents are multiplied by an inverse temperature that rises from β to 1 over the first n
             iterations, and a small random perturbation is added to the means each time (deterministic annealing); or None.
-            Until then no component is pruned, and penalties that are concave in the weights do not act.
-        accelerate: Extrapolate every two EM steps by SQUAREM, kept only where the objective does not rise. An iteration
-            is then three passes over the data. Without effect on batches.
+            During these iterations no component is pruned, and concave penalties on the weights have no effect.
+        accelerate: Extrapolate after every two EM steps by SQUAREM; an extrapolation that increases the objective is
+            discarded. An iteration is then three passes over the data. Without effect if ``batch_size`` is given.
         reg_covar: Added to the diagonal of each covariance in every M-step, squared data units, as in scikit-learn; no
-            eigenvalue of a fitted covariance is below it. Such steps may raise the negative log-likelihood. What they lower,
-            and what the history holds as "objective", has :math:`\frac{1}{2} \text{reg\_covar} \sum_k c_k \operatorname{tr}
-            \Sigma_k^{-1}` added, with the fractions :math:`c_k` of the points that component k is responsible for; changes of
-            these fractions alone, which no M-step has made, are left out of it.
-        frozen_weights, frozen_means, frozen_covariances: True, or one truth value per component: these stay as they
-            start. Of a tied covariance all or none.
-        max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
+            eigenvalue of a fitted covariance is below it. With reg_covar, an EM step may increase the negative log-likelihood.
+            It decreases the sum of the objective and the term :math:`\frac{1}{2} \text{reg\_covar} \sum_k c_k \operatorname{tr}
+            \Sigma_k^{-1}`, where :math:`c_k` is the fraction of the points that component k is responsible for. The history
+            holds this sum as "objective", without the changes of the term that only come from changes of :math:`c_k`.
+        frozen_weights, frozen_means, frozen_covariances: True, or one truth value per component: frozen parameters
+            keep their initial values. A tied covariance is frozen for all components or for none.
+        max_iter: Largest number of iterations, unless :func:`gmmkeops.fit` is given another one.
         tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
             last half of the iterations (by less than a tenth of it with a penalty that prunes components). Changes below 1e-5
             over that half are accepted; smaller tolerances bound the change over the last ten iterations.
-        relative_tol: The same as a fraction of the objective.
-        patience: Least number of iterations over which that change is measured.
+        relative_tol: Tolerance as a fraction of the objective; the larger one of the two tolerances applies.
+        patience: Smallest number of iterations over which that change is measured.
 
     Raises:
-        ValueError: A keyword out of its range.
+        ValueError: A keyword is out of its range.
 
     Reference:
         Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*, JRSS B 39; stepwise:
@@ -131,7 +133,7 @@ class EM(Method[_State]):
         >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
         >>> result = gk.fit(gk.initialise(x, 2), x, gk.EM(), penalty=gk.penalties.SqrtWeights(0.1), max_iter=2000)
         >>> objective = torch.tensor(result.history["objective"], dtype=torch.float64)
-        >>> result.converged, bool((objective.diff() <= 1e-12).all())  # it falls, but for rounding
+        >>> result.converged, bool((objective.diff() <= 1e-12).all())  # monotone up to rounding
         (True, True)
     """
 
@@ -169,7 +171,7 @@ class EM(Method[_State]):
                 raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {self.temperature}.")
 
     def init(self, problem: Problem, mixture: Mixture) -> _State:
-        problem.surrogate(mixture)  # a penalty without an M-step says so before any work is done
+        problem.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
         for name in ("frozen_weights", "frozen_means", "frozen_covariances"):
             _mask(getattr(self, name), mixture, name)
         largest = float(problem.frame.scale.max()) ** 2
@@ -246,12 +248,12 @@ class EM(Method[_State]):
         return problem.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
 
     def _move(self, problem: Problem, state: _State, sums: Moments) -> _State:
-        """The M-step, within bounds; components that it empties leave the work."""
+        """Perform the M-step within the bounds on the eigenvalues, and prune components of negligible weight."""
         new = self._m_step(problem, state, sums)
         mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()
         floored[state.population.live[new.hit]] = True
-        # The ridge's weights change with the responsibilities; the objective's value stays as it is.
+        # The weights of the reg_covar term change with the responsibilities; the drift cancels this change of the objective.
         change = None if state.counts is None else state.counts - new.counts
         drift = state.drift + self._ridge_cost(problem, change, before)
         state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
@@ -275,13 +277,13 @@ class EM(Method[_State]):
         whole = state.population.whole(old)
         prior = problem.surrogate(whole)
         if self._beta(state) < 1:
-            # A heated component shares its points with all others; a concave penalty would prune it for that.
+            # During annealing all components share the points, so that a concave penalty would prune some of them.
             prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
 
         def alive(mean: Tensor) -> Tensor:
             return mean[live] if mean.ndim == 2 else mean
 
-        # Sums over part of the points (a batch, or a memory of batches) stand for all of them.
+        # Sums over part of the points (a batch, or the running average of batches) are scaled to all points.
         scale = problem.mass / float(sums.mass)
         S0, means = sums.S0 * scale, sums.means
         pulls = [(points, alive(mean)) for points, mean in prior.means]
@@ -301,7 +303,7 @@ class EM(Method[_State]):
         mass = S0 + prior.degrees_per_component
         tied = _tied(state)
         if tied and len(live) < whole.components:
-            # The dead have left the data, not the prior: their means still pull at the covariance they share.
+            # Pruned components have no data, but their means still contribute to the prior of the tied covariance.
             dead = torch.ones(whole.components, dtype=torch.bool, device=live.device)
             dead[live] = False
             mass = torch.cat([mass, mass.new_full((int(dead.sum()),), prior.degrees_per_component)])
@@ -323,7 +325,7 @@ class EM(Method[_State]):
     def _covariances(
         self, problem: Problem, old: Mixture, mass: Tensor, scatter: Tensor, prior: Any, frozen: Tensor
     ) -> tuple[Factor, Tensor]:
-        """New factors from the scatter about the new means, and which components' needed a repair."""
+        """New factors from the scatter about the new means, and a mask of components whose covariance was regularized."""
         D = old.features
         if prior.scatter is not None:
             scatter = scatter + like(prior.scatter, scatter.ndim)
@@ -334,7 +336,7 @@ class EM(Method[_State]):
         factor, repaired = nearest_factor(type(old.factor), covariances, D, FLOOR)
         if len(mass) < old.components:
             return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
-        # A component that owns nothing keeps its shape, as a frozen one does.
+        # A component without expected count keeps its covariance, as a frozen one does.
         keep = frozen | ~(mass > 1e-200)
         if bool(keep.any()):
             index = keep.nonzero()[:, 0]
@@ -346,13 +348,13 @@ class EM(Method[_State]):
         return self.reg_covar / problem.frame.scale**2
 
     def _ridge_cost(self, problem: Problem, counts: Tensor | None, factor: Factor) -> float:
-        """½ reg_covar Σ c_j tr Σ_j⁻¹ for fractions c (K or 1,) of the points, nats per point; batches have none."""
+        """½ reg_covar Σ c_j tr Σ_j⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
         if not self.reg_covar or counts is None:
             return 0.0
         return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(problem)))
 
     def _extrapolate(self, problem: Problem, start: Evaluation, first: _State) -> _State:
-        """SQUAREM in unconstrained coordinates, from the mixture before and two EM steps; the better of both ends."""
+        """Extrapolate from two EM steps by SQUAREM in unconstrained coordinates; return the better one of both states."""
         first, sums, objective, _ = self._look(problem, first)
         second = self._move(problem, first, sums)
         if len(second.population.live) < len(start.live) or objective > start.objective:
@@ -367,17 +369,17 @@ class EM(Method[_State]):
         leap = _mixture(second.mixture, a + 2 * stride * r + stride**2 * v)
         if not bool(torch.isfinite(_coordinates(leap)).all()):
             return second
-        # Normalising the leap's weights must not move those that are frozen.
+        # Normalizing the extrapolated weights must not change those that are frozen.
         frozen = _mask(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
         logits = _weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = problem.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third = replace(second, mixture=leap)
         third, sums, there, _ = self._look(problem, third)
-        # ``objective`` is that of one EM step; two steps are no worse, so anything below both is kept.
+        # ``objective`` is that after one EM step. If the extrapolation is not worse, it is kept.
         return self._move(problem, third, sums) if there <= objective else second
 
     def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
-        """Stepwise EM over one shuffled pass: each batch's moments are blended into the memory of those before."""
+        """One shuffled pass of stepwise EM: the moments of each batch enter the running average of those before."""
         assert self.batch_size is not None, "a pass is made of batches"
         state, total, seen = problem.resumed((state, 0.0, 0.0))
         for batch in problem.batches(self.batch_size, lambda: (state, total, seen)):  # noqa: B023
@@ -395,7 +397,7 @@ class EM(Method[_State]):
         return replace(state, iteration=state.iteration + 1), now
 
     def _blend(self, state: _State, sums: Moments) -> _State:
-        """A batch's moments enter the memory of those before, which begins as the start itself."""
+        """Update the running average of moments by a batch; it begins as the expected moments of the initial mixture."""
         before = expected(state.mixture) if state.memory is None else state.memory
         memory = blended(before, sums, (state.batches + self.step_offset) ** -self.step_exponent)
         batches = state.batches + 1
@@ -403,15 +405,18 @@ class EM(Method[_State]):
         return replace(state, memory=memory, average=average, batches=batches)
 
     def maximise(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
-        """The M-step from moments of all points, however and wherever they were added up.
+        """Perform the M-step from the moments of all points, for example from sums over several machines.
 
         Args:
-            mixture: What the moments were found with.
-            moments: Of :func:`gmmkeops.reductions.moments`, data units.
-            penalty: As for :func:`gmmkeops.fit`; priors weigh against Σ g of the moments.
+            mixture: The mixture for which the moments were computed.
+            moments: Sum of the results of :func:`gmmkeops.reductions.moments`, data units.
+            penalty: As for :func:`gmmkeops.fit`; the total weight Σ g of the data is that of the moments.
+
+        Returns:
+            The new mixture, float64, data units.
 
         Raises:
-            ValueError: The moments have no mass.
+            ValueError: The total weight of the moments is not positive.
 
         Example:
             >>> import torch, gmmkeops as gk
@@ -423,7 +428,9 @@ class EM(Method[_State]):
         """
         mass = float(moments.mass)
         if not mass > 0:
-            raise ValueError(f"moments must have a positive mass, got {mass}; add up those of some points.")
+            raise ValueError(
+                f"moments must have a positive total weight, got {mass}; pass the sum over at least one point."
+            )
         mixture = mixture.detach().to(torch.float64)
         centre, spread = mixture.mean, mixture.variance.sqrt()
         isotropic = mixture.factor.family == "spherical"
@@ -443,29 +450,30 @@ class EM(Method[_State]):
         weights: Any = None,
         backend: str = "auto",
     ) -> tuple[Mixture, tuple[Moments, int, float]]:
-        """One step of stepwise EM on one batch of a stream, whatever its size.
+        """Perform one step of stepwise EM on a batch of a stream. Batches may have any size.
 
         Args:
-            mixture: Where the stream has led so far.
+            mixture: The mixture that the last update returned, or the initial mixture.
             x: Points (n, D) of this batch, data units.
-            memory: What the last update returned; None at first.
-            penalty, weights, backend: As for :func:`gmmkeops.fit`; priors weigh against all points seen so far.
+            memory: The memory that the last update returned; None for the first batch.
+            penalty, backend: As for :func:`gmmkeops.fit`; the total weight of the data is that of all points so far.
+            weights: Weights (n,) of the points of this batch, or None.
 
         Returns:
-            The new mixture (no component leaves a stream), and the memory to hand to the next update: blended moments in
-            data units, batches and mass seen.
+            The new mixture (components are never pruned), and the memory for the next update: the running average of the
+            moments in data units, the number of batches, and the total weight of all points so far.
 
         Raises:
-            TypeError, ValueError: Bad points or weights.
+            TypeError, ValueError: Invalid points or weights.
         """
         x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.features)
-        # Each batch has random numbers of its own, the same in every process.
+        # The random numbers depend on the number of the batch only, so that they are the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
         g = as_weights(weights, x)
         if g is not None and weight_unit(float(g.max())) != 1:
             raise ValueError(
-                f"weights of batches must be of ordinary size, got up to {float(g.max()):.3g}; divide those of all batches by "
-                "one number."
+                f"weights of batches must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights "
+                "of all batches by the same number."
             )
         problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
         state = self.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
@@ -512,7 +520,7 @@ def _shaken(problem: Problem, state: _State) -> _State:
 
 
 def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:
-    """Log-weights (K,) that solve W = counts / (λ + slopes) with the sum that the frozen ones leave."""
+    """Log-weights (K,) that solve W = counts / (λ + slopes), where the sum of all weights is one and frozen ones stay fixed."""
     counts = counts.clamp(min=0)
     free = ~frozen
     if not bool(free.any()):
@@ -524,7 +532,7 @@ def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Ten
     if bool((c == c[0]).all()):
         W = left * a / a.sum()
     else:
-        # Every term is at most the sum, and at least what it would be with the smallest slope.
+        # Bracket of λ: every term is at most the sum, and at least its value at the smallest slope.
         low, high = float((a / left - c)[a > 0].max()), float(a.sum() / left - c[a > 0].min())
         for _ in range(200):
             middle = 0.5 * (low + high)

@@ -1,6 +1,6 @@
-r"""The one loop: tolerance, callbacks, progress, interruption, history. What a step is, the method knows.
+r"""The loop of all fits: iterations of a method, with tolerance, callbacks, progress, interruption and history.
 
-.. math:: \text{objective} = -\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}, \quad \text{nats per point, user's units}
+.. math:: \text{objective} = -\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}, \quad \text{nats per point, data units}
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _logger = logging.getLogger("gmmkeops")
 # Settings that may change when a fit is resumed, but not between ranks.
 _LIMITS = ("max_iter", "tol", "relative_tol", "patience")
 
-# Iterations after which labels by the mixture are much better than those by its start.
+# Number of iterations after which points are regrouped by the mixture: its labels are then much better than the initial ones.
 _SETTLED = 4
 
 
@@ -66,54 +66,57 @@ def fit(
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     max_memory: int | float | str | None = None,
 ) -> FitResult:
-    r"""Fits a mixture to a cloud by a method.
+    r"""Fit a Gaussian mixture to data.
 
-    Minimises :math:`-\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}` in a centred and scaled frame (so lengths
-    like map coordinates and micrometres are alike to it) and answers in the user's units. Components that come to own
-    less than a thousandth of a point leave the work; they keep their place in the result and are named in its report.
+    Minimizes :math:`-\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}` in standardized coordinates, so that the units
+    and the origin of the data do not matter, and returns parameters in the units of the data. Components whose expected count
+    becomes negligible (below 1e-3 points with gradient methods, 1e-6 with EM) are pruned: they keep their index in the result,
+    with a weight of almost zero, and ``result.report`` lists them.
 
     Args:
-        start: Where to begin: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM`, whose parameters are then set to the
-            result.
-        x: Points (N, D), data units; on a device, they are computed there. Or what :meth:`gmmkeops.Source.of` takes: files,
-            memory maps, loaders, functions, which are read a chunk at a time on every pass.
-        method: ``gmmkeops.Adam(...)`` or another method; for a GMM with a context one by gradient.
-        context: c (N, C), for a GMM with a context; if left out there, the last C columns of x.
+        start: Initial mixture: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM`, whose parameters are set to the result
+            at the end.
+        x: Points (N, D), data units; the fit runs on their device. Also anything that :meth:`gmmkeops.Source.of` accepts
+            (files, memory maps, loaders, functions), which is read chunk by chunk on every pass.
+        method: ``gmmkeops.EM(...)``, ``gmmkeops.Adam(...)`` or another method; a gradient method for a GMM with a context.
+        context: Contexts c (N, C), for a GMM with a context. If None, they are the last C columns of x.
         penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
-        weights: g (N,), not negative; all ones if left out.
-        max_iter: Iterations at most; the method's own number if left out. With 0 the start is looked at and returned.
-        tol: Tolerance, nats per point; the method's own if left out.
-        truncate: ε: sweeps may leave out components that are certain to carry less than this share of a point's density
-            (:func:`gmmkeops.reductions.arrange`), and the report says how much was lost at most. 0 looks at every pair.
-            None leaves out what the points' own rounding hides, where that pays.
+        weights: Weights g (N,) of the points, not negative; None for equal weights.
+        max_iter: Largest number of iterations; None for the method's. With 0 the initial mixture is evaluated and returned.
+        tol: Tolerance, nats per point; None for the method's.
+        truncate: ε: components whose total contribution to a point's density is certified to be less than this fraction may be
+            skipped (:func:`gmmkeops.reductions.arrange`); the report has the resulting error bound. 0 evaluates every pair of
+            point and component. None uses 1e-6 for float32 and 1e-12 for float64, where this saves time.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-        dtype: ``"float32"`` or ``"float64"`` to compute in. By default float32 points are computed in float32 and all else
-            in float64. The points are centred in float64 first, so map coordinates lose no digits in float32. Where the
-            components become so narrow, or points are so far away, that float32 coordinates would change log-densities by
-            about 1e-4 nats or more, the fit goes on in float64, and the report says so.
-        callbacks: Functions of a :class:`Step`, called after each iteration; one that returns True ends the fit. With several
-            ranks one that returns True on any of them ends the fit on all, and others wait for a callback for 30 seconds at most.
+        dtype: Precision of the points, ``"float32"`` or ``"float64"``. By default float32 points are computed in float32 and
+            all others in float64. The points are centered in float64 first, so that map coordinates lose no digits in float32.
+            If components become so narrow, or points are so far away, that float32 coordinates would change log-densities by
+            about 1e-4 nats or more, the fit continues in float64, and the report says so.
+        callbacks: Functions of a :class:`Step` that are called after each iteration; the fit ends when one returns True. With
+            several ranks, a callback that returns True on any rank ends the fit on all, and ranks wait at most 30 seconds for a
+            callback of another rank.
         progress: Whether to show a progress bar; by default only in a terminal.
-        generator: Random number generator (minibatches, stochastic assignment). Without one a fixed seed is used, so that
-            the same call gives the same result in every process. Torch's global random state is left alone either way.
-        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, where the state is kept every minute. A fit that finds one
-            there goes on from it, as if it had not been interrupted: to the last bit for EM on a CPU.
-        max_memory: Bytes, or text such as "1.5GB", that the fit may take beside imports and the given points. Points whose
-            copy in the frame would take more are read a chunk at a time, from memory too.
+        generator: Random number generator (minibatches, stochastic assignment). None uses a fixed seed, so that the same call
+            gives the same result in every process. Torch's global random state is not used or changed.
+        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state is written every minute. If the file exists,
+            the fit resumes from it, with the same result as without interruption (bit-identical for EM on a CPU).
+        max_memory: Largest memory of the fit beside imports and the given points, in bytes or as text such as "1.5GB". If the
+            standardized copy of the points would take more, they are processed chunk by chunk, also if they are in memory.
 
     Returns:
-        A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far; with several ranks it does so where it
-        reaches all of them, and is an error that names them where it reaches only some.
+        A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far. With several ranks this needs an
+        interrupt of all ranks; if only some are interrupted, all raise an error that names them.
 
     Raises:
-        TypeError: Wrong kinds of arguments.
-        ValueError: Bad points or weights, a start that does not fit them, an objective that is not finite at the start, or
-            a checkpoint of another fit (other data, another start, method, penalty, generator seed, ...), or settings that
-            cannot be compared with those of a checkpoint or of another rank.
-        RankError: Another process of the group failed, is gone, or was told to do something else.
+        TypeError: An argument has the wrong type.
+        ValueError: Points or weights are invalid; the initial mixture does not match the points; the objective is not finite
+            at the initial mixture; the checkpoint belongs to another fit (data, initial mixture, method, penalty, seed of the
+            generator, ...); or settings cannot be compared with those of a checkpoint or of another rank.
+        RankError: Another rank failed, does not respond, or runs with other settings.
 
     Warns:
-        ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective stopped being finite.
+        ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective became infinite or NaN.
+        PrecisionWarning: float32 points are too coarse, or ``reg_covar`` is much larger than the variances.
 
     Reference:
         Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows*, JMLR 22, for the
@@ -197,7 +200,7 @@ def fit(
 
 
 def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World) -> tuple[Any, tuple[str, ...] | None]:
-    """Points with the columns of the start, matched by name where both have names; and the names, if either has them."""
+    """Points with the columns of the initial mixture, matched by name if both have names; and the names, or None."""
     if readable(x):
         x = world.share(Source.of(x, weights=weights).matched(columns))
         return x, columns or x.columns
@@ -221,7 +224,7 @@ def _problem(
     limit: int | None,
     extra: int,
 ) -> Problem:
-    """What is asked, checked; the last ``extra`` columns are contexts."""
+    """Check the data and create the problem; the last ``extra`` columns are contexts."""
     K, D, device = mixture.components, mixture.features + extra, mixture.means.device
     alone, name = world.size == 1, "x"
     if isinstance(x, Source):
@@ -231,7 +234,7 @@ def _problem(
     else:
         x = as_points(x, features=D, minimum=K if alone else 0)
         if x.device != device:
-            raise ValueError(f"x is on {x.device} but the start on {device}; move one with .to().")
+            raise ValueError(f"x is on {x.device} but start on {device}; move one with .to().")
         g = as_weights(weights, x, some=alone)
     if limit is not None:
         x, g = _within(limit, mixture, x, g, dtype, world)
@@ -259,13 +262,13 @@ def _problem(
 
 
 def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None, world: World) -> tuple[Any, Any]:
-    """Points and weights, to be read in chunks small enough for a limit, in bytes, where all at once would not be."""
+    """Points and weights, as a source with small enough chunks if a fit in memory would exceed the limit (bytes)."""
     K, D = mixture.components, mixture.features
     tied = "tied_" if mixture.factor.leading == 1 and K > 1 else ""
     kind = tied + {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
     if isinstance(x, Source):
         return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64, x.reader.stored)), g
-    # Points that are computed in float32 become float64 ones where that is not accurate enough.
+    # Points in float32 are converted to float64 during the fit if float32 is not accurate enough.
     wanted = estimate_memory(len(x), K, D, covariance_type=kind, dtype=torch.float64)
     if (x.dtype if dtype is None else dtype) == torch.float32:
         wanted += 4 * x.numel()
@@ -291,7 +294,7 @@ def _settings(
 
 
 def _facts(problem: Problem, mixture: Mixture, method: Method[Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return descriptions of data and start, which must be equal when a fit is resumed, in words that a person understands."""
+    """Return readable descriptions of the data and of the initial mixture, which must be equal when a fit is resumed."""
     frame = problem.frame
     if isinstance(method, Network):
         start = _tensors(method.model.carried(frame.shift, frame.scale).state_dict())
@@ -309,7 +312,7 @@ def _facts(problem: Problem, mixture: Mixture, method: Method[Any], settings: di
 
 
 def _parts(mixture: Mixture) -> list[torch.Tensor]:
-    """The parameters of a mixture of the frame, as numbers near one."""
+    """The parameters of a mixture in standardized coordinates, with log-weights of at least -1000."""
     return [mixture.log_weights.clamp(min=-1e3), mixture.means, *mixture.factor.tensors.values()]
 
 
@@ -328,27 +331,31 @@ def _starting_mixture(start: Any, method: Any) -> Mixture:
             return start(next(start.parameters()).new_zeros(start.context)) if start.context else start()
     mixture = start
     if mixture.batch_shape:
-        raise ValueError(f"fit takes one mixture, got a batch {tuple(mixture.batch_shape)}; fit them one by one.")
+        raise ValueError(
+            f"fit takes one mixture, got a batch of shape {tuple(mixture.batch_shape)}; fit them one by one."
+        )
     return mixture
 
 
 def _conditional(
     model: GMM, x: Any, context: Any, method: Method[Any], truncate: float | None
 ) -> tuple[Any, tuple[str, ...] | None, Method[Any], float]:
-    """Points and contexts as one cloud, the names of its columns if they are known, and the method for the network."""
+    """Points and contexts as one array, the names of its columns or None, and the method for the network."""
     if not isinstance(method, Gradient):
         raise ValueError(
             f"a GMM with a context is fitted by gradient, got {type(method).__name__}; pass gmmkeops.Adam(lr=1e-3)."
         )
     if truncate:
         raise ValueError(
-            "truncate is about one mixture for all points, but with a context each has its own; leave it out."
+            "truncate cannot be used for a GMM with a context, in which each point has its own mixture; leave it out."
         )
     columns = model.columns
     if context is not None:
         if readable(x):
-            raise ValueError("points that are read have their contexts as their last columns; leave context out.")
-        # A rank may have none; that there are some in all is checked with all of them.
+            raise ValueError(
+                "contexts of points from a file or another source must be the last columns of x; leave context out."
+            )
+        # A rank may have no points; that there are some in total is checked later.
         names, others = table_names(x), table_names(context)
         if columns is not None:
             x = table_of(x, columns[: model.features])
@@ -364,7 +371,7 @@ def _conditional(
 
 
 class _Run:
-    """The iterations of one fit: what happened, and how it ended."""
+    """State of one call of fit: history, best evaluation, and reason for the end."""
 
     def __init__(
         self,
@@ -382,7 +389,7 @@ class _Run:
         self.best: Evaluation | None = None
         self.history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
         self.ending = "finished"
-        # Tells this fit's files from another's.
+        # Random identifier of this fit, by which its checkpoint files are recognized.
         self.mark = problem.world.tell(os.urandom(8).hex())[0]
 
     @property
@@ -390,7 +397,7 @@ class _Run:
         return len(self.history["objective"])
 
     def snapshot(self, state: Any) -> dict[str, Any]:
-        """Everything that the iterations from here on depend on."""
+        """The complete state for a checkpoint, on which all further iterations depend."""
         problem = self.problem
         arranged = None
         if isinstance(problem.data, Memory) and problem.data.cloud is not None:
@@ -412,10 +419,10 @@ class _Run:
         }
 
     def resume(self, saved: dict[str, Any]) -> Any:
-        """The state that was saved, with everything as it was then.
+        """Restore the state of a checkpoint, and return the state of the method.
 
         Raises:
-            ValueError: It is of other data or another model.
+            ValueError: The checkpoint was written by a fit of other data or with other settings.
         """
         problem = self.problem
         for name, value in self.facts.items():
@@ -436,18 +443,18 @@ class _Run:
         if saved["arranged"] is not None and isinstance(problem.data, Memory):
             epsilon, by, memory = saved["arranged"]
             data = problem.data.arranged(epsilon, by, 1, problem.backend)
-            # Shares of other ranks than then, and rows in another order, have other boxes, whose lists are found anew.
+            # With another number of ranks, or rows in another order, the kd-tree differs and candidate lists are recomputed.
             alike = saved["ranks"] == problem.world.size == 1 and saved["layout"] == problem.journal.layout
             if data.cloud is not None and alike:
                 data.cloud.recall(memory)
             self.problem = replace(problem, data=data)
         problem.generator.set_state(saved["generator"].cpu())
         problem.journal.recall(saved, problem.data.device)
-        _logger.info("going on from iteration %d", self.iterations)
+        _logger.info("resuming from iteration %d", self.iterations)
         return self.method.unpack(self.problem, saved["state"])
 
     def _ended(self, saved: dict[str, Any], start: list[float]) -> bool:
-        """Whether a start is the answer of the fit that was saved, as a module is after its fit, but for rounding."""
+        """Whether ``start`` is the result of the saved fit up to rounding; a GMM is its own result after a fit."""
         population, live, _ = self.method.current(self.problem, self.method.unpack(self.problem, saved["state"]))
         best, frame = saved["best"], self.problem.frame
         answers = [_parts(population.whole(live))]
@@ -457,7 +464,7 @@ class _Run:
         return any(difference(answer, start) is None for answer in found)
 
     def go(self, state: Any, max_iter: int, bar: Any) -> Evaluation:
-        """Iterates until the method, a callback, the user or ``max_iter`` says stop; returns the answer."""
+        """Iterate until convergence, a callback, Ctrl-C or ``max_iter`` ends the fit; return the final evaluation."""
         journal = self.problem.journal
         if self.iterations and self.method.finished(self.history["objective"], self.tol, self.problem):
             self.ending = "converged"
@@ -482,7 +489,7 @@ class _Run:
                 journal.write()
         except KeyboardInterrupt:
             self.problem.world.interrupted()
-            # Some ranks may have had the last mixture already, and others not.
+            # Some ranks may have completed the last iteration, and others not.
             self.best, self.history = journal.agreed((self.best, self.history), self.problem.data.device)
             journal.write()
             if self.best is None:
@@ -499,12 +506,12 @@ class _Run:
                 best = last
         if best is None:
             raise ValueError(
-                "the objective is not finite at the start; check the penalty, or start from gmmkeops.initialise."
+                "the objective is not finite at the initial mixture; check the penalty, or start from gmmkeops.initialise."
             )
         return best
 
     def _tell(self, now: Evaluation, bar: Any) -> None:
-        """Writes an iteration down, shows it, tells the callbacks, and sees whether to end here."""
+        """Append an iteration to the history, update the progress bar, call the callbacks, and test for the end of the fit."""
         for name, value in (
             ("objective", now.objective),
             ("log_likelihood", now.log_likelihood),
@@ -527,12 +534,12 @@ class _Run:
 
 
 def _doubt(run: _Run, tol: float, max_iter: int) -> str:
-    """What a caller should know of how a run has ended; nothing where all is well."""
+    """Text of the ConvergenceWarning of a run; empty if there is none."""
     if run.ending == "finished" and tol > 0 and max_iter > 0 and run.iterations == max_iter:
         return f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol."
     if run.ending == "diverged":
         return (
-            f"the objective stopped being finite at iteration {run.iterations}; the best mixture before it is returned. "
+            f"the objective became infinite or NaN at iteration {run.iterations}; the best mixture before it is returned. "
             "A smaller learning rate usually helps."
         )
     return ""

@@ -1,4 +1,4 @@
-r"""What the loop and its methods say to each other: the problem, one evaluation, and the method's contract."""
+r"""Interface between the loop and the methods: the problem, an evaluation of the objective, and the abstract method."""
 
 from __future__ import annotations
 
@@ -31,39 +31,40 @@ __all__ = ["Evaluation", "Method", "Population", "Problem"]
 
 S = TypeVar("S")
 
-# Least eigenvalue of a covariance in standardized coordinates: about the square of what rounding hides there. A component that
+# Smallest eigenvalue of a covariance in standardized coordinates, about the square of the rounding error there. A component that
 # collapses to a single point keeps a finite density, and no covariance that the points determine is changed: two sites that are
 # 1e8 deviations apart have variances of 1e-16.
 FLOOR = 1e-28
-# A component is dead when it would own fewer points than this; its weight is then brought to nothing.
+# A component is pruned when its expected count is below this; its weight is then set to (almost) zero.
 DEAD_POINTS = 1e-3
 DEAD_LOG_WEIGHT = -100.0
-# Fractions of the tolerance that the objective may still change by over the last half of the iterations: measured, so that
-# a thousand further iterations gain at most three tolerances on most data sets.
+# Fractions of the tolerance by which the objective may change over the last half of the iterations. They were chosen from
+# measurements: on most data sets a thousand further iterations then gain at most three tolerances.
 _PLATEAU, _PRUNING = 0.25, 0.1
-# Changes over half of the iterations, nats per point, that never count; and iterations over which smaller tolerances do.
+# Changes over half of the iterations that are always accepted, nats per point; and the number of iterations over which smaller
+# tolerances bound the change.
 _NEGLIGIBLE, _RECENT = 1e-5, 10
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The data of a fit, in the frame, and what is asked of it.
+    """The data of a fit in standardized coordinates, with the penalty and the settings of their evaluation.
 
     Args:
-        data: The points in the frame, of this rank.
-        rows: How many there are, of all ranks.
-        mass: Σ g.
+        data: The points of this rank in standardized coordinates.
+        rows: Number of points on all ranks.
+        mass: Total weight Σ g of all points, in units of ``unit``.
         count: Effective number of points, (Σ g)² / Σ g².
-        frame: The way back to the user's units.
-        penalty: In the user's units, nats per point; or None.
-        backend: The engine to use.
-        generator: Source of randomness, in step on all ranks.
+        frame: The transformation between data units and standardized coordinates.
+        penalty: Function of a mixture in data units, nats per point; or None.
+        backend: Name of the engine.
+        generator: Random number generator, in the same state on all ranks.
         world: The ranks.
-        ledger: What truncation has done.
-        fingerprint: A number of the points and weights, where there is a checkpoint.
-        journal: What is written down for one.
-        show: Told how many rows of a source a sweep has read.
-        unit: What weights and masses are counted in here; penalties and reports have the user's own.
+        ledger: Error bounds of truncation in the last pass.
+        fingerprint: Hash of the points and weights if there is a checkpoint, else None.
+        journal: The state that is written to checkpoints.
+        show: Called with the number of rows that a pass over a source has read.
+        unit: Unit of weights here, a power of two; penalties and reports use the weights as they were given.
     """
 
     data: Data
@@ -99,7 +100,7 @@ class Problem:
         frame: Frame | None = None,
         journal: Journal | None = None,
     ) -> Problem:
-        """The problem that checked points (N, D) of the user pose, with a frame of their own if none is given.
+        """Create the problem from validated points (N, D) in data units; the frame is computed from them if none is given.
 
         The last ``extra`` columns are contexts.
         """
@@ -128,7 +129,7 @@ class Problem:
             if unit == 1:
                 effective = mass**2 / max(survey.squares, 1e-300)
             else:
-                # Squares of the weights themselves are out of range; those of the sample stand for them.
+                # Squares of the weights themselves may be out of range, so they are estimated from the sample.
                 effective = rows * float(masses.mean()) ** 2 / max(float(masses.square().mean()), 1e-300)
             cloud = points.to(device), masses.to(device)
             frame = Frame.of(*cloud, isotropic=isotropic, extra=extra) if frame is None else frame
@@ -163,30 +164,30 @@ class Problem:
 
     @classmethod
     def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Problem:
-        """What an M-step needs to know of points whose moments others have found."""
+        """Create a problem without points, for an M-step from given moments of total weight ``mass``."""
         data = Memory(frame.shift.new_empty(0, len(frame.shift)), None)
         penalty = None if penalty is None else as_penalty(penalty)
         return cls(data, 0, mass, mass, frame, penalty, "dense", torch.Generator(frame.shift.device))
 
     def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Problem:
-        """The same, read with what truncation allows over so many sweeps of all points from a mixture of the frame on."""
+        """The problem with points sorted for truncation by a standardized mixture, if that saves time over ``sweeps`` passes."""
         if not isinstance(self.data, Memory):
             return self
         return replace(self, data=self.data.arranged(truncate, mixture, sweeps, self.backend))
 
     def settled(self, mixture: Mixture) -> Problem:
-        """The same, with points that were grouped by the components of the start grouped by those it has led to."""
+        """The problem with points regrouped by the components of ``mixture``, if they were grouped by initial ones."""
         cloud = self.data.cloud if isinstance(self.data, Memory) else None
         return self if cloud is None or not cloud.cloud.labelled else self.truncated(cloud.epsilon, mixture, 1)
 
     def batches(self, size: int, memo: Callable[[], Any]) -> Iterator[list[Piece]]:
-        """All points, once, in random order, about ``size`` of them at a time on all ranks together.
+        """Iterate over all points once, in random order, in batches of about ``size`` points of all ranks together.
 
-        Every rank takes the same number of steps; one that has run out of points takes them with none.
+        Every rank makes the same number of steps; a rank without points left makes them with empty batches.
 
         Args:
-            size: Points of a batch.
-            memo: What the caller needs to go on after the batch that it has come to (:meth:`resumed`).
+            size: Number of points in a batch.
+            memo: Returns the state from which the caller can resume after the current batch (:meth:`resumed`).
         """
         seed = int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
         pieces = self.data.batches(-(-size // self.world.size), seed + self.world.rank)
@@ -206,7 +207,7 @@ class Problem:
                 self.journal.write({"batches": number, "memo": memo(), "generator": self.generator.get_state()})
 
     def resumed(self, beginning: Any) -> Any:
-        """The memo of the batch that the pass goes on from; ``beginning`` where it begins."""
+        """State of the caller at the batch from which the pass resumes, or ``beginning`` for a new pass."""
         return beginning if self.journal.inside is None else self.journal.inside["memo"]
 
     def moments(
@@ -218,7 +219,7 @@ class Problem:
         *,
         assignment: str = "soft",
     ) -> Moments:
-        """Moments of all points, or of some, on all ranks."""
+        """Moments of all points, or of the batch, summed over all ranks; standardized coordinates, float64."""
         seed = 0
         if assignment == "stochastic":
             seed = int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
@@ -259,26 +260,26 @@ class Problem:
         return sums
 
     def negative_log_likelihood(self, mixture: Mixture, batch: Iterable[Piece] | None = None) -> Tensor:
-        """Mean over the points (or some of them), nats per point in the user's units; float64, differentiable."""
+        """Mean negative log-likelihood of all points or of the batch, nats per point in data units; float64, differentiable."""
         sums = self.moments(mixture.offsets, mixture.means, mixture.factor, batch)
         total = reductions.attached(sums, mixture.offsets, mixture.means, mixture.factor)
         return self.frame.log_volume - total / max(float(sums.mass), 1e-300)
 
     def penalised(self, mixture: Mixture) -> Tensor:
-        """The penalty of a mixture of the frame, nats per point."""
+        """Penalty of a mixture in standardized coordinates, nats per point."""
         if self.penalty is None:
             return mixture.means.new_zeros(())
         return self.penalty(self.frame.leave(mixture), self.mass * self.unit)
 
     def surrogate(self, mixture: Mixture) -> Surrogate:
-        """What the penalty adds to an M-step at a mixture of the frame, in the frame."""
+        """Terms that the penalty adds to an M-step at a mixture; both in standardized coordinates."""
         if self.penalty is None:
             return Surrogate.none(mixture)
         added = self.penalty.m_step(self.frame.leave(mixture), self.mass * self.unit)
         return self.frame.surrogate(added if self.unit == 1 else added.counted_in(self.unit))
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
-        """The mixture (of the frame) within all bounds, and the components (K,) that hit one."""
+        """Project a mixture (standardized) onto the bounds of covariances; return it and a mask (K,) of changed components."""
         factor, low = floor_eigenvalues(mixture.factor, FLOOR)
         hit = low.expand(mixture.components)
         if bool(low.any()):
@@ -292,11 +293,11 @@ class Problem:
 @known("Population")
 @dataclass(frozen=True)
 class Population:
-    """All K components of a fit, of which the live ones are in the work.
+    """All K components of a fit and the indices of the active ones.
 
     Args:
-        parked: All K, in the frame; the live ones as they were when the last one died.
-        live: Their indices.
+        parked: All K components in standardized coordinates; active ones as they were when one was last pruned.
+        live: Indices of the active components.
     """
 
     parked: Mixture
@@ -304,11 +305,11 @@ class Population:
 
     @classmethod
     def of(cls, mixture: Mixture) -> Population:
-        """Everybody lives."""
+        """A population in which all components are active."""
         return cls(mixture, torch.arange(mixture.components, device=mixture.means.device))
 
     def whole(self, live: Mixture) -> Mixture:
-        """All K components: the live ones in their places, the dead as they were but for their weight."""
+        """The mixture of all K components, with the active ones from ``live`` and the pruned ones from ``parked``."""
         if len(self.live) == self.parked.components:
             return live
         return Mixture(
@@ -319,7 +320,7 @@ class Population:
         )
 
     def retire(self, live: Mixture, keep: Tensor) -> Population:
-        """Those not kept leave the work, and what is left of their weight goes to the others."""
+        """Prune the active components that are not in the mask ``keep``."""
         parked = self.whole(live).detach()
         parked.logits[self.live[~keep]] = DEAD_LOG_WEIGHT
         return Population(parked, self.live[keep])
@@ -328,17 +329,17 @@ class Population:
 @known("Evaluation")
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of a mixture on the way; a step's evaluation is of the mixture that it started from.
+    """Objective of a mixture during a fit; a step evaluates the mixture that it starts from.
 
     Args:
-        mixture: All K components, in the frame, detached.
+        mixture: All K components in standardized coordinates, detached.
         objective: Mean negative log-likelihood plus penalty, nats per point.
-        log_likelihood: Mean log-likelihood, nats per point, in the user's units.
-        live: Indices of the components still in the work.
-        floored: Which components (K,) hit a bound on the way here.
-        exact: Whether the objective is this mixture's over all points, rather than a running mean over minibatches.
-        answer: What the mixture is a part of, for methods that find more (a posterior, a network), as a value that checkpoints
-            hold and :meth:`Method.answer` understands.
+        log_likelihood: Mean log-likelihood in data units, nats per point.
+        live: Indices of the active components.
+        floored: Mask (K,) of components whose covariance has been regularized so far.
+        exact: Whether the objective is that of this mixture over all points, rather than a running mean over minibatches.
+        answer: The full result of methods that fit more than a mixture (a posterior, a network), in a form that checkpoints
+            can store and :meth:`Method.answer` converts; None for other methods.
     """
 
     mixture: Mixture
@@ -351,15 +352,15 @@ class Evaluation:
 
 
 class Method(ABC, Generic[S]):
-    """How a mixture is improved: a small frozen value; the loop (:func:`gmmkeops.fit`) does everything else.
+    """An algorithm that improves a mixture step by step, as an immutable value; the loop is :func:`gmmkeops.fit`.
 
     Attributes:
-        max_iter: Iterations unless the fit says otherwise.
-        tol: Tolerance unless the fit says otherwise, nats per point; zero runs all iterations.
+        max_iter: Default for the largest number of iterations.
+        tol: Default tolerance, nats per point; with zero, all iterations are performed.
         relative_tol: Tolerance as a fraction of the objective.
         patience: The objective is compared with that of at least this many iterations before.
-        returns_last: Whether the last mixture is the result, since each step lowers the objective in the history; otherwise
-            the best one is.
+        returns_last: Whether the result is the last mixture, because each step decreases the objective, rather than the best
+            one.
     """
 
     returns_last: ClassVar[bool] = False
@@ -371,30 +372,30 @@ class Method(ABC, Generic[S]):
 
     @abstractmethod
     def init(self, problem: Problem, mixture: Mixture) -> S:
-        """The state before the first step, from a mixture of the frame in float64."""
+        """State before the first step, from a float64 mixture in standardized coordinates."""
 
     @abstractmethod
     def step(self, problem: Problem, state: S) -> tuple[S, Evaluation]:
-        """One pass over the data: the next state, and the evaluation of the one before."""
+        """Perform one pass over the data; return the next state and the evaluation of the mixture of ``state``."""
 
     @abstractmethod
     def pack(self, state: S) -> Any:
-        """The state as a value that a checkpoint can hold, and that the next step leaves alone."""
+        """The state as a value that a checkpoint can store and that later steps do not modify."""
 
     @abstractmethod
     def unpack(self, problem: Problem, packed: Any) -> S:
-        """The state from what :meth:`pack` made of it."""
+        """The state from the result of :meth:`pack`."""
 
     @abstractmethod
     def current(self, problem: Problem, state: S) -> tuple[Population, Mixture, Tensor]:
-        """The population, its live mixture (what would be returned now), and the components (K,) that hit a bound."""
+        """The population, the current mixture of its active components, and a mask (K,) of regularized components."""
 
     def answer(self, found: Any, frame: Frame) -> Any:
-        """In the user's units, what else than a mixture an evaluation has found."""
+        """Convert the ``answer`` of an :class:`Evaluation` to data units."""
         return found
 
     def evaluate(self, problem: Problem, state: S) -> Evaluation:
-        """The exact objective of the current mixture, by one more pass over the data."""
+        """Evaluate the exact objective of the current mixture, by another pass over the data."""
         population, live, floored = self.current(problem, state)
         with torch.no_grad():
             whole = population.whole(live).detach()
@@ -405,10 +406,10 @@ class Method(ABC, Generic[S]):
     def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
         """Return whether the objective has changed by less than a quarter of a tolerance over the last half of the iterations.
 
-        A single small step is no sign of convergence: EM crosses plateaus on which a step gains less than any tolerance, and
-        gains much more later. The window is therefore at least ``patience`` iterations long and grows with their number.
+        A single small step does not show convergence: on plateaus, EM gains less than any tolerance in a step, and much more
+        later. The window is therefore at least ``patience`` iterations long and grows with their number.
         With a penalty that prunes components the limit is a tenth of the tolerance: before a component is pruned, the objective
-        stands almost still. Changes below 1e-5 nats per point over half of the iterations are accepted; smaller tolerances
+        hardly changes. Changes below 1e-5 nats per point over half of the iterations are accepted; smaller tolerances
         bound the change over the last ten iterations.
 
         Args:

@@ -50,22 +50,22 @@ class Report:
 
 @dataclass(frozen=True)
 class FitResult:
-    """A fitted mixture and how it came about.
+    """Result of a fit: the mixture, its objective, and the history of the iterations.
 
     Args:
-        mixture: The last mixture for methods whose every step lowers their objective, such as EM; for others, such as Adam,
-            the best one. All K components, float64, data units.
-        objective: Its mean negative log-likelihood plus penalty, nats per point.
-        log_likelihood: Its mean log-likelihood, nats per point.
+        mixture: The fitted mixture with all K components, float64, data units: the last one for methods that decrease the
+            objective in every step, such as EM, and the best one for others, such as Adam.
+        objective: Mean negative log-likelihood plus penalty of the mixture, nats per point.
+        log_likelihood: Mean log-likelihood of the mixture, nats per point.
         converged: Whether the tolerance was met.
-        n_iter: Iterations done.
+        n_iter: Number of iterations performed.
         history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
-            the iteration started from; with minibatches a running mean), "seconds" since the start, "live" components.
-            "objective" is what the steps lower: for EM it includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
-        report: What happened on the way.
-        answer: What the mixture is a part of, where there is more: the :class:`gmmkeops.bayes.NormalWishart` whose expectation
-            it is (the objective is then minus its lower bound), or the conditional :class:`~gmmkeops.GMM` whose mixture of an
-            average context it is.
+            the iteration started from; with minibatches a running mean), "seconds" since the start, "live" (the number of
+            active components). For EM "objective" includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
+        report: Engine, dtype, error bounds, pruned and regularized components.
+        answer: The full result of methods that fit more than a mixture: the :class:`gmmkeops.bayes.NormalWishart` posterior,
+            whose expectation is ``mixture`` (the objective is then minus the lower bound), or the conditional
+            :class:`~gmmkeops.GMM`, whose mixture at an average context is ``mixture``. None for other methods.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -88,7 +88,7 @@ class FitResult:
 
     @property
     def posterior(self) -> Any:
-        """The answer of a Bayesian method."""
+        """The posterior that a Bayesian method has fitted; None for other methods."""
         return self.answer
 
     def __str__(self) -> str:
@@ -98,21 +98,19 @@ class FitResult:
             f"{end} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
             f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "
             f"{r.live_components} of {K} components live"
-        ) + (
-            f"; {r.pairs:.2%} of all pairs evaluated, error at most {r.certificate:.0e} nats" if r.pairs < 1 else ""
-        )
+        ) + (f"; {r.pairs:.2%} of all pairs evaluated, error at most {r.certificate:.0e} nats" if r.pairs < 1 else "")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback sees of an iteration.
+    """State of a fit after an iteration, as callbacks receive it.
 
     Args:
-        iteration: From 0.
-        objective: Nats per point, of ``mixture``.
-        log_likelihood: Nats per point, of ``mixture``.
-        live: Indices of the live components.
-        history: As in :class:`FitResult`, up to here.
+        iteration: Number of the iteration, from 0.
+        objective: Objective of ``mixture``, nats per point.
+        log_likelihood: Mean log-likelihood of ``mixture``, nats per point.
+        live: Indices of the active components, int64.
+        history: As in :class:`FitResult`, up to this iteration.
     """
 
     iteration: int
@@ -125,5 +123,5 @@ class Step:
 
     @cached_property
     def mixture(self) -> Mixture:
-        """The mixture that the objective belongs to, in the user's units, float64."""
+        """Mixture at the beginning of the iteration, to which the objective belongs; float64, data units."""
         return self._problem.frame.leave(self._evaluation.mixture)

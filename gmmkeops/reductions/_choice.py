@@ -1,4 +1,4 @@
-"""What runs: which engine, and whether points are put into boxes first."""
+"""Choice of the engine, and of whether points are sorted into a kd-tree for truncation."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ __all__ = ["BACKENDS", "arrange", "engine", "may_arrange"]
 
 BACKENDS = ("auto", "keops", "dense")
 
-# Dimensions up to which points are halved into small boxes without labels.
+# Largest dimension in which points are sorted into a kd-tree by coordinates; beyond it they are grouped by labels.
 _FEW = 4
-# What truncation may cost where nobody has said: what the dtype's rounding would lose anyway, nats per point.
+# Default ε of truncation for each dtype, about its rounding error in nats per point.
 _EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 _warned: set[str] = set()
 
 
 def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool = True) -> str:
-    """Which engine will run: ``"dense"`` or ``"keops"``.
+    """Name of the engine that will be used: ``"dense"`` or ``"keops"``.
 
-    On a CPU the dense tiles are the faster engine everywhere; on CUDA the KeOps formulas are for few dimensions (up to 6
-    with full factors, 16 with diagonal ones), where a tile's matrix products are too thin to fill the device.
+    On a CPU ``"auto"`` chooses the dense engine, which is faster in all cases. On CUDA it chooses KeOps in few dimensions (up to
+    6 with full factors, 16 with diagonal ones), where the matrix products of a tile are too thin to fill the device.
 
     Args:
-        problem: The points (N, D), checked exponents, or a device.
+        problem: The points (N, D), validated exponents, or a device.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
         features: D, when only a device is given.
         full: Whether factors are full matrices, when no exponents are given.
 
     Raises:
-        ValueError: The backend's name is unknown.
+        ValueError: The name of the backend is unknown.
 
     Warns:
-        UserWarning: Once for each reason, when KeOps was asked for, or is the faster engine, and cannot run; dense runs
-            instead.
+        UserWarning: KeOps was chosen and cannot run, so that the dense engine is used; once for each reason.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -78,26 +77,27 @@ def arrange(
     sweeps: int = 1,
     labels: Callable[[], Tensor] | None = None,
 ) -> Tensor | Truncation:
-    r"""Points in the order of a tree of boxes, for sweeps that leave out what no point of a box can feel.
+    r"""Sort points into kd-tree leaves, so that reductions can skip negligible components (block-sparse evaluation).
 
-    Every reduction takes the result in the place of the points, and answers in the order of the points. A sweep then gives
-    :math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` at each point, certified by bounds, not hoped for;
-    labels, the largest exponents and moments of hard assignments are exact.
+    All reductions accept the result in place of the points, and return values in the original order of the points. They then
+    guarantee :math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` for the log-density of each point. Labels, the
+    largest exponents and the moments of hard assignments are exact.
 
     Args:
-        x: Points (N, D).
-        components: K of the mixtures that will be looked at.
-        truncate: ε in (0, 1); 0 for exact sweeps over all components. None decides: 1e-6 for float32 points and 1e-12 for
-            float64 ones, which rounding hides, where it pays.
-        sweeps: How many sweeps are to come, which decides whether arranging pays.
-        labels: Finds the likely component of each point (N,), int64. In more than four dimensions boxes are made of points
-            with one label, since halving does not make them small there; it is called only if that pays.
+        x: Points (N, D), data units.
+        components: Number of components K of the mixtures that will be evaluated.
+        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components. None
+            uses 1e-6 for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
+        sweeps: Expected number of reductions with these points; used to decide whether sorting saves time.
+        labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions a
+            kd-tree by coordinates has no small leaves, and points are grouped by these labels instead. It is called only if that
+            saves time.
 
     Returns:
-        The points themselves, or a :class:`Truncation`.
+        The points themselves if sorting does not save time, otherwise a :class:`Truncation`.
 
     Raises:
-        TypeError, ValueError: Bad points, or a truncation that is no number from 0 to 1.
+        TypeError, ValueError: Invalid points, or ``truncate`` is not a number from 0 to 1.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -114,23 +114,23 @@ def arrange(
     labels = None if x.shape[1] <= _FEW else labels
     if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
         return x
-    # Two components' worth, within what makes a good tile; a label of its own is cut as little as can be.
+    # Rows of a leaf: those of about two components, within the limits of an efficient tile. Groups of one label are split rarely.
     rows = min(4096, max(1024 if labels is None else 2048, 2 * len(x) // components))
     cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels(), rows)
     return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
 
 
 def _pays(x: Tensor, components: int, sweeps: int, labelled: bool) -> bool:
-    """Whether arranging points (N, D) for so many sweeps is likely to be worth it, with labels or without."""
+    """Whether sorting points (N, D) is likely to save time over ``sweeps`` reductions, by labels or by coordinates."""
     N, D = x.shape
     if labelled:
-        # Short lists only pay in tiles with work for more than their own making: about a thousand rows in 20 dimensions.
+        # Truncation saves time only if tiles are large compared with their overhead: about a thousand rows in 20 dimensions.
         return components >= 16 and N * components >= 1_000_000 and sweeps >= 8 and 20_000 * components <= N * D
     return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
 
 
 def may_arrange(rows: int, components: int, dimensions: int) -> bool:
-    """Whether a fit of so many points would arrange them by itself.
+    """Whether a fit may sort its points for truncation by default.
 
     Args:
         rows: Number of points N.
@@ -138,7 +138,7 @@ def may_arrange(rows: int, components: int, dimensions: int) -> bool:
         dimensions: Number of columns D.
 
     Returns:
-        Whether boxes may pay; where they may, the first lists of a fit decide.
+        Whether truncation may save time; the fit decides after its first pass.
 
     Example:
         >>> import gmmkeops as gk

@@ -1,7 +1,7 @@
-"""The dense engine: sweeps of cache-sized tiles over all points, on any device, and the float64 oracle.
+"""The dense engine: reductions over cache-sized tiles of points and components, on any device.
 
-A sweep cuts the points, or a truncation's plan, into tiles, shares them among the cores and lets a reduction read each. No array
-of N x K numbers exists.
+The points, or the schedule of a truncation, are split into tiles, which are distributed over the cores. A reduction reads one
+tile after the other, and no N x K array is stored.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = ["argmax", "logsumexp", "moments", "point_gradient", "topk"]
 
 _logger = logging.getLogger("gmmkeops")
 
-# Numbers in one tile, and rows: few enough to stay in cache with their copies, enough to outweigh the cost of a torch call
-# (2 cores, moments of 1e6 x 30, D = 3: 79 ms at 256Ki, 63 at 768Ki, 62 at 1536Ki; 1e5 x 100, D = 10: 44, 39, 40). A GPU wants
+# Entries and rows of one tile: few enough to stay in cache with their copies, enough to outweigh the overhead of torch calls
+# (2 cores, moments of 1e6 x 30, D = 3: 79 ms at 256Ki, 63 at 768Ki, 62 at 1536Ki; 1e5 x 100, D = 10: 44, 39, 40). A GPU needs
 # long kernels.
 _TILE_CPU, _ROWS_CPU = 3 << 18, 1 << 14
 _TILE_CUDA = 1 << 24
-# Pairs below which starting threads costs more than they save.
+# Smallest number of pairs for which another thread saves time.
 _PAIRS_PER_THREAD = 500_000
-# What a tile costs beside its pairs, in pairs.
+# Overhead of a tile, in pairs.
 _PAIRS_PER_TILE = 10_000
-# What products in float32 may change of a point's log-sum-exp ℓ, as a fraction of max(1, |ℓ|); of how many points it is looked
-# at; and how much larger than at those a size may be.
+# Largest error of a point's log-sum-exp ℓ by float32 products, as a fraction of max(1, |ℓ|); number of points at which it is
+# tested; and largest ratio of a size to the sizes at these points.
 _IMPRECISE, _LOOKED_AT, _FURTHER = 1e-4, 256, 8.0
 
 
@@ -51,7 +51,7 @@ def _tile_rows(problem: Exponents, halvings: int = 0) -> int:
 
 
 _Body = Callable[[Tile, int, int], None]
-# First row, last-plus-one row, components (None for all), least value that they may find.
+# First row, last-plus-one row, components (None for all), and the smallest log-sum-exp for which the list is long enough.
 _Stretch = tuple[int, int, Tensor | None, float]
 
 
@@ -64,22 +64,22 @@ def _sweep(
     featured: bool = False,
     single: bool = False,
 ) -> list[Tile]:
-    """Runs ``body`` over all tiles, on as many threads as torch has; returns the workers' tiles in order of rows.
+    """Run ``body`` over all tiles, on as many threads as torch has; return the workers' tiles in order of rows.
 
     Args:
-        problem: What is swept.
-        body: Called with the loaded tile and its first and last-plus-one row. It may write or add only after
-            ``tile.sees(values)`` has said that the tile's list is long enough for what it read.
-        blocks: Which components the tiles may leave out; None for none.
+        problem: Points and components.
+        body: Called with the loaded tile and its first and last-plus-one row. It must not write or add results unless
+            ``tile.sees(values)`` returns True, which means that the candidate list of the tile is long enough.
+        blocks: Truncation that chooses the components of each tile; None for all components.
         clamp: Keep exponents beyond the dtype's range finite.
-        featured: Load features also where the exponents do without them.
+        featured: Compute the features even if the exponents do not need them.
         single: As in :meth:`Truncation.begin`.
     """
     for halvings in count():
         try:
             return _swept(problem, body, blocks, clamp, featured, single, halvings)
         except (MemoryError, RuntimeError) as error:
-            # With less memory, smaller tiles; at thirty-two rows there is nothing left to save.
+            # The pass is repeated with smaller tiles; below 32 rows they would save no more memory.
             if not _is_out_of_memory(error) or _tile_rows(problem, halvings) <= 32:
                 raise
             _logger.warning("out of memory: tiles are halved")
@@ -89,9 +89,10 @@ def _sweep(
 
 
 def _float32_limit(problem: Exponents, halvings: int) -> float | None:
-    """The largest sizes of components (:class:`Sizes`) for which products of float32 points may be float32 ones, or None.
+    """Largest sizes of components (:class:`Sizes`) for which products of float32 points may be taken in float32, or None.
 
-    They are asked for, and near enough at some of the points; errors grow with the square of the size.
+    None if torch's setting does not allow them, or if they are not accurate enough at a sample of the points. Errors grow with
+    the square of the size.
     """
     N = problem.shape[0]
     if problem.x.dtype != torch.float32 or not asked(problem.x.device) or N < 32 * _LOOKED_AT:
@@ -110,7 +111,7 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
     if error <= _IMPRECISE / 2:
         sizes = Sizes(problem)
         own = (sizes.lengths[label] * (few.x - problem.centre).abs()).sum(1) + sizes.own[label]
-        # The middle one: a sample may hold points that are far from all components.
+        # The median, since a sample may contain points that are far from all components.
         return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / max(error, 1e-300)))
     warnings.warn(
         "torch.set_float32_matmul_precision asks for float32 products, which would change log-densities by more than "
@@ -135,7 +136,7 @@ def _swept(
     single: bool,
     halvings: int,
 ) -> list[Tile]:
-    # What lies beyond the range of float32 lies beyond that of its products, too.
+    # Exponents beyond the range of float32 cannot be computed by float32 products.
     limit = None if clamp else _float32_limit(problem, halvings)
     plan = None if blocks is None else blocks.begin(problem, single)
     if blocks is None or plan is None:
@@ -154,14 +155,14 @@ def _whole(problem: Exponents, halvings: int = 0) -> list[_Stretch]:
     """Tiles of all components."""
     N, size = problem.shape[0], _tile_rows(problem, halvings)
     if size < N and not problem.x.is_cuda:
-        # As many for each thread, and all of about one size.
+        # The same number of tiles for each thread, all of about the same size.
         threads = torch.get_num_threads()
         size = -(-N // (-(-N // (size * threads)) * threads))
     return [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
 
 
 def _stretches(plan: Plan, floors: Tensor) -> list[_Stretch]:
-    """Rows, components and the least value that each tile of a plan may find."""
+    """Row range, components and smallest admissible value of each tile of a schedule."""
     ends = plan.pointer.tolist()
     lists = [plan.index[a:b] for a, b in pairwise(ends)]
     rows = zip(plan.spans.tolist(), plan.owner.tolist(), floors.tolist(), strict=True)
@@ -176,11 +177,11 @@ def _run(
     featured: bool,
     limit: float | None,
 ) -> list[Tile]:
-    """Runs ``body`` over tiles, with float32 products where components' sizes are within a limit; None for nowhere."""
+    """Run ``body`` over tiles, with float32 products for tiles whose sizes are within ``limit``; None for float64 products."""
     K = problem.shape[1]
     rows = [stop - start for start, stop, _, _ in tiles]
     pairs = [n * (K if index is None else len(index)) for n, (_, _, index, _) in zip(rows, tiles, strict=True)]
-    # A tile costs something whatever it holds.
+    # Each tile has a constant overhead.
     work = torch.tensor(pairs).add_(_PAIRS_PER_TILE).cumsum(0)
     threads = 1 if problem.x.is_cuda else torch.get_num_threads()
     workers = max(1, min(threads, len(tiles), sum(pairs) // _PAIRS_PER_THREAD))
@@ -191,7 +192,7 @@ def _run(
     if problem.x.is_cuda and bool(
         sizes.most((problem.x - problem.centre).abs().amax(0)) <= least_limit(problem, limit)
     ):
-        # One look at all points, so that the device is not waited for in each tile.
+        # One test for all points avoids a synchronization of the device in each tile.
         bounds = None
 
     def new(limit: float | None) -> Tile:
@@ -216,7 +217,7 @@ def _run(
 
 
 def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
-    """ℓ (N,), nats, in the dtype of the points."""
+    """Log-sum-exps ℓ (N,), nats, in the dtype of the points."""
     values = problem.x.new_empty(problem.shape[0])
 
     def body(tile: Tile, start: int, stop: int) -> None:
@@ -244,7 +245,7 @@ def argmax(problem: Exponents, blocks: Truncation | None = None) -> Tensor:
 
 
 def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest exponents (N, k), nats, in falling order, and their indices (N, k)."""
+    """The k largest exponents (N, k), nats, in descending order, and their indices (N, k), int64."""
     values = problem.x.new_empty(problem.shape[0], k)
     indices = torch.empty(problem.shape[0], k, dtype=torch.int64, device=problem.x.device)
 
@@ -260,11 +261,11 @@ def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[
 def moments(
     problem: Exponents, weights: Tensor | None, assignment: str, seed: int, blocks: Truncation | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """S0 (K,), S1 (K, D), S2 about the components' means, and Σ g ℓ, all float64."""
+    """Moments S0 (K,), S1 (K, D) and S2 about the components' means, and Σ g ℓ, all float64."""
     D = problem.shape[2]
     unit = 1.0
     if weights is not None:
-        # Without a power of two of theirs, weights of any size are within the range of the products.
+        # Weights are divided by a power of two, so that products with weights of any size stay in range.
         unit = 2.0 ** max(-1000, min(1000, int(torch.frexp(weights.abs().amax()).exponent)))
         weights = weights / unit
 

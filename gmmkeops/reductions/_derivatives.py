@@ -1,12 +1,13 @@
-r"""The derivatives of the log-sum-exp as autograd functions: first ones by an engine, second ones recomputed in chunks.
+r"""Derivatives of the log-sum-exp as autograd functions: first ones by an engine, second ones recomputed in chunks.
 
 .. math::
 
     L = \sum_n g_n \ell_n(\theta), \qquad \nabla_\theta L \ \text{by moments}, \qquad
     \nabla_{g, \theta}\, \langle \nabla_\theta L, v \rangle = \nabla_{g, \theta} \sum_n g_n \dot\ell_n
 
-with θ the points, offsets, means and factors. Each function is the derivative of the one before it, so that second derivatives
-of every kind (reverse over reverse, forward over reverse, reverse over forward) are sums of these, and a third one is an error.
+with θ the points, offsets, means and factors. Each function is the derivative of the previous one. All combinations of second
+derivatives (reverse over reverse, forward over reverse, reverse over forward) are sums of these functions; third derivatives
+raise an error.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ __all__ = ["Attached", "LogSumExp", "Sweep", "Total"]
 
 
 class Sweep(Protocol):
-    """Interface of an engine to the derivatives; it may keep results about its arguments."""
+    """Interface of an engine to the derivatives; an instance may cache results for its arguments."""
 
     def anew(self) -> Sweep:
-        """Return the engine for other arguments."""
+        """Return an instance without cached results, for other arguments."""
 
     def unordered(self, x: Tensor) -> Tensor:
         """The points in the order of the results."""
@@ -57,7 +58,7 @@ def _refuse(order: str) -> Any:
 
 
 def _wanted(gradients: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients in their places, None where none is wanted."""
+    """The gradients at the positions where they are wanted, None at the others."""
     found = iter(gradients)
     return [next(found) if want else None for want in wanted]
 
@@ -67,7 +68,7 @@ def _one_by_one(function: Any, info: Any, in_dims: Sequence[int | None], argumen
     size = info.batch_size
     if size == 0:
         raise ValueError("torch.func.vmap over a log-density needs at least one entry in the batch, got none.")
-    # Arguments from the second on are parameters, which an engine has looked at already if they are the same for all.
+    # Results of an engine for its parameters may be reused if the parameters are the same for all entries.
     alike = all(dim is None for dim in in_dims[function.parameters])
     found = []
     for i in range(size):
@@ -121,7 +122,7 @@ class LogSumExp(Function):
 
 
 class Total(Function):
-    """Σ g ℓ, and (not differentiable) its gradients in the offsets, means and factors, which the same sweep gives."""
+    """Σ g ℓ, and (not differentiable) its gradients in the offsets, means and factors, from the same pass."""
 
     parameters = slice(0, 4)
 
@@ -158,9 +159,9 @@ class Total(Function):
 
 
 class _Gradient(Function):
-    """Gradients of Σ g ℓ in those of points, offsets, means and factors that are wanted.
+    """Gradients of Σ g ℓ in the points, offsets, means and factors, as far as they are wanted.
 
-    ``scale`` and ``known`` are given where g is ``scale`` times weights for which the gradients are known already.
+    If g is ``scale`` times the weights of an earlier pass, the gradients of that pass are given as ``known_…``.
     """
 
     parameters = slice(1, 5)
@@ -263,7 +264,7 @@ class _Slope(Function):
 
 
 class _Curvature(Function):
-    """Gradients of Σ g ℓ' in those of g, points, offsets, means and factors that are needed; ℓ' as in :class:`_Slope`."""
+    """Gradients of Σ g ℓ' in g, points, offsets, means and factors, as far as they are needed; ℓ' as in :class:`_Slope`."""
 
     parameters = slice(1, 5)
 
@@ -292,7 +293,7 @@ class _Curvature(Function):
 
 
 class Attached(Function):
-    """A value as a function of parameters, of whose derivatives only the gradients there are known."""
+    """A value as a function of parameters, with known gradients and without further derivatives."""
 
     parameters = slice(0, 0)
 
@@ -339,7 +340,7 @@ class _Known(Function):
     def backward(ctx: Any, *_: Any) -> Any:
         raise NotImplementedError(
             "sums that were attached to parameters have first derivatives only; use gmmkeops.reductions.total of the "
-            "points, which has second ones."
+            "points for second derivatives."
         )
 
     @staticmethod

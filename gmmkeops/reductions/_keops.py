@@ -2,10 +2,11 @@ r"""The KeOps engine: the exponents as LazyTensor formulas, compiled once per di
 
 .. math:: z = x_i - \mu_j, \qquad y = U_j^\top z, \qquad e = c_j - \tfrac12 |y|^2
 
-float32 coordinates are held in two parts, so that :math:`z` is as accurate as float32 is for its own size, wherever it lies.
-Two formulas do the work: a log-sum-exp over j, and one Sum over i of :math:`\exp(e - \ell_i)\, g_i\, (1, z, z z^\top)`.
-Spherical factors go through the diagonal formula and tied ones are expanded. This is the only file that imports pykeops,
-and it does so on first use. Reference: Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory
+float32 coordinates are stored as the sum of two float32 numbers, so that the relative error of :math:`z` is that of float32
+also far from the origin. There are two main formulas: a log-sum-exp over j, and a sum over i of
+:math:`\exp(e - \ell_i)\, g_i\, (1, z, z z^\top)`.
+Spherical factors use the diagonal formula, and tied ones are expanded. This is the only file that imports pykeops, and it does
+so on first use. Reference: Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory
 overflows* (JMLR 22).
 """
 
@@ -38,32 +39,32 @@ __all__ = ["NO_SHARE", "Broken", "accurate", "far", "logsumexp", "moments", "poi
 
 # Compile flags worth 1.4-1.7x at D <= 3 (never -ffast-math: with gcc < 13 it sets flush-to-zero for the whole process).
 _FLAGS = "-march=native -include math.h -fno-math-errno -fno-trapping-math"
-# Rows that one partial sum adds up in the points' own dtype; partial sums meet in float64.
+# Rows that are summed in the dtype of the points; these partial sums are added in float64.
 _ROWS_PER_SUM = 4096
-# Blocks that keep a GPU busy; a Sum into K rows alone fills K / 192 of them.
+# Number of thread blocks that fill a GPU; a sum into K rows uses only K / 192 of them.
 _BLOCKS_CUDA = 1300
-# Most memory for the partial sums of one call, bytes, and what each of their numbers takes, in float32 and in float64.
+# Largest memory for the partial sums of one call, bytes, and bytes of each number in them (float32 and its float64 copy).
 _SLAB, _BYTES = 1 << 26, 12
-# A log-sum-exp that makes every responsibility of a padding row zero, whatever its exponents.
+# Log-sum-exp of padding rows, with which all their responsibilities are zero.
 NO_SHARE = 1e30
-# Largest condition number of factors for which float32 will do: 128 costs 2e-5 nats (measured, in 3 and 10 dimensions).
+# Largest condition number of factors for which float32 is accurate enough: 128 costs 2e-5 nats (measured in 3 and 10 dimensions).
 _CONDITION = 128.0
-# Nats below the largest possible exponent from which on float32 exponents are too coarse to be subtracted.
+# Depth (nats) below the largest possible exponent from which differences of float32 exponents are too coarse.
 _DEEPEST = 300.0
 
 _compiled: set[tuple[Any, ...]] = set()
 _state: dict[str, Any] = {"reason": None, "lazy": None, "pid": None, "lock": None, "own": False, "folder": None}
-# Seconds after which a cache that could not be read, perhaps because another process was writing it, is read again.
+# Seconds to wait before an unreadable cache is read again, in case another process is writing it.
 _PATIENCE = 0.5
 
 R = TypeVar("R")
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why KeOps cannot run on this device, in one clause, or None when it can (imports pykeops on first use).
+    """Reason why KeOps cannot run on this device, in one clause, or None if it can (imports pykeops on first use).
 
     Raises:
-        RuntimeError: In a process forked after KeOps has started.
+        RuntimeError: The process was forked after KeOps had started.
     """
     if _state["lazy"] is None and _state["reason"] is None:
         _state["reason"] = _load()
@@ -82,7 +83,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _without_cuda() -> str:
-    """Return the library that KeOps misses on a machine where torch sees CUDA, in one clause, found as the linker does."""
+    """Reason why KeOps does not see CUDA while torch does, with the library that the linker cannot find, in one clause."""
     for name, owner in (("nvrtc", "the CUDA toolkit"), ("cuda", "the NVIDIA driver")):
         if find_library(name) is None:
             return f"pykeops does not see CUDA, though torch does: there is no lib{name}.so of {owner} where the linker looks"
@@ -90,7 +91,7 @@ def _without_cuda() -> str:
 
 
 def _load() -> str | None:
-    """Imports pykeops quietly, with its cache in our own folder; returns the reason if that fails."""
+    """Import pykeops without output, with its cache in this package's folder; return the reason if that fails."""
     if sys.platform == "win32":
         return "pykeops does not run on native Windows"
     if importlib.util.find_spec("pykeops") is None:
@@ -98,7 +99,7 @@ def _load() -> str | None:
     if "pykeops" not in sys.modules and shutil.which(os.environ.get("CXX", "c++")) is None and not shutil.which("g++"):
         return "no C++ compiler was found (install g++)"
     if "pykeops" in sys.modules and not _state["own"]:
-        # The user has imported it: its cache folder and what is damaged there are the user's.
+        # The user has imported pykeops before: its cache folder belongs to the user and is not repaired.
         return _begin(None)
     _state["own"] = True
     flags = os.environ.get("CXXFLAGS", _FLAGS)
@@ -111,21 +112,21 @@ def _load() -> str | None:
         return reason
     reason = _begin(folder)
     if reason is not None and any(folder.rglob("*.pkl")):
-        # A list of formulas that is cut short breaks the import. Perhaps another process is writing it just now.
+        # A truncated list of formulas breaks the import. Another process may be writing it.
         time.sleep(_PATIENCE)
         reason = _begin(folder)
         if reason is not None and (renewed := renewed_folder(folder, flags)) is not None:
             reason = _begin(renewed)
     if reason is not None and (compiler := shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")):
-        # The import itself runs the compiler.
+        # The import itself runs the compiler, which may be the reason.
         return compiler_failure(compiler, f"{flags} -shared -fPIC") or reason
     return reason
 
 
 def _begin(folder: Path | None) -> str | None:
-    """Imports pykeops with a cache folder, or as it is, and remembers it; returns the reason if that fails."""
+    """Import pykeops with a cache folder (None for its own), and store it; return the reason if that fails."""
     with warnings.catch_warnings():
-        # An import that fails leaves the file open that it could not read.
+        # A failed import leaves the unreadable file open.
         warnings.simplefilter("ignore", ResourceWarning)
         try:
             lazy = _import(folder)
@@ -143,7 +144,7 @@ def _import(folder: Path | None) -> Any:
     for name in [name for name in sys.modules if name.split(".")[0] in ("pykeops", "keopscore")]:
         del sys.modules[name]
     if _state["folder"] is not None:
-        # KeOps finds formulas by name on this path, where those of a folder that is no longer used must not be.
+        # KeOps finds formulas by name on this path, from which a folder that is no longer used must be removed.
         sys.path[:] = [entry for entry in sys.path if not entry.startswith(f"{_state['folder']}{os.sep}")]
     settings = {
         "KEOPS_CACHE_FOLDER": str(folder),
@@ -162,7 +163,7 @@ def _import(folder: Path | None) -> Any:
 
 
 class Broken(RuntimeError):
-    """KeOps cannot compile or load a formula; :func:`unavailable` says why from then on."""
+    """KeOps cannot compile or load a formula; :func:`unavailable` returns the reason from then on."""
 
 
 class _Unusable(Exception):
@@ -170,7 +171,7 @@ class _Unusable(Exception):
 
 
 def _renewed() -> bool:
-    """Begins again with a cache folder in which nothing is damaged; returns whether there is one."""
+    """Import KeOps again with a cache folder without damaged files; return whether that succeeded."""
     if _state["folder"] is None:
         return False
     folder = renewed_folder(_state["folder"], os.environ.get("CXXFLAGS", _FLAGS))
@@ -179,14 +180,14 @@ def _renewed() -> bool:
 
 
 def _unwritable(folder: Path) -> str | None:
-    """Why KeOps cannot compile into a folder, in one clause; None where it can."""
+    """Reason why KeOps cannot compile into a folder, in one clause; None if it can."""
     if os.access(folder, os.W_OK):
         return None
     return f"its cache folder {folder} cannot be written to (set KEOPS_CACHE_FOLDER to one that can)"
 
 
 def _failure() -> str:
-    """Why a formula cannot be compiled or loaded though the compiler works, in one clause."""
+    """Reason why a formula cannot be compiled or loaded although the compiler works, in one clause."""
     folder = _state["lock"].parent
     return _unwritable(folder) or (
         f"it cannot compile or load a formula in {folder} (set KEOPS_CACHE_FOLDER to an empty folder; if that does not help, "
@@ -195,7 +196,7 @@ def _failure() -> str:
 
 
 def _healing(function: Callable[..., R]) -> Callable[..., R]:
-    """Calls a function once more, with formulas that are compiled anew, where those in the cache folder do not work.
+    """Decorator that repeats a call with newly compiled formulas if those in the cache folder do not work.
 
     Raises:
         Broken: The compiler fails, or the second call does.
@@ -219,7 +220,7 @@ def _healing(function: Callable[..., R]) -> Callable[..., R]:
 
 @contextlib.contextmanager
 def _guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
-    """One call of a formula: while it may have to be compiled one process works at a time; nothing foreign escapes.
+    """Context of one call of a formula: a file lock while it may be compiled, and errors of KeOps as ``_Unusable``.
 
     KeOps launches its kernels on the default stream of CUDA, which does not wait for what torch has queued on another one,
     and leaves the context of the device that it used current. It synchronizes that device before it returns.
@@ -243,7 +244,7 @@ def _guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
 
 
 class _Formula:
-    """The residuals, their exponents and the family: over N points, over B batches of them, or over the boxes of a plan."""
+    """Residuals and exponents as LazyTensors: over N points, over batches of them, or over the kd-tree leaves of a schedule."""
 
     def __init__(
         self, LazyTensor: Any, problem: Exponents, batches: int | None = None, plan: Plan | None = None
@@ -253,7 +254,7 @@ class _Formula:
         x = problem.x if plan is None else problem.x[plan.rows]
         x = x.double() - problem.centre
         U = problem.U.expand(K, D) if problem.U.shape[1:] == (1,) else problem.U
-        # matvecmult reads its matrix row by row, so Uᵀ is what is laid out.
+        # matvecmult reads its matrix row by row, so Uᵀ is stored.
         U = U.mT if problem.is_full else U
         self.lead: tuple[int, ...] = ()
         self.rows = len(x)
@@ -264,7 +265,7 @@ class _Formula:
         heads = x.to(problem.x.dtype), problem.means.to(problem.x.dtype)
         self.z = LazyTensor(heads[0].unsqueeze(-2).contiguous()) - self.j(heads[1])
         if problem.x.dtype == torch.float32:
-            # Two parts of each coordinate, so that residuals keep their digits far from the center.
+            # A second float32 number for each coordinate, so that residuals are accurate far from the center.
             rests = x - heads[0], problem.means - heads[1]
             rest = rests[0].to(heads[0]).unsqueeze(-2).contiguous()
             self.z = self.z + (LazyTensor(rest) - self.j(rests[1]))
@@ -275,26 +276,26 @@ class _Formula:
             self.e.ranges = plan.ranges()
 
     def j(self, values: Tensor) -> Any:
-        """Numbers of each component as a LazyTensor; those of a plan's lists one after the other."""
+        """Values of each component as a LazyTensor; with a schedule, those of its candidate lists one after the other."""
         values = values if self.plan is None else values[self.plan.index]
         return self.LazyTensor(values.to(**self.kind).reshape(*self.lead, 1, len(values), -1).contiguous())
 
     def i(self, values: Tensor, padding: float = 0.0) -> Any:
-        """A per-point number as a LazyTensor, and what it is at padding points."""
+        """A value of each point as a LazyTensor; ``padding`` is the value at padding points."""
         values = (values if self.plan is None else values[self.plan.rows]).to(self.kind["dtype"])
         if self.batches is not None:
             values = _padded(values, self.batches * self.rows, padding).view(self.batches, self.rows)
         return self.LazyTensor(values[..., None, None].contiguous())
 
     def shares(self, values: Tensor) -> Any:
-        """Responsibilities exp(e - ℓ), given ℓ; none at padding points, where an exponent may be beyond the dtype's range."""
+        """Responsibilities exp(e - ℓ), given ℓ; zero at padding points, where an exponent may exceed the dtype's range."""
         return (self.e - self.i(values, NO_SHARE)).exp()
 
 
 def accurate(problem: Exponents) -> Exponents:
-    """The same problem in a dtype in which residuals of float32 do not lose what matters: their own, or float64.
+    """The same problem, in float64 if float32 residuals are not accurate enough.
 
-    Rounding x - μ to float32 changes an exponent by a multiple of the factor's condition number, whatever its scale.
+    Rounding x - μ to float32 changes an exponent by a multiple of the factor's condition number, at any scale.
     """
     if problem.x.dtype != torch.float32 or not problem.is_full:
         return problem
@@ -304,7 +305,7 @@ def accurate(problem: Exponents) -> Exponents:
 
 
 def far(problem: Exponents, values: Tensor) -> Tensor:
-    """Rows (n,) at which log-sum-exps or largest exponents (N,) are too large for differences of float32 exponents."""
+    """Rows (n,) whose log-sum-exps or largest exponents (N,) are too far from zero for differences of float32 exponents."""
     if problem.x.dtype != torch.float32:
         return (~torch.isfinite(values)).nonzero()[:, 0]
     return (~((values - problem.offsets.amax()).abs() <= _DEEPEST)).nonzero()[:, 0]
@@ -315,20 +316,20 @@ def _padded(values: Tensor, rows: int, padding: float = 0.0) -> Tensor:
 
 
 def _called(problem: Exponents, reduction: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
-    """A reduction of KeOps, after what torch has queued for its inputs is done."""
+    """Call a reduction of KeOps after the operations that torch has queued for its inputs."""
     if problem.x.is_cuda:
         torch.cuda.current_stream(problem.x.device).synchronize()
     return reduction(*arguments, **options)
 
 
 def _width(problem: Exponents) -> int:
-    """Numbers in the moments of one component."""
+    """Number of entries in the moments of one component."""
     D = problem.shape[2]
     return 1 + D + (D * D if problem.is_full else D)
 
 
 def _slabs(problem: Exponents, plan: Plan) -> Iterator[Plan]:
-    """Parts of a plan, each with so few components in its lists that their numbers fit into one slab of memory."""
+    """Parts of a schedule, each with so few listed components that their moments fit into the memory of one slab."""
     most = max(1, _SLAB // (_BYTES * _width(problem)))
     if len(plan.index) <= most:
         yield plan
@@ -348,9 +349,10 @@ def _slabs(problem: Exponents, plan: Plan) -> Iterator[Plan]:
 def _looked(
     problem: Exponents, blocks: Truncation | None, single: bool, look: Callable[[Plan | None], tuple[Tensor, ...]]
 ) -> tuple[tuple[Tensor, ...], list[Plan] | None]:
-    """What ``look`` finds of all points, the first of it being judged by the plans; and the plans it was found with.
+    """Apply ``look`` to all points with truncation; return its results and the schedules that were used.
 
-    A plan's part that fails is looked at again with longer lists. Without blocks, or where they do not pay, there are none.
+    The first result is compared with the bounds of the schedules: leaves whose lists were too short are repeated with longer
+    lists. Without blocks, or if truncation does not save time, ``look`` is called once and the schedules are None.
     """
     plan = None if blocks is None else blocks.begin(problem, single)
     if blocks is None or plan is None:
@@ -373,7 +375,7 @@ def _looked(
 
 @_healing
 def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> tuple[Tensor, list[Plan] | None]:
-    """ℓ (N,), nats, in the dtype of the points, not finite where float32 overflows; and the plans by which it was found."""
+    """Log-sum-exps ℓ (N,), nats, in the dtype of the points (not finite where float32 overflows), and the schedules or None."""
 
     def look(plan: Plan | None) -> tuple[Tensor]:
         return (_called(problem, _Formula(LazyTensor, problem, plan=plan).e.logsumexp, dim=1).view(-1),)
@@ -385,11 +387,11 @@ def logsumexp(problem: Exponents, blocks: Truncation | None = None) -> tuple[Ten
 
 @_healing
 def topk(problem: Exponents, k: int, blocks: Truncation | None = None) -> tuple[Tensor, Tensor]:
-    """The k largest exponents (N, k), nats, in falling order, and their indices (N, k)."""
+    """The k largest exponents (N, k), nats, in descending order, and their indices (N, k), int64."""
 
     def look(plan: Plan | None) -> tuple[Tensor, Tensor]:
         values, places = _called(problem, (-_Formula(LazyTensor, problem, plan=plan).e).Kmin_argKmin, k, dim=1)
-        # Of a list shorter than k the places beyond it mean nothing.
+        # Positions beyond the end of a list shorter than k are meaningless.
         index = places.long() if plan is None else plan.index[places.long().clamp(0, len(plan.index) - 1)]
         return -values, index
 
@@ -404,8 +406,8 @@ def moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S0 (K,), S1 (K, D), S2 (K, D, D) or (K, D) about the components' means, float64, given ℓ (N,) and g (N,).
 
-    The points are split into batches, or into the boxes of plans: each sums few enough rows to keep its digits, and a GPU
-    has enough rows to fill. The partial sums of some of them are made at a time, so that they take little memory.
+    The points are split into batches, or into the kd-tree leaves of schedules, so that each partial sum has few rounding errors
+    and a GPU is filled. Partial sums are computed in blocks to limit their memory.
     """
     N, K, D = problem.shape
     width = _width(problem)

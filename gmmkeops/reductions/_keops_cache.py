@@ -1,9 +1,9 @@
-"""Cache folders of KeOps: which one is used, and how damaged files in it are recognized.
+"""Cache folders of KeOps: their choice, and the detection of damaged files.
 
-A process that is killed while it compiles, a full disk or an interrupted copy leaves incomplete files, which KeOps trusts:
-loading an incomplete shared object ends the process with a bus error. Damaged files are renamed, so that KeOps makes them anew,
-and nothing is deleted. Only this package writes into these folders; where the user has set ``KEOPS_CACHE_FOLDER`` they are inside
-it.
+A process that is killed while it compiles, a full disk or an interrupted copy leaves incomplete files, which KeOps does not
+detect: loading an incomplete shared object ends the process with a bus error. Damaged files are renamed, so that KeOps compiles
+them again, and no file is deleted. Only this package writes into these folders; if the user has set ``KEOPS_CACHE_FOLDER``, they
+are inside it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 
 __all__ = ["cache_folder", "compiler_failure", "refusing_damage", "renewed_folder"]
 
-# What the lines of a formula's file of information begin with.
+# Keys of the lines of a formula's information file.
 _INFORMATION = ["red_formula", "dim", "tagI", "dimy"]
-# Folders for the same flags, so that a machine on which no formula can be loaded does not get a new one in every process.
+# Largest number of folders for the same flags, so that a machine on which no formula can be loaded does not get ever more.
 _MOST = 8
 
 
@@ -59,8 +59,8 @@ def renewed_folder(folder: Path, flags: str) -> Path | None:
         flags: The compiler's flags.
 
     Returns:
-        The same one if files in it were damaged, which are renamed; otherwise the next one. None where there is none, or
-        where the folder has no formulas of an earlier process.
+        The same folder if it had damaged files, which are renamed; otherwise the next one. None if there is no other folder, or
+        if the folder has no formulas of an earlier process.
     """
     if not any(path.suffix in (".so", ".pkl") for path in folder.rglob("*")):
         return None
@@ -79,7 +79,7 @@ def renewed_folder(folder: Path, flags: str) -> Path | None:
 
 
 def _is_cut_short(path: Path) -> bool:
-    """Whether a shared object is shorter than its own headers say (ELF files of 64 bits; others are not checked)."""
+    """Whether a shared object is shorter than its headers declare (64-bit ELF files; others are not checked)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(64)
@@ -100,12 +100,12 @@ def _is_cut_short(path: Path) -> bool:
 
 
 def _set_damage_aside(folder: Path) -> bool:
-    """Renames damaged files in a cache folder and the lists of formulas; returns whether there were damaged files."""
+    """Rename damaged files in a cache folder and the lists of formulas; return whether there were damaged files."""
     damaged = [path for path in folder.rglob("*") if path.suffix in (".so", ".nfo", ".pkl") and _is_damaged(path)]
     sources = [path.with_suffix(".cpp") for path in damaged if path.suffix == ".nfo"]
     lists = list(folder.rglob("*.pkl")) if damaged else []
     for path in {*damaged, *sources, *lists}:
-        # Another process may have done so just now.
+        # Another process may have renamed it at the same time.
         with suppress(OSError):
             os.replace(path, path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
     return bool(damaged)
@@ -120,7 +120,7 @@ def _is_damaged(path: Path) -> bool:
         if path.suffix == ".nfo":
             return [line.partition("=")[0] for line in path.read_text().splitlines()] != _INFORMATION
         with open(path, "rb") as file:
-            # A pickle that is not complete lacks its last operation.
+            # An incomplete pickle lacks its last operation.
             deque(pickletools.genops(file), 0)
     except OSError:
         return False
@@ -130,7 +130,7 @@ def _is_damaged(path: Path) -> bool:
 
 
 class _Finder:
-    """A finder of modules that finds none, and stops the import of an incomplete compiled formula."""
+    """A module finder that only raises an ImportError for incomplete compiled formulas."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
@@ -143,7 +143,7 @@ class _Finder:
 
 @contextmanager
 def refusing_damage() -> Iterator[None]:
-    """Loading an incomplete compiled formula raises an ImportError inside this context."""
+    """Context in which loading an incomplete compiled formula raises an ImportError."""
     finder: Any = _Finder()
     sys.meta_path.insert(0, finder)
     try:
@@ -153,7 +153,7 @@ def refusing_damage() -> Iterator[None]:
 
 
 def compiler_failure(compiler: str | None, flags: str) -> str | None:
-    """Why a C++ compiler cannot make a shared object of an empty program, in one clause; None where it can."""
+    """Reason why a C++ compiler cannot build a shared object of an empty program, in one clause; None if it can."""
     if compiler is None:
         return "no C++ compiler was found (install g++)"
     with tempfile.TemporaryDirectory() as folder:

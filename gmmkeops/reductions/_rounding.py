@@ -1,7 +1,8 @@
-r"""Bounds on what rounding changes of exponents that are not computed from residuals about each component's own mean.
+r"""Bounds on rounding errors of exponents that are expanded about a common center instead of each component's own mean.
 
-With numbers of unit roundoff :math:`u`, and :math:`w_k(m) = \sum_d m_d \lVert U_{k,d\cdot} \rVert`, the size of component k
-over points with :math:`|x_d| \le m_d` is :math:`s_k = w_k(m) + w_k(|\mu_k|)`, all about a common center. Then
+Let :math:`u` be the unit roundoff, and all coordinates be relative to the common center. With
+:math:`w_k(m) = \sum_d m_d \lVert U_{k,d\cdot} \rVert`, the size of component k over points with :math:`|x_d| \le m_d` is
+:math:`s_k = w_k(m) + w_k(|\mu_k|)`, and
 
 .. math::
 
@@ -22,25 +23,25 @@ from gmmkeops.reductions._exponents import Exponents
 
 __all__ = ["Sizes", "linear_limit", "quadratic_limit"]
 
-# How much larger than u times the size an error may be: sums have many terms, each of which is rounded.
+# Factor of the error bounds above, because sums have many terms, each of which is rounded.
 _TERMS = 4.0
 
 
 def linear_limit(tolerance: float, dtype: torch.dtype) -> float:
-    """The size up to which the expanded residual changes an exponent e by less than ``tolerance`` times max(1, |e|)."""
+    """Largest size for which expanded residuals change an exponent e by less than ``tolerance`` times max(1, |e|)."""
     return tolerance / (_TERMS * 0.5 * torch.finfo(dtype).eps)
 
 
 def quadratic_limit(tolerance: float, dtype: torch.dtype) -> float:
-    """The size up to which the expanded square changes an exponent by less than ``tolerance``."""
+    """Largest size for which an expanded square changes an exponent by less than ``tolerance``, nats."""
     return math.sqrt(tolerance / (_TERMS * 0.25 * torch.finfo(dtype).eps))
 
 
 class Sizes:
-    """The sizes of components over points within a reach m of the center.
+    """Sizes of components over points with coordinates |x_d| ≤ m_d relative to the center; m is called the reach.
 
     Args:
-        problem: The components.
+        problem: Exponents with the components.
     """
 
     def __init__(self, problem: Exponents) -> None:
@@ -50,15 +51,15 @@ class Sizes:
         self._longest, self._most = self.lengths.amax(0), self.own.amax()
 
     def most(self, reach: Tensor) -> Tensor:
-        """An upper bound on the sizes of all components over points within a reach (D,), a scalar."""
+        """Upper bound (scalar) on the sizes of all components over points within a reach (D,)."""
         return self._longest @ reach + self._most
 
     def most_at(self, points: Tensor) -> Tensor:
-        """An upper bound on the sizes of all components at points, whose absolute values (D, rows) are given; a scalar."""
+        """Upper bound (scalar) on the sizes of all components at points with absolute coordinates (D, rows)."""
         return (self._longest.to(points.dtype) @ points).amax() + self._most
 
     def of(self, reach: Tensor, index: Tensor | None = None) -> Tensor:
-        """The size of each component, or of some, over points within a reach (D,)."""
+        """Sizes of all components (K,), or of those of ``index``, over points within a reach (D,)."""
         if index is None:
             return self.lengths @ reach + self.own
         return self.lengths[index] @ reach + self.own[index]

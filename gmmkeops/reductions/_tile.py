@@ -1,19 +1,18 @@
-r"""One tile of the dense engine: some points, all components or a list of them, their exponents and what is summed of them.
+r"""One tile of the dense engine: exponents and moments of a row range of points and of all components or a list of them.
 
-For float32 points both halves of a sweep are one matrix product with the quadratic features
-:math:`\Phi(x) = (1, x, x x^\top)` of a tile, taken about the common centre:
+For float32 points the exponents and the moments are each one matrix product with the quadratic features
+:math:`\Phi(x) = (1, x, x x^\top)` of a tile, taken about the common center:
 
 .. math:: E = B\,\Phi^\top, \qquad (S^0, S^1, S^2) = R\,\Phi,
 
-with B the natural parameters of the components. The cancellation of :math:`x^\top P x - 2\mu^\top P x + \dots` costs
-:math:`\epsilon (|U| |x|)^2` nats: in float64, as a rule, less than the rounding of the points themselves. For float64 points,
-where that would be felt, the exponents come from whitened residuals :math:`U_k^\top x - U_k^\top \mu_k` instead. Where a tile
-sees so few components that their matrices are smaller than the features, both halves do without :math:`x x^\top`. Between the
-two products a tile is only ever touched by a softmax.
+with B the natural parameters of the components. The cancellation of :math:`x^\top P x - 2\mu^\top P x + \dots` has an error of
+about :math:`\epsilon (|U| |x|)^2` nats. The products are taken in float64, so that this is usually less than the rounding of the
+float32 points themselves. For float64 points it would not be, and the exponents are computed from whitened residuals
+:math:`U_k^\top x - U_k^\top \mu_k` instead. If a tile has so few components that their matrices are smaller than the features,
+both products are computed without :math:`x x^\top`. The only operation between the two products is a softmax.
 
-All of these expand something about a common center. Components for which a bound (:mod:`._rounding`) does not show that this
-is accurate enough over the points of the tile are evaluated from the residuals :math:`x - \mu_k` about their own means instead,
-and so are their moments.
+All of these are expansions about a common center. If a bound (:mod:`._rounding`) does not show that this is accurate enough for a
+component over the points of the tile, its exponents and moments are computed from the residuals :math:`x - \mu_k` instead.
 """
 
 from __future__ import annotations
@@ -32,37 +31,37 @@ from gmmkeops.reductions._rounding import Sizes, linear_limit, quadratic_limit
 
 __all__ = ["Tile", "least_limit"]
 
-# Dimensions for each component of a tile from which on its residuals cost less than the features of the points (measured in 10
-# to 64 dimensions).
+# Smallest ratio of dimensions to components of a tile for which whitened residuals cost less than the features (measured in 10 to
+# 64 dimensions).
 _FEW = 6
-# What an expansion about the common center may change of an exponent e, as a fraction of max(1, |e|), by the dtype of the
+# Largest error of an exponent e by an expansion about the common center, as a fraction of max(1, |e|), for each dtype of the
 # points.
 _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-8}
-# Numbers that residuals about the components' own means take at a time.
+# Largest number of entries of an array of residuals about the components' own means.
 _ROOM, _ROOM_CUDA = 1 << 18, 1 << 24
 
 
 def _limits(dtype: torch.dtype) -> tuple[float, float]:
-    """The largest sizes of components whose moments, and whose exponents, may be expanded for points of a dtype."""
+    """Largest sizes of components for which moments, and exponents, may be expanded about the common center."""
     square = quadratic_limit(_TOLERANCE[dtype], torch.float64)
     return square, square if dtype == torch.float32 else linear_limit(_TOLERANCE[dtype], torch.float64)
 
 
 def least_limit(problem: Exponents, most: float | None) -> float:
-    """The largest size of components for which nothing is taken from residuals; ``most`` as for :class:`Tile`."""
+    """Largest size of components for which no residuals are needed; ``most`` as for :class:`Tile`."""
     return min(_limits(problem.x.dtype)) if most is None else most
 
 
 class Tile:
-    """One worker's buffers, and the exponents of one tile at a time: some rows, and all components or a list of them.
+    """Buffers of one worker, with the exponents of one tile at a time: a row range, and all components or a list of them.
 
     Args:
-        problem: What is swept.
-        rows, pairs: The most that a tile will have of them.
+        problem: Points and components.
+        rows, pairs: Largest numbers of rows, and of pairs of row and component, in a tile.
         clamp: Keep exponents beyond the dtype's range finite.
-        featured: Load features also where the exponents do without them.
-        sizes: What bounds the rounding of each tile; None where all tiles are known to be within the limits.
-        most: The largest sizes that a tile with float32 products is loaded with; None for those of float64 ones.
+        featured: Compute the features even if the exponents do not need them.
+        sizes: Sizes of the components, for the rounding bounds of each tile; None if all tiles are known to be within the limits.
+        most: Largest size with which a tile may use float32 products; None for float64 products.
         precise: Take products of float32 points in float64.
     """
 
@@ -93,16 +92,16 @@ class Tile:
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
         self.sums = torch.zeros(K, 1 + D + products, dtype=torch.float64, device=x.device)
-        # The same about the components' own means, of those that have been evaluated from residuals.
+        # Moments about the components' own means, of the components that are evaluated from residuals.
         self.own: Tensor | None = None
         self.total = torch.zeros((), dtype=torch.float64, device=x.device)
         self.quadratic = x.dtype == torch.float32
-        # How far below a point's largest exponent others still count, nats, and what they count then.
+        # Exponents this far (nats) below a point's largest one are negligible, and their relative exponential at that depth.
         self.depth = 80.0 if self.quadratic else 700.0
         self.nothing = math.exp(-self.depth) * (1 + 1e-5)
         self.offsets = problem.offsets.to(**wide)
         self.sizes, self.most = sizes, most
-        # Places in the tile of the components whose exponents, and whose moments, are taken from residuals.
+        # Positions in the tile of the components whose exponents, and whose moments, are computed from residuals.
         self.apart: Tensor | None = None
         self.apart_moments: Tensor | None = None
         self.moments_limit, self.limit = _limits(x.dtype)
@@ -112,7 +111,7 @@ class Tile:
             self.whitening = self._whitening()
 
     def _natural(self) -> Tensor:
-        """B (K, P): the exponent's coefficients on 1, x and xxᵀ (upper triangle), about the centre."""
+        """B (K, P): the exponent's coefficients on 1, x and xxᵀ (upper triangle), about the center."""
         p = self.problem
         if self.full:
             P = p.U @ p.U.mT
@@ -136,7 +135,7 @@ class Tile:
         return [(U[:, d : d + 1].contiguous(), (U * p.means)[:, d : d + 1], slice(d, d + 1)) for d in range(D)]
 
     def _narrow(self, rows: int, components: int) -> None:
-        """Views of the buffers for a tile of another shape than the last one's."""
+        """Create views of the buffers for a tile of a new shape."""
         D = self.problem.means.shape[1]
         if rows != self.width:
             # Φ (P, rows): a row of ones, the points X (D, rows), then the products of their coordinates.
@@ -150,9 +149,9 @@ class Tile:
         self.E, self.R = self._e[:pairs].view(components, rows), self._r[:pairs].view(components, rows)
 
     def load(self, start: int, stop: int, index: Tensor | None = None) -> bool:
-        """Brings rows start:stop in, centred, with their features and their exponents ``self.E`` (components, rows).
+        """Load the centered rows start:stop, and compute features and exponents ``self.E`` (components, rows).
 
-        Returns whether float32 products are good enough for them; if not, the tile holds nothing.
+        Returns whether the products of this tile are accurate enough; if not, the exponents are not computed.
         """
         p, self.index = self.problem, index
         height = p.means.shape[0] if index is None else len(index)
@@ -173,9 +172,9 @@ class Tile:
         return True
 
     def _bound(self) -> bool:
-        """Finds the components whose expansion about the center would not be accurate enough in this tile.
+        """Find the components whose expansion about the center would not be accurate enough in this tile.
 
-        Returns whether the tile's own products are good enough for the others.
+        Returns whether the tile's products are accurate enough for the others.
         """
         self.apart = self.apart_moments = None
         if self.sizes is None:
@@ -198,7 +197,7 @@ class Tile:
         return places if len(places) else None
 
     def _expand(self) -> None:
-        """Fills ``self.E`` by expansions about the common center."""
+        """Fill ``self.E`` by expansions about the common center."""
         if self.few:
             self._residuals()
             return
@@ -217,7 +216,7 @@ class Tile:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
 
     def _multiply(self) -> None:
-        """Fills the products of coordinates in."""
+        """Fill in the products of coordinates."""
         D, square = len(self.X), self.F[len(self.X) + 1 :]
         if self.spherical:
             torch.sum(self.X * self.X, 0, out=self.F[-1])
@@ -230,15 +229,15 @@ class Tile:
             torch.mul(left, right, out=out)
 
     def _room(self) -> Tensor:
-        """A buffer (components, D, rows), in the place of the products of coordinates."""
+        """A buffer (components, D, rows) that shares the memory of the products of coordinates."""
         D = len(self.X)
         return self.F[D + 1 :].view(-1)[: self.height * self.X.numel()].view(self.height, D, -1)
 
     def _residuals(self) -> None:
-        """Fills ``self.E`` from whitened residuals, all components in one product."""
+        """Fill ``self.E`` from whitened residuals, with one product for all components."""
         p, D, y = self.problem, len(self.X), self._room()
         U = self.chosen(p.U).mT
-        # (components, D, 1 + D): what makes them of a one and a point.
+        # (components, D, 1 + D): maps (1, x) to the whitened residuals.
         matrices = torch.cat([-(U @ self.chosen(p.means)[:, :, None]), U], 2)
         product(matrices.view(-1, 1 + D).to(self.F.dtype), self.F[: 1 + D], out=y.flatten(0, 1))
         torch.sum(y.square_(), 1, out=self.E)
@@ -247,9 +246,9 @@ class Tile:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
 
     def residuals(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Residuals about their own means of the components at places in the tile, some at a time.
+        """Iterate over blocks of residuals about the components' own means, for components at ``places`` in the tile.
 
-        Yields places (b,), components (b,), x - μ (b, D, rows) and Uᵀ(x - μ), all float64.
+        Yields positions (b,), components (b,), x - μ (b, D, rows) and Uᵀ(x - μ), all float64.
         """
         p, x = self.problem, self.X.double()
         most = max(1, (_ROOM_CUDA if x.is_cuda else _ROOM) // x.numel())
@@ -259,12 +258,12 @@ class Tile:
             yield some, index, z, U.mT @ z if self.full else U[:, :, None] * z
 
     def _evaluate(self, places: Tensor) -> None:
-        """Fills rows of ``self.E`` from residuals about the components' own means."""
+        """Fill rows of ``self.E`` from residuals about the components' own means."""
         for some, index, _, y in self.residuals(places):
             self.E[some] = (self.problem.offsets[index][:, None] - 0.5 * y.square_().sum(1)).to(self.E.dtype)
 
     def _add_apart(self, shares: Tensor, places: Tensor) -> None:
-        """Adds moments about the components' own means, and leaves no shares (components, rows) of theirs."""
+        """Add moments about the components' own means, and set their responsibilities ``shares`` (components, rows) to zero."""
         if self.own is None:
             self.own = torch.zeros_like(self.sums)
         for some, index, z, _ in self.residuals(places):
@@ -278,7 +277,7 @@ class Tile:
         shares[places] = 0
 
     def shaped(self, products: Tensor) -> Tensor:
-        """Sums of products of coordinates as second moments: (K, D, D), (K, D) or (K,)."""
+        """Convert sums of products of coordinates to second moments (K, D, D), (K, D) or (K,)."""
         if self.spherical:
             return products[:, 0]
         if not self.full:
@@ -289,7 +288,7 @@ class Tile:
         return dense
 
     def pull(self, shares: Tensor) -> Tensor | None:
-        """Σ r U Uᵀ(x - μ) (D, rows) of the components evaluated from residuals, which keep no shares; None without any."""
+        """Σ r U Uᵀ(x - μ) (D, rows) over components evaluated from residuals, whose ``shares`` become zero; None without any."""
         if self.apart is None:
             return None
         found = torch.zeros_like(self.X, dtype=torch.float64)
@@ -300,15 +299,15 @@ class Tile:
         return found
 
     def chosen(self, rows: Tensor) -> Tensor:
-        """Of one row for each component, those of the components in the tile."""
+        """Select the rows (one for each component) of the components in the tile."""
         return rows if self.index is None else rows.index_select(0, self.index)
 
     def components(self, places: Tensor) -> Tensor:
-        """The components at places in the tile."""
+        """Indices of the components at positions in the tile."""
         return places if self.index is None else self.index[places]
 
     def sees(self, values: Tensor) -> bool:
-        """Whether the tile's list is long enough for the values (rows,) found with it; they are remembered."""
+        """Whether the tile's candidate list is long enough for its log-densities (rows,); their minimum is stored."""
         if self.index is None:
             return True
         least = float(values.amin())
@@ -316,7 +315,7 @@ class Tile:
         return least >= self.floor or self.floor == -math.inf
 
     def add(self, values: Tensor, weights: Tensor | None) -> None:
-        """Adds the values (rows,) to the total, and the tile's responsibilities times its features to the sums."""
+        """Add the values (rows,) to the total, and the moments of the tile to the sums."""
         self.total += values.sum(dtype=torch.float64) if weights is None else values.double() @ weights
         if self.apart_moments is not None:
             shares = self.shares(weights)
@@ -327,14 +326,14 @@ class Tile:
         elif self.few:
             self._add(self.shares(weights))
         elif len(self.F) < self.height:
-            # The smaller side of the product is the one that is scaled.
+            # Weights and normalization are applied to the smaller factor of the product.
             self._keep(product(self._unscaled(), self.F.mul_(self._scaling(weights)).T))
             self.F[0] = 1
         else:
             self._keep(product(self.shares(weights), self.F.T))
 
     def _add(self, shares: Tensor) -> None:
-        """The same of few components' shares (components, rows), all in one product."""
+        """Add the moments of few components with responsibilities ``shares`` (components, rows), in one product."""
         D, z = len(self.X), self._room()
         torch.mul(shares[:, None], self.X, out=z)
         products = product(z.flatten(0, 1), self.X.T).view(-1, D * D).index_select(1, D * self.row + self.column)
@@ -347,33 +346,33 @@ class Tile:
             self.sums.index_add_(0, self.index, sums.to(self.sums.dtype))
 
     def softmax(self) -> Tensor:
-        """Fills ``self.R`` with exponentials relative to the largest of each point; returns the log-sum-exps (rows,).
+        """Fill ``self.R`` with exponentials relative to the largest of each point; return the log-sum-exps (rows,).
 
         The exponents ``self.E`` are overwritten.
         """
-        # Differences come before any rounding to float32: exponents of points far from everything are large.
+        # Differences are taken before rounding to float32, since exponents of points far from all components are large.
         largest = self.E.amax(0)
         self.R.copy_(self.E.sub_(largest))
-        # Exponentials that underflow take up to eighty times as long as others (measured); they are zero without asking.
+        # Exponentials that underflow take up to eighty times as long as others (measured), so they are set to zero.
         torch.threshold_(self.R.clamp_(min=-self.depth).exp_(), self.nothing, 0.0)
         self._sums = self.R.sum(0)
         return largest + self._sums.log()
 
     def _unscaled(self) -> Tensor:
-        """``self.R`` in the products' dtype; where that is another one, in the place of the exponents."""
+        """``self.R`` in the dtype of the products; a conversion overwrites the exponents."""
         return self.R if self.R.dtype == self.E.dtype else self.E.copy_(self.R)
 
     def _scaling(self, weights: Tensor | None) -> Tensor:
-        """What makes responsibilities of ``self.R``, by weight (rows,), in the products' dtype."""
+        """Factors (rows,) that turn ``self.R`` into weighted responsibilities, in the dtype of the products."""
         scale = self._sums.to(self.E.dtype).reciprocal()
         return scale if weights is None else scale.mul_(weights)
 
     def shares(self, weights: Tensor | None = None) -> Tensor:
-        """What a softmax or labels gave, as responsibilities (components, rows), by weight; they are overwritten."""
+        """Weighted responsibilities (components, rows) after a softmax or an assignment; ``self.R`` may be overwritten."""
         return self._unscaled().mul_(self._scaling(weights))
 
     def onehot(self) -> Tensor:
-        """Fills ``self.R`` with hard responsibilities; returns the largest exponents (rows,)."""
+        """Fill ``self.R`` with hard responsibilities; return the largest exponents (rows,)."""
         best, label = self.E.max(0)
         self._label(label)
         return best
@@ -383,17 +382,17 @@ class Tile:
         self._sums = self.R.new_ones(self.width)
 
     def _below(self) -> Tensor:
-        """A buffer of truth values (components, rows)."""
+        """A Boolean buffer (components, rows)."""
         if self._truths is None:
             self._truths = torch.empty(self._e.shape, dtype=torch.bool, device=self._e.device)
         return self._truths[: self.height * self.width].view(self.height, self.width)
 
     def draw(self, seed: int) -> Tensor:
-        """Fills ``self.R`` with one drawn label per point; returns the log-sum-exps (rows,)."""
+        """Fill ``self.R`` with one drawn label per point; return the log-sum-exps (rows,)."""
         values = self.softmax()
         generator = torch.Generator(self.E.device).manual_seed(seed)
         self.E.copy_(running_sum(self.E.copy_(self.R)))
-        # The first component whose cumulative share reaches a uniform number in (0, 1] has a share of its own.
+        # The first component whose cumulative sum reaches a uniform number in (0, 1] times the total has positive probability.
         u = 1 - torch.rand(self.width, generator=generator, dtype=self.R.dtype, device=self.R.device)
         label = torch.lt(self.E, u * self.E[-1], out=self._below()).sum(0)
         self._label(label)
