@@ -1,7 +1,7 @@
-"""What points are read from: arrays, files and functions, each a few lines behind one protocol.
+"""Readers of points from arrays, files and functions, with one interface.
 
-A reader says how its rows fall into units and loads one unit at a time, in any order; one that can only be read from its
-beginning streams instead. The libraries for a file's format load when a file of that format is opened.
+A reader divides its rows into units and loads them one by one, in any order. Functions and loaders can only be read from the
+beginning (:class:`Streams`). The library for a file format is imported when a file of that format is opened.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ __all__ = [
 
 Columns = Sequence[str | int] | None
 
-# Size of the buffer through which a column of a Parquet file is read, bytes.
+# Bytes of the buffer for reading a column of a Parquet file.
 _BUFFER = 1 << 18
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows.
+    """A block of rows.
 
     Args:
-        points: (n, D), float32 or float64, data units.
-        weights: (n,), or None where all weigh one.
-        first: Number of the first row among all.
+        points: Points (n, D), float32 or float64, data units.
+        weights: Weights (n,), or None for weights of one.
+        first: Index of the first row among all rows.
     """
 
     points: Tensor
@@ -68,11 +68,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows that are loaded together.
+    """A row range that is loaded at once.
 
     Args:
-        first: Number of its first row among all of the reader's.
-        rows: How many there are, before any are filtered out.
+        first: Index of the first row among all rows of the reader.
+        rows: Number of rows before filtering.
     """
 
     first: int
@@ -80,17 +80,17 @@ class Unit:
 
 
 class Reader(ABC):
-    """Rows in storage.
+    """Abstract reader of rows, in units.
 
     Attributes:
-        name: How messages call it.
-        features: D.
-        columns: The columns that are read: names, or numbers where the columns have no names.
-        known: The names of the columns that may be read; None where the columns have no names.
-        rows: How many rows there are before any are filtered out; None where only reading tells.
-        paths: The files behind it.
-        grain: Rows below which a stretch from the middle costs no less than a longer one.
-        stored: Bytes of a row in its file, columns that are not read included; 0 where only what is needed is read.
+        name: Name of the data in messages.
+        features: Number of columns D that are read.
+        columns: The columns that are read: names, or indices if the columns have no names.
+        known: Names of the columns that can be read; None if the columns have no names.
+        rows: Number of rows before filtering; None if it is not known before reading.
+        paths: The files that are read.
+        grain: Number of rows below which smaller units take no less time to read.
+        stored: Bytes of a row in its file, with unused columns; 0 if only the needed columns are read.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Reader(ABC):
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """The names of the columns, in the order in which they are read; None where they have none."""
+        """Names of the columns in the order in which they are read; None if they have no names."""
         return None if self.known is None else tuple(self.columns)
 
     def chosen(self, columns: Sequence[str]) -> Reader:
@@ -119,7 +119,7 @@ class Reader(ABC):
         return part
 
     def path(self, unit: Unit) -> int:
-        """Which of the files a unit is in."""
+        """Index of the file that contains a unit."""
         return 0
 
     def units(self, size: int) -> list[Unit]:
@@ -154,7 +154,7 @@ class _Place:
 
     @classmethod
     def of(cls, x: np.ndarray) -> _Place | np.ndarray:
-        """The place of a memory map, or of what stands for one; a copy of the numbers where they are no one piece of a file."""
+        """Location of a memory map or of its placeholder; a copy of the array if it is not a contiguous part of a file."""
         if not isinstance(x, np.memmap):
             return cls(None, x.dtype, x.shape)
         root = x
@@ -167,7 +167,7 @@ class _Place:
         return cls(str(root.filename), x.dtype, x.shape, root.offset + away)
 
     def array(self) -> np.ndarray:
-        """The array again."""
+        """Open the array again."""
         if self.path is None:
             return np.broadcast_to(np.zeros((), self.dtype), self.shape)
         return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape)  # type: ignore[call-overload]
@@ -175,12 +175,12 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A function that maps the rows of a unit of a ``.npy`` file, and no others.
+    """A function that maps only the rows of a unit of a ``.npy`` file into memory.
 
     Args:
         path: The file.
-        dtype: Of its numbers.
-        width: Numbers in a row.
+        dtype: Type of its numbers.
+        width: Number of entries in a row.
         offset: Bytes before the first row.
     """
 
@@ -195,7 +195,7 @@ class _Rows:
 
 
 class Arrays(Reader):
-    """An array or tensor in memory, or on disk as a memory map; structured arrays too."""
+    """Reader of an array or tensor in memory, or of a memory map; also of structured arrays."""
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class Arrays(Reader):
             _stack([x[column][:0] for column in self.columns], name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything; numbers that are in a file are named by their place there."""
+        """All attributes; a memory map is replaced by its location in the file."""
         state = dict(vars(self))
         if isinstance(self.x, np.memmap) or self.remap is not None:
             state["x"] = _Place.of(self.x)
@@ -256,14 +256,14 @@ class Arrays(Reader):
             weights = None if self.weights is None else as_tensor(part[self.weights].copy(), name="weights")
         if isinstance(part, np.memmap):
             points = points.clone() if np.shares_memory(points.numpy(), part) else points
-            # Pages that have been read would count as the process's memory until somebody needs theirs.
+            # Pages that have been read would otherwise count as memory of the process.
             if part.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
                 cast(Any, part)._mmap.madvise(mmap.MADV_DONTNEED)
         return Chunk(points, weights)
 
 
 class Table(Reader):
-    """A table in memory with named columns: pandas, polars, pyarrow."""
+    """Reader of a table in memory with named columns: pandas, polars, pyarrow."""
 
     def __init__(self, x: Any, name: str, columns: Columns = None, weights: str | int | None = None) -> None:
         names = table_names(x) or ()
@@ -273,7 +273,7 @@ class Table(Reader):
 
     @cached_property
     def numbers(self) -> Arrays:
-        """The columns that are read; others need not be numbers."""
+        """The columns that are read, as an array; the other columns need not be numeric."""
         kept = list(dict.fromkeys([*self.columns, *([] if self.weights is None else [self.weights])]))
         found = as_tensor(table_of(self.table, kept, self.name), name=self.name)
         where = None if self.weights is None else kept.index(self.weights)
@@ -288,7 +288,7 @@ class Table(Reader):
 
 
 class Parquet(Reader):
-    """A Parquet file by row groups."""
+    """Reader of a Parquet file, by row groups."""
 
     def __init__(self, path: Path, columns: Columns, weights: str | int | None) -> None:
         ParquetFile = _parquet_file()
@@ -304,17 +304,17 @@ class Parquet(Reader):
         self.features, self.rows = len(self.columns), sum(sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self.grain = max(sizes, default=1)
-        # Where a group that is being read has come to, and what is left of its last batch.
+        # Batches of the row group that is being read, the rest of the last batch, and the index of the next row.
         self._batches: Iterator[Any] = iter(())
         self._left: Any = None
         self._next = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the place that the reading has come to."""
+        """All attributes except the state of reading."""
         return {**vars(self), "_batches": iter(()), "_left": None, "_next": -1}
 
     def units(self, size: int) -> list[Unit]:
-        # A group that is at most a quarter longer is not cut, since its end would be a small unit.
+        # A group that is at most a quarter larger than a unit is not split, since the rest would be a small unit.
         groups = zip(self.starts[:-1], self.starts[1:], strict=True)
         return [unit for a, b in groups for unit in _cut(a, b, b - a if 4 * (b - a) <= 5 * size else size)]
 
@@ -327,7 +327,7 @@ class Parquet(Reader):
                 batches = file.read_row_group(group, columns=self._names, use_threads=False).to_batches()
         else:
             if unit.first == first or unit.first != self._next:
-                # A group is read from its beginning; most units go on where the last one ended.
+                # A group is read from its beginning, unless the unit follows the last one.
                 self._batches, self._left, self._next = self._rows(group, unit.rows), None, first
                 self._take(unit.first - first)
             batches = self._take(unit.rows)
@@ -362,9 +362,9 @@ class Parquet(Reader):
 
 
 def _saved_index(metadata: dict[bytes, bytes] | None) -> set[str]:
-    """The columns in which pandas has saved the labels of the rows, by what it has noted in the file."""
+    """Names of the columns in which pandas has saved its index, from the metadata of the file."""
     noted = json.loads((metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
-    # A line that is no name describes numbers that are not saved.
+    # Entries that are not names describe a range index, which is not stored as a column.
     return {column for column in noted if isinstance(column, str)}
 
 
@@ -393,7 +393,7 @@ def _checked_rows(metadata: Any, size: int) -> list[int]:
 
 
 def _parquet_file() -> Any:
-    """pyarrow's reader, whose own allocator would reserve a gigabyte of address space, and keep what it has had."""
+    """Import pyarrow's reader with the system allocator; its own one reserves a gigabyte of address space and frees no memory."""
     name = "ARROW_DEFAULT_MEMORY_POOL"
     if "pyarrow" in sys.modules or name in os.environ:
         from pyarrow.parquet import ParquetFile
@@ -411,14 +411,14 @@ def _column(batches: list[Any], name: str) -> np.ndarray:
 
 
 class Las(Reader):
-    """A LAS or LAZ file; coordinates as float64, scaled and offset."""
+    """Reader of a LAS or LAZ file; coordinates are float64 with scales and offsets applied."""
 
     def __init__(self, path: Path, columns: Columns, classes: Sequence[int] | None, weights: str | int | None) -> None:
         import laspy
 
         self.name, self.paths = str(path), (path,)
         layout = check_las(path)
-        # Chunks of many points are decompressed point by point, which takes no memory for them.
+        # Very large chunks are decompressed point by point, which needs no memory for whole chunks.
         backend = None if layout.parallel else (laspy.LazBackend.Lazrs, laspy.LazBackend.Laszip)
         self._open = partial(laspy.open, read_evlrs=False, laz_backend=backend)
         with self._open(path) as file:
@@ -427,7 +427,7 @@ class Las(Reader):
             names = ["x", "y", "z", *header.point_format.dimension_names]
             compressed = header.are_points_compressed
         self.layout, self.header = layout, header
-        # Where each chunk begins, in rows and in bytes, if chunks differ in their numbers of points.
+        # First row and byte offset of each chunk, if chunks have different numbers of points.
         self.starts = [(0, layout.start)]
         for rows, size in layout.chunks or ():
             first, place = self.starts[-1]
@@ -442,7 +442,7 @@ class Las(Reader):
     def units(self, size: int) -> list[Unit]:
         if self.layout.chunks is None:
             return super().units(size)
-        # Chunks are not cut, unless they are long: each is decompressed as a whole.
+        # Only large chunks are split, since each chunk is decompressed as a whole.
         found: list[Unit] = []
         for (first, _), (stop, _) in pairwise(self.starts):
             if found and stop - found[-1].first <= size:
@@ -452,12 +452,12 @@ class Las(Reader):
         return found
 
     def _points(self, unit: Unit) -> Any:
-        """The points of a unit, as laspy has them."""
+        """The points of a unit, as a laspy record."""
         if self.layout.chunks is None:
             with self._open(self.paths[0]) as file:
                 file.seek(unit.first)
                 return file.read_points(unit.rows)
-        # lazrs (0.8.2) finds other points where it is told to seek in chunks of different lengths; they are found here.
+        # lazrs (0.8.2) seeks to wrong points if chunks have different lengths, so the bytes are located here.
         import lazrs
         from laspy.point.record import PackedPointRecord, ScaleAwarePointRecord
 
@@ -477,7 +477,7 @@ class Las(Reader):
         try:
             found = self._points(unit)
         except BaseException as error:
-            # A decompressor that has lost its way raises what is no Exception.
+            # The decompressor raises a PanicException, which is not an Exception, for damaged data.
             if type(error).__name__ == "PanicException":
                 raise Damage("its compressed points are damaged") from None
             raise
@@ -493,7 +493,7 @@ class Las(Reader):
 
 
 class Files(Reader):
-    """Several readers one after the other."""
+    """Reader of several files or arrays, one after the other."""
 
     def __init__(self, readers: Sequence[Reader]) -> None:
         first = readers[0]
@@ -508,7 +508,7 @@ class Files(Reader):
             if reader.features != first.features and reader.names is None:
                 raise ValueError(
                     f"{reader.name} has {reader.features} columns but {first.name} has {first.features}; "
-                    "pick the same ones with columns=."
+                    "select the same ones with columns=."
                 )
             if first.names is not None and reader.names is not None and reader.names != first.names:
                 named_alike(reader.names, first.names, reader.name, first.name)
@@ -549,13 +549,13 @@ class Files(Reader):
 
 
 class Streams:
-    """A function that returns an iterator of chunks, or a DataLoader: read from the beginning each time."""
+    """Reader of a DataLoader or of a function that returns an iterator of chunks, always from the beginning."""
 
     paths: tuple[Path, ...] = ()
     stored = 0
 
     def __init__(self, make: Callable[[], Any], name: str, fields: bool = False) -> None:
-        # Whether a list is always points and what belongs to them, as a loader gives it, and never rows.
+        # Whether a list always consists of points and weights (as of a DataLoader), rather than of rows.
         self.fields = fields
         self.make, self.name, self.features = make, name, 0
         self.known: tuple[str, ...] | None = None
@@ -584,7 +584,7 @@ class Streams:
         return part
 
     def _begin(self) -> Iterator[Any]:
-        """An iterator from the beginning, if the function can be called and returns one."""
+        """Call the function and return its iterator; raises if it needs arguments or returns something else."""
         _check_callable(self.make, self.name)
         found = self.make()
         if isinstance(found, (np.ndarray, Tensor)) or hasattr(found, "to_numpy"):
@@ -600,7 +600,7 @@ class Streams:
         return iter(found)
 
     def chunks(self) -> Iterator[Chunk]:
-        """All of it, from the beginning."""
+        """Iterate over all chunks, from the beginning."""
         return map(self._chunk, self._begin())
 
     def _chunk(self, item: Any) -> Chunk:
@@ -623,10 +623,10 @@ class Streams:
         return Chunk(points, None if weights is None else self._weights(weights, points))
 
     def _parts(self, item: Any) -> tuple[Any, Any]:
-        """The points, and the weights or None, of what is given at a time."""
+        """Split an item of the iterator into points and weights (or None)."""
         if not isinstance(item, (tuple, list)):
             return item, None
-        # A list of rows is an array; a tuple, and a list that begins with an array of rows, are points and weights.
+        # A list of rows is an array. A tuple, or a list whose first item is an array of rows, holds points and weights.
         if isinstance(item, list) and not (item and self._are_points(item)):
             return item, None
         if len(item) not in (1, 2):
@@ -637,7 +637,7 @@ class Streams:
         return item[0], item[1] if len(item) == 2 else None
 
     def _are_points(self, item: list[Any]) -> bool:
-        """Whether a list begins with points, rather than with the first of its rows."""
+        """Whether the first item of a list is an array of points, rather than a row."""
         if self.fields or hasattr(item[0], "columns"):
             return True
         ndim = np.ndim(item[0]) if not isinstance(item[0], Tensor) else item[0].ndim
@@ -688,12 +688,12 @@ def _check_callable(make: Callable[[], Any], name: str) -> None:
 
 
 class ColumnError(ValueError):
-    """The columns that were asked for are not those that data have."""
+    """The requested columns do not exist, or are not numeric."""
 
 
 def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: str | int | None) -> tuple[list[Any], Any]:
-    """The columns to read, and that of the weights, if they are there."""
-    # A name that is made of digits may have been taken for a number.
+    """Validate the columns to read, and the column of weights, against the known ones."""
+    # A name that consists of digits may have been parsed as an index.
     written = {str(column): column for column in known if isinstance(column, str)}
     weights = written.get(str(weights), weights) if isinstance(weights, int) else weights
     wanted = [column for column in known if column != weights] if columns is None else list(columns)
@@ -711,7 +711,7 @@ def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: str | in
 
 
 def _stack(arrays: list[Any], name: str) -> Tensor:
-    """Columns (n,) side by side (n, D): float32 if all of them are, else float64."""
+    """Stack columns (n,) to points (n, D): float32 if all columns are, else float64."""
     single = all(array.dtype == np.float32 for array in arrays)
     out = np.empty((len(arrays[0]), len(arrays)), np.float32 if single else np.float64)
     for d, array in enumerate(arrays):
@@ -728,7 +728,7 @@ def _npy(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
         if file.read(6) != b"\x93NUMPY":
             raise Damage("it does not begin as .npy files do")
     with warnings.catch_warnings():
-        # A damaged header can be Python that warns.
+        # Parsing a damaged header may cause warnings of Python.
         warnings.simplefilter("ignore")
         whole = np.load(path, mmap_mode="r", allow_pickle=False)
     if whole.dtype.itemsize == 0:
@@ -737,7 +737,7 @@ def _npy(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
         raise ColumnError(f"{path} must be numeric, got dtype {whole.dtype}; convert its columns to numbers first.")
     if not whole.flags.c_contiguous or whole.ndim != 2:
         return Arrays(whole, str(path), columns, weights, path)
-    # What stands for the file takes no address space that grows with it.
+    # A placeholder for the file, whose address space does not grow with the file.
     stand_in = np.broadcast_to(np.zeros((), whole.dtype), whole.shape)
     return Arrays(stand_in, str(path), columns, weights, path, _Rows(path, whole.dtype, whole.shape[1], whole.offset))
 
@@ -760,7 +760,7 @@ def _ply(path: Path, columns: Columns, classes: Any, weights: Any) -> Reader:
     return reader
 
 
-# What opens a file of each suffix, and which extra of this package brings the library for it.
+# For each suffix, the function that opens a file, and the extra of this package that installs its library.
 SUFFIXES: dict[str, tuple[Callable[[Path, Columns, Any, Any], Reader], str]] = {
     ".npy": (_npy, ""),
     ".parquet": (_parquet, "parquet"),
@@ -774,15 +774,17 @@ SUFFIXES: dict[str, tuple[Callable[[Path, Columns, Any, Any], Reader], str]] = {
 def open_file(
     path: str | os.PathLike[str], columns: Columns, classes: Sequence[int] | None, weights: str | int | None
 ) -> Reader:
-    """The reader of one file, by its suffix.
+    """Open one file with the reader for its suffix.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: It is not there, its library is not, or it cannot be read; one sentence.
+        FileNotFoundError, ImportError, ValueError: The file does not exist, its library is not installed, or it cannot be read.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}; read it yourself and pass an array or a function.")
+        raise ValueError(
+            f"{path} has a suffix that is none of {', '.join(SUFFIXES)}; read it yourself and pass an array or a function."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}.")
     if classes is not None and suffix not in (".las", ".laz"):
@@ -806,7 +808,7 @@ def open_file(
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read, in one clause: this package's own words or none, since those of other libraries vary."""
+    """Reason why a file cannot be read, in one clause; empty for errors of other libraries, whose texts vary."""
     if isinstance(error, MemoryError):
         return "there is not enough memory for what it declares"
     return str(error).rstrip(".") if isinstance(error, (Damage, ColumnError)) else ""

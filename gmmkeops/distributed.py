@@ -1,10 +1,11 @@
-"""One fit on several processes: sums are added over all ranks of ``torch.distributed``, and everybody notices who is missing.
+"""Fits on several processes: sufficient statistics are added over all ranks of ``torch.distributed``, and failures are detected.
 
-Off unless a process group is initialised. Each rank sweeps its share of the points; moments and counts are all-reduced, so
-that every rank makes the same step from the same sums. A rank that is gone, stuck or in disagreement is named on all of them.
+Used only if a process group is initialized. Each rank computes the E-step of its shard of the points; moments and counts are
+all-reduced, so that all ranks make the same step from the same sums. If a rank fails, hangs or runs with other settings, all
+ranks raise an error that names it.
 
-Before every exchange the ranks compare what each is about to do, so that two different exchanges never meet. The same comparison
-carries a Ctrl-C, so that all ranks leave at the same place.
+Before every collective operation the ranks compare which operation each is about to perform, so that two different operations are
+never combined. The same comparison transmits a Ctrl-C, so that all ranks stop at the same iteration.
 """
 
 from __future__ import annotations
@@ -33,29 +34,29 @@ from gmmkeops.sources import Source
 
 __all__ = ["RankError", "World", "join"]
 
-# Seconds between two signs of life, and without one until a rank counts as gone.
+# Seconds between two heartbeats, and seconds without one after which a rank counts as failed.
 _BEAT, _GONE = 0.5, 40.0
-# Seconds in which it shows who is gone, once a connection has broken.
+# Seconds to wait for the name of the failed rank after a connection has broken.
 _VERDICT = 5.0
-# Seconds for which ranks wait for another one that is in a callback.
+# Seconds for which ranks wait for a callback of another rank.
 _CALLBACK = 30.0
-# Seconds in which one press of Ctrl-C reaches all ranks, and for which an interrupted one waits for the others.
+# Seconds in which a Ctrl-C reaches all ranks, and for which an interrupted rank waits for the others.
 _PRESS, _PATIENCE = 1.0, 10.0
 # Collective operations that ranks perform together, and their names in messages.
 _ACTS = {"sum": "adds numbers", "gather": "exchanges rows", "interrupt": "was interrupted"}
 
-_REMEDY = "; a fit with checkpoint= goes on from its last checkpoint when it is started again."
+_REMEDY = "; a fit with checkpoint= resumes from its last checkpoint when it is started again."
 
 _fits = itertools.count()
-# Ranks of this process (one at most) that have left a collective which will never end.
+# Ranks of this process (at most one) that have left a collective operation which will never end.
 _stuck: list[int] = []
 
 
 class _Heart:
-    """Gives signs of life for this process, and listens for those of the others, while there is a process group.
+    """Thread that sends heartbeats of this process and checks those of the other ranks, through the store of the process group.
 
-    It has a connection to the store that nobody else waits on. Ranks that have not come to their first fit yet have given no
-    sign, and are waited for.
+    It has its own connection to the store. Ranks that have not started their first fit have sent no heartbeat, and are
+    waited for without a limit.
     """
 
     _one: _Heart | None = None
@@ -64,7 +65,7 @@ class _Heart:
         self.group, self.rank = store, rank
         self.store = store.clone() if hasattr(store, "clone") else store
         self.seen = {other: ("", time.monotonic()) for other in range(size) if other != rank}
-        # Those of this process that listen; when the store last answered, and whether it is gone.
+        # Calls of this process that are running; time of the last answer of the store, and whether the store is lost.
         self.worlds: list[World] = []
         self.heard, self.lost, self.rounds = time.monotonic(), False, 0
         self.stop = threading.Event()
@@ -73,7 +74,7 @@ class _Heart:
 
     @classmethod
     def of(cls, rank: int, size: int) -> _Heart:
-        """That of the process group there is."""
+        """The heartbeat thread of the current process group."""
         store = dist.distributed_c10d._get_default_store()
         if cls._one is None:
             atexit.register(cls._rest)
@@ -89,7 +90,7 @@ class _Heart:
             cls._one.stop.set()
             cls._one.thread.join(_BEAT)
         if _stuck:
-            # Torch would wait half an hour for a collective with a rank that is stuck.
+            # Torch would wait half an hour for the unfinished collective operation.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
@@ -129,7 +130,7 @@ class _Heart:
                 world.wake()
 
     def _held_up(self, mine: list[float]) -> str:
-        """Says so where ranks have waited too long for one that is in a callback."""
+        """Error text if ranks have waited too long for a callback of another rank; empty otherwise."""
         times = {rank: [float(part) for part in sign.split()[1:]] for rank, (sign, _) in self.seen.items() if sign}
         times[self.rank] = mine
         for rank, (_, calling) in times.items():
@@ -140,16 +141,16 @@ class _Heart:
 
 
 def join(backend: str | None = None) -> None:
-    """Makes this process a rank of the group that ``torchrun`` has started; does nothing outside of one.
+    """Initialize the process group of ``torchrun``; without torchrun, do nothing.
 
-    Restarts of killed workers meet in a store of their own. (Without that, ranks of torch 2.13 that start again try the
+    Each restart of killed workers uses a store prefix of its own. (Otherwise restarted ranks of torch 2.13 try to connect to the
     addresses of their predecessors.)
 
     Args:
-        backend: ``"gloo"`` or ``"nccl"``; by default what this machine's devices suggest.
+        backend: ``"gloo"`` or ``"nccl"``; None for ``"nccl"`` if CUDA is available, else ``"gloo"``.
 
     Raises:
-        RuntimeError, ValueError: What :mod:`torch.distributed` says of a group that cannot be joined.
+        RuntimeError, ValueError: The group cannot be joined; the message is that of :mod:`torch.distributed`.
 
     Example:
         >>> import gmmkeops as gk
@@ -168,7 +169,7 @@ def join(backend: str | None = None) -> None:
 
 
 class RankError(RuntimeError):
-    """A rank failed, is gone, or disagrees with the others; the sentence names it and says what to do.
+    """A rank failed, does not respond, or runs with other settings; the message names it and a remedy.
 
     Example:
         >>> import gmmkeops as gk
@@ -178,14 +179,14 @@ class RankError(RuntimeError):
 
 
 class World:
-    """The ranks that fit together; one alone without a process group.
+    """The ranks that fit one model together; a single rank if there is no process group.
 
     Attributes:
-        rank: This one, from 0.
-        size: How many there are.
+        rank: Rank of this process, from 0.
+        size: Number of ranks.
 
     Raises:
-        RankError: By its methods, when another rank failed, is gone, or disagrees.
+        RankError: Raised by the methods if another rank failed, does not respond, or runs with other settings.
 
     Example:
         >>> import gmmkeops as gk
@@ -194,7 +195,7 @@ class World:
         (0, 1)
     """
 
-    # The call that this process is in the middle of.
+    # The outermost call that this process is executing.
     _outer: World | None = None
 
     def __init__(self) -> None:
@@ -204,20 +205,20 @@ class World:
         if self.size == 1:
             return
         if World._outer is not None:
-            # Part of a call that is under way: what happens here concerns all of it.
+            # Part of a running call, with which it shares its state.
             self.__dict__ = World._outer.__dict__
             return
         self.device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         self.number, self.key = 0, ""
         self.heart = _Heart.of(self.rank, self.size)
-        # Seconds without a sign of life until a rank counts as gone.
+        # Seconds without a heartbeat after which a rank counts as failed.
         self.patience = _GONE
-        # What has been said of a rank that failed, and what this one has to say.
+        # Error text about a failed rank that all ranks share, and the one that this rank reports.
         self.verdict, self.word = "", ""
-        # Since when this rank has waited for others, and has been in a callback.
+        # Time since which this rank has waited for others, and has been in a callback; or None.
         self.waiting: float | None = None
         self.calling: float | None = None
-        # Whether it is in the middle of an exchange; when Ctrl-C was pressed during one; whether all ranks have left together.
+        # Whether a collective operation is running; time of a Ctrl-C during one; whether all ranks have been interrupted.
         self.busy, self.pressed, self.left = False, 0.0, False
         # Whether SIGINT is handled by this world, and the handler that it replaces. The lock keeps the heartbeat thread from
         # sending the signal after the callback has returned.
@@ -226,7 +227,7 @@ class World:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """While it lasts this rank hears what happens to the others; what it fails with is told to them."""
+        """Context of a call on all ranks: failures of other ranks are raised here, and an exception here is reported to them."""
         if self.size == 1 or World._outer is not None:
             yield
             return
@@ -245,7 +246,7 @@ class World:
         except RankError:
             self.calling = None
             if self.rank == 0:
-                # Others may have to read by this rank's store what has happened, or to hear the end of an exchange.
+                # Other ranks may still have to read the error text from the store of this rank, or to finish an operation.
                 time.sleep(_VERDICT if self.verdict or _stuck else _BEAT)
             raise
         except KeyboardInterrupt:
@@ -263,19 +264,19 @@ class World:
             World._outer = None
 
     def _say(self, word: str) -> None:
-        """Tells the others what has become of this rank."""
+        """Report an error text about this rank to the others."""
         self.word = word
-        # Two rounds, of which the second has begun after this.
+        # Wait for two rounds of the heartbeat, since the first one may have begun before.
         told, end = self.heart.rounds + 2, time.monotonic() + _VERDICT
         while self.heart.rounds < told and not self.heart.lost and time.monotonic() < end:
             time.sleep(_BEAT / 5)
 
     def _press(self, number: int, frame: Any) -> None:
-        """Handle SIGINT: leave a callback that the others have given up on, or do what Ctrl-C does in this process.
+        """Handle SIGINT: end a callback for which the others no longer wait, or do what Ctrl-C does in this process.
 
         A process that ignores Ctrl-C (as a background job of a shell script does) or has a handler of its own keeps that
-        behavior. Otherwise KeyboardInterrupt is raised: at once, or after the exchange that this rank is in the middle of,
-        so that none is left half done.
+        behavior. Otherwise KeyboardInterrupt is raised: at once, or after the collective operation that this rank is executing,
+        so that none remains unfinished.
         """
         if self.verdict:
             self._look()
@@ -292,14 +293,14 @@ class World:
             raise KeyboardInterrupt
 
     def wake(self) -> None:
-        """End a callback that the others have given up on, as far as Python can."""
+        """Interrupt a callback for which the others no longer wait, as far as Python can."""
         with self.lock:
             if self.calling is not None and self.signals and hasattr(signal, "pthread_kill"):
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     @contextmanager
     def callback(self) -> Iterator[None]:
-        """While it lasts this rank is in the hands of the user."""
+        """Context of a callback of the user, for whose end other ranks wait for a limited time."""
         if self.size == 1:
             yield
             return
@@ -311,10 +312,10 @@ class World:
                 self.calling = None
 
     def interrupted(self) -> None:
-        """After Ctrl-C: returns where all ranks were interrupted, and so leave at the same place.
+        """Handle Ctrl-C: return if all ranks were interrupted, so that they stop at the same iteration.
 
         Raises:
-            RankError: Only some ranks were; it names them on all ranks.
+            RankError: Only some ranks were interrupted; the message names them on all ranks.
         """
         if self.size == 1 or self.left:
             return
@@ -330,11 +331,11 @@ class World:
                 self.interrupted()
 
     def _meet(self, act: str, *sizes: int) -> Tensor:
-        """Compares what the ranks are about to do together; returns the first size of each.
+        """Compare the collective operations that the ranks are about to perform; return the first size of each rank.
 
         Raises:
-            RankError: They are about to do different things, or some were interrupted.
-            KeyboardInterrupt: All were interrupted.
+            RankError: The operations differ, or some ranks were interrupted.
+            KeyboardInterrupt: All ranks were interrupted.
         """
         codes = list(_ACTS)
         length, shape = (*sizes, 0, 0)[:2]
@@ -361,7 +362,7 @@ class World:
         return torch.tensor([row[2] for row in said])
 
     def _told(self, numbers: list[int]) -> list[list[int]]:
-        """As many whole numbers of each rank."""
+        """Gather a list of integers from each rank."""
         mine = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
         self._collect(lambda: dist.all_gather(parts, mine, async_op=True))
@@ -369,10 +370,10 @@ class World:
 
     @contextmanager
     def _exchange(self, act: str, *sizes: int) -> Iterator[Tensor]:
-        """Compare what the ranks are about to do, and then do it; yield the first size of each rank.
+        """Context of a collective operation, after a comparison between the ranks; yield the first size of each rank.
 
-        A Ctrl-C is raised after the exchange, never between the comparison and the exchange: this rank would start the next
-        comparison while the others wait in the exchange.
+        A Ctrl-C is raised after the operation, never between the comparison and the operation. Otherwise this rank would
+        start the next comparison while the others wait in the operation.
         """
         self.busy = True
         try:
@@ -383,22 +384,22 @@ class World:
             raise KeyboardInterrupt
 
     def look(self) -> None:
-        """Raises what has happened to another rank, in the middle of long work of this one."""
+        """Raise a RankError if another rank has failed; called during long computations."""
         if self.size > 1:
             self._look()
 
     def _look(self) -> None:
-        """Raises what has happened to another rank, if anything has."""
+        """Raise a RankError if another rank has failed, or if the store does not answer."""
         if self.verdict:
             raise RankError(self.verdict + _REMEDY)
-        holder = "rank 0, or who else holds the store of the group, "
+        holder = "rank 0, or the process that holds the store of the group, "
         if self.heart.lost:
             raise RankError(holder + "is gone" + _REMEDY)
         if time.monotonic() - self.heart.heard > self.patience:
             raise RankError(holder + "does not answer" + _REMEDY)
 
     def _collect(self, start: Callable[[], Any]) -> None:
-        """Runs a collective to its end, with an eye on the others."""
+        """Run a collective operation to its end while checking for failures of other ranks."""
         pause = 2e-5
         try:
             work = start()
@@ -414,7 +415,7 @@ class World:
             _stuck.append(self.rank)
             raise
         except RuntimeError as error:
-            # A connection has broken. Who was at its other end shows soon, by a word or by silence.
+            # A connection has broken. The failed rank is known soon, by its error text or by a missing heartbeat.
             self.patience = _VERDICT
             end = time.monotonic() + 3 * _VERDICT
             while time.monotonic() < end:
@@ -426,17 +427,17 @@ class World:
 
     @classmethod
     def alone(cls) -> World:
-        """One process, whatever group it may be in."""
+        """A single rank, independent of any process group."""
         world = cls.__new__(cls)
         world.rank, world.size = 0, 1
         return world
 
     def added(self, sums: Moments) -> Moments:
-        """The moments of all ranks, which have them about the same centres."""
+        """Sum of the moments of all ranks, which must be about the same centers."""
         if self.size == 1:
             return sums
         parts = [sums.S0, sums.S1, sums.S2, sums.total, sums.mass]
-        # Centres on which all agree have no spread between ranks.
+        # A checksum of the centers has no variance between ranks if they are equal.
         place = sums.centres.sum() + (sums.centres * torch.arange(len(sums.centres)).to(sums.centres)[:, None]).mean()
         flat = self.sum(torch.cat([part.reshape(-1) for part in parts] + [place[None], place.square()[None]]))
         mean, square = flat[-2] / self.size, flat[-1] / self.size
@@ -449,7 +450,7 @@ class World:
         return Moments(S0, S1, S2, sums.centres, total, mass)
 
     def merged(self, survey: Survey) -> Survey:
-        """The survey of all ranks' points."""
+        """The merged surveys of all ranks."""
         if self.size == 1:
             return survey
         rows, numbers = survey.reservoir.parts()
@@ -470,10 +471,10 @@ class World:
         return Survey(sums[0], sums[1], sums[2], (sums[3], sums[4]), sums[5] % (1 << 64), single, reservoir)
 
     def share(self, source: Source) -> Source:
-        """This rank's part of a source.
+        """The shard of this rank of a source.
 
-        What all ranks hold alike (the same files, or equal arrays) is divided among them; what differs is each one's own, with
-        the columns of rank 0's, matched by their names.
+        Data that are the same on all ranks (the same files, or equal arrays) are divided among them. Data that differ are the
+        shards themselves, and their columns are matched by name to those of rank 0.
         """
         if self.size == 1:
             return source
@@ -484,12 +485,12 @@ class World:
         return source.shared(0, 1, first=sum(rows or 0 for _, rows in said[: self.rank]))
 
     def generator(self, given: torch.Generator | None, device: torch.device) -> torch.Generator:
-        """A source of randomness that is in step on all ranks: what was given, as it is on rank 0.
+        """A random number generator in the same state on all ranks: that of the given one on rank 0.
 
-        Without one a fixed seed is used, and torch's global random state is left alone.
+        If None is given, a fixed seed is used. Torch's global random state is not used or changed.
 
         Raises:
-            TypeError: What was given is not a ``torch.Generator``.
+            TypeError: The argument is not a ``torch.Generator``.
         """
         generator = as_generator(given, device)
         if self.size > 1:
@@ -498,7 +499,7 @@ class World:
         return generator
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is up on any rank."""
+        """For each flag, whether it is true on any rank."""
         return list(flags) if self.size == 1 else (self.sum(torch.tensor(flags, dtype=torch.float64)) > 0).tolist()
 
     def sum(self, values: Tensor) -> Tensor:
@@ -511,7 +512,7 @@ class World:
         return out.to(values.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Tensors of all ranks, which may differ in their first dimension."""
+        """Gather a tensor from each rank; they may differ in their first dimension."""
         if self.size == 1:
             return [values]
         kind = zlib.crc32(repr((values.dtype, tuple(values.shape[1:]))).encode())
@@ -523,20 +524,20 @@ class World:
         return [part[:size].to(values.device) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     def tell(self, value: Any) -> list[Any]:
-        """What JSON can hold, of all ranks."""
+        """Gather a value that JSON can represent from each rank."""
         if self.size == 1:
             return [value]
         return [json.loads(text) for text in self.gather_bytes(json.dumps(value).encode())]
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """Bytes of all ranks."""
+        """Gather bytes from each rank."""
         if self.size == 1:
             return [data]
         flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         return [part.numpy().tobytes() for part in self.gather(flat)]
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Raises a RankError that names the first rank, and fact, which differ from rank 0's."""
+        """Raise a RankError that names the first rank, and the first of its facts, that differ from rank 0."""
         said = self.tell(facts)
         for rank, other in enumerate(said):
             for name, value in said[0].items():

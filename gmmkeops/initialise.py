@@ -1,8 +1,8 @@
-r"""Where a fit begins: centres from the data, and the mixture of their clusters.
+r"""Initial mixtures: centers by k-means or k-means++, and the weights, means and covariances of their clusters.
 
-k-means is hard EM with a frozen, tied, spherical factor, so Lloyd's step is one ``moments(assignment="hard")``; the seeding is
-greedy k-means++ on a subsample, in rounds where centres are many. References: Arthur and Vassilvitskii 2007, *k-means++: the
-advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
+k-means is hard EM with a frozen, tied, spherical factor, so a Lloyd iteration is one call of ``moments(assignment="hard")``.
+Centers are initialized by greedy k-means++ on a subsample, several at a time if there are many. References: Arthur and
+Vassilvitskii 2007, *k-means++: the advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ __all__ = ["STRATEGIES", "initialise", "representatives", "stratified_rows"]
 
 STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
 
-# Points that k-means works on, unless 20 per component are more.
+# Smallest subsample for k-means; larger ones have 20 points per component.
 _SAMPLE = 20_000
 
-# Rounds in which seeding chooses its centres, when there are more.
+# Number of rounds of k-means++ if there are more centers than that.
 _ROUNDS = 64
 
-# Of the average cluster's mass: how much of a typical cluster is mixed into each.
+# Fraction of the average cluster's weight with which a typical cluster is added to each cluster.
 _SHARE = 0.01
-# A typical variance within clusters counts as one: what is added to the variances of the typical cluster, and the largest mean
-# variance that a cluster counts with in it.
+# Relative to a typical variance within clusters: the number that is added to the variances of the typical cluster, and the
+# largest mean variance with which a cluster contributes to it.
 _FLOOR, _LARGE = 1e-6, 10.0
 
 
@@ -59,30 +59,31 @@ def initialise(
     refine: int = 0,
     backend: str = "auto",
 ) -> Mixture:
-    r"""A mixture whose components are clusters of the data.
+    r"""Compute an initial mixture whose components are clusters of the data.
 
-    .. math:: \min_{\mu} \sum_n g_n \min_k \lVert x_n - \mu_k \rVert^2 \qquad \text{(of which the strategies are stages)}
+    .. math:: \min_{\mu} \sum_n g_n \min_k \lVert x_n - \mu_k \rVert^2 \qquad \text{(the objective of k-means)}
 
     Args:
-        x: Points (N, D), N >= K, data units; or what :meth:`gmmkeops.Source.of` takes.
+        x: Points (N, D), N >= K, data units; or anything that :meth:`gmmkeops.Source.of` accepts.
         components: Number of components K.
-        strategy: ``"random"`` (K points of the data as centres), ``"kmeans++"`` (K points, far apart), ``"kmeans"``
-            (those, improved by Lloyd's iterations), ``"responsibilities"`` (every point shared at random).
+        strategy: ``"random"`` (K random points as centers), ``"kmeans++"`` (K points that are far apart), ``"kmeans"``
+            (k-means++, followed by Lloyd's iterations), or ``"responsibilities"`` (random responsibilities).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         weights: Weight of each point (N,), or None.
-        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same mixture
-            in every process. Torch's global random state is left alone either way.
-        runs: Runs of k-means or its seeding, of which the best is kept; they see a sample of the points.
-        refine: Steps in which the clusters then share their points by responsibilities, as EM would.
+        generator: Random number generator. None uses a fixed seed, so that the same call gives the same mixture in every
+            process. Torch's global random state is not used or changed.
+        runs: Number of runs of k-means or k-means++ on a sample of the points, of which the best one is kept.
+        refine: Number of additional EM steps.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
 
     Returns:
-        A float64 mixture with each cluster's weight, mean and covariance. To every cluster a hundredth of the average
-        cluster's weight is added, spread like a typical cluster, so that one point alone has a covariance too. A few
-        outliers do not change what is typical.
+        A float64 mixture in data units with the weight, mean and covariance of each cluster. Covariances are regularized: each
+        is averaged with that of a typical cluster, which enters with a hundredth of the average cluster's weight, so that a
+        cluster of a single point has a covariance, too. The typical cluster is robust to outliers.
 
     Raises:
-        TypeError, ValueError: Bad points, more components than points, or an unknown strategy.
+        TypeError, ValueError: Points or weights are invalid, fewer than K points have positive weight, or the strategy is
+            unknown.
 
     Reference:
         Arthur and Vassilvitskii 2007, *k-means++: the advantages of careful seeding*, SODA.
@@ -137,18 +138,18 @@ def initialise(
 def representatives(
     x: Any, weights: Any, size: int, world: World, minimum: int = 1
 ) -> tuple[Tensor, Tensor | None, int, Callable[[], Iterable[Chunk]]]:
-    """Rows (n, D) that stand for all points on all ranks, and what it takes to read them all.
+    """Draw a weighted sample (n, D) of the points on all ranks.
 
     Args:
-        x: Points (N, D), or what :meth:`gmmkeops.Source.of` takes.
+        x: Points (N, D), or anything that :meth:`gmmkeops.Source.of` accepts.
         weights: Weight of each point (N,), or None.
-        size: How many rows, if there are more.
+        size: Largest number of rows in the sample.
         world: The ranks.
-        minimum: The least number of points.
+        minimum: Smallest admissible number of points.
 
     Returns:
-        The rows, the mass that each stands for (n,), how many points have weight, and a function that reads this rank's.
-        Weights of extreme size are given in a unit of their own.
+        The sample (n, D), its weights (n,) or None, the number of points with positive weight, and a function that iterates
+        over the chunks of this rank. Extremely large or small weights are divided by a power of two.
     """
     if readable(x) or world.size > 1:
         source = world.share(Source.of(x, weights=weights))
@@ -171,10 +172,10 @@ def representatives(
 
 
 def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The distinct points (M, D) among rows, float64, and their masses (M,).
+    """The distinct points (M, D) among rows, float64, and their total weights (M,).
 
-    Equal points are merged and sorted, so neither the order of the rows nor whether a point is repeated or weighted
-    changes what the same random numbers lead to.
+    Equal points are merged and sorted, so that with the same random numbers the result does not depend on the order of the rows,
+    and a repeated point has the same effect as a weighted one.
     """
     if mass is None:
         mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
@@ -184,29 +185,29 @@ def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _ticks(size: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """One random place in each of ``size`` equal parts of [0, 1): even, and in step with nothing."""
+    """Stratified random numbers: one in each of ``size`` equal intervals of [0, 1)."""
     u = torch.rand(size, generator=generator, dtype=torch.float64, device=device)
     return (torch.arange(size, dtype=torch.float64, device=device) + u) / size
 
 
 def stratified_rows(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """At most ``size`` of ``count`` rows, in order, one drawn from each of as many stretches; all if there are no more."""
+    """Sorted indices of at most ``size`` of ``count`` rows, one drawn from each of ``size`` equal ranges."""
     if count <= size:
         return torch.arange(count, device=device)
     return (_ticks(size, generator, device) * count).long().clamp(max=count - 1)
 
 
 def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices drawn with chances proportional to ``mass``, by inverting its cumulative sum."""
+    """Indices drawn with probabilities proportional to ``mass``, by inverting its cumulative sum."""
     total = running_sum(mass)
     u = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device)
     return torch.searchsorted(total, u * total[-1]).clamp(max=len(mass) - 1)
 
 
 def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spread: bool) -> Tensor:
-    """K centres (K, D) among the points: any, by their mass, or far apart by greedy k-means++."""
+    """K centers (K, D) among the points: drawn by their weights, or by greedy k-means++ if ``spread``."""
     if not spread:
-        # The K smallest of Exponential / mass are draws without replacement; fewer distinct points are used again.
+        # The K smallest of Exponential / mass are draws without replacement; with fewer distinct points, some are repeated.
         u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
         order = (-torch.log1p(-u) / mass).argsort()
         return points[order[torch.arange(K, device=mass.device) % len(order)]]
@@ -214,7 +215,7 @@ def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
     chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
     while (left := K - sum(map(len, chosen))) > 0:
         chance = mass * distance
-        # Many centres are chosen many at a time, a few by the best of some candidates for each.
+        # Many centers are chosen several at a time; few are chosen one by one, each as the best of some candidates.
         several = min(left, K // _ROUNDS)
         candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, 2 + int(math.log(K))), generator)
         if several > 1:
@@ -229,14 +230,14 @@ def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
 
 
 def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    """Squared distance of each point (N,) to the nearest of some centres."""
+    """Squared distance of each point (N,) to the nearest center."""
     unit = torch.ones(1, 1, dtype=torch.float64, device=points.device)
     best, _ = reductions.topk(points, centres.new_zeros(len(centres)), centres, unit, 1)
     return -2 * best[:, 0]
 
 
 def _lloyd(points: Tensor, mass: Tensor, centres: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
-    """Lloyd's iterations until the mean squared distance falls by less than 10⁻⁴ of it; and that inertia."""
+    """Lloyd's iterations until the inertia decreases by a fraction of less than 10⁻⁴; the centers and the inertia."""
     cloud = reductions.arrange(points, len(centres), sweeps=iterations)
     factor = SphericalFactor(centres.new_zeros(1, 1), centres.shape[1])
     last = math.inf
@@ -252,20 +253,20 @@ def _lloyd(points: Tensor, mass: Tensor, centres: Tensor, backend: str, iteratio
 
 
 def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:
-    """Centres (K, D) of the best of some runs of k-means, from points shifted to near the origin."""
+    """Centers (K, D) of the best one of ``runs`` runs of k-means on centered points."""
     offset = mass @ points / mass.sum()
     points = points - offset
     found = [
         _lloyd(points, mass, _seed(points, mass, K, generator, spread=True), backend)
         for _ in range(runs if K > 1 else 1)
     ]
-    # Equal but for rounding is equal: the first of them is taken.
+    # Runs that are equal up to rounding count as equal; the first of them is taken.
     least = min(inertia for _, inertia in found)
     return next(centres for centres, inertia in found if inertia <= least * (1 + 1e-9)) + offset
 
 
 def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:
-    """Moments of responsibilities drawn uniformly and normalised, in chunks of rows."""
+    """Moments for uniformly drawn and normalized responsibilities, computed in chunks of rows."""
     D = x.shape[1]
     centre = x[: 1 << 16].double().mean(0)
     S0, S1, S2 = torch.zeros(K), torch.zeros(K, D), torch.zeros(K, D, D)
@@ -289,7 +290,7 @@ def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Gen
 
 
 def _clusters(chunks: Iterable[Chunk], centres: Tensor, kind: Any, backend: str) -> Moments:
-    """Moments of the clusters of points nearest to each centre."""
+    """Moments of the clusters: each point belongs to its nearest center."""
     K, D = centres.shape
     unit = torch.ones(1, 1, dtype=torch.float64, device=centres.device)
     shape = {
@@ -308,7 +309,7 @@ def _clusters(chunks: Iterable[Chunk], centres: Tensor, kind: Any, backend: str)
 
 
 def _shares(chunks: Iterable[Chunk], mixture: Mixture, backend: str) -> Moments:
-    """Moments of a mixture's responsibilities."""
+    """Moments for the responsibilities of a mixture (an E-step)."""
     sums = Moments.nothing(mixture.means, mixture.factor.family)
     for chunk in chunks:
         if len(chunk.points):
@@ -318,9 +319,9 @@ def _shares(chunks: Iterable[Chunk], mixture: Mixture, backend: str) -> Moments:
 
 
 def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Tensor) -> Mixture:
-    """Each component's weight, mean and covariance, with a little of a typical one.
+    """The mixture of clusters with given moments, with regularized covariances (see :func:`initialise`).
 
-    Of points with such centers and spreads (D,), which outliers do not rule.
+    ``center`` and ``spread`` (D,) are the robust centers and standard deviations of the columns.
     """
     K, D = sums.centres.shape
     about = sums.recentre(sums.means)
@@ -334,17 +335,17 @@ def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Te
     noise = NOISE * (sums.means.abs() if len(spread) > 1 else sums.means.abs().amax(1, keepdim=True))
     variances = torch.where(variances > noise**2, variances, 0.0)
     unit = _unit(counts, variances, torch.where(spread > NOISE * center.abs(), spread, 0.0))
-    # In these units a typical cluster has variances of about one. One outlier, or a cluster of a few, rules neither them nor
-    # what is added to the others.
+    # In these units a typical cluster has variances of about one. The contribution of each cluster to the pooled scatter is
+    # limited, so that a single outlier or a small cluster does not determine it.
     scatter = scatter / (unit[:, None] * unit if scatter.ndim == 3 else unit**2)
     share = _SHARE * mass / K
     limit = torch.ones_like(counts) if tied else _LARGE / (variances / unit**2).mean(1).clamp(min=_LARGE)
     pooled = (limit.reshape(column) * scatter).sum(0, keepdim=True) / mass
     pooled = pooled + _FLOOR * (torch.eye(D).to(pooled) if pooled.ndim == 3 else 1)
     covariances = pooled if tied else (scatter + share * pooled) / (counts + share).reshape(column)
-    # An empty cluster keeps that share as its weight, so that its logarithm is finite.
+    # An empty cluster gets this share as its weight, so that the logarithm is finite.
     logits = counts.clamp(min=share).log()
-    # What rounding leaves of a cluster without extent in some direction may be less than what has been added to it.
+    # In directions in which a cluster has no extent, rounding may make its variance smaller than the added one.
     floor = (_FLOOR * share / (counts + share)).clamp(min=_FLOOR if tied else 0.0)[: len(covariances)]
     if covariances.ndim == 3:
         floor = torch.maximum(floor, 1e-15 * covariances.diagonal(dim1=1, dim2=2).amax(1))
@@ -355,8 +356,8 @@ def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Te
 def _unit(counts: Tensor, variances: Tensor, spread: Tensor) -> Tensor:
     """A typical standard deviation within clusters for each column (D or 1,), data units.
 
-    It is the weighted median of the clusters'. Where most of the points are clusters of their own, or a column is constant, that
-    is zero: then it is the whole data's, or the largest of the other columns'.
+    It is the weighted median over the clusters. If that is zero, because most points are clusters of their own or a column is
+    constant, it is the standard deviation of the whole data, or the largest value of the other columns.
     """
     order = variances.argsort(0)
     below = running_sum(counts[order])

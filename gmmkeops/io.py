@@ -1,7 +1,7 @@
-r"""Mixtures in files: safetensors for the numbers, JSON in its header for what they mean; never pickle.
+r"""Mixtures in files: parameters as safetensors, with a JSON header; pickle is never used.
 
-A file is a complete :class:`~gmmkeops.Mixture`, of the family and shapes that its header names. Reading checks every
-name, shape and number before anything is made of them. Reference: the safetensors format, github.com/huggingface/safetensors.
+A file holds a complete :class:`~gmmkeops.Mixture`; the header gives the covariance family and the shapes. All names, shapes and
+numbers are validated when a file is read. Reference: the safetensors format, github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -39,29 +39,28 @@ T = TypeVar("T")
 
 _FORMAT = "gmmkeops.mixture"
 _VERSION = 1
-# Name of the header's entry about an estimator, and what the names of its tensors begin with.
+# Name of the header entry of an estimator, and prefix of the names of its tensors.
 _ESTIMATOR, _PART = "gmmkeops.estimator", "estimator."
-# Formats of files by their suffixes. A mixture's file may do without one.
+# Suffixes of the files. The file of a mixture may have none.
 MIXTURES = (".safetensors", "")
 TABLES = (".npy", ".csv")
 KINDS: dict[str, type[Factor]] = {"full": FullFactor, "diagonal": DiagonalFactor, "spherical": SphericalFactor}
 
 
 def save(mixture: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a mixture (or a fitted estimator's) to a file, whole or not at all.
+    """Write a mixture or a fitted estimator to a file, atomically.
 
     Args:
-        mixture: A :class:`~gmmkeops.Mixture`, batches too, or a fitted :class:`~gmmkeops.GaussianMixture`, whose parameters
-            and fitted attributes are written too (:meth:`gmmkeops.GaussianMixture.load`).
-        path: The file, ``.safetensors`` or without a suffix, replaced in one step if it exists. The names of the mixture's
-            columns, where they are known, are written too.
+        mixture: A :class:`~gmmkeops.Mixture`, also a batch, or a fitted :class:`~gmmkeops.GaussianMixture`, whose parameters
+            and fitted attributes are written as well (:meth:`gmmkeops.GaussianMixture.load`). Column names of the mixture are
+            written if they are known.
+        path: The file, with the suffix ``.safetensors`` or none. An existing file is replaced.
 
     Raises:
-        TypeError: Neither of the two.
-        ValueError: The mixture is in half precision, or a parameter of the estimator is of a kind that a file cannot hold,
-            such as a function.
-        ValueError: The suffix belongs to another format.
-        OSError: The folder cannot be written to.
+        TypeError: The argument is neither a mixture nor a fitted estimator.
+        ValueError: The mixture is in half precision, a parameter of the estimator cannot be stored (for example a function), or
+            the suffix belongs to another format.
+        OSError: The folder does not exist or cannot be written to.
 
     Example:
         >>> import os, tempfile, gmmkeops as gk
@@ -74,7 +73,7 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save as serialise
 
     path = check_output(path, MIXTURES, name="a mixture")
-    # State that an estimator writes beside its mixture.
+    # Estimators store parameters and attributes beside the mixture.
     own = getattr(mixture, "_saved", None) if hasattr(mixture, "mixture_") else None
     entry, parts = (None, []) if own is None else own()
     mixture = getattr(mixture, "mixture_", mixture)
@@ -98,16 +97,16 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
         header["columns"] = list(mixture.columns)
     metadata = {_FORMAT: json.dumps(header)} | ({} if entry is None else {_ESTIMATOR: json.dumps(entry)})
     tensors |= {f"{_PART}{number}": part for number, part in enumerate(parts)}
-    # A copy of each, since tensors that share their memory are refused.
+    # Tensors are copied, since safetensors refuses tensors that share memory.
     data = serialise({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata)
     write_whole(path, data)
 
 
 def as_path(path: Any, name: str = "path") -> Path:
-    """A path.
+    """Convert text to a path.
 
     Raises:
-        TypeError: It is neither text nor a path.
+        TypeError: The argument is neither text nor a path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{name} must be the name of a file, got {type(path).__name__}; pass text or a pathlib.Path.")
@@ -121,13 +120,13 @@ def check_output(
     inputs: Iterable[str | os.PathLike[str]] = (),
     name: str = "the output",
 ) -> Path:
-    """Checks that a file may be written, before anything is computed for it.
+    """Check that a file can be written, before its contents are computed.
 
     Args:
         path: The file.
-        formats: The suffixes of the formats that it may be written in; any if left out.
-        inputs: Files that must stay as they are. Links to them are recognized.
-        name: How messages call the file.
+        formats: Admissible suffixes; None for any.
+        inputs: Files that must not be overwritten; links to them are recognized.
+        name: Name of the file in messages.
 
     Returns:
         The path.
@@ -139,7 +138,7 @@ def check_output(
         IsADirectoryError: The path is a folder.
     """
     path = as_path(path)
-    # A link is not replaced, but the file that it points to.
+    # Writing to a link replaces the file that it points to.
     target = path.resolve() if path.is_symlink() else path
     wrong = [file for file in (path, target) if formats is not None and file.suffix.lower() not in formats]
     if wrong and formats is not None:
@@ -147,10 +146,12 @@ def check_output(
         what = f"a {wrong[0].suffix} file" if wrong[0].suffix else "a file without a suffix"
         raise ValueError(f"{name} is written to a {known} file, got {wrong[0]}, {what}; choose another name.")
     for other in inputs:
-        # A file that does not exist yet has no other names than its path.
+        # Files that exist are compared by their identity, others by their paths.
         same = path.exists() and os.path.exists(other) and os.path.samefile(path, other)
         if same or os.path.abspath(path) == os.path.abspath(other):
-            raise ValueError(f"{name} {path} would overwrite {other}, which is used here too; choose another name.")
+            raise ValueError(
+                f"{name} {path} would overwrite {other}, which is an input of the same call; choose another name."
+            )
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it for {name}.")
     if not path.parent.is_dir():
@@ -159,7 +160,7 @@ def check_output(
 
 
 def write_table(path: str | os.PathLike[str], array: Any) -> None:
-    """Writes numbers (N,) or (N, D) to a .npy or .csv file, as its suffix says, whole or not at all.
+    """Write an array (N,) or (N, D) to a .npy or .csv file, by its suffix, atomically.
 
     Raises:
         ValueError: The suffix belongs to another format.
@@ -178,10 +179,10 @@ def write_table(path: str | os.PathLike[str], array: Any) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: at every moment there is the old one or the new one, on the disk too.
+    """Replace a file atomically: at any time the path has either the old or the new contents, also after a power failure.
 
-    The file gets the permissions that the umask leaves. A symbolic link stays one, and the file that it points to is replaced;
-    a device or a pipe is written to.
+    The file gets the default permissions of the umask. For a symbolic link, the file that it points to is replaced; devices and
+    pipes are written to directly.
 
     Raises:
         OSError: The folder cannot be written to, or the path is a folder.
@@ -212,14 +213,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def unused_name(path: Path, create: Callable[[Path], T]) -> tuple[T, Path]:
-    """Creates a temporary file beside a path, under a name that no other file has.
+    """Create a temporary file in the folder of a path, with a name that is not in use.
 
     Args:
         path: The file that the temporary one is for; the new name begins with a part of this file's name.
         create: A function that creates the file, and raises FileExistsError where the name is taken.
 
     Returns:
-        What ``create`` returned, and the name.
+        The result of ``create``, and the name.
 
     Raises:
         OSError: The folder cannot be written to.
@@ -233,15 +234,18 @@ def unused_name(path: Path, create: Callable[[Path], T]) -> tuple[T, Path]:
 
 
 def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
-    """Reads a mixture that :func:`save` wrote.
+    """Read a mixture from a file that :func:`save` has written.
 
     Args:
         path: The file.
-        device: Where to put it.
+        device: Device of the parameters.
+
+    Returns:
+        The mixture, with its column names if they were stored.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or not a mixture; the sentence says how.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged or does not contain a mixture.
 
     Example:
         >>> import os, tempfile, gmmkeops as gk
@@ -256,11 +260,11 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
 
 
 def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture, Any, dict[int, Tensor]]:
-    """Reads a mixture, and what else an estimator has written to its file.
+    """Read a mixture, and the entry of an estimator if the file has one.
 
     Args:
         path: The file.
-        device: Where to put the tensors.
+        device: Device of the tensors.
 
     Returns:
         The mixture, the estimator's entry of the header (None where there is none), and its tensors by number.

@@ -1,4 +1,4 @@
-"""How much memory a fit takes beside the points that it is given, and how to keep below a limit."""
+"""Estimates of the memory that a fit needs beside its points, and chunk sizes that respect a limit."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from gmmkeops.sources import NUMBERS
 
 __all__ = ["as_bytes", "chunk_rows", "estimate_memory"]
 
-# Copies of all parameters that a step holds at once: moments, their shifts, factors, a history of one.
+# Number of copies of all parameters in a step: moments, shifted moments, factors, and the previous state.
 _COPIES = 24
-# What tiles, threads and torch's own buffers take, whatever the problem.
+# Bytes of tiles, threads and torch's own buffers, for any problem.
 _FIXED = 80 << 20
-# Factor by which the memory of chunks is counted: what one thread frees is not available to another thread at once.
+# Safety factor for the memory of chunks: memory that one thread frees is not immediately available to another one.
 _ROOM = 2
 # Bytes of each number of a row while it is read: as it is stored, converted, and stacked with the others.
 _READ = 24
-# Points that a start looks at, and copies of them.
+# Number of points in the sample for the initialization, and number of copies of it.
 _SAMPLE, _SAMPLE_COPIES = 20_000, 6
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -31,19 +31,19 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 def estimate_memory(
     n: int, k: int, d: int, *, covariance_type: str = "full", dtype: Any = "float32", streamed: bool = False
 ) -> int:
-    """Bytes that a fit takes at its peak beside imports and the given points; an upper estimate.
+    """Estimate the peak memory of a fit beside imports and the given points, from above.
 
     Args:
-        n, k, d: Points, components, dimensions.
+        n, k, d: Numbers of points, components and dimensions.
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
-        dtype: What the points are computed in.
-        streamed: Whether they are read from a source, chunk by chunk; then n does not matter.
+        dtype: Precision of the points in the fit.
+        streamed: Whether the points are read from a source chunk by chunk; the estimate then does not grow with n.
 
     Returns:
-        Bytes.
+        Number of bytes.
 
     Raises:
-        ValueError: A number below one, or an unknown covariance type or dtype.
+        ValueError: A number is below one, or the covariance type or dtype is unknown.
 
     Example:
         >>> import gmmkeops as gk
@@ -65,28 +65,28 @@ def _components(k: int, d: int, covariance_type: str) -> int:
 
 
 def _per_row(rows: int, k: int, d: int, dtype: torch.dtype) -> int:
-    """Bytes of a row in standardized coordinates; where points are sorted into boxes, of a second copy and their order."""
+    """Bytes of a row in standardized coordinates, with a sorted copy and its order if points may be sorted for truncation."""
     size = torch.finfo(dtype).bits // 8
     return d * size * 3 + 32 if may_arrange(rows, k, d) else d * size
 
 
 def _per_streamed_row(rows: int, k: int, d: int, dtype: torch.dtype, stored: int = 0) -> int:
-    """Bytes of a row while it is read, in the previous chunk, and of its weight and its place in a random order.
+    """Bytes of a row while it is read, of a row of the previous chunk, of its weight, and of its index in a random order.
 
     Args:
-        rows, k, d: Rows of a chunk, components, dimensions.
-        dtype: What the points are computed in.
-        stored: Bytes of a row in its file, where columns that are not needed are read too.
+        rows, k, d: Numbers of rows in a chunk, of components, and of dimensions.
+        dtype: Precision of the points in the fit.
+        stored: Bytes of a row in its file if unused columns are read, too; otherwise 0.
     """
     size = torch.finfo(dtype).bits // 8
     return _ROOM * (stored + _READ * (d + 1) + d * size + 24 + _per_row(rows, k, d, dtype))
 
 
 def as_bytes(limit: int | float | str) -> int:
-    """Bytes from a number, or from text such as "1.5GB" or "800MiB".
+    """Convert a limit to bytes, from a number or from text such as "1.5GB" or "800MiB".
 
     Raises:
-        ValueError: It is neither, or not positive.
+        ValueError: The limit is neither, or not positive.
     """
     if isinstance(limit, str):
         found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", limit.upper())
@@ -100,17 +100,17 @@ def as_bytes(limit: int | float | str) -> int:
 
 
 def chunk_rows(limit: int, k: int, d: int, covariance_type: str, dtype: torch.dtype, stored: int = 0) -> int:
-    """Rows of a chunk with which a streamed fit stays below a limit in bytes.
+    """Number of rows in a chunk for which a streamed fit stays below a memory limit.
 
     Args:
-        limit: Bytes.
-        k, d: Components and dimensions.
+        limit: Memory limit, bytes.
+        k, d: Numbers of components and dimensions.
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
-        dtype: What the points are computed in.
-        stored: Bytes of a row in its file, where columns that are not needed are read too.
+        dtype: Precision of the points in the fit.
+        stored: Bytes of a row in its file if unused columns are read, too; otherwise 0.
 
     Raises:
-        ValueError: Not even a small chunk would.
+        ValueError: The limit is too small even for chunks of 1000 rows.
     """
     left = limit - _components(k, d, covariance_type)
     rows = min(NUMBERS // d, left // _per_streamed_row(NUMBERS // d, k, d, dtype, stored))

@@ -1,7 +1,7 @@
-r"""Points that are too many for memory: files, memory maps, loaders and functions, read a chunk at a time, pass after pass.
+r"""Data sets that may be larger than memory: files, memory maps, loaders and functions, read chunk by chunk on every pass.
 
-Rows are counted on every pass, so that a file that is cut short, grows or changes is an error and not a shorter fit. The
-first pass takes a sample that stands for all rows.
+Rows are counted on every pass, so that a file that is truncated, grows or changes raises an error. The first pass draws a random
+sample of the rows.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from gmmkeops._survey import SAMPLE, Reservoir, Survey, fingerprint
 
 __all__ = ["NUMBERS", "Chunk", "Source", "chunked", "readable"]
 
-# Numbers in a chunk: enough for long sweeps, little beside the rest of a process.
+# Entries of a chunk: enough for efficient reductions, few compared with the memory of a process.
 NUMBERS = 1 << 20
-# How far sums of the same numbers in another order may be apart, as a share of the sum of their magnitudes.
+# Largest difference of sums of the same numbers in another order, as a fraction of the sum of their absolute values.
 _ROUNDING = 1e-11
 # Numbers that are summed at a time.
 _SUMMED = 1 << 16
-# Places that a chunk of a pass in random order is read from.
+# Number of row ranges from which a chunk of a pass in random order is read.
 _PLACES = 256
 
 
 class Source:
-    """Points (N, D) that can be read again and again, a chunk at a time; everything that fits and scores takes one.
+    """Points (N, D) that can be read repeatedly, chunk by chunk. All functions that fit or score accept a source.
 
-    Made by :meth:`of`, or by handing what it takes to :func:`gmmkeops.fit` and the like.
+    Sources are created by :meth:`of`. :func:`gmmkeops.fit` and other functions call it for data that are not in memory.
 
     Attributes:
-        name: How messages call it.
+        name: Name of the data in messages.
         features: Number of columns D.
-        columns: Their names, in the order in which they are read, or None where the data have no names.
-        paths: The files that it reads.
+        columns: Names of the columns, in the order in which they are read, or None if the data have no names.
+        paths: The files that are read.
 
     Example:
         >>> import numpy as np, gmmkeops as gk
@@ -95,24 +95,24 @@ class Source:
         weights: Any = None,
         chunk_rows: int | None = None,
     ) -> Source:
-        """A source from anything that holds points.
+        """Create a source from an array, files, a loader or a function.
 
         Args:
             x: An array, a tensor or a memory map (N, D); the path of a ``.npy``, Parquet, LAS, LAZ or PLY file, a folder or
                 a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns a new
-                iterator at each call. Loaders and functions give arrays (n, D), or pairs (points, weights) with one weight
-                per point, (n,) or (n, 1), as floats: integers beside the points are refused, since they may be labels.
-            columns: Which columns are the coordinates: names, or numbers of an array's. By default all that are not the
-                weights; x, y and z of LAS and PLY. The labels of rows that pandas saves in Parquet files are left out.
-                Files of one source are matched by the names of their columns, to the order of the first file.
-            classes: Which classes of a LAS file's points are read; all if left out.
-            weights: Name or number of the column with the points' weights; or an array (N,) of them.
-            chunk_rows: Rows that are read at a time; about a million numbers' worth if left out.
+                iterator at each call. Loaders and functions yield arrays (n, D), or pairs (points, weights) with one weight
+                per point, (n,) or (n, 1), as floats. Integers beside the points are refused, since they may be labels.
+            columns: Coordinates to read: names, or indices of the columns of an array. By default all columns except the
+                weights, or x, y and z of LAS and PLY files. Index columns that pandas saves in Parquet files are omitted. Files
+                of one source are matched by column name, in the order of the first file.
+            classes: Classes of points to read from LAS files; None for all.
+            weights: Name or index of the column of weights, or an array of weights (N,).
+            chunk_rows: Number of rows to read at a time; None for chunks of about a million numbers.
 
         Raises:
-            TypeError: Nothing that can be read twice, such as a generator; or values that are not numbers.
-            FileNotFoundError, ImportError: The file is not there, or the library for its format is not.
-            ValueError: The file is damaged, a column is not there, or shapes do not fit; in one sentence.
+            TypeError: The data can be read only once, such as a generator, or are not numeric.
+            FileNotFoundError, ImportError: The file does not exist, or the library for its format is not installed.
+            ValueError: The file is damaged, a column is missing, or shapes do not match.
 
         Example:
             >>> import numpy as np, os, tempfile, gmmkeops as gk
@@ -124,7 +124,9 @@ class Source:
         """
         if isinstance(x, Source):
             if any(choice is not None for choice in (columns, classes, weights, chunk_rows)):
-                raise ValueError("x is a Source already; choose columns, classes and weights where it is made.")
+                raise ValueError(
+                    "x is already a Source; pass columns, classes, weights and chunk_rows to Source.of instead."
+                )
             return x
         if columns is not None and (isinstance(columns, str) or not hasattr(columns, "__len__")):
             raise TypeError(f"columns must be a list of names or numbers, got {columns!r}; pass [{columns!r}].")
@@ -138,13 +140,16 @@ class Source:
         reader = _reader(x, columns, classes, column)
         if isinstance(reader, Streams) and (columns is not None or column is not None):
             raise ValueError(
-                "columns and weights are chosen by the function itself; it may give pairs (points, weights)."
+                "columns= and weights= cannot be used with a loader or a function; yield the columns, or pairs (points, weights)."
             )
         source = cls(reader, given, chunk_rows)
         source.classes = classes
         if source.weights is not None:
             if classes is not None or isinstance(reader, Streams):
-                raise ValueError("an array of weights needs rows of known number; name a column, or give pairs.")
+                raise ValueError(
+                    "an array of weights needs a known number of rows, which functions and classes= do not have; name a column "
+                    "of weights, or yield pairs (points, weights)."
+                )
             if source.weights.shape != (reader.rows,):
                 raise ValueError(
                     f"weights must have shape ({reader.rows},), one per row of {source.name}, got {source.weights.shape}."
@@ -152,10 +157,10 @@ class Source:
         return source
 
     def units(self, places: int = 1) -> list[list[Unit]] | None:
-        """What is read at a time, of this process's share; None for what streams.
+        """Groups of units that are read together, for the shard of this process; None for loaders and functions.
 
         Args:
-            places: Into how many stretches what is read at a time falls.
+            places: Number of row ranges of which each group consists.
         """
         if isinstance(self.reader, Streams):
             return None
@@ -173,11 +178,11 @@ class Source:
             columns: Names of the model's columns, or None where they are not known.
 
         Returns:
-            A source of these columns in this order; the same source where one side has no names, so that columns are
-            matched by their places.
+            A source of these columns in this order; the same source if the model or the data have no names, so that columns are
+            matched by position.
 
         Raises:
-            ValueError: A column is missing; the sentence names it and lists those that exist.
+            ValueError: A column is missing; the message names it and lists the existing ones.
 
         Example:
             >>> import numpy as np, gmmkeops as gk
@@ -195,29 +200,29 @@ class Source:
         return part
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the thread that reads, which the copy starts when it needs it."""
+        """All attributes except the reading thread, which a copy starts when it needs it."""
         return {**vars(self), "_pool": None}
 
     def in_chunks(self, rows: int) -> Source:
-        """The same, read at most so many rows at a time."""
+        """The same source with chunks of at most ``rows`` rows."""
         part = copy.copy(self)
         part.size = min(self.size, rows)
         return part
 
     def shared(self, rank: int, count: int, first: int = 0) -> Source:
-        """Part number ``rank`` of ``count`` of the rows, numbered from ``first`` on."""
+        """Shard ``rank`` of ``count`` of the rows, which are numbered from ``first``."""
         part = copy.copy(self)
         part.share, part.first, part._survey = (rank, count), first, None
         return part
 
     @property
     def slice(self) -> slice:
-        """The rows of this process's share."""
+        """Row range of the shard of this process."""
         units = [unit for group in self.units() or [] for unit in group]
         return slice(units[0].first, units[-1].first + units[-1].rows) if units else slice(0, 0)
 
     def identity(self) -> Any:
-        """What tells this source from others without reading it; of an array, a number of all that is in it."""
+        """Identifier for a comparison with other ranks: paths, sizes and times of files, or a hash of an array."""
         if isinstance(self.reader, Streams):
             return None
         if self.reader.paths:
@@ -228,7 +233,7 @@ class Source:
         return fingerprint(points, weights)
 
     def shuffled(self, generator: torch.Generator) -> list[list[Unit]] | None:
-        """The same in random order, each chunk from several places."""
+        """The groups of :meth:`units` in random order, each with rows from several parts of the data."""
         units = [unit for group in self.units(_PLACES) or [] for unit in group]
         order = torch.randperm(len(units), generator=generator).tolist()
         return _grouped([units[i] for i in order], self.size) if units else self.units()
@@ -236,15 +241,16 @@ class Source:
     def chunks(
         self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Chunk], Any] | None = None
     ) -> Iterator[Any]:
-        """The chunks of one pass, each loaded while the one before is in use; checked, and counted at the end.
+        """Iterate over the chunks of one pass. Each chunk is validated, and loaded while the previous one is in use.
 
         Args:
-            skip: Chunks that are left out at the beginning.
-            order: What is read at a time, in another order than that of the rows.
-            prepare: What is done with each chunk as part of its loading.
+            skip: Number of chunks to skip at the beginning.
+            order: Groups of units in the order of reading; None for the order of the rows.
+            prepare: Function that is applied to each chunk in the loading thread; its results are yielded.
 
         Raises:
-            ValueError: A chunk cannot be read, has entries that are not finite, or the pass was not like the first.
+            ValueError: A chunk cannot be read or has entries that are not finite, or the data differ from those of the first
+                pass.
         """
         mind_fork()
         self._check_stamps()
@@ -267,10 +273,10 @@ class Source:
             self._compare(tally)
 
     def _ahead(self, load: Callable[[], Any]) -> Callable[[], Any]:
-        """Begins to load in the reader's thread; returns what waits for it."""
+        """Start loading in the reading thread; return a function that waits for the result."""
         if self._pool is None or self._process != os.getpid():
-            # One thread for all passes: a new one each time would take, and keep, memory of its own. A forked process has
-            # none of its parent's threads.
+            # One thread serves all passes, since each new thread would keep memory of its own. A forked process has no threads of
+            # its parent.
             _share_arenas()
             self._pool, self._process = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader"), os.getpid()
         try:
@@ -278,7 +284,7 @@ class Source:
         except RuntimeError as error:
             if "start new thread" not in str(error):
                 raise
-            # A process with little memory left has no room for a thread's stack: the caller loads when it needs to.
+            # Without memory for the stack of a thread, the caller loads the chunk itself.
             self._pool = None
             return load
 
@@ -287,7 +293,7 @@ class Source:
             pieces: Iterator[Chunk] = islice(_whole(self.reader.chunks(), self.size), skip, None)
         else:
             pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
-        # A loop would keep the last chunk while the next one is read.
+        # A loop variable would keep the last chunk in memory while the next one is read.
         return map(self._checked, pieces)
 
     def _checked(self, chunk: Chunk) -> Chunk:
@@ -314,7 +320,7 @@ class Source:
         return replace(chunk, first=self.first + unit.first)
 
     def _check_stamps(self, which: int | None = None) -> None:
-        """Size and time of every file, or of one, are what they were at first."""
+        """Check that size and modification time of all files, or of one, have not changed."""
         paths = self.reader.paths
         if self._stamps is None:
             self._stamps = [_stamp(path) for path in paths]
@@ -339,14 +345,14 @@ class Source:
             )
 
     def survey(self, size: int = SAMPLE, *, alone: bool = True) -> Survey:
-        """What one pass over all of it shows; remembered.
+        """Read all rows once; return their number, total weight, checksums and a random sample. The result is cached.
 
         Args:
-            size: Rows that the sample must have, if there are so many.
-            alone: Whether these are all points, of which there must be some, rather than those of one of several ranks.
+            size: Smallest size of the sample, if there are enough rows.
+            alone: Whether these are all points, so that there must be at least one, rather than the shard of a rank.
 
         Raises:
-            ValueError: There are no rows, or they cannot be read; as :meth:`chunks`.
+            ValueError: There are no rows of positive weight, or they cannot be read (:meth:`chunks`).
         """
         mind_fork()
         if self._survey is not None and self._survey.reservoir.size >= size:
@@ -365,7 +371,7 @@ class Source:
         return self._survey
 
     def nothing(self, rows: int = 0) -> ValueError:
-        """The error about a source that has no rows, or none with a weight."""
+        """The error for a source without rows, or without rows of positive weight."""
         if rows:
             return ValueError(
                 f"weights of {self.name} must not all be zero; leave weights out to weigh all points alike."
@@ -379,10 +385,10 @@ class Source:
 
 
 def _share_arenas() -> None:
-    """Lets all threads take their memory from two pools.
+    """Limit the number of memory pools of glibc to two (``mallopt``); no effect with other C libraries.
 
-    The C library would otherwise reserve 64 MB of address space for each thread that ever allocates, which is most of what a
-    process with a limit of a gigabyte or two has to give (glibc's ``mallopt``; elsewhere nothing happens).
+    Otherwise glibc reserves 64 MB of address space for each thread that allocates memory, which is too much for a process with a
+    limit of one or two gigabytes.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-8, 2)
@@ -412,7 +418,7 @@ def _joined(chunks: list[Chunk]) -> Chunk:
 
 
 def _whole(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
-    """The same rows, numbered, with large chunks cut and small ones joined so that each has about ``size``."""
+    """The same rows, numbered, in chunks of about ``size`` rows: large chunks are split and small ones joined."""
     few: list[Chunk] = []
     first = rows = 0
     for chunk in chunks:
@@ -428,7 +434,7 @@ def _whole(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
 
 
 class _Tally:
-    """What is counted on every pass."""
+    """Number of rows, total weight, and checksums of a pass."""
 
     def __init__(self) -> None:
         self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
@@ -450,10 +456,10 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def readable(x: Any) -> bool:
-    """Whether these are points to be read a chunk at a time, rather than numbers in memory.
+    """Whether data are read chunk by chunk, rather than given as numbers in memory.
 
     Raises:
-        TypeError: It can be read only once.
+        TypeError: The data can be read only once (an iterator).
     """
     if isinstance(x, Iterator):
         raise TypeError(
@@ -470,16 +476,16 @@ def readable(x: Any) -> bool:
 def chunked(
     x: Any, weights: Any = None, *, features: int | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[Chunk]:
-    """Points in memory as one chunk, or those of a source one after the other; checked.
+    """Validated chunks: points in memory as one chunk, or the chunks of a source.
 
     Args:
-        x: Points (N, D), or what :meth:`Source.of` takes.
+        x: Points (N, D), or anything that :meth:`Source.of` accepts.
         weights: Weight of each point (N,), or None.
         features: Expected D, if known.
-        columns: Names of the model's columns, if known, which data with names are matched to.
+        columns: Names of the model's columns, to which data with names are matched; None if they are not known.
 
     Raises:
-        TypeError, ValueError: Bad points or weights, or a column that is missing.
+        TypeError, ValueError: Points or weights are invalid, or a column is missing.
     """
     if not readable(x):
         points = as_points(table_of(x, columns), features=features)
@@ -493,7 +499,7 @@ def chunked(
 
 
 def _some(source: Source) -> Iterator[Chunk]:
-    """The chunks of a source that have rows, of which there must be one."""
+    """Nonempty chunks of a source; raises if no row has positive weight."""
     tally = _Tally()
     for chunk in source.chunks():
         if len(chunk.points):
@@ -523,7 +529,7 @@ class _Again:
     """A function that returns the same iterable at each call.
 
     Args:
-        iterable: What can be iterated over again and again.
+        iterable: An iterable that can be iterated over repeatedly.
     """
 
     iterable: Any
@@ -533,7 +539,7 @@ class _Again:
 
 
 def _paths(item: str | os.PathLike[str]) -> list[Path]:
-    """The files that a path, a folder or a pattern names, in order."""
+    """Sorted files of a path, a folder or a pattern."""
     path = Path(item)
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
