@@ -56,7 +56,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class PrecisionWarning(UserWarning):
-    """The input or what it is computed with is too coarse: steps of float32 larger than the cloud's own structure.
+    """The numerical precision is too low for the data, for example float32 coordinates that are coarser than their structure.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk
@@ -67,7 +67,7 @@ class PrecisionWarning(UserWarning):
 
 
 class SamplingWarning(UserWarning):
-    """Draws from a posterior are not to be trusted: weights have collapsed, trajectories diverged, or chains not met.
+    """Draws from a posterior are unreliable: weights have degenerated, trajectories diverged, or chains have not mixed.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk

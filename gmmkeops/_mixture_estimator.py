@@ -1,7 +1,7 @@
-"""What the estimators share: data in, starts, restarts of :func:`gmmkeops.fit`, and answers in scikit-learn's words.
+"""Base class of the estimators: validation of data, initialization, repeated fits, and scikit-learn's methods.
 
-A mixture of Gaussians answers every question; which one, and how it is found, is each estimator's own. Reference: names and
-shapes are those of ``sklearn.mixture``, with tgmm's for the tied types.
+Subclasses define the fitting method and the mixture that is used for predictions. Names and shapes are those of
+``sklearn.mixture``, with tgmm's names of the tied covariance types.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ __all__ = ["MixtureEstimator", "Trace", "generator_of", "in_own_words"]
 
 Self = TypeVar("Self", bound="MixtureEstimator")
 
-# k-means starts that are tried by so many steps of EM: many where a sample of so many points stands for a larger cloud, a
-# few where the points are all there are and a try costs as much as the fit; and only one where components are so many that
-# good and bad luck even out among them.
+# Numbers of k-means initializations that are compared after some steps of EM: more if they run on a sample of a larger data set,
+# fewer if they run on all points, where a trial takes as long as the fit, and at most _MANY / K, since results vary less with
+# many components. Then the size of the sample, and the number of EM steps.
 _CANDIDATES, _FEW = 8, 3
 _MANY = 400
 _SAMPLE = 20_000
 _STEPS = 20
-# Mean log-likelihoods of the same mixture and points differ by less, relative to their size, in float32 too.
+# Largest relative difference of mean log-likelihoods of the same mixture and points, also in float32.
 _SAME = 1e-5
-# Objectives that differ by less, as a share, are equal but for rounding; the first of them is taken.
+# Relative difference of objectives below which they are equal up to rounding, so that the first one is kept.
 _TIE = 1e-9
-# Parameters that ranks may have of their own; of random_state, rank 0's counts.
+# Parameters that may differ between ranks; the random_state of rank 0 is used.
 _OF_A_RANK = ("checkpoint", "device", "random_state", "verbose", "verbose_interval")
 _STRATEGIES = {
     "kmeans": "kmeans",
@@ -73,17 +73,17 @@ _STRATEGIES = {
 
 @contextmanager
 def in_own_words() -> Iterator[None]:
-    """Errors name an estimator's arguments X and sample_weight, not those of the functions that it calls."""
+    """Context in which errors name the arguments X and sample_weight of an estimator, instead of x and weights."""
     with renamed("x", "X"), renamed("weights", "sample_weight"):
         yield
 
 
 class MixtureEstimator(Estimator, ABC):
-    """An estimator whose answers are those of a mixture."""
+    """Abstract estimator whose predictions are those of a mixture."""
 
     _estimator_type = "density_estimator"
 
-    # What every estimator is constructed with.
+    # Parameters of the constructor of every estimator.
     n_components: int
     covariance_type: str
     tol: float
@@ -103,41 +103,41 @@ class MixtureEstimator(Estimator, ABC):
     max_memory: Any
 
     mixture_: Mixture
-    # The iterations that a warm start continues, and the statistics of the batches that a stream has brought.
+    # The iterations that a warm start continues, and the running average of moments of partial_fit.
     _trace: Trace | None = None
     _memory: Any = None
 
     @abstractmethod
     def _method(self, warm: bool) -> Method[Any]:
-        """The method of the fit, with the ``tol`` and ``max_iter`` that hold, for a warm start or a new one."""
+        """The method of the fit with its final ``tol`` and ``max_iter``, for a warm start or a new fit."""
 
     @abstractmethod
     def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
-        """Where to begin afresh."""
+        """Initial mixture of a new fit."""
 
     @abstractmethod
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
-        """The last fit's mixture, if it has that many components and columns."""
+        """Mixture of the last fit if its means have this shape (K, D), else None."""
 
     @abstractmethod
     def _conclude(self, best: FitResult) -> None:
-        """Sets what only this estimator has of attributes."""
+        """Set the fitted attributes that only this estimator has."""
 
     @abstractmethod
     def _judge(self) -> tuple[Mixture, float]:
-        """The mixture that labels and scores points, and what its log-densities lack, nats."""
+        """The mixture that labels and scores points, and a constant to add to its log-densities, nats."""
 
     @property
     def fitted_(self) -> bool:
-        """Whether there are parameters."""
+        """Whether the estimator has fitted parameters."""
         return hasattr(self, "mixture_")
 
     def fit(self: Self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Fits the mixture to points.
+        """Fit the mixture to points.
 
         Args:
-            X: Points (N, D): numpy, torch, DataFrame or lists; or files, memory maps, loaders and functions, which are read
-                a chunk at a time (:meth:`gmmkeops.Source.of`). So everywhere below.
+            X: Points (N, D), data units: numpy, torch, DataFrame or lists; or files, memory maps, loaders and functions, which
+                are read chunk by chunk (:meth:`gmmkeops.Source.of`). All methods below accept the same types.
             y: Ignored.
             sample_weight: Weight of each point (N,), or None.
 
@@ -145,10 +145,10 @@ class MixtureEstimator(Estimator, ABC):
             The estimator itself.
 
         Raises:
-            TypeError, ValueError: Bad parameters or data; the model is then as it was.
+            TypeError, ValueError: Parameters or data are invalid; the estimator is then unchanged.
 
         Warns:
-            ConvergenceWarning: The best start did not converge.
+            ConvergenceWarning: The best one of the ``n_init`` fits did not converge.
         """
         world = World()
         with world.together():
@@ -172,7 +172,7 @@ class MixtureEstimator(Estimator, ABC):
                 world.agree(call | {name: describe(value, name) for name, value in own.items()})
             generator = world.generator(generator_of(self.random_state, device), device)
         with warnings.catch_warnings(), in_own_words():
-            # One start's failure to converge is not the answer's: the best one speaks below.
+            # Only the convergence of the best fit matters, for which a warning follows below.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
             for run in range(1 if last is not None else self.n_init):
                 start = self._start(x, g, generator, device) if last is None else last.to(device)
@@ -204,7 +204,7 @@ class MixtureEstimator(Estimator, ABC):
                 convergence_warning(),
                 stacklevel=2,
             )
-        # Ranks read their sources in the order of the first one's columns, which the result has.
+        # All ranks read their sources with the columns of rank 0, which the result has.
         names = best.mixture.columns if isinstance(x, Source) and names is not None else names
         self._adopt(best.mixture.named(names), torch.is_tensor(X))
         self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
@@ -213,14 +213,14 @@ class MixtureEstimator(Estimator, ABC):
         return self
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """Fits, and returns the component of each point (N,)."""
+        """Fit the mixture, and return the component of each point (N,), int64."""
         return self.fit(X, y, sample_weight).predict(X)
 
     def _check_columns(self, features: int) -> None:
-        """Raises where a parameter does not fit the number of columns of the data."""
+        """Raise a ValueError if a parameter does not match the number of columns of the data."""
 
     def _check(self) -> None:
-        """Raises where a parameter that all estimators have is not what it should be."""
+        """Raise an error if a parameter of the constructor is invalid."""
         for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1), ("verbose_interval", 1)):
             as_integer(getattr(self, name), name, least)
         as_integer(int(self.verbose) if isinstance(self.verbose, bool) else self.verbose, "verbose", 0)
@@ -233,15 +233,15 @@ class MixtureEstimator(Estimator, ABC):
         if self.max_memory is not None:
             as_bytes(self.max_memory)
         if self.checkpoint is not None and self.n_init > 1:
-            raise ValueError(f"checkpoint keeps one fit, got n_init={self.n_init} of them; set n_init=1.")
+            raise ValueError(f"checkpoint stores a single fit, got n_init={self.n_init}; set n_init=1.")
         factor_class(self.covariance_type)
         as_choice(self.init_params, "init_params", list(_STRATEGIES))
 
     def _combined(self, solver: Method[Any]) -> Method[Any]:
-        """The solver with the settings that were given to the estimator; one counts as given if it is not the default.
+        """The solver with the settings of the estimator that are not defaults.
 
         Raises:
-            ValueError: A setting is given to both, with different values, or the solver has no such setting.
+            ValueError: A setting is given to both with different values, or the solver has no such setting.
         """
         theirs: dict[str, Any] = {field.name: field.default for field in fields(solver)} if is_dataclass(solver) else {}
         changed: dict[str, Any] = {}
@@ -263,16 +263,16 @@ class MixtureEstimator(Estimator, ABC):
         return _changed(solver, **changed) if changed else solver
 
     def _settings(self) -> str:
-        """Return a description of the method and the penalty, on which the objective depends; "" if there is none."""
+        """Return a description of the method and the penalty, or "" if they cannot be described."""
         try:
             return describe([_changed(self._method(False), max_iter=0, tol=0.0), getattr(self, "penalty", None)])
         except ValueError:
             return ""
 
     def _found_start(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
-        """What ``init_params`` finds; of several k-means, the one that a few EM steps on a sample like best (em-EM).
+        """Initial mixture by ``init_params``; of several k-means, the one with the best objective after some EM steps (em-EM).
 
-        Where all is ``given``, only the shapes matter.
+        If all initial parameters are ``given``, only the shapes of the result are used.
 
         Reference: Biernacki, Celeux and Govaert 2003, *Choosing starting values for the EM algorithm*, CSDA 41.
         """
@@ -315,7 +315,7 @@ class MixtureEstimator(Estimator, ABC):
         return (say,)
 
     def _data(self, X: Any, sample_weight: Any) -> tuple[Tensor | Source, Any, Sequence[str] | None, torch.device]:
-        """Points and weights to fit, in memory or to be read; the names of their columns, and where to compute."""
+        """Validated points (or a source) and weights, the names of the columns, and the device of the computation."""
         if readable(X):
             with in_own_words():
                 source = Source.of(X, weights=sample_weight)
@@ -352,12 +352,12 @@ class MixtureEstimator(Estimator, ABC):
         return as_points(x, name="X", minimum=minimum), names
 
     def _adopt(self, mixture: Mixture, tensors: bool, fitted_type: str | None = None) -> None:
-        """Sets what follows from a mixture; what is known of another one alone is dropped.
+        """Set the fitted attributes from a mixture, and delete those of an earlier fit.
 
         Args:
             mixture: The mixture.
             tensors: Whether attributes are tensors rather than numpy arrays.
-            fitted_type: The mixture's covariance type, where that is not the parameter's.
+            fitted_type: Covariance type of the mixture; None for that of the parameter.
         """
         for name in [name for name in vars(self) if name.endswith("_") and not name.startswith("_")]:
             delattr(self, name)
@@ -383,7 +383,7 @@ class MixtureEstimator(Estimator, ABC):
             self.feature_names_in_ = np.array(mixture.columns, dtype=object)
 
     def _same_model(self) -> bool:
-        """Whether there is a mixture, of as many components and of the covariance type that the parameters ask for."""
+        """Whether there is a fitted mixture with the ``n_components`` and ``covariance_type`` of the parameters."""
         return (
             self.fitted_
             and self.mixture_.components == self.n_components
@@ -406,19 +406,19 @@ class MixtureEstimator(Estimator, ABC):
             return self._out(self._cast(function(mixture.to(x.device), x)), torch.is_tensor(X))
 
     def _cast(self, found: Tensor) -> Tensor:
-        """What has been found of points, in the dtype that was asked for; the points themselves are not rounded."""
+        """Results in the ``dtype`` of the parameters; the points themselves are not rounded."""
         return found.to(as_dtype(self.dtype) or found.dtype) if found.is_floating_point() else found
 
     def _engine(self) -> dict[str, Any]:
         return {"backend": self.backend, "truncate": self.truncate}
 
     def predict(self, X: Any) -> Any:
-        """Component of each point (N,), int64."""
+        """Most probable component of each point (N,), int64."""
         self._require_fitted()
         return self._apply(X, lambda mixture, x: mixture.predict(x, **self._engine()), self._judge()[0])
 
     def predict_proba(self, X: Any) -> Any:
-        """Responsibilities (N, K); for the few largest of a big cloud see :meth:`Mixture.responsibilities`."""
+        """Responsibilities (N, K); :meth:`Mixture.responsibilities` returns only the largest ones of large data."""
         self._require_fitted()
         return self._apply(X, lambda mixture, x: mixture.responsibilities(x), self._judge()[0])
 
@@ -429,7 +429,7 @@ class MixtureEstimator(Estimator, ABC):
         return self._apply(X, lambda mixture, x: mixture.log_prob(x, **self._engine()) + lack, judge)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Mean log-density, nats per point."""
+        """Mean log-density of points, weighted by ``sample_weight`` (N,), nats per point."""
         if not readable(X):
             values = as_tensor(self.score_samples(X), name="scores").double()
             g = as_weights(sample_weight, values, name="sample_weight")
@@ -447,24 +447,24 @@ class MixtureEstimator(Estimator, ABC):
         confidence: float | None = None,
         std_range: tuple[float, float] | None = None,
     ) -> tuple[Any, Any]:
-        """Draws points and their components.
+        """Draw points and their components.
 
-        With an int as ``random_state`` every call draws the same points, as in scikit-learn. With None successive calls draw
+        With an int as ``random_state`` every call draws the same points, as in scikit-learn. With None, successive calls draw
         different points, and the n-th call after a fit draws the same points in every process.
 
         Args:
-            n_samples: How many.
+            n_samples: Number of points n.
             component, confidence, std_range: As for :meth:`Mixture.sample`.
 
         Returns:
-            Points (n, D) and components (n,).
+            Points (n, D), data units, and components (n,), int64.
 
         Raises:
             ValueError: n_samples is below one; or as :meth:`Mixture.sample`.
         """
         self._require_fitted()
         if not isinstance(n_samples, (int, np.integer)) or isinstance(n_samples, bool) or n_samples < 1:
-            # scikit-learn's sentence, for which its users look.
+            # The message of scikit-learn.
             raise ValueError(f"Invalid value for 'n_samples': {n_samples} . The sampling requires at least one sample.")
         x, labels = self.mixture_.sample(
             int(n_samples),
@@ -494,19 +494,19 @@ class Trace:
 
 
 class _Continuation:
-    """A callback that ends a warm start once it has converged together with the iterations that it continues.
+    """Callback that tests a warm start for convergence, together with the iterations that it continues.
 
-    A fit of one iteration has nothing to compare its objective with but the iterations before it. The fit itself then has
-    the tolerance zero.
+    Without them, a fit of one iteration could not compare its objective with an earlier one. The tolerance of the fit itself is
+    set to zero.
 
     Attributes:
-        earlier: The fit that is continued; None where there is none, and the fit decides by itself.
-        converged: Whether they have.
-        objectives: The objectives of the earlier iterations; none where they are those of other points.
+        earlier: The fit that is continued; None if there is none, and the fit tests for convergence itself.
+        converged: Whether the iterations have converged.
+        objectives: Objectives of the earlier iterations, nats per point; empty if they belong to other points.
     """
 
     def __init__(self, method: Method[Any], earlier: Trace | None) -> None:
-        # A warm start heats an annealed fit again, and its objective is then another one.
+        # A warm start of an annealed fit begins with a high temperature again, for which objectives are not comparable.
         self.earlier = None if getattr(method, "temperature", None) is not None else earlier
         self.method, self.converged = method, False
         self.objectives = [] if self.earlier is None else self.earlier.objectives
@@ -531,7 +531,7 @@ def _changed(method: Method[Any], **settings: Any) -> Method[Any]:
 
 
 def _canonical(covariance_type: str) -> str:
-    """One name for each covariance type."""
+    """Canonical name of a covariance type."""
     kind, tied = factor_class(covariance_type)
     return ("tied_" if tied else "") + kind.family
 
@@ -545,7 +545,7 @@ def _improves(found: FitResult, best: FitResult | None) -> bool:
 
 
 def generator_of(random_state: Any, device: torch.device, call: int = 0) -> torch.Generator:
-    """A generator from scikit-learn's kinds of ``random_state``; of a fixed seed for the n-th ``call`` if it is None."""
+    """A generator from a ``random_state`` as in scikit-learn; None gives a fixed seed plus the number of the ``call``."""
     generator = torch.Generator(device)
     if random_state is None:
         return generator.manual_seed(DEFAULT_SEED + call)

@@ -1,8 +1,8 @@
-r"""Gaussian mixtures with scikit-learn's contract: thin over :func:`gmmkeops.fit`, by duck typing.
+r"""Gaussian mixtures with scikit-learn's interface, based on :func:`gmmkeops.fit`.
 
 .. math:: p(x) = \sum_k W_k\, \mathcal N(x; \mu_k, \Sigma_k)
 
-scikit-learn is not imported unless the user has; with it, ``clone``, pipelines and searches work. Reference: Pedregosa et
+scikit-learn is not required; with it, ``clone``, pipelines and searches work. Reference: Pedregosa et
 al. 2011, *Scikit-learn: machine learning in Python*; names and shapes are those of ``sklearn.mixture``, with tgmm's for the
 tied types.
 """
@@ -56,52 +56,53 @@ class GaussianMixture(MixtureEstimator):
         n_components: Number of components K.
         covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
         solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``. ``tol``, ``max_iter`` and ``reg_covar``
-            may be given to the method or to the estimator; a value other than the default counts as given. Different values
-            given to both are an error, and what is given to neither is the method's own.
+            may be set in the method or in the estimator, by a value other than the default. It is an error to set different
+            values in both; a setting that is set in neither has the default of the method.
         penalty: A penalty (:mod:`gmmkeops.penalties`) or a function of a mixture, nats per point.
-        tol: Stop when the mean log-likelihood (or penalised objective) moves by less, nats per point.
-        reg_covar: Added to the variances by EM, squared data units. Adam has no such setting and refuses it.
-        max_iter: Iterations at most.
-        n_init: Starts, of which the best result is kept.
+        tol: Tolerance of the mean log-likelihood (or penalized objective), nats per point; see :class:`gmmkeops.EM`.
+        reg_covar: Added to the diagonal of covariances by EM, squared data units. An error with Adam, which has no such setting.
+        max_iter: Largest number of iterations.
+        n_init: Number of fits from different initializations, of which the best one is kept.
         init_params: "kmeans", "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").
-        weights_init, means_init, precisions_init: Given starts (K,), (K, D) and in the covariances' shape; what is left
-            out comes from ``init_params``.
+        weights_init, means_init, precisions_init: Initial weights (K,), means (K, D), data units, and precisions in the shape of
+            the covariances, 1 / squared data units. Those that are None are computed by ``init_params``.
         random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. With None a fixed seed is used, so that the
-            same fit gives the same result in every process. Global random states are never read or changed.
-        warm_start: Begin at the last fit's parameters, and compare the objective with that of its iterations. With other
-            ``n_components``, another ``covariance_type`` or other columns than in the last fit, ``fit`` begins anew.
-        verbose: Write a line to stderr each ``verbose_interval`` iterations; from 2 on, show a bar in a terminal instead.
+            same fit gives the same result in every process. Global random states are not used or changed.
+        warm_start: Start from the parameters of the last fit, and continue its history for the test of convergence. If
+            ``n_components``, ``covariance_type`` or the columns differ from those of the last fit, a new fit starts.
+        verbose: Write a line to stderr every ``verbose_interval`` iterations; with 2 or more, show a progress bar in a terminal
+            instead.
         verbose_interval: See ``verbose``.
-        device: Where to compute, e.g. "cuda"; by default where the data are.
-        dtype: "float32" or "float64" to compute in and to return densities and probabilities in; by default float32 data stay
-            so and all else is float64. Where float32 is not accurate enough a fit goes on in float64.
+        device: Device of the computation, e.g. "cuda"; by default that of the data.
+        dtype: Precision of the computation and of densities and probabilities, "float32" or "float64". By default float32 data
+            are computed in float32 and all others in float64. A fit continues in float64 if float32 is not accurate enough.
         backend: "auto", "keops" or "dense".
-        truncate: ε that sweeps may leave out of each point's density, certified (:func:`gmmkeops.fit`); 0 for none. By
-            default what rounding hides, where that pays.
-        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, where the fit's state is kept, and from where it goes on; with
-            one start only.
-        max_memory: Bytes, or text such as "1.5GB", that a fit may take (:func:`gmmkeops.fit`).
+        truncate: Largest fraction ε of each point's density that may be neglected (:func:`gmmkeops.fit`); 0 evaluates every pair
+            of point and component. None is about the rounding error of the dtype, where this saves time.
+        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state of the fit is written and from which it
+            resumes; needs ``n_init=1``.
+        max_memory: Memory limit of a fit, in bytes or as text such as "1.5GB" (:func:`gmmkeops.fit`).
 
     Attributes:
-        weights_: (K,), float64, like all of these an array of the data's kind (numpy, or torch for tensors).
-        means_: (K, D), data units.
-        covariances_: (K, D, D), (K, D) or (K,), and without K when tied; squared data units.
-        precisions_: Their inverses.
-        precisions_cholesky_: Upper-triangular U of the precisions' :math:`U U^\top`.
+        weights_: Weights (K,). These and the following attributes are float64 numpy arrays, or tensors if the data were a tensor.
+        means_: Means (K, D), data units.
+        covariances_: Covariances (K, D, D), (K, D) or (K,), without the K when tied; squared data units.
+        precisions_: Inverses of the covariances, in the same shapes, 1 / squared data units.
+        precisions_cholesky_: Upper-triangular factors U of the precisions :math:`U U^\top`, 1 / data units.
         converged_: Whether the tolerance was met.
-        n_iter_: Number of iterations of the last ``fit``; after ``partial_fit`` the number of batches of the stream.
-        lower_bound_: Mean log-likelihood (minus penalty) of the parameters above, nats per point.
-        lower_bounds_: The same for the parameters before each iteration.
+        n_iter_: Number of iterations of the last ``fit``; after ``partial_fit`` the number of batches so far.
+        lower_bound_: Mean log-likelihood minus penalty of the fitted parameters, nats per point.
+        lower_bounds_: List of lower bounds of the parameters before each iteration, nats per point.
         mixture_: The :class:`~gmmkeops.Mixture`.
-        result_: The :class:`~gmmkeops.FitResult` of the best start. Attributes describe ``mixture_`` always: those that are
-            not known of it (after ``partial_fit``, ``from_mixture``) do not exist.
+        result_: The :class:`~gmmkeops.FitResult` of the best fit. After ``partial_fit`` and ``from_mixture``, the attributes that
+            describe a fit do not exist.
         n_features_in_: Number of columns D.
-        feature_names_in_: Their names, where the data had them.
+        feature_names_in_: Names of the columns; exists only if the data had names.
 
     Raises:
-        TypeError, ValueError: By ``fit`` and whatever takes points: settings out of their range, points that are not numeric,
-            of other columns, not finite, or fewer than components.
-        sklearn.exceptions.NotFittedError: By what needs a fit, before one.
+        TypeError, ValueError: Raised by ``fit`` and methods that take points: parameters are invalid, points are not numeric or
+            not finite, have other columns than the model, or are fewer than the components.
+        sklearn.exceptions.NotFittedError: Raised by methods that need a fitted model, before a fit.
 
     Example:
         >>> import numpy as np
@@ -165,17 +166,18 @@ class GaussianMixture(MixtureEstimator):
 
     @property
     def partial_fit(self) -> Callable[..., GaussianMixture]:
-        """One step of stepwise EM on a batch, ``partial_fit(X, y=None, sample_weight=None)``; returns the estimator.
+        """Perform one step of stepwise EM on a batch, ``partial_fit(X, y=None, sample_weight=None)``; returns the estimator.
 
-        The first call starts from its batch, which needs at least K points. Moments of the t-th batch enter with weight
-        (t + 2)^-0.6, so a stream is averaged and slowly forgotten. After ``fit``, ``from_mixture`` or ``load`` of such a model
-        a new stream begins at its mixture; after a change of ``n_components`` or ``covariance_type`` one begins at the batch.
-        ``n_iter_`` is then the number of batches of the stream, ``converged_`` is False, and ``lower_bound_``, ``lower_bounds_``
-        and ``result_`` do not exist, because a stream has no training data to compute them on.
+        The first call computes the initial mixture from its batch, which needs at least K points. The moments of the t-th batch
+        enter a running average with weight (t + 2)^-0.6, so that old batches are slowly forgotten. After ``fit``,
+        ``from_mixture`` or ``load``, a new running average starts from the fitted mixture; after a change of ``n_components`` or
+        ``covariance_type``, a new mixture is initialized from the batch. ``n_iter_`` is then the number of batches,
+        ``converged_`` is False, and ``lower_bound_``, ``lower_bounds_`` and ``result_`` do not exist, because there is no
+        training set to compute them on.
 
         Raises:
             AttributeError: The solver is not EM.
-            TypeError, ValueError: Bad parameters or data; the model is then as it was.
+            TypeError, ValueError: Parameters or data are invalid; the estimator is then unchanged.
         """
         if self.solver != "em" and not isinstance(self.solver, EM):
             raise AttributeError('partial_fit is a step of EM; construct the estimator with solver="em".')
@@ -205,16 +207,16 @@ class GaussianMixture(MixtureEstimator):
 
     @classmethod
     def from_mixture(cls, mixture: Mixture, **params: Any) -> GaussianMixture:
-        """An estimator with known parameters, ready to score, sample and predict without ``fit``.
+        """Create an estimator with the parameters of a mixture, which can score, sample and predict without ``fit``.
 
         It has no ``converged_``, ``n_iter_``, ``lower_bound_``, ``lower_bounds_`` and ``result_``, which describe a fit.
 
         Args:
-            mixture: One mixture.
+            mixture: One mixture, data units.
             **params: Further arguments of the constructor; ``covariance_type`` must be that of the mixture.
 
         Raises:
-            ValueError: A batch of mixtures, or another covariance type.
+            TypeError, ValueError: The argument is not one mixture, or ``covariance_type`` is not that of the mixture.
         """
         as_mixture(mixture)
         tied = "tied_" if mixture.factor.leading == 1 and mixture.components > 1 else ""
@@ -231,21 +233,21 @@ class GaussianMixture(MixtureEstimator):
         return model
 
     def save(self, path: Any) -> None:
-        """Writes parameters and fitted attributes to a file; see :func:`gmmkeops.save`.
+        """Write parameters and fitted attributes to a file; see :func:`gmmkeops.save`.
 
         Raises:
-            ValueError: A parameter is of a kind that a file cannot hold, such as a function or a numpy ``RandomState``.
+            ValueError: A parameter cannot be stored, such as a function or a numpy ``RandomState``.
         """
         self._require_fitted()
         io.save(self, path)
 
     @classmethod
     def load(cls, path: Any, device: Any = "cpu") -> GaussianMixture:
-        """An estimator from a file: as it was saved, or, of the file of a mixture, as by :meth:`from_mixture`.
+        """Read an estimator from a file; a file of a mixture is read as by :meth:`from_mixture`.
 
         Args:
-            path: A file that :meth:`save` or :func:`gmmkeops.save` wrote.
-            device: Where to put the parameters.
+            path: A file that :meth:`save` or :func:`gmmkeops.save` has written.
+            device: Device of the parameters.
 
         Raises:
             FileNotFoundError, ValueError: As :func:`gmmkeops.load`.
@@ -276,7 +278,7 @@ class GaussianMixture(MixtureEstimator):
         return model
 
     def _saved(self) -> tuple[Any, list[Tensor]]:
-        """Parameters and fitted attributes but for those that follow from the mixture, for :func:`gmmkeops.save`."""
+        """Parameters and fitted attributes for :func:`gmmkeops.save`, without those that follow from the mixture."""
         tensors: list[Tensor] = []
         params = {name: packed(value, tensors, name) for name, value in self.get_params().items()}
         attributes = {}
@@ -367,7 +369,7 @@ class GaussianMixture(MixtureEstimator):
 WEIGHTS = ("dirichlet_process", "dirichlet_distribution")
 
 
-# What of the attributes is the posterior.
+# Attributes that define the posterior.
 _POSTERIOR = ("weight_concentration_", "mean_precision_", "means_", "degrees_of_freedom_", "covariances_")
 
 
@@ -377,42 +379,44 @@ class BayesianGaussianMixture(MixtureEstimator):
     .. math:: q(\pi)\, q(\mu, \Lambda) \approx p(\pi, \mu, \Lambda \mid x), \qquad \mu_k \mid \Lambda_k \sim
               \mathcal N(m_k, (\kappa_k \Lambda_k)^{-1}), \quad \Lambda_k \sim \mathcal W(V_k, \nu_k)
 
-    As there, ``predict``, ``predict_proba`` and ``score_samples`` use the expected log-densities. ``posterior_`` has the
-    rest: ``posterior_.predictive()`` is the predictive density, a mixture of Student's t; ``mixture_`` is the plug-in one;
-    ``posterior_.sample(1000)`` draws mixtures. Conventions of diagonal, spherical and tied priors are scikit-learn's.
+    As in scikit-learn, ``predict``, ``predict_proba`` and ``score_samples`` use the expected log-densities under the posterior.
+    ``posterior_.predictive()`` is the predictive density, a mixture of Student's t distributions. ``mixture_`` is the plug-in
+    mixture, with the expected weights, means and precisions. ``posterior_.sample(1000)`` draws mixtures. The conventions for
+    diagonal, spherical and tied priors are those of scikit-learn.
 
     Args:
-        n_components: K, the most that may be used.
+        n_components: Largest number of components K.
         covariance_type: As for :class:`GaussianMixture`.
-        tol: Stop when the lower bound of all points together moves by less, nats.
+        tol: Tolerance of the lower bound of all points together, nats (not per point).
         reg_covar, max_iter, n_init, init_params, random_state, verbose, verbose_interval: As for :class:`GaussianMixture`.
         weight_concentration_prior_type: "dirichlet_process" (stick-breaking) or "dirichlet_distribution".
-        weight_concentration_prior: Concentration of each stick or weight; 1 / K if None.
-        mean_precision_prior: How many points the prior mean is worth; 1 if None.
-        mean_prior: Prior mean (D,), data units; the data's if None.
-        degrees_of_freedom_prior: Of the Wishart prior, above D - 1; D if None.
-        covariance_prior: Prior scatter: (D, D) full and tied, (D,) diagonal, a number for spherical types, squared data
-            units; the data's covariance if None.
-        warm_start: Begin at the posterior that the attributes hold, and compare the bound with that of the last fit's
-            iterations. With other ``n_components``, another ``covariance_type`` or ``weight_concentration_prior_type``, or other
-            columns than in the last fit, ``fit`` begins anew.
-        batch_size: Points per natural-gradient step, or None for all at once.
+        weight_concentration_prior: Concentration of each stick (process) or weight (distribution); 1 / K if None.
+        mean_precision_prior: Prior precision κ of the means, as a number of pseudo-observations; 1 if None.
+        mean_prior: Prior mean (D,), data units; the mean of the data if None.
+        degrees_of_freedom_prior: Degrees of freedom of the Wishart prior, above D - 1; D if None.
+        covariance_prior: Prior covariance: (D, D) for full and tied, (D,) for diagonal, a number for spherical types, squared
+            data units; the covariance of the data if None.
+        warm_start: Start from the fitted posterior, and continue the history of the last fit for the test of convergence. If
+            ``n_components``, ``covariance_type``, ``weight_concentration_prior_type`` or the columns differ from those of the
+            last fit, a new fit starts.
+        batch_size: Points per natural-gradient step, or None for full passes.
         device, dtype, backend, truncate, checkpoint, max_memory: As for :class:`GaussianMixture`.
 
     Attributes:
-        weight_concentration_: (K,), or the pair of the sticks' Beta parameters, (K,) each.
-        mean_precision_: κ of the posterior (K,).
-        means_: m of the posterior (K, D), data units.
-        degrees_of_freedom_: ν of the posterior (K,), or a number when tied.
+        weight_concentration_: Posterior concentrations (K,), or the pair of Beta parameters of the sticks, (K,) each.
+        mean_precision_: Posterior κ (K,).
+        means_: Posterior m (K, D), data units.
+        degrees_of_freedom_: Posterior ν (K,), or a number when tied.
         covariances_: Inverses of the expected precisions, in the shapes of :class:`GaussianMixture`, squared data units.
-        weights_: Of the plug-in mixture (K,).
-        precisions_: Of the plug-in mixture.
-        precisions_cholesky_: Of the plug-in mixture.
-        weight_concentration_prior_: The prior as it was used, and so on with ``mean_precision_prior_``, ``mean_prior_``,
-            ``degrees_of_freedom_prior_`` and ``covariance_prior_``.
-        lower_bound_: Lower bound of the log-evidence of all points without constants, nats, as scikit-learn's.
-        lower_bounds_: The same after each iteration.
-        evidence_bound_: The same with all constants and with the best assignments, nats: for comparing models.
+        weights_: Weights (K,) of ``mixture_``.
+        precisions_: Precisions of ``mixture_``, as for :class:`GaussianMixture`.
+        precisions_cholesky_: Factors of these precisions.
+        weight_concentration_prior_, mean_precision_prior_, mean_prior_, degrees_of_freedom_prior_, covariance_prior_: The prior
+            that was used, with the defaults filled in.
+        lower_bound_: Lower bound of the log-evidence of all points without constants, nats, as in scikit-learn.
+        lower_bounds_: List of lower bounds, one for each iteration, nats.
+        evidence_bound_: Lower bound of the log-evidence with all constants and optimal responsibilities, nats; use it to compare
+            models.
         posterior_: The :class:`~gmmkeops.bayes.NormalWishart`.
         mixture_: The plug-in :class:`~gmmkeops.Mixture`; ``converged_``, ``n_iter_``, ``result_``, ``n_features_in_`` and
             ``feature_names_in_`` are as for :class:`GaussianMixture`.
@@ -548,7 +552,7 @@ class BayesianGaussianMixture(MixtureEstimator):
         return self._remembered().mixture
 
     def _remembered(self) -> NormalWishart:
-        """The posterior that the attributes hold."""
+        """The posterior from the fitted attributes."""
         kind, tied = factor_class(self.covariance_type)
 
         def tensor(name: str) -> Tensor:

@@ -199,7 +199,7 @@ def test_estimators_keep_one(x, tmp_path):
     assert path.exists()
     again = gk.GaussianMixture(3, random_state=0, checkpoint=path).fit(x)
     assert np.array_equal(again.means_, model.means_)
-    with pytest.raises(ValueError, match="checkpoint keeps one fit"):
+    with pytest.raises(ValueError, match="checkpoint stores a single fit"):
         gk.GaussianMixture(3, n_init=2, checkpoint=path).fit(x)
     with pytest.raises(ValueError, match="every must not be negative"):
         gk.Checkpoint(path, every=-1)

@@ -1,19 +1,20 @@
-r"""Everything a fit or a score reads of the data: log-sum-exps, labels and moments of the exponents.
+r"""Reductions of the exponents over points or components: log-sum-exps, labels and moments.
 
 .. math::
 
     e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
     \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
 
-Two engines with equal results, ``dense`` and ``keops``; neither builds an N x K array. The gradient of
-:math:`\sum_n g_n \ell_n` is made of the moments of r:
+There are two engines with equal results, ``dense`` and ``keops``; neither stores an N x K array. The gradients of
+:math:`\sum_n g_n \ell_n` follow from the moments of r:
 
 .. math::
 
     \partial_{c_k} = S^0_k, \qquad \partial_{\mu_k} = U_k U_k^\top S^1_k, \qquad \partial_{U_k} = -S^2_k U_k, \qquad
     \partial_{x_n} = -\sum_k r_{nk}\, U_k U_k^\top (x_n - \mu_k)
 
-so one pass gives every parameter's gradient, and EM reads the same sums. Second derivatives are recomputed in chunks.
+so that one pass over the data gives the gradients of all parameters and the sufficient statistics of EM. Second derivatives are
+recomputed in chunks.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ _Setup = tuple[Exponents, Truncation | None]
 
 
 def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None, best: int = 0) -> _Setup:
-    """The exponents, in a cloud's order where there is one, and what may be left out of them.
+    """The exponents, with points in kd-tree order if they are sorted, and the truncation or None.
 
-    ``best`` is which of a point's exponents, from the largest on, the lists are judged by; 0 for their log-sum-exp.
+    ``best`` is the rank of the exponent (1 for the largest) for which candidate lists must be complete; 0 for the log-sum-exp.
     """
     if not all(map(concrete, _arguments(x, offsets, means, factor))):
         raise ValueError(
-            "torch.func.vmap and torch.compile can take log-densities and their sums; for labels, largest exponents, moments "
-            "and arranged points pass all points in one ordinary call."
+            "torch.func.vmap and torch.compile support log-densities and their sums only; call labels, largest exponents, "
+            "moments and reductions of arranged points outside of them, with all points at once."
         )
     if isinstance(x, Truncation):
         problem, blocks = Exponents.of(x.cloud.points, offsets, means, factor), x
@@ -92,17 +93,17 @@ def _values(problem: Exponents, blocks: Truncation | None, backend: str) -> Tens
 
 
 def _run(problem: Exponents, backend: str, dense: Callable[[], R], keops: Callable[[], R]) -> R:
-    """Call the function of the engine that :func:`engine` names, and ask again where KeOps turns out not to work."""
+    """Call the function of the engine chosen by :func:`engine`; if KeOps fails, call that of the dense engine."""
     if engine(problem, backend) == "keops":
         with suppress(_keops.Broken):
             return keops()
-        # The reason is known now: this warns.
+        # This call warns, since the reason is known now.
         engine(problem, backend)
     return dense()
 
 
 def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any, Tensor]:
-    """ℓ (N,) by KeOps, the plans by which it was found, and the rows (n,) that are left to the dense engine."""
+    """ℓ (N,) by KeOps, the schedules that were used or None, and the rows (n,) that were computed by the dense engine."""
     values, plans = _keops.logsumexp(problem, blocks)
     far = _keops.far(problem, values)
     if len(far):
@@ -128,7 +129,7 @@ def _moments(
     assignment: str = "soft",
     seed: int = 0,
 ) -> Moments:
-    """Moments of points and weights that are in a cloud's order where there is one."""
+    """Moments of points and weights, both in kd-tree order if the points are sorted."""
     x = problem.x
     count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
     mass = torch.tensor(float(count), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
@@ -180,12 +181,12 @@ def _point_gradient(problem: Exponents, blocks: Truncation | None, weights: Tens
 
 
 def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Tensor) -> Tensor:
-    r""":math:`\sum_n g_n \ell_n` of moments about the means, as a function of the parameters that they were found with.
+    r"""The total :math:`\sum_n g_n \ell_n` of given moments, as a differentiable function of the parameters.
 
-    Sums of parts, of ranks and of passes over files have gradients by this as one sweep over all points has.
+    With this function, moments that were added over chunks, ranks or files have the same gradients as one call of :func:`total`.
 
     Args:
-        sums: What :func:`moments` gave for these parameters, or sums of such.
+        sums: Result of :func:`moments` for these parameters, or a sum of such results.
         offsets, means, factor: As for :func:`logsumexp`.
 
     Returns:
@@ -210,12 +211,12 @@ def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Ten
 
 @dataclass
 class _Sweep:
-    """The engine of one call, as :mod:`gmmkeops.reductions._derivatives` asks for it.
+    """Engine of one call, with the interface that :mod:`gmmkeops.reductions._derivatives` needs.
 
     Args:
-        blocks: What the user arranged, or None.
+        blocks: The sorted points that the user passed, or None.
         backend, truncate: As for :func:`logsumexp`.
-        setup: The exponents and what may be left out of them, once they are known.
+        setup: The exponents and their truncation, after they have been computed.
     """
 
     blocks: Truncation | None
@@ -261,7 +262,7 @@ class _Sweep:
 
 
 def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points (those of a cloud in its order), offsets, means and factors as tensors."""
+    """Points (sorted ones in kd-tree order), offsets, means and factors as tensors."""
     points = x.cloud.points if isinstance(x, Truncation) else as_tensor(x, name="x")
     named = {"offsets": offsets, "means": means, "factor": factor_tensor(factor)}
     found = [points, *(as_tensor(value, name=name, abstract=True) for name, value in named.items())]
@@ -270,7 +271,7 @@ def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, T
 
 
 def _compiled(sweep: _Sweep, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
-    """ℓ (N,) in plain operations, which torch's compilers understand; they plan the memory of the N x K array themselves."""
+    """ℓ (N,) in plain torch operations, for torch's compilers, which plan the memory of the N x K array themselves."""
     wide = torch.promote_types(x.dtype, means.dtype)
     points = sweep.unordered(x)
     return _plain.logsumexp(points.to(wide), offsets.to(wide), means.to(wide), U.to(wide)).to(x.dtype)
@@ -288,24 +289,24 @@ def logsumexp(
     r"""Log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
 
     It has first and second derivatives in the points, the offsets, the means and the factor, by ``backward`` and by
-    ``torch.func``; second ones are computed again from the points, in chunks of bounded size. The dtype of the points
-    decides the precision of the result; the parameters may have any float dtype.
+    ``torch.func``; second derivatives are recomputed from the points in chunks of bounded size. The result has the dtype of the
+    points; the parameters may have any float dtype.
 
     Args:
-        x: Points (N, D), float32 or float64, data units; or what :func:`arrange` made of them.
-        offsets: c (K,), nats; -inf for a component without weight.
+        x: Points (N, D), float32 or float64, data units; or the result of :func:`arrange`.
+        offsets: c (K,), nats; -inf for a component of weight zero.
         means: μ (K, D), data units.
         factor: A :class:`~gmmkeops.Factor`, or a tensor U (K or 1, D, D), (K or 1, D) or (K or 1, 1), 1 / data units.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-        truncate: As for :func:`arrange`; what was arranged keeps its own.
+        truncate: As for :func:`arrange`; ignored for points that :func:`arrange` has sorted.
 
     Returns:
         ℓ (N,), nats, in the dtype of the points.
 
     Raises:
-        TypeError: Not numeric, or complex.
-        ValueError: Shapes, devices or dtypes that do not fit, entries that are not finite, an unknown backend.
-        NotImplementedError: In the backward pass, where a third derivative is asked for.
+        TypeError: An argument is not numeric, or is complex.
+        ValueError: Shapes, devices or dtypes do not match, entries are not finite, or the backend is unknown.
+        NotImplementedError: A third derivative is computed.
 
     Reference:
         Charlier, Feydy, Glaunès, Collin and Durif 2021, *Kernel operations on the GPU, with autodiff, without memory
@@ -334,9 +335,9 @@ def total(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> Tensor:
-    r"""Weighted total :math:`\sum_n g_n \ell_n`, whose gradient comes out of the same sweep as its value.
+    r"""Weighted total :math:`\sum_n g_n \ell_n`, whose gradient is computed in the same pass as its value.
 
-    It is differentiable as :func:`logsumexp` is, and in the weights.
+    It has the derivatives of :func:`logsumexp`, and those in the weights.
 
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
@@ -346,7 +347,7 @@ def total(
         A float64 scalar, nats.
 
     Raises:
-        TypeError, ValueError: As :func:`logsumexp`; weights of another length than the points.
+        TypeError, ValueError: As :func:`logsumexp`; or the weights have another length than the points.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -379,13 +380,13 @@ def argmax(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> Tensor:
-    r"""Hard labels, :math:`\arg\max_k e_{nk}`.
+    r"""Index of the most probable component of each point, :math:`\arg\max_k e_{nk}`.
 
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
 
     Returns:
-        Component of each point (N,), int64; the first one where exponents are equal.
+        Components (N,), int64; the first one if exponents are equal.
 
     Raises:
         TypeError, ValueError: As :func:`logsumexp`.
@@ -420,14 +421,14 @@ def topk(
 
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
-        k: How many, from 1 to K.
+        k: Number of exponents, from 1 to K.
 
     Returns:
-        Exponents (N, k) in falling order, nats, and components (N, k), int64. Responsibilities are
+        Exponents (N, k) in descending order, nats, and components (N, k), int64. Responsibilities are
         ``(exponents - logsumexp(...)[:, None]).exp()``.
 
     Raises:
-        TypeError, ValueError: As :func:`logsumexp`; k out of range.
+        TypeError, ValueError: As :func:`logsumexp`; or k is out of range.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -453,21 +454,22 @@ def moments(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> Moments:
-    r"""Responsibility-weighted moments about the means: the E-step, and every gradient.
+    r"""Sufficient statistics of the E-step: responsibility-weighted moments about the means.
 
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
         weights: g (N,), may be negative; all ones if left out.
-        assignment: ``"soft"`` shares each point by its responsibilities. ``"hard"`` gives it wholly to its best component
-            (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"`` gives it
-            to one drawn by its responsibilities. The last two run on the dense tiles on every backend.
-        seed: Of the draws.
+        assignment: ``"soft"`` weights points by their responsibilities. ``"hard"`` assigns each point to its most probable
+            component (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"``
+            draws the component of each point from its responsibilities. The last two always use the dense engine.
+        seed: Seed of the stochastic assignment.
 
     Returns:
         :class:`~gmmkeops.Moments` in float64, with S2 in the shape of the factor: (K, D, D), (K, D) or (K,).
 
     Raises:
-        TypeError, ValueError: As :func:`logsumexp`; weights of another length than the points, an unknown assignment.
+        TypeError, ValueError: As :func:`logsumexp`; or the weights have another length than the points, or the assignment is
+            unknown.
 
     References:
         Celeux and Govaert 1992, *A classification EM algorithm*; Celeux and Diebolt 1985, *The SEM algorithm*.

@@ -1,4 +1,4 @@
-"""Boxes of near points: a tree of halves along principal axes, or groups of points with one label.
+"""Points sorted into kd-tree leaves: median splits along principal axes, or groups of points with the same label.
 
 Reference for the tree: Sproull 1991, *Refinements to nearest-neighbor searching in k-dimensional trees*.
 """
@@ -15,24 +15,24 @@ from torch import Tensor
 
 __all__ = ["Boxes", "Cloud"]
 
-# Binary splits between two levels of boxes that lists are found on.
+# Number of binary splits between two levels of the tree on which candidate lists are computed.
 _STEP = 3
-# Rows that a node's principal axis is estimated from.
+# Number of rows from which the principal axis of a node is estimated.
 _AXIS_ROWS = 512
-# Rows turned to float64 at a time.
+# Number of rows that are converted to float64 at a time.
 _ROWS = 1 << 19
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """One level of the tree: boxes in the order of the points.
+    """Oriented bounding boxes of the nodes of one level of the tree, in the order of the points; data units.
 
     Args:
-        centre: b (B, D).
-        axes: Q (B, D, D), orthonormal columns.
-        half: Half widths along the axes (B, D).
+        centre: Centers b (B, D).
+        axes: Axes Q (B, D, D), orthonormal columns.
+        half: Half-widths along the axes (B, D).
         semi: Semi-axes of an enclosing ellipsoid along the same axes (B, D).
-        reach: Largest distance from the centre (B,), with room for rounding.
+        reach: Largest distance of a point from the center (B,), with a margin for rounding.
     """
 
     centre: Tensor
@@ -43,7 +43,7 @@ class Boxes:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of it."""
+        """All fields, as a tuple."""
         return self.centre, self.axes, self.half, self.semi, self.reach
 
     @classmethod
@@ -63,7 +63,7 @@ class Boxes:
         middle = 0.5 * (low + high)
         t = t - middle
         half = 0.5 * (high - low)[:, 0]
-        # Squares of lengths of any size stay within range when they are taken in units of the box.
+        # In units of the box, squares of lengths do not overflow or underflow.
         unit = half.amax(1).clamp(min=1e-300)[:, None]
         t = t / unit[..., None]
         deviation = t.square().mean(1, keepdim=True).sqrt()
@@ -75,14 +75,14 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points in the order of boxes of near ones.
+    """Points sorted into kd-tree leaves.
 
     Args:
-        points: (M, D), in order; M is N and a few points that are repeated to fill boxes.
-        rank: Where in that order each of the N points is (N,).
-        levels: Boxes, from coarse to fine.
-        starts: First row of each of the finest boxes, and M (B + 1,).
-        labelled: Whether boxes were made of points with one label.
+        points: Sorted points (M, D); M is at least N, since some points are repeated to fill the leaves.
+        rank: Row of each of the N points in ``points`` (N,).
+        levels: Bounding boxes of some levels of the tree, from coarse to fine; the last ones are the leaves.
+        starts: First row of each leaf, and M (B + 1,).
+        labelled: Whether leaves are groups of points with the same label.
     """
 
     points: Tensor
@@ -93,12 +93,12 @@ class Cloud:
 
     @classmethod
     def tree(cls, x: Tensor, rows: int) -> Cloud:
-        """The cloud of points (N, D), halved along principal axes until boxes have at most ``rows``."""
+        """Sort points (N, D) by median splits along principal axes, until leaves have at most ``rows`` points."""
         depth = max(0, math.ceil(math.log2(len(x) / rows)))
         position, points = _ordered(x, depth)
         rank = torch.empty_like(position)
         rank[position] = torch.arange(len(position), device=x.device)
-        # A level of boxes at every few splits.
+        # Bounding boxes are stored for every few levels.
         depths = sorted(range(depth, 0, -_STEP)) or [0]
         levels = tuple(Boxes.of(points.view(1 << d, -1, x.shape[1])) for d in depths)
         starts = torch.arange((1 << depth) + 1, device=x.device) * (len(points) >> depth)
@@ -106,9 +106,9 @@ class Cloud:
 
     @classmethod
     def grouped(cls, x: Tensor, labels: Tensor, rows: int) -> Cloud:
-        """The cloud of points (N, D) with one label (N,) in each box, in equal parts of at most ``rows``.
+        """Sort points (N, D) by their labels (N,), in leaves of at most ``rows`` points with the same label.
 
-        In more than a few dimensions halving cannot make boxes small, but the components of a mixture can.
+        In more than a few dimensions, median splits do not give small leaves, but the clusters of a mixture do.
         """
         order = labels.argsort(stable=True)
         sizes = labels.bincount()
@@ -126,24 +126,24 @@ class Cloud:
 
     @property
     def boxes(self) -> int:
-        """How many boxes the finest level has."""
+        """Number of leaves."""
         return len(self.starts) - 1
 
     def enter(self, values: Tensor) -> Tensor:
-        """Numbers of the points (N, ...) in the cloud's order (M, ...), zero where points are repeated."""
+        """Sort values of the points (N, ...) into tree order (M, ...), with zeros for repeated points."""
         return values.new_zeros(len(self.points), *values.shape[1:]).index_copy_(0, self.rank, values)
 
     def leave(self, values: Tensor) -> Tensor:
-        """Numbers in the cloud's order (M, ...) in that of the points (N, ...)."""
+        """Return values in tree order (M, ...) to the order of the points (N, ...)."""
         return values[self.rank]
 
     def spans(self, boxes: Tensor) -> Tensor:
-        """First and last-plus-one row of each box (T, 2)."""
+        """First and last-plus-one row of each leaf (T, 2)."""
         return torch.stack([self.starts[boxes], self.starts[boxes + 1]], 1)
 
 
 def _ordered(x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The points split ``depth`` times at the median along each node's principal axis: positions, and points."""
+    """Split points ``depth`` times at the median along each node's principal axis; return indices and sorted points."""
     N, D = x.shape
     M = (-(-N // (1 << depth))) << depth
     position = torch.arange(M, device=x.device)
@@ -165,13 +165,13 @@ def _projections(nodes: Tensor) -> Tensor:
 
 
 def _squares(z: Tensor) -> Tensor:
-    """zᵀz of residuals (B, rows, D), in units of the largest of each, so that those of any size are within range."""
+    """zᵀz of residuals (B, rows, D) of each node, divided by its largest residual to avoid overflow and underflow."""
     z = z / z.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
     return z.mT @ z
 
 
 def _halves(along: Tensor) -> Tensor:
-    """For each row, an order of its entries whose first half is not above its second."""
+    """For each row, an order of its entries in which no entry of the first half exceeds one of the second half."""
     if along.is_cuda:
         return along.argsort(1)
     return torch.from_numpy(np.argpartition(along.numpy(), along.shape[1] // 2, axis=1))

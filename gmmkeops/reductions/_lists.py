@@ -1,14 +1,15 @@
-r"""Which components a box of points can feel, by bounds.
+r"""Upper bounds on the component densities over a kd-tree leaf, and candidate lists of components.
 
-For a box with centre b and support function s (the smaller of its oriented box's and its enclosing ellipsoid's), and the
-residual :math:`y = U_k^\top (b - \mu_k)`, every point x of it has, by Cauchy and Schwarz,
+For a leaf with center b and support function s (the smaller one of its oriented box's and its enclosing ellipsoid's), and the
+residual :math:`y = U_k^\top (b - \mu_k)`, all points x of the leaf satisfy, by the Cauchy-Schwarz inequality,
 
 .. math::
 
     \lVert U_k^\top (x - \mu_k) \rVert \ge \lVert y \rVert - s(U_k y) / \lVert y \rVert, \qquad\text{so}\qquad
     e_k(x) \le u_k = c_k - \tfrac12 \max(0, \lVert y \rVert - s(U_k y) / \lVert y \rVert)^2 .
 
-A set of components with :math:`\sum \exp u_k` below a limit may be left out. Lists are found from the top of the tree down.
+A set of components with :math:`\sum \exp u_k` below a limit may be skipped. Candidate lists are refined from the root of the tree
+down to the leaves.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from gmmkeops.reductions._exponents import Exponents
 
 __all__ = ["Bounds", "Drift", "Plan", "lists"]
 
-# Pairs of box and component that are bounded at a time, so that the work stays in cache; a GPU wants long kernels.
+# Pairs of leaf and component that are processed at a time, so that they stay in cache; a GPU needs long kernels.
 _PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
-# Depths below the limit at which dropping is tried, nats, deepest first.
+# Depths below the limit from which bounds are pruned, nats; tried from the deepest one on.
 _DEPTHS = (6.0, 4.0, 3.0, 2.0, 1.0)
-# What float64's rounding may do to a bound, as a share of the lengths that went into it.
+# Rounding error of a bound in float64, as a fraction of the lengths that it is computed from.
 _ROUNDING = 1e-13
-# The least bound, nats, and sums of exponentials relative to a limit that are too small to be trusted to have all their terms.
+# Smallest bound, nats; and sums of exponentials relative to a limit that are so small that terms may have underflowed.
 _LOWEST, _FAINT = -1e308, 1e-250
-# Moves in deviations, on average, up to which lists that allow for them are not much longer.
+# Mean parameter change, in standard deviations, up to which lists that allow for it are not much longer.
 _GENTLE = 0.5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep over boxes is to do: which rows see which components, and what that leaves out.
+    """Schedule of a pass: row ranges, candidate lists of components, and bounds on the pruned density.
 
     Args:
-        boxes: Boxes that have lists (T,).
-        index: Components of all lists, one after the other.
-        pointer: Where each list begins and the last one ends (T + 1,).
-        dropped: log Σ exp u of what each list leaves out (T,), nats.
-        spans: First and last-plus-one row of each stretch to sweep (S, 2).
-        owner: The list that each stretch sees (S,).
+        boxes: Indices of the kd-tree leaves that have lists (T,).
+        index: Components of all lists, concatenated.
+        pointer: First entry of each list in ``index``, and the end of the last one (T + 1,).
+        dropped: log Σ exp u of the components that each list omits (T,), nats.
+        spans: First and last-plus-one row of each row range (S, 2).
+        owner: Index of the list of each row range (S,).
     """
 
     boxes: Tensor
@@ -60,31 +61,31 @@ class Plan:
 
     @property
     def lengths(self) -> Tensor:
-        """Components that each stretch sees (S,)."""
+        """Number of components in the list of each row range (S,)."""
         return self.pointer.diff()[self.owner]
 
     @property
     def pairs(self) -> int:
-        """Pairs of point and component that are looked at."""
+        """Number of pairs of point and component that are evaluated."""
         return int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
 
     @property
     def rows(self) -> Tensor:
-        """All rows of its stretches, one after the other."""
+        """Indices of the rows of all row ranges, concatenated."""
         first, last = self.spans.T
         sizes = last - first
         place = torch.arange(int(sizes.sum()), device=sizes.device)
         return place + (first - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
 
     def minima(self, values: Tensor) -> Tensor:
-        """Least of values on :attr:`rows` over each stretch (S,), float64."""
+        """Minimum over each row range (S,) of values on :attr:`rows`, float64."""
         sizes = self.spans.diff(dim=1)[:, 0]
         stretch = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
         least = torch.full((len(sizes),), math.inf, dtype=torch.float64, device=values.device)
         return least.scatter_reduce(0, stretch, values.double(), "amin")
 
     def only(self, stretches: Tensor) -> Plan:
-        """Some of its stretches (a mask), with the lists that they see."""
+        """The schedule of some row ranges (a mask), with their lists."""
         lengths = self.pointer.diff()
         kept = torch.zeros_like(self.boxes, dtype=torch.bool)
         kept[self.owner[stretches]] = True
@@ -94,16 +95,16 @@ class Plan:
         return Plan(self.boxes[kept], index, pointer, self.dropped[kept], self.spans[stretches], owner)
 
     def ranges(self) -> tuple[Tensor, ...]:
-        """The same for KeOps, on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
+        """The ranges argument of KeOps on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
         ends = self.spans.diff(dim=1)[:, 0].cumsum(0)
-        # KeOps reads int64 ones as they are; others it would convert on torch's stream, after that has been synchronized.
+        # KeOps uses int64 ranges without conversion; others would be converted on torch's stream after its synchronization.
         points = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1)
         lists = torch.stack([self.pointer[:-1], self.pointer[1:]], 1)
         slices = torch.arange(1, len(points) + 1, device=points.device)
         return points, slices, lists[self.owner], lists, slices, points
 
     def split(self, most: int) -> Plan:
-        """The same with long stretches cut, so that none has more than about ``most`` pairs."""
+        """The schedule with long row ranges split, so that none has more than about ``most`` pairs."""
         first, last = self.spans.T
         rows = (most // self.lengths.clamp(min=1)).clamp(min=32)
         parts = -((first - last) // rows)
@@ -118,7 +119,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Drift:
-    r"""How far each component has moved, or may.
+    r"""Bounds on the change of each component's parameters.
 
     .. math:: \lVert U'^\top (x - \mu') \rVert \ge (1 - \text{stretch}) \lVert U^\top (x - \mu) \rVert - \text{shift},
               \qquad c' \le c + \text{rise}
@@ -133,13 +134,13 @@ class Drift:
 
     @classmethod
     def between(cls, old: Exponents, new: Exponents) -> Drift:
-        """From one set of K components to another; infinite where their number differs."""
+        """The change from one set of K components to another; infinite if their numbers differ."""
         if old.U.shape != new.U.shape:
             infinite = torch.full_like(new.offsets, math.inf)
             return cls(infinite, infinite, infinite)
         moved = (new.means - old.means) + (new.centre - old.centre)
         far = [*(p.means.norm(dim=1) for p in (old, new)), *(p.centre.norm() for p in (old, new))]
-        # What rounding may hide of a move, of components that are far from where coordinates begin.
+        # Rounding errors of the change of means that are far from the origin.
         hidden = _ROUNDING * sum(far) * new.U.flatten(1).norm(dim=1)
         if new.is_full:
             change, _ = torch.linalg.solve_ex(old.U, new.U - old.U)
@@ -154,28 +155,28 @@ class Drift:
         return Drift(*((part + part.mean()) * factor + 1e-6 for part in (self.stretch, self.shift, self.rise)))
 
     def within(self, margin: Drift) -> bool:
-        """Whether no component has moved further than allowed, with room for the rounding of what ill-conditioned ones did."""
+        """Whether no component has changed by more than allowed, with a margin for rounding errors of ill-conditioned ones."""
         pairs = zip((self.stretch, self.shift, self.rise), (margin.stretch, margin.shift, margin.rise), strict=True)
         return len(self.rise) == len(margin.rise) and all(bool((1.001 * a <= b).all()) for a, b in pairs)
 
     @property
     def gentle(self) -> bool:
-        """Whether lists that allow for so much would not be much longer; a few restless components do not matter."""
+        """Whether the changes are small on average, so that lists that allow for them are not much longer."""
         return float((self.shift + 5 * self.stretch).mean()) < _GENTLE
 
 
 def lists(
     cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False, margin: Drift | None = None
 ) -> Plan:
-    """The components that each box of a cloud must see, so that what it drops stays below a limit.
+    """Compute candidate lists of the kd-tree leaves, such that the pruned density stays below a limit.
 
     Args:
-        cloud: The boxes.
+        cloud: The kd-tree.
         problem: The components.
-        limit: On log Σ exp u of those that a box drops (B,), nats; +inf leaves a box out of the plan, and -inf gives it a
-            list of all components.
-        single: Whether the limit is on each u instead.
-        margin: How far the components may move before the plan is no longer valid; not at all if left out.
+        limit: Limit on log Σ exp u of the components that each leaf prunes (B,), nats. A leaf with +inf gets no list, and one
+            with -inf a list of all components.
+        single: Whether the limit is on each u, rather than on their sum.
+        margin: Parameter changes for which the lists remain valid; None for no changes.
     """
     root, everybody = limit.new_zeros(1, dtype=torch.int64), torch.arange(problem.shape[1], device=limit.device)
     lists = _Level(root, everybody, root.new_tensor([0, len(everybody)]), limit.new_full((1,), -math.inf))
@@ -191,7 +192,7 @@ def lists(
 
 @dataclass(frozen=True)
 class _Level:
-    """Lists of components of some boxes of a level: as in a plan."""
+    """Candidate lists of some nodes of a level of the tree, as in :class:`Plan`."""
 
     boxes: Tensor
     index: Tensor
@@ -200,18 +201,18 @@ class _Level:
 
 
 class Bounds:
-    """Upper bounds u of exponents over boxes."""
+    """Upper bounds u of exponents over nodes of the kd-tree."""
 
     def __init__(self, problem: Exponents, margin: Drift | None) -> None:
         self.margin = margin
         self.means, self.centre = problem.means, problem.centre
-        # Room for what rounding does to a difference of large numbers.
+        # Margin for rounding errors in differences of large numbers.
         self.offsets = problem.offsets + _ROUNDING * problem.offsets.abs()
         self.U, self.full = problem.U.contiguous(), problem.is_full
         self.size = self.U.flatten(1).norm(dim=1)
 
     def of(self, boxes: Boxes, which: Tensor, index: Tensor) -> Tensor:
-        """u (P, C, L), nats and finite, of C boxes ``which`` (P, C) and L components ``index`` (P, L)."""
+        """Bounds u (P, C, L), nats and finite, of C nodes ``which`` (P, C) and L components ``index`` (P, L)."""
         P, C = which.shape
         L, D = index.shape[1], self.means.shape[1]
         b = boxes.centre[which] - self.centre
@@ -238,23 +239,24 @@ class Bounds:
         if self.margin is not None:
             stretch, shift, offsets = self.margin.stretch, self.margin.shift, offsets + self.margin.rise
             least = least.clamp_(min=0) * (1 - stretch[index])[:, None] - shift[index][:, None]
-        # What has overflowed bounds nothing, and no bound is so low that it reads as nothing dropped.
+        # Overflows give no bound, and bounds are finite, so that they differ from -inf (nothing pruned).
         least.nan_to_num_(nan=0.0).clamp_(min=0)
         return (offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()).clamp_(min=_LOWEST)
 
 
 def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool) -> tuple[Tensor, Tensor]:
-    """The bounds u (P, C, L) to keep so that log Σ exp u of the others stays below ``limit`` (P, C).
+    """Choose the bounds u (P, C, L) to keep, such that log Σ exp u of the others stays below ``limit`` (P, C).
 
-    Those dropped ``before`` (P, C; log Σ exp u) count as well. Dropping what is ``safe`` below the limit is always allowed;
-    ``spend`` tries to drop more. Returns what is kept (P, C, L), and log Σ exp u of all that is dropped (P, C).
+    The sum includes components that were pruned ``before`` (P, C; log Σ exp u). Bounds that are ``safe`` nats below the limit are
+    always pruned; with ``spend``, more are pruned if possible. Returns the mask of kept bounds (P, C, L), and log Σ exp u of all
+    pruned components (P, C).
     """
-    # A limit of -inf drops nothing; below the least bound it is the same for all others.
+    # A limit of -inf prunes nothing; limits below the smallest bound are equivalent to it.
     finite = limit.clamp(min=_LOWEST)
     depth_of = u - finite[..., None]
     size = depth_of.exp().clamp_(max=2.0)
     spent = (before - finite).exp()
-    # A limit that is only a guess may be too high: one is always kept, and the sweep finds out.
+    # A limit that is only an estimate may be too high: one component is always kept, and the pass detects it.
     best = u >= u.amax(-1, keepdim=True)
     keep = (depth_of > -safe) | best
     left = (size * ~keep).sum(-1) + spent
@@ -266,7 +268,7 @@ def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool)
     everything = limit == -math.inf
     keep |= everything[..., None]
     dropped = torch.where(everything, before, left.log() + finite)
-    # Exponentials that underflow belong to components that are dropped all the same: their sum is taken by logarithms.
+    # If exponentials of pruned components underflow, their sum is computed by a log-sum-exp.
     faint = (left < _FAINT) & (limit.abs() < math.inf)
     if bool(faint.any()):
         others = u[faint].masked_fill(keep[faint], -math.inf)
@@ -277,10 +279,10 @@ def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool)
 def _refine(
     plan: _Level, boxes: Boxes, children: int, bounds: Bounds, limit: Tensor, *, last: bool, single: bool
 ) -> _Level:
-    """From the lists of parents to those of their children whose ``limit`` on log Σ exp u of the dropped is finite.
+    """Compute the lists of child nodes from those of their parents, for children whose ``limit`` is not +inf.
 
-    The last level drops as much as it may; those above it drop only what is next to nothing. With ``single`` the limit is
-    on each u instead of on their sum.
+    ``limit`` bounds log Σ exp u of the pruned components, or each u if ``single``. The last level prunes as much as it allows;
+    the levels above prune only components that are far below it.
     """
     lengths = plan.pointer.diff()
     K = len(bounds.offsets)

@@ -1,9 +1,9 @@
-r"""Sweeps that leave components out, and certify what that costs.
+r"""Truncation: reductions that skip negligible components, with a certified error bound.
 
-A set of components with :math:`\sum \exp u_k \le \varepsilon \min_x \exp \ell(x)` may be left out of a box:
-:math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` at each of its points. The minimum over the box is a guess
-from the sweep before; the sweep itself yields a valid one, since what is kept is a lower bound of the truth, and a box that
-fails is done again.
+A set of components with :math:`\sum \exp u_k \le \varepsilon \min_x \exp \ell(x)` may be skipped in a kd-tree leaf (box):
+:math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` at each of its points. The minimum over the leaf is estimated
+from the previous pass. The pass itself gives a valid bound, since the sum over the kept components is a lower bound of the
+density, and leaves that do not satisfy the condition are repeated with longer candidate lists.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from gmmkeops.reductions._lists import Drift, Plan, lists
 
 __all__ = ["Truncation"]
 
-# Points of a box that a first guess looks at, and how far below their least ℓ the others' may be, in their ranges.
+# Number of points of a leaf for the first estimate of the minimum, and the margin below their minimum, in units of their range.
 _GUESSES, _MARGIN = 4, 2.0
-# What lists are given beside the last minima, nats, so that few boxes fail when those sink a little.
+# Margin below the last minima, nats, so that few leaves fail if the minima decrease slightly.
 _GIVE = 0.25
-# Lists are made for so many moves as the last one, if those are gentle; and made anew when more than this share of the boxes
-# fails with them.
+# Candidate lists allow for this many parameter changes of the size of the last one, if that is small. They are recomputed if more
+# than this fraction of the leaves fails.
 _AHEAD, _FAILURES = 4.0, 0.02
-# Below these values the engines keep exponents finite, so that what they find says nothing.
+# Below these values the engines clamp exponents, so that results give no bound.
 _LEAST = {torch.float32: -2.9e38, torch.float64: -9.9e299}
-# Lists longer than this share of all components do not pay for being lists.
+# Largest fraction of pairs for which truncation saves time.
 _PAYS = 0.5
 
 
 @dataclass
 class Truncation:
-    r"""One sweep after another over a cloud, each with lists that leave out less than ε of every point's density.
+    r"""Sorted points for a sequence of reductions, which neglect at most a fraction ε of every point's density.
 
     .. math:: 0 \le \ell_n - \ell_n^{\text{kept}} \le \text{certificate} \le -\log(1 - \varepsilon) \qquad \text{for every } n
 
     Args:
-        cloud: The points.
+        cloud: The points, sorted into kd-tree leaves.
         epsilon: ε, in (0, 1).
-        minima: min ℓ over each box (B,) in the last sweep, or a guess of it, nats.
-        certificate: Most that the last sweep may have lost of any point's ℓ, nats.
-        share: Part of all pairs that the last sweep looked at.
+        minima: Minimum of ℓ over each leaf (B,) in the last pass, or an estimate of it, nats.
+        certificate: Upper bound on the error of any point's ℓ in the last pass, nats.
+        share: Fraction of all pairs that the last pass has evaluated.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -71,23 +71,23 @@ class Truncation:
         return len(self.cloud.rank)
 
     def sample(self) -> Tensor:
-        """Rows of a few points of each box (B, n), for a first guess."""
+        """Row indices of a few points of each leaf (B, n), for the first estimate of the minima."""
         first, sizes = self.cloud.starts[:-1, None], self.cloud.starts.diff()[:, None]
         return first + torch.arange(_GUESSES, device=sizes.device) * sizes // _GUESSES
 
     def suppose(self, values: Tensor) -> None:
-        """Takes ℓ of the sample (B, n) as the first guess."""
+        """Set the first estimate of the minima from ℓ of the sample (B, n)."""
         low, high = values.double().aminmax(dim=1)
         guess = low - _MARGIN * (high - low)
         self.minima = torch.where(guess.isnan(), -math.inf, guess)
 
     def begin(self, problem: Exponents, single: bool = False) -> Plan | None:
-        """The plan of a sweep; None where lists would not be shorter than all components by enough to pay.
+        """Return the schedule of a pass, or None if candidate lists would be too long to save time.
 
         Args:
             problem: The components.
-            single: Whether the sweep reads single exponents rather than their sum. No dropped one is then above what it
-                reads, which therefore is what it would read of all.
+            single: Whether the pass computes the largest exponents rather than log-sum-exps. No pruned exponent is then
+                larger than the computed ones, so that the results are exact.
         """
         self._repeated = False
         plan = self._reused(problem, single)
@@ -106,14 +106,14 @@ class Truncation:
         return plan
 
     def _reused(self, problem: Exponents, single: bool) -> Plan | None:
-        """The last lists, if no component has moved further since than they allow for."""
+        """The last schedule, if no parameter has changed by more than it allows for; otherwise None."""
         if self._kept is None:
             return None
         plan, reference, margin, kind = self._kept
         return plan if kind == single and Drift.between(reference, problem).within(margin) else None
 
     def again(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Plan | None:
-        """What is left to do after a sweep that found these minima (S,) over its stretches, or None."""
+        """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None."""
         failed = ~self.good(problem, plan, minima, single)
         low = self._lower(problem, minima)
         if not single and not bool(failed.all()):
@@ -129,8 +129,8 @@ class Truncation:
             return None
         if int(failed.sum()) > _FAILURES * len(failed):
             self._kept = None
-        # What is found with a list is a lower bound of the truth, so that one more list is enough; if rounding lets even that
-        # one fail, or there is no bound, all components are looked at.
+        # Results with a list are a lower bound, so that one longer list is enough. If even that fails because of rounding, or
+        # there is no bound, all components are evaluated.
         guess = untouched.scatter_reduce(0, boxes[failed], low[failed], "amin")
         limit = torch.where(guess < math.inf, self._limit(problem, guess, single), guess)
         if self._repeated:
@@ -142,30 +142,30 @@ class Truncation:
         return rest
 
     def good(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Tensor:
-        """Whether each stretch (S,) has found enough with its list; what is not a number has overflowed, and has not."""
+        """Mask (S,) of row ranges whose candidate list was long enough; False where values overflowed to NaN."""
         floor = self.floor(problem, plan, single)
         return (minima >= floor) | (floor == -math.inf)
 
     def floor(self, problem: Exponents, plan: Plan, single: bool = False) -> Tensor:
-        """The least value that each stretch (S,) may find with its list, nats; -inf where the list is all components."""
+        """Smallest minimum for which the list of each row range (S,) is long enough, nats; -inf for lists of all components."""
         dropped = plan.dropped[plan.owner]
         least = dropped - self._allowed(single)
-        # Twice the rounding that a value found is lowered by, since that one is relative to the value.
+        # Twice the rounding bound of ``_lower``, since that is relative to the value.
         least = least + 2 * _rounding(problem) * least.abs().clamp(min=1.0)
         return torch.where(dropped > -math.inf, least, -math.inf)
 
     def _lower(self, problem: Exponents, minima: Tensor) -> Tensor:
-        """Values found, less what rounding may have added to them; -inf for those beyond the range of the engines."""
+        """Lower bounds of the minima that allow for rounding; -inf for those beyond the range of the engines."""
         low = minima - _rounding(problem) * minima.abs().clamp(min=1.0)
         return torch.where(low > _LEAST[problem.x.dtype], low, -math.inf)
 
     def _limit(self, problem: Exponents, guess: Tensor, single: bool) -> Tensor:
-        """The most that lists may drop of boxes whose least values are guessed (B,), nats."""
+        """Log of the largest density that lists may prune in leaves with estimated minima (B,), nats."""
         room = 4 * _rounding(problem) * guess.abs().clamp(min=1.0)
         return torch.where(guess > -math.inf, guess - room + self._log_epsilon(single), -math.inf)
 
     def remember(self) -> dict[str, Any]:
-        """What the next sweep's lists depend on, beside the cloud."""
+        """State for a checkpoint, on which the next schedules depend beside the sorted points."""
         last = None if self._last is None else _parameters(self._last)
         kept = None
         if self._kept is not None:
@@ -181,7 +181,7 @@ class Truncation:
         }
 
     def recall(self, memory: dict[str, Any]) -> None:
-        """Goes on where :meth:`remember` was called, with the same cloud."""
+        """Restore the state of :meth:`remember`, for the same sorted points."""
         self.minima, self.certificate, self.share = memory["minima"], memory["certificate"], memory["share"]
         points = self.cloud.points[:0]
         self._last = None if memory["last"] is None else Exponents(points, *memory["last"])
@@ -199,7 +199,7 @@ class Truncation:
         return 0.0 if single else math.log(self.epsilon)
 
     def _allowed(self, single: bool) -> float:
-        """How much larger the sum of what is dropped may be than the sum of what is kept, nats."""
+        """Largest log-ratio of the pruned to the kept density, nats."""
         return 0.0 if single else math.log(self.epsilon) - math.log1p(-self.epsilon)
 
     def _share(self, problem: Exponents, plan: Plan) -> float:
