@@ -105,7 +105,7 @@ def test_quantiles_invert_the_distribution_function(family):
     x = torch.randn(5, 1).double().requires_grad_()
     batch.cdf(x).sum().backward()
     assert torch.allclose(x.grad[:, 0], batch.log_prob(x).exp(), rtol=1e-9)
-    with pytest.raises(ValueError, match="of one column"):
+    with pytest.raises(ValueError, match="with one column"):
         conditional(family)(torch.randn(5, 2).double()).quantile(0.5)
     with pytest.raises(ValueError, match=r"inside \(0, 1\)"):
         batch.quantile(1.0)
@@ -221,7 +221,7 @@ def test_contexts_far_from_the_network_are_told():
         (lambda m, y, c: gk.fit(m, y, gk.EM(), context=c), "fitted by gradient, got EM"),
         (lambda m, y, c: gk.fit(m, y, gk.Adam(), context=c[:5]), "a row for each of the 50 points, got 5"),
         (lambda m, y, c: gk.fit(m, y, gk.Adam()), "x has 3 columns, expected 5"),
-        (lambda m, y, c: gk.fit(m, y, gk.Adam(), context=c, truncate=0.1), "each has its own"),
+        (lambda m, y, c: gk.fit(m, y, gk.Adam(), context=c, truncate=0.1), "each point has its own"),
         (lambda m, y, c: gk.fit(gk.GMM(3), y, gk.Adam(), context=c), "context belongs to a GMM"),
         (lambda m, y, c: gk.GMM(3).initialize(y, context=c), "made without a context"),
         (lambda m, y, c: m(c[:, :1]), r"shape \(\*, 2\)"),

@@ -177,7 +177,11 @@ EYE = torch.eye(2).double()
             ValueError,
             "logits must not be NaN",
         ),
-        (lambda: gk.Mixture(torch.full((2,), -math.inf), EYE, gk.DiagonalFactor(EYE)), ValueError, "some component"),
+        (
+            lambda: gk.Mixture(torch.full((2,), -math.inf), EYE, gk.DiagonalFactor(EYE)),
+            ValueError,
+            "at least one component",
+        ),
         (
             lambda: gk.Mixture(torch.zeros(2), EYE * math.inf, gk.DiagonalFactor(EYE)),
             ValueError,

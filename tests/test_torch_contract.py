@@ -373,7 +373,7 @@ def test_values_that_do_not_fit_a_batch():
 
 
 def test_icdf_refuses_in_one_sentence():
-    with pytest.raises(ValueError, match="of one column, this mixture has 2; take a marginal first"):
+    with pytest.raises(ValueError, match="with one column, got 2 columns; take a marginal first"):
         random_mixture("full").icdf(0.5)
     for value in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match="from 0 to 1"):
