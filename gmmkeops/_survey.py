@@ -1,9 +1,9 @@
-r"""What one pass over points learns of them: their number, ranges, and a sample that stands for all.
+r"""Statistics of one pass over points: their number, total weight, checksums, and a weighted random sample.
 
-Priority sampling keeps the rows with the largest :math:`g_n / u_n`, each for a mass of :math:`\max(g_n, \tau)` with the
-largest priority left out, τ; sums over it are unbiased. The numbers :math:`u_n` depend on a row's number alone, so the sample is
-the same however the rows are cut or shared. Reference: Duffield, Lund and Thorup 2007, *Priority sampling for estimation of
-arbitrary subset sums*, JACM 54.
+Priority sampling keeps the rows with the largest priorities :math:`g_n / u_n`, each with a weight of :math:`\max(g_n,
+\tau)`, where τ is the largest priority of the other rows; weighted sums over the sample are unbiased. The random
+numbers :math:`u_n` depend only on the row's index, so that the sample does not depend on chunks or ranks. Reference:
+Duffield, Lund and Thorup 2007, *Priority sampling for estimation of arbitrary subset sums*, JACM 54.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["SAMPLE", "Reservoir", "Survey", "fingerprint", "sample"]
 
-# Rows that a survey's sample has unless more are asked for.
+# Default size of the sample.
 SAMPLE = 20_000
 # Rows whose random numbers are made at a time: in cache, and few enough that torch does not split them among threads, which
 # would wait for each other longer than they work; a GPU wants long kernels.
@@ -57,10 +57,10 @@ def _right(z: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
 
 
 class Reservoir:
-    """A sample of rows that come in any cut and order; reservoirs of parts merge into that of the whole.
+    """Weighted random sample of rows that arrive in any chunks and order; reservoirs of parts can be merged.
 
     Args:
-        size: How many rows are kept, if there are so many.
+        size: Largest number of rows in the sample.
     """
 
     def __init__(self, size: int) -> None:
@@ -71,7 +71,7 @@ class Reservoir:
         self._least = 0.0
 
     def add(self, points: Tensor, weights: Tensor | None, first: int) -> None:
-        """Takes in points (n, D) with weights (n,), the first of which is row number ``first``."""
+        """Add points (n, D) with weights (n,) or None; ``first`` is the index of the first row."""
         count = max(1, min(len(points), _ROWS_CUDA if points.is_cuda else _ROWS))
         uniforms, least = _Uniforms(count, points.device), self._least
         kept: list[tuple[Tensor, ...]] = []
@@ -126,13 +126,13 @@ class Reservoir:
         return rows, torch.stack([weights, priorities, numbers.double()])
 
     def merge(self, rows: Tensor, numbers: Tensor, seen: int) -> None:
-        """Takes in what another reservoir kept of ``seen`` rows."""
+        """Add the result of :meth:`parts` of another reservoir that has seen ``seen`` rows of positive weight."""
         self.seen += seen
         weights, priorities, places = numbers
         self._take(priorities, weights, places.long(), rows)
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """Rows (n, D) in the order of their numbers, and the mass that each stands for (n,), float64."""
+        """Sampled rows (n, D) in the order of their indices, and their weights (n,), float64."""
         rows, (weights, priorities, numbers) = self.parts()
         order = numbers.argsort(stable=True)
         mass = weights
@@ -144,7 +144,7 @@ class Reservoir:
 
 
 def sample(x: Tensor, weights: Tensor | None, size: int = SAMPLE) -> tuple[Tensor, Tensor | None]:
-    """At most ``size`` rows of points (N, D) with masses that make them stand for all; the points themselves if no more."""
+    """A weighted sample of at most ``size`` of the points (N, D); all points if there are no more."""
     if len(x) <= size:
         return x, weights
     reservoir = Reservoir(size)
@@ -155,16 +155,16 @@ def sample(x: Tensor, weights: Tensor | None, size: int = SAMPLE) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the points has shown.
+    """Statistics of one pass over the points.
 
     Args:
-        rows: How many there are, after filters.
+        rows: Number of rows after filtering.
         mass: Σ g.
         squares: Σ g².
-        total: Sum of all coordinates, and of their magnitudes.
-        fingerprint: A number that is the same for the same rows in any order, and hardly ever for others.
-        single: Whether all of them are float32.
-        reservoir: The sample.
+        total: Sum of all coordinates, and sum of their absolute values.
+        fingerprint: Hash of the rows, independent of their order.
+        single: Whether all rows are float32.
+        reservoir: The random sample.
     """
 
     rows: int
@@ -177,7 +177,7 @@ class Survey:
 
 
 def fingerprint(points: Tensor, weights: Tensor | None) -> int:
-    """A number of rows (n, D) and their weights that does not depend on their order, and adds modulo 2⁶⁴."""
+    """Hash of rows (n, D) and their weights, independent of their order; hashes of parts are added modulo 2⁶⁴."""
     total, size = 0, _ROWS_CUDA if points.is_cuda else _ROWS
     for start in range(0, len(points), size):
         # Adding zero makes the two zeros one.

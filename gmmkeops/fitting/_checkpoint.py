@@ -1,8 +1,8 @@
-"""A fit's state in a file, so that it goes on where it was after a crash, a power cut, or another number of machines.
+"""Checkpoints: the state of a fit in a file, from which it resumes after a crash, also with another number of ranks.
 
-Files are safetensors with a JSON tree in the header, checked by a digest, written whole or not at all; the one before is
-kept beside it. Sums of an unfinished sweep over a source lie in a small file of each rank. Reading makes plain values and a
-few known classes of them, nothing else.
+Files are safetensors with a JSON tree in the header and a digest. They are replaced atomically, and the previous file is kept.
+Partial sums of an unfinished pass over a source are in a small file of each rank. Reading creates only plain values and instances
+of a few registered classes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CLASSES: dict[str, type] = {}
 
 
 def known(name: str) -> Callable[[type], type]:
-    """Marks a dataclass as one that checkpoints may hold, under a name."""
+    """Class decorator that registers a dataclass for checkpoints, under a name."""
 
     def mark(cls: type) -> type:
         _CLASSES[name] = cls
@@ -52,23 +52,24 @@ known("Moments")(Moments)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a fit keeps its state.
+    """File to which a fit writes its state, and from which it resumes.
 
     A fit that finds a checkpoint of the same fit resumes from it: data, weights, initial mixture, method, penalty, seed of the
     generator, truncation, backend and dtype must be the same, while ``max_iter``, tolerances and ``patience`` may differ.
-    Functions (a penalty of your own, a maker of optimizers) are compared by their code and by the values that they use. The
-    file stays when the fit has ended: the same call then gives the same result at once, or resumes with a larger
-    ``max_iter``; delete the file to begin anew.
+    Functions (a penalty of your own, an optimizer factory) are compared by their code and by the values that they use. The
+    file remains after the end of the fit: the same call then returns the same result at once, or resumes with a larger
+    ``max_iter``. Delete the file to start a new fit.
 
-    A file under one of the three names that is no checkpoint is never replaced, and no other file is touched. A write that
-    fails (a full disk, a folder that has been removed) is a warning, and the fit goes on.
+    Existing files with these names that are not checkpoints are never replaced. If a checkpoint cannot be written (a full disk, a
+    removed folder), a warning is raised and the fit continues.
 
     Args:
-        path: The file; the one before is kept as ``<path>.previous``, and unfinished sweeps over a source as
-            ``<path>.part0`` and so on.
+        path: The file. The previous checkpoint is kept as ``<path>.previous``, and partial sums of an unfinished pass over a
+            source as ``<path>.part0`` and so on, one for each rank.
         every: Seconds between two writes.
 
     Raises:
+        TypeError: The path is neither text nor a path.
         ValueError: ``every`` is negative.
 
     Example:
@@ -77,7 +78,7 @@ class Checkpoint:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     keep = gk.Checkpoint(os.path.join(folder, "fit.ckpt"), every=0)
         ...     first = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=0), max_iter=3, checkpoint=keep)
-        ...     more = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=0), max_iter=5, checkpoint=keep)  # goes on
+        ...     more = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=0), max_iter=5, checkpoint=keep)  # resumes
         >>> first.n_iter, more.n_iter
         (3, 5)
     """
@@ -94,7 +95,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, value: Any) -> Checkpoint | None:
-        """A checkpoint from a path, from one, or from None."""
+        """Convert a path to a checkpoint; checkpoints and None are returned unchanged."""
         return value if value is None or isinstance(value, Checkpoint) else cls(value)
 
     @property
@@ -102,11 +103,11 @@ class Checkpoint:
         return Path(f"{os.fspath(self.path)}.previous")
 
     def part(self, rank: int) -> Path:
-        """Where a rank keeps its sums of an unfinished sweep."""
+        """File for the partial sums of a rank in an unfinished pass."""
         return Path(f"{os.fspath(self.path)}.part{rank}")
 
     def write(self, tree: Any) -> None:
-        """Writes a state; the last one becomes the previous one, and there is a whole one at every moment."""
+        """Write a state and keep the last one as the previous one; at any time one of the files is complete."""
         path = Path(self.path)
         data = _bytes(tree)
         if path.exists():
@@ -114,7 +115,7 @@ class Checkpoint:
             try:
                 _, spare = unused_name(self._previous, lambda name: os.link(path, name))
             except OSError:
-                # This file system has no hard links: until the new state is written there is the previous one alone.
+                # Without hard links, only the previous file exists until the new one is written.
                 os.replace(path, self._previous)
             else:
                 try:
@@ -125,12 +126,12 @@ class Checkpoint:
         write_whole(path, data)
 
     def check(self, rank: int) -> None:
-        """Raises where the files that a rank would write cannot be written, or are none of ours.
+        """Check that the files of a rank can be written, and would not replace other files.
 
         Raises:
-            FileNotFoundError: There is no such folder.
+            FileNotFoundError: The folder does not exist.
             PermissionError: The folder cannot be written to.
-            ValueError: There is something else under a name that would be replaced.
+            ValueError: A file that is not a checkpoint would be replaced.
         """
         path = Path(self.path)
         if rank == 0:
@@ -157,10 +158,10 @@ class Checkpoint:
                 )
 
     def read(self, device: Any, world: World) -> Any:
-        """The last state that was written whole, from rank 0's disk, or None where there is none.
+        """Read the last complete state on rank 0 and send it to all ranks; None if there is no file.
 
         Raises:
-            ValueError: There are files, but none is whole; or as :meth:`check`.
+            ValueError: There are files, but none is complete; or as :meth:`check`.
         """
         self.check(world.rank)
         data = b""
@@ -184,28 +185,28 @@ class Checkpoint:
 
 
 class Journal:
-    """What a fit with a checkpoint writes down while it runs; without one, nothing.
+    """State of a fit that is written to its checkpoint during an iteration; does nothing without a checkpoint.
 
     Args:
-        checkpoint: Where to, or None.
-        world: The ranks, the first of which writes.
+        checkpoint: The checkpoint, or None.
+        world: The ranks; rank 0 writes the checkpoint.
     """
 
     def __init__(self, checkpoint: Checkpoint | None, world: World) -> None:
         self.checkpoint, self.world = checkpoint, world
         self.last = time.monotonic()
-        # The order of the rows, and how many are read at a time: what "so far" means in the middle of a sweep.
+        # Description of the order of the rows and of the chunk size, for which partial sums are valid.
         self.layout = ""
-        # Of the iteration under way: how it began, the sweeps it has finished, and how far the next one has come.
+        # State at the beginning of the current iteration, and the results of its finished passes.
         self.snapshot: Any = None
         self.written = False
         self.iteration = 0
         self.finished: list[Moments] = []
-        # What has been read and not yet been taken up.
+        # Results from a checkpoint that have not been used yet.
         self.replay: list[Moments] = []
         self.partial: Any = None
         self.inside: Any = None
-        # Why writing has failed so far.
+        # Error numbers of failed writes, each of which causes one warning.
         self.causes: set[int | None] = set()
 
     @property
@@ -214,18 +215,18 @@ class Journal:
         return self.checkpoint is not None and time.monotonic() - self.last >= self.checkpoint.every
 
     def begin(self, iteration: int, snapshot: Callable[[], Any]) -> None:
-        """An iteration begins in a state."""
+        """Store the state at the beginning of an iteration."""
         if self.checkpoint is not None:
             self.iteration, self.snapshot, self.written = iteration, snapshot(), False
             self.finished = list(self.replay)
 
     def write(self, inside: Any = None) -> None:
-        """Writes how the iteration began, the sweeps it has finished, and what it is in the middle of."""
+        """Write the state at the beginning of the iteration, its finished passes, and the state within a pass."""
         checkpoint = self.checkpoint
         if checkpoint is None or self.snapshot is None:
             return
         if self.world.rank == 0:
-            # Until it is taken up, what was read still holds.
+            # The state within a pass that was read remains valid until it is used.
             inside = self.inside if inside is None else inside
             tree = {**self.snapshot, "finished": self.finished, "inside": inside, "ranks": self.world.size}
             tree["layout"] = self.layout
@@ -235,7 +236,7 @@ class Journal:
         self.last = time.monotonic()
 
     def _tried(self, path: Path, write: Callable[[], None]) -> bool:
-        """Whether a write has succeeded; a failure is no reason to lose the fit, and is told once for each cause."""
+        """Try to write, and return whether it succeeded; a failure causes a warning, once for each cause."""
         try:
             write()
         except OSError as error:
@@ -255,7 +256,7 @@ class Journal:
         return tree if self.world.size == 1 else _tree(self.world.gather_bytes(_bytes(tree))[0], device)
 
     def recall(self, saved: Any, device: Any) -> None:
-        """Takes up what was read: finished sweeps, and what the iteration was in the middle of if ranks and rows are the same."""
+        """Restore finished passes, and the state within a pass if the ranks and the order of the rows are the same."""
         if self.checkpoint is None:
             return
         self.iteration, self.replay = saved["iteration"], list(saved["finished"])
@@ -273,18 +274,18 @@ class Journal:
                 self.partial = part
 
     def swept(self, sums: Moments) -> None:
-        """A sweep of this iteration is finished."""
+        """Store the result of a finished pass of this iteration."""
         if self.checkpoint is not None:
             self.finished.append(sums)
             self.written = False
 
     def resumed(self) -> tuple[Moments | None, Ledger, int]:
-        """Sums, ledger and number of the pieces that this sweep has behind it."""
+        """Partial sums, ledger and number of pieces from which this pass resumes."""
         part, self.partial = self.partial, None
         return (None, Ledger(), 0) if part is None else (part["sums"], Ledger(*part["ledger"]), part["pieces"])
 
     def tick(self, sums: Moments, ledger: Ledger, pieces: int) -> None:
-        """A sweep over a source has come so far; written if it is time."""
+        """Write the partial sums of a pass over a source if a write is due."""
         if not self.due or self.checkpoint is None or self.snapshot is None:
             return
         if not self.written:

@@ -1,9 +1,9 @@
-r"""The frame that a fit works in: centred columns of scale near one, so that float32 keeps its digits.
+r"""Standardized coordinates of a fit: centered columns of scale near one, so that float32 loses no digits.
 
 .. math:: x' = (x - m) / s, \qquad \mu' = (\mu - m) / s, \qquad U' = \mathrm{diag}(s)\, U, \qquad
           \log p(x) = \log p'(x') - \sum_d \log s_d
 
-The mean m is taken away in float64 before anything is cast; s is a power of two, so dividing by it rounds nothing.
+The mean m is subtracted in float64 before points are cast; s is a power of two, so that dividing by it causes no rounding.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
 
-# Rows of a sample that are turned to float64 at a time, and numbers of points: few enough to stay in cache.
+# Rows of a sample, and entries of points, that are converted to float64 at a time: few enough to stay in cache.
 _ROWS, _NUMBERS = 1 << 19, 1 << 17
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An affine map per column, exactly invertible on mixtures.
+    """Transformation between data units and standardized coordinates: an affine map of each column.
 
     Args:
         shift: m (D,), data units, float64.
         scale: s (D,), data units, powers of two, float64.
-        extra: How many columns at the end are no coordinates of mixtures but contexts.
-        columns: Names of all columns (D,), or None where they are not known.
+        extra: Number of columns at the end that are contexts.
+        columns: Names of all columns (D,), or None if they are not known.
     """
 
     shift: Tensor
@@ -43,9 +43,9 @@ class Frame:
 
     @classmethod
     def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0) -> Frame:
-        """The frame of a cloud (N, D): its trimmed mean, and trimmed standard deviations rounded to powers of two.
+        """The transformation for points (N, D): their trimmed mean, and trimmed standard deviations rounded to powers of two.
 
-        Spherical factors stay spherical only where all columns share one scale (``isotropic``).
+        With ``isotropic`` all columns have the same scale, so that spherical factors stay spherical.
         """
         shift, spread = trimmed_spread(x, weights)
         warn_if_coarse(x, spread, shift.abs())
@@ -53,7 +53,7 @@ class Frame:
 
     @classmethod
     def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0) -> Frame:
-        """The frame about a centre (D,), for columns of such standard deviations (D,)."""
+        """The transformation for given centers (D,) and standard deviations (D,) of the columns, data units."""
         if isotropic:
             own = spread[: len(spread) - extra]
             spread = torch.cat([own.square().mean().sqrt().expand_as(own), spread[len(own) :]])
@@ -61,24 +61,24 @@ class Frame:
         tiny = spread <= NOISE * shift.abs()
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
         scale = torch.where(tiny, largest, spread).log2().round().exp2()
-        # Whole steps: subtracting them rounds nothing, and a sample of the cloud leads to the same ones. Of a constant column
-        # nothing is to be left.
+        # Multiples of the scale can be subtracted without rounding, and a sample of the points gives the same ones. A constant
+        # column becomes zero.
         shift = torch.where(tiny, shift, (shift / scale).round() * scale)
         return cls(shift, scale, extra)
 
     @property
     def log_volume(self) -> float:
-        """Σ log s, what a log-density loses on its way back to the user's units, nats."""
+        """Σ log s, which is subtracted from log-densities to convert them to data units, nats."""
         return float(self._own(self.scale).log().sum())
 
     def _own(self, columns: Tensor) -> Tensor:
-        """Of one number for each column those of the mixtures' coordinates."""
+        """The entries of the coordinates, without those of the contexts, of a tensor with one entry per column."""
         return columns[: len(columns) - self.extra]
 
     def points(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The cloud in the frame (N, D), subtracted in float64 and then cast.
+        """Standardize points (N, D) in float64, and cast them to a dtype.
 
-        Also the most that the cast has changed each column (D,), float64, or None where it has changed nothing.
+        Returns the points, and the largest rounding error of each column (D,), float64, or None without rounding errors.
         """
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         changed = self.shift.new_zeros(len(self.shift))
@@ -91,7 +91,7 @@ class Frame:
         return out, changed if dtype != torch.float64 and bool(changed.any()) else None
 
     def surrogate(self, surrogate: Surrogate) -> Surrogate:
-        """What penalties add to an M-step, in the frame."""
+        """The terms that penalties add to an M-step, in standardized coordinates."""
         scatter = surrogate.scatter
         return replace(
             surrogate,
@@ -100,11 +100,11 @@ class Frame:
         )
 
     def enter_moments(self, sums: Moments) -> Moments:
-        """Moments of the user's units, in the frame."""
+        """Convert moments from data units to standardized coordinates."""
         return self._moments(sums, (sums.centres - self.shift) / self.scale, 1 / self.scale)
 
     def leave_moments(self, sums: Moments) -> Moments:
-        """Moments of the frame, in the user's units."""
+        """Convert moments from standardized coordinates to data units."""
         return self._moments(sums, sums.centres * self.scale + self.shift, self.scale)
 
     @staticmethod
@@ -113,13 +113,13 @@ class Frame:
         return replace(sums, S1=sums.S1 * scale, S2=sums.S2 * square, centres=centres)
 
     def enter(self, mixture: Mixture) -> Mixture:
-        """A mixture of the user's units, in the frame."""
+        """Convert a mixture from data units to standardized coordinates."""
         shift, scale = self._own(self.shift), self._own(self.scale)
         factor = mixture.factor.rescale(scale)
         return Mixture(mixture.logits, (mixture.means - shift) / scale, factor, validate_args=False)
 
     def leave(self, mixture: Mixture) -> Mixture:
-        """A mixture of the frame, in the user's units (differentiable)."""
+        """Convert a mixture from standardized coordinates to data units (differentiable)."""
         shift, scale = self._own(self.shift), self._own(self.scale)
         factor = mixture.factor.rescale(1 / scale)
         names = None if self.columns is None else self.columns[: len(scale)]
@@ -127,7 +127,7 @@ class Frame:
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Largest size in each column (D,) of values (N, D), which are overwritten.
+    """Largest absolute value in each column (D,) of values (N, D), which are overwritten.
 
     Many rows at a time are taken as one: a maximum over the first of two dimensions, of which the last is short, is slow.
     """

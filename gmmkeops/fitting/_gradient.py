@@ -28,7 +28,7 @@ __all__ = ["Adam", "Gradient", "schedule_numbers"]
 
 @dataclass
 class _State:
-    """The leaves that the optimiser moves, which are the live part of the population, while they are sound."""
+    """State of a gradient method: the parameters of the active components, which the optimizer updates."""
 
     population: Population
     leaves: dict[str, Tensor]
@@ -38,7 +38,7 @@ class _State:
     sound: bool = True
 
     def mixture(self) -> Mixture:
-        """The live components, as functions of the leaves."""
+        """The mixture of the active components, as a function of the parameters."""
         leaves = dict(self.leaves)
         logits, means = leaves.pop("logits"), leaves.pop("means")
         return Mixture(logits, means, self.population.parked.factor.replace(**leaves), validate_args=False)
@@ -46,21 +46,24 @@ class _State:
 
 @dataclass(frozen=True)
 class Gradient(Method[_State]):
-    r"""Fits by a ``torch.optim`` optimiser.
+    r"""Minimize the penalized negative log-likelihood by a ``torch.optim`` optimizer.
 
     .. math:: \theta \leftarrow \theta - \text{step}\Bigl(\nabla_\theta \Bigl[-\frac{1}{\sum g} \sum_n g_n \log p_\theta(x_n)
               + \text{penalty}(\theta)\Bigr]\Bigr), \qquad \theta = (\text{logits}, \mu, U).
 
     Args:
-        optimizer: Makes the optimiser from a list of tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
-        scheduler: Makes a learning-rate schedule from the optimiser, stepped once per iteration, e.g.
+        optimizer: Function that creates the optimizer from a list of tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
+        scheduler: Function that creates a learning-rate schedule from the optimizer; it is stepped once per iteration, e.g.
             ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 500)``; or None.
-        batch_size: Points per step; None takes them all. An iteration is one pass over the data either way.
-        max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
+        batch_size: Points per step; None for full batches. An iteration is one pass over the data in both cases.
+        max_iter: Largest number of iterations, unless :func:`gmmkeops.fit` is given another one.
         tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
             last half of the iterations (by less than a tenth of it with a penalty that prunes components); 0 never stops early.
-        patience: Least number of iterations over which that change is measured.
-        relative_tol: The same as a fraction of the objective.
+        patience: Smallest number of iterations over which that change is measured.
+        relative_tol: Tolerance as a fraction of the objective; the larger one of the two tolerances applies.
+
+    Raises:
+        TypeError, ValueError: A setting is invalid.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -92,7 +95,7 @@ class Gradient(Method[_State]):
     def init(self, problem: Problem, mixture: Mixture) -> _State:
         mixture, floored = problem.project(mixture.detach())
         leaves = {"logits": mixture.log_weights, "means": mixture.means, **mixture.factor.tensors}
-        # A weight of zero has an infinite logit, which no gradient moves: it starts dead.
+        # A weight of zero has an infinite logit, which no gradient changes; with a finite one the component is pruned at once.
         leaves["logits"] = leaves["logits"].clamp(min=-1e3)
         leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         optimizer = self.optimizer(list(leaves.values()))
@@ -147,7 +150,7 @@ class Gradient(Method[_State]):
         return state.population, state.mixture(), state.floored.clone()
 
     def _update(self, problem: Problem, state: _State, batch: list[Piece] | None) -> tuple[float, float] | None:
-        """One step of the optimiser; the objective and log-likelihood before it, or None where they are not finite."""
+        """Perform a step of the optimizer; return the objective and log-likelihood before it, or None if they are not finite."""
         if not state.sound:
             return None
         found: list[tuple[float, float]] = []
@@ -162,7 +165,7 @@ class Gradient(Method[_State]):
             return found[-1][0]
 
         state.optimizer.step(closure)
-        # In the frame everything is near one: what has left this range (or is NaN) will not come back.
+        # Standardized parameters are of order one, so values outside of this range (or NaN) mean divergence.
         state.sound = all(bool((leaf.detach().abs() < 1e15).all()) for leaf in state.leaves.values())
         if not state.sound:
             return found[0]
@@ -176,7 +179,7 @@ class Gradient(Method[_State]):
 
 
 def schedule_numbers(state: dict[str, Any]) -> dict[str, Any]:
-    """Of a schedule's state what is numbers; what else there is, such as functions, the schedule is made with."""
+    """The entries of a schedule's state that are numbers or text; others, such as functions, are created with the schedule."""
     plain = (bool, int, float, str, type(None))
     kept = {}
     for name, value in state.items():
@@ -187,9 +190,9 @@ def schedule_numbers(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prune(state: _State, points: float) -> None:
-    """Takes the components that own less than a thousandth of a point out of the work, and their optimiser state.
+    """Prune components whose expected count is below 1e-3 points, and their optimizer state.
 
-    One whose weight the objective would rather raise (a Dirichlet prior above one, say) stays.
+    A component stays if a gradient step would increase its weight (for example by a Dirichlet prior above one).
     """
     logits = state.leaves["logits"]
     keep = logits.detach().log_softmax(0) > math.log(DEAD_POINTS / points)
@@ -217,7 +220,7 @@ def _prune(state: _State, points: float) -> None:
 
 @dataclass(frozen=True)
 class _MakeAdam:
-    """Maker of an Adam optimizer, as a value that can be compared."""
+    """Function that creates an Adam optimizer, as a value that can be compared between processes."""
 
     lr: float
     betas: tuple[float, float]
@@ -236,10 +239,10 @@ def Adam(
     tol: float = 0.0,
     patience: int = 10,
 ) -> Gradient:
-    """Adam as a method.
+    """Create a gradient method with the Adam optimizer.
 
     Args:
-        lr: Step size. It is felt in the fit's frame, where each column's standard deviation is near one.
+        lr: Learning rate, in standardized coordinates, in which the standard deviation of each column is about one.
         betas: Decay rates of the two moment estimates.
         scheduler, batch_size, max_iter, tol, patience: As for :class:`Gradient`.
 

@@ -1,4 +1,4 @@
-"""What a fit answers: the mixture and how it came about; and what callbacks see on the way."""
+"""Results of a fit: the mixture, the report, and the state that callbacks receive."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["FitResult", "Report", "Step"]
 
 @dataclass(frozen=True)
 class Report:
-    """What happened on the way.
+    """Report of a fit: engine, precision, error bounds, pruned and regularized components.
 
     Args:
-        dead_components: Components that ended with less than a thousandth of a point, and left the work.
-        live_components: How many did not.
-        floors_hit: Components whose covariance was held up by a bound at least once.
+        dead_components: Indices of components that were pruned because their expected count became negligible.
+        live_components: Number of active components.
+        floors_hit: Indices of components whose covariance was regularized at least once.
         engine: ``"dense"`` or ``"keops"``.
-        device: Where the fit ran.
-        dtype: What the points were computed in (parameters are float64).
+        device: Device of the computation.
+        dtype: Precision of the points (parameters are float64).
         mass: Total weight of the points.
-        truncate: The ε of the truncation, 0 where every pair was looked at.
-        certificate: Most that truncation may have taken from any point's log-likelihood under ``mixture``, nats; what is
-            lost is never negative.
-        pairs: Share of all pairs of point and component that the last sweep looked at.
-        seconds: Wall time, checks and frame included.
-        interrupted: Whether Ctrl-C ended it.
+        truncate: ε of the truncation; 0 if every pair of point and component was evaluated.
+        certificate: Upper bound on the error of any point's log-density by truncation, nats; truncation only decreases
+            log-densities.
+        pairs: Fraction of all pairs of point and component that the last pass evaluated.
+        seconds: Wall time, including validation and standardization of the data.
+        interrupted: Whether Ctrl-C ended the fit.
     """
 
     dead_components: tuple[int, ...]

@@ -1,9 +1,9 @@
-r"""The exponents that every reduction reads, checked once and brought about a common centre.
+r"""Validated exponents, the argument of all reductions, with parameters relative to a common center.
 
 .. math:: e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2
 
-Points keep the dtype they came in, which is the dtype of the results; parameters are held in float64 about ``centre``,
-so that map coordinates lose their offset before anything is rounded.
+Points keep their dtype, which is that of the results. Parameters are stored in float64 relative to ``centre``, so that
+the offset of map coordinates is subtracted before any rounding.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from gmmkeops.factors import Factor
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "factor_tensor"]
 
-# Offsets are log-weights plus constants: below this a component is dead for every finite point of any dtype, and the
-# number is still far from float32's edge, where KeOps' log-sum-exp turns an infinite first exponent into NaN.
+# Smallest offset: a component with it has zero density at all points, and float32 is still far from overflow, since KeOps'
+# log-sum-exp turns an infinite first exponent into NaN.
 OFFSET_FLOOR = -1e30
 
 
 @dataclass(frozen=True)
 class Exponents:
-    """Points and component parameters that every engine can trust.
+    """Validated points and component parameters.
 
     Args:
         x: Points (N, D), float32 or float64, contiguous rows, data units.
         offsets: c (K,), nats, float64, finite.
         means: μ - centre (K, D), data units, float64.
         U: Factors (K, D, D) full, (K, D) diagonal or (K, 1) spherical, 1 / data units, float64.
-        centre: Where the parameters are taken about (D,), float64.
+        centre: Common center (D,), data units, float64.
     """
 
     x: Tensor
@@ -53,19 +53,19 @@ class Exponents:
         return self.U.ndim == 3
 
     def rows(self, index: Any) -> Exponents:
-        """The same components seen by some of the points."""
+        """The exponents of some of the points."""
         return Exponents(self.x[index], self.offsets, self.means, self.U, self.centre)
 
     def components(self, index: slice) -> Exponents:
-        """Some of the components seen by the same points."""
+        """The exponents of some of the components."""
         return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.centre)
 
     @classmethod
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
-        """Checks what a user or a fit hands over; see :func:`gmmkeops.reductions.logsumexp` for shapes.
+        """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
 
         Raises:
-            TypeError, ValueError: One sentence for each thing that does not fit.
+            TypeError, ValueError: An argument is invalid.
         """
         points = as_points(x)
         D = points.shape[1]
