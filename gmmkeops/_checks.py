@@ -117,7 +117,9 @@ def renamed(name: str, argument: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         text = str(error)
-        if type(error) not in (TypeError, ValueError) or not text.startswith(f"{name} "):
+        # "weights of scan.npy" are those of a file, whose argument may have another name.
+        named = text.startswith(f"{name} ") and not text.startswith(f"{name} of ")
+        if type(error) not in (TypeError, ValueError) or not named:
             raise
         raise type(error)(argument + text.removeprefix(name)) from None
 

@@ -572,3 +572,24 @@ def test_degenerate_clouds_end_finite(shape, family):
 def test_bad_input_gets_one_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_prior_weighs_against_all_points_when_they_come_in_batches():
+    """Batches stand for all points: the prior's 1000 points pull as they do against the 4000 of a full pass."""
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    penalty = P.NormalMean(torch.tensor([6.0, 6.0]), 1000.0)
+    start = gk.Mixture.from_parameters([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]])
+    batches = gk.fit(start, x, gk.EM(batch_size=200, tol=0), penalty=penalty, max_iter=10).mixture
+    # (4000 · mean + 1000 · 6) / 5000
+    assert torch.allclose(batches.means[0], (4000 * x.mean(0) + 6000) / 5000, atol=0.05)
+
+
+def test_an_average_over_batches_is_far_less_noisy_than_the_last_one():
+    """Both are about the points' mean; a running average with other weights than 1 / n keeps the last batches' noise."""
+    x = torch.randn(2000, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = gk.Mixture.from_parameters([1.0], torch.zeros(1, 30).double(), torch.ones(1, 30).double(), "diag")
+    last, average = (
+        gk.fit(start, x, gk.EM(batch_size=20, average=average, tol=0), max_iter=5).mixture.means[0] - x.mean(0)
+        for average in (False, True)
+    )
+    assert float(average.norm()) < 0.3 * float(last.norm())

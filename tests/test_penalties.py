@@ -114,3 +114,14 @@ def test_eigenvalue_floor(family):
 def test_bad_input_gets_one_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_two_priors_on_covariances_act_as_one_with_the_sums():
+    """Σ (ν + D + 1) and Σ Ψ: in the penalty, and in the fits that it leads to."""
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = random_mixture("full", K=2)
+    both = P.InverseWishart(2.0, 5.0) + P.InverseWishart(30.0, 40.0)
+    one = P.InverseWishart(32.0, 5.0 + 40.0 + 3.0)
+    assert float(both(start, 60.0)) == pytest.approx(float(one(start, 60.0)), rel=1e-12)
+    found, right = (gk.fit(start, x, gk.EM(tol=0), penalty=penalty, max_iter=5).mixture for penalty in (both, one))
+    assert torch.allclose(found.factor.covariances(), right.factor.covariances(), rtol=1e-9)
