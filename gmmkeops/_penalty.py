@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,15 +61,8 @@ class Surrogate:
         return cls(zeros, zeros)
 
     def counted_in(self, unit: float) -> Surrogate:
-        """The same for points whose weights are given in such a unit."""
-        return Surrogate(
-            self.counts / unit,
-            self.slopes,
-            tuple((points / unit, mean) for points, mean in self.means),
-            None if self.scatter is None else self.scatter / unit,
-            self.degrees / unit,
-            self.degrees_per_component / unit,
-        )
+        """Convert numbers of points to multiples of a unit; slopes are per point and stay."""
+        return replace(self * (1 / unit), slopes=self.slopes)
 
     def __add__(self, other: Surrogate) -> Surrogate:
         scatter = other.scatter if self.scatter is None else self.scatter

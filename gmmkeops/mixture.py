@@ -33,9 +33,11 @@ __all__ = ["Mixture", "as_mixture", "log_weights"]
 
 # Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
 _CHUNK = 1 << 22
-# Whitened distances below which differences of exponents lose no digits, and the smallest log-densities of each dtype.
+# Whitened distances below which exponents are far from the limits of their dtype, and the smallest log-densities of each dtype.
 _NEAR = 1e4
 _LEAST = {torch.float32: -2.9e38, torch.float64: -9e299}
+# Nats per column below zero from which on differences of exponents lose digits that matter.
+_DEPTH = {torch.float32: 1e2, torch.float64: 1e3}
 
 
 def _fits(shape: torch.Size, rows: int) -> bool:
@@ -535,9 +537,8 @@ class Mixture(Distribution):
             self._check_finite(x)
             near, is_near = self._near(x)
             joint = self._joint(near)
-            if is_near:
-                return torch.softmax(joint, -1).to(x.dtype)
-            self._check_range(joint.amax(-1), x)
+            if not is_near:
+                self._check_range(joint.amax(-1), x)
             return self._posterior(joint, near).exp().to(x.dtype)
         k = as_integer(k, "k", 1, self.components, clause=f"must be between 1 and the {self.components} components")
         x, flat = self._flat(value)
@@ -800,7 +801,7 @@ class Mixture(Distribution):
 
     def _far(self, values: Tensor) -> Tensor:
         """Mask of log-densities that are so low that differences of exponents lose digits."""
-        return values < -1e3 * self.features
+        return values < -_DEPTH[values.dtype] * self.features
 
     def _far_rows(self, flat: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Blocks of rows with such low log-densities (N,), and their log p(k | x), float64."""
@@ -814,6 +815,8 @@ class Mixture(Distribution):
     def _posterior(self, joint: Tensor, x: Tensor) -> Tensor:
         """log p(k | x) (*S, *B, K) from points and their log p(x, k), accurate also far from all components."""
         values = torch.log_softmax(joint, -1)
+        if not values.numel() or not concrete(values):
+            return values
         far = self._far(joint.detach().amax(-1)).reshape(-1, *self.batch_shape)
         rows = far.flatten(1).any(1).nonzero()[:, 0] if self.batch_shape else far.nonzero()[:, 0]
         if not len(rows):

@@ -54,7 +54,7 @@ def oracle(m, point):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("far", [1e2, 1e5, 1e9, 1e16, 3e30, 1e100, 1e140])
+@pytest.mark.parametrize("far", [1e2, 3e2, 1e3, 1e5, 1e9, 1e16, 3e30, 1e100, 1e140])
 def test_far_points(kind, dtype, far):
     m = mixture(kind)
     point = torch.tensor([[far, -0.7 * far]], dtype=torch.float64)
@@ -322,3 +322,17 @@ def test_an_estimator_names_its_own_arguments():
             call()
     with pytest.raises(ValueError, match=r"^sample_weight must be numbers of points"):
         gk.BayesianGaussianMixture(n_components=2).fit(x, sample_weight=np.full(50, 1e200))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("far", [30.0, 100.0, 300.0, 1000.0])
+def test_float32_probabilities_at_a_distance(kind, far):
+    """All directions, some of which lie between two components, for points and mixtures in float32."""
+    m = mixture(kind)
+    angle = torch.linspace(0, 2 * math.pi, 721, dtype=torch.float64)
+    x = (far * torch.stack([angle.cos(), angle.sin()], 1)).float()
+    for one in (m, m.to(torch.float32)):
+        right = torch.softmax(one.to(torch.float64).log_joint(x.double()), -1)
+        assert float((one.responsibilities(x) - right).abs().max()) < 1e-4
+        best, _ = one.responsibilities(x, k=2)
+        assert float((best - right.topk(2, -1).values).abs().max()) < 1e-4

@@ -21,8 +21,8 @@ from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
 
-# Rows of a sample, and entries of points, that are converted to float64 at a time: few enough to stay in cache.
-_ROWS, _NUMBERS = 1 << 19, 1 << 17
+# Entries of points that are converted to float64 at a time: few enough to stay in cache.
+_NUMBERS = 1 << 17
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None
     """
     if not all(map(concrete, _arguments(x, offsets, means, factor))):
         raise ValueError(
-            "torch.func.vmap and torch.compile support log-densities and their sums only; call labels, largest exponents, "
-            "moments and reductions of arranged points outside of them, with all points at once."
+            "torch.func.vmap and torch.compile support log-densities and their sums only; compute labels, largest exponents, "
+            "moments and reductions of arranged points outside of them, for all points at once."
         )
     if isinstance(x, Truncation):
         problem, blocks = Exponents.of(x.cloud.points, offsets, means, factor), x
