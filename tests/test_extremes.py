@@ -53,14 +53,14 @@ def oracle(m, point):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("far", [1e2, 3e2, 1e3, 1e5, 1e9, 1e16, 3e30, 1e100, 1e140])
+@pytest.mark.parametrize(
+    ("dtype", "far"),
+    [(torch.float32, far) for far in (1e2, 3e2, 1e3, 1e5, 1e9, 1e16, 3e30)]
+    + [(torch.float64, far) for far in (1e2, 3e2, 1e3, 1e5, 1e9, 1e16, 3e30, 1e100, 1e140)],
+)
 def test_far_points(kind, dtype, far):
     m = mixture(kind)
-    point = torch.tensor([[far, -0.7 * far]], dtype=torch.float64)
-    if dtype == torch.float32 and far > 3e38:
-        return
-    point = point.to(dtype)
+    point = torch.tensor([[far, -0.7 * far]], dtype=dtype)
     _, total, shares = oracle(m, point[0].tolist())
     found = m.responsibilities(point)[0]
     np.testing.assert_allclose(found.numpy(), shares, atol=2e-5 if dtype == torch.float32 else 1e-9)
