@@ -1,5 +1,5 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
-# make test    the whole test suite, with real KeOps formulas compiled and run
+# make test    the whole test suite in two processes, with real KeOps formulas compiled and run
 # make test-slow  samplers over hundreds of simulated data sets (~25 minutes)
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
@@ -30,7 +30,7 @@ gallery: $(READY)
 	$(BIN)/python -m pytest -m gallery tests
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
