@@ -343,6 +343,28 @@ def test_hard_moments_are_sums_over_clusters():
     assert torch.allclose(sums.total, g @ case.oracle()["e"].amax(1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_share_the_work(family):
+    """Each thread adds up tiles of its own: what three find together is what one finds."""
+    case = make_case(family, torch.float64, N=320_000, condition=10.0)
+    x, *rest = case.arguments
+    g = torch.rand(len(x), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points, threads = x.clone().requires_grad_(), torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            sums = reductions.moments(x, *rest, weights=g)
+            values = reductions.logsumexp(points, *rest)
+            (slope,) = torch.autograd.grad((g * values).sum(), points)
+            found.append([sums.S0, sums.S1, sums.S2, sums.total, values.detach(), slope])
+            found[-1] += [*reductions.topk(x, *rest, 2), reductions.argmax(x, *rest)]
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*found, strict=True):
+        assert torch.allclose(one, three, rtol=1e-9, atol=1e-9)
+
+
 def test_draws_of_many_tiles_are_independent():
     """The mass of one of two equal components is binomial; tiles that draw alike would spread it several times as far."""
     N, factor = 200_000, torch.ones(2, 1, dtype=torch.float64)
