@@ -20,7 +20,7 @@ from torch.distributions import Categorical, Distribution, Independent, Multivar
 from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
-from gmmkeops._arguments import as_integer, as_shape
+from gmmkeops._arguments import as_choice, as_fraction, as_integer, as_shape
 from gmmkeops._checks import as_device, as_tensor, check_finite, concrete, recordable
 from gmmkeops._columns import table_of
 from gmmkeops._forks import mind_fork
@@ -312,14 +312,15 @@ class Mixture(Distribution):
                 that of the result.
             backend: ``"auto"``, ``"keops"`` or ``"dense"``.
             truncate: Largest fraction ε of a point's density that may be neglected; 0 evaluates every component, None is as in
-                :func:`gmmkeops.reductions.arrange`. Without effect on a batch of mixtures.
+                :func:`gmmkeops.reductions.arrange`.
 
         Returns:
             (*S, *B), nats per point, differentiable in points and parameters.
 
         Raises:
             TypeError, ValueError: The points are not numeric, not finite, or do not have D columns; or their squared distances
-                overflow their dtype.
+                overflow their dtype; or ``backend="keops"`` or truncation is asked for with a batch of mixtures, which is
+                evaluated by torch operations at all components.
         """
         x = self._points(value)
         near, is_near = self._near(x)
@@ -337,6 +338,10 @@ class Mixture(Distribution):
     def _log_prob(self, x: Tensor, backend: str, truncate: float | None) -> Tensor:
         """Log-densities (*S, *B) of finite points."""
         if self.batch_shape:
+            if as_choice(backend, "backend", reductions.BACKENDS) == "keops" or as_fraction(truncate, "truncate"):
+                raise ValueError(
+                    "a batch of mixtures is evaluated by torch operations at all components; leave backend and truncate out."
+                )
             return self._batch_log_prob(x)
         if x.numel() == 0:
             return torch.logsumexp(self._joint(x), -1)

@@ -237,6 +237,30 @@ def test_torchrun_restarts_a_killed_worker_from_its_checkpoint(folder):
     )
 
 
+SHARE = """
+mine = x[rank::size]
+seen = []
+settings = {"checkpoint": folder + "/share.ckpt", "callbacks": lambda step: seen.append(step.iteration) and None}
+for iterations in (4, 6):
+    result = gk.fit(start, mine, gk.EM(tol=0), max_iter=iterations, **settings)
+print(json.dumps([seen, result.n_iter, result.mixture.means.tolist()]))
+"""
+
+
+def test_each_rank_resumes_from_the_checkpoint_of_rank_0(folder):
+    """Also the ranks that write no file of their own: no iteration is made twice."""
+    found = []
+    for code, out, errors in outputs(launch(2, SHARE, folder)):
+        assert code == 0, errors
+        found.append(json.loads(out))
+    assert [rank[0] for rank in found] == [[0, 1, 2, 3, 4, 5]] * 2
+    assert found[0][1] == 6
+    expected = gk.fit(
+        gk.load(folder / "start.safetensors"), np.load(folder / "x.npy"), gk.EM(tol=0), max_iter=6
+    ).mixture.means
+    assert torch.allclose(torch.tensor(found[0][2], dtype=torch.float64), expected, atol=1e-6)
+
+
 def test_ranks_match_columns_by_name(folder):
     """Each rank has a file of its own; the columns are in another order in the second, and others in a third try."""
     pytest.importorskip("pyarrow")

@@ -205,3 +205,15 @@ EYE = torch.eye(2).double()
 def test_bad_input_gets_one_sentence(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+@pytest.mark.parametrize("settings", [{"truncate": 0.01}, {"backend": "keops"}])
+def test_a_batch_refuses_what_it_cannot_do(settings):
+    """Its log-densities come from torch operations at all components."""
+    mixture = random_mixture("full").expand([2])
+    x = torch.zeros(5, 1, mixture.features, dtype=torch.float64)
+    with pytest.raises(ValueError, match="a batch of mixtures is evaluated by torch operations"):
+        mixture.log_prob(x, **settings)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        mixture.log_prob(x, backend="dens")
+    assert torch.equal(mixture.log_prob(x, truncate=0, backend="dense"), mixture.log_prob(x))

@@ -114,12 +114,12 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
         # The median, since a sample may contain points that are far from all components.
         return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / max(error, 1e-300)))
     warnings.warn(
-        "torch.set_float32_matmul_precision asks for float32 products, which would change log-densities by more than "
-        f"{_IMPRECISE:g} nats here; float64 ones are taken.",
+        "torch.set_float32_matmul_precision asks for float32 products, which are not accurate enough here: log-densities l "
+        f"would change by more than {_IMPRECISE / 2:g} * max(1, |l|) nats; float64 products are used.",
         PrecisionWarning,
         stacklevel=2,
     )
-    _logger.info("float32 products would change log-densities by %.1g nats", error)
+    _logger.info("float32 products would change log-densities l by %.1g * max(1, |l|) nats", error)
     return None
 
 
