@@ -191,9 +191,7 @@ def test_float32_products_that_will_not_do(high):
     """Thin components far from the middle: it is said, and float64 products are taken."""
     x = 500 + 0.05 * torch.randn(9000, 2, generator=torch.Generator().manual_seed(0))
     problem = x, torch.zeros(2), torch.tensor([[500.0, 500.0], [-500.0, -500.0]]), torch.full((2, 2), 20.0)
-    with pytest.warns(
-        PrecisionWarning, match=r"asks for float32 products, .* would change by more than 5e-05 \* max"
-    ):
+    with pytest.warns(PrecisionWarning, match=r"asks for float32 products, .* would change by more than 5e-05 \* max"):
         sums = reductions.moments(*problem)
     torch.set_float32_matmul_precision("highest")
     assert torch.equal(sums.S2, reductions.moments(*problem).S2)
