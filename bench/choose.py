@@ -59,7 +59,7 @@ def methods() -> Iterator[dict[str, Any]]:
             "name": name,
             "passes": result.n_iter * (3 if "accelerate" in name else 1),
             "seconds": spent,
-            "log_likelihood": gk.selection.score(result.mixture, x),
+            "log_likelihood": gk.analysis.score(result.mixture, x),
         }
 
 
@@ -81,7 +81,7 @@ def covariances() -> Iterator[dict[str, Any]]:
                 "parameters": result.mixture.parameter_count,
                 "seconds": pace(result),
                 "log_likelihood": result.log_likelihood,
-                "unseen": gk.selection.score(result.mixture, unseen),
+                "unseen": gk.analysis.score(result.mixture, unseen),
             }
 
 

@@ -19,7 +19,7 @@ import torch
 
 import gmmkeops as gk
 from gmmkeops import reductions
-from gmmkeops.reductions import _dense
+from gmmkeops.reductions.dense import engine as _dense
 
 GRID = {"full": (1, 2, 3, 4, 6, 8, 10, 16), "diag": (2, 4, 8, 16, 24, 32)}
 TILES = (1 << 20, 1 << 21, 1 << 22, 1 << 23, 1 << 24, 1 << 25)

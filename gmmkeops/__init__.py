@@ -1,27 +1,20 @@
-"""Gaussian mixtures for point clouds that are too big for everybody else."""
+"""Gaussian mixture models for data sets that are too large for other libraries."""
 
 from __future__ import annotations
 
-import sys
+import warnings
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gmmkeops import bayes, compare, distributed, export, penalties, plotting, reductions, selection
+    from gmmkeops import analysis, bayes, components, export, penalties, plotting, reductions
     from gmmkeops._checks import ConvergenceWarning, PrecisionWarning
-    from gmmkeops.estimator import BayesianGaussianMixture, GaussianMixture
-    from gmmkeops.factors import DiagonalFactor, Factor, FullFactor, SphericalFactor
-    from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, fit
-    from gmmkeops.initialise import initialise
-    from gmmkeops.interop import from_sklearn, to_sklearn
-    from gmmkeops.io import load, save
-    from gmmkeops.memory import estimate_memory
-    from gmmkeops.mixture import Mixture
-    from gmmkeops.module import GMM
-    from gmmkeops.moments import Moments
-    from gmmkeops.sources import Source
-    from gmmkeops.uncertainty import StandardErrors, standard_errors
+    from gmmkeops.analysis import StandardErrors, standard_errors
+    from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor
+    from gmmkeops.data import Source, distributed
+    from gmmkeops.estimators import BayesianGaussianMixture, GaussianMixture, from_sklearn, to_sklearn
+    from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, estimate_memory, fit, initialise
+    from gmmkeops.models import GMM, Mixture, load, save
 
 __version__ = "0.1.0"
 
@@ -44,8 +37,9 @@ __all__ = [
     "Source",
     "SphericalFactor",
     "StandardErrors",
+    "analysis",
     "bayes",
-    "compare",
+    "components",
     "distributed",
     "estimate_memory",
     "export",
@@ -57,51 +51,55 @@ __all__ = [
     "plotting",
     "reductions",
     "save",
-    "selection",
     "standard_errors",
     "to_sklearn",
 ]
 
-_MODULES = {"bayes", "compare", "distributed", "export", "penalties", "plotting", "reductions", "selection"}
-# The modules that the other public names come from. They are imported together, with torch, when the first of these names is
-# used, so that the command line can refuse what it does not understand without the second or two that torch takes.
+# The public modules, and where they are.
+_MODULES = {
+    **{name: name for name in ("analysis", "bayes", "components", "export", "penalties", "plotting", "reductions")},
+    "distributed": "data.distributed",
+}
+# The folders that the other public names come from. They are imported together, with torch, when the first of these names is
+# used, so that the command line can report a usage error without the second or two that torch takes.
 _HOMES = {
     "_checks": ("ConvergenceWarning", "PrecisionWarning"),
-    "estimator": ("BayesianGaussianMixture", "GaussianMixture"),
-    "factors": ("DiagonalFactor", "Factor", "FullFactor", "SphericalFactor"),
-    "fitting": ("EM", "Adam", "Checkpoint", "FitResult", "Gradient", "fit"),
-    "initialise": ("initialise",),
-    "interop": ("from_sklearn", "to_sklearn"),
-    "io": ("load", "save"),
-    "memory": ("estimate_memory",),
-    "mixture": ("Mixture",),
-    "module": ("GMM",),
-    "moments": ("Moments",),
-    "sources": ("Source",),
-    "uncertainty": ("StandardErrors", "standard_errors"),
+    "analysis": ("StandardErrors", "standard_errors"),
+    "components": ("DiagonalFactor", "Factor", "FullFactor", "Moments", "SphericalFactor"),
+    "data": ("Source",),
+    "estimators": ("BayesianGaussianMixture", "GaussianMixture", "from_sklearn", "to_sklearn"),
+    "fitting": ("EM", "Adam", "Checkpoint", "FitResult", "Gradient", "estimate_memory", "fit", "initialise"),
+    "models": ("GMM", "Mixture", "load", "save"),
+}
+# Modules of version 0.1, and where their names are now.
+_OLD_MODULES = {
+    "compare": "analysis.compare",
+    "doctor": "cli.doctor",
+    "estimator": "estimators",
+    "factors": "components",
+    "interop": "estimators",
+    "io": "models.files",
+    "memory": "fitting.memory",
+    "mixture": "models",
+    "module": "models",
+    "moments": "components.moments",
+    "selection": "analysis.selection",
+    "sources": "data",
+    "uncertainty": "analysis",
 }
 
 
-class _Package(ModuleType):
-    """A package in which a public function stays itself when the module of the same name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _HOMES.get(name, ()):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> Any:
-    if name in _MODULES or (name in _HOMES and name not in __all__):
-        return import_module(f"{__name__}.{name}")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{_MODULES[name]}")
+    if name in _OLD_MODULES:
+        new = _OLD_MODULES[name]
+        warnings.warn(
+            f"gmmkeops.{name} is deprecated; use gmmkeops.{new.split('.')[0]}.", DeprecationWarning, stacklevel=2
+        )
+        return import_module(f"{__name__}.{new}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in _MODULES:
-        import_module(f"{__name__}.{module}")
-    import_module(f"{__name__}._pytrees")
     for home, names in _HOMES.items():
         found = import_module(f"{__name__}.{home}")
         globals().update({public: getattr(found, public) for public in names})

@@ -1,6 +1,6 @@
-"""What may come in: shapes, dtypes, finiteness; every refusal says what was got, what was expected, and one remedy.
+"""Validation of what users pass: settings, and containers of numbers; and the warnings of the package.
 
-Nothing here changes its argument, so a refused call leaves every object as it was.
+Each function returns its argument in plain types, or raises an error that says what was got, what was expected and one remedy.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import decimal
 import math
 import numbers
-import warnings
-from collections.abc import Iterator, Mapping, Set
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,27 +18,139 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops._forks import mind_fork
-
 __all__ = [
     "ConvergenceWarning",
     "PrecisionWarning",
-    "SamplingWarning",
+    "as_choice",
     "as_device",
-    "as_dtype",
-    "as_points",
+    "as_fraction",
+    "as_integer",
+    "as_number",
+    "as_shape",
     "as_tensor",
-    "as_weights",
     "check_dense",
     "check_finite",
     "check_unmasked",
     "concrete",
-    "recordable",
-    "recording",
+    "mind_fork",
     "renamed",
-    "shape_hint",
-    "weight_unit",
 ]
+
+
+def as_integer(
+    value: Any, name: str, least: int | None = None, most: int | None = None, *, clause: str | None = None
+) -> int:
+    """An integer within bounds.
+
+    Args:
+        value: An ``int``, or an integer of numpy or torch. Truth values and floats are refused.
+        name: The name of the argument in error messages.
+        least, most: The bounds, both included.
+        clause: What the message says of it, in place of "must be an integer of at least ...".
+
+    Raises:
+        ValueError: It is no such integer.
+    """
+    truth = isinstance(value, (bool, np.bool_)) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
+    try:
+        found = None if truth else operator.index(value)
+    except Exception:
+        found = None
+    if found is None or (least is not None and found < least) or (most is not None and found > most):
+        bounds = {
+            (True, True): f" from {least} to {most}",
+            (True, False): f" of at least {least}",
+            (False, True): f" of at most {most}",
+            (False, False): "",
+        }[least is not None, most is not None]
+        raise ValueError(f"{name} {clause or f'must be an integer{bounds}'}, got {_shown(value)}.")
+    return found
+
+
+def as_shape(value: Any, name: str = "sample_shape") -> torch.Size:
+    """A shape, from a number or a sequence of numbers.
+
+    Raises:
+        ValueError: An entry is no integer, or negative.
+    """
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+    entries = list(value) if several else [value]
+    return torch.Size([as_integer(entry, name if not several else f"each entry of {name}", 0) for entry in entries])
+
+
+def as_number(
+    value: Any, name: str, least: float = -math.inf, *, above: bool = False, clause: str | None = None
+) -> float:
+    """A finite number that is not below a bound.
+
+    Args:
+        value: A number of Python, numpy or torch. Truth values and text are refused.
+        name: The name of the argument in error messages.
+        least: The bound.
+        above: Whether the bound itself is refused.
+        clause: What the message says of it, in place of "must be finite and ...".
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    found = _real(value)
+    if found is not None and math.isfinite(found) and (found > least or (found == least and not above)):
+        return found
+    if clause is None:
+        bound = {-math.inf: "finite", 0: "positive and finite" if above else "finite and not negative"}
+        clause = "must be " + bound.get(least, f"finite and {'above' if above else 'at least'} {least:g}")
+        clause += ", a number" if found is None else ""
+    raise ValueError(f"{name} {clause}, got {_shown(value)}.")
+
+
+def as_fraction(value: Any, name: str) -> float | None:
+    """A number from 0 to below 1; None stays None.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    found = 0.0 if value is None else _real(value)
+    if found is None or not 0 <= found < 1:
+        raise ValueError(f"{name} must be None or a number from 0 to below 1, got {_shown(value)}.")
+    return None if value is None else found
+
+
+def _real(value: Any) -> float | None:
+    """A float of what is one real number, else None."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        plain = value.ndim == 0 and (value.dtype.kind in "fiu" if isinstance(value, np.ndarray) else True)
+        if not plain or (isinstance(value, torch.Tensor) and (value.is_complex() or value.dtype == torch.bool)):
+            return None
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def as_choice(value: Any, name: str, options: Sequence[str]) -> str:
+    """One of some names.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {_shown(value)}.")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A short form of what was got."""
+    if isinstance(value, (np.number, np.bool_)):
+        value = value.item()
+    if isinstance(value, (int, float, complex, str, bytes, type(None))):
+        text = repr(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) and shape else "")
+
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -63,21 +176,6 @@ class PrecisionWarning(UserWarning):
         >>> x = 5e6 + torch.linspace(-1, 1, 50).double()[:, None]
         >>> with pytest.warns(gk.PrecisionWarning):
         ...     result = gk.fit(gk.initialise(x, 1), x.float(), gk.EM())
-    """
-
-
-class SamplingWarning(UserWarning):
-    """Draws from a posterior are unreliable: weights have degenerated, trajectories diverged, or chains have not mixed.
-
-    Example:
-        >>> import pytest, torch, gmmkeops as gk
-        >>> means = torch.distributions.Normal(0.0, 1000.0)
-        >>> prior = gk.bayes.Prior(
-        ...     2, weights=torch.tensor([0.5, 0.5]), means=means, scales=1.0, covariance_type="spherical"
-        ... )
-        >>> x = torch.tensor([-500.0, -501.0, 500.0, 499.0])
-        >>> with pytest.warns(gk.bayes.SamplingWarning):
-        ...     draws = gk.bayes.importance(prior, x, draws=100, proposal="prior")
     """
 
 
@@ -283,26 +381,6 @@ def _of_objects(array: np.ndarray, value: Any, name: str) -> np.ndarray:
         ) from None
 
 
-def as_dtype(dtype: Any) -> torch.dtype | None:
-    """A float dtype of torch from its name, or from numpy's or torch's; None stays None.
-
-    Raises:
-        ValueError: It is neither float32 nor float64.
-    """
-    if dtype is None:
-        return None
-    try:
-        text = isinstance(dtype, (str, torch.dtype))
-        name = str(dtype).removeprefix("torch.") if text else np.dtype(dtype).name
-    except (TypeError, ValueError):
-        name = ""
-    if name not in ("float32", "float64"):
-        shown = getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
-        shown = f"a {type(dtype).__name__}" if isinstance(dtype, (list, tuple, np.ndarray, Tensor)) else shown
-        raise ValueError(f"dtype must be float32 or float64, got {shown}; pass one of these two, or leave it out.")
-    return torch.float32 if name == "float32" else torch.float64
-
-
 def as_device(device: Any) -> torch.device | None:
     """A device that this machine has, from its name, its number or torch's own; None stays None.
 
@@ -331,20 +409,6 @@ def as_device(device: Any) -> torch.device | None:
 def _accelerators() -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return f" or 'cuda' (of which there are {count})" if count else " (there is no CUDA device here)"
-
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Lets gradients be recorded, also within ``torch.no_grad`` and ``torch.inference_mode``."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one made in ``torch.inference_mode`` where torch could not record what is done with it."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
-        return tensor
-    return tensor.clone()
 
 
 def concrete(tensor: Tensor) -> bool:
@@ -384,126 +448,21 @@ def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0
     )
 
 
-def as_points(
-    x: Any,
-    *,
-    name: str = "x",
-    features: int | None = None,
-    dtype: torch.dtype | None = None,
-    device: Any = None,
-    minimum: int = 1,
-    differentiable: bool = False,
-) -> Tensor:
-    """Checks a cloud of points.
-
-    Args:
-        x: Points (N, D), any container of numbers; (N,) is not guessed at.
-        name: How messages call it.
-        features: Expected D, if known.
-        dtype: Result dtype (default: float32 stays, all else is float64).
-        device: Result device (default: where the points are).
-        minimum: The least number of rows.
-        differentiable: Whether gradients may flow into the points; the points of a fit are constants.
-
-    Returns:
-        A finite tensor (N, D), float32 or float64.
-
-    Raises:
-        TypeError: Not numeric, or complex.
-        ValueError: Wrong shape, too few rows, NaN or infinite entries.
-    """
-    tensor = as_tensor(x, name=name, dtype=dtype, device=device)
-    if tensor.ndim != 2:
-        raise ValueError(f"{name} must have shape (N, D), got {tuple(tensor.shape)}; {shape_hint(tensor.ndim, name)}.")
-    if tensor.shape[1] == 0:
-        raise ValueError(f"{name} must have at least one column, got shape {tuple(tensor.shape)}.")
-    if features is not None and tensor.shape[1] != features:
-        raise ValueError(
-            f"{name} has {tensor.shape[1]} columns, expected {features} as in the model; pass the same columns."
-        )
-    if tensor.shape[0] < minimum:
-        few = "no rows" if tensor.shape[0] == 0 else f"{tensor.shape[0]} rows"
-        raise ValueError(f"{name} has {few}, expected at least {minimum}; pass more points or use fewer components.")
-    check_finite(tensor, name=name)
-    return tensor if differentiable else tensor.detach()
+_forked = False
 
 
-def shape_hint(ndim: int, name: str) -> str:
-    """Return the advice that turns an array of another number of dimensions into points (N, D)."""
-    if ndim == 1:
-        return f"use {name}[:, None] for one column"
-    return "pass an array with one row per point" if ndim == 0 else "flatten the leading dimensions"
+def _mark() -> None:
+    global _forked
+    _forked = True
 
 
-def as_weights(
-    weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False, some: bool = True, first: int = 0
-) -> Tensor | None:
-    """Checks one weight per point; None stays None (all ones).
-
-    Args:
-        weights: Weights (N,), or None.
-        points: The points (N, D) they belong to; the result has their device.
-        name: How messages call it.
-        signed: Whether negative weights and gradients in them make sense here (sums of log-densities: yes; fits: no).
-        some: Whether some must be positive (of a whole cloud: yes; of a part: no).
-        first: Row number of the first point among all.
-
-    Raises:
-        ValueError: Wrong length, not finite, negative where that is refused, or nothing but zeros.
-    """
-    if weights is None:
-        return None
-    tensor = as_tensor(weights, name=name, dtype=torch.float64, device=points.device)
-    if tensor.shape != points.shape[:1]:
-        raise ValueError(
-            f"{name} must have shape ({points.shape[0]},), one per point, got {tuple(tensor.shape)}; "
-            "pass a flat array as long as the points."
-        )
-    check_finite(tensor, name=name, first=first)
-    if not signed:
-        if bool((tensor < 0).any()):
-            row = int((tensor < 0).nonzero()[0, 0])
-            raise ValueError(
-                f"{name} must not be negative, got {float(tensor[row])} at row {first + row}; clip them at zero."
-            )
-        if some and not bool((tensor > 0).any()):
-            raise ValueError(f"{name} must not all be zero; leave {name} out to weigh every point alike.")
-        if not bool(torch.isfinite(tensor.sum())):
-            raise ValueError(
-                f"{name} must have a sum within float64, got weights up to {float(tensor.max()):.3g}; divide them by the largest."
-            )
-    return tensor if signed else tensor.detach()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mark)
 
 
-def weight_unit(largest: float) -> float:
-    """A power of two near the largest weight where that is extreme; otherwise one.
-
-    Only ratios of weights matter to a fit. In this unit their squares and their products with squares of coordinates are within
-    range, and dividing by it rounds nothing.
-    """
-    if 1e-60 <= largest <= 1e60 or not 0 < largest < math.inf:
-        return 1.0
-    return 2.0 ** max(-1000, min(1000, math.frexp(largest)[1]))
-
-
-def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
-    """Warns when float32 input is so far from the origin that its own steps are a visible part of its spread.
-
-    Args:
-        x: The points as the user gave them (N, D).
-        spread: Standard deviation of each column (D,), data units.
-        magnitude: Distance of the cloud's centre from the origin in each column (D,), data units.
-    """
-    if x.dtype != torch.float32:
-        return
-    step = magnitude * torch.finfo(torch.float32).eps
-    coarse = (step > 1e-3 * spread) & (spread > 0)
-    if bool(coarse.any()):
-        column = int(coarse.nonzero()[0, 0])
-        warnings.warn(
-            f"x is float32 and around {float(magnitude[column]):.3g} in column {column}, where float32 steps by "
-            f"{float(step[column]):.2g}: that is coarse against its spread of {float(spread[column]):.2g}. "
-            "Pass float64, or subtract an offset before casting.",
-            PrecisionWarning,
-            stacklevel=4,
-        )
+def mind_fork() -> None:
+    """Restrict torch to one thread in a process that has been forked from one with this package, once."""
+    global _forked
+    if _forked:
+        _forked = False
+        torch.set_num_threads(1)

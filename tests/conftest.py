@@ -74,7 +74,7 @@ def make_factor(covariance_type, K, D, condition, generator):
 
     Where all determinants are the same, a wrong log-determinant cancels and no test can see it.
     """
-    kind, tied = gk.factors.factor_class(covariance_type)
+    kind, tied = gk.components.factor_class(covariance_type)
     lead = 1 if tied else K
     random = {"generator": generator, "dtype": torch.float64}
     log_eigenvalues = -math.log(condition) * torch.rand(lead, D, **random)

@@ -21,9 +21,9 @@ from torch.distributions import (
 )
 
 import gmmkeops as gk
-from gmmkeops.bayes._draws import _arviz
-from gmmkeops.bayes._pareto import smoothed
-from gmmkeops.bayes._target import Target
+from gmmkeops.bayes.sampling.draws import _arviz
+from gmmkeops.bayes.sampling.pareto import smoothed
+from gmmkeops.bayes.sampling.target import Target
 
 SEED = 3
 

@@ -11,7 +11,9 @@ from conftest import ENGINES, FAMILIES, make_factor
 
 import gmmkeops as gk
 from gmmkeops import reductions
-from gmmkeops.reductions import _boxes, _lists, _truncation
+from gmmkeops.reductions.truncation import bounds as _lists
+from gmmkeops.reductions.truncation import tree as _boxes
+from gmmkeops.reductions.truncation import truncation as _truncation
 
 # What rounding may add to either side of a comparison, relative to max(1, |ℓ|).
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-12}

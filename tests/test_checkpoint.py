@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import gmmkeops as gk
-from gmmkeops.fitting import _checkpoint
+from gmmkeops.fitting import checkpoint as _checkpoint
 
 METHODS = {
     "em": gk.EM(tol=0),

@@ -12,7 +12,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import gmmkeops as gk
-from gmmkeops import cli
+from gmmkeops.cli import main as cli
 
 NAMES = ("red", "blue", "gain")
 MEANS = torch.tensor([[0.0, 40.0, -3.0], [2.0, 55.0, 1.0]], dtype=torch.float64)
@@ -89,8 +89,8 @@ STORAGES = {
 def test_data_are_scored_by_the_names_of_their_columns(storage, rows, tmp_path):
     data = STORAGES[storage](rows, tmp_path)
     right = float(oracle(rows).mean())
-    assert gk.selection.score(model(), data) == pytest.approx(right, abs=1e-9)
-    assert gk.selection.bic(model(), data) == pytest.approx(-2 * 600 * right + 19 * math.log(600), abs=1e-6)
+    assert gk.analysis.score(model(), data) == pytest.approx(right, abs=1e-9)
+    assert gk.analysis.bic(model(), data) == pytest.approx(-2 * 600 * right + 19 * math.log(600), abs=1e-6)
     assert gk.GaussianMixture.from_mixture(model()).score(
         gk.Source.of(data) if storage in ("pandas", "pyarrow") else data
     ) == pytest.approx(right, abs=1e-9)
@@ -115,13 +115,13 @@ def test_tables_in_memory_are_matched_everywhere(rows):
     assert torch.allclose(mixture.log_prob(table), oracle(rows))
     assert torch.equal(mixture.predict(table), mixture.predict(rows))
     assert torch.equal(mixture.responsibilities(table), mixture.responsibilities(rows))
-    assert gk.selection.anomaly_threshold(mixture, table) == gk.selection.anomaly_threshold(mixture, rows)
+    assert gk.analysis.anomaly_threshold(mixture, table) == gk.analysis.anomaly_threshold(mixture, rows)
     errors, expected = (gk.standard_errors(mixture, x, joint=False).means for x in (table, rows))
     assert torch.allclose(errors, expected)
     moved, _ = gk.EM().update(mixture, table)
     assert moved.columns == NAMES
     assert torch.allclose(moved.means, gk.EM().update(mixture, rows)[0].means)
-    best = gk.selection.select(table, [1], ["diag"]).best
+    best = gk.analysis.select(table, [1], ["diag"]).best
     assert best.columns == NAMES[::-1]
     assert torch.allclose(best.means[0], torch.as_tensor(rows.mean(0)[::-1].copy()), rtol=1e-6)
 
@@ -134,13 +134,13 @@ def test_a_missing_column_is_named_with_those_that_exist(storage, rows, tmp_path
         "structured": lambda: gk.Source.of(structured(rows, ("red", "gain"))),
         "function": lambda: lambda: iter([frame(rows, ("red", "gain"), extra=1.0)]),
     }[storage]()
-    for call in (lambda: gk.selection.score(model(), data), lambda: gk.fit(model(), data, gk.EM())):
+    for call in (lambda: gk.analysis.score(model(), data), lambda: gk.fit(model(), data, gk.EM())):
         with pytest.raises(ValueError, match=r"lacks the column blue of the model.* it has the columns red, gain"):
             call()
     # Columns that the user has chosen are all that there are.
     path = parquet(rows, tmp_path / "all.parquet")
     with pytest.raises(ValueError, match="lacks the columns blue, gain of the model"):
-        gk.selection.score(model(), gk.Source.of(path, columns=["red"]))
+        gk.analysis.score(model(), gk.Source.of(path, columns=["red"]))
 
 
 def test_shards_with_other_columns_are_refused_by_their_name(rows, tmp_path):
@@ -158,9 +158,9 @@ def test_shards_with_other_columns_are_refused_by_their_name(rows, tmp_path):
     with pytest.raises(ValueError, match=r"4\.npy have none, so they cannot be matched"):
         gk.Source.of([first, tmp_path / "4.npy"])
     with pytest.raises(ValueError, match=r"a chunk of the function .* lacks gain"):
-        gk.selection.score(model(), lambda: iter([frame(rows), frame(rows, ("blue", "red"))]))
+        gk.analysis.score(model(), lambda: iter([frame(rows), frame(rows, ("blue", "red"))]))
     with pytest.raises(ValueError, match="chunk without names of columns"):
-        gk.selection.score(model(), lambda: iter([frame(rows), rows]))
+        gk.analysis.score(model(), lambda: iter([frame(rows), rows]))
 
 
 @pytest.mark.parametrize("index", ["plain", "unnamed", "named", "two", "range with a name"])
@@ -197,8 +197,8 @@ def test_weights_by_name_in_files_of_other_orders(rows, tmp_path):
     source = gk.Source.of(tmp_path, weights="w")
     assert source.columns == orders[0]
     right = float(torch.as_tensor(g) @ oracle(rows)) / g.sum()
-    assert gk.selection.score(model(), source) == pytest.approx(right, abs=1e-9)
-    assert gk.selection.score(model(), frame(rows, NAMES[::-1]), weights=g) == pytest.approx(right, abs=1e-9)
+    assert gk.analysis.score(model(), source) == pytest.approx(right, abs=1e-9)
+    assert gk.analysis.score(model(), frame(rows, NAMES[::-1]), weights=g) == pytest.approx(right, abs=1e-9)
 
 
 def test_laser_scans_bring_the_columns_that_a_model_has(tmp_path):
@@ -212,7 +212,7 @@ def test_laser_scans_bring_the_columns_that_a_model_has(tmp_path):
     mixture = gk.Mixture.from_parameters([1.0], [[4.0, 0.1]], [[[7.0, 0.2], [0.2, 1.0]]]).named(["intensity", "x"])
     pairs = np.column_stack([np.asarray(scan.intensity, dtype=float), x[:, 0]])
     right = MultivariateNormal(mixture.means[0], mixture.factor.covariances()[0]).log_prob(torch.as_tensor(pairs))
-    assert gk.selection.score(mixture, tmp_path / "s.las") == pytest.approx(float(right.mean()), abs=1e-6)
+    assert gk.analysis.score(mixture, tmp_path / "s.las") == pytest.approx(float(right.mean()), abs=1e-6)
     gk.save(mixture, tmp_path / "m.safetensors")
     assert gk.GaussianMixture.load(tmp_path / "m.safetensors").score(tmp_path / "s.las") == pytest.approx(
         float(right.mean()), abs=1e-6
@@ -221,7 +221,7 @@ def test_laser_scans_bring_the_columns_that_a_model_has(tmp_path):
 
 def test_a_mesh_brings_the_columns_that_a_model_has(rows, tmp_path):
     path = ply(rows, tmp_path / "m.ply", ("blue", "gain", "red"))
-    assert gk.selection.score(model(), gk.Source.of(path, columns=["blue", "gain", "red"])) == pytest.approx(
+    assert gk.analysis.score(model(), gk.Source.of(path, columns=["blue", "gain", "red"])) == pytest.approx(
         float(oracle(rows).mean()), abs=1e-9
     )
 
@@ -236,7 +236,7 @@ def test_names_stay_with_a_mixture(tmp_path):
         mixture.detach(),
         mixture.expand((2,)),
         mixture.select(torch.tensor([1])),
-        gk.compare.merge(mixture, [[0, 1]]),
+        gk.analysis.merge(mixture, [[0, 1]]),
         gk.GMM(3, components=2).assign(mixture)(),
     ):
         assert same.columns == NAMES
@@ -248,7 +248,7 @@ def test_names_stay_with_a_mixture(tmp_path):
         with pytest.raises(ValueError, match="columns must be"):
             mixture.named(wrong)
     with pytest.raises(ValueError, match="compare mixtures of the same columns"):
-        gk.compare.kl_divergence(mixture, mixture.marginal([1, 0, 2]))
+        gk.analysis.kl_divergence(mixture, mixture.marginal([1, 0, 2]))
     seen = []
     gk.fit(
         mixture, torch.randn(50, 3).double(), gk.EM(), max_iter=2, tol=0.0, callbacks=lambda s: seen.append(s.mixture)
@@ -265,13 +265,13 @@ def test_files_without_names_match_by_place(rows, tmp_path):
     old = gk.load(path)
     assert old.columns is None
     right = float(oracle(rows).mean())
-    assert gk.selection.score(old, parquet(rows, tmp_path / "p.parquet")) == pytest.approx(right, abs=1e-9)
-    assert gk.selection.score(model(), rows) == pytest.approx(right, abs=1e-9)
+    assert gk.analysis.score(old, parquet(rows, tmp_path / "p.parquet")) == pytest.approx(right, abs=1e-9)
+    assert gk.analysis.score(model(), rows) == pytest.approx(right, abs=1e-9)
     with pytest.raises(ValueError, match="has 2 columns, expected 3"):
-        gk.selection.score(old, parquet(rows, tmp_path / "q.parquet", NAMES[:2]))
+        gk.analysis.score(old, parquet(rows, tmp_path / "q.parquet", NAMES[:2]))
     np.save(tmp_path / "x.npy", rows[:, :2])
     with pytest.raises(ValueError, match="has 2 columns, expected 3"):
-        gk.selection.score(model(), tmp_path / "x.npy")
+        gk.analysis.score(model(), tmp_path / "x.npy")
 
 
 @pytest.mark.parametrize("wrong", [["a", "b"], ["a", "b", "b"], "abc", 3, [1, 2, 3], {"a": 1}])
@@ -416,4 +416,4 @@ def test_columns_are_named_once(rows, tmp_path):
     table = frame(rows)
     table.columns = ["red", "blue", "red"]
     with pytest.raises(ValueError, match="2 columns named red"):
-        gk.selection.score(model().marginal([0, 1]), table)
+        gk.analysis.score(model().marginal([0, 1]), table)

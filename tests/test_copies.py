@@ -180,8 +180,8 @@ def objects():
             gk.bayes.gibbs(prior, x[:60, :1], draws=20, warmup=2, progress=False),
             lambda d: (d.log_prob(x[:, :1]), d.sample(4, generator=torch.Generator().manual_seed(0))),
         ),
-        (gk.selection.select(x, [1, 2]), lambda s: (str(s), s.best.log_prob(x))),
-        (gk.uncertainty.standard_errors(result.mixture, x, joint=False), lambda e: vars(e)),
+        (gk.analysis.select(x, [1, 2]), lambda s: (str(s), s.best.log_prob(x))),
+        (gk.standard_errors(result.mixture, x, joint=False), lambda e: vars(e)),
         (gk.reductions.arrange(x, 2, 1e-3), lambda cloud: start.log_prob(x)),
         (
             gk.reductions.moments(x, start.offsets, start.means, start.factor),

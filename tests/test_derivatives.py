@@ -108,7 +108,7 @@ def test_float32_points_have_second_derivatives_of_their_precision():
 
 
 def mixture_of(family, parameters):
-    kind, _ = gk.factors.factor_class(family)
+    kind, _ = gk.components.factor_class(family)
     logits, means, *rest = parameters
     if kind is gk.FullFactor:
         return gk.Mixture(logits, means, kind(*rest))
@@ -117,7 +117,7 @@ def mixture_of(family, parameters):
 
 def parameters_of(family, K=3):
     """Stored parameters of a mixture in two dimensions; no two components are alike."""
-    kind, tied = gk.factors.factor_class(family)
+    kind, tied = gk.components.factor_class(family)
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     lead = 1 if tied else K
@@ -176,7 +176,7 @@ def test_a_batch_of_mixtures_has_second_derivatives():
     got = second(lambda *t: batch(*t).log_prob(x), tensors, torch.Generator().manual_seed(1))
     assert close(got, right, 1e-9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gmmkeops.mixture._CHUNK", 40)
+        patch.setattr("gmmkeops.models.mixture._CHUNK", 40)
         got = second(lambda *t: batch(*t).log_prob(x), tensors, torch.Generator().manual_seed(1))
     assert close(got, right, 1e-9)
 
@@ -218,7 +218,7 @@ def test_torch_func(family):
         return mixture_of(family, p).log_prob(x)
 
     def right(x, *p):
-        kind, z = gk.factors.factor_class(family)[0], x[..., None, :] - p[1]
+        kind, z = gk.components.factor_class(family)[0], x[..., None, :] - p[1]
         factor = mixture_of(family, p).factor
         y = torch.einsum("kde,...kd->...ke", factor.matrices().expand(3, -1, -1), z)
         offsets = torch.log_softmax(p[0], -1) + factor.log_determinant() - 1.8378770664093453

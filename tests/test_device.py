@@ -19,7 +19,7 @@ from conftest import make_case
 from fake_device import fake_device, on_device
 
 import gmmkeops as gk
-from gmmkeops import doctor
+from gmmkeops.cli import doctor
 
 PENALTIES = {
     "sqrt": lambda: gk.penalties.SqrtWeights(0.01),
@@ -261,22 +261,22 @@ def samplers(scene):
 
 @path
 def model_selection(scene):
-    table = gk.selection.select(scene.x, [1, 2], weights=scene.weights, generator=generator(), max_iter=3)
+    table = gk.analysis.select(scene.x, [1, 2], weights=scene.weights, generator=generator(), max_iter=3)
     assert table.best.means.is_cuda
     labels = scene.mixture.predict(scene.x)
     for source in (generator(), torch.Generator("cuda").manual_seed(0)):
-        gk.selection.silhouette(scene.x, labels, samples=100, generator=source)
-    for criterion in (gk.selection.bic, gk.selection.aic, gk.selection.icl):
+        gk.analysis.silhouette(scene.x, labels, samples=100, generator=source)
+    for criterion in (gk.analysis.bic, gk.analysis.aic, gk.analysis.icl):
         criterion(scene.mixture, scene.x)
 
 
 @path
 def comparisons(scene):
     other = gk.initialise(scene.x, 2, generator=generator())
-    for measure in (gk.compare.kl_divergence, gk.compare.jensen_shannon, gk.compare.total_variation):
+    for measure in (gk.analysis.kl_divergence, gk.analysis.jensen_shannon, gk.analysis.total_variation):
         for source in (generator(), torch.Generator("cuda").manual_seed(0), None):
             measure(scene.mixture, other, samples=200, generator=source)
-    assert gk.compare.merge(scene.mixture, [[0, 1]]).means.is_cuda
+    assert gk.analysis.merge(scene.mixture, [[0, 1]]).means.is_cuda
     gk.standard_errors(scene.fit(gk.EM(), max_iter=20).mixture, scene.x, weights=scene.weights)
 
 
@@ -408,10 +408,10 @@ def test_generators_of_the_host_decide_on_the_device(monkeypatch, tmp_path):
         assert not torch.equal(first, second)
         assert not torch.equal(first, draw(generator(4)))
         for function in (
-            lambda g: gk.compare.kl_divergence(
+            lambda g: gk.analysis.kl_divergence(
                 scene.mixture, scene.mixture.marginal([1, 0, 2]), samples=100, generator=g
             ),
-            lambda g: gk.selection.silhouette(scene.x, scene.mixture.predict(scene.x), samples=50, generator=g),
+            lambda g: gk.analysis.silhouette(scene.x, scene.mixture.predict(scene.x), samples=50, generator=g),
         ):
             assert function(generator(5)) == function(generator(5))
             assert function(generator(5)) != function(generator(6))

@@ -21,8 +21,8 @@ PRELUDE = """
 import os, signal, sys, time, json
 import numpy as np, torch, torch.distributed as dist
 import gmmkeops as gk
-from gmmkeops import distributed
-from gmmkeops.distributed import RankError
+from gmmkeops.data import distributed, heartbeat
+from gmmkeops.data.distributed import RankError
 torch.set_num_threads(1)
 # Tests that a shell script has started in the background inherit SIG_IGN, and so would the ranks: Ctrl-C would do nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -124,7 +124,7 @@ def test_three_and_four_ranks_give_the_model_of_one_process(folder):
 
 
 LONG = """
-distributed._GONE = 6.0
+heartbeat._GONE = 6.0
 heart = distributed.World().heart
 def ready(step):
     if step.iteration == 1:
@@ -192,7 +192,7 @@ def test_a_rank_that_disagrees_or_fails_is_named_on_all(folder):
 
 
 LATE = """
-distributed._GONE = 3.0
+heartbeat._GONE = 3.0
 gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=2)
 time.sleep(6.0 * rank)
 gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=2)
@@ -396,7 +396,7 @@ def test_whatever_differs_between_ranks_is_named_on_all_of_them(folder):
 
 
 ALONE = """
-distributed._CALLBACK = 1.0
+heartbeat._CALLBACK = 1.0
 what, received = os.environ["WHAT"], []
 handler = signal.default_int_handler
 if rank == 2:

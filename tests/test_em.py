@@ -25,7 +25,7 @@ def cloud(seed=0, N=300, K=3, D=2):
 
 def plain_start(x, K, family):
     """Points of the cloud, unit covariances, equal weights."""
-    kind, tied = gk.factors.factor_class(family)
+    kind, tied = gk.components.factor_class(family)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(len(x)))[:K]
     lead = 1 if tied else K
     zeros = torch.zeros(lead, x.shape[1], dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_every_variant_adds_the_ridge_to_its_last_covariances(variant, family):
     x = torch.from_numpy(ridge_data("blobs"))
     keywords = {name: value for name, value in VARIANTS[variant].items() if name != "frozen_means"}
     start = gk.Mixture.from_parameters([1.0], [[1.0, 1.0]], torch.ones(1, 2), "diag")
-    kind, _ = gk.factors.factor_class(family)
+    kind, _ = gk.components.factor_class(family)
     start = gk.Mixture(
         start.logits,
         start.means,

@@ -93,12 +93,12 @@ def test_points_beyond_the_range_of_squares(kind, far):
         lambda: m.responsibilities(x, k=2),
         lambda: m.predict(x),
         lambda: batch.log_prob(x[:, None]),
-        lambda: gk.selection.score(m, x),
-        lambda: gk.selection.bic(m, x),
+        lambda: gk.analysis.score(m, x),
+        lambda: gk.analysis.bic(m, x),
         lambda: gk.fit(m, x, gk.EM()),
         lambda: gk.initialise(x, 2),
         lambda: gk.GaussianMixture(2).fit(x.numpy()),
-        lambda: gk.selection.select(x, [1, 2]),
+        lambda: gk.analysis.select(x, [1, 2]),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=SENTENCE):
@@ -166,9 +166,9 @@ def test_only_ratios_of_weights_matter(kind, size):
     models = [gk.GaussianMixture(2, covariance_type=kind, random_state=0).fit(x, sample_weight=h) for h in (g, small)]
     np.testing.assert_allclose(models[0].means_, models[1].means_, rtol=1e-9, atol=1e-9)
     m = fits[0].mixture
-    assert gk.selection.score(m, x, weights=small) == pytest.approx(gk.selection.score(m, x, weights=g), rel=1e-9)
+    assert gk.analysis.score(m, x, weights=small) == pytest.approx(gk.analysis.score(m, x, weights=g), rel=1e-9)
     total = math.fsum(float(a) * b for a, b in zip(m.log_prob(torch.as_tensor(x)), g, strict=True))
-    bic = gk.selection.bic(m, x, weights=small)
+    bic = gk.analysis.bic(m, x, weights=small)
     assert bic == pytest.approx(-2 * total * unit + m.parameter_count * (math.log(g.sum()) + math.log(unit)), rel=1e-6)
     sums = [
         gk.reductions.moments(torch.as_tensor(x), m.offsets, m.means, m.factor, weights=torch.as_tensor(h)).S0
@@ -231,7 +231,7 @@ def test_data_whose_squares_are_out_of_range(size):
         lambda: gk.GaussianMixture(2).fit(x),
         lambda: gk.initialise(x, 2),
         lambda: gk.fit(start, x, gk.EM()),
-        lambda: gk.selection.select(x, [1]),
+        lambda: gk.analysis.select(x, [1]),
         lambda: gk.BayesianGaussianMixture(n_components=2).fit(x),
     ):
         with pytest.raises(ValueError, match=SENTENCE):

@@ -10,7 +10,7 @@ from conftest import FAMILIES, make_factor
 
 import gmmkeops as gk
 from gmmkeops import DiagonalFactor, FullFactor, SphericalFactor
-from gmmkeops.factors import factor_class
+from gmmkeops.components.families import factor_class
 
 
 def natural(factor, matrices):

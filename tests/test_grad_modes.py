@@ -81,9 +81,9 @@ USES = {
     "estimator by adam": lambda x, w: estimator(gk.GaussianMixture, x, w, solver="adam"),
     "bayesian": lambda x, w: estimator(gk.BayesianGaussianMixture, x, w),
     "partial_fit": lambda x, w: [torch.as_tensor(gk.GaussianMixture(2, random_state=0).partial_fit(x).means_)],
-    "select": lambda x, w: [gk.selection.select(x, [2], weights=w).best.means],
+    "select": lambda x, w: [gk.analysis.select(x, [2], weights=w).best.means],
     "standard_errors": lambda x, w: [gk.standard_errors(start(), x, weights=w, robust=False).means],
-    "silhouette": lambda x, w: [torch.tensor(gk.selection.silhouette(x, (x[:, 0] > 2).detach()))],
+    "silhouette": lambda x, w: [torch.tensor(gk.analysis.silhouette(x, (x[:, 0] > 2).detach()))],
     "moments": lambda x, w: [gk.reductions.moments(x, start().offsets, start().means, start().factor, weights=w).S1],
     "importance": lambda x, w: drawn(gk.bayes.importance, x, w, draws=20, proposal="prior"),
     "proposal": lambda x, w: drawn(gk.bayes.importance, x, w, draws=20, proposal="variational"),
@@ -213,7 +213,7 @@ def test_gradients_flow_through_weights_that_are_zero():
     (raw.log_softmax(0) + normal.log_prob(x)).logsumexp(1).sum().backward()
     assert torch.allclose(found, raw.grad, atol=1e-12)
 
-    merged = gk.compare.merge(gk.Mixture.from_parameters([0.4, 0.0, 0.6], means, variances, "spherical"), [[0, 2]])
+    merged = gk.analysis.merge(gk.Mixture.from_parameters([0.4, 0.0, 0.6], means, variances, "spherical"), [[0, 2]])
     assert torch.equal(merged.weights, torch.tensor([1.0, 0.0]).double())
     assert torch.allclose(merged.means[:, 0], torch.tensor([1.2, 1.0]).double())
 

@@ -102,46 +102,46 @@ def test_distances_between_mixtures():
     p = gk.Mixture.from_parameters([1.0], [[0.0, 0.0]], [[1.0, 4.0]], "diag")
     q = gk.Mixture.from_parameters([1.0], [[1.0, 0.0]], [[2.0, 4.0]], "diag")
     closed = 0.5 * (0.5 + 0.5 - 1 + math.log(2))
-    value, error = gk.compare.kl_divergence(p, q, generator=seeded())
+    value, error = gk.analysis.kl_divergence(p, q, generator=seeded())
     assert abs(value - closed) < 5 * error
     assert error < 0.01
-    same = gk.compare.jensen_shannon(p, p, generator=seeded())
+    same = gk.analysis.jensen_shannon(p, p, generator=seeded())
     assert same.value == pytest.approx(0, abs=1e-12)
     far = gk.Mixture.from_parameters([1.0], [[100.0, 0.0]], [[1.0, 4.0]], "diag")
-    assert gk.compare.jensen_shannon(p, far, generator=seeded()).value == pytest.approx(math.log(2))
+    assert gk.analysis.jensen_shannon(p, far, generator=seeded()).value == pytest.approx(math.log(2))
     shifted = gk.Mixture.from_parameters([1.0], [[1.0, 0.0]], [[1.0, 4.0]], "diag")
-    value, error = gk.compare.total_variation(p, shifted, generator=seeded())
+    value, error = gk.analysis.total_variation(p, shifted, generator=seeded())
     assert abs(value - (2 * scipy.stats.norm.cdf(0.5) - 1)) < 5 * error
     with pytest.raises(ValueError, match="2 and 3 features"):
-        gk.compare.kl_divergence(p, random_mixture("full", D=3))
+        gk.analysis.kl_divergence(p, random_mixture("full", D=3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merging_keeps_the_moments(family):
     mixture = random_mixture(family, K=5)
-    merged = gk.compare.merge(mixture, [[0, 3], [1, 4]])
+    merged = gk.analysis.merge(mixture, [[0, 3], [1, 4]])
     assert merged.components == 3
     assert torch.allclose(merged.mean, mixture.mean)
     assert torch.allclose(merged.covariance_matrix, mixture.covariance_matrix)
     assert torch.allclose(merged.means[2], mixture.means[2])
     with pytest.raises(ValueError, match="groups must be disjoint"):
-        gk.compare.merge(mixture, [[0, 1], [1, 2]])
+        gk.analysis.merge(mixture, [[0, 1], [1, 2]])
 
 
 def test_criteria_and_threshold():
     x = random_mixture("full", K=3).sample(500, generator=seeded())
     theirs = Theirs(3, random_state=0).fit(x.numpy())
     mixture = gk.from_sklearn(theirs).mixture_
-    assert gk.selection.bic(mixture, x) == pytest.approx(theirs.bic(x.numpy()))
-    assert gk.selection.aic(mixture, x) == pytest.approx(theirs.aic(x.numpy()))
+    assert gk.analysis.bic(mixture, x) == pytest.approx(theirs.bic(x.numpy()))
+    assert gk.analysis.aic(mixture, x) == pytest.approx(theirs.aic(x.numpy()))
     entropy = scipy.stats.entropy(theirs.predict_proba(x.numpy()), axis=1).sum()
-    assert gk.selection.icl(mixture, x) == pytest.approx(theirs.bic(x.numpy()) + 2 * entropy)
+    assert gk.analysis.icl(mixture, x) == pytest.approx(theirs.bic(x.numpy()) + 2 * entropy)
     doubled = torch.full((500,), 2.0)
-    assert gk.selection.bic(mixture, x, weights=doubled) == pytest.approx(gk.selection.bic(mixture, torch.cat([x, x])))
-    cut = gk.selection.anomaly_threshold(mixture, x, 5)
+    assert gk.analysis.bic(mixture, x, weights=doubled) == pytest.approx(gk.analysis.bic(mixture, torch.cat([x, x])))
+    cut = gk.analysis.anomaly_threshold(mixture, x, 5)
     assert cut == pytest.approx(np.percentile(theirs.score_samples(x.numpy()), 5))
     with pytest.raises(ValueError, match="percentile must be"):
-        gk.selection.anomaly_threshold(mixture, x, 101)
+        gk.analysis.anomaly_threshold(mixture, x, 101)
 
 
 def test_silhouette():
@@ -149,21 +149,21 @@ def test_silhouette():
     x = torch.randn(600, 2, generator=generator)
     labels = torch.arange(600) % 3
     x = x + 4.0 * labels[:, None]
-    exact, centroid = gk.selection.silhouette(x, labels, samples=None)
+    exact, centroid = gk.analysis.silhouette(x, labels, samples=None)
     assert exact == pytest.approx(silhouette_score(x.numpy(), labels.numpy()), abs=1e-6)
-    sampled, same = gk.selection.silhouette(x, labels, samples=300)
+    sampled, same = gk.analysis.silhouette(x, labels, samples=300)
     assert abs(sampled - exact) < 0.05
     assert same == centroid
     assert 0.4 < centroid < 1
     with pytest.raises(ValueError, match="at least two clusters"):
-        gk.selection.silhouette(x, torch.zeros(600))
+        gk.analysis.silhouette(x, torch.zeros(600))
 
 
 def test_selection_finds_three_full_components():
     means = torch.tensor([[-6.0, 0.0], [0.0, 0.0], [6.0, 0.0]]).double()
     C = torch.tensor([[[1.0, 0.9], [0.9, 1.0]], [[1.0, -0.9], [-0.9, 1.0]], [[0.2, 0.0], [0.0, 2.0]]]).double()
     x = gk.Mixture.from_parameters([0.3, 0.3, 0.4], means, C).sample(3000, generator=seeded())
-    table = gk.selection.select(x, range(1, 6), ["full", "tied", "diag", "spherical"])
+    table = gk.analysis.select(x, range(1, 6), ["full", "tied", "diag", "spherical"])
     assert len(table.rows) == len(table.results) == 20
     assert table.best.components == 3
     assert table.best.factor.family == "full"
@@ -171,11 +171,11 @@ def test_selection_finds_three_full_components():
     assert text.count("\n") == 20
     assert text.count("<- best") == 1
     row = table.rows[8]
-    assert row["bic"] == pytest.approx(gk.selection.bic(table.results[8].mixture, x))
+    assert row["bic"] == pytest.approx(gk.analysis.bic(table.results[8].mixture, x))
     with pytest.raises(ValueError, match="criterion must be"):
-        gk.selection.select(x, [1], criterion="gut")
+        gk.analysis.select(x, [1], criterion="gut")
     with pytest.raises(ValueError, match="components and covariance_types must not be empty"):
-        gk.selection.select(x, [])
+        gk.analysis.select(x, [])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

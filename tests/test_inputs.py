@@ -239,7 +239,7 @@ def test_classes_that_no_point_has_are_named(tmp_path):
         calls = {
             "fit": lambda none=none: gk.fit(start, none, gk.EM()),
             "start": lambda none=none: gk.initialise(none, 2),
-            "score": lambda none=none: gk.selection.bic(start, none),
+            "score": lambda none=none: gk.analysis.bic(start, none),
             "predict": lambda none=none: gk.GaussianMixture.from_mixture(start).predict(none),
         }
         for call in calls.values():
@@ -268,7 +268,7 @@ def settings():
     yield from (("lr", v, lambda v: gk.Adam(lr=v)) for v in (*NOT_NUMBERS, 0))
     yield from (("strength", v, lambda v: gk.penalties.SqrtWeights(v)) for v in NOT_NUMBERS)
     yield from (("k", v, lambda v: MODEL.responsibilities(TENSOR, v)) for v in (0, 3, 1.5, "1", True))
-    yield from (("samples", v, lambda v: gk.compare.kl_divergence(MODEL, MODEL, samples=v)) for v in NOT_INTEGERS)
+    yield from (("samples", v, lambda v: gk.analysis.kl_divergence(MODEL, MODEL, samples=v)) for v in NOT_INTEGERS)
     yield from (("chunk_rows", v, lambda v: gk.Source.of(GOOD, chunk_rows=v)) for v in NOT_INTEGERS if v is not None)
     for dtype in ("float16", torch.float16, np.int32, int, object(), 5, "nn"):
         yield "dtype", dtype, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), dtype=v)
@@ -288,7 +288,7 @@ def settings():
         yield "covariance_type", name, lambda v: gk.initialise(TENSOR, 2, covariance_type=v)
         yield "backend", name, lambda v: MODEL.log_prob(TENSOR, backend=v)
         yield "solver", name, lambda v: gk.GaussianMixture(solver=v).fit(GOOD)
-        yield "criterion", name, lambda v: gk.selection.select(TENSOR, [1], criterion=v)
+        yield "criterion", name, lambda v: gk.analysis.select(TENSOR, [1], criterion=v)
     for state in ("seed", [1], 1.5):
         yield "random_state", state, lambda v: gk.GaussianMixture(random_state=v).fit(GOOD)
     for limit in ("much", "1..2GB", -1, float("nan"), float("inf"), [1]):
@@ -342,7 +342,7 @@ def bad_weights():
 WEIGHERS = {
     "fit": ("weights", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), weights=w, **FEW)),
     "initialise": ("weights", lambda w: gk.initialise(TENSOR, 2, weights=w)),
-    "bic": ("weights", lambda w: gk.selection.bic(MODEL, TENSOR, weights=w)),
+    "bic": ("weights", lambda w: gk.analysis.bic(MODEL, TENSOR, weights=w)),
     "estimator": ("sample_weight", lambda w: gk.GaussianMixture(2, max_iter=1).fit(GOOD, sample_weight=w)),
     "score": ("sample_weight", lambda w: gk.GaussianMixture.from_mixture(MODEL).score(GOOD, sample_weight=w)),
     "Bayesian": ("sample_weight", lambda w: gk.BayesianGaussianMixture(max_iter=1).fit(GOOD, sample_weight=w)),
@@ -382,10 +382,10 @@ def test_priors_are_refused_by_the_names_of_the_estimators_arguments(covariance_
 @pytest.mark.parametrize(
     "call",
     [
-        lambda m: gk.selection.bic(m, TENSOR),
-        lambda m: gk.selection.anomaly_threshold(m, TENSOR),
-        lambda m: gk.compare.kl_divergence(m, MODEL),
-        lambda m: gk.compare.merge(m, [[0, 1]]),
+        lambda m: gk.analysis.bic(m, TENSOR),
+        lambda m: gk.analysis.anomaly_threshold(m, TENSOR),
+        lambda m: gk.analysis.kl_divergence(m, MODEL),
+        lambda m: gk.analysis.merge(m, [[0, 1]]),
         lambda m: gk.standard_errors(m, TENSOR),
         lambda m: gk.export.npz(m, "m.npz"),
         lambda m: gk.plotting.ellipses(m),

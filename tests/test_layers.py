@@ -5,65 +5,34 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import warnings
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import gmmkeops
 
 PACKAGE = Path(gmmkeops.__file__).parent
 
-# From the bottom up; a file may import only what stands on lines above its own.
-LAYERS = [
-    ["gmmkeops._forks"],
-    ["gmmkeops._arguments"],
-    ["gmmkeops._checks", "gmmkeops._columns", "gmmkeops._declared", "gmmkeops._quantiles"],
-    ["gmmkeops._random", "gmmkeops._shells", "gmmkeops._spread"],
-    ["gmmkeops._readers", "gmmkeops._survey"],
-    ["gmmkeops.sources"],
-    ["gmmkeops.moments"],
-    ["gmmkeops.distributed"],
-    ["gmmkeops.factors"],
-    ["gmmkeops._floor"],
-    ["gmmkeops.reductions._cores", "gmmkeops.reductions._exponents", "gmmkeops.reductions._products"],
-    ["gmmkeops.reductions._plain"],
-    ["gmmkeops.reductions._derivatives"],
-    ["gmmkeops.reductions._boxes", "gmmkeops.reductions._rounding"],
-    ["gmmkeops.reductions._tile"],
-    ["gmmkeops.reductions._lists"],
-    ["gmmkeops.reductions._truncation"],
-    ["gmmkeops.reductions._keops_cache"],
-    ["gmmkeops.reductions._dense", "gmmkeops.reductions._keops"],
-    ["gmmkeops.reductions._choice"],
-    ["gmmkeops.reductions"],
-    ["gmmkeops.memory"],
-    ["gmmkeops.mixture"],
-    ["gmmkeops.initialise", "gmmkeops.compare", "gmmkeops.io", "gmmkeops._ellipsoids", "gmmkeops._pytrees"],
-    ["gmmkeops.module"],
-    ["gmmkeops._penalty"],
-    ["gmmkeops.penalties"],
-    ["gmmkeops.fitting._frame", "gmmkeops.fitting._identity", "gmmkeops.fitting._stepwise"],
-    ["gmmkeops.fitting._data"],
-    ["gmmkeops.fitting._checkpoint"],
-    ["gmmkeops.fitting._method"],
-    ["gmmkeops.fitting._result"],
-    ["gmmkeops.fitting._em", "gmmkeops.fitting._gradient"],
-    ["gmmkeops.fitting._conditional"],
-    ["gmmkeops.fitting._loop"],
-    ["gmmkeops.fitting"],
-    ["gmmkeops.selection", "gmmkeops.uncertainty"],
-    ["gmmkeops.bayes._student", "gmmkeops.bayes._pareto"],
-    ["gmmkeops.bayes._normal_wishart"],
-    ["gmmkeops.bayes._variational", "gmmkeops.bayes._prior"],
-    ["gmmkeops.bayes._target", "gmmkeops.bayes._draws"],
-    ["gmmkeops.bayes._importance", "gmmkeops.bayes._gibbs", "gmmkeops.bayes._nuts", "gmmkeops.bayes._langevin"],
-    ["gmmkeops.bayes"],
-    ["gmmkeops._contract", "gmmkeops._saved"],
-    ["gmmkeops._mixture_estimator"],
-    ["gmmkeops.estimator"],
-    ["gmmkeops.plotting", "gmmkeops.interop", "gmmkeops.doctor", "gmmkeops.export"],
-    ["gmmkeops.cli"],
+# From the bottom up; a file imports from its own folder, from the folders before it, and from what they export.
+FOLDERS = [
+    "components",
+    "data",
+    "reductions",
+    "models",
+    "penalties",
+    "fitting",
+    "bayes",
+    "analysis",
+    "estimators",
+    "plotting",
+    "export",
+    "cli",
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-LEAVES = {"gmmkeops.plotting", "gmmkeops.interop", "gmmkeops.cli"}
+# Initialization runs EM, in a folder above the module that it initializes.
+UPWARD = {("gmmkeops.models.module", "fitting")}
 
 
 def modules():
@@ -73,39 +42,54 @@ def modules():
 
 
 def imported(path):
+    """Module and name of each import from the package."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                yield full if full in RANK else node.module
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gmmkeops":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] == "gmmkeops")
 
 
-def test_every_module_has_a_layer():
-    names = {name for _, name in modules()} - {"gmmkeops"}
-    assert names == set(RANK)
+def crossing():
+    """Each import that leaves its folder: importer, its folder, the imported module, its folder, and the name."""
+    for path, name in modules():
+        here = name.split(".")[1] if name.count(".") else ""
+        for module, item in imported(path):
+            parts = [*module.split(".")[1:], item]
+            if here in FOLDERS and parts[0] in FOLDERS and parts[0] != here:
+                yield name, here, module, parts[0], item
+
+
+def test_folders_are_the_map():
+    inside = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert inside == {*FOLDERS, "__init__.py", "_checks.py", "py.typed"}
 
 
 def test_imports_point_down():
     wrong = [
-        f"{name} imports {other}"
-        for path, name in modules()
-        if name != "gmmkeops"
-        for other in imported(path)
-        if other.startswith("gmmkeops") and RANK.get(other, len(LAYERS)) >= RANK[name]
+        f"{name} imports {module}"
+        for name, here, module, there, _ in crossing()
+        if FOLDERS.index(there) > FOLDERS.index(here) and (name, there) not in UPWARD
     ]
     assert wrong == []
 
 
-def test_nothing_imports_a_leaf():
-    assert [name for path, name in modules() if name != "gmmkeops" for other in imported(path) if other in LEAVES] == []
+def test_folders_import_only_what_others_export():
+    wrong = [
+        f"{name} imports {item} from {module}"
+        for name, _, module, there, item in crossing()
+        if module != "gmmkeops"
+        and (module != f"gmmkeops.{there}" or isinstance(getattr(import_module(module), item, sys), ModuleType))
+    ]
+    assert wrong == []
+    assert not [item for *_, item in crossing() if item.startswith("_") and item != "__version__"]
 
 
 def test_only_the_keops_engine_imports_pykeops():
     users = {name for path, name in modules() if "pykeops" in path.read_text() and "import_module" in path.read_text()}
-    assert users == {"gmmkeops.reductions._keops"}
-    assert not [name for path, name in modules() for other in imported(path) if other.split(".")[0] == "pykeops"]
+    assert users == {"gmmkeops.reductions.keops.engine"}
+    texts = [path.read_text() for path, _ in modules()]
+    assert not [text for text in texts if "import pykeops" in text or "from pykeops" in text]
 
 
 def test_bare_import_brings_torch_and_numpy_only():
@@ -120,18 +104,14 @@ def test_bare_import_brings_torch_and_numpy_only():
 
 
 def test_every_public_name_is_there_whatever_was_imported_first():
-    """Also those that have the name of a module: importing that does not hide them."""
     code = """
 import sys, types
 import gmmkeops as gk
 assert "torch" not in sys.modules and not set(gk.__all__) - set(dir(gk))
-from gmmkeops.initialise import STRATEGIES
-import gmmkeops.io
-assert isinstance(gk.initialise, types.FunctionType) and gk.io is sys.modules["gmmkeops.io"]
+from gmmkeops.fitting.initialization import STRATEGIES
 modules = {name for name in gk.__all__ if isinstance(getattr(gk, name), types.ModuleType)}
-assert modules == {"bayes", "compare", "distributed", "export", "penalties", "plotting", "reductions", "selection"}
+assert modules == {"analysis", "bayes", "components", "distributed", "export", "penalties", "plotting", "reductions"}
 assert all(getattr(gk, name).__module__.startswith("gmmkeops") for name in set(gk.__all__) - modules)
-assert gk.factors is sys.modules["gmmkeops.factors"]
 try:
     gk.nonsense
 except AttributeError as error:
@@ -140,6 +120,34 @@ except AttributeError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout == "module 'gmmkeops' has no attribute 'nonsense'\n"
+
+
+# Modules of version 0.1 and their public names.
+OLD = {
+    "compare": "Estimate jensen_shannon kl_divergence merge total_variation",
+    "distributed": "RankError World join",
+    "doctor": "Finding examine",
+    "estimator": "BayesianGaussianMixture GaussianMixture NotFittedError",
+    "factors": "DiagonalFactor Factor FullFactor SphericalFactor factor_class",
+    "interop": "from_sklearn to_sklearn",
+    "io": "KINDS load save write_array write_whole",
+    "memory": "as_bytes chunk_rows estimate_memory",
+    "mixture": "Mixture",
+    "module": "GMM",
+    "moments": "Moments like outer",
+    "selection": "Selection aic anomaly_threshold bic icl score select silhouette",
+    "sources": "NUMBERS Chunk Source chunked readable",
+    "uncertainty": "StandardErrors standard_errors",
+}
+
+
+@pytest.mark.parametrize("module", OLD)
+def test_names_of_version_0_1_still_work(module):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [getattr(getattr(gmmkeops, module), name) for name in OLD[module].split()]
+    assert all(value is not None for value in found)
+    assert module == "distributed" or {warning.category for warning in caught} == {DeprecationWarning}
 
 
 def test_only_optimizers_import_the_compiler_of_torch():
@@ -153,7 +161,7 @@ mixture.predict(x.detach()), mixture.responsibilities(x.detach()), mixture.sampl
 gk.GMM(2, components=2).initialize(x.detach())().log_prob(x.detach().float()).sum().backward()
 for kind in (gk.GaussianMixture, gk.BayesianGaussianMixture):
     kind(n_components=2).fit(x.detach().numpy()).predict(x.detach().numpy())
-gk.selection.select(x.detach(), [1, 2], max_iter=2)
+gk.analysis.select(x.detach(), [1, 2], max_iter=2)
 gk.Adam(), gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.1))
 batch = gk.GMM(8, context=2, components=32)
 with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 from conftest import PEAK
 
 import gmmkeops as gk
-from gmmkeops.reductions import _dense
+from gmmkeops.reductions.dense import engine as _dense
 
 SCRIPT = f"""{PEAK}
 import sys, torch, gmmkeops as gk

@@ -27,7 +27,16 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "gallery").glob("*.md"))
 SITE = ROOT / "build/site"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MODULES = ("bayes", "compare", "distributed", "export", "penalties", "plotting", "reductions", "selection")
+MODULES = (
+    "analysis",
+    "bayes",
+    "components",
+    "data.distributed",
+    "export",
+    "penalties",
+    "plotting",
+    "reductions",
+)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "recipes.md"], ids=lambda page: page.stem)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmmkeops import FullFactor, Moments, PrecisionWarning, reductions
-from gmmkeops.reductions import _keops
+from gmmkeops.reductions.keops import engine as _keops
 
 DTYPES = [torch.float32, torch.float64]
 VALUE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -104,15 +104,17 @@ def test_few_components_in_many_dimensions(dtype, D, K, monkeypatch):
         return sums.S0, sums.S1, sums.S2, sums.total, hard.S0, hard.S1, hard.S2, hard.total, x.grad
 
     asked = []
-    true = reductions._tile.Tile._residuals
-    monkeypatch.setattr(reductions._tile.Tile, "_residuals", lambda tile: (asked.append(tile.height), true(tile))[1])
+    true = reductions.dense.tile.Tile._residuals
+    monkeypatch.setattr(
+        reductions.dense.tile.Tile, "_residuals", lambda tile: (asked.append(tile.height), true(tile))[1]
+    )
     found = everything()
     assert asked
     assert error(reductions.logsumexp(*case.arguments, backend="dense"), truth["values"]) < tolerance
     for value, name in zip(found, ("S0", "S1", "S2"), strict=False):
         assert float((value - truth[name]).abs().max() / truth[name].abs().max()) < tolerance
     assert float((found[-1] - truth["gradient"]).abs().max() / truth["gradient"].abs().max()) < tolerance
-    monkeypatch.setattr(reductions._tile, "_FEW", 10**9)
+    monkeypatch.setattr(reductions.dense.tile, "_FEW", 10**9)
     for value, featured in zip(found, everything(), strict=True):
         assert float((value - featured).abs().max() / featured.abs().max()) < tolerance
 
@@ -135,9 +137,9 @@ def high(monkeypatch):
 
     def tile(*arguments):
         precise.append(arguments[-1])
-        return reductions._tile.Tile(*arguments)
+        return reductions.dense.tile.Tile(*arguments)
 
-    monkeypatch.setattr(reductions._dense, "Tile", tile)
+    monkeypatch.setattr(reductions.dense.engine, "Tile", tile)
     torch.set_float32_matmul_precision("high")
     yield precise
     torch.set_float32_matmul_precision("highest")
@@ -152,7 +154,7 @@ DEVICES = [engine for engine in ENGINES if engine.id.startswith("dense")]
 def test_float32_products(engine, split, family, D, K, high, monkeypatch):
     """Everything with float32 products, whole or in the parts that tensor cores take: near the oracle, though not as near."""
     if split:
-        monkeypatch.setattr(reductions._products, "_on_tensor_cores", lambda a: a.dtype == torch.float32)
+        monkeypatch.setattr(reductions.dense.products, "_on_tensor_cores", lambda a: a.dtype == torch.float32)
     case = make_case(family, torch.float32, N=9000, D=D, K=K, condition=4.0, device=engine[1])
     g = torch.randn(9000, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(engine[1])
     # Weights of both signs cancel in the sums; rounding is relative to the sums of their sizes.
@@ -201,10 +203,10 @@ def test_products_in_parts():
     """Three products of eleven bits keep what one of them loses."""
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     exact, scale = a.double() @ b.double(), a.abs().double() @ b.abs().double()
-    once = reductions._products._rounded(a) @ reductions._products._rounded(b)
+    once = reductions.dense.products._rounded(a) @ reductions.dense.products._rounded(b)
     assert float(((once - exact).abs() / scale).max()) > 1e-5
-    assert float(((reductions._products.split_product(a, b) - exact).abs() / scale).max()) < 2**-21
-    head, rest = reductions._products._parts(a)
+    assert float(((reductions.dense.products.split_product(a, b) - exact).abs() / scale).max()) < 2**-21
+    head, rest = reductions.dense.products._parts(a)
     assert float(((head.double() + rest.double()) / a.double() - 1).abs().max()) < 2**-22
     bits = head.view(torch.int32) & 0x1FFF
     assert int(bits.abs().max()) == 0
@@ -279,8 +281,8 @@ def test_tiles_and_threads_change_nothing(dtype, monkeypatch):
     whole = reductions.moments(*case.arguments, backend="dense")
     again = reductions.moments(*case.arguments, backend="dense")
     assert torch.equal(whole.S2, again.S2)
-    monkeypatch.setattr(reductions._dense, "_TILE_CPU", 4096)
-    monkeypatch.setattr(reductions._dense, "_PAIRS_PER_THREAD", 1000)
+    monkeypatch.setattr(reductions.dense.engine, "_TILE_CPU", 4096)
+    monkeypatch.setattr(reductions.dense.engine, "_PAIRS_PER_THREAD", 1000)
     tiled = reductions.moments(*case.arguments, backend="dense")
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     assert float((whole.S2 - tiled.S2).abs().max() / whole.S2.abs().max()) < tolerance
@@ -498,7 +500,7 @@ def test_gradients_come_in_the_dtype_of_each_input():
 
 def test_missing_keops_is_said_once_and_replaced(monkeypatch):
     monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
-    monkeypatch.setattr(reductions._choice, "_warned", set())
+    monkeypatch.setattr(reductions.choice, "_warned", set())
     with pytest.warns(UserWarning, match="KeOps was asked for but pykeops is not installed"):
         values = reductions.logsumexp(*GOOD, backend="keops")
     with warnings.catch_warnings():
@@ -537,7 +539,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 def test_a_damaged_cache_heals_itself(tmp_path):
     code = """
 import torch, gmmkeops as gk
-from gmmkeops.reductions import _keops
+from gmmkeops.reductions.keops import engine as _keops
 a = torch.zeros(4, 1), torch.zeros(3), torch.zeros(3, 1), torch.ones(3, 1)
 print(float(gk.reductions.logsumexp(*a, backend="keops")[0]))
 print(_keops._state["lock"].parent)

@@ -82,11 +82,11 @@ calls = {
     "GaussianMixture.sample": lambda: twice(gk.GaussianMixture(2).fit(X)),
     "BayesianGaussianMixture": lambda: gk.BayesianGaussianMixture(n_components=3, max_iter=9).fit(X).covariances_,
     "BayesianGaussianMixture.sample": lambda: twice(gk.BayesianGaussianMixture(n_components=2).fit(X)),
-    "select": lambda: [result.mixture for result in gk.selection.select(x, [1, 2, 3], ["full", "diag"]).results],
-    "silhouette": lambda: gk.selection.silhouette(x, start.predict(x), samples=60),
-    "kl_divergence": lambda: gk.compare.kl_divergence(start, other, samples=500),
-    "jensen_shannon": lambda: gk.compare.jensen_shannon(start, other, samples=500),
-    "total_variation": lambda: gk.compare.total_variation(start, other, samples=500),
+    "select": lambda: [result.mixture for result in gk.analysis.select(x, [1, 2, 3], ["full", "diag"]).results],
+    "silhouette": lambda: gk.analysis.silhouette(x, start.predict(x), samples=60),
+    "kl_divergence": lambda: gk.analysis.kl_divergence(start, other, samples=500),
+    "jensen_shannon": lambda: gk.analysis.jensen_shannon(start, other, samples=500),
+    "total_variation": lambda: gk.analysis.total_variation(start, other, samples=500),
     "gibbs": lambda: gk.bayes.gibbs(prior, line[:40], **few).values,
     "langevin": lambda: gk.bayes.langevin(prior, line[:40], **few).values,
     **{f"importance {p}": lambda p=p: gk.bayes.importance(prior, line[:40], draws=50, proposal=p).values
@@ -127,7 +127,7 @@ def test_global_seeds_do_not_matter(seed):
     def results():
         model = gk.GaussianMixture(3, init_params="random_from_data", max_iter=5, tol=0).fit(x)
         sampled = model.sample(4)[0]
-        divergence = gk.compare.kl_divergence(model.mixture_, gk.initialise(x, 2), samples=100)
+        divergence = gk.analysis.kl_divergence(model.mixture_, gk.initialise(x, 2), samples=100)
         return model.means_.tolist(), sampled.tolist(), divergence
 
     before = results()
@@ -168,8 +168,8 @@ def test_what_is_no_generator_is_refused_in_one_sentence(generator):
     for call in (
         lambda: gk.initialise(x, 2, generator=generator),
         lambda: gk.fit(mixture, x, gk.EM(), generator=generator),
-        lambda: gk.selection.select(x, [1], generator=generator),
-        lambda: gk.compare.kl_divergence(mixture, mixture, generator=generator),
+        lambda: gk.analysis.select(x, [1], generator=generator),
+        lambda: gk.analysis.kl_divergence(mixture, mixture, generator=generator),
     ):
         with pytest.raises(TypeError, match=r"^generator must be a torch.Generator or None, got .*\.$"):
             call()

@@ -73,7 +73,7 @@ def test_selection_with_one_distant_value(value):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = [Theirs(K, max_iter=300, random_state=0).fit(x).bic(x) for K in numbers]
-        ours = gk.selection.select(x, numbers, max_iter=300)
+        ours = gk.analysis.select(x, numbers, max_iter=300)
     assert ours.best.components == numbers[int(np.argmin(theirs))] == 4
 
 

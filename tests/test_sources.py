@@ -13,7 +13,7 @@ import torch
 from conftest import PEAK
 
 import gmmkeops as gk
-from gmmkeops._survey import Reservoir, fingerprint, sample
+from gmmkeops.data.survey import Reservoir, fingerprint, sample
 
 CENTRES = np.array([[0.0, 0, 0], [4, 0, 1], [0, 5, -2], [-3, 2, 4]])
 
@@ -151,10 +151,10 @@ def test_starts_and_estimators_read_sources(x, tmp_path):
     assert (model.predict(str(path)) == same.predict(x)).mean() > 0.9999
     for name in ("bic", "aic", "icl"):
         assert getattr(model, name)(path) == pytest.approx(getattr(same, name)(x), rel=1e-7)
-    table = gk.selection.select(path, [3, 4], generator=torch.Generator().manual_seed(0))
+    table = gk.analysis.select(path, [3, 4], generator=torch.Generator().manual_seed(0))
     assert table.best.components == 4
-    low = gk.selection.anomaly_threshold(same.mixture_, path)
-    assert low == pytest.approx(gk.selection.anomaly_threshold(same.mixture_, x), abs=1e-5)
+    low = gk.analysis.anomaly_threshold(same.mixture_, path)
+    assert low == pytest.approx(gk.analysis.anomaly_threshold(same.mixture_, x), abs=1e-5)
 
 
 def test_array_weights_and_row_numbers_hold_across_chunks(tmp_path):

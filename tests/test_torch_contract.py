@@ -160,7 +160,7 @@ def test_mixtures_that_the_package_makes_check_their_points():
         gk.GMM(2)().to(torch.float64),
         gk.fit(gk.initialise(x, 2), x, gk.EM(), max_iter=2).mixture,
         random_mixture("full").marginal([1, 0]),
-        gk.compare.merge(random_mixture("full"), [[0, 1]]),
+        gk.analysis.merge(random_mixture("full"), [[0, 1]]),
     ]
     for mixture in made:
         with pytest.raises(ValueError, match="x must be finite, got NaN"):

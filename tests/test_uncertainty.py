@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES
 
 import gmmkeops as gk
-from gmmkeops.uncertainty import _Layout, _Tally
+from gmmkeops.analysis.uncertainty import _Layout, _Tally
 
 
 def two(kind, N, seed=0):

@@ -1,15 +1,14 @@
 """Answers that carry their uncertainty: distributions of mixtures, through the reductions that fits go through."""
 
-from gmmkeops._checks import SamplingWarning
-from gmmkeops.bayes._draws import Draws
-from gmmkeops.bayes._gibbs import gibbs
-from gmmkeops.bayes._importance import importance
-from gmmkeops.bayes._langevin import langevin
-from gmmkeops.bayes._normal_wishart import NormalWishart
-from gmmkeops.bayes._nuts import nuts
-from gmmkeops.bayes._prior import Prior, StickBreaking
-from gmmkeops.bayes._student import StudentMixture
-from gmmkeops.bayes._variational import VariationalBayes
+from gmmkeops.bayes.sampling.draws import Draws, SamplingWarning
+from gmmkeops.bayes.sampling.gibbs import gibbs
+from gmmkeops.bayes.sampling.importance import importance
+from gmmkeops.bayes.sampling.langevin import langevin
+from gmmkeops.bayes.sampling.nuts import nuts
+from gmmkeops.bayes.sampling.prior import Prior, StickBreaking
+from gmmkeops.bayes.variational.method import VariationalBayes
+from gmmkeops.bayes.variational.normal_wishart import NormalWishart
+from gmmkeops.bayes.variational.student import StudentMixture
 
 __all__ = [
     "Draws",

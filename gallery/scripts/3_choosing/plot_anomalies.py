@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 import gmmkeops as gk
-from gmmkeops import plotting, selection
+from gmmkeops import plotting
+from gmmkeops.analysis import selection
 
 # %%
 # Sixty thousand normal points on two arcs, and three hundred strays spread over the square.

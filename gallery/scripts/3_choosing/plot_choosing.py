@@ -17,7 +17,8 @@ from sklearn.datasets import load_iris
 from sklearn.metrics.cluster import contingency_matrix
 
 import gmmkeops as gk
-from gmmkeops import plotting, selection
+from gmmkeops import plotting
+from gmmkeops.analysis import selection
 
 # %%
 # A sample of 40 000 cells in three channels, drawn from five known populations, so that we can tell whether the answer is

@@ -1,0 +1,28 @@
+"""Analysis of fitted mixtures: model selection, comparison, and standard errors.
+
+Information criteria and :func:`select` choose the number of components, the functions of :mod:`gmmkeops.analysis.compare` compare
+mixtures, and :func:`standard_errors` gives the uncertainty of their parameters.
+"""
+
+from gmmkeops.analysis.compare import Estimate, jensen_shannon, kl_divergence, merge, total_variation
+from gmmkeops.analysis.selection import CRITERIA as CRITERIA
+from gmmkeops.analysis.selection import Selection, aic, anomaly_threshold, bic, icl, score, select, silhouette
+from gmmkeops.analysis.uncertainty import StandardErrors, standard_errors
+
+__all__ = [
+    "Estimate",
+    "Selection",
+    "StandardErrors",
+    "aic",
+    "anomaly_threshold",
+    "bic",
+    "icl",
+    "jensen_shannon",
+    "kl_divergence",
+    "merge",
+    "score",
+    "select",
+    "silhouette",
+    "standard_errors",
+    "total_variation",
+]

@@ -1,0 +1,294 @@
+r"""Standard errors of a maximum-likelihood fit, from the scores of its points.
+
+.. math:: B = \sum_n g_n\, s_n s_n^\top, \qquad s_n = \nabla_\theta \log p(x_n), \qquad
+          A = -\nabla^2_\theta \sum_n g_n \log p(x_n), \qquad
+          \mathrm{cov}(f(\hat\theta)) \approx J_f\, A^{-1} B A^{-1} J_f^\top
+
+B is the empirical Fisher information; A that of the complete data less what the missing labels take away (Louis 1982). Scores
+are taken where they are of size one: for component k in :math:`y = U_k^\top(x - \mu_k)`,
+
+.. math::
+
+    \partial_{\eta_k} = r_k - W_k, \qquad \partial_{a_k} = r_k\, y, \qquad
+    \partial_{b_{km}} = \tfrac12 r_k (y^\top E_m y - \mathrm{tr} E_m), \qquad
+    \mu_k + L_k a_k,\; L_k (1 + \textstyle\sum_m b_{km} E_m) L_k^\top.
+
+References: McLachlan and Peel 2000, *Finite Mixture Models*, §2.15; Louis 1982, *Finding the observed information matrix when
+using the EM algorithm*, JRSS B 44; White 1982, *Maximum likelihood estimation of misspecified models*, Econometrica 50.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.data import chunked
+from gmmkeops.models import Mixture, as_mixture
+
+__all__ = ["StandardErrors", "standard_errors"]
+
+# Parameters up to which the joint information is formed, unless it is asked for.
+_JOINT = 2000
+
+# Numbers of one stretch of rows.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class StandardErrors:
+    r"""Standard errors of a mixture's parameters.
+
+    .. math:: \sqrt{\operatorname{diag}(A^{-1} B A^{-1})}, \qquad A = -\nabla^2 \sum_n g_n \log p(x_n), \qquad
+              B = \sum_n g_n s_n s_n^\top, \quad s_n = \nabla \log p(x_n)
+
+    Args:
+        weights: (K,).
+        means: (K, D), data units.
+        covariances: In scikit-learn's shapes: (K, D, D) full, (K, D) diagonal, (K,) spherical, without K when tied; squared
+            data units.
+        joint: Whether all parameters were taken together, or one component at a time as if the others were known, which
+            makes the errors of overlapping components too small.
+        points: Σ g that they stand for.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.linspace(-3, 3, 400).double()[:, None]
+        >>> errors = gk.standard_errors(gk.fit(gk.initialise(x, 1), x, gk.EM(reg_covar=0)).mixture, x)
+        >>> bool((errors.means[0, 0] - x.std(correction=0) / 20).abs() < 1e-6)  # σ / √N
+        True
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+    joint: bool
+    points: float
+
+
+@torch.no_grad()
+def standard_errors(
+    mixture: Mixture, x: Any, *, weights: Any = None, joint: bool | None = None, robust: bool = True
+) -> StandardErrors:
+    r"""Standard errors of a mixture's parameters, in one pass over the points.
+
+    Args:
+        mixture: A maximum-likelihood fit to these points.
+        x: Points (N, D), data units, or what :meth:`gmmkeops.Source.of` takes.
+        weights: g (N,), how many points each row stands for; or None.
+        joint: Whether to invert the information of all parameters together; by default up to 2000 of them.
+        robust: Whether the errors hold also where the mixture is not the truth (:math:`A^{-1} B A^{-1}`), as the bootstrap's
+            do; else they are those of the empirical information alone (:math:`B^{-1}`).
+
+    Returns:
+        :class:`StandardErrors`, float64.
+
+    Raises:
+        TypeError, ValueError: Bad points, or information that does not tell the parameters apart (fewer points than
+            parameters, or a component that owns next to nothing).
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> mixture = gk.fit(gk.initialise(x, 1), x, gk.EM()).mixture
+        >>> gk.standard_errors(mixture, x).means.round(decimals=3).tolist()
+        [[0.01]]
+    """
+    m = as_mixture(mixture).detach().to(torch.float64)
+    layout = _Layout(m)
+    joint = layout.size <= _JOINT if joint is None else bool(joint)
+    tally = _Tally(layout, joint)
+    for chunk in chunked(x, weights, features=m.features, columns=m.columns):
+        rows = max(1, _CHUNK // (m.components * (m.features + 1) ** 2))
+        g = chunk.points.new_ones(len(chunk.points), dtype=torch.float64) if chunk.weights is None else chunk.weights
+        for part, own in zip(chunk.points.to(m.means.device).split(rows), g.split(rows), strict=True):
+            tally.add(part.double(), own.to(m.means))
+    spread = [tally.covariance(place, robust) for place in range(len(tally.B))]
+    return StandardErrors(*layout.errors(spread, joint), joint, float(tally.mass))
+
+
+class _Layout:
+    """Where each parameter stands in the scores of a mixture."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.m, factor = mixture, mixture.factor
+        K, D = mixture.means.shape
+        self.tied = factor.leading == 1 and K > 1
+        self.family = factor.family
+        self.row, self.column = torch.tril_indices(D, D, device=mixture.means.device)
+        self.spreads = {"full": len(self.row), "diagonal": D, "spherical": 1}[self.family]
+        # Of one component: its log-weight, its mean, and its covariance unless that is everybody's.
+        self.own = 1 + D + (0 if self.tied else self.spreads)
+        self.size = K * self.own + (self.spreads if self.tied else 0)
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Responsibilities (n, K), and scores (n, K, D) and (n, K, spreads) as if a point were the component's."""
+        m = self.m
+        r = torch.softmax(m.log_joint(x), -1)
+        y = m.factor.whiten(x[:, None, :] - m.means)
+        if self.family == "full":
+            half = torch.where(self.row == self.column, 0.5, 1.0).to(y)
+            return r, y, half * (y[..., self.row] * y[..., self.column] - (self.row == self.column).to(y))
+        if self.family == "diagonal":
+            return r, y, 0.5 * (y.square() - 1)
+        return r, y, 0.5 * (y.square().sum(-1, keepdim=True) - m.features)
+
+    @property
+    def basis(self) -> Tensor:
+        """E (spreads, D, D), the directions in which a covariance moves."""
+        eye = torch.eye(self.m.features, dtype=torch.float64, device=self.m.means.device)
+        if self.family == "spherical":
+            return eye[None]
+        if self.family == "diagonal":
+            return eye[:, :, None] * eye[:, None, :]
+        E = eye[self.row][:, :, None] * eye[self.column][:, None, :]
+        return torch.where((self.row == self.column)[:, None, None], E, E + E.mT)
+
+    def complete(self, S0: Tensor, T: Tensor) -> Tensor:
+        """Information (K, D + spreads, D + spreads) of means and covariances if the labels were known.
+
+        Args:
+            S0: Mass of each component (K,).
+            T: Sums of the scores (K, D + spreads), from which the second moments of y follow.
+        """
+        D, E = self.m.features, self.basis
+        traces = E.diagonal(dim1=1, dim2=2).sum(1)
+        # yᵀ E y summed, and the matrix that it is of.
+        squares = 2 * T[:, D:] + S0[:, None] * traces
+        S2 = torch.einsum("km,mij->kij", squares / (E.square().sum((1, 2))), E)
+        products = torch.einsum("mij,njl->mnil", E, E)
+        H = torch.einsum("mnil,kli->kmn", products, S2)
+        H = 0.5 * (H + H.mT) - 0.5 * S0[:, None, None] * products.diagonal(dim1=2, dim2=3).sum(-1)
+        cross = torch.einsum("mij,kj->kim", E, T[:, :D])
+        eye = torch.eye(D, dtype=torch.float64, device=T.device) * S0[:, None, None]
+        return torch.cat([torch.cat([eye, cross], 2), torch.cat([cross.mT, H], 2)], 1)
+
+    def errors(self, inverses: list[Tensor], joint: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Standard errors of weights, means and covariances from the parameters' covariances."""
+        m, D, K, own = self.m, self.m.features, self.m.components, self.own
+        W = m.weights
+        if joint:
+            C = inverses[0][0]
+            places = torch.arange(K * own, device=C.device).view(K, own)
+            logs = C[places[:, 0]][:, places[:, 0]]
+            J = torch.diag(W) - torch.outer(W, W)
+            weights = (J @ logs @ J).diagonal()
+            blocks = C[places[:, :, None], places[:, None, :]]
+            shared = C[K * own :, K * own :][None]
+        else:
+            blocks, shared = inverses[0], inverses[-1]
+            weights = (W * (1 - W)).square() * blocks[:, 0, 0]
+        L = m.factor.cholesky().expand(K, D, D)
+        means = (L @ blocks[:, 1 : D + 1, 1 : D + 1] @ L.mT).diagonal(dim1=1, dim2=2)
+        spread = shared if self.tied else blocks[:, D + 1 :, D + 1 :]
+        covariances = self._covariance_errors(spread, L[:1] if self.tied else L)
+        return weights.clamp(min=0).sqrt(), means.clamp(min=0).sqrt(), covariances[0] if self.tied else covariances
+
+    def _covariance_errors(self, C: Tensor, L: Tensor) -> Tensor:
+        if self.family == "full":
+            D = L.shape[-1]
+            a, b = L[:, :, self.row], L[:, :, self.column]
+            # dΣ_ij = Σ L_ia B_ab L_jb, where B_ab stands for B_ba too.
+            J = a[:, :, None, :] * b[:, None, :, :]
+            J = J + torch.where(self.row == self.column, 0.0, 1.0).to(J) * (b[:, :, None, :] * a[:, None, :, :])
+            J = J.reshape(len(L), D * D, -1)
+            return (J @ C * J).sum(-1).clamp(min=0).sqrt().view(-1, D, D)
+        variances = L.diagonal(dim1=1, dim2=2).square()
+        errors = C.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+        return variances * errors if self.family == "diagonal" else variances[:, 0] * errors[:, 0]
+
+
+class _Tally:
+    """Sums over the points from which both kinds of information follow.
+
+    Args:
+        layout: Of the parameters.
+        joint: Whether all of them are one block; else each component's is one, and a shared covariance another.
+    """
+
+    def __init__(self, layout: _Layout, joint: bool) -> None:
+        self.layout, self.joint = layout, joint
+        new, (K, D), q = layout.m.means.new_zeros, layout.m.means.shape, layout.spreads
+        self.mass, self.S0, self.T, self.M = new(()), new(K), new(K, D + q), new(K, D + q, D + q)
+        self.B = [new(1, layout.size, layout.size)] if joint else [new(K, layout.own, layout.own)]
+        if layout.tied and not joint:
+            self.B.append(new(1, q, q))
+
+    def add(self, x: Tensor, g: Tensor) -> None:
+        """Enters points (n, D) of weights (n,)."""
+        layout = self.layout
+        r, y, v = layout.scores(x)
+        t = torch.cat([y, v], -1).transpose(0, 1)
+        shares = (g[:, None] * r).T
+        self.mass += g.sum()
+        self.S0 += shares.sum(1)
+        self.T += (shares[:, None, :] @ t)[:, 0]
+        self.M += (shares[:, :, None] * t).mT @ t
+        inner = y if layout.tied else torch.cat([y, v], -1)
+        own = torch.cat([(r - layout.m.weights)[..., None], r[..., None] * inner], -1)
+        shared = (r[..., None] * v).sum(1)
+        if self.joint:
+            whole = torch.cat([own.flatten(1), shared], 1) if layout.tied else own.flatten(1)
+            self.B[0][0] += (g[:, None] * whole).T @ whole
+            return
+        each = own.transpose(0, 1)
+        self.B[0] += (g[:, None] * each).mT @ each
+        if layout.tied:
+            self.B[1][0] += (g[:, None] * shared).T @ shared
+
+    def _curvature(self) -> list[Tensor]:
+        """A, in the blocks of B."""
+        layout, W, N = self.layout, self.layout.m.weights, self.mass
+        K, D = layout.m.means.shape
+        lost = layout.complete(self.S0, self.T) - self.M
+        if not self.joint:
+            inner = D if layout.tied else D + layout.spreads
+            A = torch.zeros_like(self.B[0])
+            A[:, 0, 0] = N * W * (1 - W) - self.S0 * (1 - W).square() - (N - self.S0) * W.square()
+            A[:, 0, 1:] = A[:, 1:, 0] = -(1 - W)[:, None] * self.T[:, :inner]
+            A[:, 1:, 1:] = lost[:, :inner, :inner]
+            rest = [lost[:, D:, D:].sum(0, keepdim=True)] if layout.tied else []
+            return [a + b for a, b in zip([A, *rest], self.B, strict=True)]
+        A = torch.zeros_like(self.B[0][0])
+        first = layout.own * torch.arange(K, device=W.device)
+        eye = torch.eye(K, dtype=W.dtype, device=W.device)
+        J, crossed = torch.diag(W) - torch.outer(W, W), torch.outer(self.S0, W)
+        A[first[:, None], first] = N * J - (torch.diag(self.S0) - crossed - crossed.T + N * torch.outer(W, W))
+        shared = K * layout.own + torch.arange(layout.spreads, device=W.device)
+        for k in range(K):
+            place = first[k] + 1 + torch.arange(layout.own - 1, device=W.device)
+            place = torch.cat([place, shared]) if layout.tied else place
+            A[place[:, None], place] += lost[k]
+            pull = -torch.outer(eye[k] - W, self.T[k])
+            A[first[:, None], place] += pull
+            A[place[:, None], first] += pull.T
+        return [A[None] + self.B[0]]
+
+    def covariance(self, block: int, robust: bool) -> Tensor:
+        """Covariance matrices of the parameters of a block."""
+        B = self.B[block]
+        # All log-weights alike change nothing: along them any value will do.
+        free = torch.zeros_like(B)
+        if self.joint:
+            v = B.new_zeros(self.layout.size)
+            v[: self.layout.m.components * self.layout.own : self.layout.own] = 1
+            free = (v[:, None] * v)[None] * B.diagonal(dim1=1, dim2=2).amax() / len(v)
+        if not robust:
+            return _inverse(B + free)
+        inverse = _inverse(self._curvature()[block] + free)
+        return inverse @ B @ inverse
+
+
+def _inverse(information: Tensor) -> Tensor:
+    scale = information.diagonal(dim1=1, dim2=2).clamp(min=1e-300).rsqrt()
+    scaled = scale[:, :, None] * information * scale[:, None, :]
+    values, vectors = torch.linalg.eigh(scaled)
+    if bool((values[:, 0] < 1e-12 * values[:, -1]).any()):
+        raise ValueError(
+            "the points do not tell all parameters apart, or the mixture is no maximum of their likelihood (the information has "
+            "no inverse); fit to convergence, use fewer components or more points, or pass joint=False."
+        )
+    inverse = (vectors / values[:, None, :]) @ vectors.mT
+    return scale[:, :, None] * inverse * scale[:, None, :]

@@ -1,0 +1,199 @@
+r"""Importance sampling of the posterior: draws from a proposal, weighed by how much more the posterior likes them.
+
+.. math:: w_s \propto \frac{p(\theta_s)\, p(x \mid \theta_s)}{q(\theta_s)}
+
+The labels are summed out, so the draws are of parameters alone. Reference: Robert and Casella 2004, *Monte Carlo Statistical
+Methods*, §3.3; Kucukelbir, Tran, Ranganath, Gelman and Blei 2017, *Automatic differentiation variational inference*, JMLR 18.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_choice, as_integer
+from gmmkeops.bayes.sampling.draws import Draws, SamplingWarning
+from gmmkeops.bayes.sampling.pareto import smoothed
+from gmmkeops.bayes.sampling.prior import Prior, Values
+from gmmkeops.bayes.sampling.target import Target
+from gmmkeops.data import as_generator
+from gmmkeops.reductions import recording
+
+__all__ = ["importance"]
+
+PROPOSALS = ("laplace", "variational", "prior")
+
+# Degrees of freedom of the proposals' tails.
+_DEGREES = 5.0
+
+# Components up to which a proposal is repeated for each order of exchangeable components.
+_ORDERS = 5
+
+# Orders that the posterior likes less than this are left out of a proposal.
+_SHARE = 1e-6
+
+# Below these the answer is not to be trusted.
+_LEAST_ESS, _LARGEST_K = 100.0, 0.7
+
+
+@recording()
+def importance(
+    prior: Prior,
+    x: Any,
+    *,
+    draws: int = 4000,
+    proposal: str = "laplace",
+    weights: Any = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> Draws:
+    r"""Draws from the posterior by importance sampling.
+
+    .. math:: \theta_s \sim q, \qquad w_s \propto \frac{p(\theta_s) \prod_n p(x_n \mid \theta_s)^{g_n}}{q(\theta_s)}
+
+    Args:
+        prior: Of the mixture.
+        x: Points (N, D) or (N,), data units.
+        draws: How many.
+        proposal: Where from: ``"laplace"`` (a Student's t with the mode and curvature of the posterior), ``"variational"``
+            (that, moved and sheared to raise the evidence bound), or ``"prior"``. The first two are laid out for every
+            order of up to five components.
+        weights: Weight of each point (N,), or None.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+            result in every process.
+        backend: As for :func:`gmmkeops.reductions.logsumexp`.
+
+    Returns:
+        :class:`Draws` with Pareto-smoothed weights, and "ess", "pareto_k" and "log_evidence" (nats) in its diagnostics.
+
+    Raises:
+        TypeError, ValueError: Bad points, or an unknown proposal.
+
+    Warns:
+        SamplingWarning: Few draws carry all the weight; the answer is not to be trusted.
+
+    Reference:
+        Vehtari, Simpson, Gelman, Yao and Gabry 2024, *Pareto smoothed importance sampling*, JMLR 25.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> from torch.distributions import Normal
+        >>> x = torch.tensor([348.0, 350.0, 352.0, 499.0, 502.0])
+        >>> prior = gk.bayes.Prior(
+        ...     2, weights=torch.tensor([0.5, 0.5]), means=Normal(400.0, 50.0), scales=2.0, covariance_type="spherical"
+        ... )
+        >>> found = gk.bayes.importance(prior, x, generator=torch.Generator().manual_seed(0))
+        >>> found.mean("means").round(decimals=0)[:, 0].tolist()
+        [350.0, 500.0]
+    """
+    as_choice(proposal, "proposal", PROPOSALS)
+    draws = as_integer(draws, "draws", 10)
+    target = Target(prior, x, weights, backend=backend)
+    generator = as_generator(generator)
+    if proposal == "prior":
+        values = prior.sample(draws, generator)
+        ratios = target.log_likelihood(prior.mixtures(values))
+    else:
+        centre, root = target.laplace(generator)
+        if proposal == "variational":
+            centre, root = _variational(target, centre, root, generator)
+        values, _ = prior.values(centre + _student(draws, len(centre), generator) @ root.T)
+        orders, shares = _orders(target, centre)
+        chosen = torch.multinomial(shares, draws, replacement=True, generator=generator)
+        values = prior.rearranged(values, orders[chosen])
+        z = prior.unbounded(values)
+        density = prior.values(z)[1] + target.log_likelihood(prior.mixtures(values))
+        ratios = density - _log_proposal(prior, values, z, centre, root, orders, shares)
+    ratios = ratios.detach().nan_to_num(nan=-math.inf, posinf=-math.inf)
+    evidence = float(torch.logsumexp(ratios, 0)) - math.log(draws)
+    log_weights, k = smoothed(ratios)
+    ess = float(torch.exp(-torch.logsumexp(2 * log_weights, 0)))
+    if not (ess >= _LEAST_ESS and k < _LARGEST_K):
+        warnings.warn(
+            f"the importance weights have collapsed (effective sample size {ess:.1f} of {draws} draws, Pareto k {k:.2f}): the "
+            "answer is not to be trusted; take another proposal, or gibbs or nuts.",
+            SamplingWarning,
+            stacklevel=3,
+        )
+    values = {name: value.detach() for name, value in values.items()}
+    found = {"ess": ess, "pareto_k": k, "log_evidence": evidence}
+    return Draws.of(prior, values, f"importance sampling ({proposal})", log_weights=log_weights, diagnostics=found)
+
+
+def _orders(target: Target, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """The orders (P, K) of components that a proposal around a mode is laid out for, and its shares (P,) of them."""
+    prior, K = target.prior, target.prior.components
+    if prior.exchangeable and K <= _ORDERS:
+        orders = torch.tensor(list(permutations(range(K))))
+        return orders, torch.full((len(orders),), 1 / len(orders), dtype=torch.float64)
+    orders, heights = target.orders(prior.values(centre[None])[0])
+    shares = torch.softmax(heights[:, 0], 0)
+    orders, shares = orders[shares > _SHARE], shares[shares > _SHARE]
+    # Rare orders are drawn often enough to be weighed.
+    return orders, 0.9 * shares / shares.sum() + 0.1 / len(shares)
+
+
+def _student(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Standard Student's t vectors (count, size)."""
+    noise = torch.randn(count, size, generator=generator, dtype=torch.float64)
+    half = torch.full((count, 1), _DEGREES / 2, dtype=torch.float64)
+    return noise / (torch._standard_gamma(half, generator=generator) / half).sqrt()
+
+
+def _log_student(z: Tensor, centre: Tensor, root: Tensor) -> Tensor:
+    size = len(centre)
+    y = torch.linalg.solve_triangular(root, (z - centre).T, upper=False)
+    constant = (
+        math.lgamma((_DEGREES + size) / 2) - math.lgamma(_DEGREES / 2) - 0.5 * size * math.log(_DEGREES * math.pi)
+    )
+    return (
+        constant
+        - float(root.diagonal().log().sum())
+        - 0.5 * (_DEGREES + size) * torch.log1p(y.square().sum(0) / _DEGREES)
+    )
+
+
+def _log_proposal(
+    prior: Prior, values: Values, z: Tensor, centre: Tensor, root: Tensor, orders: Tensor, shares: Tensor
+) -> Tensor:
+    """Log-density (S,) of a proposal that is laid out for several orders of the components, in shares (P,)."""
+    # The volume that unbounded numbers take in the parameters' own units, which a new order leaves as it is.
+    volume = prior.values(z)[1] - prior.log_prob(values)
+    found = []
+    for order, share in zip(orders, shares, strict=True):
+        back = prior.unbounded(prior.rearranged(values, order.argsort().expand(len(z), -1)))
+        own, logs = prior.values(back)
+        found.append(share.log() + _log_student(back, centre, root) + volume - (logs - prior.log_prob(own)))
+    return torch.logsumexp(torch.stack(found), 0)
+
+
+def _variational(
+    target: Target, centre: Tensor, root: Tensor, generator: torch.Generator, steps: int = 300, draws: int = 16
+) -> tuple[Tensor, Tensor]:
+    """The Gaussian that raises the evidence bound most, from the Laplace approximation on."""
+    size = len(centre)
+    shift = torch.zeros(size, dtype=torch.float64, requires_grad=True)
+    shear = torch.zeros(size, size, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([shift, shear], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def sheared() -> Tensor:
+        return shear.tril(-1) + torch.diag(shear.diagonal().exp())
+
+    for _ in range(steps):
+        noise = torch.randn(draws, size, generator=generator, dtype=torch.float64)
+        places = centre + (shift + noise @ sheared().T) @ root.T
+        _, gradient = target.slopes(places)
+        optimizer.zero_grad()
+        # The gradient at the draws is known; this has it as its own.
+        loss = -(places * gradient.nan_to_num()).sum() / draws - shear.diagonal().sum()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return centre + root @ shift, root @ sheared()

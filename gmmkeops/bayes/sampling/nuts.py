@@ -1,0 +1,142 @@
+r"""Hamiltonian Monte Carlo on the posterior of a mixture, the labels summed out: Pyro's no-U-turn sampler on our density.
+
+.. math:: U(z) = -\log p(T(z)) - \log |T'(z)| - \sum_n g_n \log p(x_n \mid T(z))
+
+References: Hoffman and Gelman 2014, *The no-U-turn sampler*, JMLR 15; Bingham et al. 2019, *Pyro: deep universal
+probabilistic programming*, JMLR 20.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.bayes.sampling.draws import Draws, SamplingWarning
+from gmmkeops.bayes.sampling.prior import Prior, Values
+from gmmkeops.bayes.sampling.target import Target, check_counts
+from gmmkeops.data import as_generator
+from gmmkeops.reductions import recording
+
+__all__ = ["nuts"]
+
+
+@recording()
+def nuts(
+    prior: Prior,
+    x: Any,
+    *,
+    draws: int = 1000,
+    warmup: int = 500,
+    chains: int = 4,
+    weights: Any = None,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    progress: bool | None = None,
+    **options: Any,
+) -> Draws:
+    r"""Draws from the posterior by the no-U-turn sampler. Needs Pyro (``pip install "gmmkeops[bayes]"``).
+
+    .. math:: \theta_s \sim p(\theta \mid x) \propto p(\theta) \prod_n \Bigl(\sum_k W_k\,
+              \mathcal N(x_n;\, \mu_k, \Sigma_k)\Bigr)^{g_n}
+
+    Trajectories do not change the order of components. Where the prior does not tell them apart they are put in order
+    afterwards; where it does, each draw of up to five components stands for itself in all orders, by the posterior's shares.
+
+    Args:
+        prior: Of the mixture; any continuous prior will do.
+        x: Points (N, D) or (N,), data units.
+        draws: How many of each chain are kept.
+        warmup: Steps of each chain before that, in which step size and mass matrix are found.
+        chains: Independent chains, one after another.
+        weights: Weight of each point (N,), or None.
+        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+            result in every process. Torch's global random state is left alone.
+        backend: As for :func:`gmmkeops.reductions.logsumexp`.
+        progress: Whether to show a progress bar; by default only in a terminal.
+        **options: Further arguments of ``pyro.infer.NUTS``, such as ``target_accept_prob=0.95``.
+
+    Returns:
+        :class:`Draws`, with "divergences" and "acceptance" in its diagnostics.
+
+    Raises:
+        ModuleNotFoundError: Pyro is not installed.
+        TypeError, ValueError: Bad points.
+
+    Warns:
+        SamplingWarning: Trajectories diverged, so that the draws miss a part of the posterior; or the chains tell different
+            things.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> from torch.distributions import Normal
+        >>> prior = gk.bayes.Prior(1, weights=torch.ones(1), means=Normal(0.0, 10.0), scales=1.0, covariance_type="diag")
+        >>> x = torch.tensor([1.0, 2.0, 3.0])
+        >>> g = torch.Generator().manual_seed(0)
+        >>> found = gk.bayes.nuts(prior, x, draws=200, warmup=50, chains=1, generator=g)
+        >>> found.mean("means").round(decimals=0).tolist()
+        [[2.0]]
+    """
+    check_counts(draws=(draws, 1), warmup=(warmup, 1), chains=(chains, 1))
+    try:
+        from pyro.infer.mcmc import MCMC, NUTS
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('nuts needs Pyro: pip install "gmmkeops[bayes]".') from None
+    target = Target(prior, x, weights, backend=backend)
+
+    def potential(places: dict[str, Tensor]) -> Tensor:
+        try:
+            value = -target.log_density(places["z"][None])[0]
+        except ValueError:  # so far out that a matrix has lost its factor
+            value = places["z"].sum() * torch.nan
+        return torch.where(torch.isfinite(value), value, places["z"].sum() * 0 + 1e300)
+
+    show = sys.stderr.isatty() if progress is None else progress
+    places, divergences, accepted = [], 0, 0.0
+    generator = as_generator(generator)
+    for chain in range(chains):
+        start = target.mode(target.start(generator, "kmeans" if chain == 0 else "kmeans++"))
+        start = start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float64)
+        seed = int(torch.randint(1 << 62, (1,), generator=generator))
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            kernel = NUTS(potential_fn=potential, **options)
+            level = logging.getLogger("pyro").level
+            chain_run = MCMC(
+                kernel, num_samples=draws, warmup_steps=warmup, initial_params={"z": start}, disable_progbar=not show
+            )
+            chain_run.run()
+            logging.getLogger("pyro").setLevel(level)
+        places.append(chain_run.get_samples()["z"])
+        facts = chain_run.diagnostics()
+        divergences += sum(len(steps) for steps in facts.get("divergences", {}).values())
+        accepted += sum(facts.get("acceptance rate", {}).values()) / chains
+    values = {name: value.detach() for name, value in prior.values(torch.cat(places))[0].items()}
+    values, log_weights = _reordered(target, values, generator)
+    if divergences:
+        warnings.warn(
+            f"{divergences} of {chains * draws} trajectories diverged: the draws miss a part of the posterior; pass "
+            "target_accept_prob=0.95, or narrow the prior.",
+            SamplingWarning,
+            stacklevel=3,
+        )
+    facts = {"divergences": float(divergences), "acceptance": accepted}
+    found = Draws.of(prior, values, "NUTS", log_weights=log_weights, chains=chains, diagnostics=facts)
+    return found.warn_unless_mixed()
+
+
+def _reordered(target: Target, values: Values, generator: torch.Generator) -> tuple[Values, Tensor]:
+    """Draws of one order of components, as draws of all orders that the prior allows, and their log-weights (S,).
+
+    A trajectory does not leave the order that it began in. Each draw stands for itself in all orders: it takes one of them by
+    the posterior's shares, and weighs as much as all together do against its own.
+    """
+    orders, heights = target.orders(values)
+    chosen = torch.multinomial(torch.softmax(heights, 0).T, 1, generator=generator)[:, 0]
+    weights = torch.logsumexp(heights, 0) - heights[0]
+    return target.prior.rearranged(values, orders[chosen]), torch.log_softmax(weights, 0)

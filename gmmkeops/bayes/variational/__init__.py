@@ -1,0 +1,1 @@
+"""Variational Bayes: the posterior in the Normal-Wishart family."""

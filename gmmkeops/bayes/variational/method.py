@@ -1,0 +1,257 @@
+r"""Variational Bayes: coordinate ascent on a lower bound of the evidence, reading the data through ``moments`` alone.
+
+.. math::
+
+    r_{nk} \propto \exp\bigl(E \log \pi_k + \tfrac12 E \log |\Lambda_k| - \tfrac{D}{2\kappa_k}
+        - \tfrac12 \lVert U_k^\top (x_n - m_k) \rVert^2\bigr), \qquad
+    q(\theta) = \text{prior updated by the Moments of } r
+
+References: Bishop 2006, *Pattern Recognition and Machine Learning*, §10.2; Blei and Jordan 2006 for the Dirichlet process;
+Hoffman, Blei, Wang and Paisley 2013, *Stochastic variational inference*, JMLR 14, for minibatches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_choice, as_number, as_tensor, check_finite
+from gmmkeops.bayes.variational.normal_wishart import NormalWishart
+from gmmkeops.components import Factor, Moments
+from gmmkeops.fitting import Evaluation, Frame, Method, Population, Problem, blended, check_settings, expected, known
+from gmmkeops.models import Mixture
+
+__all__ = ["VariationalBayes"]
+
+_WEIGHTS = ("dirichlet_process", "dirichlet_distribution")
+
+
+@known("VariationalBayes")
+@dataclass(frozen=True)
+class _State:
+    """The posterior, in the frame, and what is remembered of earlier batches."""
+
+    posterior: NormalWishart
+    batches: int = 0
+    memory: Moments | None = None
+
+
+@dataclass(frozen=True)
+class VariationalBayes(Method[_State]):
+    r"""Fits a distribution of mixtures rather than one; its result's ``posterior`` is a :class:`NormalWishart`.
+
+    The objective is minus the lower bound of the log-evidence, per point, all constants included. No component leaves the
+    work: one that the data do not need falls back to its prior, its weight to almost nothing.
+
+    Args:
+        weights: ``"dirichlet_process"`` (stick-breaking, truncated at K) or ``"dirichlet_distribution"``.
+        concentration: Prior concentration of the weights, or of each stick; 1 / K if left out.
+        mean_precision: κ of the prior: how many points the prior mean is worth.
+        means: Prior mean (D,), data units; the data's mean if left out.
+        degrees: ν of the prior, above D - 1; D if left out.
+        covariances: Prior scatter :math:`W^{-1}`: (D, D) for full and tied precisions, (D,) for diagonal, a number for
+            spherical ones, squared data units; the data's covariance if left out.
+        begin: A posterior to begin at, in data units, in place of the start's responsibilities; or None.
+        batch_size: Points per natural-gradient step, or None for all at once. An iteration is one pass either way.
+        step_exponent, step_offset: Of the steps, as for :class:`~gmmkeops.EM`.
+        reg_covar: Added to the variances, squared data units.
+        max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
+        tol: Tolerance on the lower bound of all points together, nats (as in scikit-learn, not per point): the fit has
+            converged when the bound has changed by less over ``patience`` iterations. Components that lose their weight
+            slowly can still gain more than that.
+        relative_tol: The same as a fraction of the bound.
+        patience: Number of iterations over which the change is measured.
+
+    Raises:
+        ValueError: A keyword out of its range, or a penalty: the priors stand here.
+
+    Reference:
+        Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1; in minibatches:
+        Hoffman, Blei, Wang and Paisley 2013, *Stochastic variational inference*, JMLR 14.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).double()
+        >>> x[:150] += 10
+        >>> result = gk.fit(gk.initialise(x, 6), x, gk.bayes.VariationalBayes(concentration=0.01), max_iter=500)
+        >>> int((result.mixture.weights > 0.01).sum())
+        2
+    """
+
+    returns_last: ClassVar[bool] = True
+
+    weights: str = "dirichlet_process"
+    concentration: float | None = None
+    mean_precision: float = 1.0
+    means: Any = None
+    degrees: float | None = None
+    covariances: Any = None
+    begin: NormalWishart | None = None
+    batch_size: int | None = None
+    step_exponent: float = 0.6
+    step_offset: float = 2.0
+    reg_covar: float = 1e-6
+    max_iter: int = 100
+    tol: float = 1e-3
+    relative_tol: float = 0.0
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        as_choice(self.weights, "weights", _WEIGHTS)
+        for name in ("concentration", "mean_precision", "degrees"):
+            value = getattr(self, name)
+            if value is not None or name == "mean_precision":
+                as_number(value, name, 0, above=True)
+        check_settings(self)
+        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
+            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
+        as_number(self.step_offset, "step_offset", 0, above=True)
+        as_number(self.reg_covar, "reg_covar", 0)
+        if self.begin is not None and not isinstance(self.begin, NormalWishart):
+            raise TypeError(
+                f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a result."
+            )
+
+    def init(self, problem: Problem, mixture: Mixture) -> _State:
+        if problem.penalty is not None:
+            raise ValueError("VariationalBayes has priors of its own; set them instead of passing a penalty.")
+        if problem.unit != 1:
+            raise ValueError(
+                "weights must be numbers of points, which VariationalBayes compares with those of the prior; got a total of "
+                f"{problem.mass * problem.unit:.3g}, so divide them by their mean."
+            )
+        prior = self._prior(problem, mixture)
+        if self.begin is not None:
+            given = self.begin.carried(problem.frame.enter)
+            if given.mixture.means.shape != mixture.means.shape:
+                raise ValueError("begin is a posterior of another number of components or columns than the start.")
+            return _State(replace(given, prior=prior))
+        sums = problem.moments(mixture.offsets, mixture.means, mixture.factor)
+        if prior.sticks:
+            # A stick's pieces shrink, so the bound is largest where the first component is the largest one (Kurihara,
+            # Welling and Teh 2007, Collapsed variational Dirichlet process mixture models).
+            sums = sums.select(sums.S0.argsort(descending=True, stable=True))
+        return _State(prior.updated(sums, self._ridge(problem)))
+
+    def _prior(self, problem: Problem, mixture: Mixture) -> NormalWishart:
+        """The prior, in the frame."""
+        K, D, kind = mixture.components, mixture.features, type(mixture.factor)
+        leading, frame = mixture.factor.leading, problem.frame
+        wide: Any = {"dtype": torch.float64, "device": mixture.means.device}
+        nu = float(D if self.degrees is None else self.degrees)
+        if not nu > D - 1:
+            raise ValueError(f"degrees must be above {D - 1} for {D} columns, got {nu:g}.")
+        scale = (frame.scale[:, None] * frame.scale) if kind.family == "full" else frame.scale**2
+        scale = scale[0] if kind.family == "spherical" else scale
+        if self.means is None or self.covariances is None:
+            mean, covariance = _of_data(problem, mixture)
+        if self.means is not None:
+            mean = as_tensor(self.means, name="means", **wide)
+            if mean.shape != (D,):
+                raise ValueError(f"the prior means must have shape ({D},), got {tuple(mean.shape)}.")
+            check_finite(mean, name="means", rows="column")
+            mean = (mean - frame.shift) / frame.scale
+        if self.covariances is not None:
+            covariance = as_tensor(self.covariances, name="covariances", **wide)
+            shape = {"full": (D, D), "diagonal": (D,), "spherical": ()}[kind.family]
+            if tuple(covariance.shape) != shape:
+                raise ValueError(f"the prior covariances must have shape {shape}, got {tuple(covariance.shape)}.")
+            kind.from_covariances(covariance[None], features=D)  # says what is wrong with it
+            covariance = covariance / scale
+        alpha = 1.0 / K if self.concentration is None else float(self.concentration)
+        a = torch.full((K,), alpha, **wide)
+        return NormalWishart.of(
+            kind,
+            torch.stack([torch.ones_like(a), a]) if self.weights == "dirichlet_process" else a,
+            torch.full((K,), float(self.mean_precision), **wide),
+            mean.expand(K, D),
+            torch.full((leading,), nu, **wide),
+            (covariance / nu).expand(leading, *covariance.shape),
+        )
+
+    def _ridge(self, problem: Problem) -> Tensor:
+        return self.reg_covar / problem.frame.scale**2
+
+    def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+        if self.batch_size is not None:
+            return self._pass(problem, state)
+        sums = self._moments(problem, state.posterior)
+        posterior, bound = state.posterior.bound(sums, self._ridge(problem))
+        state = replace(state, posterior=posterior)
+        return state, self._evaluation(problem, posterior, bound, sums, exact=True)
+
+    def _moments(self, problem: Problem, q: NormalWishart, batch: Any = None) -> Moments:
+        return problem.moments(q.offsets, q.mixture.means, q.mixture.factor, batch)
+
+    def _evaluation(
+        self, problem: Problem, q: NormalWishart, bound: Tensor, sums: Moments, *, exact: bool
+    ) -> Evaluation:
+        """Of a posterior, by its bound in the frame and the sums that its expectations (or the last one's) led to."""
+        volume, K = problem.frame.log_volume, q.mixture.components
+        nobody = torch.zeros(K, dtype=torch.bool, device=sums.S0.device)
+        objective = volume - float(bound) / problem.mass
+        likelihood = float(sums.total / sums.mass) - volume
+        return Evaluation(q.mixture, objective, likelihood, torch.arange(K), nobody, exact, answer=q)
+
+    def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+        """One shuffled pass of natural-gradient steps."""
+        assert self.batch_size is not None, "a pass is made of batches"
+        state, values = problem.resumed((state, []))
+        for batch in problem.batches(self.batch_size, lambda: (state, values)):  # noqa: B023
+            q = state.posterior
+            assert q.prior is not None, "posteriors have priors"
+            sums = self._moments(problem, q, batch)
+            if not float(sums.mass) > 0:
+                continue
+            scale = problem.mass / float(sums.mass)
+            found = scale * float(sums.total) - float(q.divergence())
+            values = [*values, (found, float(sums.total), float(sums.mass))]
+            before = expected(q.mixture) if state.memory is None else state.memory
+            memory = blended(before, sums, (state.batches + self.step_offset) ** -self.step_exponent)
+            posterior = q.prior.updated(memory * problem.mass, self._ridge(problem))
+            state = _State(posterior, state.batches + 1, memory)
+        bounds, totals, masses = zip(*values, strict=True)
+        seen = Moments.nothing(state.posterior.mixture.means, state.posterior.mixture.factor.family)
+        seen = replace(seen, total=seen.total + sum(totals), mass=seen.mass + sum(masses))
+        bound = torch.tensor(sum(bounds) / len(bounds), dtype=torch.float64)
+        return state, self._evaluation(problem, state.posterior, bound, seen, exact=False)
+
+    def evaluate(self, problem: Problem, state: _State) -> Evaluation:
+        """The bound of the posterior with the best responsibilities for it, by one more pass over the data."""
+        q = state.posterior
+        sums = self._moments(problem, q)
+        return self._evaluation(problem, q, sums.total - q.divergence(), sums, exact=True)
+
+    def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
+        """Return whether the bound of all points together has changed by less than a tolerance, as in scikit-learn."""
+        return self._still(objectives, 1, self._tolerance(objectives, tol / problem.mass))
+
+    def answer(self, found: Any, frame: Frame) -> NormalWishart:
+        return found.carried(frame.leave)
+
+    def pack(self, state: _State) -> _State:
+        return state
+
+    def unpack(self, problem: Problem, packed: _State) -> _State:
+        return packed
+
+    def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
+        mixture = state.posterior.mixture
+        nobody = torch.zeros(mixture.components, dtype=torch.bool, device=mixture.means.device)
+        return Population.of(mixture), mixture, nobody
+
+
+def _of_data(problem: Problem, mixture: Mixture) -> tuple[Tensor, Tensor]:
+    """The data's mean (D,) and unbiased covariance as the family keeps it, in the frame."""
+    D, kind = mixture.features, type(mixture.factor)
+    centre = mixture.means.new_zeros(1, D)
+    eye = torch.eye(D, dtype=torch.float64, device=centre.device)
+    unit: Factor = kind.from_covariances(
+        {"full": eye[None], "diagonal": eye.diagonal()[None], "spherical": eye[0, :1]}[kind.family], features=D
+    )
+    sums = problem.moments(centre.new_zeros(1), centre, unit)
+    covariance = sums.scatters[0] * float(sums.mass) / max(float(sums.mass) - 1, 1e-300)
+    return sums.means[0], covariance / D if kind.family == "spherical" else covariance

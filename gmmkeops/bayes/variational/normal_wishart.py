@@ -1,0 +1,332 @@
+r"""The conjugate posterior of a mixture's parameters: Gaussian-Wishart components, Dirichlet or stick-breaking weights.
+
+.. math::
+
+    q(\mu_k, \Lambda_k) = \mathcal N(\mu_k;\, m_k, (\kappa_k \Lambda_k)^{-1})\; \mathcal W(\Lambda_k;\, W_k, \nu_k),
+    \qquad q(\pi) = \mathrm{Dirichlet}(a) \;\text{ or }\; \pi_k = v_k \prod_{j<k} (1 - v_j),\; v_k \sim \mathrm{Beta}(a_k, b_k)
+
+Prior and posterior are of one kind: the prior's natural parameters plus the data's Moments are the posterior's. Diagonal,
+spherical and tied precisions follow scikit-learn's conventions. References: Bishop 2006, *Pattern Recognition and Machine
+Learning*, §10.2; Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.bayes.variational.student import StudentMixture
+from gmmkeops.components import Factor, FullFactor, Moments, nearest_factor, outer
+from gmmkeops.data import generator_on, running_sum
+from gmmkeops.fitting import known
+from gmmkeops.models import Mixture
+
+__all__ = ["NormalWishart", "bartlett", "gamma", "stick_weights"]
+
+# Of the largest variance: what an eigenvalue that rounding has lost is raised to.
+_FLOOR = 1e-28
+
+
+@dataclass(frozen=True)
+class NormalWishart:
+    r"""A distribution of mixtures, or a prior for one.
+
+    Args:
+        mixture: The plug-in mixture: expected weights, the means m (K, D), and U with :math:`UU^\top = E\Lambda = \nu W`.
+        concentration: Dirichlet parameters (K,), or the sticks' Beta parameters (2, K).
+        mean_precision: κ (K,).
+        degrees: ν (K,), or (1,) when tied.
+        prior: What it was updated from, or None for a prior itself.
+
+    Reference:
+        Bishop 2006, *Pattern Recognition and Machine Learning*, section 10.2.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)).double()
+        >>> result = gk.fit(gk.initialise(x, 2), x, gk.bayes.VariationalBayes(), max_iter=300)
+        >>> result.posterior.predictive().log_prob(x).shape
+        torch.Size([400])
+    """
+
+    mixture: Mixture
+    concentration: Tensor
+    mean_precision: Tensor
+    degrees: Tensor
+    prior: NormalWishart | None = None
+
+    @classmethod
+    def of(
+        cls,
+        kind: type[Factor],
+        concentration: Tensor,
+        mean_precision: Tensor,
+        means: Tensor,
+        degrees: Tensor,
+        covariances: Tensor,
+        prior: NormalWishart | None = None,
+    ) -> NormalWishart:
+        """From the parameters themselves.
+
+        Args:
+            kind: The family of the precisions.
+            concentration, mean_precision, means, degrees, prior: As above.
+            covariances: :math:`(\\nu W)^{-1}`: (K or 1, D, D), (K or 1, D) or (K or 1,), squared data units.
+        """
+        diagonal = covariances.diagonal(dim1=-2, dim2=-1) if covariances.ndim == 3 else covariances
+        factor, _ = nearest_factor(
+            kind, covariances, means.shape[1], _FLOOR * diagonal.reshape(len(covariances), -1).amax(1)
+        )
+        weights = _mean_weights(concentration)
+        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), means, factor)
+        return cls(mixture, concentration, mean_precision, degrees, prior)
+
+    @property
+    def sticks(self) -> bool:
+        """Whether weights are broken off a stick."""
+        return self.concentration.ndim == 2
+
+    @property
+    def covariances(self) -> Tensor:
+        """(ν W)⁻¹, (K or 1, D, D) full, (K or 1, D) diagonal, (K or 1,) spherical; squared data units."""
+        return _kept(self.mixture.factor)
+
+    def updated(self, sums: Moments, ridge: Tensor) -> NormalWishart:
+        """The posterior of this prior and the moments of all points.
+
+        Args:
+            sums: About any centres, in the shape of the family.
+            ridge: Added to each column's variance (D,), squared data units.
+        """
+        kind, K, D = type(self.mixture.factor), self.mixture.components, self.mixture.features
+        own = sums.recentre(sums.means)
+        n, spread = own.S0, own.S2
+        column = (-1, *[1] * (spread.ndim - 1))
+        kappa = self.mean_precision + n
+        means = (self.mean_precision[:, None] * self.mixture.means + n[:, None] * own.centres) / kappa[:, None]
+        away = outer(own.centres - self.mixture.means, spread.ndim)
+        spread = spread + (self.mean_precision * n / kappa).reshape(column) * away
+        # The trace over D columns is D variances' worth.
+        spread = spread / D if spread.ndim == 1 else spread
+        noise = torch.diag(ridge) if spread.ndim == 3 else ridge if spread.ndim == 2 else ridge.mean()
+        spread = spread + n.reshape(column) * noise
+        if len(self.degrees) == 1:
+            n, spread = n.sum(0, keepdim=True) / K, spread.sum(0, keepdim=True) / K
+        degrees = self.degrees + n
+        scatter = self.degrees.reshape(column) * self.covariances + spread
+        return NormalWishart.of(
+            kind, self._counted(own.S0), kappa, means, degrees, scatter / degrees.reshape(column), prior=self
+        )
+
+    def _counted(self, n: Tensor) -> Tensor:
+        """The weights' parameters with so many points more in each component."""
+        if not self.sticks:
+            return self.concentration + n
+        after = running_sum(n.flip(0)).flip(0) - n
+        return self.concentration + torch.stack([n, after.clamp(min=0)])
+
+    def expected_log_weights(self) -> Tensor:
+        """E log π (K,), nats."""
+        if not self.sticks:
+            return torch.digamma(self.concentration) - torch.digamma(self.concentration.sum())
+        a, b = torch.digamma(self.concentration) - torch.digamma(self.concentration.sum(0))
+        return a + torch.cat([b.new_zeros(1), running_sum(b[:-1])])
+
+    def expected_log_determinants(self) -> Tensor:
+        """E log |Λ| (K or 1,), in the logarithm of 1 / squared data units."""
+        D = self.mixture.features
+        return (
+            2 * self.mixture.factor.log_determinant()
+            + D * (2 / self.degrees).log()
+            + torch.digamma(0.5 * self._ladder(self.degrees, D)).sum(-1)
+        )
+
+    @staticmethod
+    def _ladder(degrees: Tensor, D: int) -> Tensor:
+        return degrees[:, None] - torch.arange(D, dtype=degrees.dtype, device=degrees.device)
+
+    @property
+    def offsets(self) -> Tensor:
+        """What the reductions add to the exponents (K,) so that they are the expected log-joint densities, nats."""
+        D = self.mixture.features
+        inner = self.expected_log_determinants() - D / self.mean_precision - D * math.log(2 * math.pi)
+        return self.expected_log_weights() + 0.5 * inner
+
+    def expectation(self) -> tuple[Mixture, float]:
+        """A mixture whose log-joint densities are the expected ones but for a constant, and that constant, nats."""
+        D = self.mixture.features
+        logits = self.offsets - self.mixture.factor.log_determinant()
+        mixture = Mixture(logits, self.mixture.means, self.mixture.factor, validate_args=False).named(
+            self.mixture.columns
+        )
+        return mixture, float(torch.logsumexp(logits, 0)) + 0.5 * D * math.log(2 * math.pi)
+
+    def normaliser(self) -> Tensor:
+        """Logarithm of what the density is divided by, as a function of its natural parameters, nats."""
+        D, tied = self.mixture.features, len(self.degrees) == 1 and self.mixture.components > 1
+        nu = self.degrees
+        roots = self.mixture.factor.log_determinant() - 0.5 * D * nu.log()
+        wishart = nu * roots + 0.5 * nu * D * math.log(2) + torch.lgamma(0.5 * self._ladder(nu, D)).sum(-1)
+        a = self.concentration
+        weights = (torch.lgamma(a).sum(0) - torch.lgamma(a.sum(0))).sum()
+        copies = self.mixture.components if tied else 1
+        return copies * wishart.sum() + weights - 0.5 * D * self.mean_precision.log().sum()
+
+    def divergence(self) -> Tensor:
+        """Kullback-Leibler divergence of this posterior from its prior, nats."""
+        if self.prior is None:
+            return self.concentration.new_zeros(())
+        prior, D, K = self.prior, self.mixture.features, self.mixture.components
+        n = self.mean_precision - prior.mean_precision
+        if self.sticks:
+            logs = torch.digamma(self.concentration) - torch.digamma(self.concentration.sum(0))
+        else:
+            logs = self.expected_log_weights()
+        weights = ((self.concentration - prior.concentration) * logs).sum()
+        column = (-1, *[1] * (self.covariances.ndim - 1))
+        pull = outer(self.mixture.means - prior.mixture.means, self.covariances.ndim)
+        pull = prior.mean_precision.reshape(column) * (pull / D if pull.ndim == 1 else pull)
+        grown = self.degrees.reshape(column) * self.covariances - prior.degrees.reshape(column) * prior.covariances
+        tied = len(self.degrees) == 1
+        about = K * grown - pull.sum(0, keepdim=True) if tied else grown - pull
+        squares = _trace(self.mixture.factor, about)
+        logdets = (n * self.expected_log_determinants()).sum() - (n * D / self.mean_precision).sum()
+        return weights + 0.5 * logdets - 0.5 * squares - self.normaliser() + prior.normaliser()
+
+    def energy(self, sums: Moments) -> Tensor:
+        """Expected log-joint density of points and assignments of such moments, nats."""
+        about = sums.recentre(self.mixture.means)
+        factor = self.mixture.factor
+        S2 = about.S2 / self.mixture.features if about.S2.ndim == 1 else about.S2
+        S2 = S2.sum(0, keepdim=True) if factor.leading == 1 else S2
+        return (self.offsets * about.S0).sum() - 0.5 * _trace(factor, S2)
+
+    def bound(self, sums: Moments, ridge: Tensor) -> tuple[NormalWishart, Tensor]:
+        """The posterior of this one's prior and the moments that this one's expectations led to, and its lower bound.
+
+        Args:
+            sums: Moments of responsibilities by :attr:`offsets` and the plug-in means and factor.
+            ridge: As for :meth:`updated`.
+
+        Returns:
+            The next posterior, and the lower bound of the log-evidence for it and those responsibilities, nats.
+        """
+        assert self.prior is not None, "a prior has no bound"
+        entropy = sums.total - self.energy(sums)
+        new = self.prior.updated(sums, ridge)
+        constant = 0.5 * self.mixture.features * math.log(2 * math.pi) * sums.mass
+        return new, entropy + new.normaliser() - self.prior.normaliser() - constant
+
+    def carried(self, way: Callable[[Mixture], Mixture]) -> NormalWishart:
+        """The same in other coordinates, by what carries a mixture there."""
+        prior = None if self.prior is None else self.prior.carried(way)
+        return replace(self, mixture=way(self.mixture), prior=prior)
+
+    def predictive(self) -> StudentMixture:
+        r"""Density of the next point, parameters integrated out: a mixture of Student's t.
+
+        .. math:: t_{\nu+1-D}\!\left(m_k,\; \frac{\kappa_k+1}{\kappa_k (\nu_k+1-D)} W_k^{-1}\right)
+
+        Reference: Bishop 2006, eq. 10.81. Diagonal precisions give a product of one-dimensional ones.
+        """
+        D, K = self.mixture.features, self.mixture.components
+        family = self.mixture.factor.family
+        nu = self.degrees * (K if len(self.degrees) == 1 else 1)
+        degrees = {"full": nu + 1 - D, "diagonal": nu, "spherical": D * nu}[family]
+        # U Uᵀ = ν W holds for the sum over tied components as well.
+        share = (degrees / nu if family == "full" else torch.ones_like(nu)) * self.mean_precision
+        share = share / (self.mean_precision + 1)
+        factor = self.mixture.factor
+        tensors = {name: tensor.expand(K, -1) for name, tensor in factor.tensors.items()}
+        tensors["log_diagonal"] = tensors["log_diagonal"] + 0.5 * share.log()[:, None]
+        if "upper" in tensors:
+            tensors["upper"] = tensors["upper"] * share.sqrt()[:, None]
+        found = StudentMixture(self.mixture.logits, self.mixture.means, factor.replace(**tensors), degrees.expand(K))
+        found.columns = self.mixture.columns
+        return found
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Mixture:
+        """Draws mixtures: a batch (count,) of them.
+
+        Without a generator torch's global one is used, as by all distributions of torch: two calls draw different mixtures.
+        """
+        K, D, factor = self.mixture.components, self.mixture.features, self.mixture.factor
+        generator = generator_on(generator, self.concentration.device)
+        a = self.concentration.expand(count, *self.concentration.shape)
+        draws = gamma(a, generator)
+        if self.sticks:
+            weights = stick_weights(draws[:, 0] / draws.sum(1))
+        else:
+            weights = draws / draws.sum(-1, keepdim=True)
+        copies = K if factor.leading == 1 else 1
+        nu = (self.degrees * copies).expand(count, -1)
+        if factor.family == "full":
+            root = factor.U / (self.degrees * copies).sqrt()[:, None, None]
+            drawn: Factor = FullFactor.from_factors(root @ bartlett(nu, D, generator))
+        else:
+            shape = 0.5 * nu[..., None] * (D if factor.family == "spherical" else 1)
+            shape = shape.expand(count, *factor.tensors["log_diagonal"].shape)
+            grown = gamma(shape, generator) / shape
+            drawn = factor.replace(log_diagonal=factor.tensors["log_diagonal"] + 0.5 * grown.log())
+        noise = torch.randn(count, K, D, generator=generator, dtype=torch.float64, device=a.device)
+        noise = noise / self.mean_precision.sqrt()[:, None]
+        if factor.family == "full":
+            away = torch.linalg.solve_triangular(drawn.U.mT, noise[..., None], upper=False)[..., 0]
+        else:
+            away = noise / drawn.U
+        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), self.mixture.means + away, drawn)
+        return mixture.named(self.mixture.columns)
+
+
+known("NormalWishart")(NormalWishart)
+
+
+def _kept(factor: Factor) -> Tensor:
+    """Covariances as second moments are kept, but that spherical ones are one column's variance."""
+    if factor.family == "full":
+        return factor.covariances()
+    variances = (-2 * factor.tensors["log_diagonal"]).exp()
+    return variances if factor.family == "diagonal" else variances[:, 0]
+
+
+def _trace(factor: Factor, kept: Tensor) -> Tensor:
+    """Σ tr(U Uᵀ S) over components, of matrices kept like covariances."""
+    if factor.family == "full":
+        return (factor.precisions() * kept).sum()
+    kept = kept if kept.ndim == 2 else kept[:, None] * factor.features
+    return (factor.U.square() * kept).sum()
+
+
+def _mean_weights(concentration: Tensor) -> Tensor:
+    if concentration.ndim == 1:
+        return concentration / concentration.sum()
+    weights = stick_weights(concentration[0] / concentration.sum(0), last=False)
+    return weights / weights.sum()
+
+
+def stick_weights(sticks: Tensor, *, last: bool = True) -> Tensor:
+    """Weights (*, K) from the shares (*, K) that are broken off; ``last`` takes all that is left."""
+    left = torch.cat([torch.ones_like(sticks[..., :1]), (1 - sticks[..., :-1]).cumprod(-1)], -1)
+    return torch.cat([sticks[..., :-1] * left[..., :-1], left[..., -1:]], -1) if last else sticks * left
+
+
+def gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draws from Gamma(shape, 1), never zero."""
+    return torch._standard_gamma(shape.contiguous(), generator=generator).clamp(min=1e-300)
+
+
+def bartlett(degrees: Tensor, features: int, generator: torch.Generator | None) -> Tensor:
+    """Lower-triangular A (*, D, D) with A Aᵀ drawn from Wishart(I, degrees).
+
+    Reference: Bartlett 1933, *On the theory of statistical regression*.
+    """
+    D = features
+    steps = torch.arange(D, dtype=degrees.dtype, device=degrees.device)
+    diagonal = (2 * gamma(0.5 * (degrees[..., None] - steps), generator)).sqrt()
+    noise: Any = torch.randn(*degrees.shape, D, D, generator=generator, dtype=degrees.dtype, device=degrees.device)
+    return noise.tril(-1) + torch.diag_embed(diagonal)

@@ -1,0 +1,8 @@
+"""``python -m gmmkeops.cli``: the command line, for launchers such as torchrun."""
+
+import sys
+
+from gmmkeops.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What works on this machine, and what to type where something does not: compiler, KeOps, CUDA, and both engines.
+
+Every check runs the thing itself on a small problem against the float64 dense engine, so "works" means that it did.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gmmkeops import reductions
+from gmmkeops.reductions import keops_unavailable
+
+__all__ = ["Finding", "examine"]
+
+# Largest difference from the float64 values that counts as right, nats.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Args:
+        what: Its name.
+        ok: Whether it works; None where this machine has no use for it.
+        says: What was seen, in one sentence.
+        remedy: What to type next; empty where nothing is wrong.
+    """
+
+    what: str
+    ok: bool | None
+    says: str
+    remedy: str = ""
+
+
+def examine() -> list[Finding]:
+    """Looks at everything that fits and scores may use; compiles one KeOps formula where it has not been compiled before.
+
+    Returns:
+        Findings, from the general to the particular.
+
+    Example:
+        >>> from gmmkeops import doctor
+        >>> doctor.examine()[0].what
+        'machine'
+    """
+    threads = torch.get_num_threads()
+    found = [
+        Finding("machine", True, f"{platform.system()} {platform.machine()}, Python {platform.python_version()}."),
+        Finding("torch", True, f"torch {torch.__version__} with {threads} CPU threads."),
+        _engine("dense on the CPU", "dense", torch.device("cpu")),
+        _compiler(),
+        _engine("KeOps on the CPU", "keops", torch.device("cpu")),
+    ]
+    return [*found, *_cuda()]
+
+
+def _compiler() -> Finding:
+    for name in ("g++", "c++", "clang++"):
+        if path := shutil.which(name):
+            return Finding("compiler", True, f"{path} is there, which KeOps needs.")
+    return Finding(
+        "compiler",
+        False,
+        "no C++ compiler was found, so KeOps cannot compile its formulas; the dense engine runs without.",
+        "sudo apt install g++   (or: conda install gxx)",
+    )
+
+
+def _cuda() -> list[Finding]:
+    driver = shutil.which("nvidia-smi") is not None
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None and driver:
+            return [
+                Finding(
+                    "CUDA",
+                    False,
+                    f"there is an NVIDIA driver, but torch {torch.__version__} is a build for the CPU.",
+                    "pip install torch --index-url https://download.pytorch.org/whl/cu128",
+                )
+            ]
+        if driver:
+            return [
+                Finding(
+                    "CUDA",
+                    False,
+                    f"torch is built for CUDA {torch.version.cuda} but sees no device; the driver may be too old or the "
+                    "device hidden.",
+                    "nvidia-smi; echo $CUDA_VISIBLE_DEVICES",
+                )
+            ]
+        return [Finding("CUDA", None, "no NVIDIA driver was found; everything runs on the CPU.")]
+    device = torch.device("cuda")
+    properties = torch.cuda.get_device_properties(device)
+    size = properties.total_memory / 2**30
+    found = [Finding("CUDA", True, f"{properties.name}, {size:.0f} GiB, seen by torch (CUDA {torch.version.cuda}).")]
+    return [*found, _engine("dense on CUDA", "dense", device), _engine("KeOps on CUDA", "keops", device)]
+
+
+def _toolkit(version: str) -> str:
+    """Commands that let KeOps find nvrtc and the headers of CUDA, by torch's version of CUDA.
+
+    The wheels that torch brings lack the name ``libnvrtc.so`` that a linker needs, and those of CUDA 12 have their headers in
+    several folders; a folder on ``LD_LIBRARY_PATH`` does not change that.
+    """
+    major, _, minor = version.partition(".")
+    package = "-".join(["cuda-toolkit", *filter(None, (major, minor))])
+    toolkit = f"sudo apt install {package}   (from NVIDIA's package repository); export CUDA_PATH=/usr/local/cuda"
+    if not major.isdigit() or int(major) < 13:
+        return toolkit
+    folder = Path(sysconfig.get_path("purelib")) / "nvidia" / f"cu{major}"
+    wheels = " ".join(f"'nvidia-cuda-{part}=={version}.*'" for part in ("nvrtc", "runtime", "crt", "cccl"))
+    return (
+        f"{toolkit}; or, without the toolkit: pip install {wheels}; export CUDA_PATH={folder}; "
+        f"ln -s libnvrtc.so.{major} $CUDA_PATH/lib/libnvrtc.so; export LD_LIBRARY_PATH=$CUDA_PATH/lib"
+    )
+
+
+def _engine(what: str, backend: str, device: torch.device) -> Finding:
+    """Runs the three reductions by an engine against the dense float64 ones."""
+    if backend == "keops" and (reason := keops_unavailable(device)) is not None:
+        remedy = "pip install pykeops" if "not installed" in reason else ""
+        if "does not see CUDA" in reason:
+            remedy = _toolkit(torch.version.cuda or "")
+        return Finding(what, False, f"{reason}; the dense engine runs instead.", remedy)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 2, generator=generator)
+    means, offsets = torch.randn(5, 2, generator=generator), torch.zeros(5)
+    truth = reductions.logsumexp(x.double(), offsets, means, torch.ones(1, 2), backend="dense")
+    sums = reductions.moments(x.double(), offsets, means, torch.ones(1, 2), backend="dense").S0
+    arguments = (x.to(device), offsets.to(device), means.to(device), torch.ones(1, 2, device=device))
+    began = time.perf_counter()
+    try:
+        values = reductions.logsumexp(*arguments, backend=backend).cpu()
+        found = reductions.moments(*arguments, backend=backend).S0.cpu()
+        labels = reductions.argmax(*arguments, backend=backend).cpu()
+    except (RuntimeError, OSError) as error:
+        return Finding(what, False, f"fails: {str(error).splitlines()[0]}", "gmmkeops doctor --json > report.json")
+    seconds = time.perf_counter() - began
+    worst = max(float((values - truth).abs().max()), float((found - sums).abs().max()) / 500)
+    right = worst < _TOLERANCE and torch.equal(labels, reductions.argmax(x, offsets, means, torch.ones(1, 2)))
+    if not right:
+        return Finding(what, False, f"is wrong by {worst:.1e} nats.", "pip install --force-reinstall pykeops keopscore")
+    return Finding(what, True, f"works, within {worst:.0e} nats of float64 ({seconds:.1f} s for its first calls).")

@@ -1,0 +1,209 @@
+"""Sizes that the headers of files declare, checked against the size of the file before anything is allocated for them.
+
+The libraries that read LAS, LAZ and PLY trust these numbers: a damaged one can ask for gigabytes, loop for hours or end the
+process. References: ASPRS 2019, *LAS specification 1.4-R15*; Isenburg 2013, *LASzip: lossless compression of lidar data*,
+PE&RS 79; Turk 1994, *The PLY polygon file format*.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["Damage", "Layout", "check_las", "check_ply"]
+
+# Bytes of the header of each minor version of LAS.
+_LAS_HEADERS = {0: 227, 1: 227, 2: 227, 3: 235, 4: 375}
+
+# Bytes of the fixed part of a variable-length record.
+_RECORD = 54
+
+# The items that LASzip compresses: bytes of each (0 where any number may be), and layers of those that have some.
+_ITEMS = {0: 0, 6: 20, 7: 8, 8: 6, 9: 29, 10: 30, 11: 6, 12: 8, 13: 29, 14: 0}
+
+_LAYERS = {10: 9, 11: 1, 12: 2, 13: 1}
+
+# Value of the number of points in a chunk that means that it varies.
+_VARIABLE = 0xFFFFFFFF
+
+# Bytes of decompressed points in a chunk up to which several chunks are decompressed at a time.
+_CHUNK = 1 << 26
+
+# Bytes of the types of PLY properties.
+_PLY_TYPES = {
+    **dict.fromkeys((b"char", b"uchar", b"int8", b"uint8"), 1),
+    **dict.fromkeys((b"short", b"ushort", b"int16", b"uint16"), 2),
+    **dict.fromkeys((b"int", b"uint", b"int32", b"uint32", b"float", b"float32"), 4),
+    **dict.fromkeys((b"double", b"float64"), 8),
+}
+
+# Bytes that a PLY header may have.
+_PLY_HEADER = 1 << 20
+
+
+class Damage(ValueError):
+    """A file is damaged, in a way that the message says without naming the file."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the points of a LAS or LAZ file are stored.
+
+    Args:
+        start: Byte of the first point or of the first chunk of compressed points.
+        parallel: Whether chunks are small enough to decompress several of them at a time.
+        laszip: The record that describes the compression, where points are compressed.
+        chunks: Points and bytes of each chunk, where the number of points varies from chunk to chunk.
+    """
+
+    start: int
+    parallel: bool = True
+    laszip: bytes | None = None
+    chunks: tuple[tuple[int, int], ...] | None = None
+
+
+def check_las(path: Path) -> Layout:
+    """Checks the declared sizes of a LAS or LAZ file.
+
+    Raises:
+        Damage: A size does not fit the file.
+    """
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        head = file.read(375)
+        if head[:4] != b"LASF":
+            raise Damage("it does not begin as LAS files do")
+        if len(head) < 227:
+            raise Damage(f"it has {size} bytes, less than a LAS header")
+        minor = head[25]
+        header, start, records = struct.unpack_from("<HII", head, 94)
+        least = _LAS_HEADERS.get(minor, 375)
+        if header < least or len(head) < least or not header <= start <= size:
+            raise Damage(f"its header has {header} bytes and its points begin at byte {start} of {size}")
+        kind, length, points = struct.unpack_from("<BHI", head, 104)
+        if minor >= 4:
+            (points,) = struct.unpack_from("<Q", head, 247)
+        laszip = _records(file, header, start, records)
+        # The two highest bits of the format say that points are compressed.
+        if not kind & 0xC0:
+            end = start + points * length
+            if length == 0 or end > size:
+                raise Damage(f"it has {size} bytes and its header promises {points} points, which end at byte {end}")
+            return Layout(start)
+        if laszip is None:
+            raise Damage("its points are compressed and nothing says how")
+        return _check_chunks(file, laszip, start, size, points, length)
+
+
+def _records(file: BinaryIO, first: int, stop: int, count: int) -> bytes | None:
+    """Walks through the variable-length records; returns what describes the compression, if it is there."""
+    found, place = None, first
+    if count * _RECORD > stop - first:
+        raise Damage(f"it promises {count} records in {stop - first} bytes")
+    for number in range(count):
+        file.seek(place)
+        head = file.read(_RECORD)
+        if len(head) < _RECORD:
+            raise Damage(f"it ends in record {number}")
+        name, (code, length) = head[2:18].rstrip(b"\0"), struct.unpack_from("<HH", head, 18)
+        place += _RECORD + length
+        if place > stop:
+            raise Damage(f"record {number} ends at byte {place}, behind the first point at byte {stop}")
+        if (name, code) == (b"laszip encoded", 22204):
+            found = file.read(length)
+    return found
+
+
+def _check_chunks(file: BinaryIO, laszip: bytes, start: int, size: int, points: int, length: int) -> Layout:
+    """Checks the table of compressed chunks, and in each chunk the sizes of its layers."""
+    if len(laszip) < 34:
+        raise Damage(f"the record of its compression has {len(laszip)} bytes")
+    compressor, _, _, _, _, _, chunk, _, _, count = struct.unpack_from("<HHBBHIIqqH", laszip)
+    if len(laszip) < 34 + 6 * count:
+        raise Damage(f"the record of its compression has {len(laszip)} bytes for {count} items")
+    items = [struct.unpack_from("<HHH", laszip, 34 + 6 * i) for i in range(count)]
+    if sum(bytes_ for _, bytes_, _ in items) != length or not length:
+        raise Damage(f"its points have {length} bytes, but {sum(bytes_ for _, bytes_, _ in items)} when decompressed")
+    if any(code not in _ITEMS or _ITEMS[code] not in (0, bytes_) for code, bytes_, _ in items) or chunk == 0:
+        raise Damage("the record of its compression names items that do not exist")
+    file.seek(start)
+    place = file.read(8)
+    (table,) = struct.unpack("<q", place) if len(place) == 8 else (0,)
+    if table == -1:
+        # A writer that could not go back has put it at the very end.
+        file.seek(size - 8)
+        (table,) = struct.unpack("<q", file.read(8))
+    first = start + 8
+    if not first <= table <= size - 8:
+        raise Damage(f"the table of its chunks is at byte {table} of {size}")
+    file.seek(table)
+    _, chunks = struct.unpack("<II", file.read(8))
+    # Each chunk begins with a point that is not compressed; some writers end with a chunk of no points.
+    if (chunks - 1) * length > table - first:
+        raise Damage(f"it promises {chunks} chunks of points in {table - first} bytes")
+    if chunk != _VARIABLE and chunks - -(-points // chunk) not in (0, 1):
+        raise Damage(f"it promises {points} points in {chunks} chunks of {chunk}")
+    try:
+        import lazrs
+    except ImportError:
+        return Layout(first, False, laszip)
+    file.seek(start)
+    sizes = lazrs.read_chunk_table(file, lazrs.LazVlr(laszip))
+    together = sum(bytes_ for _, bytes_ in sizes)
+    if together != table - first:
+        raise Damage(f"its chunks have {together} bytes together, but {table - first} in the file")
+    if any(0 < bytes_ < length or (bytes_ == 0 and number < chunks - 1) for number, (_, bytes_) in enumerate(sizes)):
+        raise Damage("a chunk is shorter than a point")
+    if chunk == _VARIABLE and sum(rows for rows, _ in sizes) != points:
+        raise Damage(f"its chunks have {sum(rows for rows, _ in sizes)} points together, its header promises {points}")
+    if compressor == 3:
+        layers = sum(_LAYERS.get(code, bytes_) for code, bytes_, _ in items)
+        for number, (_, bytes_) in enumerate(sizes):
+            if not bytes_:
+                continue
+            file.seek(first + length)
+            head = file.read(4 + 4 * layers)
+            own = struct.unpack(f"<{layers}I", head[4:]) if len(head) == 4 + 4 * layers else (size,)
+            if length + 4 + 4 * layers + sum(own) != bytes_:
+                raise Damage(f"the layers of chunk {number} do not fill its {bytes_} bytes")
+            first += bytes_
+    if chunk == _VARIABLE:
+        return Layout(start + 8, True, laszip, tuple((int(rows), int(bytes_)) for rows, bytes_ in sizes))
+    return Layout(start + 8, chunk * length <= _CHUNK, laszip)
+
+
+def check_ply(path: Path) -> None:
+    """Checks that the rows which a PLY file declares can be in it.
+
+    Raises:
+        Damage: The header is not that of a PLY file, or a size does not fit the file.
+    """
+    size, text, needed, count, least = path.stat().st_size, False, 0, 0, 0
+    with open(path, "rb") as file:
+        head, end, _ = file.read(_PLY_HEADER).partition(b"end_header")
+    lines = head.splitlines()
+    if not lines or lines[0].split() != [b"ply"]:
+        raise Damage("it does not begin as PLY files do")
+    if not end:
+        raise Damage("its header does not end")
+    for line in lines:
+        words = line.split()
+        if words[:1] == [b"format"]:
+            text = words[1:2] == [b"ascii"]
+        elif words[:1] == [b"element"]:
+            needed, least = needed + count * least, 0
+            if len(words) != 3 or not words[2].isdigit() or len(words[2]) > 18:
+                raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
+            count = int(words[2])
+        elif words[:1] == [b"property"]:
+            # A list of numbers declares at least its length; in text a number takes two characters.
+            kind = words[2 if words[1:2] == [b"list"] else 1 :][:1]
+            if not kind or kind[0] not in _PLY_TYPES:
+                raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
+            least += 2 if text else _PLY_TYPES[kind[0]]
+    needed += len(head) + len(end) + 1 + count * least
+    # The last number of a text may end the file.
+    if needed > size + text:
+        raise Damage(f"it has {size} bytes and its header promises at least {needed}")

@@ -1,0 +1,547 @@
+r"""Data sets that may be larger than memory: files, memory maps, loaders and functions, read chunk by chunk on every pass.
+
+Rows are counted on every pass, so that a file that is truncated, grows or changes raises an error. The first pass draws a random
+sample of the rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gmmkeops._checks import as_integer, as_tensor, check_finite, mind_fork
+from gmmkeops.data.columns import table_names, table_of
+from gmmkeops.data.points import as_points, as_weights
+from gmmkeops.data.readers.arrays import Arrays, Table
+from gmmkeops.data.readers.base import Chunk, ColumnError, Reader, Unit, reason
+from gmmkeops.data.readers.declared import Damage
+from gmmkeops.data.readers.files import SUFFIXES, Files, open_file
+from gmmkeops.data.readers.streams import Streams
+from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, fingerprint
+
+__all__ = ["NUMBERS", "Source", "chunked", "readable"]
+
+# Entries of a chunk: enough for efficient reductions, few compared with the memory of a process.
+NUMBERS = 1 << 20
+
+# Largest difference of sums of the same numbers in another order, as a fraction of the sum of their absolute values.
+_ROUNDING = 1e-11
+
+# Numbers that are summed at a time.
+_SUMMED = 1 << 16
+
+# Number of row ranges from which a chunk of a pass in random order is read.
+_PLACES = 256
+
+
+class Source:
+    """Points (N, D) that can be read repeatedly, chunk by chunk. All functions that fit or score accept a source.
+
+    Sources are created by :meth:`of`. :func:`gmmkeops.fit` and other functions call it for data that are not in memory.
+
+    Attributes:
+        name: Name of the data in messages.
+        features: Number of columns D.
+        columns: Names of the columns, in the order in which they are read, or None if the data have no names.
+        paths: The files that are read.
+
+    Example:
+        >>> import numpy as np, gmmkeops as gk
+        >>> source = gk.Source.of(lambda: (np.full((4, 2), float(part)) for part in range(3)))
+        >>> source.features, source.survey().rows
+        (2, 12)
+    """
+
+    def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:
+        self.reader, self.name, self.features = reader, reader.name, reader.features
+        self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
+        self.size = max(1, NUMBERS // self.features) if chunk_rows is None else as_integer(chunk_rows, "chunk_rows", 1)
+        given = None if weights is None else as_tensor(weights, name="weights", dtype=torch.float64)
+        self.weights = None if given is None else given.detach().cpu().numpy()
+        self.rows = None if isinstance(reader, Streams) else reader.rows
+        self.share, self.first = (0, 1), 0
+        self.classes: Sequence[int] | None = None
+        self._survey: Survey | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
+        self._stamps: list[tuple[int, int]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Any,
+        *,
+        columns: Sequence[str | int] | None = None,
+        classes: Sequence[int] | None = None,
+        weights: Any = None,
+        chunk_rows: int | None = None,
+    ) -> Source:
+        """Create a source from an array, files, a loader or a function.
+
+        Args:
+            x: An array, a tensor or a memory map (N, D); the path of a ``.npy``, Parquet, LAS, LAZ or PLY file, a folder or
+                a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns a new
+                iterator at each call. Loaders and functions yield arrays (n, D), or pairs (points, weights) with one weight
+                per point, (n,) or (n, 1), as floats. Integers beside the points are refused, since they may be labels.
+            columns: Coordinates to read: names, or indices of the columns of an array. By default all columns except the
+                weights, or x, y and z of LAS and PLY files. Index columns that pandas saves in Parquet files are omitted. Files
+                of one source are matched by column name, in the order of the first file.
+            classes: Classes of points to read from LAS files; None for all.
+            weights: Name or index of the column of weights, or an array of weights (N,).
+            chunk_rows: Number of rows to read at a time; None for chunks of about a million numbers.
+
+        Raises:
+            TypeError: The data can be read only once, such as a generator, or are not numeric.
+            FileNotFoundError, ImportError: The file does not exist, or the library for its format is not installed.
+            ValueError: The file is damaged, a column is missing, or shapes do not match.
+
+        Example:
+            >>> import numpy as np, os, tempfile, gmmkeops as gk
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = os.path.join(folder, "points.npy")
+            ...     np.save(path, np.arange(12.0).reshape(6, 2))
+            ...     gk.Source.of(path).survey().rows
+            6
+        """
+        if isinstance(x, Source):
+            if any(choice is not None for choice in (columns, classes, weights, chunk_rows)):
+                raise ValueError(
+                    "x is already a Source; pass columns, classes, weights and chunk_rows to Source.of instead."
+                )
+            return x
+        if columns is not None and (isinstance(columns, str) or not hasattr(columns, "__len__")):
+            raise TypeError(f"columns must be a list of names or numbers, got {columns!r}; pass [{columns!r}].")
+        if classes is not None:
+            several = isinstance(classes, Iterable) and not isinstance(classes, (str, bytes))
+            if not several:
+                raise TypeError(f"classes must be a list of integers, got {classes!r}; pass [{classes!r}].")
+            classes = [as_integer(item, "each of the classes", 0) for item in classes]
+        column = weights if isinstance(weights, (str, int, np.integer)) and not isinstance(weights, bool) else None
+        given = None if column is not None else weights
+        reader = _reader(x, columns, classes, column)
+        if isinstance(reader, Streams) and (columns is not None or column is not None):
+            raise ValueError(
+                "columns= and weights= cannot be used with a loader or a function; yield the columns, or pairs (points, weights)."
+            )
+        source = cls(reader, given, chunk_rows)
+        source.classes = classes
+        if source.weights is not None:
+            if classes is not None or isinstance(reader, Streams):
+                raise ValueError(
+                    "an array of weights needs a known number of rows, which functions and classes= do not have; name a column "
+                    "of weights, or yield pairs (points, weights)."
+                )
+            if source.weights.shape != (reader.rows,):
+                raise ValueError(
+                    f"weights must have shape ({reader.rows},), one per row of {source.name}, got {source.weights.shape}."
+                )
+        return source
+
+    def units(self, places: int = 1) -> list[list[Unit]] | None:
+        """Groups of units that are read together, for the shard of this process; None for loaders and functions.
+
+        Args:
+            places: Number of row ranges of which each group consists.
+        """
+        if isinstance(self.reader, Streams):
+            return None
+        rank, count = self.share
+        size = max(-(-self.size // places), self.reader.grain if places > 1 else 1)
+        if count > 1:
+            size = min(size, max(1, (self.reader.rows or 0) // (8 * count)))
+        units = self.reader.units(size)
+        return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
+
+    def matched(self, columns: Sequence[str] | None) -> Source:
+        """Return a source of the same rows with the columns of a model, matched by name.
+
+        Args:
+            columns: Names of the model's columns, or None where they are not known.
+
+        Returns:
+            A source of these columns in this order; the same source if the model or the data have no names, so that columns are
+            matched by position.
+
+        Raises:
+            ValueError: A column is missing; the message names it and lists the existing ones.
+
+        Example:
+            >>> import numpy as np, gmmkeops as gk
+            >>> rows = np.array([(1.0, 2.0, 3.0)], [("a", "f8"), ("b", "f8"), ("c", "f8")])
+            >>> gk.Source.of(rows).matched(["c", "a"]).survey().reservoir.sample()[0].tolist()
+            [[3.0, 1.0]]
+        """
+        if columns is None or self.columns is None or self.columns == tuple(columns):
+            return self
+        part = copy.copy(self)
+        part.reader = self.reader.chosen(columns)
+        part.columns, part.features = tuple(columns), len(columns)
+        part.size = self.size if self.chunk_rows else max(1, self.size * self.features // part.features)
+        part._survey = None
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All attributes except the reading thread, which a copy starts when it needs it."""
+        return {**vars(self), "_pool": None}
+
+    def in_chunks(self, rows: int) -> Source:
+        """The same source with chunks of at most ``rows`` rows."""
+        part = copy.copy(self)
+        part.size = min(self.size, rows)
+        return part
+
+    def shared(self, rank: int, count: int, first: int = 0) -> Source:
+        """Shard ``rank`` of ``count`` of the rows, which are numbered from ``first``."""
+        part = copy.copy(self)
+        part.share, part.first, part._survey = (rank, count), first, None
+        return part
+
+    @property
+    def slice(self) -> slice:
+        """Row range of the shard of this process."""
+        units = [unit for group in self.units() or [] for unit in group]
+        return slice(units[0].first, units[-1].first + units[-1].rows) if units else slice(0, 0)
+
+    def identity(self) -> Any:
+        """Identifier for a comparison with other ranks: paths, sizes and times of files, or a hash of an array."""
+        if isinstance(self.reader, Streams):
+            return None
+        if self.reader.paths:
+            self._check_stamps()
+            return [[str(path) for path in self.reader.paths], [list(stamp) for stamp in self._stamps or []]]
+        weights = None if self.weights is None else torch.from_numpy(self.weights)
+        points = self.reader.load(Unit(0, self.rows or 0)).points
+        return fingerprint(points, weights)
+
+    def shuffled(self, generator: torch.Generator) -> list[list[Unit]] | None:
+        """The groups of :meth:`units` in random order, each with rows from several parts of the data."""
+        units = [unit for group in self.units(_PLACES) or [] for unit in group]
+        order = torch.randperm(len(units), generator=generator).tolist()
+        return _grouped([units[i] for i in order], self.size) if units else self.units()
+
+    def chunks(
+        self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Chunk], Any] | None = None
+    ) -> Iterator[Any]:
+        """Iterate over the chunks of one pass. Each chunk is validated, and loaded while the previous one is in use.
+
+        Args:
+            skip: Number of chunks to skip at the beginning.
+            order: Groups of units in the order of reading; None for the order of the rows.
+            prepare: Function that is applied to each chunk in the loading thread; its results are yielded.
+
+        Raises:
+            ValueError: A chunk cannot be read or has entries that are not finite, or the data differ from those of the first
+                pass.
+        """
+        mind_fork()
+        self._check_stamps()
+        tally = _Tally()
+        loaded = self._loaded(self.units() if order is None else order, skip)
+
+        def one() -> Any:
+            chunk = next(loaded, None)
+            if chunk is None:
+                return None
+            tally.add(chunk)
+            return chunk if prepare is None else prepare(chunk)
+
+        loading = self._ahead(one)
+        while (item := loading()) is not None:
+            loading = self._ahead(one)
+            yield item
+        self._check_stamps()
+        if skip == 0 and self._survey is not None:
+            self._compare(tally)
+
+    def _ahead(self, load: Callable[[], Any]) -> Callable[[], Any]:
+        """Start loading in the reading thread; return a function that waits for the result."""
+        if self._pool is None or self._process != os.getpid():
+            # One thread serves all passes, since each new thread would keep memory of its own. A forked process has no threads of
+            # its parent.
+            _share_arenas()
+            self._pool, self._process = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader"), os.getpid()
+        try:
+            return self._pool.submit(load).result
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+            # Without memory for the stack of a thread, the caller loads the chunk itself.
+            self._pool = None
+            return load
+
+    def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
+        if isinstance(self.reader, Streams):
+            pieces: Iterator[Chunk] = islice(_whole(self.reader.chunks(), self.size), skip, None)
+        else:
+            pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
+        # A loop variable would keep the last chunk in memory while the next one is read.
+        return map(self._checked, pieces)
+
+    def _checked(self, chunk: Chunk) -> Chunk:
+        check_finite(chunk.points, name=self.name, first=chunk.first)
+        name = f"weights of {self.name}"
+        return replace(chunk, weights=as_weights(chunk.weights, chunk.points, name=name, some=False, first=chunk.first))
+
+    def _load(self, unit: Unit) -> Chunk:
+        assert isinstance(self.reader, Reader), "units are loaded by a reader"
+        try:
+            if self.reader.paths:
+                self._check_stamps(self.reader.path(unit))
+            chunk = self.reader.load(unit)
+        except Exception as error:
+            if isinstance(error, ColumnError) or not self.reader.paths:
+                raise
+            why = f" ({found})" if (found := reason(error)) else ""
+            raise ValueError(
+                f"{self.name} cannot be read from row {unit.first} to {unit.first + unit.rows}{why}; "
+                "it may be cut short or damaged, or have changed since it was opened."
+            ) from error
+        if self.weights is not None:
+            chunk = replace(chunk, weights=torch.from_numpy(self.weights[unit.first : unit.first + unit.rows]))
+        return replace(chunk, first=self.first + unit.first)
+
+    def _check_stamps(self, which: int | None = None) -> None:
+        """Check that size and modification time of all files, or of one, have not changed."""
+        paths = self.reader.paths
+        if self._stamps is None:
+            self._stamps = [_stamp(path) for path in paths]
+        for i in range(len(paths)) if which is None else [which]:
+            old, new = self._stamps[i], _stamp(paths[i])
+            if old != new:
+                what = f"it had {old[0]} bytes and has {new[0]}" if old[0] != new[0] else "it was written to"
+                raise Damage(f"{paths[i]} changed while it was read: {what}; begin again once it is complete.")
+
+    def _compare(self, tally: _Tally) -> None:
+        survey = self._survey
+        assert survey is not None, "there was a first pass"
+        if tally.rows != survey.rows:
+            raise ValueError(
+                f"{self.name} gave {tally.rows} rows on this pass and {survey.rows} on the first; "
+                "it must give the same points each time."
+            )
+        if abs(tally.total - survey.total[0]) > _ROUNDING * max(survey.total[1], tally.magnitude):
+            raise ValueError(
+                f"{self.name} gave other numbers on this pass (their sum is {tally.total!r}) than on the first "
+                f"({survey.total[0]!r}); it must give the same points each time."
+            )
+
+    def survey(self, size: int = SAMPLE, *, alone: bool = True) -> Survey:
+        """Read all rows once; return their number, total weight, checksums and a random sample. The result is cached.
+
+        Args:
+            size: Smallest size of the sample, if there are enough rows.
+            alone: Whether these are all points, so that there must be at least one, rather than the shard of a rank.
+
+        Raises:
+            ValueError: There are no rows of positive weight, or they cannot be read (:meth:`chunks`).
+        """
+        mind_fork()
+        if self._survey is not None and self._survey.reservoir.size >= size:
+            return self._survey
+        reservoir, tally, squares, mark, single = Reservoir(size), _Tally(), 0.0, 0, True
+        for chunk in self.chunks():
+            reservoir.add(chunk.points, chunk.weights, chunk.first)
+            tally.add(chunk)
+            squares += len(chunk.points) if chunk.weights is None else float(chunk.weights.square().sum())
+            mark += fingerprint(chunk.points, chunk.weights)
+            single &= chunk.points.dtype == torch.float32
+        if not (tally.rows and tally.mass > 0) and alone:
+            raise self.nothing(tally.rows)
+        total = (tally.total, tally.magnitude)
+        self._survey = Survey(tally.rows, tally.mass, squares, total, mark % (1 << 64), single, reservoir)
+        return self._survey
+
+    def nothing(self, rows: int = 0) -> ValueError:
+        """The error for a source without rows, or without rows of positive weight."""
+        if rows:
+            return ValueError(
+                f"weights of {self.name} must not all be zero; leave weights out to weigh all points alike."
+            )
+        if self.classes is not None:
+            return ValueError(
+                f"{self.name} has no points of classes={list(self.classes)}; choose classes that the file has, or leave "
+                "classes out."
+            )
+        return ValueError(f"{self.name} has no rows; pass at least one point.")
+
+
+def _share_arenas() -> None:
+    """Limit the number of memory pools of glibc to two (``mallopt``); no effect with other C libraries.
+
+    Otherwise glibc reserves 64 MB of address space for each thread that allocates memory, which is too much for a process with a
+    limit of one or two gigabytes.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(-8, 2)
+
+
+def _grouped(units: list[Unit], size: int) -> list[list[Unit]]:
+    """Units that are read together, in order, so that each group has about ``size`` rows."""
+    groups: list[list[Unit]] = []
+    room = 0
+    for unit in units:
+        if unit.rows > room:
+            groups.append([])
+            room = size
+        groups[-1].append(unit)
+        room -= unit.rows
+    return groups
+
+
+def _joined(chunks: list[Chunk]) -> Chunk:
+    if len(chunks) == 1:
+        return chunks[0]
+    weights = None
+    if any(chunk.weights is not None for chunk in chunks):
+        one = torch.ones((), dtype=torch.float64)
+        weights = torch.cat([one.expand(len(c.points)) if c.weights is None else c.weights for c in chunks])
+    return Chunk(torch.cat([chunk.points for chunk in chunks]), weights, chunks[0].first)
+
+
+def _whole(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
+    """The same rows, numbered, in chunks of about ``size`` rows: large chunks are split and small ones joined."""
+    few: list[Chunk] = []
+    first = rows = 0
+    for chunk in chunks:
+        for start in range(0, len(chunk.points), size):
+            part = slice(start, start + size)
+            few.append(Chunk(chunk.points[part], None if chunk.weights is None else chunk.weights[part]))
+            rows += len(few[-1].points)
+            if rows >= size:
+                yield replace(_joined(few), first=first)
+                few, first, rows = [], first + rows, 0
+    if few:
+        yield replace(_joined(few), first=first)
+
+
+class _Tally:
+    """Number of rows, total weight, and checksums of a pass."""
+
+    def __init__(self) -> None:
+        self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
+
+    def add(self, chunk: Chunk) -> None:
+        self.rows += len(chunk.points)
+        self.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
+        for part in chunk.points.split(max(1, _SUMMED // chunk.points.shape[1])):
+            self.total += float(part.sum(dtype=torch.float64))
+            self.magnitude += float(part.abs().sum(dtype=torch.float64))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError:
+        raise Damage(f"{path} is gone; put it back and begin again.") from None
+    return status.st_size, status.st_mtime_ns
+
+
+def readable(x: Any) -> bool:
+    """Whether data are read chunk by chunk, rather than given as numbers in memory.
+
+    Raises:
+        TypeError: The data can be read only once (an iterator).
+    """
+    if isinstance(x, Iterator):
+        raise TypeError(
+            f"x is a {type(x).__name__}, which can be read only once, and a fit reads its points many times; "
+            "pass a function that makes a new one at each call."
+        )
+    if isinstance(x, (Source, str, os.PathLike, np.memmap, torch.utils.data.DataLoader)):
+        return True
+    if isinstance(x, (list, tuple)):
+        return len(x) > 0 and all(isinstance(item, (str, os.PathLike)) for item in x)
+    return callable(x) and not hasattr(x, "__array__")
+
+
+def chunked(
+    x: Any, weights: Any = None, *, features: int | None = None, columns: Sequence[str] | None = None
+) -> Iterator[Chunk]:
+    """Validated chunks: points in memory as one chunk, or the chunks of a source.
+
+    Args:
+        x: Points (N, D), or anything that :meth:`Source.of` accepts.
+        weights: Weight of each point (N,), or None.
+        features: Expected D, if known.
+        columns: Names of the model's columns, to which data with names are matched; None if they are not known.
+
+    Raises:
+        TypeError, ValueError: Points or weights are invalid, or a column is missing.
+    """
+    if not readable(x):
+        points = as_points(table_of(x, columns), features=features)
+        return iter([Chunk(points, as_weights(weights, points))])
+    source = Source.of(x, weights=weights).matched(columns)
+    if features not in (None, source.features):
+        raise ValueError(
+            f"{source.name} has {source.features} columns, expected {features} as in the model; pass the same columns."
+        )
+    return _some(source)
+
+
+def _some(source: Source) -> Iterator[Chunk]:
+    """Nonempty chunks of a source; raises if no row has positive weight."""
+    tally = _Tally()
+    for chunk in source.chunks():
+        if len(chunk.points):
+            tally.rows += len(chunk.points)
+            tally.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
+            yield chunk
+    if not tally.mass > 0:
+        raise source.nothing(tally.rows)
+
+
+def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Streams:
+    if not readable(x):
+        return Arrays(x, "x", columns, weights) if table_names(x) is None else Table(x, "x", columns, weights)
+    if isinstance(x, np.memmap):
+        return Arrays(x, f"the memory map of {x.filename}", columns, weights)
+    if isinstance(x, torch.utils.data.DataLoader):
+        return Streams(_Again(x), "the DataLoader", fields=True)
+    if callable(x):
+        return Streams(x, f"the function {getattr(x, '__name__', type(x).__name__)}")
+    files = [path for item in (x if isinstance(x, (list, tuple)) else [x]) for path in _paths(item)]
+    readers = [open_file(path, columns, classes, weights) for path in files]
+    return readers[0] if len(readers) == 1 else Files(readers)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A function that returns the same iterable at each call.
+
+    Args:
+        iterable: An iterable that can be iterated over repeatedly.
+    """
+
+    iterable: Any
+
+    def __call__(self) -> Any:
+        return self.iterable
+
+
+def _paths(item: str | os.PathLike[str]) -> list[Path]:
+    """Sorted files of a path, a folder or a pattern."""
+    path = Path(item)
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not found:
+            raise FileNotFoundError(f"the folder {path} has no files of {', '.join(SUFFIXES)}.")
+        return found
+    if not path.exists() and any(sign in str(item) for sign in "*?["):
+        names = sorted(glob.glob(str(item), recursive=True))
+        if not names:
+            raise FileNotFoundError(f"no file matches {item}.")
+        return [Path(name) for name in names]
+    return [path]

@@ -1,0 +1,81 @@
+"""Robust center and scale of each column: mean and standard deviation of trimmed data.
+
+Rows more than three standard deviations from the mean in any column are removed, repeatedly, as long as that reduces the
+variance of a column to less than a quarter. Reference: Huber and Ronchetti 2009, *Robust statistics*, chapter 3 (trimming, with
+the three-sigma rule as the outlier test).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["NOISE", "check_range", "trimmed_spread"]
+
+# Rows converted to float64 at a time, and largest number of trimming steps: each removes outliers of another magnitude.
+_ROWS, _ROUNDS = 1 << 19, 40
+
+# A column with a smaller spread than this fraction of its distance from the origin is constant up to rounding.
+NOISE = 1e-14
+
+# Lengths whose squares, and sums of many of them, are within the range of float64.
+_SMALLEST, _LARGEST = 1e-150, 1e150
+
+
+def check_range(x: Tensor) -> None:
+    """Raise a ValueError if points (N, D) are so large that squared distances overflow float64."""
+    if x.dtype == torch.float64 and x.numel() and not float(x.abs().amax()) < _LARGEST:
+        row, column = divmod(int(x.abs().argmax()), x.shape[1])
+        raise ValueError(
+            f"x reaches {float(x[row, column]):.3g} at row {row}, column {column}, where squared distances overflow float64; "
+            "rescale the columns."
+        )
+
+
+def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weighted mean and standard deviation of each column without outliers.
+
+    Args:
+        x: Points (N, D), data units.
+        weights: Weight of each point (N,), not negative, or None.
+
+    Returns:
+        Means (D,) and standard deviations (D,), float64, data units.
+
+    Raises:
+        ValueError: Squares of the points or of their spread are beyond the range of float64.
+    """
+    check_range(x)
+    g = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights
+    center, spread = _moments(x, g)
+    for _ in range(_ROUNDS):
+        trimmed, core = _moments(x, g, within=(center, 3 * spread))
+        if not bool((core < spread / 2).any()):
+            break
+        center, spread = trimmed, core
+    tiny = (spread > NOISE * center.abs()) & (spread < _SMALLEST)
+    if bool(tiny.any()):
+        column = int(tiny.nonzero()[0, 0])
+        raise ValueError(
+            f"x has a spread of {float(spread[column]):.3g} in column {column}, whose square underflows float64; rescale the "
+            "columns."
+        )
+    return center, spread
+
+
+def _moments(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column (D,), of all points or of those within some distance of a center.
+
+    The mean is computed first, and squares are taken about it, so that no digits are lost at 10⁷ from the origin.
+    """
+    parts = list(zip(x.split(_ROWS), g.split(_ROWS), strict=True))
+    if within is not None:
+        center, reach = within
+        parts = [(part, h * ((part.double() - center).abs() <= reach).all(1)) for part, h in parts]
+    mass = torch.stack([h.sum() for _, h in parts]).sum().clamp(min=1e-300)
+    mean = torch.stack([h @ part.double() for part, h in parts]).sum(0) / mass
+    # In units of the largest residual, squares of lengths of any size are within range.
+    unit = torch.stack([((part.double() - mean).abs() * (h > 0)[:, None]).amax(0) for part, h in parts]).amax(0)
+    unit = torch.where(unit > 0, unit, 1.0)
+    squares = torch.stack([h @ ((part.double() - mean) / unit).square() for part, h in parts]).sum(0)
+    return mean, unit * (squares / mass).sqrt()

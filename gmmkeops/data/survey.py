@@ -1,0 +1,193 @@
+r"""Statistics of one pass over points: their number, total weight, checksums, and a weighted random sample.
+
+Priority sampling keeps the rows with the largest priorities :math:`g_n / u_n`, each with a weight of :math:`\max(g_n,
+\tau)`, where τ is the largest priority of the other rows; weighted sums over the sample are unbiased. The random
+numbers :math:`u_n` depend only on the row's index, so that the sample does not depend on chunks or ranks. Reference:
+Duffield, Lund and Thorup 2007, *Priority sampling for estimation of arbitrary subset sums*, JACM 54.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["SAMPLE", "Reservoir", "Survey", "fingerprint", "sample"]
+
+# Default size of the sample.
+SAMPLE = 20_000
+
+# Rows whose random numbers are made at a time: in cache, and few enough that torch does not split them among threads, which
+# would wait for each other longer than they work; a GPU wants long kernels.
+_ROWS, _ROWS_CUDA = 32_000, 1 << 22
+
+
+def _signed(number: int) -> int:
+    """A 64-bit pattern as int64 has it; torch's int64 arithmetic is modulo 2⁶⁴, on every device."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_STEP, _FACTORS = _signed(0x9E3779B97F4A7C15), (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
+
+_HASH = _FACTORS[0]
+
+
+class _Uniforms:
+    """Numbers in (0, 1] for rows, in units of 2⁻⁵³, which depend on a row's number alone; the same on every device.
+
+    Reference: Steele, Lea and Flood 2014, *Fast splittable pseudorandom number generators* (the finalizer of SplitMix64).
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.base = torch.arange(1, count + 1, device=device) * _STEP
+        self.z, self.shifted = torch.empty_like(self.base), torch.empty_like(self.base)
+
+    def __call__(self, first: int, count: int) -> Tensor:
+        """The numbers of rows ``first`` to ``first + count`` less one (count,), int64; the next call overwrites them."""
+        z, shifted = self.z[:count], self.shifted[:count]
+        torch.add(self.base[:count], _signed(first * _STEP), out=z)
+        for shift, factor in zip((30, 27), _FACTORS, strict=True):
+            z.bitwise_xor_(_right(z, shift, out=shifted)).mul_(factor)
+        z.bitwise_xor_(_right(z, 31, out=shifted))
+        return _right(z, 11, out=z)
+
+
+def _right(z: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+    """The 64-bit patterns shifted to the right, zeros coming in."""
+    return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+class Reservoir:
+    """Weighted random sample of rows that arrive in any chunks and order; reservoirs of parts can be merged.
+
+    Args:
+        size: Largest number of rows in the sample.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.seen = size, 0
+        # Priorities, weights, numbers and rows, all on the device that the rows came on. They are taken by index_select, which
+        # a CPU does on one core: threads would wait for each other longer than they work (measured: 8x).
+        self._kept: list[tuple[Tensor, ...]] = []
+        self._least = 0.0
+
+    def add(self, points: Tensor, weights: Tensor | None, first: int) -> None:
+        """Add points (n, D) with weights (n,) or None; ``first`` is the index of the first row."""
+        count = max(1, min(len(points), _ROWS_CUDA if points.is_cuda else _ROWS))
+        uniforms, least = _Uniforms(count, points.device), self._least
+        kept: list[tuple[Tensor, ...]] = []
+        for start in range(0, len(points), count):
+            size = min(count, len(points) - start)
+            g = None if weights is None else weights[start : start + size]
+            u = uniforms(first + start, size)
+            self.seen += size if g is None else int((g > 0).sum())
+            if least > 0:
+                # No row whose number is larger can have a priority above the least one, by any weight here.
+                limit = (1.0 if g is None else float(g.max())) / least * 2.0**53
+                rows = (u <= int(min(limit * (1 + 1e-9) + 1, 2.0**53))).nonzero()[:, 0]
+            else:
+                rows = torch.arange(size, device=u.device)
+            own = torch.ones(len(rows), dtype=torch.float64, device=u.device) if g is None else g.index_select(0, rows)
+            priority = own / ((u.index_select(0, rows).double() + 1) * 2.0**-53)
+            above = (priority > least).nonzero()[:, 0]
+            kept.append(tuple(column.index_select(0, above) for column in (priority, own, rows + start)))
+            if sum(len(part[0]) for part in kept) > 2 * self.size:
+                kept, least = self._largest(kept, least)
+        if kept:
+            priority, own, rows = self._largest(kept, least)[0][0]
+            self._take(priority, own, rows + first, points.index_select(0, rows))
+
+    def _take(self, *columns: Tensor) -> None:
+        if len(columns[0]):
+            self._kept.append(columns)
+        if sum(len(part[0]) for part in self._kept) > 2 * self.size:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Keeps the rows of the largest priorities, one more than asked for, which is the threshold."""
+        if self._kept:
+            self._kept, self._least = self._largest(self._kept, self._least)
+
+    def _largest(self, parts: list[tuple[Tensor, ...]], least: float) -> tuple[list[tuple[Tensor, ...]], float]:
+        """Those with the largest priorities, which are the first column, and the least priority that is of interest now."""
+        columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        if len(columns[0]) <= self.size:
+            return [columns], least
+        if len(columns[0]) > self.size + 1:
+            best = columns[0].topk(self.size + 1, sorted=False).indices
+            columns = tuple(column.index_select(0, best) for column in columns)
+        return [columns], float(columns[0].min())
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """Return the kept rows (n, D) and their weights, priorities and row numbers (3, n), float64."""
+        self._cut()
+        if not self._kept:
+            return torch.empty(0, 0), torch.empty(3, 0, dtype=torch.float64)
+        priorities, weights, numbers, rows = self._kept[0]
+        return rows, torch.stack([weights, priorities, numbers.double()])
+
+    def merge(self, rows: Tensor, numbers: Tensor, seen: int) -> None:
+        """Add the result of :meth:`parts` of another reservoir that has seen ``seen`` rows of positive weight."""
+        self.seen += seen
+        weights, priorities, places = numbers
+        self._take(priorities, weights, places.long(), rows)
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Sampled rows (n, D) in the order of their indices, and their weights (n,), float64."""
+        rows, (weights, priorities, numbers) = self.parts()
+        order = numbers.argsort(stable=True)
+        mass = weights
+        if len(rows) > self.size:
+            least = priorities.argmin()
+            mass = torch.maximum(weights, priorities[least])
+            order = order[order != least]
+        return rows.index_select(0, order), mass.index_select(0, order)
+
+
+def sample(x: Tensor, weights: Tensor | None, size: int = SAMPLE) -> tuple[Tensor, Tensor | None]:
+    """A weighted sample of at most ``size`` of the points (N, D); all points if there are no more."""
+    if len(x) <= size:
+        return x, weights
+    reservoir = Reservoir(size)
+    reservoir.add(x, weights, 0)
+    rows, mass = reservoir.sample()
+    return rows, None if weights is None else mass
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Statistics of one pass over the points.
+
+    Args:
+        rows: Number of rows after filtering.
+        mass: Σ g.
+        squares: Σ g².
+        total: Sum of all coordinates, and sum of their absolute values.
+        fingerprint: Hash of the rows, independent of their order.
+        single: Whether all rows are float32.
+        reservoir: The random sample.
+    """
+
+    rows: int
+    mass: float
+    squares: float
+    total: tuple[float, float]
+    fingerprint: int
+    single: bool
+    reservoir: Reservoir
+
+
+def fingerprint(points: Tensor, weights: Tensor | None) -> int:
+    """Hash of rows (n, D) and their weights, independent of their order; hashes of parts are added modulo 2⁶⁴."""
+    total, size = 0, _ROWS_CUDA if points.is_cuda else _ROWS
+    for start in range(0, len(points), size):
+        # Adding zero makes the two zeros one.
+        part = points[start : start + size].double() + 0.0
+        columns = list(part.T) + ([] if weights is None else [weights[start : start + size]])
+        mixed = torch.full((len(part),), _STEP, device=part.device)
+        for column in columns:
+            mixed = (mixed ^ column.contiguous().view(torch.int64)).mul_(_HASH)
+            mixed ^= _right(mixed, 29)
+        total += int(mixed.sum())
+    return total % (1 << 64)

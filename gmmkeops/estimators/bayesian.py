@@ -1,0 +1,254 @@
+"""Variational Bayesian mixtures with scikit-learn's interface."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_choice, as_integer, as_number, as_tensor, check_finite, renamed
+from gmmkeops.bayes import NormalWishart, VariationalBayes
+from gmmkeops.components import factor_class
+from gmmkeops.data import Source
+from gmmkeops.estimators.base import MixtureEstimator
+from gmmkeops.fitting import FitResult, Method
+from gmmkeops.models import Mixture
+
+__all__ = ["BayesianGaussianMixture"]
+
+WEIGHTS = ("dirichlet_process", "dirichlet_distribution")
+
+# Attributes that define the posterior.
+_POSTERIOR = ("weight_concentration_", "mean_precision_", "means_", "degrees_of_freedom_", "covariances_")
+
+
+class BayesianGaussianMixture(MixtureEstimator):
+    r"""Variational Bayesian Gaussian mixture with scikit-learn's parameters, methods and attributes.
+
+    .. math:: q(\pi)\, q(\mu, \Lambda) \approx p(\pi, \mu, \Lambda \mid x), \qquad \mu_k \mid \Lambda_k \sim
+              \mathcal N(m_k, (\kappa_k \Lambda_k)^{-1}), \quad \Lambda_k \sim \mathcal W(V_k, \nu_k)
+
+    As in scikit-learn, ``predict``, ``predict_proba`` and ``score_samples`` use the expected log-densities under the posterior.
+    ``posterior_.predictive()`` is the predictive density, a mixture of Student's t distributions. ``mixture_`` is the plug-in
+    mixture, with the expected weights, means and precisions. ``posterior_.sample(1000)`` draws mixtures. The conventions for
+    diagonal, spherical and tied priors are those of scikit-learn.
+
+    Args:
+        n_components: Largest number of components K.
+        covariance_type: As for :class:`GaussianMixture`.
+        tol: Tolerance of the lower bound of all points together, nats (not per point).
+        reg_covar, max_iter, n_init, init_params, random_state, verbose, verbose_interval: As for :class:`GaussianMixture`.
+        weight_concentration_prior_type: "dirichlet_process" (stick-breaking) or "dirichlet_distribution".
+        weight_concentration_prior: Concentration of each stick (process) or weight (distribution); 1 / K if None.
+        mean_precision_prior: Prior precision κ of the means, as a number of pseudo-observations; 1 if None.
+        mean_prior: Prior mean (D,), data units; the mean of the data if None.
+        degrees_of_freedom_prior: Degrees of freedom of the Wishart prior, above D - 1; D if None.
+        covariance_prior: Prior covariance: (D, D) for full and tied, (D,) for diagonal, a number for spherical types, squared
+            data units; the covariance of the data if None.
+        warm_start: Start from the fitted posterior, and continue the history of the last fit for the test of convergence. If
+            ``n_components``, ``covariance_type``, ``weight_concentration_prior_type`` or the columns differ from those of the
+            last fit, a new fit starts.
+        batch_size: Points per natural-gradient step, or None for full passes.
+        device, dtype, backend, truncate, checkpoint, max_memory: As for :class:`GaussianMixture`.
+
+    Attributes:
+        weight_concentration_: Posterior concentrations (K,), or the pair of Beta parameters of the sticks, (K,) each.
+        mean_precision_: Posterior κ (K,).
+        means_: Posterior m (K, D), data units.
+        degrees_of_freedom_: Posterior ν (K,), or a number when tied.
+        covariances_: Inverses of the expected precisions, in the shapes of :class:`GaussianMixture`, squared data units.
+        weights_: Weights (K,) of ``mixture_``.
+        precisions_: Precisions of ``mixture_``, as for :class:`GaussianMixture`.
+        precisions_cholesky_: Factors of these precisions.
+        weight_concentration_prior_, mean_precision_prior_, mean_prior_, degrees_of_freedom_prior_, covariance_prior_: The prior
+            that was used, with the defaults filled in.
+        lower_bound_: Lower bound of the log-evidence of all points without constants, nats, as in scikit-learn.
+        lower_bounds_: List of lower bounds, one for each iteration, nats.
+        evidence_bound_: Lower bound of the log-evidence with all constants and optimal responsibilities, nats; use it to compare
+            models.
+        posterior_: The :class:`~gmmkeops.bayes.NormalWishart`.
+        mixture_: The plug-in :class:`~gmmkeops.Mixture`; ``converged_``, ``n_iter_``, ``result_``, ``n_features_in_`` and
+            ``feature_names_in_`` are as for :class:`GaussianMixture`.
+
+    Reference:
+        Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1.
+
+    Raises:
+        TypeError, ValueError, sklearn.exceptions.NotFittedError: As for :class:`GaussianMixture`.
+
+    Example:
+        >>> import numpy as np
+        >>> from gmmkeops import BayesianGaussianMixture
+        >>> X = np.array([[1, 2], [1, 4], [1, 0], [4, 2], [12, 4], [10, 7]])
+        >>> bgm = BayesianGaussianMixture(n_components=2, random_state=42).fit(X)
+        >>> [float(m) for m in sorted(bgm.means_[:, 0].round(1))]
+        [2.5, 8.5]
+    """
+
+    def __init__(
+        self,
+        *,
+        n_components: int = 1,
+        covariance_type: str = "full",
+        tol: float = 1e-3,
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        n_init: int = 1,
+        init_params: str = "kmeans",
+        weight_concentration_prior_type: str = "dirichlet_process",
+        weight_concentration_prior: float | None = None,
+        mean_precision_prior: float | None = None,
+        mean_prior: Any = None,
+        degrees_of_freedom_prior: float | None = None,
+        covariance_prior: Any = None,
+        random_state: Any = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        batch_size: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        backend: str = "auto",
+        truncate: float | None = None,
+        checkpoint: Any = None,
+        max_memory: Any = None,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance_type = covariance_type
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.init_params = init_params
+        self.weight_concentration_prior_type = weight_concentration_prior_type
+        self.weight_concentration_prior = weight_concentration_prior
+        self.mean_precision_prior = mean_precision_prior
+        self.mean_prior = mean_prior
+        self.degrees_of_freedom_prior = degrees_of_freedom_prior
+        self.covariance_prior = covariance_prior
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.batch_size = batch_size
+        self.device = device
+        self.dtype = dtype
+        self.backend = backend
+        self.truncate = truncate
+        self.checkpoint = checkpoint
+        self.max_memory = max_memory
+
+    def _check(self) -> None:
+        super()._check()
+        as_choice(self.weight_concentration_prior_type, "weight_concentration_prior_type", WEIGHTS)
+        for name in ("weight_concentration_prior", "mean_precision_prior", "degrees_of_freedom_prior"):
+            if getattr(self, name) is not None:
+                as_number(getattr(self, name), name, 0, above=True)
+        if self.batch_size is not None:
+            as_integer(self.batch_size, "batch_size", 1)
+        for name in ("mean_prior", "covariance_prior"):
+            if getattr(self, name) is not None:
+                value = as_tensor(getattr(self, name), name=name, dtype=torch.float64)
+                check_finite(value.reshape(-1), name=name, rows="entry")
+
+    def _check_columns(self, features: int) -> None:
+        D, nu = features, self.degrees_of_freedom_prior
+        if nu is not None and not nu > D - 1:
+            raise ValueError(f"degrees_of_freedom_prior must be above {D - 1} for {D} columns, got {nu:g}.")
+        family = factor_class(self.covariance_type)[0].family
+        shapes: dict[str, tuple[int, ...]] = {
+            "mean_prior": (D,),
+            "covariance_prior": {"full": (D, D), "diagonal": (D,), "spherical": ()}[family],
+        }
+        for name, shape in shapes.items():
+            if getattr(self, name) is None:
+                continue
+            value = as_tensor(getattr(self, name), name=name, dtype=torch.float64)
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape} for covariance_type={self.covariance_type!r} and {D} columns, got "
+                    f"{tuple(value.shape)}."
+                )
+            if name == "covariance_prior":
+                with renamed("covariances", name):
+                    factor_class(self.covariance_type)[0].from_covariances(value[None], features=D)
+
+    def _method(self, warm: bool) -> Method[Any]:
+        kappa = self.mean_precision_prior
+        return VariationalBayes(
+            weights=self.weight_concentration_prior_type,
+            concentration=self.weight_concentration_prior,
+            mean_precision=1.0 if kappa is None else float(kappa),
+            means=self.mean_prior,
+            degrees=self.degrees_of_freedom_prior,
+            covariances=self.covariance_prior,
+            begin=self._remembered() if warm else None,
+            batch_size=self.batch_size,
+            reg_covar=float(self.reg_covar),
+            max_iter=self.max_iter,
+            tol=float(self.tol),
+        )
+
+    def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+        return self._found_start(x, g, generator).to(device)
+
+    def _last(self, shape: tuple[int, int]) -> Mixture | None:
+        if not all(hasattr(self, name) for name in _POSTERIOR) or tuple(self.means_.shape) != shape:
+            return None
+        sticks = self.weight_concentration_prior_type == "dirichlet_process"
+        if isinstance(self.weight_concentration_, tuple) is not sticks or (self.fitted_ and not self._same_model()):
+            return None
+        return self._remembered().mixture
+
+    def _remembered(self) -> NormalWishart:
+        """The posterior from the fitted attributes."""
+        kind, tied = factor_class(self.covariance_type)
+
+        def tensor(name: str) -> Tensor:
+            value = getattr(self, name)
+            value = torch.stack([torch.as_tensor(part) for part in value]) if isinstance(value, tuple) else value
+            return torch.as_tensor(value, dtype=torch.float64)
+
+        covariances = tensor("covariances_")
+        return NormalWishart.of(
+            kind,
+            tensor("weight_concentration_"),
+            tensor("mean_precision_"),
+            tensor("means_"),
+            tensor("degrees_of_freedom_").reshape(-1),
+            covariances[None] if tied else covariances,
+        )
+
+    def _conclude(self, best: FitResult) -> None:
+        q, tensors = best.posterior, self._tensors
+        tied = factor_class(self.covariance_type)[1]
+
+        def shown(posterior: NormalWishart, name: str) -> Any:
+            values = getattr(posterior, name)
+            return self._out(values[0] if tied else values, tensors)
+
+        a = q.concentration
+        self.weight_concentration_ = (
+            tuple(self._out(part, tensors) for part in a) if q.sticks else self._out(a, tensors)
+        )
+        self.mean_precision_ = self._out(q.mean_precision, tensors)
+        self.degrees_of_freedom_ = float(q.degrees[0]) if tied else self._out(q.degrees, tensors)
+        prior = q.prior
+        self.weight_concentration_prior_ = float(prior.concentration.reshape(-1)[-1])
+        self.mean_precision_prior_, self.degrees_of_freedom_prior_ = (
+            float(prior.mean_precision[0]),
+            float(prior.degrees[0]),
+        )
+        self.mean_prior_ = self._out(prior.mixture.means[0], tensors)
+        self.covariance_prior_ = self._out(prior.covariances[0] * prior.degrees[0], tensors)
+        mass = best.report.mass
+        constant = float(prior.normaliser()) + 0.5 * math.log(2 * math.pi) * mass * q.mixture.features
+        self.lower_bounds_ = [constant - mass * value for value in best.history["objective"]]
+        self.evidence_bound_ = -mass * best.objective
+        self.lower_bound_ = self.lower_bounds_[-1] if self.lower_bounds_ else constant + self.evidence_bound_
+        self.posterior_ = q
+
+    def _judge(self) -> tuple[Mixture, float]:
+        return self.posterior_.expectation()

@@ -1,0 +1,158 @@
+r"""What scikit-learn asks of an estimator, by duck typing: parameters, tags, feature names, errors it recognises.
+
+scikit-learn itself is imported only where the user already has. Reference: scikit-learn's developer guide, *Developing
+scikit-learn estimators*.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from gmmkeops._checks import ConvergenceWarning
+
+__all__ = ["Estimator", "NotFittedError", "column_names", "convergence_warning"]
+
+Self = TypeVar("Self", bound="Estimator")
+
+
+class NotFittedError(ValueError, AttributeError):
+    """The model has no parameters yet."""
+
+
+def _not_fitted(message: str) -> Exception:
+    """scikit-learn's own class where the user has it, so that its callers recognise it."""
+    if "sklearn" in sys.modules:
+        from sklearn.exceptions import NotFittedError as Theirs
+
+        return Theirs(message)
+    return NotFittedError(message)
+
+
+class Estimator:
+    """Parameters are the constructor's arguments, kept under their own names; fitted once there is a ``mixture_``."""
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        """The constructor's default of an argument; None where a subclass has no such argument."""
+        parameter = inspect.signature(cls.__init__).parameters.get(name)
+        return None if parameter is None else parameter.default
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's arguments by name."""
+        return {name: getattr(self, name) for name in self._names()}
+
+    def set_params(self: Self, **params: Any) -> Self:
+        """Sets arguments of the constructor by name.
+
+        Raises:
+            ValueError: There is no such argument.
+        """
+        names = self._names()
+        for name in params:
+            if name not in names:
+                raise ValueError(
+                    f"Invalid parameter {name!r} for estimator {self}. Valid parameters are: {sorted(names)!r}."
+                )
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        defaults = inspect.signature(type(self).__init__).parameters
+        changed = [
+            f"{name}={value!r}"
+            for name, value in self.get_params().items()
+            if repr(value) != repr(defaults[name].default)
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="density_estimator",
+            target_tags=TargetTags(required=False),
+            transformer_tags=None,
+            regressor_tags=None,
+            classifier_tags=None,
+            input_tags=InputTags(),
+        )
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "mixture_")
+
+    def _check_names(self, names: np.ndarray | None) -> None:
+        fitted = getattr(self, "feature_names_in_", None)
+        if names is None and fitted is not None:
+            warnings.warn(
+                f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names",
+                UserWarning,
+                stacklevel=4,
+            )
+        elif names is not None and fitted is None:
+            warnings.warn(
+                f"X has feature names, but {type(self).__name__} was fitted without feature names",
+                UserWarning,
+                stacklevel=4,
+            )
+        elif names is not None and fitted is not None and list(names) != list(fitted):
+            message = "The feature names should match those that were passed during fit.\n"
+            unseen, missing = sorted(set(names) - set(fitted)), sorted(set(fitted) - set(names))
+            if unseen:
+                message += "Feature names unseen at fit time:\n" + "".join(f"- {name}\n" for name in unseen)
+            if missing:
+                message += "Feature names seen at fit time, yet now missing:\n" + "".join(
+                    f"- {name}\n" for name in missing
+                )
+            if not unseen and not missing:
+                message += "Feature names must be in the same order as they were in fit.\n"
+            raise ValueError(message)
+
+    def _require_fitted(self) -> None:
+        if not self.__sklearn_is_fitted__():
+            raise _not_fitted(
+                f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments before using "
+                "this estimator."
+            )
+
+
+def convergence_warning() -> type[Warning]:
+    """Ours, which is scikit-learn's too where the user has that."""
+    if "sklearn" not in sys.modules:
+        return ConvergenceWarning
+    from sklearn.exceptions import ConvergenceWarning as Theirs
+
+    return _both(Theirs)
+
+
+@cache
+def _both(theirs: type[Warning]) -> type[Warning]:
+    return type("ConvergenceWarning", (ConvergenceWarning, theirs), {})
+
+
+def column_names(X: Any) -> np.ndarray | None:
+    """Names of the columns of a table, as scikit-learn reads them, or None."""
+    columns = getattr(X, "columns", None)
+    if columns is None or isinstance(X, (np.ndarray, Tensor)):
+        return None
+    names = np.asarray(columns, dtype=object)
+    kinds = sorted({type(name).__name__ for name in names})
+    if kinds == ["str"]:
+        return names
+    if "str" in kinds:
+        raise TypeError(
+            "Feature names are only supported if all input features have string names, but your input has "
+            f"{kinds} as feature name / column name types. Convert them with X.columns = X.columns.astype(str)."
+        )
+    return None

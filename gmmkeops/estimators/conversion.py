@@ -1,0 +1,89 @@
+r"""To and from scikit-learn's fitted mixtures: the same parameters under the same names.
+
+.. math:: \Sigma_k^{-1} = U_k U_k^\top, \qquad U_k = \text{precisions\_cholesky\_}_k
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from gmmkeops.estimators.gaussian import GaussianMixture
+from gmmkeops.models import Mixture
+
+__all__ = ["from_sklearn", "to_sklearn"]
+
+
+def from_sklearn(model: Any) -> GaussianMixture:
+    """An estimator with the parameters of a fitted ``sklearn.mixture.GaussianMixture``.
+
+    Raises:
+        ValueError: The model is not fitted.
+
+    Example:
+        >>> import numpy as np, gmmkeops as gk
+        >>> from sklearn.mixture import GaussianMixture
+        >>> X = np.random.default_rng(0).normal(size=(50, 2))
+        >>> theirs = GaussianMixture(2, random_state=0).fit(X)
+        >>> bool(np.allclose(gk.from_sklearn(theirs).score_samples(X), theirs.score_samples(X)))
+        True
+    """
+    if not hasattr(model, "covariances_"):
+        raise ValueError(f"{type(model).__name__} is not fitted; call its fit first.")
+    mixture = Mixture.from_parameters(model.weights_, model.means_, model.covariances_, model.covariance_type)
+    names = getattr(model, "feature_names_in_", None)
+    mixture = mixture.named(None if names is None else tuple(names))
+    ours = GaussianMixture.from_mixture(mixture, covariance_type=model.covariance_type)
+    for name in ("converged_", "n_iter_"):
+        if hasattr(model, name):
+            setattr(ours, name, getattr(model, name))
+    return ours
+
+
+def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
+    """A fitted ``sklearn.mixture.GaussianMixture`` with these parameters (tied diagonal and spherical become tied full).
+
+    Args:
+        mixture: One mixture, or a fitted estimator.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: A batch of mixtures.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([0.5, 0.5], [[0.0], [9.0]], [1.0, 1.0], "spherical")
+        >>> gk.to_sklearn(m).predict([[1.0], [8.0]]).tolist()
+        [0, 1]
+    """
+    from sklearn.mixture import GaussianMixture as Theirs
+
+    if isinstance(mixture, GaussianMixture):
+        mixture._require_fitted()
+    ours = mixture if isinstance(mixture, GaussianMixture) else GaussianMixture.from_mixture(mixture)
+    kind = (
+        "tied"
+        if ours._fitted_type.startswith("tied_")
+        else {"diagonal": "diag"}.get(ours._fitted_type, ours._fitted_type)
+    )
+    theirs = Theirs(ours.mixture_.components, covariance_type=kind)
+    fitted = ours.mixture_.detach().to(device="cpu", dtype=torch.float64)
+    covariances, precisions, factors = fitted.factor.covariances(), fitted.factor.precisions(), fitted.factor.matrices()
+    if theirs.covariance_type in ("diag", "spherical"):
+        covariances, precisions, factors = (m.diagonal(dim1=-2, dim2=-1) for m in (covariances, precisions, factors))
+    if theirs.covariance_type == "spherical":
+        covariances, precisions, factors = (m[:, 0] for m in (covariances, precisions, factors))
+    if theirs.covariance_type == "tied":
+        covariances, precisions, factors = covariances[0], precisions[0], factors[0]
+    theirs.weights_, theirs.means_ = fitted.weights.numpy(), fitted.means.numpy()
+    theirs.covariances_, theirs.precisions_ = covariances.numpy(), precisions.numpy()
+    theirs.precisions_cholesky_ = factors.numpy()
+    # scikit-learn's warm start goes on from a model only where it finds these.
+    theirs.converged_, theirs.n_iter_ = bool(getattr(ours, "converged_", False)), int(getattr(ours, "n_iter_", 0))
+    theirs.n_features_in_ = fitted.features
+    if fitted.columns is not None:
+        theirs.feature_names_in_ = np.array(fitted.columns, dtype=object)
+    theirs.lower_bound_ = getattr(ours, "lower_bound_", -float("inf"))
+    return theirs

@@ -1,0 +1,360 @@
+r"""Gaussian mixtures with scikit-learn's interface, based on :func:`gmmkeops.fit`.
+
+.. math:: p(x) = \sum_k W_k\, \mathcal N(x; \mu_k, \Sigma_k)
+
+scikit-learn is not required; with it, ``clone``, pipelines and searches work. Reference: Pedregosa et
+al. 2011, *Scikit-learn: machine learning in Python*; names and shapes are those of ``sklearn.mixture``, with tgmm's for the
+tied types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gmmkeops import analysis, models
+from gmmkeops._checks import as_tensor, check_finite, renamed
+from gmmkeops.components import Factor, Moments, factor_class
+from gmmkeops.data import Source, as_weights, readable
+from gmmkeops.estimators.base import MixtureEstimator, Trace, generator_of, in_own_words
+from gmmkeops.estimators.saved import packed, unpacked
+from gmmkeops.fitting import EM, Adam, FitResult, Method
+from gmmkeops.models import Mixture, as_mixture
+
+__all__ = ["GaussianMixture"]
+
+# Attributes that follow from the mixture.
+_OF_THE_MIXTURE = (
+    "mixture_",
+    "weights_",
+    "means_",
+    "covariances_",
+    "precisions_",
+    "precisions_cholesky_",
+    "n_features_in_",
+    "feature_names_in_",
+)
+
+
+class GaussianMixture(MixtureEstimator):
+    r"""Gaussian mixture with scikit-learn's parameters, methods and attributes.
+
+    .. math:: \max_\theta\; \frac{1}{\sum g} \sum_n g_n \log \sum_k W_k\, \mathcal N(x_n;\, \mu_k, \Sigma_k)
+              - \text{penalty}(\theta)
+
+    Args:
+        n_components: Number of components K.
+        covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
+        solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``. ``tol``, ``max_iter`` and ``reg_covar``
+            may be set in the method or in the estimator, by a value other than the default. It is an error to set different
+            values in both; a setting that is set in neither has the default of the method.
+        penalty: A penalty (:mod:`gmmkeops.penalties`) or a function of a mixture, nats per point.
+        tol: Tolerance of the mean log-likelihood (or penalized objective), nats per point; see :class:`gmmkeops.EM`.
+        reg_covar: Added to the diagonal of covariances by EM, squared data units. An error with Adam, which has no such setting.
+        max_iter: Largest number of iterations.
+        n_init: Number of fits from different initializations, of which the best one is kept.
+        init_params: "kmeans", "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").
+        weights_init, means_init, precisions_init: Initial weights (K,), means (K, D), data units, and precisions in the shape of
+            the covariances, 1 / squared data units. Those that are None are computed by ``init_params``.
+        random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. With None a fixed seed is used, so that the
+            same fit gives the same result in every process. Global random states are not used or changed.
+        warm_start: Start from the parameters of the last fit, and continue its history for the test of convergence. If
+            ``n_components``, ``covariance_type`` or the columns differ from those of the last fit, a new fit starts.
+        verbose: Write a line to stderr every ``verbose_interval`` iterations; with 2 or more, show a progress bar in a terminal
+            instead.
+        verbose_interval: See ``verbose``.
+        device: Device of the computation, e.g. "cuda"; by default that of the data.
+        dtype: Precision of the computation and of densities and probabilities, "float32" or "float64". By default float32 data
+            are computed in float32 and all others in float64. A fit continues in float64 if float32 is not accurate enough.
+        backend: "auto", "keops" or "dense".
+        truncate: Largest fraction ε of each point's density that may be neglected (:func:`gmmkeops.fit`); 0 evaluates every pair
+            of point and component. None is about the rounding error of the dtype, where this saves time.
+        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state of the fit is written and from which it
+            resumes; needs ``n_init=1``.
+        max_memory: Memory limit of a fit, in bytes or as text such as "1.5GB" (:func:`gmmkeops.fit`).
+
+    Attributes:
+        weights_: Weights (K,). These and the following attributes are float64 numpy arrays, or tensors if the data were a tensor.
+        means_: Means (K, D), data units.
+        covariances_: Covariances (K, D, D), (K, D) or (K,), without the K when tied; squared data units.
+        precisions_: Inverses of the covariances, in the same shapes, 1 / squared data units.
+        precisions_cholesky_: Upper-triangular factors U of the precisions :math:`U U^\top`, 1 / data units.
+        converged_: Whether the tolerance was met.
+        n_iter_: Number of iterations of the last ``fit``; after ``partial_fit`` the number of batches so far.
+        lower_bound_: Mean log-likelihood minus penalty of the fitted parameters, nats per point.
+        lower_bounds_: List of lower bounds of the parameters before each iteration, nats per point.
+        mixture_: The :class:`~gmmkeops.Mixture`.
+        result_: The :class:`~gmmkeops.FitResult` of the best fit. After ``partial_fit`` and ``from_mixture``, the attributes that
+            describe a fit do not exist.
+        n_features_in_: Number of columns D.
+        feature_names_in_: Names of the columns; exists only if the data had names.
+
+    Raises:
+        TypeError, ValueError: Raised by ``fit`` and methods that take points: parameters are invalid, points are not numeric or
+            not finite, have other columns than the model, or are fewer than the components.
+        sklearn.exceptions.NotFittedError: Raised by methods that need a fitted model, before a fit.
+
+    Example:
+        >>> import numpy as np
+        >>> from gmmkeops import GaussianMixture
+        >>> X = np.array([[1, 2], [1, 4], [1, 0], [10, 2], [10, 4], [10, 0]])
+        >>> gm = GaussianMixture(n_components=2, random_state=0).fit(X)
+        >>> sorted(gm.means_.round(6).tolist())
+        [[1.0, 2.0], [10.0, 2.0]]
+        >>> bool(gm.predict([[0, 0]])[0] == gm.predict([[1, 1]])[0])
+        True
+    """
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        covariance_type: str = "full",
+        solver: str | Method[Any] = "em",
+        penalty: Any = None,
+        tol: float = 1e-3,
+        reg_covar: float = 1e-6,
+        max_iter: int = 100,
+        n_init: int = 1,
+        init_params: str = "kmeans",
+        weights_init: Any = None,
+        means_init: Any = None,
+        precisions_init: Any = None,
+        random_state: Any = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        device: Any = None,
+        dtype: Any = None,
+        backend: str = "auto",
+        truncate: float | None = None,
+        checkpoint: Any = None,
+        max_memory: Any = None,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance_type = covariance_type
+        self.solver = solver
+        self.penalty = penalty
+        self.tol = tol
+        self.reg_covar = reg_covar
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.init_params = init_params
+        self.weights_init = weights_init
+        self.means_init = means_init
+        self.precisions_init = precisions_init
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.device = device
+        self.dtype = dtype
+        self.backend = backend
+        self.truncate = truncate
+        self.checkpoint = checkpoint
+        self.max_memory = max_memory
+
+    @property
+    def partial_fit(self) -> Callable[..., GaussianMixture]:
+        """Perform one step of stepwise EM on a batch, ``partial_fit(X, y=None, sample_weight=None)``; returns the estimator.
+
+        The first call computes the initial mixture from its batch, which needs at least K points. The moments of the t-th batch
+        enter a running average with weight (t + 2)^-0.6, so that old batches are slowly forgotten. After ``fit``,
+        ``from_mixture`` or ``load``, a new running average starts from the fitted mixture; after a change of ``n_components`` or
+        ``covariance_type``, a new mixture is initialized from the batch. ``n_iter_`` is then the number of batches,
+        ``converged_`` is False, and ``lower_bound_``, ``lower_bounds_`` and ``result_`` do not exist, because there is no
+        training set to compute them on.
+
+        Raises:
+            AttributeError: The solver is not EM.
+            TypeError, ValueError: Parameters or data are invalid; the estimator is then unchanged.
+        """
+        if self.solver != "em" and not isinstance(self.solver, EM):
+            raise AttributeError('partial_fit is a step of EM; construct the estimator with solver="em".')
+        return self._partial_fit
+
+    @in_own_words()
+    def _partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
+        self._check()
+        method, goes_on = cast(EM, self._method(False)), self._same_model()
+        x, names = self._points(X, fitting=not goes_on, minimum=1 if goes_on else max(self.n_components, 2))
+        self._check_columns(x.shape[1])
+        g = as_weights(sample_weight, x, name="sample_weight")
+        if goes_on:
+            start, memory = self.mixture_.to(x.device), self._memory
+            columns = self.mixture_.columns
+        else:
+            start, memory = self._start(x, g, generator_of(self.random_state, x.device), x.device), None
+            columns = None if names is None else tuple(names)
+        if memory is not None:
+            sums = memory[0]
+            sums = Moments(*(getattr(sums, field.name).to(x.device) for field in fields(sums)))
+            memory = (sums, *memory[1:])
+        mixture, memory = method.update(start, x, memory, penalty=self.penalty, weights=g, backend=self.backend)
+        self._adopt(mixture.named(columns), torch.is_tensor(X))
+        self._memory, self.n_iter_, self.converged_ = memory, memory[1], False
+        return self
+
+    @classmethod
+    def from_mixture(cls, mixture: Mixture, **params: Any) -> GaussianMixture:
+        """Create an estimator with the parameters of a mixture, which can score, sample and predict without ``fit``.
+
+        It has no ``converged_``, ``n_iter_``, ``lower_bound_``, ``lower_bounds_`` and ``result_``, which describe a fit.
+
+        Args:
+            mixture: One mixture, data units.
+            **params: Further arguments of the constructor; ``covariance_type`` must be that of the mixture.
+
+        Raises:
+            TypeError, ValueError: The argument is not one mixture, or ``covariance_type`` is not that of the mixture.
+        """
+        as_mixture(mixture)
+        tied = "tied_" if mixture.factor.leading == 1 and mixture.components > 1 else ""
+        family = {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
+        name = {"tied_full": "tied"}.get(tied + family, tied + family)
+        params.setdefault("covariance_type", name)
+        kind, shared = factor_class(params["covariance_type"])
+        if kind.family != mixture.factor.family or (mixture.components > 1 and shared != bool(tied)):
+            raise ValueError(
+                f"covariance_type={params['covariance_type']!r} is not that of the mixture, {name!r}; leave it out."
+            )
+        model = cls(mixture.components, **params)
+        model._adopt(mixture.detach().to(torch.float64), False)
+        return model
+
+    def save(self, path: Any) -> None:
+        """Write parameters and fitted attributes to a file; see :func:`gmmkeops.save`.
+
+        Raises:
+            ValueError: A parameter cannot be stored, such as a function or a numpy ``RandomState``.
+        """
+        self._require_fitted()
+        models.save(self, path)
+
+    @classmethod
+    def load(cls, path: Any, device: Any = "cpu") -> GaussianMixture:
+        """Read an estimator from a file; a file of a mixture is read as by :meth:`from_mixture`.
+
+        Args:
+            path: A file that :meth:`save` or :func:`gmmkeops.save` has written.
+            device: Device of the parameters.
+
+        Raises:
+            FileNotFoundError, ValueError: As :func:`gmmkeops.load`.
+
+        Example:
+            >>> import os, tempfile, numpy as np, gmmkeops as gk
+            >>> X = np.array([[1.0], [2.0], [3.0], [9.0], [11.0]])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = os.path.join(folder, "model.safetensors")
+            ...     gk.GaussianMixture(2, tol=1e-6).fit(X).save(path)
+            ...     gk.GaussianMixture.load(path)
+            GaussianMixture(n_components=2, tol=1e-06)
+        """
+        mixture, entry, tensors = models.read(path, device=device)
+        if entry is None:
+            return cls.from_mixture(mixture)
+        try:
+            found = unpacked(entry, tensors, mixture, (Trace,))
+            model = cls(**found["params"])
+            attributes = found["attributes"]
+            kind, tied = factor_class(attributes["_fitted_type"])
+            if (kind.family, 1 if tied else mixture.components) != (mixture.factor.family, mixture.factor.leading):
+                raise ValueError("the mixture is of another covariance type")
+            model._adopt(mixture, attributes["_tensors"], attributes["_fitted_type"])
+            vars(model).update(attributes)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is damaged: its entry about the estimator cannot be read.") from error
+        return model
+
+    def _saved(self) -> tuple[Any, list[Tensor]]:
+        """Parameters and fitted attributes for :func:`gmmkeops.save`, without those that follow from the mixture."""
+        tensors: list[Tensor] = []
+        params = {name: packed(value, tensors, name) for name, value in self.get_params().items()}
+        attributes = {}
+        for name, value in vars(self).items():
+            if name in params or name in _OF_THE_MIXTURE or (name == "result_" and value.answer is not None):
+                continue
+            attributes[name] = packed(value, tensors, name, (Trace,))
+        # Dictionaries, as ``packed`` writes them.
+        parts = {"params": params, "attributes": attributes}
+        return {
+            "dict": [[name, {"dict": [list(item) for item in part.items()]}] for name, part in parts.items()]
+        }, tensors
+
+    def _method(self, warm: bool) -> Method[Any]:
+        if isinstance(self.solver, Method):
+            return self._combined(self.solver)
+        if isinstance(self.solver, str) and self.solver == "em":
+            return EM(reg_covar=float(self.reg_covar), max_iter=self.max_iter, tol=float(self.tol))
+        if isinstance(self.solver, str) and self.solver == "adam":
+            if self.reg_covar != self._default("reg_covar"):
+                raise ValueError(
+                    f'reg_covar={self.reg_covar!r} has no effect on solver="adam", which has no such setting; leave it out, or '
+                    'pass solver="em".'
+                )
+            return Adam(max_iter=self.max_iter, tol=float(self.tol))
+        raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
+
+    def _last(self, shape: tuple[int, int]) -> Mixture | None:
+        return self.mixture_ if self._same_model() and self.mixture_.means.shape == shape else None
+
+    def _conclude(self, best: FitResult) -> None:
+        self.lower_bound_ = -best.objective
+        self.lower_bounds_ = [-value for value in best.history["objective"]]
+
+    def _judge(self) -> tuple[Mixture, float]:
+        return self.mixture_, 0.0
+
+    def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+        given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
+        start = self._found_start(x, g, generator, given).to(device)
+        wide: Any = {"dtype": torch.float64, "device": device}
+        K, D = start.components, start.features
+        logits, means, factor = start.logits, start.means, start.factor
+        if self.weights_init is not None:
+            weights = as_tensor(self.weights_init, name="weights_init", **wide)
+            if weights.shape != (K,) or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
+                raise ValueError(f"weights_init must have shape ({K},), no negative entry and a sum of one.")
+            logits = weights.log()
+        if self.means_init is not None:
+            means = as_tensor(self.means_init, name="means_init", **wide)
+            if means.shape != (K, D):
+                raise ValueError(f"means_init must have shape ({K}, {D}), got {tuple(means.shape)}.")
+            check_finite(means, name="means_init", rows="component")
+        if self.precisions_init is not None:
+            factor = self._given_factor(as_tensor(self.precisions_init, name="precisions_init", **wide), K, D)
+        return Mixture(logits, means, factor)
+
+    def _given_factor(self, precisions: Tensor, K: int, D: int) -> Factor:
+        kind, tied = factor_class(self.covariance_type)
+        leading = () if tied else (K,)
+        shape = {"full": (*leading, D, D), "diagonal": (*leading, D), "spherical": leading}[kind.family]
+        if tuple(precisions.shape) != shape:
+            raise ValueError(f"precisions_init must have shape {shape}, got {tuple(precisions.shape)}.")
+        with renamed("precisions", "precisions_init"):
+            return kind.from_precisions(precisions[None] if tied else precisions, features=D)
+
+    def bic(self, X: Any) -> float:
+        """Bayesian information criterion, the lower the better: -2 N score + parameters · log N."""
+        return self._criterion(X, analysis.bic)
+
+    def aic(self, X: Any) -> float:
+        """Akaike information criterion, the lower the better: -2 N score + 2 parameters."""
+        return self._criterion(X, analysis.aic)
+
+    def icl(self, X: Any) -> float:
+        """Integrated completed likelihood, the lower the better: BIC + 2 entropy of the assignments."""
+        return self._criterion(X, analysis.icl)
+
+    def _criterion(self, X: Any, function: Callable[[Mixture, Any], float]) -> float:
+        self._require_fitted()
+        if readable(X):
+            return function(self.mixture_, X)
+
+        x, _ = self._points(X)
+        return float(function(self.mixture_.to(x.device), x))

@@ -1,0 +1,561 @@
+r"""Expectation-maximization (EM) and its variants, computed from the sufficient statistics ``moments`` of the E-step.
+
+.. math::
+
+    \mu_k^+ = \frac{S^0_k \bar x_k + \kappa m}{S^0_k + \kappa}, \qquad
+    \Sigma_k^+ = \frac{S^2_k(\mu_k^+) + \kappa (\mu_k^+ - m)(\mu_k^+ - m)^\top + \Psi}{S^0_k + \text{degrees}}, \qquad
+    W_k^+ = \frac{S^0_k + a_k}{\lambda + N c_k}
+
+with the pseudo-observations of conjugate priors and the tangents of concave penalties (:class:`gmmkeops.penalties.Surrogate`).
+References: Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*; Cappé and
+Moulines 2009, *On-line EM algorithm for latent data models*; Varadhan and Roland 2008, *Simple and globally convergent
+methods for accelerating the convergence of any EM algorithm*; Ueda and Nakano 1998, *Deterministic annealing EM*.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmmkeops import reductions
+from gmmkeops._checks import PrecisionWarning, as_choice, as_integer, as_number, as_tensor
+from gmmkeops.components import Factor, Moments, like, nearest_factor, outer
+from gmmkeops.data import DEFAULT_SEED, as_points, as_weights, table_of, weight_unit
+from gmmkeops.fitting.checkpoint import known
+from gmmkeops.fitting.data import Piece
+from gmmkeops.fitting.frame import Frame
+from gmmkeops.fitting.method import DEAD_POINTS, FLOOR, Evaluation, Method, Population, Problem, check_settings
+from gmmkeops.fitting.stepwise import blended, expected
+from gmmkeops.models import Mixture, as_mixture
+
+__all__ = ["EM"]
+
+# A reg_covar of more than so many times the variance of every column is probably in other units than the data.
+_DROWNING = 30.0
+
+# Fraction of DEAD_POINTS below which EM prunes a component. EM's weights decrease geometrically, so it can wait until pruning
+# changes the objective by no more than rounding.
+DEAD_SHARE = 1e-3
+
+# Standard deviation of the noise that is added to the means in each iteration of annealing, in standardized coordinates. At a
+# low inverse temperature all means coincide, which is a fixed point that only noise leaves.
+SHAKE = 1e-2
+
+# Largest step length of an extrapolation, in EM steps.
+_LONGEST_STRIDE = 64.0
+
+
+@known("EM")
+@dataclass(frozen=True)
+class _State:
+    """State of EM: the active mixture, and the statistics of earlier batches that stepwise EM keeps.
+
+    ``counts`` are the expected fractions of the points in each covariance (K or 1,) at the last M-step, which weight the
+    ``reg_covar`` term of the objective. ``drift`` is the accumulated change of this term by changes of the fractions alone, nats
+    per point.
+    """
+
+    population: Population
+    mixture: Mixture
+    floored: Tensor
+    iteration: int = 0
+    batches: int = 0
+    memory: Moments | None = None
+    average: Moments | None = None
+    counts: Tensor | None = None
+    drift: float = 0.0
+
+
+class _MStep(NamedTuple):
+    """Result of an M-step: the active mixture, a mask (K,) of components that were regularized, and the fraction of the points
+    (K or 1,) that each covariance was estimated from."""
+
+    mixture: Mixture
+    hit: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class EM(Method[_State]):
+    r"""Expectation-maximization (EM). All keywords can be combined.
+
+    .. math::
+
+        W_k = \frac{S^0_k}{\sum_j S^0_j}, \qquad \mu_k^+ = \mu_k + \frac{S^1_k}{S^0_k}, \qquad
+        \Sigma_k = \frac{S^2_k}{S^0_k} - \frac{S^1_k {S^1_k}^\top}{(S^0_k)^2} + \text{reg\_covar}\, I
+
+    with the responsibility-weighted :class:`~gmmkeops.Moments` about :math:`\mu_k`, to which penalties add their terms.
+
+    Args:
+        assignment: ``"soft"`` is EM. ``"hard"`` assigns each point to its most probable component and maximizes the
+            classification likelihood (classification EM; k-means if the covariance is tied, spherical and frozen).
+            ``"stochastic"`` draws the component of each point (SEM).
+        batch_size: Points per step of stepwise EM, or None for full EM. Moments of the t-th batch enter the running average
+            with weight :math:`(t + t_0)^{-\kappa}`. An iteration is one pass over the data in both cases.
+        step_exponent: κ, above 0.5 and at most 1.
+        step_offset: t_0 > 0.
+        average: Return the M-step of the moments averaged over all batches (Polyak-Ruppert) rather than the last.
+        temperature: (β, n): exponents are multiplied by an inverse temperature that rises from β to 1 over the first n
+            iterations, and a small random perturbation is added to the means each time (deterministic annealing); or None.
+            During these iterations no component is pruned, and concave penalties on the weights have no effect.
+        accelerate: Extrapolate after every two EM steps by SQUAREM; an extrapolation that increases the objective is
+            discarded. An iteration is then three passes over the data. Without effect if ``batch_size`` is given.
+        reg_covar: Added to the diagonal of each covariance in every M-step, squared data units, as in scikit-learn; no
+            eigenvalue of a fitted covariance is below it. With reg_covar, an EM step may increase the negative log-likelihood.
+            It decreases the sum of the objective and the term :math:`\frac{1}{2} \text{reg\_covar} \sum_k c_k \operatorname{tr}
+            \Sigma_k^{-1}`, where :math:`c_k` is the fraction of the points that component k is responsible for. The history
+            holds this sum as "objective", without the changes of the term that only come from changes of :math:`c_k`.
+        frozen_weights, frozen_means, frozen_covariances: True, or one truth value per component: frozen parameters
+            keep their initial values. A tied covariance is frozen for all components or for none.
+        max_iter: Largest number of iterations, unless :func:`gmmkeops.fit` is given another one.
+        tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
+            last half of the iterations (by less than a tenth of it with a penalty that prunes components). Changes below 1e-5
+            over that half are accepted; smaller tolerances bound the change over the last ten iterations.
+        relative_tol: Tolerance as a fraction of the objective; the larger one of the two tolerances applies.
+        patience: Smallest number of iterations over which that change is measured.
+
+    Raises:
+        ValueError: A keyword is out of its range.
+
+    Reference:
+        Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*, JRSS B 39; stepwise:
+        Cappé and Moulines 2009, *On-line expectation-maximization algorithm for latent data models*, JRSS B 71; hard and
+        stochastic: Celeux and Govaert 1992; SQUAREM: Varadhan and Roland 2008, Scandinavian Journal of Statistics 35.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
+        >>> result = gk.fit(gk.initialise(x, 2), x, gk.EM(), penalty=gk.penalties.SqrtWeights(0.1), max_iter=2000)
+        >>> objective = torch.tensor(result.history["objective"], dtype=torch.float64)
+        >>> result.converged, bool((objective.diff() <= 1e-12).all())  # monotone up to rounding
+        (True, True)
+    """
+
+    returns_last: ClassVar[bool] = True
+
+    assignment: str = "soft"
+    batch_size: int | None = None
+    step_exponent: float = 0.6
+    step_offset: float = 2.0
+    average: bool = False
+    temperature: tuple[float, int] | None = None
+    accelerate: bool = False
+    reg_covar: float = 1e-6
+    frozen_weights: bool | Sequence[bool] = False
+    frozen_means: bool | Sequence[bool] = False
+    frozen_covariances: bool | Sequence[bool] = False
+    max_iter: int = 100
+    tol: float = 1e-3
+    relative_tol: float = 0.0
+    patience: int = 1
+
+    def __post_init__(self) -> None:
+        as_choice(self.assignment, "assignment", reductions.ASSIGNMENTS)
+        check_settings(self)
+        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
+            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
+        as_number(self.step_offset, "step_offset", 0, above=True)
+        as_number(self.reg_covar, "reg_covar", 0)
+        if self.temperature is not None:
+            if not isinstance(self.temperature, (tuple, list)) or len(self.temperature) != 2:
+                raise ValueError(f"temperature must be a pair (β, n), got {self.temperature!r}.")
+            beta = as_number(self.temperature[0], "the β of temperature=(β, n)", 0, above=True)
+            as_integer(self.temperature[1], "the n of temperature=(β, n)", 0)
+            if beta > 1:
+                raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {self.temperature}.")
+
+    def init(self, problem: Problem, mixture: Mixture) -> _State:
+        problem.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
+        for name in ("frozen_weights", "frozen_means", "frozen_covariances"):
+            _mask(getattr(self, name), mixture, name)
+        largest = float(problem.frame.scale.max()) ** 2
+        if self.reg_covar > _DROWNING * largest:
+            warnings.warn(
+                f"reg_covar={self.reg_covar:g} is much larger than the variance of every column (about {largest:.2g}), so "
+                "that it alone determines the covariances; pass a reg_covar in the squared units of the data.",
+                PrecisionWarning,
+                stacklevel=3,
+            )
+        mixture, floored = problem.project(mixture)
+        population = Population.of(mixture)
+        alive = mixture.log_weights.exp() > 0
+        if not bool(alive.all()):
+            population, mixture = population.retire(mixture, alive), mixture.select(alive.nonzero()[:, 0])
+        return _State(population, mixture, floored)
+
+    def pack(self, state: _State) -> _State:
+        return state
+
+    def unpack(self, problem: Problem, packed: _State) -> _State:
+        return packed
+
+    def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
+        if self.average and state.average is not None:
+            return state.population, self._m_step(problem, state, state.average).mixture, state.floored
+        return state.population, state.mixture, state.floored
+
+    def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
+        heated = 0 if self.temperature is None else self.temperature[1]
+        return super().finished(objectives[heated:], tol, problem)
+
+    def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+        if self.batch_size is not None:
+            return self._pass(problem, state)
+        whole = state.population.whole(state.mixture)
+        state, sums, objective, likelihood = self._look(problem, state)
+        now = Evaluation(
+            whole, objective, likelihood, state.population.live, state.floored, exact=self.assignment != "hard"
+        )
+        heated = self._beta(state) < 1
+        state = self._move(problem, state, sums)
+        if heated:
+            state = _shaken(problem, state)
+        elif self.accelerate:
+            state = self._extrapolate(problem, now, state)
+        return replace(state, iteration=state.iteration + 1), now
+
+    def _look(self, problem: Problem, state: _State) -> tuple[_State, Moments, float, float]:
+        """Perform the E-step: the state, moments, and the objective and mean log-likelihood of the state's mixture."""
+        sums = self._moments(problem, state, None)
+        likelihood = float(sums.total / sums.mass) - problem.frame.log_volume
+        if self._beta(state) < 1:
+            with torch.no_grad():
+                likelihood = -float(problem.negative_log_likelihood(state.mixture))
+        penalty = float(problem.penalised(state.population.whole(state.mixture)))
+        if state.counts is None:
+            fractions = sums.S0 / sums.mass
+            state = replace(state, counts=fractions.sum(0, keepdim=True) if _tied(state) else fractions)
+        ridge = self._ridge_cost(problem, state.counts, state.mixture.factor) + state.drift
+        return state, sums, penalty - likelihood + ridge, likelihood
+
+    def _beta(self, state: _State) -> float:
+        if self.temperature is None or state.iteration >= self.temperature[1]:
+            return 1.0
+        start, iterations = self.temperature
+        return start + (1 - start) * state.iteration / iterations
+
+    def _moments(self, problem: Problem, state: _State, batch: list[Piece] | None) -> Moments:
+        mixture, beta = state.mixture, self._beta(state)
+        factor, offsets = mixture.factor, mixture.offsets
+        if beta < 1:
+            factor, offsets = factor.rescale(torch.full_like(problem.frame.scale, beta**0.5)), beta * offsets
+        return problem.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
+
+    def _move(self, problem: Problem, state: _State, sums: Moments) -> _State:
+        """Perform the M-step within the bounds on the eigenvalues, and prune components of negligible weight."""
+        new = self._m_step(problem, state, sums)
+        mixture, before = new.mixture, state.mixture.factor
+        floored = state.floored.clone()
+        floored[state.population.live[new.hit]] = True
+        # The weights of the reg_covar term change with the responsibilities; the drift cancels this change of the objective.
+        change = None if state.counts is None else state.counts - new.counts
+        drift = state.drift + self._ridge_cost(problem, change, before)
+        state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
+        keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / problem.count
+        frozen = _mask(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
+        keep |= frozen
+        if self._beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
+            return state
+        index = keep.nonzero()[:, 0]
+        return replace(
+            state,
+            population=state.population.retire(mixture, keep),
+            mixture=mixture.select(index),
+            counts=new.counts if _tied(state) else new.counts[index],
+            memory=None if state.memory is None else state.memory.select(index),
+            average=None if state.average is None else state.average.select(index),
+        )
+
+    def _m_step(self, problem: Problem, state: _State, sums: Moments) -> _MStep:
+        live, old = state.population.live, state.mixture
+        whole = state.population.whole(old)
+        prior = problem.surrogate(whole)
+        if self._beta(state) < 1:
+            # During annealing all components share the points, so that a concave penalty would prune some of them.
+            prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
+
+        def alive(mean: Tensor) -> Tensor:
+            return mean[live] if mean.ndim == 2 else mean
+
+        # Sums over part of the points (a batch, or the running average of batches) are scaled to all points.
+        scale = problem.mass / float(sums.mass)
+        S0, means = sums.S0 * scale, sums.means
+        pulls = [(points, alive(mean)) for points, mean in prior.means]
+        kappa = sum(points for points, _ in pulls)
+        if kappa:
+            pulled = sum((points * mean for points, mean in pulls), torch.zeros_like(means))
+            means = (S0[:, None] * means + pulled) / (S0 + kappa).clamp(min=1e-300)[:, None]
+        frozen = {
+            name: _mask(getattr(self, name), whole, name)[live]
+            for name in ("frozen_weights", "frozen_means", "frozen_covariances")
+        }
+        means = torch.where(frozen["frozen_means"][:, None], old.means, means)
+        about = sums.recentre(means)
+        scatter = about.S2 * scale
+        for points, mean in pulls:
+            scatter = scatter + points * outer(means - mean, scatter.ndim)
+        mass = S0 + prior.degrees_per_component
+        tied = _tied(state)
+        if tied and len(live) < whole.components:
+            # Pruned components have no data, but their means still contribute to the prior of the tied covariance.
+            dead = torch.ones(whole.components, dtype=torch.bool, device=live.device)
+            dead[live] = False
+            mass = torch.cat([mass, mass.new_full((int(dead.sum()),), prior.degrees_per_component)])
+            rest = torch.zeros_like(scatter[:1]).expand(int(dead.sum()), *scatter.shape[1:])
+            for points, mean in prior.means:
+                away = whole.means[dead] - (mean[dead] if mean.ndim == 2 else mean)
+                rest = rest + points * outer(away, scatter.ndim)
+            scatter = torch.cat([scatter, rest])
+        if tied:
+            mass, scatter = mass.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
+        mass = mass + prior.degrees
+        factor, hit = self._covariances(problem, old, mass, scatter, prior, frozen["frozen_covariances"])
+        logits = _weights(
+            S0 + prior.counts[live], problem.mass * prior.slopes[live], old.log_weights, frozen["frozen_weights"]
+        )
+        mixture, low = problem.project(Mixture(logits, means, factor, validate_args=False))
+        return _MStep(mixture, low | hit, mass / problem.mass)
+
+    def _covariances(
+        self, problem: Problem, old: Mixture, mass: Tensor, scatter: Tensor, prior: Any, frozen: Tensor
+    ) -> tuple[Factor, Tensor]:
+        """New factors from the scatter about the new means, and a mask of components whose covariance was regularized."""
+        D = old.features
+        if prior.scatter is not None:
+            scatter = scatter + like(prior.scatter, scatter.ndim)
+        if scatter.ndim == 1:
+            mass = mass * D
+        covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
+        covariances = covariances + like(torch.diag(self._ridge(problem)), scatter.ndim, mean=True)
+        factor, repaired = nearest_factor(type(old.factor), covariances, D, FLOOR)
+        if len(mass) < old.components:
+            return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
+        # A component without expected count keeps its covariance, as a frozen one does.
+        keep = frozen | ~(mass > 1e-200)
+        if bool(keep.any()):
+            index = keep.nonzero()[:, 0]
+            factor = factor.scatter(index, old.factor.select(index))
+        return factor, repaired & ~keep
+
+    def _ridge(self, problem: Problem) -> Tensor:
+        """``reg_covar`` in standardized coordinates (D,)."""
+        return self.reg_covar / problem.frame.scale**2
+
+    def _ridge_cost(self, problem: Problem, counts: Tensor | None, factor: Factor) -> float:
+        """½ reg_covar Σ c_j tr Σ_j⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
+        if not self.reg_covar or counts is None:
+            return 0.0
+        return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(problem)))
+
+    def _extrapolate(self, problem: Problem, start: Evaluation, first: _State) -> _State:
+        """Extrapolate from two EM steps by SQUAREM in unconstrained coordinates; return the better one of both states."""
+        first, sums, objective, _ = self._look(problem, first)
+        second = self._move(problem, first, sums)
+        if len(second.population.live) < len(start.live) or objective > start.objective:
+            return second
+        before = start.mixture.select(start.live)
+        a, b, c = (_coordinates(mixture) for mixture in (before, first.mixture, second.mixture))
+        r = b - a
+        v = (c - b) - r
+        stride = float((r.norm() / v.norm().clamp(min=1e-300)).clamp(1.0, _LONGEST_STRIDE))
+        if stride == 1.0:
+            return second
+        leap = _mixture(second.mixture, a + 2 * stride * r + stride**2 * v)
+        if not bool(torch.isfinite(_coordinates(leap)).all()):
+            return second
+        # Normalizing the extrapolated weights must not change those that are frozen.
+        frozen = _mask(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
+        logits = _weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
+        leap, _ = problem.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
+        third = replace(second, mixture=leap)
+        third, sums, there, _ = self._look(problem, third)
+        # ``objective`` is that after one EM step. If the extrapolation is not worse, it is kept.
+        return self._move(problem, third, sums) if there <= objective else second
+
+    def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+        """One shuffled pass of stepwise EM: the moments of each batch enter the running average of those before."""
+        assert self.batch_size is not None, "a pass is made of batches"
+        state, total, seen = problem.resumed((state, 0.0, 0.0))
+        for batch in problem.batches(self.batch_size, lambda: (state, total, seen)):  # noqa: B023
+            sums = self._moments(problem, state, batch)
+            if not float(sums.mass) > 0:
+                continue
+            total, seen = total + float(sums.total), seen + float(sums.mass)
+            state = self._blend(state, sums)
+            assert state.memory is not None, "just blended"
+            state = self._move(problem, state, state.memory)
+        whole = state.population.whole(state.mixture)
+        likelihood = total / max(seen, 1e-300) - problem.frame.log_volume
+        objective = float(problem.penalised(whole)) - likelihood
+        now = Evaluation(whole, objective, likelihood, state.population.live, state.floored, exact=False)
+        return replace(state, iteration=state.iteration + 1), now
+
+    def _blend(self, state: _State, sums: Moments) -> _State:
+        """Update the running average of moments by a batch; it begins as the expected moments of the initial mixture."""
+        before = expected(state.mixture) if state.memory is None else state.memory
+        memory = blended(before, sums, (state.batches + self.step_offset) ** -self.step_exponent)
+        batches = state.batches + 1
+        average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
+        return replace(state, memory=memory, average=average, batches=batches)
+
+    def maximise(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
+        """Perform the M-step from the moments of all points, for example from sums over several machines.
+
+        Args:
+            mixture: The mixture for which the moments were computed.
+            moments: Sum of the results of :func:`gmmkeops.reductions.moments`, data units.
+            penalty: As for :func:`gmmkeops.fit`; the total weight Σ g of the data is that of the moments.
+
+        Returns:
+            The new mixture, float64, data units.
+
+        Raises:
+            ValueError: The total weight of the moments is not positive.
+
+        Example:
+            >>> import torch, gmmkeops as gk
+            >>> x = torch.tensor([[0.0], [2.0]]).double()
+            >>> m = gk.Mixture.from_parameters([1.0], [[0.5]], [1.0], "spherical")
+            >>> halves = [gk.reductions.moments(part, m.offsets, m.means, m.factor) for part in x.split(1)]
+            >>> gk.EM().maximise(m, sum(halves)).means.tolist()
+            [[1.0]]
+        """
+        mass = float(moments.mass)
+        if not mass > 0:
+            raise ValueError(
+                f"moments must have a positive total weight, got {mass}; pass the sum over at least one point."
+            )
+        mixture = mixture.detach().to(torch.float64)
+        centre, spread = mixture.mean, mixture.variance.sqrt()
+        isotropic = mixture.factor.family == "spherical"
+        frame = Frame.around(centre, spread, isotropic=isotropic)
+        problem = Problem.without_points(frame, mass, penalty)
+        state = self.init(problem, frame.enter(mixture))
+        new = self._m_step(problem, state, frame.enter_moments(moments)).mixture
+        return frame.leave(new).named(mixture.columns)
+
+    def update(
+        self,
+        mixture: Mixture,
+        x: Any,
+        memory: tuple[Moments, int, float] | None = None,
+        *,
+        penalty: Any = None,
+        weights: Any = None,
+        backend: str = "auto",
+    ) -> tuple[Mixture, tuple[Moments, int, float]]:
+        """Perform one step of stepwise EM on a batch of a stream. Batches may have any size.
+
+        Args:
+            mixture: The mixture that the last update returned, or the initial mixture.
+            x: Points (n, D) of this batch, data units.
+            memory: The memory that the last update returned; None for the first batch.
+            penalty, backend: As for :func:`gmmkeops.fit`; the total weight of the data is that of all points so far.
+            weights: Weights (n,) of the points of this batch, or None.
+
+        Returns:
+            The new mixture (components are never pruned), and the memory for the next update: the running average of the
+            moments in data units, the number of batches, and the total weight of all points so far.
+
+        Raises:
+            TypeError, ValueError: Invalid points or weights.
+        """
+        x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.features)
+        # The random numbers depend on the number of the batch only, so that they are the same in every process.
+        generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
+        g = as_weights(weights, x)
+        if g is not None and weight_unit(float(g.max())) != 1:
+            raise ValueError(
+                f"weights of batches must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights "
+                "of all batches by the same number."
+            )
+        problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
+        state = self.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
+        seen = problem.mass
+        if memory is not None:
+            state = replace(state, memory=problem.frame.enter_moments(memory[0]), batches=memory[1])
+            seen += memory[2]
+        problem = replace(problem, mass=seen)
+        state = self._blend(state, self._moments(problem, state, None))
+        assert state.memory is not None, "just blended"
+        new = self._m_step(problem, state, state.memory).mixture
+        mixture = problem.frame.leave(new).named(mixture.columns)
+        return mixture, (problem.frame.leave_moments(state.memory), state.batches, seen)
+
+
+def _tied(state: _State) -> bool:
+    whole = state.population.parked
+    return whole.factor.leading == 1 and whole.components > 1
+
+
+def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:
+    """One truth value per component (K,) from True, False or a sequence."""
+    mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got other numbers.")
+    mask = mask.bool()
+    if mask.ndim == 0:
+        return mask.expand(mixture.components)
+    if mask.shape != (mixture.components,):
+        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got {tuple(mask.shape)}.")
+    if name == "frozen_covariances" and mixture.factor.leading == 1 and bool(mask.any()) and not bool(mask.all()):
+        raise ValueError("a tied covariance is frozen for all components or for none; pass True or False.")
+    return mask
+
+
+def _shaken(problem: Problem, state: _State) -> _State:
+    mixture = state.mixture
+    noise = torch.randn(
+        mixture.means.shape, generator=problem.generator, dtype=torch.float64, device=mixture.means.device
+    )
+    return replace(
+        state, mixture=Mixture(mixture.logits, mixture.means + SHAKE * noise, mixture.factor, validate_args=False)
+    )
+
+
+def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:
+    """Log-weights (K,) that solve W = counts / (λ + slopes), where the sum of all weights is one and frozen ones stay fixed."""
+    counts = counts.clamp(min=0)
+    free = ~frozen
+    if not bool(free.any()):
+        return old
+    left = 1 - float(old[frozen].exp().sum()) if bool(frozen.any()) else 1.0
+    a, c = counts[free], slopes[free]
+    if not bool((a > 0).any()) or left <= 0:
+        return old
+    if bool((c == c[0]).all()):
+        W = left * a / a.sum()
+    else:
+        # Bracket of λ: every term is at most the sum, and at least its value at the smallest slope.
+        low, high = float((a / left - c)[a > 0].max()), float(a.sum() / left - c[a > 0].min())
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            if middle in (low, high):
+                break
+            if float((a / (middle + c))[a > 0].sum()) > left:
+                low = middle
+            else:
+                high = middle
+        W = torch.where(a > 0, a / (high + c), torch.zeros_like(a))
+        W = left * W / W.sum()
+    logits = old.clone()
+    logits[free] = W.clamp(min=1e-300).log()
+    return logits
+
+
+def _coordinates(mixture: Mixture) -> Tensor:
+    parts = [mixture.log_weights, mixture.means, *mixture.factor.tensors.values()]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _mixture(like: Mixture, coordinates: Tensor) -> Mixture:
+    shapes = {"logits": like.logits, "means": like.means, **like.factor.tensors}
+    flat = coordinates.split([tensor.numel() for tensor in shapes.values()])
+    tensors = {name: part.reshape(t.shape) for part, (name, t) in zip(flat, shapes.items(), strict=True)}
+    logits, means = tensors.pop("logits"), tensors.pop("means")
+    return Mixture(logits, means, like.factor.replace(**tensors), validate_args=False)

@@ -1,0 +1,141 @@
+r"""Standardized coordinates of a fit: centered columns of scale near one, so that float32 loses no digits.
+
+.. math:: x' = (x - m) / s, \qquad \mu' = (\mu - m) / s, \qquad U' = \mathrm{diag}(s)\, U, \qquad
+          \log p(x) = \log p'(x') - \sum_d \log s_d
+
+The mean m is subtracted in float64 before points are cast; s is a power of two, so that dividing by it causes no rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gmmkeops.components import Moments
+from gmmkeops.data import NOISE, trimmed_spread, warn_if_coarse
+from gmmkeops.models import Mixture
+from gmmkeops.penalties import Surrogate
+
+__all__ = ["Frame"]
+
+# Entries of points that are converted to float64 at a time: few enough to stay in cache.
+_NUMBERS = 1 << 17
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Transformation between data units and standardized coordinates: an affine map of each column.
+
+    Args:
+        shift: m (D,), data units, float64.
+        scale: s (D,), data units, powers of two, float64.
+        extra: Number of columns at the end that are contexts.
+        columns: Names of all columns (D,), or None if they are not known.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    extra: int = 0
+    columns: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0) -> Frame:
+        """The transformation for points (N, D): their trimmed mean, and trimmed standard deviations rounded to powers of two.
+
+        With ``isotropic`` all columns have the same scale, so that spherical factors stay spherical.
+        """
+        shift, spread = trimmed_spread(x, weights)
+        warn_if_coarse(x, spread, shift.abs())
+        return cls.around(shift, spread, isotropic=isotropic, extra=extra)
+
+    @classmethod
+    def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0) -> Frame:
+        """The transformation for given centers (D,) and standard deviations (D,) of the columns, data units."""
+        if isotropic:
+            own = spread[: len(spread) - extra]
+            spread = torch.cat([own.square().mean().sqrt().expand_as(own), spread[len(own) :]])
+        # A constant column has rounding noise for a spread; it gets the scale of the others, or one.
+        tiny = spread <= NOISE * shift.abs()
+        largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
+        scale = torch.where(tiny, largest, spread).log2().round().exp2()
+        # Multiples of the scale can be subtracted without rounding, and a sample of the points gives the same ones. A constant
+        # column becomes zero.
+        shift = torch.where(tiny, shift, (shift / scale).round() * scale)
+        return cls(shift, scale, extra)
+
+    @property
+    def log_volume(self) -> float:
+        """Σ log s, which is subtracted from log-densities to convert them to data units, nats."""
+        return float(self._own(self.scale).log().sum())
+
+    def _own(self, columns: Tensor) -> Tensor:
+        """The entries of the coordinates, without those of the contexts, of a tensor with one entry per column."""
+        return columns[: len(columns) - self.extra]
+
+    def points(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Standardize points (N, D) in float64, and cast them to a dtype.
+
+        Returns the points, and the largest rounding error of each column (D,), float64, or None without rounding errors.
+        """
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        changed = self.shift.new_zeros(len(self.shift))
+        rows = max(1, _NUMBERS // max(1, x.shape[1]))
+        for part, into in zip(x.split(rows), out.split(rows), strict=True):
+            wide = torch.sub(part.double(), self.shift).div_(self.scale)
+            into.copy_(wide)
+            if dtype != torch.float64:
+                changed = torch.maximum(changed, _largest(wide.sub_(into)))
+        return out, changed if dtype != torch.float64 and bool(changed.any()) else None
+
+    def surrogate(self, surrogate: Surrogate) -> Surrogate:
+        """The terms that penalties add to an M-step, in standardized coordinates."""
+        scatter = surrogate.scatter
+        return replace(
+            surrogate,
+            means=tuple((points, (mean - self.shift) / self.scale) for points, mean in surrogate.means),
+            scatter=None if scatter is None else scatter / self.scale / self.scale[:, None],
+        )
+
+    def enter_moments(self, sums: Moments) -> Moments:
+        """Convert moments from data units to standardized coordinates."""
+        return self._moments(sums, (sums.centres - self.shift) / self.scale, 1 / self.scale)
+
+    def leave_moments(self, sums: Moments) -> Moments:
+        """Convert moments from standardized coordinates to data units."""
+        return self._moments(sums, sums.centres * self.scale + self.shift, self.scale)
+
+    @staticmethod
+    def _moments(sums: Moments, centres: Tensor, scale: Tensor) -> Moments:
+        square = {3: scale[:, None] * scale, 2: scale**2, 1: scale[0] ** 2}[sums.S2.ndim]
+        return replace(sums, S1=sums.S1 * scale, S2=sums.S2 * square, centres=centres)
+
+    def enter(self, mixture: Mixture) -> Mixture:
+        """Convert a mixture from data units to standardized coordinates."""
+        shift, scale = self._own(self.shift), self._own(self.scale)
+        factor = mixture.factor.rescale(scale)
+        return Mixture(mixture.logits, (mixture.means - shift) / scale, factor, validate_args=False)
+
+    def leave(self, mixture: Mixture) -> Mixture:
+        """Convert a mixture from standardized coordinates to data units (differentiable)."""
+        shift, scale = self._own(self.shift), self._own(self.scale)
+        factor = mixture.factor.rescale(1 / scale)
+        names = None if self.columns is None else self.columns[: len(scale)]
+        return Mixture._unchecked(mixture.logits, mixture.means * scale + shift, factor).named(names)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest absolute value in each column (D,) of values (N, D), which are overwritten.
+
+    Many rows at a time are taken as one: a maximum over the first of two dimensions, of which the last is short, is slow.
+    """
+    N, D = values.shape
+    values = values.abs_()
+    whole = N - N % 64
+    parts = [values[whole:], values[:whole].view(64, -1, D).amax(0) if whole else values[:0]]
+    found = torch.cat(parts)
+    while len(found) > 64:
+        keep = len(found) % 64
+        found = torch.cat([found[:keep], found[keep:].view(64, -1, D).amax(0)])
+    return found.amax(0) if len(found) else values.new_zeros(D)

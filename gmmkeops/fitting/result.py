@@ -1,0 +1,127 @@
+"""Results of a fit: the mixture, the report, and the state that callbacks receive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from gmmkeops.fitting.method import Evaluation, Problem
+from gmmkeops.models import Mixture
+
+__all__ = ["FitResult", "Report", "Step"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Report of a fit: engine, precision, error bounds, pruned and regularized components.
+
+    Args:
+        dead_components: Indices of components that were pruned because their expected count became negligible.
+        live_components: Number of active components.
+        floors_hit: Indices of components whose covariance was regularized at least once.
+        engine: ``"dense"`` or ``"keops"``.
+        device: Device of the computation.
+        dtype: Precision of the points (parameters are float64).
+        mass: Total weight of the points.
+        truncate: ε of the truncation; 0 if every pair of point and component was evaluated.
+        certificate: Upper bound on the error of any point's log-density by truncation, nats; truncation only decreases
+            log-densities.
+        pairs: Fraction of all pairs of point and component that the last pass evaluated.
+        seconds: Wall time, including validation and standardization of the data.
+        interrupted: Whether Ctrl-C ended the fit.
+    """
+
+    dead_components: tuple[int, ...]
+    live_components: int
+    floors_hit: tuple[int, ...]
+    engine: str
+    device: str
+    dtype: str
+    mass: float
+    truncate: float
+    certificate: float
+    pairs: float
+    seconds: float
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Result of a fit: the mixture, its objective, and the history of the iterations.
+
+    Args:
+        mixture: The fitted mixture with all K components, float64, data units: the last one for methods that decrease the
+            objective in every step, such as EM, and the best one for others, such as Adam.
+        objective: Mean negative log-likelihood plus penalty of the mixture, nats per point.
+        log_likelihood: Mean log-likelihood of the mixture, nats per point.
+        converged: Whether the tolerance was met.
+        n_iter: Number of iterations performed.
+        history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
+            the iteration started from; with minibatches a running mean), "seconds" since the start, "live" (the number of
+            active components). For EM "objective" includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
+        report: Engine, dtype, error bounds, pruned and regularized components.
+        answer: The full result of methods that fit more than a mixture: the :class:`gmmkeops.bayes.NormalWishart` posterior,
+            whose expectation is ``mixture`` (the objective is then minus the lower bound), or the conditional
+            :class:`~gmmkeops.GMM`, whose mixture at an average context is ``mixture``. None for other methods.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.linspace(-1, 1, 100).double()[:, None]
+        >>> result = gk.fit(gk.initialise(x, 1), x, gk.EM())
+        >>> result.converged, result.mixture, result.report.live_components
+        (True, Mixture(components=1, features=1, factor=full), 1)
+        >>> len(result.history["objective"]) == result.n_iter
+        True
+    """
+
+    mixture: Mixture
+    objective: float
+    log_likelihood: float
+    converged: bool
+    n_iter: int
+    history: dict[str, list[float]]
+    report: Report
+    answer: Any = None
+
+    @property
+    def posterior(self) -> Any:
+        """The posterior that a Bayesian method has fitted; None for other methods."""
+        return self.answer
+
+    def __str__(self) -> str:
+        r, K = self.report, self.mixture.components
+        end = "interrupted" if r.interrupted else "converged" if self.converged else "stopped"
+        return (
+            f"{end} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
+            f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "
+            f"{r.live_components} of {K} components live"
+        ) + (f"; {r.pairs:.2%} of all pairs evaluated, error at most {r.certificate:.0e} nats" if r.pairs < 1 else "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """State of a fit after an iteration, as callbacks receive it.
+
+    Args:
+        iteration: Number of the iteration, from 0.
+        objective: Objective of ``mixture``, nats per point.
+        log_likelihood: Mean log-likelihood of ``mixture``, nats per point.
+        live: Indices of the active components, int64.
+        history: As in :class:`FitResult`, up to this iteration.
+    """
+
+    iteration: int
+    objective: float
+    log_likelihood: float
+    live: torch.Tensor
+    history: dict[str, list[float]]
+    _evaluation: Evaluation = field(repr=False)
+    _problem: Problem = field(repr=False)
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """Mixture at the beginning of the iteration, to which the objective belongs; float64, data units."""
+        return self._problem.frame.leave(self._evaluation.mixture)

@@ -1,0 +1,42 @@
+"""Models: the mixture as a distribution, the module that owns trainable parameters, and their files.
+
+A :class:`Mixture` is a ``torch.distributions.Distribution``; a :class:`GMM` is an ``nn.Module`` that returns one. Both evaluate
+their densities by :mod:`gmmkeops.reductions`.
+"""
+
+import gmmkeops.models.pytrees  # noqa: F401  (torch's pytrees know mixtures and factors)
+from gmmkeops.models.axes import principal_axes
+from gmmkeops.models.files import (
+    KINDS,
+    MIXTURES,
+    TABLES,
+    as_path,
+    check_output,
+    load,
+    read,
+    save,
+    unused_name,
+    write_table,
+    write_whole,
+)
+from gmmkeops.models.mixture import Mixture, as_mixture, log_weights
+from gmmkeops.models.module import GMM
+
+__all__ = [
+    "GMM",
+    "KINDS",
+    "MIXTURES",
+    "TABLES",
+    "Mixture",
+    "as_mixture",
+    "as_path",
+    "check_output",
+    "load",
+    "log_weights",
+    "principal_axes",
+    "read",
+    "save",
+    "unused_name",
+    "write_table",
+    "write_whole",
+]

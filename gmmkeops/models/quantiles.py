@@ -1,0 +1,87 @@
+r"""Quantiles of Gaussian mixtures in one dimension, from the logarithm of the smaller tail probability.
+
+.. math:: F(x) = \sum_k W_k\, \Phi\bigl((x - \mu_k) / \sigma_k\bigr), \qquad \log F(x) = \log q \text{ or }
+          \log (1 - F(x)) = \log (1 - q) \text{ where } q > \tfrac12
+
+The logarithm is accurate for probabilities near zero. For probabilities near one, the mixture is reflected at zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["quantiles"]
+
+# Every third step halves a bracket, and after 2200 halvings any two float64 numbers are neighbors.
+_STEPS = 3 * 2200
+
+# Smallest slope that derivatives divide by; its square does not underflow.
+_LEAST_SLOPE = 1e-150
+
+
+def quantiles(log_weights: Tensor, means: Tensor, precisions: Tensor, probabilities: Tensor) -> Tensor:
+    """Quantiles (*S) of mixtures, float64, with first and second derivatives in all arguments.
+
+    Args:
+        log_weights: log W (*S, K), nats.
+        means: μ (*S, K), data units.
+        precisions: 1 / σ (*S, K) or (*S, 1), 1 / data units.
+        probabilities: q (*S). The quantile is -inf for 0, +inf for 1, and NaN for numbers outside of [0, 1].
+
+    Returns:
+        (*S), float64, data units.
+    """
+    inside = (probabilities > 0) & (probabilities < 1)
+    q = torch.where(inside, probabilities, 0.5).double()
+    # The upper tail of a mixture is the lower tail of the mixture reflected at zero.
+    upper = q > 0.5
+    sign = torch.where(upper, -1.0, 1.0).to(q)
+    tail = torch.where(upper, 1 - q, q)
+    arguments = (log_weights.double(), sign.unsqueeze(-1) * means.double(), precisions.double())
+    with torch.no_grad():
+        x = _solve(*arguments, tail)
+    # Newton steps of length zero give the derivatives: one step those of first order, two steps also those of second order.
+    for _ in range(2 if torch.is_grad_enabled() else 0):
+        value, slope = _log_tail(*arguments, x)
+        residual = tail.log() - value
+        x = x + (residual - residual.detach()) / slope.clamp(min=_LEAST_SLOPE)
+    x = sign * x
+    edge = torch.where(probabilities == 0, -math.inf, torch.where(probabilities == 1, math.inf, math.nan)).to(x)
+    return torch.where(inside, x, edge)
+
+
+def _solve(log_weights: Tensor, means: Tensor, precisions: Tensor, tail: Tensor) -> Tensor:
+    """Quantiles (*S) at lower tail probabilities (*S) of at most 1/2, by Newton steps within a bracket."""
+    # A mixture's quantile lies between the smallest and the largest of its components'; the margins are for rounding.
+    z = torch.special.ndtri(tail).unsqueeze(-1)
+    each = means + z / precisions
+    margin = 1e-6 * (1 + z.abs()) / precisions + 1e-12 * means.abs()
+    low, high = (each - margin).amin(-1), (each + margin).amax(-1)
+    goal = tail.log()
+    eps = torch.finfo(goal.dtype).eps
+    x = 0.5 * low + 0.5 * high
+    for step in range(_STEPS):
+        value, slope = _log_tail(log_weights, means, precisions, x)
+        low, high = torch.where(value < goal, x, low), torch.where(value < goal, high, x)
+        middle = 0.5 * low + 0.5 * high
+        # Rounding errors of the logarithms and of x.
+        rounding = 4 * eps * (1 + goal.abs()) + eps * x.abs() * slope
+        solved = ((value - goal).abs() <= rounding) | (middle <= low) | (middle >= high)
+        if bool(solved.all()):
+            break
+        newton = x + (goal - value) / slope
+        inside = (newton > low) & (newton < high) & (step % 3 < 2)
+        x = torch.where(solved, x, torch.where(inside, newton, middle))
+    return x
+
+
+def _log_tail(log_weights: Tensor, means: Tensor, precisions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """log F (*S) at points (*S), nats, and its derivative in the points (*S), 1 / data units."""
+    # Beyond 1e6 standard deviations probabilities underflow, and torch's derivative of log_ndtr is infinite far out.
+    z = ((x.unsqueeze(-1) - means) * precisions).clamp(-1e6, 1e6)
+    value = torch.logsumexp(log_weights + torch.special.log_ndtr(z), -1)
+    density = torch.logsumexp(log_weights + precisions.log() - 0.5 * z.square(), -1) - 0.5 * math.log(2 * math.pi)
+    return value, (density - value).exp()

@@ -1,0 +1,57 @@
+"""Radii of Gaussian draws between two Mahalanobis distances, exact far out in the tail too."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_number
+
+__all__ = ["radii", "shell"]
+
+
+def shell(confidence: float | None, std_range: tuple[float, float] | None, features: int) -> tuple[float, float]:
+    """The radii between which to draw, standard deviations."""
+    low, high = 0.0, math.inf
+    if std_range is not None:
+        if not isinstance(std_range, (tuple, list)) or len(std_range) != 2:
+            raise ValueError(f"std_range must be a pair (a, b) with 0 <= a < b, got {std_range!r}.")
+        low = as_number(std_range[0], "the first of std_range", 0)
+        high = math.inf if std_range[1] == math.inf else as_number(std_range[1], "the second of std_range", 0)
+    if not 0 <= low < high:
+        raise ValueError(f"std_range must be (a, b) with 0 <= a < b, got {std_range}.")
+    if confidence is not None:
+        confidence = as_number(confidence, "confidence")
+        if not 0 < confidence <= 1:
+            raise ValueError(f"confidence must be above 0 and at most 1, got {confidence}.")
+        share = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)
+        high = min(high, float(radii(share, 0.0, math.inf, features)) if confidence < 1 else math.inf)
+        if not low < high:
+            raise ValueError(f"confidence={confidence} ends at {high:.4g} standard deviations, below {low:.4g}.")
+    return low, high
+
+
+def radii(share: Tensor, low: float, high: float, features: int) -> Tensor:
+    """Radii in [low, high] beyond which ``share`` of the chi distribution's mass between them lies.
+
+    Solved on the upper tail, which keeps its digits far out, by bisection.
+    """
+    half = torch.full_like(share, features / 2)
+
+    def beyond(radius: Tensor) -> Tensor:
+        return torch.special.gammaincc(half, 0.5 * radius.square())
+
+    near = torch.full_like(share, low)
+    # Past this the tail holds no float64.
+    far = torch.full_like(share, min(high, math.sqrt(features) + 40.0 + low))
+    top, bottom = beyond(near), beyond(far) if high < math.inf else torch.zeros_like(share)
+    if not float((top - bottom).min()) > 1e-290:
+        raise ValueError(f"no mass that float64 can tell lies between {low:g} and {high:g} standard deviations.")
+    target = bottom + share * (top - bottom)
+    for _ in range(80):
+        middle = 0.5 * (near + far)
+        outside = beyond(middle) > target
+        near, far = torch.where(outside, middle, near), torch.where(outside, far, middle)
+    return 0.5 * (near + far)

@@ -1,0 +1,246 @@
+"""Penalties and bounds of means and covariances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_tensor, check_finite
+from gmmkeops.components import floor_eigenvalues
+from gmmkeops.models import Mixture
+from gmmkeops.penalties.penalty import Penalty, Surrogate
+from gmmkeops.penalties.weights import _finite, _told
+
+__all__ = ["EigenvalueFloor", "InverseWishart", "NormalInverseWishart", "NormalMean", "PrecisionRidge"]
+
+
+@dataclass(frozen=True)
+class NormalMean(Penalty):
+    r"""Conjugate normal prior on each mean, :math:`\mu_k \sim \mathcal N(m, \Sigma_k / \kappa)`, up to its constant.
+
+    .. math:: \frac1N \sum_k \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m) + \tfrac12 \log |\Sigma_k|
+
+    It pulls means to m as if by κ points there.
+
+    Args:
+        mean: m (D,), or (K, D) for one per component, data units.
+        mean_precision: κ >= 0, in points.
+
+    Reference:
+        Gelman et al. 2013, *Bayesian Data Analysis*, 3rd ed., §3.6.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> one = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.ones(1, 2), "diag")
+        >>> float(gk.penalties.NormalMean(torch.ones(2), 2.0)(one))
+        2.0
+    """
+
+    mean: Any
+    mean_precision: float
+
+    def __post_init__(self) -> None:
+        _finite("mean_precision", self.mean_precision, 0)
+        check_finite(as_tensor(self.mean, name="mean"), name="mean", rows="entry")
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        residuals = (mixture.means - self._centre(mixture)).expand_as(mixture.means)
+        pull = 0.5 * self.mean_precision * mixture.factor.whiten(residuals).square().sum()
+        return (pull - mixture.factor.log_determinant().expand(mixture.components).sum()) / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        pair = (float(self.mean_precision), self._centre(mixture))
+        return replace(Surrogate.none(mixture), means=(pair,), degrees_per_component=1.0)
+
+    def _centre(self, mixture: Mixture) -> Tensor:
+        centre = as_tensor(self.mean, name="mean").to(mixture.means)
+        K, D = mixture.components, mixture.features
+        if tuple(centre.shape) not in {(), (D,), (K, D)}:
+            raise ValueError(f"the prior's mean must have shape ({D},) or ({K}, {D}), got {tuple(centre.shape)}.")
+        return centre
+
+
+@dataclass(frozen=True)
+class InverseWishart(Penalty):
+    r"""Inverse-Wishart prior on each covariance, up to its normalising constant; a tied covariance counts once.
+
+    .. math:: \frac1N \sum_k \tfrac{\nu + D + 1}{2} \log |\Sigma_k| + \tfrac12 \mathrm{tr}(\Psi \Sigma_k^{-1})
+
+    It pulls covariances to Ψ / (ν + D + 1), with a weight of that many points, so that none can collapse.
+
+    Args:
+        scale: Ψ (D, D), squared data units; a number means that multiple of the identity.
+        degrees_of_freedom: ν > D - 1.
+
+    Reference:
+        Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> one = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.ones(1, 2), "diag")
+        >>> float(gk.penalties.InverseWishart(3.0, 4.0)(one))
+        3.0
+    """
+
+    scale: Any
+    degrees_of_freedom: float
+
+    def __post_init__(self) -> None:
+        _finite("degrees_of_freedom", self.degrees_of_freedom, 0, strict=True)
+        scale = as_tensor(self.scale, name="scale", dtype=torch.float64)
+        square = scale.ndim == 2 and scale.shape[0] == scale.shape[1] > 0
+        if not (square or (scale.ndim == 0 and float(scale) > 0)):
+            raise ValueError(f"scale must be a positive number or a matrix (D, D), got {_told(scale)}.")
+        check_finite(scale, name="scale")
+        if square and not torch.allclose(scale, scale.mT, rtol=1e-5, atol=0):
+            raise ValueError("scale must be symmetric, got a matrix that is not; symmetrise it with (S + S.T) / 2.")
+        if scale.ndim == 2 and int(torch.linalg.cholesky_ex(scale).info) > 0:
+            raise ValueError("scale must be positive definite; add a small ridge to its diagonal.")
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        U = mixture.factor.matrices()
+        log_determinant = -self._degrees(mixture) * mixture.factor.log_determinant().sum()
+        return (log_determinant + 0.5 * (U * (self._psi(mixture) @ U)).sum()) / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return replace(Surrogate.none(mixture), scatter=self._psi(mixture), degrees=self._degrees(mixture))
+
+    def _degrees(self, mixture: Mixture) -> float:
+        D = mixture.features
+        if self.degrees_of_freedom <= D - 1:
+            raise ValueError(f"degrees_of_freedom must exceed D - 1 = {D - 1}, got {self.degrees_of_freedom}.")
+        return self.degrees_of_freedom + D + 1
+
+    def _psi(self, mixture: Mixture) -> Tensor:
+        psi = as_tensor(self.scale, name="scale").to(mixture.means)
+        D = mixture.features
+        if psi.ndim == 2 and psi.shape != (D, D):
+            raise ValueError(f"the prior's scale must have shape ({D}, {D}), got {tuple(psi.shape)}.")
+        return psi * torch.eye(D).to(psi) if psi.ndim == 0 else psi
+
+
+@dataclass(frozen=True)
+class NormalInverseWishart(Penalty):
+    r"""Normal-inverse-Wishart prior: :class:`NormalMean` and :class:`InverseWishart` at once, the full conjugate prior.
+
+    .. math::
+
+        \frac1N \sum_k \tfrac{\nu + D + 2}{2} \log |\Sigma_k| + \tfrac12 \mathrm{tr}(\Psi \Sigma_k^{-1})
+        + \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m)
+
+    Args:
+        mean: m (D,) or (K, D), data units.
+        mean_precision: κ >= 0, in points.
+        scale: Ψ (D, D), squared data units; a number means that multiple of the identity.
+        degrees_of_freedom: ν > D - 1.
+
+    Reference:
+        Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> one = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.ones(1, 2), "diag")
+        >>> float(gk.penalties.NormalInverseWishart(torch.ones(2), 2.0, 3.0, 4.0)(one))
+        5.0
+    """
+
+    mean: Any
+    mean_precision: float
+    scale: Any
+    degrees_of_freedom: float
+
+    def __post_init__(self) -> None:
+        self._both()
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        return self._both()(mixture, points)
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return self._both().m_step(mixture, points)
+
+    def _both(self) -> Penalty:
+        return NormalMean(self.mean, self.mean_precision) + InverseWishart(self.scale, self.degrees_of_freedom)
+
+
+@dataclass(frozen=True)
+class PrecisionRidge(Penalty):
+    r"""Ridge on the precision factors, that is on the traces of the precision matrices.
+
+    .. math:: \frac{s}{K} \sum_k \lVert U_k \rVert_F^2 = \frac{s}{K} \sum_k \mathrm{tr}\, \Sigma_k^{-1}
+
+    It keeps covariances from shrinking: in effect 2 s / W_k is added to the variances of component k.
+
+    Args:
+        strength: s >= 0, squared data units times nats per point.
+
+    Reference:
+        Yuan and Lin 2007, *Model selection and estimation in the Gaussian graphical model*, Biometrika 94 (penalised
+        precisions).
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> one = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.full((1, 2), 0.5), "diag")
+        >>> round(float(gk.penalties.PrecisionRidge(1.0)(one)), 4)
+        4.0
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        _finite("strength", self.strength, 0)
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        return self.strength * mixture.factor.matrices().square().sum((-1, -2)).mean()
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        eye = torch.eye(mixture.features).to(mixture.means)
+        return replace(Surrogate.none(mixture), scatter=2 * points * self.strength / mixture.factor.leading * eye)
+
+
+@dataclass(frozen=True)
+class EigenvalueFloor(Penalty):
+    r"""A bound: every eigenvalue of every covariance stays at or above a floor. It costs nothing.
+
+    .. math:: \lambda_{\min}(\Sigma_k) \ge \text{minimum}
+
+    After each step the covariances that fell below are replaced by the nearest ones (in Frobenius norm) that do not:
+    their small eigenvalues are raised to the floor.
+
+    Args:
+        minimum: Least eigenvalue, squared data units.
+
+    Reference:
+        Ingrassia 2004, *A likelihood-based constrained algorithm for multivariate normal mixture models*, Statistical
+        Methods & Applications 13.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> thin = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.tensor([[1.0, 0.01]]), "diag")
+        >>> bounded, moved = gk.penalties.EigenvalueFloor(0.25).project(thin)
+        >>> bounded.factor.covariances().diagonal(dim1=1, dim2=2).tolist(), moved.tolist()
+        ([[1.0, 0.25]], [True])
+    """
+
+    minimum: float
+
+    def __post_init__(self) -> None:
+        _finite("minimum", self.minimum, 0, strict=True)
+
+    @property
+    def bounds(self) -> bool:
+        return True
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        return mixture.means.new_zeros(())
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return Surrogate.none(mixture)
+
+    def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
+        factor, low = floor_eigenvalues(mixture.factor, self.minimum)
+        if not bool(low.any()):
+            return mixture, low.expand(mixture.components)
+        return Mixture(mixture.logits, mixture.means, factor, validate_args=False), low.expand(mixture.components)

@@ -1,0 +1,156 @@
+"""Penalties of the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_number, as_tensor
+from gmmkeops.models import Mixture
+from gmmkeops.penalties.penalty import Penalty, Surrogate
+
+__all__ = ["Dirichlet", "SqrtWeights", "WeightEntropy"]
+
+
+def _finite(name: str, value: float, least: float, *, strict: bool = False) -> None:
+    bound = "greater than" if strict else "at least"
+    as_number(value, name, least, above=strict, clause=f"must be finite and {bound} {least:g}")
+
+
+def _told(values: Tensor) -> str:
+    return str(values.tolist()) if values.numel() <= 4 else f"an array of shape {tuple(values.shape)}"
+
+
+@dataclass(frozen=True)
+class SqrtWeights(Penalty):
+    r"""Sparsity prior of the KeOps tutorial on the square roots of the weights.
+
+    .. math:: \frac{s}{K} \sum_k \sqrt{W_k}
+
+    Its slope grows without bound as a weight falls, so components that explain little die out and the rest share their
+    weight; s = 0 does nothing, the tutorial takes 20.
+
+    Args:
+        strength: s >= 0, nats per point.
+
+    Reference:
+        KeOps documentation, *Fitting a Gaussian Mixture Model* (log-likelihood plus sparsity cost).
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> even = gk.Mixture.from_parameters([0.25] * 4, torch.zeros(4, 1), torch.ones(4, 1), "diag")
+        >>> float(gk.penalties.SqrtWeights(20)(even))
+        10.0
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        _finite("strength", self.strength, 0)
+
+    @property
+    def prunes(self) -> bool:
+        return self.strength > 0
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        return self.strength * (0.5 * mixture.log_weights).exp().mean()
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        slopes = 0.5 * self.strength / mixture.components * (-0.5 * mixture.log_weights).exp()
+        return replace(Surrogate.none(mixture), slopes=slopes)
+
+
+@dataclass(frozen=True)
+class WeightEntropy(Penalty):
+    r"""Entropy of the weights, which falls as few components take all.
+
+    .. math:: -s \sum_k W_k \log W_k
+
+    A positive strength favours few components, a negative one even weights.
+
+    Args:
+        strength: s, dimensionless (the entropy is in nats).
+
+    Reference:
+        Brand 1999, *Structure learning in conditional probability models via an entropic prior*, Neural Computation 11.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> even = gk.Mixture.from_parameters([0.5, 0.5], torch.zeros(2, 1), torch.ones(2, 1), "diag")
+        >>> round(float(gk.penalties.WeightEntropy(1.0)(even)), 4)
+        0.6931
+    """
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        as_number(self.strength, "strength")
+
+    @property
+    def prunes(self) -> bool:
+        return self.strength > 0
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        # W log W tends to zero with the weight, and so does its slope in the logit; 0 · (-inf) would be NaN.
+        logs = mixture.log_weights.masked_fill(mixture.weights == 0, 0.0)
+        return -self.strength * (mixture.weights * logs).sum()
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        if self.strength < 0:
+            raise TypeError(
+                "WeightEntropy of negative strength is not concave and has no M-step; use gmmkeops.Adam(...)."
+            )
+        return replace(Surrogate.none(mixture), slopes=-self.strength * (mixture.log_weights + 1))
+
+
+@dataclass(frozen=True)
+class Dirichlet(Penalty):
+    r"""Dirichlet prior on the weights, up to its normalising constant.
+
+    .. math:: -\frac1N \sum_k (\alpha_k - 1) \log W_k
+
+    Concentrations above one pull the weights together (and keep every component alive), below one apart; one is flat.
+
+    Args:
+        concentration: α > 0, one number or one per component (K,).
+
+    Reference:
+        Gelman et al. 2013, *Bayesian Data Analysis*, 3rd ed., §22.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> even = gk.Mixture.from_parameters([0.5, 0.5], torch.zeros(2, 1), torch.ones(2, 1), "diag")
+        >>> round(float(gk.penalties.Dirichlet(2.0)(even, points=10)), 4)
+        0.1386
+    """
+
+    concentration: Any
+
+    def __post_init__(self) -> None:
+        alpha = as_tensor(self.concentration, name="concentration")
+        if alpha.ndim > 1 or not bool(((alpha > 0) & torch.isfinite(alpha)).all()):
+            raise ValueError(f"concentration must be positive and finite, one number or (K,), got {_told(alpha)}.")
+
+    @property
+    def prunes(self) -> bool:
+        return bool((as_tensor(self.concentration, name="concentration") < 1).any())
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        alpha = self._alpha(mixture)
+        # A flat prior says nothing, of a component without weight neither.
+        return -((alpha - 1) * mixture.log_weights.masked_fill(alpha == 1, 0.0)).sum() / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        none = Surrogate.none(mixture)
+        return replace(none, counts=none.counts + self._alpha(mixture) - 1)
+
+    def _alpha(self, mixture: Mixture) -> Tensor:
+        alpha = as_tensor(self.concentration, name="concentration").to(mixture.logits)
+        if alpha.ndim == 1 and alpha.shape[0] != mixture.components:
+            raise ValueError(
+                f"concentration has {alpha.shape[0]} entries, the mixture {mixture.components} components."
+            )
+        return alpha

@@ -1,0 +1,149 @@
+"""Choice of the engine, and of whether points are sorted into a kd-tree for truncation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_choice, as_fraction, as_integer
+from gmmkeops.data import as_points
+from gmmkeops.reductions.keops import engine as _keops
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.truncation.tree import Cloud
+from gmmkeops.reductions.truncation.truncation import Truncation
+
+__all__ = ["BACKENDS", "arrange", "engine", "may_arrange"]
+
+BACKENDS = ("auto", "keops", "dense")
+
+# Largest dimension in which points are sorted into a kd-tree by coordinates; beyond it they are grouped by labels.
+_FEW = 4
+
+# Default ε of truncation for each dtype, about its rounding error in nats per point.
+_EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+_warned: set[str] = set()
+
+
+def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool = True) -> str:
+    """Name of the engine that will be used: ``"dense"`` or ``"keops"``.
+
+    On a CPU ``"auto"`` chooses the dense engine, which is faster in all cases. On CUDA it chooses KeOps in few dimensions (up to
+    6 with full factors, 16 with diagonal ones), where the matrix products of a tile are too thin to fill the device.
+
+    Args:
+        problem: The points (N, D), validated exponents, or a device.
+        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        features: D, when only a device is given.
+        full: Whether factors are full matrices, when no exponents are given.
+
+    Raises:
+        ValueError: The name of the backend is unknown.
+
+    Warns:
+        UserWarning: KeOps was chosen and cannot run, so that the dense engine is used; once for each reason.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.engine(torch.zeros(5, 3))
+        'dense'
+    """
+    as_choice(backend, "backend", BACKENDS)
+    if isinstance(problem, Exponents):
+        problem, full = problem.x, problem.is_full
+    if isinstance(problem, Tensor):
+        problem, features = problem.device, problem.shape[1]
+    device: torch.device = problem
+    if backend == "dense" or (backend == "auto" and not (device.type == "cuda" and features <= (6 if full else 16))):
+        return "dense"
+    reason = _keops.unavailable(device)
+    if reason is None:
+        return "keops"
+    if reason not in _warned:
+        _warned.add(reason)
+        wanted = "was asked for" if backend == "keops" else "is the faster engine here"
+        warnings.warn(f"KeOps {wanted} but {reason}; using the dense engine.", UserWarning, stacklevel=3)
+    return "dense"
+
+
+def arrange(
+    x: Any,
+    components: int,
+    truncate: float | None = None,
+    *,
+    sweeps: int = 1,
+    labels: Callable[[], Tensor] | None = None,
+) -> Tensor | Truncation:
+    r"""Sort points into kd-tree leaves, so that reductions can skip negligible components (block-sparse evaluation).
+
+    All reductions accept the result in place of the points, and return values in the original order of the points. They then
+    guarantee :math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` for the log-density of each point. Labels, the
+    largest exponents and the moments of hard assignments are exact.
+
+    Args:
+        x: Points (N, D), data units.
+        components: Number of components K of the mixtures that will be evaluated.
+        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components. None
+            uses 1e-6 for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
+        sweeps: Expected number of reductions with these points; used to decide whether sorting saves time.
+        labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions a
+            kd-tree by coordinates has no small leaves, and points are grouped by these labels instead. It is called only if that
+            saves time.
+
+    Returns:
+        The points themselves if sorting does not save time, otherwise a :class:`Truncation`.
+
+    Raises:
+        TypeError, ValueError: Invalid points, or ``truncate`` is not a number from 0 to 1.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.linspace(0, 1, 4096)[:, None]
+        >>> cloud = gk.reductions.arrange(x, 64, 1e-4)
+        >>> means = torch.linspace(0, 1, 64)[:, None]
+        >>> sums = gk.reductions.moments(cloud, torch.zeros(64), means, torch.full((1, 1), 64.0))
+        >>> cloud.share < 0.5, 0 <= cloud.certificate <= 1e-4 * 1.0001
+        (True, True)
+    """
+    x = as_points(x)
+    truncate = as_fraction(truncate, "truncate")
+    components, sweeps = as_integer(components, "components", 1), as_integer(sweeps, "sweeps", 0)
+    labels = None if x.shape[1] <= _FEW else labels
+    if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
+        return x
+    # Rows of a leaf: those of about two components, within the limits of an efficient tile. Groups of one label are split rarely.
+    rows = min(4096, max(1024 if labels is None else 2048, 2 * len(x) // components))
+    cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels(), rows)
+    return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
+
+
+def _pays(x: Tensor, components: int, sweeps: int, labelled: bool) -> bool:
+    """Whether sorting points (N, D) is likely to save time over ``sweeps`` reductions, by labels or by coordinates."""
+    N, D = x.shape
+    if labelled:
+        # Truncation saves time only if tiles are large compared with their overhead: about a thousand rows in 20 dimensions.
+        return components >= 16 and N * components >= 1_000_000 and sweeps >= 8 and 20_000 * components <= N * D
+    return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
+
+
+def may_arrange(rows: int, components: int, dimensions: int) -> bool:
+    """Whether a fit may sort its points for truncation by default.
+
+    Args:
+        rows: Number of points N.
+        components: Number of components K.
+        dimensions: Number of columns D.
+
+    Returns:
+        Whether truncation may save time; the fit decides after its first pass.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> gk.reductions.may_arrange(10**6, 1000, 3), gk.reductions.may_arrange(1000, 5, 3)
+        (True, False)
+    """
+    return any(_pays(torch.empty(rows, dimensions, device="meta"), components, 1 << 20, few) for few in (False, True))

@@ -1,0 +1,1 @@
+"""The dense engine: tiles of points and components that fit into cache, in torch operations."""

@@ -1,0 +1,65 @@
+r"""Bounds on rounding errors of exponents that are expanded about a common center instead of each component's own mean.
+
+Let :math:`u` be the unit roundoff, and all coordinates be relative to the common center. With
+:math:`w_k(m) = \sum_d m_d \lVert U_{k,d\cdot} \rVert`, the size of component k over points with :math:`|x_d| \le m_d` is
+:math:`s_k = w_k(m) + w_k(|\mu_k|)`, and
+
+.. math::
+
+    |\delta (U_k^\top x - U_k^\top \mu_k)| \lesssim u\, s_k, \qquad
+    |\delta (x^\top P_k x - 2 \mu_k^\top P_k x + \mu_k^\top P_k \mu_k)| \lesssim u\, s_k^2 .
+
+Reference: Higham 2002, *Accuracy and Stability of Numerical Algorithms*, §3.1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions.problem import Exponents
+
+__all__ = ["Sizes", "linear_limit", "quadratic_limit"]
+
+# Factor of the error bounds above, because sums have many terms, each of which is rounded.
+_TERMS = 4.0
+
+
+def linear_limit(tolerance: float, dtype: torch.dtype) -> float:
+    """Largest size for which expanded residuals change an exponent e by less than ``tolerance`` times max(1, |e|)."""
+    return tolerance / (_TERMS * 0.5 * torch.finfo(dtype).eps)
+
+
+def quadratic_limit(tolerance: float, dtype: torch.dtype) -> float:
+    """Largest size for which an expanded square changes an exponent by less than ``tolerance``, nats."""
+    return math.sqrt(tolerance / (_TERMS * 0.25 * torch.finfo(dtype).eps))
+
+
+class Sizes:
+    """Sizes of components over points with coordinates |x_d| ≤ m_d relative to the center; m is called the reach.
+
+    Args:
+        problem: Exponents with the components.
+    """
+
+    def __init__(self, problem: Exponents) -> None:
+        U = problem.U
+        self.lengths = U.norm(dim=2) if problem.is_full else U.abs().expand_as(problem.means)
+        self.own = (self.lengths * problem.means.abs()).sum(1)
+        self._longest, self._most = self.lengths.amax(0), self.own.amax()
+
+    def most(self, reach: Tensor) -> Tensor:
+        """Upper bound (scalar) on the sizes of all components over points within a reach (D,)."""
+        return self._longest @ reach + self._most
+
+    def most_at(self, points: Tensor) -> Tensor:
+        """Upper bound (scalar) on the sizes of all components at points with absolute coordinates (D, rows)."""
+        return (self._longest.to(points.dtype) @ points).amax() + self._most
+
+    def of(self, reach: Tensor, index: Tensor | None = None) -> Tensor:
+        """Sizes of all components (K,), or of those of ``index``, over points within a reach (D,)."""
+        if index is None:
+            return self.lengths @ reach + self.own
+        return self.lengths[index] @ reach + self.own[index]

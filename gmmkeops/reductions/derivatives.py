@@ -1,0 +1,367 @@
+r"""Derivatives of the log-sum-exp as autograd functions: first ones by an engine, second ones recomputed in chunks.
+
+.. math::
+
+    L = \sum_n g_n \ell_n(\theta), \qquad \nabla_\theta L \ \text{by moments}, \qquad
+    \nabla_{g, \theta}\, \langle \nabla_\theta L, v \rangle = \nabla_{g, \theta} \sum_n g_n \dot\ell_n
+
+with θ the points, offsets, means and factors. Each function is the derivative of the previous one. All combinations of second
+derivatives (reverse over reverse, forward over reverse, reverse over forward) are sums of these functions; third derivatives
+raise an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gmmkeops.reductions import plain as _plain
+
+__all__ = ["Attached", "LogSumExp", "Sweep", "Total", "recordable", "recording"]
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Lets gradients be recorded, also within ``torch.no_grad`` and ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one made in ``torch.inference_mode`` where torch could not record what is done with it."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+class Sweep(Protocol):
+    """Interface of an engine to the derivatives; an instance may cache results for its arguments."""
+
+    def anew(self) -> Sweep:
+        """Return an instance without cached results, for other arguments."""
+
+    def unordered(self, x: Tensor) -> Tensor:
+        """The points in the order of the results."""
+
+    def values(self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
+        """ℓ (N,)."""
+
+    def total(
+        self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Σ g ℓ, and its gradients in the offsets, means and factors."""
+
+    def parameter_gradients(
+        self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of Σ g ℓ in the offsets, means and factors."""
+
+    def point_gradient(self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
+        """Gradient of Σ g ℓ in the points (N, D)."""
+
+
+def _refuse(order: str) -> Any:
+    raise NotImplementedError(
+        f"{order} derivatives of this log-density are not implemented; differentiate "
+        "torch.logsumexp(mixture.log_joint(x), -1) instead, which holds an N x K array and has derivatives of every order."
+    )
+
+
+def _wanted(gradients: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients at the positions where they are wanted, None at the others."""
+    found = iter(gradients)
+    return [next(found) if want else None for want in wanted]
+
+
+def _one_by_one(function: Any, info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> tuple[Any, Any]:
+    """A function's rule for ``vmap``: one call for each entry of the batch, so that memory does not grow with it."""
+    size = info.batch_size
+    if size == 0:
+        raise ValueError("torch.func.vmap over a log-density needs at least one entry in the batch, got none.")
+    # Results of an engine for its parameters may be reused if the parameters are the same for all entries.
+    alike = all(dim is None for dim in in_dims[function.parameters])
+    found = []
+    for i in range(size):
+        own = [a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(arguments, in_dims, strict=True)]
+        own = [a if alike or not hasattr(a, "anew") else a.anew() for a in own]
+        found.append(function.apply(*own))
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+
+def _lead(argument: Tensor, dim: int | None, size: int) -> Tensor:
+    """An argument (B, ...) whose batch dimension comes first."""
+    return argument.unsqueeze(0).expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+
+
+class LogSumExp(Function):
+    """ℓ (N,) of points, offsets, means and factors."""
+
+    parameters = slice(0, 4)
+
+    @staticmethod
+    def forward(x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
+        return sweep.values(x, offsets, means, U)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        *tensors, ctx.sweep = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[:4]
+        found = _Gradient.apply(g.double(), *ctx.saved_tensors, None, None, None, None, ctx.sweep, wanted)
+        return (*_wanted(found, wanted), None)
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> Tensor:
+        x = ctx.saved_tensors[0]
+        return _Slope.apply(*ctx.saved_tensors, *directions[:4], ctx.sweep).to(x.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        x, *others = arguments
+        if any(dim is not None for dim in in_dims[1:]):
+            return _one_by_one(LogSumExp, info, in_dims, arguments)
+        flat = _lead(x, in_dims[0], info.batch_size).flatten(0, 1)
+        values = LogSumExp.apply(flat, *others[:-1], others[-1].anew())
+        return values.unflatten(0, (info.batch_size, -1) if len(flat) else (info.batch_size, 0)), 0
+
+
+class Total(Function):
+    """Σ g ℓ, and (not differentiable) its gradients in the offsets, means and factors, from the same pass."""
+
+    parameters = slice(0, 4)
+
+    @staticmethod
+    def forward(x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, weights: Tensor | None, sweep: Sweep) -> Any:
+        value, gradients = sweep.total(x, offsets, means, U, weights)
+        return (value, *gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.sweep = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_forward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> Any:
+        x, offsets, means, U, weights, *gradients = ctx.saved_tensors
+        scale = scale.double()
+        g = scale.expand(len(ctx.sweep.unordered(x))) if weights is None else scale * weights
+        wanted = ctx.needs_input_grad[:4]
+        found = _Gradient.apply(g, x, offsets, means, U, scale.detach(), *gradients, ctx.sweep, wanted)
+        return (*_wanted(found, wanted), None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> Any:
+        x, offsets, means, U, weights, *_ = ctx.saved_tensors
+        slopes = _Slope.apply(x, offsets, means, U, *directions[:4], ctx.sweep)
+        return (slopes if weights is None else weights * slopes).sum(), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(Total, info, in_dims, arguments)
+
+
+class _Gradient(Function):
+    """Gradients of Σ g ℓ in the points, offsets, means and factors, as far as they are wanted.
+
+    If g is ``scale`` times the weights of an earlier pass, the gradients of that pass are given as ``known_…``.
+    """
+
+    parameters = slice(1, 5)
+
+    @staticmethod
+    def forward(
+        g: Tensor,
+        x: Tensor,
+        offsets: Tensor,
+        means: Tensor,
+        U: Tensor,
+        scale: Tensor | None,
+        known_offsets: Tensor | None,
+        known_means: Tensor | None,
+        known_U: Tensor | None,
+        sweep: Sweep,
+        wanted: Sequence[bool],
+    ) -> Any:
+        like = (x, offsets, means, U)
+        parts: list[Tensor | None] = [None] * 4
+        if wanted[0]:
+            parts[0] = sweep.point_gradient(g, *like)
+        if any(wanted[1:]) and scale is not None:
+            known = (known_offsets, known_means, known_U)
+            parts[1:] = [scale * part for part in known if part is not None]
+        elif any(wanted[1:]):
+            parts[1:] = sweep.parameter_gradients(g, *like)
+        chosen = [(part, to) for part, to, want in zip(parts, like, wanted, strict=True) if want and part is not None]
+        return tuple(part.to(to.dtype).sum_to_size(to.shape) for part, to in chosen)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *_, ctx.sweep, ctx.wanted = inputs
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:5]
+        found = _Curvature.apply(*ctx.saved_tensors, *_wanted(directions, ctx.wanted), ctx.sweep, needed)
+        return (*_wanted(found, needed), *[None] * 6)
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> Any:
+        g, *parameters = ctx.saved_tensors
+        parts: list[Tensor | None] = [None] * 4
+        if any(direction is not None for direction in directions[1:5]):
+            needed = (False, *ctx.wanted)
+            parts = _wanted(_Curvature.apply(g, *parameters, *directions[1:5], ctx.sweep, needed), needed)[1:]
+        if directions[0] is not None:
+            found = _Gradient.apply(directions[0], *parameters, None, None, None, None, ctx.sweep, ctx.wanted)
+            first = _wanted(found, ctx.wanted)
+            parts = [a if b is None else b if a is None else a + b for a, b in zip(first, parts, strict=True)]
+        return tuple(
+            torch.zeros_like(like) if part is None else part
+            for part, like, want in zip(parts, parameters, ctx.wanted, strict=True)
+            if want
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        g, x, *others, sweep, wanted = arguments
+        if any(wanted[1:]) or any(dim is not None for dim in in_dims[2:5]):
+            return _one_by_one(_Gradient, info, in_dims, arguments)
+        flat = [_lead(a, dim, info.batch_size).flatten(0, 1) for a, dim in zip((g, x), in_dims, strict=False)]
+        (found,) = _Gradient.apply(*flat, *others[:3], None, None, None, None, sweep.anew(), wanted)
+        return (found.unflatten(0, (info.batch_size, len(found) // info.batch_size)),), (0,)
+
+
+class _Slope(Function):
+    """Derivatives of ℓ (N,) along directions of the points, offsets, means and factors, float64."""
+
+    parameters = slice(0, 4)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        x, *others, sweep = arguments
+        return _plain.slopes((sweep.unordered(x), *others[:3]), others[3:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        *tensors, ctx.sweep = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> Any:
+        parameters, directions = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        needed, wanted = (False, *ctx.needs_input_grad[:4]), ctx.needs_input_grad[4:8]
+        second = _wanted(_Curvature.apply(h, *parameters, *directions, ctx.sweep, needed), needed)[1:]
+        first = _wanted(_Gradient.apply(h, *parameters, None, None, None, None, ctx.sweep, wanted), wanted)
+        return (*second, *first, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _refuse("Second forward-mode (forward over forward)")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(_Slope, info, in_dims, arguments)
+
+
+class _Curvature(Function):
+    """Gradients of Σ g ℓ' in g, points, offsets, means and factors, as far as they are needed; ℓ' as in :class:`_Slope`."""
+
+    parameters = slice(1, 5)
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        g, x, *others, sweep, needed = arguments
+        like = (g, x, *others[:3])
+        found = _plain.curvature(g, (sweep.unordered(x), *others[:3]), others[3:], needed)
+        return tuple(part.to(to.dtype) for part, to in zip(found, like, strict=True) if part is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        _refuse("Third")
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _refuse("Third")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(_Curvature, info, in_dims, arguments)
+
+
+class Attached(Function):
+    """A value as a function of parameters, with known gradients and without further derivatives."""
+
+    parameters = slice(0, 0)
+
+    @staticmethod
+    def forward(value: Tensor, *arguments: Any) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> Any:
+        return (None, None, None, None, *_Known.apply(scale, *ctx.saved_tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, *directions: Tensor | None) -> Tensor:
+        one = ctx.saved_tensors[0].new_ones(())
+        slopes = _Known.apply(one, *ctx.saved_tensors)
+        terms = [(a * b).sum() for a, b in zip(slopes, directions[4:], strict=True) if b is not None]
+        return torch.stack(terms).sum().to(one)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(Attached, info, in_dims, arguments)
+
+
+class _Known(Function):
+    """Known gradients times a number; they have no derivatives."""
+
+    parameters = slice(0, 0)
+
+    @staticmethod
+    def forward(scale: Tensor, *arguments: Tensor) -> Any:
+        pairs = zip(arguments[:3], arguments[3:], strict=True)
+        return tuple((scale * slope).sum_to_size(like.shape).to(like.dtype) for slope, like in pairs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "sums that were attached to parameters have first derivatives only; use gmmkeops.reductions.total of the "
+            "points for second derivatives."
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        _Known.backward(ctx)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(_Known, info, in_dims, arguments)

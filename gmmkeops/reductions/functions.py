@@ -1,0 +1,297 @@
+r"""Reductions of the exponents over points or components: log-sum-exps, labels and moments.
+
+.. math::
+
+    e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
+    \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
+
+There are two engines with equal results, ``dense`` and ``keops``; neither stores an N x K array. The gradients of
+:math:`\sum_n g_n \ell_n` follow from the moments of r:
+
+.. math::
+
+    \partial_{c_k} = S^0_k, \qquad \partial_{\mu_k} = U_k U_k^\top S^1_k, \qquad \partial_{U_k} = -S^2_k U_k, \qquad
+    \partial_{x_n} = -\sum_k r_{nk}\, U_k U_k^\top (x_n - \mu_k)
+
+so that one pass over the data gives the gradients of all parameters and the sufficient statistics of EM. Second derivatives are
+recomputed in chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_choice, as_integer, as_tensor
+from gmmkeops.components import DiagonalFactor, Factor, Moments
+from gmmkeops.data import as_weights
+from gmmkeops.reductions import plain as _plain
+from gmmkeops.reductions.dense import engine as _dense
+from gmmkeops.reductions.derivatives import Attached, LogSumExp, Total
+from gmmkeops.reductions.dispatch import (
+    ASSIGNMENTS,
+    _arguments,
+    _largest,
+    _moments,
+    _parameter_gradients,
+    _run,
+    _setup,
+    _Sweep,
+)
+from gmmkeops.reductions.problem import factor_tensor
+from gmmkeops.reductions.truncation.truncation import Truncation
+
+__all__ = ["argmax", "attached", "logsumexp", "moments", "topk", "total"]
+
+
+def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Tensor) -> Tensor:
+    r"""The total :math:`\sum_n g_n \ell_n` of given moments, as a differentiable function of the parameters.
+
+    With this function, moments that were added over chunks, ranks or files have the same gradients as one call of :func:`total`.
+
+    Args:
+        sums: Result of :func:`moments` for these parameters, or a sum of such results.
+        offsets, means, factor: As for :func:`logsumexp`.
+
+    Returns:
+        A float64 scalar, nats, with first derivatives in the parameters; a second derivative raises a NotImplementedError.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x, offsets, factors = torch.randn(10, 2), torch.zeros(3), torch.eye(2).expand(3, 2, 2)
+        >>> means = torch.randn(3, 2).requires_grad_()
+        >>> halves = [gk.reductions.moments(part, offsets, means.detach(), factors) for part in x.split(5)]
+        >>> gk.reductions.attached(halves[0] + halves[1], offsets, means, factors).backward()
+        >>> in_halves, means.grad = means.grad, None
+        >>> gk.reductions.logsumexp(x, offsets, means, factors).sum().backward()
+        >>> torch.allclose(in_halves, means.grad, atol=1e-4)
+        True
+    """
+    U = as_tensor(factor_tensor(factor), name="factor")
+    offsets, means = as_tensor(offsets, name="offsets"), as_tensor(means, name="means")
+    wide = U.detach().double().expand(len(means), *U.shape[1:])
+    return Attached.apply(sums.total, *_parameter_gradients(wide, sums), offsets, means, U)
+
+
+def _compiled(sweep: _Sweep, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
+    """ℓ (N,) in plain torch operations, for torch's compilers, which plan the memory of the N x K array themselves."""
+    wide = torch.promote_types(x.dtype, means.dtype)
+    points = sweep.unordered(x)
+    return _plain.logsumexp(points.to(wide), offsets.to(wide), means.to(wide), U.to(wide)).to(x.dtype)
+
+
+def logsumexp(
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    backend: str = "auto",
+    truncate: float | None = None,
+) -> Tensor:
+    r"""Log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
+
+    It has first and second derivatives in the points, the offsets, the means and the factor, by ``backward`` and by
+    ``torch.func``; second derivatives are recomputed from the points in chunks of bounded size. The result has the dtype of the
+    points; the parameters may have any float dtype.
+
+    Args:
+        x: Points (N, D), float32 or float64, data units; or the result of :func:`arrange`.
+        offsets: c (K,), nats; -inf for a component of weight zero.
+        means: μ (K, D), data units.
+        factor: A :class:`~gmmkeops.Factor`, or a tensor U (K or 1, D, D), (K or 1, D) or (K or 1, 1), 1 / data units.
+        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        truncate: As for :func:`arrange`; ignored for points that :func:`arrange` has sorted.
+
+    Returns:
+        ℓ (N,), nats, in the dtype of the points.
+
+    Raises:
+        TypeError: An argument is not numeric, or is complex.
+        ValueError: Shapes, devices or dtypes do not match, entries are not finite, or the backend is unknown.
+        NotImplementedError: A third derivative is computed.
+
+    Reference:
+        Charlier, Feydy, Glaunès, Collin and Durif 2021, *Kernel operations on the GPU, with autodiff, without memory
+        overflows*, JMLR 22(74).
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.zeros(1, 2)
+        >>> gk.reductions.logsumexp(x, torch.zeros(2), torch.zeros(2, 2), torch.ones(1, 2)).exp()
+        tensor([2.])
+    """
+    arguments = _arguments(x, offsets, means, factor)
+    sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
+    if torch.compiler.is_compiling():
+        return _compiled(sweep, *arguments)
+    return LogSumExp.apply(*arguments, sweep)
+
+
+def total(
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    weights: Tensor | None = None,
+    backend: str = "auto",
+    truncate: float | None = None,
+) -> Tensor:
+    r"""Weighted total :math:`\sum_n g_n \ell_n`, whose gradient is computed in the same pass as its value.
+
+    It has the derivatives of :func:`logsumexp`, and those in the weights.
+
+    Args:
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
+        weights: g (N,), may be negative; all ones if left out.
+
+    Returns:
+        A float64 scalar, nats.
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`; or the weights have another length than the points.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> means = torch.zeros(1, 2, requires_grad=True)
+        >>> gk.reductions.total(torch.ones(5, 2), torch.zeros(1), means, torch.ones(1, 2)).backward()
+        >>> means.grad
+        tensor([[5., 5.]])
+    """
+    arguments = _arguments(x, offsets, means, factor)
+    sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
+    g = _weights(weights, arguments[0] if sweep.blocks is None else sweep.blocks)
+    if torch.compiler.is_compiling():
+        values = _compiled(sweep, *arguments).double()
+        return values.sum() if g is None else (g * values).sum()
+    if g is not None and g.requires_grad:
+        return (g * LogSumExp.apply(*arguments, sweep).double()).sum()
+    return Total.apply(*arguments, g, sweep)[0]
+
+
+def _weights(weights: Any, x: Any) -> Tensor | None:
+    return as_weights(weights, x.cloud.points[: len(x)] if isinstance(x, Truncation) else x, signed=True)
+
+
+def argmax(
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    backend: str = "auto",
+    truncate: float | None = None,
+) -> Tensor:
+    r"""Index of the most probable component of each point, :math:`\arg\max_k e_{nk}`.
+
+    Args:
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
+
+    Returns:
+        Components (N,), int64; the first one if exponents are equal.
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.argmax(torch.tensor([[0.1], [0.8]]), torch.zeros(2), torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
+        tensor([0, 1])
+    """
+    problem, blocks = _setup(x, offsets, means, factor, truncate, best=1)
+
+    def keops() -> Tensor:
+        return _largest(problem, 1, blocks)[1][:, 0]
+
+    labels = _run(problem, backend, lambda: _dense.argmax(problem, blocks), keops)
+    return labels if blocks is None else blocks.cloud.leave(labels)
+
+
+def topk(
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    k: int,
+    *,
+    backend: str = "auto",
+    truncate: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The k largest exponents of each point and the components they belong to.
+
+    .. math:: e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2
+
+    Args:
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
+        k: Number of exponents, from 1 to K.
+
+    Returns:
+        Exponents (N, k) in descending order, nats, and components (N, k), int64. Responsibilities are
+        ``(exponents - logsumexp(...)[:, None]).exp()``.
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`; or k is out of range.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.topk(torch.zeros(1, 1), torch.tensor([0.0, 2.0, 1.0]), torch.zeros(3, 1), torch.ones(1, 1), 2)
+        (tensor([[2., 1.]]), tensor([[1, 2]]))
+    """
+    k = as_integer(k, "k", 1)
+    problem, blocks = _setup(x, offsets, means, factor, truncate, best=k)
+    as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
+    found = _run(problem, backend, lambda: _dense.topk(problem, k, blocks), lambda: _largest(problem, k, blocks))
+    return found if blocks is None else (blocks.cloud.leave(found[0]), blocks.cloud.leave(found[1]))
+
+
+def moments(
+    x: Tensor | Truncation,
+    offsets: Tensor,
+    means: Tensor,
+    factor: Factor | Tensor,
+    *,
+    weights: Tensor | None = None,
+    assignment: str = "soft",
+    seed: int = 0,
+    backend: str = "auto",
+    truncate: float | None = None,
+) -> Moments:
+    r"""Sufficient statistics of the E-step: responsibility-weighted moments about the means.
+
+    Args:
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
+        weights: g (N,), may be negative; all ones if left out.
+        assignment: ``"soft"`` weights points by their responsibilities. ``"hard"`` assigns each point to its most probable
+            component (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"``
+            draws the component of each point from its responsibilities. The last two always use the dense engine.
+        seed: Seed of the stochastic assignment.
+
+    Returns:
+        :class:`~gmmkeops.Moments` in float64, with S2 in the shape of the factor: (K, D, D), (K, D) or (K,).
+
+    Raises:
+        TypeError, ValueError: As :func:`logsumexp`; or the weights have another length than the points, or the assignment is
+            unknown.
+
+    References:
+        Celeux and Govaert 1992, *A classification EM algorithm*; Celeux and Diebolt 1985, *The SEM algorithm*.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.moments(torch.ones(4, 1), torch.zeros(1), torch.zeros(1, 1), torch.ones(1, 1)).S1
+        tensor([[4.]], dtype=torch.float64)
+    """
+    as_choice(assignment, "assignment", ASSIGNMENTS)
+    seed = as_integer(seed, "seed")
+    problem, blocks = _setup(x, offsets, means, factor, truncate, best=1 if assignment == "hard" else 0)
+    g = _weights(weights, problem.x if blocks is None else blocks)
+    g = g if g is None or blocks is None else blocks.cloud.enter(g)
+    sums = _moments(problem, blocks, g, backend, assignment, seed)
+    # In one dimension a diagonal factor's tensor looks like a spherical one's; its S2 keeps its column.
+    if isinstance(factor, DiagonalFactor) and sums.S2.ndim == 1:
+        return replace(sums, S2=sums.S2[:, None])
+    return sums

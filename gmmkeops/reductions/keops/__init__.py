@@ -1,0 +1,1 @@
+"""The KeOps engine: formulas that KeOps compiles for the CPU or CUDA."""

@@ -1,0 +1,1 @@
+"""Truncation: sorted points, bounds of exponents, and candidate lists with certified errors."""

@@ -1,0 +1,325 @@
+r"""Upper bounds on the component densities over a kd-tree leaf, and candidate lists of components.
+
+For a leaf with center b and support function s (the smaller one of its oriented box's and its enclosing ellipsoid's), and the
+residual :math:`y = U_k^\top (b - \mu_k)`, all points x of the leaf satisfy, by the Cauchy-Schwarz inequality,
+
+.. math::
+
+    \lVert U_k^\top (x - \mu_k) \rVert \ge \lVert y \rVert - s(U_k y) / \lVert y \rVert, \qquad\text{so}\qquad
+    e_k(x) \le u_k = c_k - \tfrac12 \max(0, \lVert y \rVert - s(U_k y) / \lVert y \rVert)^2 .
+
+A set of components with :math:`\sum \exp u_k` below a limit may be skipped. Candidate lists are refined from the root of the tree
+down to the leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions.cores import on_cores
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.truncation.tree import Boxes, Cloud
+
+__all__ = ["Bounds", "Drift", "Plan", "lists"]
+
+# Pairs of leaf and component that are processed at a time, so that they stay in cache; a GPU needs long kernels.
+_PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
+
+# Depths below the limit from which bounds are pruned, nats; tried from the deepest one on.
+_DEPTHS = (6.0, 4.0, 3.0, 2.0, 1.0)
+
+# Rounding error of a bound in float64, as a fraction of the lengths that it is computed from.
+_ROUNDING = 1e-13
+
+# Smallest bound, nats; and sums of exponentials relative to a limit that are so small that terms may have underflowed.
+_LOWEST, _FAINT = -1e308, 1e-250
+
+# Mean parameter change, in standard deviations, up to which lists that allow for it are not much longer.
+_GENTLE = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Schedule of a pass: row ranges, candidate lists of components, and bounds on the pruned density.
+
+    Args:
+        boxes: Indices of the kd-tree leaves that have lists (T,).
+        index: Components of all lists, concatenated.
+        pointer: First entry of each list in ``index``, and the end of the last one (T + 1,).
+        dropped: log Σ exp u of the components that each list omits (T,), nats.
+        spans: First and last-plus-one row of each row range (S, 2).
+        owner: Index of the list of each row range (S,).
+    """
+
+    boxes: Tensor
+    index: Tensor
+    pointer: Tensor
+    dropped: Tensor
+    spans: Tensor
+    owner: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of components in the list of each row range (S,)."""
+        return self.pointer.diff()[self.owner]
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of point and component that are evaluated."""
+        return int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
+
+    @property
+    def rows(self) -> Tensor:
+        """Indices of the rows of all row ranges, concatenated."""
+        first, last = self.spans.T
+        sizes = last - first
+        place = torch.arange(int(sizes.sum()), device=sizes.device)
+        return place + (first - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
+
+    def minima(self, values: Tensor) -> Tensor:
+        """Minimum over each row range (S,) of values on :attr:`rows`, float64."""
+        sizes = self.spans.diff(dim=1)[:, 0]
+        stretch = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        least = torch.full((len(sizes),), math.inf, dtype=torch.float64, device=values.device)
+        return least.scatter_reduce(0, stretch, values.double(), "amin")
+
+    def only(self, stretches: Tensor) -> Plan:
+        """The schedule of some row ranges (a mask), with their lists."""
+        lengths = self.pointer.diff()
+        kept = torch.zeros_like(self.boxes, dtype=torch.bool)
+        kept[self.owner[stretches]] = True
+        pointer = torch.cat([lengths.new_zeros(1), lengths[kept].cumsum(0)])
+        owner = (kept.cumsum(0) - 1)[self.owner[stretches]]
+        index = self.index[kept.repeat_interleave(lengths)]
+        return Plan(self.boxes[kept], index, pointer, self.dropped[kept], self.spans[stretches], owner)
+
+    def ranges(self) -> tuple[Tensor, ...]:
+        """The ranges argument of KeOps on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
+        ends = self.spans.diff(dim=1)[:, 0].cumsum(0)
+        # KeOps uses int64 ranges without conversion; others would be converted on torch's stream after its synchronization.
+        points = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1)
+        lists = torch.stack([self.pointer[:-1], self.pointer[1:]], 1)
+        slices = torch.arange(1, len(points) + 1, device=points.device)
+        return points, slices, lists[self.owner], lists, slices, points
+
+    def split(self, most: int) -> Plan:
+        """The schedule with long row ranges split, so that none has more than about ``most`` pairs."""
+        first, last = self.spans.T
+        rows = (most // self.lengths.clamp(min=1)).clamp(min=32)
+        parts = -((first - last) // rows)
+        if not bool((parts > 1).any()):
+            return self
+        owner = self.owner.repeat_interleave(parts)
+        number = torch.arange(len(owner), device=owner.device) - (parts.cumsum(0) - parts).repeat_interleave(parts)
+        start = first.repeat_interleave(parts) + number * rows.repeat_interleave(parts)
+        stop = torch.minimum(start + rows.repeat_interleave(parts), last.repeat_interleave(parts))
+        return replace(self, spans=torch.stack([start, stop], 1), owner=owner)
+
+
+@dataclass(frozen=True)
+class Drift:
+    r"""Bounds on the change of each component's parameters.
+
+    .. math:: \lVert U'^\top (x - \mu') \rVert \ge (1 - \text{stretch}) \lVert U^\top (x - \mu) \rVert - \text{shift},
+              \qquad c' \le c + \text{rise}
+
+    since :math:`U'^\top z = A^\top U^\top z` with :math:`A = U^{-1} U'`, whose least singular value is at least
+    :math:`1 - \lVert A - I \rVert`.
+    """
+
+    stretch: Tensor
+    shift: Tensor
+    rise: Tensor
+
+    @classmethod
+    def between(cls, old: Exponents, new: Exponents) -> Drift:
+        """The change from one set of K components to another; infinite if their numbers differ."""
+        if old.U.shape != new.U.shape:
+            infinite = torch.full_like(new.offsets, math.inf)
+            return cls(infinite, infinite, infinite)
+        moved = (new.means - old.means) + (new.centre - old.centre)
+        far = [*(p.means.norm(dim=1) for p in (old, new)), *(p.centre.norm() for p in (old, new))]
+        # Rounding errors of the change of means that are far from the origin.
+        hidden = _ROUNDING * sum(far) * new.U.flatten(1).norm(dim=1)
+        if new.is_full:
+            change, _ = torch.linalg.solve_ex(old.U, new.U - old.U)
+            shift = (new.U.mT @ moved[:, :, None]).flatten(1).norm(dim=1)
+        else:
+            change = (new.U - old.U) / old.U
+            shift = (new.U * moved).norm(dim=1)
+        stretch = change.flatten(1).norm(dim=1) if new.is_full else change.abs().amax(1)
+        return cls(stretch, shift + hidden, (new.offsets - old.offsets).clamp(min=0))
+
+    def __mul__(self, factor: float) -> Drift:
+        return Drift(*((part + part.mean()) * factor + 1e-6 for part in (self.stretch, self.shift, self.rise)))
+
+    def within(self, margin: Drift) -> bool:
+        """Whether no component has changed by more than allowed, with a margin for rounding errors of ill-conditioned ones."""
+        pairs = zip((self.stretch, self.shift, self.rise), (margin.stretch, margin.shift, margin.rise), strict=True)
+        return len(self.rise) == len(margin.rise) and all(bool((1.001 * a <= b).all()) for a, b in pairs)
+
+    @property
+    def gentle(self) -> bool:
+        """Whether the changes are small on average, so that lists that allow for them are not much longer."""
+        return float((self.shift + 5 * self.stretch).mean()) < _GENTLE
+
+
+def lists(
+    cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False, margin: Drift | None = None
+) -> Plan:
+    """Compute candidate lists of the kd-tree leaves, such that the pruned density stays below a limit.
+
+    Args:
+        cloud: The kd-tree.
+        problem: The components.
+        limit: Limit on log Σ exp u of the components that each leaf prunes (B,), nats. A leaf with +inf gets no list, and one
+            with -inf a list of all components.
+        single: Whether the limit is on each u, rather than on their sum.
+        margin: Parameter changes for which the lists remain valid; None for no changes.
+    """
+    root, everybody = limit.new_zeros(1, dtype=torch.int64), torch.arange(problem.shape[1], device=limit.device)
+    lists = _Level(root, everybody, root.new_tensor([0, len(everybody)]), limit.new_full((1,), -math.inf))
+    bounds, above = Bounds(problem, margin), 1
+    for boxes in cloud.levels:
+        count = len(boxes.centre)
+        least = limit.view(count, -1).amin(1)
+        lists = _refine(lists, boxes, count // above, bounds, least, last=count == cloud.boxes, single=single)
+        above = count
+    owner = torch.arange(len(lists.boxes), device=limit.device)
+    return Plan(lists.boxes, lists.index, lists.pointer, lists.dropped, cloud.spans(lists.boxes), owner)
+
+
+@dataclass(frozen=True)
+class _Level:
+    """Candidate lists of some nodes of a level of the tree, as in :class:`Plan`."""
+
+    boxes: Tensor
+    index: Tensor
+    pointer: Tensor
+    dropped: Tensor
+
+
+class Bounds:
+    """Upper bounds u of exponents over nodes of the kd-tree."""
+
+    def __init__(self, problem: Exponents, margin: Drift | None) -> None:
+        self.margin = margin
+        self.means, self.centre = problem.means, problem.centre
+        # Margin for rounding errors in differences of large numbers.
+        self.offsets = problem.offsets + _ROUNDING * problem.offsets.abs()
+        self.U, self.full = problem.U.contiguous(), problem.is_full
+        self.size = self.U.flatten(1).norm(dim=1)
+
+    def of(self, boxes: Boxes, which: Tensor, index: Tensor) -> Tensor:
+        """Bounds u (P, C, L), nats and finite, of C nodes ``which`` (P, C) and L components ``index`` (P, L)."""
+        P, C = which.shape
+        L, D = index.shape[1], self.means.shape[1]
+        b = boxes.centre[which] - self.centre
+        origin = b[:, :1]
+        b, mu, U = b - origin, self.means[index] - origin, self.U[index]
+        if self.full:
+            wide = U.permute(0, 2, 1, 3).reshape(P, D, L * D)
+            y = (b @ wide).view(P, C, L, D) - (mu[:, :, None] @ U).view(P, 1, L, D)
+            slope = y[..., :1] * U[:, None, :, :, 0]
+            for e in range(1, D):
+                slope.addcmul_(y[..., e : e + 1], U[:, None, :, :, e])
+        else:
+            U = U[:, None]
+            y = (b[:, :, None] - mu[:, None]) * U
+            slope = y * U
+        norm = y.norm(dim=-1)
+        t = slope @ boxes.axes[which]
+        box = (t.abs() @ boxes.half[which][..., None])[..., 0]
+        ellipsoid = (t * boxes.semi[which][:, :, None]).norm(dim=-1)
+        support = torch.minimum(box, ellipsoid) / norm.clamp(min=1e-300)
+        distances = mu.norm(dim=-1)[:, None] + (b.norm(dim=-1) + boxes.reach[which])[..., None]
+        slack = _ROUNDING * self.size[index][:, None] * distances
+        least, offsets = norm - support * (1 + _ROUNDING) - slack, self.offsets
+        if self.margin is not None:
+            stretch, shift, offsets = self.margin.stretch, self.margin.shift, offsets + self.margin.rise
+            least = least.clamp_(min=0) * (1 - stretch[index])[:, None] - shift[index][:, None]
+        # Overflows give no bound, and bounds are finite, so that they differ from -inf (nothing pruned).
+        least.nan_to_num_(nan=0.0).clamp_(min=0)
+        return (offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()).clamp_(min=_LOWEST)
+
+
+def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool) -> tuple[Tensor, Tensor]:
+    """Choose the bounds u (P, C, L) to keep, such that log Σ exp u of the others stays below ``limit`` (P, C).
+
+    The sum includes components that were pruned ``before`` (P, C; log Σ exp u). Bounds that are ``safe`` nats below the limit are
+    always pruned; with ``spend``, more are pruned if possible. Returns the mask of kept bounds (P, C, L), and log Σ exp u of all
+    pruned components (P, C).
+    """
+    # A limit of -inf prunes nothing; limits below the smallest bound are equivalent to it.
+    finite = limit.clamp(min=_LOWEST)
+    depth_of = u - finite[..., None]
+    size = depth_of.exp().clamp_(max=2.0)
+    spent = (before - finite).exp()
+    # A limit that is only an estimate may be too high: one component is always kept, and the pass detects it.
+    best = u >= u.amax(-1, keepdim=True)
+    keep = (depth_of > -safe) | best
+    left = (size * ~keep).sum(-1) + spent
+    for depth in _DEPTHS if spend else ():
+        fewer = (depth_of > -depth) | best
+        more = (size * ~fewer).sum(-1) + spent
+        better = (more < 1) & (more > left)
+        keep, left = torch.where(better[..., None], fewer, keep), torch.where(better, more, left)
+    everything = limit == -math.inf
+    keep |= everything[..., None]
+    dropped = torch.where(everything, before, left.log() + finite)
+    # If exponentials of pruned components underflow, their sum is computed by a log-sum-exp.
+    faint = (left < _FAINT) & (limit.abs() < math.inf)
+    if bool(faint.any()):
+        others = u[faint].masked_fill(keep[faint], -math.inf)
+        dropped[faint] = torch.logaddexp(others.logsumexp(-1), before[faint])
+    return keep, dropped
+
+
+def _refine(
+    plan: _Level, boxes: Boxes, children: int, bounds: Bounds, limit: Tensor, *, last: bool, single: bool
+) -> _Level:
+    """Compute the lists of child nodes from those of their parents, for children whose ``limit`` is not +inf.
+
+    ``limit`` bounds log Σ exp u of the pruned components, or each u if ``single``. The last level prunes as much as it allows;
+    the levels above prune only components that are far below it.
+    """
+    lengths = plan.pointer.diff()
+    K = len(bounds.offsets)
+    # Chunks of parents, of about equal work.
+    work = (lengths * children).cumsum(0)
+    chunks = max(1, min(len(lengths), -(-int(work[-1]) // (_PAIRS_CUDA if limit.is_cuda else _PAIRS))))
+    cuts = torch.searchsorted(work, torch.arange(1, chunks, device=work.device) * (work[-1] / chunks)).unique()
+    parents = [part for part in torch.arange(len(lengths), device=work.device).tensor_split(cuts.cpu()) if len(part)]
+
+    def chunk(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        which = plan.boxes[rows][:, None] * children + torch.arange(children, device=rows.device)
+        longest = int(lengths[rows].max())
+        place = torch.arange(longest, device=rows.device)
+        index = plan.index[(plan.pointer[rows][:, None] + place).clamp(max=len(plan.index) - 1)]
+        u = bounds.of(boxes, which, index)
+        filled = (place < lengths[rows][:, None])[:, None]
+        u.masked_fill_(~filled, -math.inf)
+        most = limit[which]
+        before = plan.dropped[rows][:, None].expand(which.shape)
+        if single:
+            keep = u >= most[..., None]
+            keep |= u >= u.amax(-1, keepdim=True)
+            dropped = torch.maximum(u.masked_fill(keep, -math.inf).amax(-1), before)
+        else:
+            keep, dropped = _drop(u, most, before, math.log(K) + 3.0, spend=last)
+        wanted = most < math.inf
+        keep &= filled & wanted[..., None]
+        index = index[:, None].expand_as(u)
+        return which[wanted], index[keep], keep.sum(-1)[wanted], dropped[wanted]
+
+    workers = 1 if limit.is_cuda else max(1, min(torch.get_num_threads(), len(parents)))
+    share = -(-len(parents) // workers)
+    found = on_cores(lambda w: [chunk(rows) for rows in parents[w * share : (w + 1) * share]], workers, limit.device)
+    which, index, counts, dropped = (torch.cat(parts) for parts in zip(*chain.from_iterable(found), strict=True))
+    pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return _Level(which, index, pointer, dropped)

@@ -1,0 +1,179 @@
+"""Points sorted into kd-tree leaves: median splits along principal axes, or groups of points with the same label.
+
+Reference for the tree: Sproull 1991, *Refinements to nearest-neighbor searching in k-dimensional trees*.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Boxes", "Cloud"]
+
+# Number of binary splits between two levels of the tree on which candidate lists are computed.
+_STEP = 3
+
+# Number of rows from which the principal axis of a node is estimated.
+_AXIS_ROWS = 512
+
+# Number of rows that are converted to float64 at a time.
+_ROWS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Oriented bounding boxes of the nodes of one level of the tree, in the order of the points; data units.
+
+    Args:
+        centre: Centers b (B, D).
+        axes: Axes Q (B, D, D), orthonormal columns.
+        half: Half-widths along the axes (B, D).
+        semi: Semi-axes of an enclosing ellipsoid along the same axes (B, D).
+        reach: Largest distance of a point from the center (B,), with a margin for rounding.
+    """
+
+    centre: Tensor
+    axes: Tensor
+    half: Tensor
+    semi: Tensor
+    reach: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All fields, as a tuple."""
+        return self.centre, self.axes, self.half, self.semi, self.reach
+
+    @classmethod
+    def of(cls, points: Tensor) -> Boxes:
+        """The boxes of points (B, rows, D)."""
+        parts = [cls._few(part) for part in points.split(max(1, _ROWS // points.shape[1]))]
+        return cls(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    @staticmethod
+    def _few(points: Tensor) -> tuple[Tensor, ...]:
+        z = points.double()
+        mean = z.mean(1, keepdim=True)
+        z = z - mean
+        _, axes = torch.linalg.eigh(_squares(z))
+        t = z @ axes
+        low, high = t.amin(1, keepdim=True), t.amax(1, keepdim=True)
+        middle = 0.5 * (low + high)
+        t = t - middle
+        half = 0.5 * (high - low)[:, 0]
+        # In units of the box, squares of lengths do not overflow or underflow.
+        unit = half.amax(1).clamp(min=1e-300)[:, None]
+        t = t / unit[..., None]
+        deviation = t.square().mean(1, keepdim=True).sqrt()
+        radius = (t / deviation.clamp(min=1e-150)).square().sum(-1).amax(1).sqrt()
+        centre = (mean + middle @ axes.mT)[:, 0]
+        semi = unit * (radius[:, None] * deviation[:, 0])
+        return centre, axes, half, semi, unit[:, 0] * (half / unit).norm(dim=1) + centre.abs().amax(1)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points sorted into kd-tree leaves.
+
+    Args:
+        points: Sorted points (M, D); M is at least N, since some points are repeated to fill the leaves.
+        rank: Row of each of the N points in ``points`` (N,).
+        levels: Bounding boxes of some levels of the tree, from coarse to fine; the last ones are the leaves.
+        starts: First row of each leaf, and M (B + 1,).
+        labelled: Whether leaves are groups of points with the same label.
+    """
+
+    points: Tensor
+    rank: Tensor
+    levels: tuple[Boxes, ...]
+    starts: Tensor
+    labelled: bool = False
+
+    @classmethod
+    def tree(cls, x: Tensor, rows: int) -> Cloud:
+        """Sort points (N, D) by median splits along principal axes, until leaves have at most ``rows`` points."""
+        depth = max(0, math.ceil(math.log2(len(x) / rows)))
+        position, points = _ordered(x, depth)
+        rank = torch.empty_like(position)
+        rank[position] = torch.arange(len(position), device=x.device)
+        # Bounding boxes are stored for every few levels.
+        depths = sorted(range(depth, 0, -_STEP)) or [0]
+        levels = tuple(Boxes.of(points.view(1 << d, -1, x.shape[1])) for d in depths)
+        starts = torch.arange((1 << depth) + 1, device=x.device) * (len(points) >> depth)
+        return cls(points, rank[: len(x)], levels, starts)
+
+    @classmethod
+    def grouped(cls, x: Tensor, labels: Tensor, rows: int) -> Cloud:
+        """Sort points (N, D) by their labels (N,), in leaves of at most ``rows`` points with the same label.
+
+        In more than a few dimensions, median splits do not give small leaves, but the clusters of a mixture do.
+        """
+        order = labels.argsort(stable=True)
+        sizes = labels.bincount()
+        parts = -(-sizes // rows)
+        owner = torch.arange(len(sizes), device=x.device).repeat_interleave(parts)
+        number = torch.arange(len(owner), device=x.device) - (parts.cumsum(0) - parts)[owner]
+        first = (sizes.cumsum(0) - sizes)[owner]
+        starts = torch.cat([first + number * sizes[owner] // parts[owner], sizes.sum()[None]])
+        points = x[order]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=x.device)
+        boxes = [Boxes.of(points[a:b][None]) for a, b in pairwise(starts.tolist())]
+        level = Boxes(*(torch.cat(column) for column in zip(*(box.tensors for box in boxes), strict=True)))
+        return cls(points, rank, (level,), starts, labelled=True)
+
+    @property
+    def boxes(self) -> int:
+        """Number of leaves."""
+        return len(self.starts) - 1
+
+    def enter(self, values: Tensor) -> Tensor:
+        """Sort values of the points (N, ...) into tree order (M, ...), with zeros for repeated points."""
+        return values.new_zeros(len(self.points), *values.shape[1:]).index_copy_(0, self.rank, values)
+
+    def leave(self, values: Tensor) -> Tensor:
+        """Return values in tree order (M, ...) to the order of the points (N, ...)."""
+        return values[self.rank]
+
+    def spans(self, boxes: Tensor) -> Tensor:
+        """First and last-plus-one row of each leaf (T, 2)."""
+        return torch.stack([self.starts[boxes], self.starts[boxes + 1]], 1)
+
+
+def _ordered(x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Split points ``depth`` times at the median along each node's principal axis; return indices and sorted points."""
+    N, D = x.shape
+    M = (-(-N // (1 << depth))) << depth
+    position = torch.arange(M, device=x.device)
+    points = x if M == N else torch.cat([x, x[-1:].expand(M - N, D)])
+    for level in range(depth):
+        nodes = points.view(1 << level, -1, D)
+        first = nodes.shape[1] * torch.arange(len(nodes), device=x.device)[:, None]
+        order = (_halves(_projections(nodes)) + first).view(-1)
+        points, position = points[order], position[order]
+    return position, points.contiguous()
+
+
+def _projections(nodes: Tensor) -> Tensor:
+    """Coordinates along each node's principal axis (nodes, size)."""
+    sample = nodes[:, :: max(1, nodes.shape[1] // _AXIS_ROWS)].double()
+    sample = sample - sample.mean(1, keepdim=True)
+    _, axes = torch.linalg.eigh(_squares(sample))
+    return torch.bmm(nodes, axes[:, :, -1:].to(nodes.dtype))[:, :, 0]
+
+
+def _squares(z: Tensor) -> Tensor:
+    """zᵀz of residuals (B, rows, D) of each node, divided by its largest residual to avoid overflow and underflow."""
+    z = z / z.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
+    return z.mT @ z
+
+
+def _halves(along: Tensor) -> Tensor:
+    """For each row, an order of its entries in which no entry of the first half exceeds one of the second half."""
+    if along.is_cuda:
+        return along.argsort(1)
+    return torch.from_numpy(np.argpartition(along.numpy(), along.shape[1] // 2, axis=1))

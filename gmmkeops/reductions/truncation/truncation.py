@@ -1,0 +1,218 @@
+r"""Truncation: reductions that skip negligible components, with a certified error bound.
+
+A set of components with :math:`\sum \exp u_k \le \varepsilon \min_x \exp \ell(x)` may be skipped in a kd-tree leaf (box):
+:math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` at each of its points. The minimum over the leaf is estimated
+from the previous pass. The pass itself gives a valid bound, since the sum over the kept components is a lower bound of the
+density, and leaves that do not satisfy the condition are repeated with longer candidate lists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.truncation.bounds import Drift, Plan, lists
+from gmmkeops.reductions.truncation.tree import Cloud
+
+__all__ = ["Truncation"]
+
+# Number of points of a leaf for the first estimate of the minimum, and the margin below their minimum, in units of their range.
+_GUESSES, _MARGIN = 4, 2.0
+
+# Margin below the last minima, nats, so that few leaves fail if the minima decrease slightly.
+_GIVE = 0.25
+
+# Candidate lists allow for this many parameter changes of the size of the last one, if that is small. They are recomputed if more
+# than this fraction of the leaves fails.
+_AHEAD, _FAILURES = 4.0, 0.02
+
+# Below these values the engines clamp exponents, so that results give no bound.
+_LEAST = {torch.float32: -2.9e38, torch.float64: -9.9e299}
+
+# Largest fraction of pairs for which truncation saves time.
+_PAYS = 0.5
+
+
+@dataclass
+class Truncation:
+    r"""Sorted points for a sequence of reductions, which neglect at most a fraction ε of every point's density.
+
+    .. math:: 0 \le \ell_n - \ell_n^{\text{kept}} \le \text{certificate} \le -\log(1 - \varepsilon) \qquad \text{for every } n
+
+    Args:
+        cloud: The points, sorted into kd-tree leaves.
+        epsilon: ε, in (0, 1).
+        minima: Minimum of ℓ over each leaf (B,) in the last pass, or an estimate of it, nats.
+        certificate: Upper bound on the error of any point's ℓ in the last pass, nats.
+        share: Fraction of all pairs that the last pass has evaluated.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> x = 100 * torch.arange(20).repeat_interleave(500)[:, None] + torch.randn(10_000, 1, generator=generator)
+        >>> sweep = gk.reductions.arrange(x, components=20, truncate=1e-4)
+        >>> means, factors = 100.0 * torch.arange(20)[:, None], torch.ones(20, 1, 1)
+        >>> sums = gk.reductions.moments(sweep, torch.zeros(20), means, factors)
+        >>> isinstance(sweep, gk.reductions.Truncation), 0 <= sweep.certificate <= 1.01e-4, sweep.share < 0.3
+        (True, True, True)
+    """
+
+    cloud: Cloud
+    epsilon: float
+    minima: Tensor | None = None
+    certificate: float = 0.0
+    share: float = 1.0
+    _last: Exponents | None = field(default=None, repr=False)
+    _kept: tuple[Plan, Exponents, Drift, bool] | None = field(default=None, repr=False)
+    _repeated: bool = field(default=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.cloud.rank)
+
+    def sample(self) -> Tensor:
+        """Row indices of a few points of each leaf (B, n), for the first estimate of the minima."""
+        first, sizes = self.cloud.starts[:-1, None], self.cloud.starts.diff()[:, None]
+        return first + torch.arange(_GUESSES, device=sizes.device) * sizes // _GUESSES
+
+    def suppose(self, values: Tensor) -> None:
+        """Set the first estimate of the minima from ℓ of the sample (B, n)."""
+        low, high = values.double().aminmax(dim=1)
+        guess = low - _MARGIN * (high - low)
+        self.minima = torch.where(guess.isnan(), -math.inf, guess)
+
+    def begin(self, problem: Exponents, single: bool = False) -> Plan | None:
+        """Return the schedule of a pass, or None if candidate lists would be too long to save time.
+
+        Args:
+            problem: The components.
+            single: Whether the pass computes the largest exponents rather than log-sum-exps. No pruned exponent is then
+                larger than the computed ones, so that the results are exact.
+        """
+        self._repeated = False
+        plan = self._reused(problem, single)
+        if plan is None:
+            margin = None if self._last is None else Drift.between(self._last, problem) * _AHEAD
+            if margin is not None and not margin.gentle:
+                margin = None
+            limit = self._limit(problem, self._guess(), single) - (0 if single else _GIVE)
+            plan = lists(self.cloud, problem, limit, single=single, margin=margin)
+            self._kept = None if margin is None else (plan, problem, margin, single)
+        self._last = problem
+        self.certificate, self.share = 0.0, self._share(problem, plan)
+        if self.share > _PAYS:
+            self.share = 1.0
+            return None
+        return plan
+
+    def _reused(self, problem: Exponents, single: bool) -> Plan | None:
+        """The last schedule, if no parameter has changed by more than it allows for; otherwise None."""
+        if self._kept is None:
+            return None
+        plan, reference, margin, kind = self._kept
+        return plan if kind == single and Drift.between(reference, problem).within(margin) else None
+
+    def again(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Plan | None:
+        """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None."""
+        failed = ~self.good(problem, plan, minima, single)
+        low = self._lower(problem, minima)
+        if not single and not bool(failed.all()):
+            dropped = plan.dropped[plan.owner][~failed]
+            # A floor that is met keeps this below ε / (1 - ε), but for the rounding of the difference itself.
+            lost = torch.where(dropped > -math.inf, dropped - low[~failed], -math.inf).clamp(max=self._allowed(single))
+            self.certificate = max(self.certificate, float(lost.max().exp().log1p()))
+        boxes = plan.boxes[plan.owner]
+        untouched = torch.full_like(self._guess(), math.inf)
+        new = untouched.scatter_reduce(0, boxes, low, "amin")
+        self.minima = torch.where(new < math.inf, new, self._guess())
+        if not bool(failed.any()):
+            return None
+        if int(failed.sum()) > _FAILURES * len(failed):
+            self._kept = None
+        # Results with a list are a lower bound, so that one longer list is enough. If even that fails because of rounding, or
+        # there is no bound, all components are evaluated.
+        guess = untouched.scatter_reduce(0, boxes[failed], low[failed], "amin")
+        limit = torch.where(guess < math.inf, self._limit(problem, guess, single), guess)
+        if self._repeated:
+            limit = torch.where(guess < math.inf, -math.inf, guess)
+        self._repeated = True
+        rest = lists(self.cloud, problem, limit, single=single)
+        rest = replace(rest, spans=plan.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
+        self.share += self._share(problem, rest)
+        return rest
+
+    def good(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Tensor:
+        """Mask (S,) of row ranges whose candidate list was long enough; False where values overflowed to NaN."""
+        floor = self.floor(problem, plan, single)
+        return (minima >= floor) | (floor == -math.inf)
+
+    def floor(self, problem: Exponents, plan: Plan, single: bool = False) -> Tensor:
+        """Smallest minimum for which the list of each row range (S,) is long enough, nats; -inf for lists of all components."""
+        dropped = plan.dropped[plan.owner]
+        least = dropped - self._allowed(single)
+        # Twice the rounding bound of ``_lower``, since that is relative to the value.
+        least = least + 2 * _rounding(problem) * least.abs().clamp(min=1.0)
+        return torch.where(dropped > -math.inf, least, -math.inf)
+
+    def _lower(self, problem: Exponents, minima: Tensor) -> Tensor:
+        """Lower bounds of the minima that allow for rounding; -inf for those beyond the range of the engines."""
+        low = minima - _rounding(problem) * minima.abs().clamp(min=1.0)
+        return torch.where(low > _LEAST[problem.x.dtype], low, -math.inf)
+
+    def _limit(self, problem: Exponents, guess: Tensor, single: bool) -> Tensor:
+        """Log of the largest density that lists may prune in leaves with estimated minima (B,), nats."""
+        room = 4 * _rounding(problem) * guess.abs().clamp(min=1.0)
+        return torch.where(guess > -math.inf, guess - room + self._log_epsilon(single), -math.inf)
+
+    def remember(self) -> dict[str, Any]:
+        """State for a checkpoint, on which the next schedules depend beside the sorted points."""
+        last = None if self._last is None else _parameters(self._last)
+        kept = None
+        if self._kept is not None:
+            plan, reference, margin, single = self._kept
+            parts = [plan.boxes, plan.index, plan.pointer, plan.dropped, plan.spans, plan.owner]
+            kept = (parts, _parameters(reference), [margin.stretch, margin.shift, margin.rise], single)
+        return {
+            "minima": self.minima,
+            "certificate": self.certificate,
+            "share": self.share,
+            "last": last,
+            "lists": kept,
+        }
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Restore the state of :meth:`remember`, for the same sorted points."""
+        self.minima, self.certificate, self.share = memory["minima"], memory["certificate"], memory["share"]
+        points = self.cloud.points[:0]
+        self._last = None if memory["last"] is None else Exponents(points, *memory["last"])
+        self._kept = None
+        if memory["lists"] is not None:
+            parts, reference, margin, single = memory["lists"]
+            self._kept = Plan(*parts), Exponents(points, *reference), Drift(*margin), single
+
+    def _guess(self) -> Tensor:
+        if self.minima is None:
+            raise RuntimeError("a truncated sweep has no first guess; call suppose before begin.")
+        return self.minima
+
+    def _log_epsilon(self, single: bool) -> float:
+        return 0.0 if single else math.log(self.epsilon)
+
+    def _allowed(self, single: bool) -> float:
+        """Largest log-ratio of the pruned to the kept density, nats."""
+        return 0.0 if single else math.log(self.epsilon) - math.log1p(-self.epsilon)
+
+    def _share(self, problem: Exponents, plan: Plan) -> float:
+        return plan.pairs / (len(self.cloud.points) * problem.shape[1])
+
+
+def _parameters(problem: Exponents) -> list[Tensor]:
+    return [problem.offsets, problem.means, problem.U, problem.centre]
+
+
+def _rounding(problem: Exponents) -> float:
+    return 8 * torch.finfo(problem.x.dtype).eps
