@@ -1,18 +1,23 @@
-"""Component families: what one component of a mixture is, and its sufficient statistics.
+"""Component families: what one component of a mixture is, its sufficient statistics, and the M-step.
 
-A family owns the parameterization of its precision factors. :class:`Moments` are the additive sufficient statistics of all
-families; the floors keep covariances positive definite.
+A family (:class:`Factor`) owns the parameterization of its precision factors and everything that depends on it. :class:`Moments` are
+the additive sufficient statistics of all families.
 """
 
+from gmmkeops.components.base import FAMILIES as FAMILIES
 from gmmkeops.components.base import Factor
+from gmmkeops.components.base import gamma as gamma
 from gmmkeops.components.diagonal import DiagonalFactor
 from gmmkeops.components.families import factor_class as factor_class
-from gmmkeops.components.floors import floor_eigenvalues as floor_eigenvalues
-from gmmkeops.components.floors import nearest_factor as nearest_factor
+from gmmkeops.components.families import families as families
 from gmmkeops.components.full import FullFactor
+from gmmkeops.components.full import bartlett as bartlett
+from gmmkeops.components.m_step import Frozen as Frozen
+from gmmkeops.components.m_step import MStep as MStep
+from gmmkeops.components.m_step import Surrogate as Surrogate
+from gmmkeops.components.m_step import m_step as m_step
+from gmmkeops.components.m_step import solve_weights as solve_weights
 from gmmkeops.components.moments import Moments
-from gmmkeops.components.moments import like as like
-from gmmkeops.components.moments import outer as outer
 from gmmkeops.components.spherical import SphericalFactor
 
 __all__ = [

@@ -1,9 +1,7 @@
-r"""Factors: parameterisations of the precision factor :math:`U_k` with :math:`\Sigma_k^{-1} = U_k U_k^\top`.
+r"""The component family: precision factors :math:`U_k` with :math:`\Sigma_k^{-1} = U_k U_k^\top`, and all that depends on their kind.
 
-Full factors are upper triangular with a positive diagonal, whose logarithm is stored; diagonal and spherical ones keep
-the logarithm of :math:`1/\sigma`. The leading dimension is K, or 1 when all components share one covariance (tied).
-Reference: the KeOps Gaussian-mixture tutorial (:math:`\Sigma^{-1} = AA^\top`); scikit-learn's ``precisions_cholesky_`` is
-the same upper factor.
+A family is a subclass of :class:`Factor`. It owns its names, the stored parameters, conversions from and to covariances, the layout
+of second moments, and the M-step of its covariances. No other code distinguishes families.
 """
 
 from __future__ import annotations
@@ -13,18 +11,26 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
 
 from gmmkeops._checks import as_tensor, concrete
 
-__all__ = ["Factor"]
+__all__ = ["FAMILIES", "Factor", "gamma"]
+
+# The families by ``covariance_type``, and whether it ties the covariances of all components.
+FAMILIES: dict[str, tuple[type[Factor], bool]] = {}
 
 
 class Factor(ABC):
-    r"""A precision factor U of each component, :math:`\Sigma_k^{-1} = U_k U_k^\top`, or one for all (leading dimension 1).
+    r"""A component family: a precision factor U for each component, :math:`\Sigma_k^{-1} = U_k U_k^\top`, or one for all (tied).
 
-    What :class:`FullFactor`, :class:`DiagonalFactor` and :class:`SphericalFactor` have in common; U is upper triangular, in
-    1 / data units. Any number of batch dimensions may come before the leading one. The idea of storing factors of the
-    precisions is that of the KeOps mixture tutorial.
+    U is upper triangular, in 1 / data units. The leading dimension is K, or 1 when all components share one covariance; any number
+    of batch dimensions may come before it. A subclass with ``names`` is registered under them: a mixture of its factors can be
+    fitted by every method, saved and loaded.
+
+    Reference:
+        The KeOps mixture tutorial stores factors of the precisions, :math:`\Sigma^{-1} = AA^\top`; scikit-learn's
+        ``precisions_cholesky_`` is the same upper factor.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -35,8 +41,196 @@ class Factor(ABC):
         tensor([[1., 1.]], dtype=torch.float64)
     """
 
+    #: Name of the family in files and reports.
     family: ClassVar[str]
+    #: Names as ``covariance_type``; the first one is that of scikit-learn. Tied ones begin with ``tied_``.
+    names: ClassVar[tuple[str, ...]]
+    #: Whether all columns must have the same unit, so that standardized coordinates divide them by one number.
+    isotropic: ClassVar[bool] = False
+    #: Whether U holds matrices, because columns are correlated within a component.
+    coupled: ClassVar[bool] = False
     features: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls).get("names", ()):
+            FAMILIES[name], FAMILIES[f"tied_{name}"] = (cls, False), (cls, True)
+
+    @classmethod
+    def type_name(cls, tied: bool = False) -> str:
+        """The ``covariance_type`` of this family."""
+        return ("tied_" if tied else "") + cls.names[0]
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, leading: int, features: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the stored parameters by name, for K or 1 factors of D columns; ``log_diagonal`` is the first."""
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], features: int) -> Factor:
+        """The factor with given stored parameters."""
+        return cls(**tensors)
+
+    @classmethod
+    @abstractmethod
+    def spread_shape(cls, features: int) -> tuple[int, ...]:
+        """Shape of the covariance of one component as scikit-learn stores it, and of its second moments S2."""
+
+    @classmethod
+    @abstractmethod
+    def second_moments(cls, matrices: Tensor) -> Tensor:
+        """The part of matrices (*, D, D) that S2 keeps: all, the diagonal, or the trace."""
+
+    @classmethod
+    @abstractmethod
+    def outer(cls, z: Tensor) -> Tensor:
+        """Second moments z zᵀ of vectors (*, D), as S2 keeps them."""
+
+    @classmethod
+    def compact(cls, matrices: Tensor) -> Tensor:
+        """Covariances of this family that are nearest to matrices (*, D, D), in the shape that ``from_covariances`` takes."""
+        return cls.second_moments(matrices)
+
+    @classmethod
+    @abstractmethod
+    def variances(cls, covariances: Tensor) -> Tensor:
+        """Variances of the columns (*, D), or (*, 1) if they are equal, from covariances in the shape of ``from_covariances``."""
+
+    @classmethod
+    def mean_scatter(cls, scatter: Tensor, features: int) -> Tensor:
+        """Second moments (*, ...) as covariances: those that sum over the columns are divided by their number."""
+        return scatter
+
+    @classmethod
+    def maximize(
+        cls, scatter: Tensor, counts: Tensor, features: int, *, ridge: Tensor, floor: float | Tensor
+    ) -> tuple[Factor, Tensor]:
+        """M-step of the covariances: factors of the mean scatter plus a ridge.
+
+        Args:
+            scatter: Second moments S2 about the means (K or 1, ...), as :meth:`second_moments` keeps them.
+            counts: Expected counts (K or 1,).
+            features: Number of columns D.
+            ridge: Added to the variance of each column (D,).
+            floor: Smallest variance: a number, or one per covariance (K or 1,).
+
+        Returns:
+            The factors, and a Boolean mask (K or 1,) of singular covariances that were repaired.
+        """
+        counts = counts.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
+        covariances = cls.mean_scatter(scatter, features) / counts + cls.compact(torch.diag(ridge))
+        return cls.nearest(covariances, features, floor)
+
+    @classmethod
+    @abstractmethod
+    def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[Factor, Tensor]:
+        """Precision factors of covariances that may not be positive definite because of rounding.
+
+        Only where that is so are variances of columns raised to ``floor``, and eigenvalues of the correlation matrix to the
+        rounding error.
+
+        Args:
+            covariances: (K, D, D), (K, D) or (K,), with K = 1 when tied; not batched.
+            features: Number of columns D.
+            floor: Lower bound of the variances: a number, or one per covariance (K,).
+
+        Returns:
+            The factor, and a Boolean mask (K or 1,) of covariances that were changed.
+        """
+
+    @abstractmethod
+    def floored(self, minimum: float) -> tuple[Factor, Tensor]:
+        """Raise the eigenvalues of covariances to at least ``minimum``.
+
+        Args:
+            minimum: Lower bound, squared units of the factor.
+
+        Returns:
+            The new factor, and a Boolean mask (K or 1,) of covariances with an eigenvalue below the bound.
+        """
+
+    @classmethod
+    @abstractmethod
+    def directions(cls, features: int) -> Tensor:
+        """Symmetric matrices E (q, D, D), float64, along which a covariance of this family can change, one per parameter."""
+
+    @classmethod
+    @abstractmethod
+    def quadratics(cls, y: Tensor) -> Tensor:
+        """Quadratic forms yᵀ E y (*, q) of vectors (*, D) with the matrices of :meth:`directions`."""
+
+    @abstractmethod
+    def marginal(self, columns: list[int]) -> Factor:
+        """The factors of the marginal distribution of some columns."""
+
+    def conditional(self, given: list[int], rest: list[int]) -> tuple[Factor, Tensor | None]:
+        r"""The factors of the columns ``rest`` given the others, and the gain :math:`P_{aa}^{-1} P_{ab}` (K or 1, ...) or None.
+
+        None is for families in which columns are independent within a component.
+        """
+        return self.marginal(rest), None
+
+    @staticmethod
+    def times(U: Tensor, z: Tensor) -> Tensor:
+        """Uᵀ z for factors in the form of :attr:`U` and vectors z (*, D)."""
+        return z * U
+
+    @abstractmethod
+    def unwhiten_all(self, noise: Tensor) -> Tensor:
+        """U_kᵀ⁻¹ y (*B, K, D), data units, for vectors y (*B, K, D); the inverse of :meth:`whiten`."""
+
+    def scaled(self, scale: Tensor) -> Factor:
+        """The factors scale_k U_k for positive numbers (K or 1,)."""
+        tensors = dict(self.tensors)
+        return self.replace(**tensors | {"log_diagonal": tensors["log_diagonal"] + scale.log().unsqueeze(-1)})
+
+    def distribution(self, means: Tensor) -> Distribution:
+        """The Gaussians of these factors and of means (*B, K, D), as a torch distribution of batch shape (*B, K)."""
+        return Independent(Normal(means, (1 / self.U).expand_as(means)), 1)
+
+    @classmethod
+    def student(cls, degrees: Tensor, features: int) -> tuple[Tensor, Tensor]:
+        """Degrees of freedom of the predictive Student's t distribution under a Wishart distribution of such degrees (K,).
+
+        Returns:
+            The degrees (K,), and the factors (K,) by which the predictive precision differs from the expected one.
+
+        Reference:
+            Bishop 2006, eq. 10.81. Independent columns have one-dimensional Student's t distributions.
+        """
+        return degrees, torch.ones_like(degrees)
+
+    @classmethod
+    def student_width(cls, features: int) -> int:
+        """Number of columns that share one Student's t distribution: all, or one if the columns have Wishart's own."""
+        return features
+
+    def wishart(self, degrees: Tensor, generator: torch.Generator | None) -> Factor:
+        """Draw precisions from Wishart distributions of the expectation U Uᵀ.
+
+        Args:
+            degrees: Degrees of freedom (count, K or 1).
+            generator: Random number generator; None uses torch's global one.
+
+        Returns:
+            Factors of batch shape (count,).
+        """
+        own = self._log_diagonal
+        shape = 0.5 * degrees[..., None] * (self.features / own.shape[-1])
+        shape = shape.expand(len(degrees), *own.shape)
+        return self.replace(log_diagonal=own + 0.5 * (gamma(shape, generator) / shape).log())
+
+    def compact_covariances(self) -> Tensor:
+        """Covariances in the shape that ``from_covariances`` takes."""
+        return self.compact(self.covariances())
+
+    def trace(self, spreads: Tensor) -> Tensor:
+        """Σ_k tr(U_k U_kᵀ S_k) of matrices S in the shape of covariances, a scalar."""
+        return (self.U.square() * spreads).sum()
+
+    def row_norms(self) -> Tensor:
+        """Norms of the rows of U (*B, K or 1, D): how far a whitened residual moves with each column; 1 / data units."""
+        return self.U.abs().expand(*self.U.shape[:-1], self.features)
 
     @property
     @abstractmethod
@@ -64,9 +258,15 @@ class Factor(ABC):
     def covariances(self) -> Tensor:
         """Covariance matrices in dense form (*B, K or 1, D, D), squared data units."""
 
-    @abstractmethod
+    @classmethod
+    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Factors and shifts of each stored parameter that convert it to coordinates x / scale, with scale (D,)."""
+        return {"log_diagonal": (torch.ones_like(scale[:1]), scale.log())}
+
     def rescale(self, scale: Tensor) -> Factor:
         """The factor in coordinates x / scale, with scale (D,); spherical factors need all entries of it equal."""
+        change = self.rescaling(scale)
+        return self.replace(**{name: t * change[name][0] + change[name][1] for name, t in self.tensors.items()})
 
     @classmethod
     @abstractmethod
@@ -194,3 +394,8 @@ def _positive(values: Tensor, name: str) -> Tensor:
             f"{where[0] if where else 0}; add a small ridge to the covariances."
         )
     return values
+
+
+def gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw from the gamma distributions Gamma(shape, 1); no draw is zero."""
+    return torch._standard_gamma(shape.contiguous(), generator=generator).clamp(min=1e-300)

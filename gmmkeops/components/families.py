@@ -1,36 +1,26 @@
-"""The names of the covariance families."""
+"""The covariance families by name."""
 
 from __future__ import annotations
 
-from gmmkeops.components.base import Factor
-from gmmkeops.components.diagonal import DiagonalFactor
-from gmmkeops.components.full import FullFactor
-from gmmkeops.components.spherical import SphericalFactor
+from gmmkeops.components.base import FAMILIES, Factor
 
-__all__ = ["factor_class"]
-
-_FAMILIES: dict[str, tuple[type[Factor], bool]] = {
-    "full": (FullFactor, False),
-    "diag": (DiagonalFactor, False),
-    "diagonal": (DiagonalFactor, False),
-    "spherical": (SphericalFactor, False),
-    "tied": (FullFactor, True),
-    "tied_full": (FullFactor, True),
-    "tied_diag": (DiagonalFactor, True),
-    "tied_diagonal": (DiagonalFactor, True),
-    "tied_spherical": (SphericalFactor, True),
-}
+__all__ = ["factor_class", "families"]
 
 
 def factor_class(covariance_type: str) -> tuple[type[Factor], bool]:
-    """The factor class and whether it is tied, for a covariance type's name.
+    """The family, and whether its covariance is tied, for the name of a covariance type.
 
     Raises:
         ValueError: The name is unknown.
     """
     try:
-        return _FAMILIES[covariance_type]
+        return FAMILIES[covariance_type]
     except (KeyError, TypeError):
         shown = repr(covariance_type) if isinstance(covariance_type, (str, int)) else type(covariance_type).__name__
-        names = ", ".join(repr(name) for name in _FAMILIES)
+        names = ", ".join(repr(name) for name in FAMILIES)
         raise ValueError(f"covariance_type must be one of {names}, got {shown}.") from None
+
+
+def families() -> dict[str, type[Factor]]:
+    """All families by their names in files."""
+    return {kind.family: kind for kind, _ in FAMILIES.values()}

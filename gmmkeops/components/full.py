@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, MultivariateNormal
 
 from gmmkeops._checks import as_tensor, check_finite, concrete
-from gmmkeops.components.base import Factor, _positive, _stored
+from gmmkeops.components.base import FAMILIES, Factor, _positive, _stored, gamma
 
-__all__ = ["FullFactor"]
+__all__ = ["FullFactor", "bartlett"]
 
 
 class FullFactor(Factor):
@@ -31,6 +32,8 @@ class FullFactor(Factor):
     """
 
     family = "full"
+    names = ("full",)
+    coupled = True
 
     def __init__(self, log_diagonal: Tensor, upper: Tensor | None = None) -> None:
         self.log_diagonal = log_diagonal = _stored(log_diagonal, "log_diagonal")
@@ -44,6 +47,43 @@ class FullFactor(Factor):
                 f"upper must have shape {(*log_diagonal.shape[:-1], pairs)} for log_diagonal "
                 f"{tuple(log_diagonal.shape)}, got {tuple(self.upper.shape)}."
             )
+
+    @classmethod
+    def shapes(cls, leading: int, features: int) -> dict[str, tuple[int, ...]]:
+        return {"log_diagonal": (leading, features), "upper": (leading, features * (features - 1) // 2)}
+
+    @classmethod
+    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        row = torch.triu_indices(len(scale), len(scale), 1, device=scale.device)[0]
+        return super().rescaling(scale) | {"upper": (scale[row], scale.new_zeros(1))}
+
+    @classmethod
+    def spread_shape(cls, features: int) -> tuple[int, ...]:
+        return (features, features)
+
+    @classmethod
+    def second_moments(cls, matrices: Tensor) -> Tensor:
+        return matrices
+
+    @classmethod
+    def variances(cls, covariances: Tensor) -> Tensor:
+        return covariances.diagonal(dim1=-2, dim2=-1)
+
+    @classmethod
+    def outer(cls, z: Tensor) -> Tensor:
+        return z.unsqueeze(-1) * z.unsqueeze(-2)
+
+    @classmethod
+    def directions(cls, features: int) -> Tensor:
+        row, column = torch.tril_indices(features, features)
+        eye = torch.eye(features, dtype=torch.float64)
+        E = eye[row][:, :, None] * eye[column][:, None, :]
+        return torch.where((row == column)[:, None, None], E, E + E.mT)
+
+    @classmethod
+    def quadratics(cls, y: Tensor) -> Tensor:
+        row, column = torch.tril_indices(y.shape[-1], y.shape[-1], device=y.device)
+        return torch.where(row == column, 1.0, 2.0).to(y) * y[..., row] * y[..., column]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -62,6 +102,19 @@ class FullFactor(Factor):
     def matrices(self) -> Tensor:
         return self.U
 
+    def scaled(self, scale: Tensor) -> FullFactor:
+        return FullFactor(self.log_diagonal + scale.log().unsqueeze(-1), self.upper * scale.unsqueeze(-1))
+
+    @staticmethod
+    def times(U: Tensor, z: Tensor) -> Tensor:
+        return (z.unsqueeze(-2) @ U).squeeze(-2)
+
+    def row_norms(self) -> Tensor:
+        return self.U.norm(dim=-1)
+
+    def trace(self, spreads: Tensor) -> Tensor:
+        return (self.precisions() * spreads).sum()
+
     def largest(self) -> Tensor:
         parts = [super().largest()]
         if self.upper.numel():
@@ -73,6 +126,9 @@ class FullFactor(Factor):
 
     def whiten(self, residuals: Tensor) -> Tensor:
         return (self.U.mT @ residuals.unsqueeze(-1)).squeeze(-1)
+
+    def unwhiten_all(self, noise: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(self.U.mT, noise.unsqueeze(-1), upper=False).squeeze(-1)
 
     def unwhiten(self, noise: Tensor, labels: Tensor) -> Tensor:
         cholesky = self.cholesky()
@@ -90,9 +146,63 @@ class FullFactor(Factor):
         L = self.cholesky()
         return L @ L.mT
 
-    def rescale(self, scale: Tensor) -> FullFactor:
-        row = torch.triu_indices(self.features, self.features, 1, device=self.device)[0]
-        return FullFactor(self.log_diagonal + scale.log(), self.upper * scale[row])
+    @classmethod
+    def student(cls, degrees: Tensor, features: int) -> tuple[Tensor, Tensor]:
+        return degrees + 1 - features, (degrees + 1 - features) / degrees
+
+    def wishart(self, degrees: Tensor, generator: torch.Generator | None) -> FullFactor:
+        root = self.U / degrees[:1].sqrt()[..., None, None]
+        return FullFactor.from_factors(root @ bartlett(degrees, self.features, generator))
+
+    def distribution(self, means: Tensor) -> Distribution:
+        return MultivariateNormal(means, scale_tril=self.cholesky().expand(*means.shape, self.features))
+
+    @torch.no_grad()
+    def floored(self, minimum: float) -> tuple[FullFactor, Tensor]:
+        ceiling = minimum**-0.5
+        # Only factors whose Frobenius norm allows a large singular value are decomposed.
+        U = self.U
+        low = U.square().sum((-1, -2)) > ceiling**2
+        if not bool(low.any()):
+            return self, low
+        suspects = low.nonzero()[:, 0]
+        left, values, _ = torch.linalg.svd(U[suspects])
+        over = values[:, 0] > ceiling * (1 + 1e-12)
+        low[suspects] = over
+        if not bool(over.any()):
+            return self, low
+        A = left[over] * values[over].clamp(1e-10 * ceiling, ceiling)[:, None, :]
+        fixed = FullFactor.from_factors(A)
+        return (fixed if self.leading == 1 else self.scatter(suspects[over], fixed)), low
+
+    @classmethod
+    def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[FullFactor, Tensor]:
+        floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
+        covariances = 0.5 * (covariances + covariances.mT)
+        # Columns without variance are treated separately: in a joint decomposition they would get the rounding errors of others.
+        variances = covariances.diagonal(dim1=1, dim2=2)
+        flat = variances < floor[:, None]
+        if bool(flat.any()):
+            covariances = covariances.masked_fill(flat[:, :, None] | flat[:, None, :], 0.0)
+            covariances = covariances + torch.diag_embed(floor[:, None] * flat)
+            variances = covariances.diagonal(dim1=1, dim2=2)
+        L, info = torch.linalg.cholesky_ex(covariances)
+        # A pivot is the variance of a column given those before it; a tiny fraction of the column's variance is rounding error.
+        noise = 4 * features * torch.finfo(covariances.dtype).eps
+        broken = (info > 0) | (L.diagonal(dim1=1, dim2=2).square() <= noise * variances).any(1)
+        hit = broken | flat.any(1)
+        if not bool(broken.any()):
+            return cls.from_covariances(covariances), hit
+        # Columns may have any units, so the correlation matrix is decomposed.
+        unit = variances[broken].clamp(min=1e-300).sqrt()
+        values, vectors = torch.linalg.eigh(covariances[broken] / (unit[:, :, None] * unit[:, None, :]))
+        fixed = cls.from_factors(vectors / unit[:, :, None] * values.clamp(min=noise).rsqrt()[:, None, :])
+        if len(covariances) == 1:
+            return fixed, hit
+        sound = torch.where(broken[:, None, None], torch.eye(features).to(covariances), covariances)
+        whole = cls.from_covariances(sound).scatter(broken.nonzero()[:, 0], fixed)
+        assert isinstance(whole, FullFactor), "scatter keeps the family"
+        return whole, hit
 
     @classmethod
     def from_factors(cls, factors: Any, features: int | None = None) -> FullFactor:
@@ -139,6 +249,10 @@ class FullFactor(Factor):
         return (1 if tied else components) * features * (features + 1) // 2
 
 
+# scikit-learn's name of one full covariance for all components.
+FAMILIES["tied"] = (FullFactor, True)
+
+
 def _square(value: Any, name: str) -> Tensor:
     tensor = as_tensor(value, name=name)
     if tensor.ndim < 3 or tensor.shape[-1] != tensor.shape[-2]:
@@ -165,3 +279,15 @@ def _cholesky(matrices: Tensor, name: str) -> Tensor:
             f"{name} must be positive definite, component {component} is not; add a small ridge to its diagonal."
         )
     return L
+
+
+def bartlett(degrees: Tensor, features: int, generator: torch.Generator | None) -> Tensor:
+    """Draw lower-triangular matrices A (*, D, D) for which A Aᵀ has the distribution Wishart(I, degrees).
+
+    Reference: Bartlett 1933, *On the theory of statistical regression*.
+    """
+    steps = torch.arange(features, dtype=degrees.dtype, device=degrees.device)
+    diagonal = (2 * gamma(0.5 * (degrees[..., None] - steps), generator)).sqrt()
+    shape = (*degrees.shape, features, features)
+    noise = torch.randn(shape, generator=generator, dtype=degrees.dtype, device=degrees.device)
+    return noise.tril(-1) + torch.diag_embed(diagonal)

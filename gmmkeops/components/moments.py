@@ -1,4 +1,4 @@
-r"""Moments: what a sweep over the data leaves behind, a value that adds.
+r"""Sufficient statistics of the components, which are additive over data.
 
 .. math::
 
@@ -6,18 +6,20 @@ r"""Moments: what a sweep over the data leaves behind, a value that adds.
     S^1_k = \sum_n r_{nk}\,(x_n - m_k) \qquad
     S^2_k = \sum_n r_{nk}\,(x_n - m_k)(x_n - m_k)^\top, \qquad r_{nk} = g_n\, p(k \mid x_n)
 
-A minibatch is a partial sum, a stream a decayed one, several machines an all-reduced one. Sums about different centres
-:math:`m_k` meet by the parallel-axis theorem (Chan, Golub and LeVeque 1983, *Algorithms for computing the sample
-variance*).
+Minibatches, streams and processes contribute partial sums. Sums about different centers :math:`m_k` are added by the parallel-axis
+theorem.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gmmkeops.components.base import Factor
 
 __all__ = ["Moments", "like", "outer"]
 
@@ -86,13 +88,20 @@ class Moments:
         return Moments(S0, S1, S2, centres, self.total, self.mass)
 
     @classmethod
-    def nothing(cls, centres: Tensor, family: str) -> Moments:
-        """The moments of no points, about some centres (K, D), as a factor of this family has them."""
+    def nothing(cls, centres: Tensor, kind: type[Factor]) -> Moments:
+        """The moments of no points about some centers (K, D), for components of a family."""
         K, D = centres.shape
-        shape = {"full": (K, D, D), "diagonal": (K, D), "spherical": (K,)}[family]
         zero = torch.zeros((), dtype=torch.float64, device=centres.device)
-        centres = centres.detach()
-        return cls(zero.expand(K), zero.expand(K, D), zero.expand(shape), centres, zero, zero)
+        S2 = zero.expand(K, *kind.spread_shape(D))
+        return cls(zero.expand(K), zero.expand(K, D), S2, centres.detach(), zero, zero)
+
+    def scaled(self, centres: Tensor, scale: Tensor) -> Moments:
+        """The moments in other coordinates, in which column d is multiplied by scale_d (D,) and the centers are ``centres``.
+
+        Moments that sum over the columns need equal scales.
+        """
+        square = {3: scale[:, None] * scale, 2: scale**2, 1: scale[0] ** 2}[self.S2.ndim]
+        return replace(self, S1=self.S1 * scale, S2=self.S2 * square, centres=centres)
 
     def select(self, index: Tensor) -> Moments:
         """The moments of some components, in the order of an index."""
@@ -152,14 +161,14 @@ def _safe(mass: Tensor) -> Tensor:
 
 
 def outer(z: Tensor, ndim: int) -> Tensor:
-    """z zᵀ (K, D, D), its diagonal (K, D) or its trace (K,), as second moments are kept."""
+    """Second moments of vectors z (K, D), as those of ``ndim`` dimensions; kept for code that was written for version 0.1."""
     if ndim == 3:
         return z[:, :, None] * z[:, None, :]
     return z.square() if ndim == 2 else z.square().sum(-1)
 
 
 def like(matrix: Tensor, ndim: int, *, mean: bool = False) -> Tensor:
-    """A matrix (D, D) as second moments are kept: itself, its diagonal, its trace, or ``mean`` over that diagonal."""
+    """A matrix (D, D) as second moments of ``ndim`` dimensions; kept for code that was written for version 0.1."""
     if ndim == 3:
         return matrix
     diagonal = matrix.diagonal()

@@ -2,6 +2,7 @@ r"""Spherical precision factors: one standard deviation for all columns."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class SphericalFactor(Factor):
     """
 
     family = "spherical"
+    names = ("spherical",)
+    isotropic = True
 
     def __init__(self, log_diagonal: Tensor, features: int) -> None:
         log_diagonal = _stored(log_diagonal, "log_diagonal")
@@ -34,6 +37,55 @@ class SphericalFactor(Factor):
             raise ValueError(f"a spherical log_diagonal must end in one column, got {tuple(log_diagonal.shape)}.")
         self.log_diagonal = log_diagonal
         self.features = int(features)
+
+    @classmethod
+    def shapes(cls, leading: int, features: int) -> dict[str, tuple[int, ...]]:
+        return {"log_diagonal": (leading, 1)}
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], features: int) -> SphericalFactor:
+        return cls(tensors["log_diagonal"], features)
+
+    @classmethod
+    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return super().rescaling(scale[:1])
+
+    @classmethod
+    def spread_shape(cls, features: int) -> tuple[int, ...]:
+        return ()
+
+    @classmethod
+    def second_moments(cls, matrices: Tensor) -> Tensor:
+        return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+    @classmethod
+    def variances(cls, covariances: Tensor) -> Tensor:
+        return covariances.unsqueeze(-1)
+
+    @classmethod
+    def outer(cls, z: Tensor) -> Tensor:
+        return z.square().sum(-1)
+
+    @classmethod
+    def compact(cls, matrices: Tensor) -> Tensor:
+        return matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+    @classmethod
+    def mean_scatter(cls, scatter: Tensor, features: int) -> Tensor:
+        return scatter / features
+
+    @classmethod
+    def directions(cls, features: int) -> Tensor:
+        return torch.eye(features, dtype=torch.float64)[None]
+
+    @classmethod
+    def quadratics(cls, y: Tensor) -> Tensor:
+        return y.square().sum(-1, keepdim=True)
+
+    @classmethod
+    def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[SphericalFactor, Tensor]:
+        floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
+        return cls.from_covariances(torch.maximum(covariances, floor), features=features), covariances < floor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -56,12 +108,27 @@ class SphericalFactor(Factor):
         sigma = (-self.log_diagonal).exp()
         return noise * (sigma if self.leading == 1 else sigma[labels])
 
+    @torch.no_grad()
+    def floored(self, minimum: float) -> tuple[SphericalFactor, Tensor]:
+        limit = -0.5 * math.log(minimum)
+        low = (self.log_diagonal > limit + 1e-12).any(-1)
+        return (self.replace(log_diagonal=self.log_diagonal.clamp(max=limit)) if bool(low.any()) else self), low
+
+    def marginal(self, columns: list[int]) -> SphericalFactor:
+        return SphericalFactor(self.log_diagonal, len(columns))
+
+    def unwhiten_all(self, noise: Tensor) -> Tensor:
+        return noise / self.U
+
+    def trace(self, spreads: Tensor) -> Tensor:
+        return (self.U.square() * (spreads[..., None] * self.features)).sum()
+
+    def compact_covariances(self) -> Tensor:
+        return (-2 * self.log_diagonal).exp().squeeze(-1)
+
     def covariances(self) -> Tensor:
         variances = (-2 * self.log_diagonal).exp()
         return torch.diag_embed(variances.expand(*variances.shape[:-1], self.features))
-
-    def rescale(self, scale: Tensor) -> SphericalFactor:
-        return SphericalFactor(self.log_diagonal + scale[..., :1].log(), self.features)
 
     @classmethod
     def from_factors(cls, factors: Any, features: int | None = None) -> SphericalFactor:

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_number
-from gmmkeops.components import Moments
+from gmmkeops.components import Moments, families
 from gmmkeops.data import World
 from gmmkeops.fitting.data import Ledger
-from gmmkeops.models import KINDS, Mixture, unused_name, write_whole
+from gmmkeops.models import Mixture, unused_name, write_whole
 
 __all__ = ["Checkpoint", "Journal", "known"]
 
@@ -364,9 +364,9 @@ def _plain(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[_plain(key, tensors), _plain(item, tensors)] for key, item in value.items()]}
     if isinstance(value, Mixture):
-        family, features = value.factor.family, value.features
+        name, features = value.factor.family, value.features
         parts = {"logits": value.logits, "means": value.means, **value.factor.tensors}
-        return {"Mixture": [family, features, _plain(parts, tensors)]}
+        return {"Mixture": [name, features, _plain(parts, tensors)]}
     for name, cls in _CLASSES.items():
         if type(value) is cls and is_dataclass(value):
             return {name: [_plain(getattr(value, field.name), tensors) for field in fields(value)]}
@@ -382,10 +382,10 @@ def _value(plain: Any, tensors: dict[str, Tensor], device: Any) -> Any:
     if name == "tensor":
         return tensors[f"t{int(content)}"].to(device)
     if name == "Mixture":
-        family, features, parts = content
+        name, features, parts = content
         parts = _value(parts, tensors, device)
         logits, means = parts.pop("logits"), parts.pop("means")
-        factor = KINDS[family](**parts, **({"features": features} if family == "spherical" else {}))
+        factor = families()[name].of(parts, features)
         return Mixture(logits, means, factor, validate_args=False)
     if name == "dict":
         return {_value(key, tensors, device): _value(item, tensors, device) for key, item in content}

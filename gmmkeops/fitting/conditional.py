@@ -185,8 +185,7 @@ def _penalties(problem: Problem, batch: Mixture) -> Tensor:
     kind, features = type(batch.factor), batch.features
 
     def one(logits: Tensor, means: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        extra = {"features": features} if kind.family == "spherical" else {}
-        return problem.penalised(Mixture(logits, means, kind(**tensors, **extra), validate_args=False))
+        return problem.penalised(Mixture(logits, means, kind.of(tensors, features), validate_args=False))
 
     try:
         return torch.func.vmap(one)(batch.logits, batch.means, batch.factor.tensors)

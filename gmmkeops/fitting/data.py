@@ -51,9 +51,7 @@ class Piece:
 
 def _harmless(rounding: Tensor, factor: Factor) -> bool:
     """Whether rounding errors (D,) of the columns change no whitened residual by more than the limit."""
-    U = factor.U.detach().double()
-    lengths = U.norm(dim=-1) if U.ndim == 3 else U.abs().expand(len(U), len(rounding))
-    return bool((lengths @ rounding).amax() <= _ROUNDING)
+    return bool((factor.detach().row_norms().double() @ rounding).amax() <= _ROUNDING)
 
 
 @dataclass

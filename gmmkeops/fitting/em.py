@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_choice, as_integer, as_number, as_tensor
-from gmmkeops.components import Factor, Moments, like, nearest_factor, outer
+from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.checkpoint import known
 from gmmkeops.fitting.data import Piece
@@ -278,69 +278,34 @@ class EM(Method[_State]):
         if self._beta(state) < 1:
             # During annealing all components share the points, so that a concave penalty would prune some of them.
             prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
-
-        def alive(mean: Tensor) -> Tensor:
-            return mean[live] if mean.ndim == 2 else mean
-
-        # Sums over part of the points (a batch, or the running average of batches) are scaled to all points.
-        scale = problem.mass / float(sums.mass)
-        S0, means = sums.S0 * scale, sums.means
-        pulls = [(points, alive(mean)) for points, mean in prior.means]
-        kappa = sum(points for points, _ in pulls)
-        if kappa:
-            pulled = sum((points * mean for points, mean in pulls), torch.zeros_like(means))
-            means = (S0[:, None] * means + pulled) / (S0 + kappa).clamp(min=1e-300)[:, None]
-        frozen = {
-            name: _mask(getattr(self, name), whole, name)[live]
-            for name in ("frozen_weights", "frozen_means", "frozen_covariances")
-        }
-        means = torch.where(frozen["frozen_means"][:, None], old.means, means)
-        about = sums.recentre(means)
-        scatter = about.S2 * scale
-        for points, mean in pulls:
-            scatter = scatter + points * outer(means - mean, scatter.ndim)
-        mass = S0 + prior.degrees_per_component
-        tied = _tied(state)
+        tied, pruned = _tied(state), None
         if tied and len(live) < whole.components:
             # Pruned components have no data, but their means still contribute to the prior of the tied covariance.
-            dead = torch.ones(whole.components, dtype=torch.bool, device=live.device)
-            dead[live] = False
-            mass = torch.cat([mass, mass.new_full((int(dead.sum()),), prior.degrees_per_component)])
-            rest = torch.zeros_like(scatter[:1]).expand(int(dead.sum()), *scatter.shape[1:])
-            for points, mean in prior.means:
-                away = whole.means[dead] - (mean[dead] if mean.ndim == 2 else mean)
-                rest = rest + points * outer(away, scatter.ndim)
-            scatter = torch.cat([scatter, rest])
-        if tied:
-            mass, scatter = mass.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
-        mass = mass + prior.degrees
-        factor, hit = self._covariances(problem, old, mass, scatter, prior, frozen["frozen_covariances"])
-        logits = _weights(
-            S0 + prior.counts[live], problem.mass * prior.slopes[live], old.log_weights, frozen["frozen_weights"]
+            rest = torch.ones(whole.components, dtype=torch.bool, device=live.device)
+            rest[live] = False
+            index = rest.nonzero()[:, 0]
+            spread = prior.select(index).spread_about(whole.means[index], type(whole.factor))
+            pruned = len(index) * prior.degrees_per_component, spread.sum(0, keepdim=True)
+        frozen = Frozen(
+            _mask(self.frozen_weights, whole, "frozen_weights"),
+            _mask(self.frozen_means, whole, "frozen_means"),
+            _mask(self.frozen_covariances, whole, "frozen_covariances"),
         )
-        mixture, low = problem.project(Mixture(logits, means, factor, validate_args=False))
-        return _MStep(mixture, low | hit, mass / problem.mass)
-
-    def _covariances(
-        self, problem: Problem, old: Mixture, mass: Tensor, scatter: Tensor, prior: Any, frozen: Tensor
-    ) -> tuple[Factor, Tensor]:
-        """New factors from the scatter about the new means, and a mask of components whose covariance was regularized."""
-        D = old.features
-        if prior.scatter is not None:
-            scatter = scatter + like(prior.scatter, scatter.ndim)
-        if scatter.ndim == 1:
-            mass = mass * D
-        covariances = scatter / mass.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
-        covariances = covariances + like(torch.diag(self._ridge(problem)), scatter.ndim, mean=True)
-        factor, repaired = nearest_factor(type(old.factor), covariances, D, FLOOR)
-        if len(mass) < old.components:
-            return (old.factor if bool(frozen.any()) else factor), repaired.expand(old.components)
-        # A component without expected count keeps its covariance, as a frozen one does.
-        keep = frozen | ~(mass > 1e-200)
-        if bool(keep.any()):
-            index = keep.nonzero()[:, 0]
-            factor = factor.scatter(index, old.factor.select(index))
-        return factor, repaired & ~keep
+        new = m_step(
+            sums,
+            old.log_weights,
+            old.means,
+            old.factor,
+            prior.select(live),
+            mass=problem.mass,
+            frozen=frozen.select(live),
+            ridge=self._ridge(problem),
+            floor=FLOOR,
+            tied=tied,
+            pruned=pruned,
+        )
+        mixture, low = problem.project(Mixture(new.log_weights, new.means, new.factor, validate_args=False))
+        return _MStep(mixture, low | new.repaired, new.counts / problem.mass)
 
     def _ridge(self, problem: Problem) -> Tensor:
         """``reg_covar`` in standardized coordinates (D,)."""
@@ -370,7 +335,7 @@ class EM(Method[_State]):
             return second
         # Normalizing the extrapolated weights must not change those that are frozen.
         frozen = _mask(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
-        logits = _weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
+        logits = solve_weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = problem.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third = replace(second, mixture=leap)
         third, sums, there, _ = self._look(problem, third)
@@ -432,7 +397,7 @@ class EM(Method[_State]):
             )
         mixture = mixture.detach().to(torch.float64)
         centre, spread = mixture.mean, mixture.variance.sqrt()
-        isotropic = mixture.factor.family == "spherical"
+        isotropic = mixture.factor.isotropic
         frame = Frame.around(centre, spread, isotropic=isotropic)
         problem = Problem.without_points(frame, mass, penalty)
         state = self.init(problem, frame.enter(mixture))
@@ -474,7 +439,7 @@ class EM(Method[_State]):
                 f"weights of batches must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights "
                 "of all batches by the same number."
             )
-        problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.family == "spherical")
+        problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.isotropic)
         state = self.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
         seen = problem.mass
         if memory is not None:
@@ -516,36 +481,6 @@ def _shaken(problem: Problem, state: _State) -> _State:
     return replace(
         state, mixture=Mixture(mixture.logits, mixture.means + SHAKE * noise, mixture.factor, validate_args=False)
     )
-
-
-def _weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:
-    """Log-weights (K,) that solve W = counts / (λ + slopes), where the sum of all weights is one and frozen ones stay fixed."""
-    counts = counts.clamp(min=0)
-    free = ~frozen
-    if not bool(free.any()):
-        return old
-    left = 1 - float(old[frozen].exp().sum()) if bool(frozen.any()) else 1.0
-    a, c = counts[free], slopes[free]
-    if not bool((a > 0).any()) or left <= 0:
-        return old
-    if bool((c == c[0]).all()):
-        W = left * a / a.sum()
-    else:
-        # Bracket of λ: every term is at most the sum, and at least its value at the smallest slope.
-        low, high = float((a / left - c)[a > 0].max()), float(a.sum() / left - c[a > 0].min())
-        for _ in range(200):
-            middle = 0.5 * (low + high)
-            if middle in (low, high):
-                break
-            if float((a / (middle + c))[a > 0].sum()) > left:
-                low = middle
-            else:
-                high = middle
-        W = torch.where(a > 0, a / (high + c), torch.zeros_like(a))
-        W = left * W / W.sum()
-    logits = old.clone()
-    logits[free] = W.clamp(min=1e-300).log()
-    return logits
 
 
 def _coordinates(mixture: Mixture) -> Tensor:

@@ -100,16 +100,11 @@ class Frame:
 
     def enter_moments(self, sums: Moments) -> Moments:
         """Convert moments from data units to standardized coordinates."""
-        return self._moments(sums, (sums.centres - self.shift) / self.scale, 1 / self.scale)
+        return sums.scaled((sums.centres - self.shift) / self.scale, 1 / self.scale)
 
     def leave_moments(self, sums: Moments) -> Moments:
         """Convert moments from standardized coordinates to data units."""
-        return self._moments(sums, sums.centres * self.scale + self.shift, self.scale)
-
-    @staticmethod
-    def _moments(sums: Moments, centres: Tensor, scale: Tensor) -> Moments:
-        square = {3: scale[:, None] * scale, 2: scale**2, 1: scale[0] ** 2}[sums.S2.ndim]
-        return replace(sums, S1=sums.S1 * scale, S2=sums.S2 * square, centres=centres)
+        return sums.scaled(sums.centres * self.scale + self.shift, self.scale)
 
     def enter(self, mixture: Mixture) -> Mixture:
         """Convert a mixture from data units to standardized coordinates."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_choice, as_integer, mind_fork
-from gmmkeops.components import Moments, SphericalFactor, factor_class, nearest_factor
+from gmmkeops.components import Moments, SphericalFactor, factor_class
 from gmmkeops.data import (
     NOISE,
     Chunk,
@@ -232,26 +232,15 @@ def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Gen
         sums[0] += r.sum(0)
         sums[1] += r.mT @ z
         sums[2] += (r.mT @ (z[:, :, None] * z[:, None, :]).flatten(1)).unflatten(1, (D, D))
-    S2 = sums[2]
-    if kind.family != "full":
-        S2 = S2.diagonal(dim1=1, dim2=2)
-    if kind.family == "spherical":
-        S2 = S2.sum(1)
     mass = sums[0].sum()
-    return Moments(sums[0], sums[1], S2, centre.expand(K, D), torch.zeros_like(mass), mass)
+    return Moments(sums[0], sums[1], kind.second_moments(sums[2]), centre.expand(K, D), torch.zeros_like(mass), mass)
 
 
 def _clusters(chunks: Iterable[Chunk], centres: Tensor, kind: Any, backend: str) -> Moments:
     """Moments of the clusters: each point belongs to its nearest center."""
     K, D = centres.shape
-    unit = torch.ones(1, 1, dtype=torch.float64, device=centres.device)
-    shape = {
-        "full": unit[..., None] * torch.eye(D, device=centres.device),
-        "diagonal": unit.expand(1, D),
-        "spherical": unit,
-    }
-    factor = kind.from_factors(shape[kind.family], features=D)
-    sums = Moments.nothing(centres, kind.family)
+    factor = kind.from_covariances(kind.compact(torch.eye(D).to(centres))[None], features=D)
+    sums = Moments.nothing(centres, kind)
     for chunk in chunks:
         if len(chunk.points):
             arguments = (chunk.points, centres.new_zeros(K), centres, factor)
@@ -262,7 +251,7 @@ def _clusters(chunks: Iterable[Chunk], centres: Tensor, kind: Any, backend: str)
 
 def _shares(chunks: Iterable[Chunk], mixture: Mixture, backend: str) -> Moments:
     """Moments for the responsibilities of a mixture (an E-step)."""
-    sums = Moments.nothing(mixture.means, mixture.factor.family)
+    sums = Moments.nothing(mixture.means, type(mixture.factor))
     for chunk in chunks:
         if len(chunk.points):
             arguments = (chunk.points, mixture.offsets, mixture.means, mixture.factor)
@@ -278,30 +267,30 @@ def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Te
     K, D = sums.centres.shape
     about = sums.recentre(sums.means)
     counts, scatter, mass = about.S0, about.S2, about.mass
-    if kind.family == "spherical":
-        scatter = scatter / D
+    if kind.isotropic:
         center, spread = center.abs().amax()[None], spread.norm()[None] / D**0.5
-    column = (-1, *[1] * (scatter.ndim - 1))
-    diagonal = scatter.diagonal(dim1=1, dim2=2) if scatter.ndim == 3 else scatter.reshape(K, -1)
-    variances = diagonal.clamp(min=0) / counts.clamp(min=1e-300)[:, None]
-    noise = NOISE * (sums.means.abs() if len(spread) > 1 else sums.means.abs().amax(1, keepdim=True))
+    variances = kind.variances(kind.mean_scatter(scatter, D)).clamp(min=0) / counts.clamp(min=1e-300)[:, None]
+    noise = NOISE * (sums.means.abs().amax(1, keepdim=True) if kind.isotropic else sums.means.abs())
     variances = torch.where(variances > noise**2, variances, 0.0)
     unit = _unit(counts, variances, torch.where(spread > NOISE * center.abs(), spread, 0.0))
     # In these units a typical cluster has variances of about one. The contribution of each cluster to the pooled scatter is
     # limited, so that a single outlier or a small cluster does not determine it.
-    scatter = scatter / (unit[:, None] * unit if scatter.ndim == 3 else unit**2)
+    scatter = scatter / kind.outer(unit)
     share = _SHARE * mass / K
     limit = torch.ones_like(counts) if tied else _LARGE / (variances / unit**2).mean(1).clamp(min=_LARGE)
-    pooled = (limit.reshape(column) * scatter).sum(0, keepdim=True) / mass
-    pooled = pooled + _FLOOR * (torch.eye(D).to(pooled) if pooled.ndim == 3 else 1)
-    covariances = pooled if tied else (scatter + share * pooled) / (counts + share).reshape(column)
+    pooled = (limit.reshape(-1, *[1] * (scatter.ndim - 1)) * scatter).sum(0, keepdim=True) / mass
+    pooled = pooled + _FLOOR * kind.second_moments(torch.eye(D).to(pooled))
     # An empty cluster gets this share as its weight, so that the logarithm is finite.
     logits = counts.clamp(min=share).log()
     # In directions in which a cluster has no extent, rounding may make its variance smaller than the added one.
-    floor = (_FLOOR * share / (counts + share)).clamp(min=_FLOOR if tied else 0.0)[: len(covariances)]
-    if covariances.ndim == 3:
-        floor = torch.maximum(floor, 1e-15 * covariances.diagonal(dim1=1, dim2=2).amax(1))
-    factor, _ = nearest_factor(kind, covariances, D, floor)
+    floor = (_FLOOR * share / (counts + share)).clamp(min=_FLOOR if tied else 0.0)
+    if tied:
+        scatter, counts, floor = pooled, torch.ones_like(mass)[None], floor[:1]
+    else:
+        scatter, counts = scatter + share * pooled, counts + share
+    spreads = kind.variances(kind.mean_scatter(scatter, D)) / counts[:, None]
+    floor = torch.maximum(floor, 1e-15 * spreads.amax(1))
+    factor, _ = kind.maximize(scatter, counts, D, ridge=spread.new_zeros(D), floor=floor)
     return Mixture(torch.log_softmax(logits, 0), sums.means, factor.rescale(1 / unit.expand(D)))
 
 

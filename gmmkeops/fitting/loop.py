@@ -257,7 +257,7 @@ def _problem(
         penalty,
         backend,
         generator,
-        isotropic=mixture.factor.family == "spherical",
+        isotropic=mixture.factor.isotropic,
         extra=extra,
         dtype=dtype,
         device=device,
@@ -277,8 +277,7 @@ def _problem(
 def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None, world: World) -> tuple[Any, Any]:
     """Points and weights, as a source with small enough chunks if a fit in memory would exceed the limit (bytes)."""
     K, D = mixture.components, mixture.features
-    tied = "tied_" if mixture.factor.leading == 1 and K > 1 else ""
-    kind = tied + {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
+    kind = mixture.factor.type_name(tied=mixture.factor.leading == 1 and K > 1)
     if isinstance(x, Source):
         return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64, x.reader.stored)), g
     # Points in float32 are converted to float64 during the fit if float32 is not accurate enough.
@@ -568,7 +567,7 @@ def _result(best: Evaluation, run: _Run) -> FitResult:
             objective = float(problem.penalised(best.mixture)) - likelihood
     live = set(best.live.tolist())
     ledger = problem.ledger.of_all(problem.world)
-    full = best.mixture.factor.family == "full"
+    full = best.mixture.factor.coupled
     report = Report(
         dead_components=tuple(k for k in range(best.mixture.components) if k not in live),
         live_components=len(live),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -62,9 +63,8 @@ def estimate_memory(
 
 
 def _components(k: int, d: int, covariance_type: str) -> int:
-    family, tied = factor_class(covariance_type)[0].family, factor_class(covariance_type)[1]
-    shape = {"full": d * d, "diagonal": d, "spherical": 1}[family]
-    moments = 8 * k * (1 + d + shape) * _COPIES
+    kind, tied = factor_class(covariance_type)
+    moments = 8 * k * (1 + d + math.prod(kind.spread_shape(d))) * _COPIES
     return _FIXED + (moments // 2 if tied else moments) + 8 * max(_SAMPLE, 20 * k) * d * _SAMPLE_COPIES
 
 

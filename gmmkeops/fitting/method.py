@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_integer, as_number
-from gmmkeops.components import Factor, Moments, floor_eigenvalues
+from gmmkeops.components import Factor, Moments
 from gmmkeops.data import Source, World, check_range, fingerprint, sample, weight_unit
 from gmmkeops.fitting.checkpoint import Journal, known
 from gmmkeops.fitting.data import Data, Ledger, Memory, Piece, Stream
@@ -268,7 +268,7 @@ class Problem:
                 self.journal.tick(sums, ledger, number)
                 if self.show is not None:
                     self.show(piece.first + len(piece.x))
-        sums = self.world.added(Moments.nothing(means, factor.family) if sums is None else sums)
+        sums = self.world.added(Moments.nothing(means, type(factor)) if sums is None else sums)
         if batch is None:
             vars(self.ledger).update(vars(ledger))
             self.journal.swept(sums)
@@ -295,7 +295,7 @@ class Problem:
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """Project a mixture (standardized) onto the bounds of covariances; return it and a mask (K,) of changed components."""
-        factor, low = floor_eigenvalues(mixture.factor, FLOOR)
+        factor, low = mixture.factor.floored(FLOOR)
         hit = low.expand(mixture.components)
         if bool(low.any()):
             mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)

@@ -24,11 +24,6 @@ def blended(memory: Moments, sums: Moments, share: float) -> Moments:
 def expected(mixture: Mixture) -> Moments:
     """The moments of one point's mass spread exactly as the mixture says: what there is to remember at the start."""
     W, zero = mixture.weights, mixture.means.new_zeros(())
-    C = mixture.factor.covariances().expand(mixture.components, -1, -1)
-    family = mixture.factor.family
-    if family != "full":
-        C = C.diagonal(dim1=-2, dim2=-1)
-    if family == "spherical":
-        C = C.sum(-1)
+    C = mixture.factor.second_moments(mixture.factor.covariances().expand(mixture.components, -1, -1))
     S2 = W.reshape(-1, *[1] * (C.ndim - 1)) * C
     return Moments(W, torch.zeros_like(mixture.means), S2, mixture.means, zero, zero + 1)

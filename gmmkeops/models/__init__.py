@@ -7,7 +7,6 @@ their densities by :mod:`gmmkeops.reductions`.
 import gmmkeops.models.pytrees  # noqa: F401  (torch's pytrees know mixtures and factors)
 from gmmkeops.models.axes import principal_axes
 from gmmkeops.models.files import (
-    KINDS,
     MIXTURES,
     TABLES,
     as_path,
@@ -24,7 +23,6 @@ from gmmkeops.models.module import GMM
 
 __all__ = [
     "GMM",
-    "KINDS",
     "MIXTURES",
     "TABLES",
     "Mixture",

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_device
-from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
+from gmmkeops.components import families
 from gmmkeops.models.mixture import Mixture
 
 __all__ = [
-    "KINDS",
     "MIXTURES",
     "TABLES",
     "as_path",
@@ -49,8 +48,6 @@ _ESTIMATOR, _PART = "gmmkeops.estimator", "estimator."
 MIXTURES = (".safetensors", "")
 
 TABLES = (".npy", ".csv")
-
-KINDS: dict[str, type[Factor]] = {"full": FullFactor, "diagonal": DiagonalFactor, "spherical": SphericalFactor}
 
 
 def save(mixture: Any, path: str | os.PathLike[str]) -> None:
@@ -298,12 +295,13 @@ def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture,
         raise ValueError(f"{path} holds no gmmkeops mixture: its header has no {_FORMAT} entry.") from None
     if version != _VERSION:
         raise ValueError(f"{path} has version {version}, this gmmkeops reads {_VERSION}; upgrade gmmkeops.")
-    if family not in KINDS:
-        raise ValueError(f"{path} names an unknown family {family!r}; expected one of {', '.join(KINDS)}.")
+    kind = families().get(family)
+    if kind is None:
+        raise ValueError(f"{path} names an unknown family {family!r}; expected one of {', '.join(families())}.")
     parts = {
         name: tensors.pop(name).to(device) for name in list(tensors) if entry is not None and name.startswith(_PART)
     }
-    names = {"logits", "means", "log_diagonal"} | ({"upper"} if family == "full" else set())
+    names = {"logits", "means", *kind.shapes(1, features)}
     if set(tensors) != names:
         raise ValueError(f"{path} holds the tensors {sorted(tensors)}, expected {sorted(names)} for {family}.")
     if not all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors.values()):
@@ -313,8 +311,7 @@ def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture,
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     logits, means = moved.pop("logits"), moved.pop("means")
     try:
-        kind = KINDS[family]
-        factor = kind(**moved, **({"features": features} if family == "spherical" else {}))
+        factor = kind.of(moved, features)
         mixture = Mixture(logits, means, factor, validate_args=True).named(columns)
         return mixture, entry, {int(name.removeprefix(_PART)): part for name, part in parts.items()}
     except (ValueError, TypeError) as error:
@@ -325,4 +322,6 @@ def __getattr__(name: str) -> Any:
     if name == "write_array":
         warnings.warn("write_array is deprecated; use write_table.", DeprecationWarning, stacklevel=2)
         return write_table
+    if name == "KINDS":
+        return families()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

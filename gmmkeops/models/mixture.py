@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, Independent, MultivariateNormal, Normal, constraints
+from torch.distributions import Categorical, Distribution, constraints
 from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
@@ -31,7 +31,7 @@ from gmmkeops._checks import (
     concrete,
     mind_fork,
 )
-from gmmkeops.components import Factor, SphericalFactor, factor_class
+from gmmkeops.components import Factor, factor_class
 from gmmkeops.data import categorical, generator_on, table_of
 from gmmkeops.models.quantiles import quantiles
 from gmmkeops.models.regions import radii, shell
@@ -213,7 +213,7 @@ class Mixture(Distribution):
             raise ValueError(f"weights must sum to one, got {float(weights.sum()):.6g}; divide them by their sum.")
         K, D = means.shape
         leading = () if tied else (K,)
-        shape = {"full": (*leading, D, D), "diagonal": (*leading, D), "spherical": leading}[kind.family]
+        shape = (*leading, *kind.spread_shape(D))
         if tuple(covariances.shape) != shape:
             raise ValueError(
                 f"covariances must have shape {shape} for covariance_type={covariance_type!r} with K={K} and D={D}, "
@@ -293,10 +293,7 @@ class Mixture(Distribution):
     @property
     def component_distribution(self) -> Distribution:
         """The K Gaussians, as a torch distribution with batch shape (*B, K)."""
-        if self.factor.family == "full":
-            cholesky = self.factor.cholesky().expand(*self.means.shape, self.features)
-            return MultivariateNormal(self.means, scale_tril=cholesky)
-        return Independent(Normal(self.means, (1 / self.factor.U).expand_as(self.means)), 1)
+        return self.factor.distribution(self.means)
 
     @property
     def mean(self) -> Tensor:
@@ -683,15 +680,8 @@ class Mixture(Distribution):
             ([2.0], [3.0])
         """
         keep = self._columns(columns)
-        factor = self.factor
-        if factor.family == "full":
-            factor = type(factor).from_covariances(factor.covariances()[..., keep, :][..., keep])
-        elif factor.family == "diagonal":
-            factor = factor.replace(log_diagonal=factor.tensors["log_diagonal"][..., keep])
-        else:
-            factor = SphericalFactor(factor.tensors["log_diagonal"], len(keep))
         names = None if self.columns is None else [self.columns[d] for d in keep]
-        return self._like(self.logits, self.means[..., keep], factor).named(names)
+        return self._like(self.logits, self.means[..., keep], self.factor.marginal(keep)).named(names)
 
     def condition(self, columns: Sequence[int] | int, values: Any) -> Mixture:
         r"""Conditional distribution of the other columns given the values of some, a mixture in closed form.
@@ -738,15 +728,9 @@ class Mixture(Distribution):
         logits = self.marginal(known).log_joint(x)
         batch = x.shape[:-1]
         means = self.means[:, rest].expand(*batch, -1, -1)
-        factor = self.factor
-        if factor.family == "full":
-            P = factor.precisions()
-            aa = P[:, rest, :][:, :, rest]
-            gain = torch.linalg.solve(aa, P[:, rest, :][:, :, known])
+        factor, gain = self.factor.conditional(known, rest)
+        if gain is not None:
             means = means - (gain @ (x.unsqueeze(-2) - self.means[:, known]).unsqueeze(-1)).squeeze(-1)
-            factor = type(factor).from_precisions(aa)
-        else:
-            factor = self.marginal(rest).factor
         names = None if self.columns is None else [self.columns[d] for d in rest]
         return self._like(logits, means, factor.expand(batch)).named(names)
 
@@ -864,11 +848,7 @@ class Mixture(Distribution):
 
         z = x.double().unsqueeze(-2) - chosen(means)
         shift = factor.whiten(means - chosen(means))
-        if U.ndim > means.ndim:
-            y = (z.unsqueeze(-2) @ chosen(U)).squeeze(-2)
-            delta = (z.unsqueeze(-2) @ (chosen(U) - U)).squeeze(-2) + shift
-        else:
-            y, delta = z * chosen(U), z * (chosen(U) - U) + shift
+        y, delta = factor.times(chosen(U), z), factor.times(chosen(U) - U, z) + shift
         # A sum of products that overflow may be NaN; the component is then infinitely less probable.
         differences = (delta * (y - 0.5 * delta)).sum(-1)
         return offsets - chosen(offsets) + differences.masked_fill(differences.isnan(), -math.inf)

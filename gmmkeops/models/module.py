@@ -99,13 +99,11 @@ class GMM(nn.Module):
         self.tied = bool(tied or tied_name)
         self.epsilon: float | Tensor = float(epsilon)
         leading, D = 1 if self.tied else self.components, self.features
-        self.shapes: dict[str, tuple[int, int]] = {
+        self.shapes: dict[str, tuple[int, ...]] = {
             "logits": (1, self.components),
             "means": (self.components, D),
-            "log_diagonal": (leading, 1 if self.kind.family == "spherical" else D),
+            **self.kind.shapes(leading, D),
         }
-        if self.kind.family == "full":
-            self.shapes["upper"] = (leading, D * (D - 1) // 2)
         if self.context:
             widths = [self.context, *hidden_features]
             layers: list[nn.Module] = []
@@ -115,9 +113,8 @@ class GMM(nn.Module):
         else:
             self.logits = nn.Parameter(torch.zeros(self.components))
             self.means = nn.Parameter(torch.randn(self.components, D))
-            self.log_diagonal = nn.Parameter(torch.zeros(self.shapes["log_diagonal"]))
-            if "upper" in self.shapes:
-                self.upper = nn.Parameter(torch.zeros(self.shapes["upper"]))
+            for name, shape in self.kind.shapes(leading, D).items():
+                setattr(self, name, nn.Parameter(torch.zeros(shape)))
 
     def forward(self, c: Any = None) -> Mixture:
         """The mixture, or the batch of mixtures that belongs to contexts c (*B, C).
@@ -143,7 +140,7 @@ class GMM(nn.Module):
         raw = tensors["log_diagonal"]
         epsilon = torch.as_tensor(self.epsilon, dtype=raw.dtype, device=raw.device)
         tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(epsilon.log() + 2 * raw)
-        factor = self.kind(**tensors, **({"features": self.features} if self.kind.family == "spherical" else {}))
+        factor = self.kind.of(tensors, self.features)
         names = None if self.columns is None else self.columns[: self.features]
         return Mixture._unchecked(logits, means, factor).named(names)
 
@@ -161,15 +158,14 @@ class GMM(nn.Module):
         first, last = cast(nn.Linear, model.network[0]), cast(nn.Linear, model.network[-1])
         first.bias.copy_(first.bias.double() + first.weight.double() @ mc)
         first.weight.copy_(first.weight.double() * sc)
-        grow = {"logits": torch.ones_like(s[:1]), "means": 1 / s, "log_diagonal": torch.ones_like(s[:1])}
-        move = {"means": -m / s, "log_diagonal": s.log() if self.kind.family != "spherical" else s[:1].log()}
-        if "upper" in self.shapes:
-            grow["upper"] = s[torch.triu_indices(D, D, 1, device=s.device)[0]]
-        factors = torch.cat([grow[name].expand(shape).reshape(-1) for name, shape in self.shapes.items()])
-        steps = [move.get(name, s.new_zeros(1)).expand(shape).reshape(-1) for name, shape in self.shapes.items()]
+        change = {"logits": (s.new_ones(1), s.new_zeros(1)), "means": (1 / s, -m / s), **self.kind.rescaling(s)}
+        factors, steps = (
+            torch.cat([change[name][place].expand(shape).reshape(-1) for name, shape in self.shapes.items()])
+            for place in (0, 1)
+        )
         last.weight.copy_(last.weight.double() * factors[:, None])
-        last.bias.copy_(last.bias.double() * factors + torch.cat(steps))
-        model.epsilon = self.epsilon / (s if self.kind.family != "spherical" else s[:1]).square()
+        last.bias.copy_(last.bias.double() * factors + steps)
+        model.epsilon = self.epsilon / (s[:1] if self.kind.isotropic else s).square()
         return model
 
     @torch.no_grad()
@@ -185,7 +181,7 @@ class GMM(nn.Module):
         as_mixture(mixture)
         shapes = {"logits": mixture.logits.unsqueeze(-2), "means": mixture.means, **mixture.factor.tensors}
         given = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
-        if given != self.shapes or mixture.factor.family != self.kind.family:
+        if given != self.shapes or type(mixture.factor) is not self.kind:
             raise ValueError(f"the mixture's parameters have shapes {given}, this GMM's {self.shapes}.")
         used = (self.epsilon * (2 * shapes["log_diagonal"]).exp()).clamp(max=0.999)
         shapes["log_diagonal"] = shapes["log_diagonal"] - 0.5 * torch.log1p(-used)
@@ -226,8 +222,6 @@ class GMM(nn.Module):
         Raises:
             TypeError, ValueError: Bad points, or an unknown strategy; the parameters are then as they were.
         """
-        names = {"full": "full", "diagonal": "diag", "spherical": "spherical"}
-        covariance_type = ("tied_" if self.tied else "") + names[self.kind.family]
         columns, others = table_names(x), table_names(context)
         x = as_tensor(x, name="x", device=next(self.parameters()).device)
         generator = as_generator(generator, x.device)
@@ -238,7 +232,7 @@ class GMM(nn.Module):
                 raise ValueError("this GMM was made without a context; construct it with context=C.")
             c = as_points(context, name="context", features=self.context).to(x.device)
         options: Any = {
-            "covariance_type": covariance_type,
+            "covariance_type": self.kind.type_name(self.tied),
             "weights": weights,
             "generator": generator,
             "refine": _REFINE,

@@ -9,6 +9,7 @@ densities of the parameters, so their share per point falls with the number of p
 Bounds (:class:`EigenvalueFloor`) cost nothing and are enforced after every step.
 """
 
+from gmmkeops.components import Surrogate
 from gmmkeops.penalties.parameters import (
     EigenvalueFloor,
     InverseWishart,
@@ -16,7 +17,7 @@ from gmmkeops.penalties.parameters import (
     NormalMean,
     PrecisionRidge,
 )
-from gmmkeops.penalties.penalty import Penalty, Surrogate, as_penalty
+from gmmkeops.penalties.penalty import Penalty, as_penalty
 from gmmkeops.penalties.weights import Dirichlet, SqrtWeights, WeightEntropy
 
 __all__ = [

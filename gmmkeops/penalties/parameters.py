@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_tensor, check_finite
-from gmmkeops.components import floor_eigenvalues
+from gmmkeops.components import Surrogate
 from gmmkeops.models import Mixture
-from gmmkeops.penalties.penalty import Penalty, Surrogate
+from gmmkeops.penalties.penalty import Penalty
 from gmmkeops.penalties.weights import _finite, _told
 
 __all__ = ["EigenvalueFloor", "InverseWishart", "NormalInverseWishart", "NormalMean", "PrecisionRidge"]
@@ -240,7 +240,7 @@ class EigenvalueFloor(Penalty):
         return Surrogate.none(mixture)
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
-        factor, low = floor_eigenvalues(mixture.factor, self.minimum)
+        factor, low = mixture.factor.floored(self.minimum)
         if not bool(low.any()):
             return mixture, low.expand(mixture.components)
         return Mixture(mixture.logits, mixture.means, factor, validate_args=False), low.expand(mixture.components)

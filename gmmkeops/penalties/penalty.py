@@ -8,84 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_number
+from gmmkeops.components import Surrogate
 from gmmkeops.models import Mixture
 
-__all__ = ["Penalty", "Surrogate", "as_penalty"]
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    r"""What penalties add to the expected log-likelihood of an M-step: N times an upper bound of each, tight where it is.
-
-    Conjugate priors are pseudo-points. Concave functions of the weights are replaced by their tangent at the current
-    weights, with slopes :math:`c_k` (majorise-minimise), so that the new weights solve
-
-    .. math:: W_k = \frac{S^0_k + a_k}{\lambda + N c_k}, \qquad \sum_k W_k = 1.
-
-    Args:
-        counts: a (K,), pseudo-points on the weights.
-        slopes: c (K,), nats per point.
-        means: Pairs of pseudo-points κ and the mean (D,) or (K, D) they sit at, data units.
-        scatter: Sum of squares (D, D) that is added to each covariance, squared data units.
-        degrees: Pseudo-points in the denominator of each covariance.
-        degrees_per_component: The same for each component (which differs from a covariance when tied).
-
-    Reference:
-        Hunter and Lange 2004, *A tutorial on MM algorithms*, The American Statistician 58.
-
-    Example:
-        >>> import torch, gmmkeops as gk
-        >>> mixture = gk.Mixture(torch.zeros(2), torch.zeros(2, 1), gk.SphericalFactor(torch.zeros(2, 1), 1))
-        >>> gk.penalties.Dirichlet(3.0).m_step(mixture, points=100.0).counts  # alpha - 1 pseudo-points each
-        tensor([2., 2.])
-    """
-
-    counts: Tensor
-    slopes: Tensor
-    means: tuple[tuple[float, Tensor], ...] = ()
-    scatter: Tensor | None = None
-    degrees: float = 0.0
-    degrees_per_component: float = 0.0
-
-    @classmethod
-    def none(cls, mixture: Mixture) -> Surrogate:
-        """Adds nothing."""
-        zeros = mixture.means.new_zeros(mixture.components)
-        return cls(zeros, zeros)
-
-    def counted_in(self, unit: float) -> Surrogate:
-        """Convert numbers of points to multiples of a unit; slopes are per point and stay."""
-        return replace(self * (1 / unit), slopes=self.slopes)
-
-    def __add__(self, other: Surrogate) -> Surrogate:
-        scatter = other.scatter if self.scatter is None else self.scatter
-        if self.scatter is not None and other.scatter is not None:
-            scatter = self.scatter + other.scatter
-        return Surrogate(
-            self.counts + other.counts,
-            self.slopes + other.slopes,
-            self.means + other.means,
-            scatter,
-            self.degrees + other.degrees,
-            self.degrees_per_component + other.degrees_per_component,
-        )
-
-    def __mul__(self, factor: float) -> Surrogate:
-        return Surrogate(
-            factor * self.counts,
-            factor * self.slopes,
-            tuple((factor * points, mean) for points, mean in self.means),
-            None if self.scatter is None else factor * self.scatter,
-            factor * self.degrees,
-            factor * self.degrees_per_component,
-        )
+__all__ = ["Penalty", "as_penalty"]
 
 
 class Penalty(ABC):

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_number, as_tensor
+from gmmkeops.components import Surrogate
 from gmmkeops.models import Mixture
-from gmmkeops.penalties.penalty import Penalty, Surrogate
+from gmmkeops.penalties.penalty import Penalty
 
 __all__ = ["Dirichlet", "SqrtWeights", "WeightEntropy"]
 

@@ -33,8 +33,8 @@ from gmmkeops import reductions
 from gmmkeops.bayes.sampling.draws import Draws
 from gmmkeops.bayes.sampling.prior import Prior, StickBreaking, Values
 from gmmkeops.bayes.sampling.target import Target, check_counts
-from gmmkeops.bayes.variational.normal_wishart import bartlett, gamma, stick_weights
-from gmmkeops.components import FullFactor, Moments, SphericalFactor
+from gmmkeops.bayes.variational.normal_wishart import stick_weights
+from gmmkeops.components import Moments, bartlett, gamma
 from gmmkeops.data import as_generator
 from gmmkeops.reductions import recording
 
@@ -236,7 +236,7 @@ def _means_move(prior: Prior, own: Distribution) -> _Move:
 def _spread_move(prior: Prior, own: Distribution) -> _Move:
     D, name = prior.features, prior.spread
     pairs: tuple[tuple[str, Any], ...] = (("precisions", Gamma), ("covariances", InverseGamma))
-    if prior.kind is FullFactor:
+    if prior.kind.coupled:
         pairs = (("precisions", Wishart),)
     if not any(name == wanted and isinstance(own, kind) for wanted, kind in pairs):
         known = " and ".join(f"{kind.__name__} on {wanted}" for wanted, kind in pairs)
@@ -252,7 +252,8 @@ def _spread_move(prior: Prior, own: Distribution) -> _Move:
             A = root @ bartlett(own.df.double() + n, D, generator)
             return A @ A.mT
         assert isinstance(own, (Gamma, InverseGamma)), "checked above"
-        S2, n = (S2[:, None], D * n[:, None]) if prior.kind is SphericalFactor else (S2, n[:, None])
+        S2 = S2.reshape(len(n), -1)
+        n = n[:, None] * (D / S2.shape[1])
         rate = own.rate.double() + 0.5 * S2
         drawn = gamma((own.concentration.double() + 0.5 * n).expand_as(rate), generator) / rate
         return drawn if name == "precisions" else 1 / drawn

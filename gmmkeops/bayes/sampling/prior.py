@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, biject_to, constraints
 
 from gmmkeops._checks import as_integer, as_number, as_tensor, check_finite
-from gmmkeops.bayes.variational.normal_wishart import gamma, stick_weights
-from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor, factor_class
+from gmmkeops.bayes.variational.normal_wishart import stick_weights
+from gmmkeops.components import Factor, factor_class, gamma
 from gmmkeops.data import generator_on
 from gmmkeops.models import Mixture
 
@@ -176,7 +176,7 @@ class Prior:
                 "without a proper prior there is no posterior."
             )
         self.spread = named[0]
-        if self.spread == "scales" and self.kind is FullFactor:
+        if self.spread == "scales" and self.kind.coupled:
             raise ValueError(
                 "scales are of spherical or diagonal components; give covariances or precisions of full ones."
             )
@@ -184,15 +184,15 @@ class Prior:
         D = as_integer(features, "features", 1) if features is not None else (shape[-1] if shape else 1)
         self.components, self.features = K, D
         leading = 1 if self.tied else K
-        sizes = {FullFactor: (leading, D, D), DiagonalFactor: (leading, D), SphericalFactor: (leading, 1)}
+        size = (leading, *(self.kind.spread_shape(D) or (1,)))
         spread = given[self.spread]
-        if self.kind is SphericalFactor and not isinstance(spread, Distribution):
+        if self.kind.isotropic and not isinstance(spread, Distribution):
             spread = as_tensor(spread, name=self.spread)
             spread = spread[:, None] if spread.ndim == 1 else spread
         self.sites = (
             _site("weights", weights, (K,)),
             _site("means", means, (K, D)),
-            _site(self.spread, spread, sizes[self.kind]),
+            _site(self.spread, spread, size),
         )
         known = self.sites[0].known
         if known is not None and not (bool((known >= 0).all()) and abs(float(known.sum()) - 1) < 1e-6):
@@ -249,22 +249,20 @@ class Prior:
         return Mixture._unchecked(logits, values["means"], self._factor(values[self.spread]))
 
     def _factor(self, value: Tensor) -> Factor:
-        if self.kind is FullFactor:
-            of = FullFactor.from_covariances if self.spread == "covariances" else FullFactor.from_precisions
+        if self.kind.coupled:
+            of = self.kind.from_covariances if self.spread == "covariances" else self.kind.from_precisions
             return of(value)
         if not bool((value > 0).all()):
             raise ValueError(f"{self.spread} must be positive, got {float(value.min()):g}; pass numbers above zero.")
         power = {"scales": -1.0, "covariances": -0.5, "precisions": 0.5}[self.spread]
         logs = power * value.log()
-        return SphericalFactor(logs, self.features) if self.kind is SphericalFactor else DiagonalFactor(logs)
+        return self.kind.of({"log_diagonal": logs}, self.features)
 
     def of_mixture(self, mixture: Mixture) -> Values:
         """The parameters of one mixture (1, ...), known ones as they are known."""
         matrices = mixture.factor.covariances() if self.spread != "precisions" else mixture.factor.precisions()
-        if self.kind is not FullFactor:
-            matrices = matrices.diagonal(dim1=-2, dim2=-1)
-            matrices = matrices[..., :1] if self.kind is SphericalFactor else matrices
-        spread = matrices.sqrt() if self.spread == "scales" else matrices
+        compact = self.kind.compact(matrices).reshape(self.sites[2].shape)
+        spread = compact.sqrt() if self.spread == "scales" else compact
         found = {"weights": mixture.weights, "means": mixture.means, self.spread: spread}
         for site in self.sites:
             if site.known is not None:

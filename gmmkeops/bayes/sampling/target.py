@@ -104,9 +104,7 @@ class Target:
     def start(self, generator: torch.Generator | None = None, strategy: str = "kmeans") -> Tensor:
         """Unbounded numbers (1, size) of the data's clusters, or of a draw from the prior where those are impossible."""
         prior = self.prior
-        covariance_type = ("tied_" if prior.tied else "") + {"diagonal": "diag"}.get(
-            prior.kind.family, prior.kind.family
-        )
+        covariance_type = prior.kind.type_name(prior.tied)
         options: Any = {"covariance_type": covariance_type, "generator": generator, "backend": self.backend}
         if self.rows >= prior.components:
             found = initialise(self.x, prior.components, strategy, weights=self.weights, runs=1, **options)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gmmkeops._checks import as_choice, as_number, as_tensor, check_finite
 from gmmkeops.bayes.variational.normal_wishart import NormalWishart
-from gmmkeops.components import Factor, Moments
+from gmmkeops.components import Moments
 from gmmkeops.fitting import Evaluation, Frame, Method, Population, Problem, blended, check_settings, expected, known
 from gmmkeops.models import Mixture
 
@@ -144,8 +144,7 @@ class VariationalBayes(Method[_State]):
         nu = float(D if self.degrees is None else self.degrees)
         if not nu > D - 1:
             raise ValueError(f"degrees must be above {D - 1} for {D} columns, got {nu:g}.")
-        scale = (frame.scale[:, None] * frame.scale) if kind.family == "full" else frame.scale**2
-        scale = scale[0] if kind.family == "spherical" else scale
+        scale = kind.compact(torch.outer(frame.scale, frame.scale))
         if self.means is None or self.covariances is None:
             mean, covariance = _of_data(problem, mixture)
         if self.means is not None:
@@ -156,7 +155,7 @@ class VariationalBayes(Method[_State]):
             mean = (mean - frame.shift) / frame.scale
         if self.covariances is not None:
             covariance = as_tensor(self.covariances, name="covariances", **wide)
-            shape = {"full": (D, D), "diagonal": (D,), "spherical": ()}[kind.family]
+            shape = kind.spread_shape(D)
             if tuple(covariance.shape) != shape:
                 raise ValueError(f"the prior covariances must have shape {shape}, got {tuple(covariance.shape)}.")
             kind.from_covariances(covariance[None], features=D)  # says what is wrong with it
@@ -214,7 +213,7 @@ class VariationalBayes(Method[_State]):
             posterior = q.prior.updated(memory * problem.mass, self._ridge(problem))
             state = _State(posterior, state.batches + 1, memory)
         bounds, totals, masses = zip(*values, strict=True)
-        seen = Moments.nothing(state.posterior.mixture.means, state.posterior.mixture.factor.family)
+        seen = Moments.nothing(state.posterior.mixture.means, type(state.posterior.mixture.factor))
         seen = replace(seen, total=seen.total + sum(totals), mass=seen.mass + sum(masses))
         bound = torch.tensor(sum(bounds) / len(bounds), dtype=torch.float64)
         return state, self._evaluation(problem, state.posterior, bound, seen, exact=False)
@@ -248,10 +247,7 @@ def _of_data(problem: Problem, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """The data's mean (D,) and unbiased covariance as the family keeps it, in the frame."""
     D, kind = mixture.features, type(mixture.factor)
     centre = mixture.means.new_zeros(1, D)
-    eye = torch.eye(D, dtype=torch.float64, device=centre.device)
-    unit: Factor = kind.from_covariances(
-        {"full": eye[None], "diagonal": eye.diagonal()[None], "spherical": eye[0, :1]}[kind.family], features=D
-    )
+    unit = kind.from_covariances(kind.compact(torch.eye(D).to(centre))[None], features=D)
     sums = problem.moments(centre.new_zeros(1), centre, unit)
     covariance = sums.scatters[0] * float(sums.mass) / max(float(sums.mass) - 1, 1e-300)
-    return sums.means[0], covariance / D if kind.family == "spherical" else covariance
+    return sums.means[0], kind.mean_scatter(covariance, D)

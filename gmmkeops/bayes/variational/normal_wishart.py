@@ -15,18 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmmkeops.bayes.variational.student import StudentMixture
-from gmmkeops.components import Factor, FullFactor, Moments, nearest_factor, outer
+from gmmkeops.components import Factor, Moments, gamma
 from gmmkeops.data import generator_on, running_sum
 from gmmkeops.fitting import known
 from gmmkeops.models import Mixture
 
-__all__ = ["NormalWishart", "bartlett", "gamma", "stick_weights"]
+__all__ = ["NormalWishart", "stick_weights"]
 
 # Of the largest variance: what an eigenvalue that rounding has lost is raised to.
 _FLOOR = 1e-28
@@ -78,10 +77,7 @@ class NormalWishart:
             concentration, mean_precision, means, degrees, prior: As above.
             covariances: :math:`(\\nu W)^{-1}`: (K or 1, D, D), (K or 1, D) or (K or 1,), squared data units.
         """
-        diagonal = covariances.diagonal(dim1=-2, dim2=-1) if covariances.ndim == 3 else covariances
-        factor, _ = nearest_factor(
-            kind, covariances, means.shape[1], _FLOOR * diagonal.reshape(len(covariances), -1).amax(1)
-        )
+        factor, _ = kind.nearest(covariances, means.shape[1], _FLOOR * kind.variances(covariances).amax(1))
         weights = _mean_weights(concentration)
         mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), means, factor)
         return cls(mixture, concentration, mean_precision, degrees, prior)
@@ -94,7 +90,7 @@ class NormalWishart:
     @property
     def covariances(self) -> Tensor:
         """(ν W)⁻¹, (K or 1, D, D) full, (K or 1, D) diagonal, (K or 1,) spherical; squared data units."""
-        return _kept(self.mixture.factor)
+        return self.mixture.factor.compact_covariances()
 
     def updated(self, sums: Moments, ridge: Tensor) -> NormalWishart:
         """The posterior of this prior and the moments of all points.
@@ -109,12 +105,9 @@ class NormalWishart:
         column = (-1, *[1] * (spread.ndim - 1))
         kappa = self.mean_precision + n
         means = (self.mean_precision[:, None] * self.mixture.means + n[:, None] * own.centres) / kappa[:, None]
-        away = outer(own.centres - self.mixture.means, spread.ndim)
-        spread = spread + (self.mean_precision * n / kappa).reshape(column) * away
-        # The trace over D columns is D variances' worth.
-        spread = spread / D if spread.ndim == 1 else spread
-        noise = torch.diag(ridge) if spread.ndim == 3 else ridge if spread.ndim == 2 else ridge.mean()
-        spread = spread + n.reshape(column) * noise
+        away = kind.outer(own.centres - self.mixture.means)
+        spread = kind.mean_scatter(spread + (self.mean_precision * n / kappa).reshape(column) * away, D)
+        spread = spread + n.reshape(column) * kind.compact(torch.diag(ridge))
         if len(self.degrees) == 1:
             n, spread = n.sum(0, keepdim=True) / K, spread.sum(0, keepdim=True) / K
         degrees = self.degrees + n
@@ -189,12 +182,13 @@ class NormalWishart:
             logs = self.expected_log_weights()
         weights = ((self.concentration - prior.concentration) * logs).sum()
         column = (-1, *[1] * (self.covariances.ndim - 1))
-        pull = outer(self.mixture.means - prior.mixture.means, self.covariances.ndim)
-        pull = prior.mean_precision.reshape(column) * (pull / D if pull.ndim == 1 else pull)
+        kind = type(self.mixture.factor)
+        pull = kind.mean_scatter(kind.outer(self.mixture.means - prior.mixture.means), D)
+        pull = prior.mean_precision.reshape(column) * pull
         grown = self.degrees.reshape(column) * self.covariances - prior.degrees.reshape(column) * prior.covariances
         tied = len(self.degrees) == 1
         about = K * grown - pull.sum(0, keepdim=True) if tied else grown - pull
-        squares = _trace(self.mixture.factor, about)
+        squares = self.mixture.factor.trace(about)
         logdets = (n * self.expected_log_determinants()).sum() - (n * D / self.mean_precision).sum()
         return weights + 0.5 * logdets - 0.5 * squares - self.normaliser() + prior.normaliser()
 
@@ -202,9 +196,9 @@ class NormalWishart:
         """Expected log-joint density of points and assignments of such moments, nats."""
         about = sums.recentre(self.mixture.means)
         factor = self.mixture.factor
-        S2 = about.S2 / self.mixture.features if about.S2.ndim == 1 else about.S2
+        S2 = factor.mean_scatter(about.S2, self.mixture.features)
         S2 = S2.sum(0, keepdim=True) if factor.leading == 1 else S2
-        return (self.offsets * about.S0).sum() - 0.5 * _trace(factor, S2)
+        return (self.offsets * about.S0).sum() - 0.5 * factor.trace(S2)
 
     def bound(self, sums: Moments, ridge: Tensor) -> tuple[NormalWishart, Tensor]:
         """The posterior of this one's prior and the moments that this one's expectations led to, and its lower bound.
@@ -235,18 +229,13 @@ class NormalWishart:
         Reference: Bishop 2006, eq. 10.81. Diagonal precisions give a product of one-dimensional ones.
         """
         D, K = self.mixture.features, self.mixture.components
-        family = self.mixture.factor.family
-        nu = self.degrees * (K if len(self.degrees) == 1 else 1)
-        degrees = {"full": nu + 1 - D, "diagonal": nu, "spherical": D * nu}[family]
-        # U Uᵀ = ν W holds for the sum over tied components as well.
-        share = (degrees / nu if family == "full" else torch.ones_like(nu)) * self.mean_precision
-        share = share / (self.mean_precision + 1)
         factor = self.mixture.factor
-        tensors = {name: tensor.expand(K, -1) for name, tensor in factor.tensors.items()}
-        tensors["log_diagonal"] = tensors["log_diagonal"] + 0.5 * share.log()[:, None]
-        if "upper" in tensors:
-            tensors["upper"] = tensors["upper"] * share.sqrt()[:, None]
-        found = StudentMixture(self.mixture.logits, self.mixture.means, factor.replace(**tensors), degrees.expand(K))
+        nu = self.degrees * (K if len(self.degrees) == 1 else 1)
+        # U Uᵀ = ν W holds for the sum over tied components as well.
+        degrees, share = factor.student(nu, D)
+        share = share * self.mean_precision / (self.mean_precision + 1)
+        factor = factor.replace(**{name: tensor.expand(K, -1) for name, tensor in factor.tensors.items()})
+        found = StudentMixture(self.mixture.logits, self.mixture.means, factor.scaled(share.sqrt()), degrees.expand(K))
         found.columns = self.mixture.columns
         return found
 
@@ -265,41 +254,15 @@ class NormalWishart:
             weights = draws / draws.sum(-1, keepdim=True)
         copies = K if factor.leading == 1 else 1
         nu = (self.degrees * copies).expand(count, -1)
-        if factor.family == "full":
-            root = factor.U / (self.degrees * copies).sqrt()[:, None, None]
-            drawn: Factor = FullFactor.from_factors(root @ bartlett(nu, D, generator))
-        else:
-            shape = 0.5 * nu[..., None] * (D if factor.family == "spherical" else 1)
-            shape = shape.expand(count, *factor.tensors["log_diagonal"].shape)
-            grown = gamma(shape, generator) / shape
-            drawn = factor.replace(log_diagonal=factor.tensors["log_diagonal"] + 0.5 * grown.log())
+        drawn = factor.wishart(nu, generator)
         noise = torch.randn(count, K, D, generator=generator, dtype=torch.float64, device=a.device)
         noise = noise / self.mean_precision.sqrt()[:, None]
-        if factor.family == "full":
-            away = torch.linalg.solve_triangular(drawn.U.mT, noise[..., None], upper=False)[..., 0]
-        else:
-            away = noise / drawn.U
-        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), self.mixture.means + away, drawn)
+        means = self.mixture.means + drawn.unwhiten_all(noise)
+        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), means, drawn)
         return mixture.named(self.mixture.columns)
 
 
 known("NormalWishart")(NormalWishart)
-
-
-def _kept(factor: Factor) -> Tensor:
-    """Covariances as second moments are kept, but that spherical ones are one column's variance."""
-    if factor.family == "full":
-        return factor.covariances()
-    variances = (-2 * factor.tensors["log_diagonal"]).exp()
-    return variances if factor.family == "diagonal" else variances[:, 0]
-
-
-def _trace(factor: Factor, kept: Tensor) -> Tensor:
-    """Σ tr(U Uᵀ S) over components, of matrices kept like covariances."""
-    if factor.family == "full":
-        return (factor.precisions() * kept).sum()
-    kept = kept if kept.ndim == 2 else kept[:, None] * factor.features
-    return (factor.U.square() * kept).sum()
 
 
 def _mean_weights(concentration: Tensor) -> Tensor:
@@ -313,20 +276,3 @@ def stick_weights(sticks: Tensor, *, last: bool = True) -> Tensor:
     """Weights (*, K) from the shares (*, K) that are broken off; ``last`` takes all that is left."""
     left = torch.cat([torch.ones_like(sticks[..., :1]), (1 - sticks[..., :-1]).cumprod(-1)], -1)
     return torch.cat([sticks[..., :-1] * left[..., :-1], left[..., -1:]], -1) if last else sticks * left
-
-
-def gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws from Gamma(shape, 1), never zero."""
-    return torch._standard_gamma(shape.contiguous(), generator=generator).clamp(min=1e-300)
-
-
-def bartlett(degrees: Tensor, features: int, generator: torch.Generator | None) -> Tensor:
-    """Lower-triangular A (*, D, D) with A Aᵀ drawn from Wishart(I, degrees).
-
-    Reference: Bartlett 1933, *On the theory of statistical regression*.
-    """
-    D = features
-    steps = torch.arange(D, dtype=degrees.dtype, device=degrees.device)
-    diagonal = (2 * gamma(0.5 * (degrees[..., None] - steps), generator)).sqrt()
-    noise: Any = torch.randn(*degrees.shape, D, D, generator=generator, dtype=degrees.dtype, device=degrees.device)
-    return noise.tril(-1) + torch.diag_embed(diagonal)

@@ -72,7 +72,7 @@ class StudentMixture(Distribution):
     def _exponents(self, x: Tensor) -> Tensor:
         d, D = self.degrees, self.means.shape[1]
         squares = self.factor.whiten(x[:, None, :] - self.means).square()
-        wide = 1 if self.factor.family == "diagonal" else D
+        wide = self.factor.student_width(D)
         squares = squares if wide == 1 else squares.sum(-1, keepdim=True)
         shapes = torch.lgamma(0.5 * (d + wide)) - torch.lgamma(0.5 * d) - 0.5 * wide * (d * math.pi).log()
         constant = torch.log_softmax(self.logits, 0) + self.factor.log_determinant() + D // wide * shapes
@@ -114,6 +114,6 @@ class StudentMixture(Distribution):
         generator = generator_on(generator, self.means.device)
         gaussian = Mixture(self.logits, torch.zeros_like(self.means), self.factor, validate_args=False)
         noise, labels = gaussian.sample(count, return_labels=True, generator=generator)
-        d = self.degrees[labels][:, None].expand(-1, D if self.factor.family == "diagonal" else 1)
+        d = self.degrees[labels][:, None].expand(-1, D // self.factor.student_width(D))
         chi = torch._standard_gamma((0.5 * d).contiguous(), generator=generator) / (0.5 * d)
         return (self.means[labels] + noise / chi.sqrt()).reshape(*shape, D)

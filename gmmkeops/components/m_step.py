@@ -1,0 +1,236 @@
+r"""The M-step: parameters that maximize the expected log-likelihood for given sufficient statistics.
+
+.. math::
+
+    W_k = \frac{S^0_k + a_k}{\lambda + N c_k}, \qquad
+    \mu_k = \frac{S^0_k m_k + \sum_i \kappa_i \mu_i}{S^0_k + \sum_i \kappa_i}, \qquad
+    \Sigma_k = \frac{S^2_k + \Psi}{S^0_k + \nu} + \mathrm{ridge}
+
+with the pseudo-counts of a :class:`Surrogate`. EM, k-means and initialization all use this function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.components.base import Factor
+from gmmkeops.components.moments import Moments
+
+__all__ = ["Frozen", "MStep", "Surrogate", "m_step", "solve_weights"]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    r"""Terms that penalties add to an M-step: N times an upper bound of each penalty, which is tight at the current mixture.
+
+    Conjugate priors are pseudo-counts. Concave functions of the weights are replaced by their tangent at the current weights, with
+    slopes :math:`c_k` (majorization-minimization), so that the new weights solve
+
+    .. math:: W_k = \frac{S^0_k + a_k}{\lambda + N c_k}, \qquad \sum_k W_k = 1.
+
+    Args:
+        counts: a (K,), pseudo-counts of the weights.
+        slopes: c (K,), nats per point.
+        means: Pairs of a pseudo-count κ and the mean (D,) or (K, D) of these pseudo-points, data units.
+        scatter: Sum of squares (D, D) that is added to each covariance, squared data units; or None.
+        degrees: Pseudo-counts in the denominator of each covariance.
+        degrees_per_component: Pseudo-counts for each component; they differ from those of a covariance when it is tied.
+
+    Reference:
+        Hunter and Lange 2004, *A tutorial on MM algorithms*, The American Statistician 58.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> mixture = gk.Mixture(torch.zeros(2), torch.zeros(2, 1), gk.SphericalFactor(torch.zeros(2, 1), 1))
+        >>> gk.penalties.Dirichlet(3.0).m_step(mixture, points=100.0).counts  # alpha - 1 pseudo-counts each
+        tensor([2., 2.])
+    """
+
+    counts: Tensor
+    slopes: Tensor
+    means: tuple[tuple[float, Tensor], ...] = ()
+    scatter: Tensor | None = None
+    degrees: float = 0.0
+    degrees_per_component: float = 0.0
+
+    @classmethod
+    def none(cls, mixture: Any) -> Surrogate:
+        """No additional terms, for a :class:`~gmmkeops.Mixture`."""
+        zeros = mixture.means.new_zeros(mixture.components)
+        return cls(zeros, zeros)
+
+    def select(self, index: Tensor) -> Surrogate:
+        """The terms of some components."""
+        return replace(
+            self,
+            counts=self.counts[index],
+            slopes=self.slopes[index],
+            means=tuple((points, mean[index] if mean.ndim == 2 else mean) for points, mean in self.means),
+        )
+
+    def spread_about(self, means: Tensor, kind: type[Factor]) -> Tensor:
+        """Second moments Σ κ (μ - μ₀)(μ - μ₀)ᵀ (K, ...) of the pseudo-points about means (K, D)."""
+        zero = means.new_zeros(len(means), *kind.spread_shape(means.shape[1]))
+        return sum((points * kind.outer(means - mean) for points, mean in self.means), zero)
+
+    def counted_in(self, unit: float) -> Surrogate:
+        """Convert numbers of points to multiples of a unit; slopes are per point and stay."""
+        return replace(self * (1 / unit), slopes=self.slopes)
+
+    def __add__(self, other: Surrogate) -> Surrogate:
+        scatter = other.scatter if self.scatter is None else self.scatter
+        if self.scatter is not None and other.scatter is not None:
+            scatter = self.scatter + other.scatter
+        return Surrogate(
+            self.counts + other.counts,
+            self.slopes + other.slopes,
+            self.means + other.means,
+            scatter,
+            self.degrees + other.degrees,
+            self.degrees_per_component + other.degrees_per_component,
+        )
+
+    def __mul__(self, factor: float) -> Surrogate:
+        return Surrogate(
+            factor * self.counts,
+            factor * self.slopes,
+            tuple((factor * points, mean) for points, mean in self.means),
+            None if self.scatter is None else factor * self.scatter,
+            factor * self.degrees,
+            factor * self.degrees_per_component,
+        )
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Boolean masks (K,) of components whose weight, mean or covariance an M-step keeps."""
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    def select(self, index: Tensor) -> Frozen:
+        """The masks of some components."""
+        return Frozen(self.weights[index], self.means[index], self.covariances[index])
+
+
+@dataclass(frozen=True)
+class MStep:
+    """Result of an M-step.
+
+    Args:
+        log_weights: Log-weights (K,), nats.
+        means: Means (K, D).
+        factor: Precision factors of the covariances.
+        repaired: Boolean mask (K,) of components whose covariance was singular.
+        counts: Expected count of each covariance (K,), or (1,) when tied, pseudo-counts included.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    factor: Factor
+    repaired: Tensor
+    counts: Tensor
+
+
+def m_step(
+    sums: Moments,
+    log_weights: Tensor,
+    means: Tensor,
+    factor: Factor,
+    prior: Surrogate,
+    *,
+    mass: float,
+    frozen: Frozen,
+    ridge: Tensor,
+    floor: float,
+    tied: bool = False,
+    pruned: tuple[float, Tensor] | None = None,
+) -> MStep:
+    """Maximize the expected log-likelihood of moments, with pseudo-counts, frozen parts and floors.
+
+    Args:
+        sums: Moments of the components about any centers; sums over part of the points are scaled to ``mass``.
+        log_weights, means, factor: Current parameters (K,), (K, D), K or 1, which frozen and empty components keep.
+        prior: Pseudo-counts.
+        mass: Total weight N of all points.
+        frozen: Parts that are kept.
+        ridge: Added to the variance of each column (D,).
+        floor: Smallest variance.
+        tied: Whether all components share one covariance.
+        pruned: Pseudo-count and second moments (1, ...) that pruned components contribute to a tied covariance, or None.
+
+    Returns:
+        The new parameters. A component without expected count keeps its covariance.
+    """
+    kind, features = type(factor), means.shape[1]
+    scale = mass / float(sums.mass)
+    S0, new = sums.S0 * scale, sums.means
+    kappa = sum(points for points, _ in prior.means)
+    if kappa:
+        pulled = sum((points * mean for points, mean in prior.means), torch.zeros_like(new))
+        new = (S0[:, None] * new + pulled) / (S0 + kappa).clamp(min=1e-300)[:, None]
+    new = torch.where(frozen.means[:, None], means, new)
+    scatter = sums.recentre(new).S2 * scale
+    if kappa:
+        scatter = scatter + prior.spread_about(new, kind)
+    counts = S0 + prior.degrees_per_component
+    if tied:
+        counts, scatter = counts.sum(0, keepdim=True), scatter.sum(0, keepdim=True)
+        if pruned is not None:
+            counts, scatter = counts + pruned[0], scatter + pruned[1]
+    counts = counts + prior.degrees
+    if prior.scatter is not None:
+        scatter = scatter + kind.second_moments(prior.scatter)
+    found, repaired = kind.maximize(scatter, counts, features, ridge=ridge, floor=floor)
+    if len(counts) < len(means):
+        found, repaired = factor if bool(frozen.covariances.any()) else found, repaired.expand(len(means))
+    else:
+        keep = frozen.covariances | ~(counts > 1e-200)
+        if bool(keep.any()):
+            index = keep.nonzero()[:, 0]
+            found = found.scatter(index, factor.select(index))
+        repaired = repaired & ~keep
+    weights = solve_weights(S0 + prior.counts, mass * prior.slopes, log_weights, frozen.weights)
+    return MStep(weights, new, found, repaired, counts)
+
+
+def solve_weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:
+    """Log-weights (K,) that solve W = counts / (λ + slopes), where the sum of all weights is one and frozen ones stay fixed.
+
+    Args:
+        counts: Expected counts (K,); negative ones count as zero.
+        slopes: Slopes of a penalty of the weights (K,), times the number of points.
+        old: Current log-weights (K,), nats.
+        frozen: Boolean mask (K,).
+    """
+    counts = counts.clamp(min=0)
+    free = ~frozen
+    if not bool(free.any()):
+        return old
+    left = 1 - float(old[frozen].exp().sum()) if bool(frozen.any()) else 1.0
+    a, c = counts[free], slopes[free]
+    if not bool((a > 0).any()) or left <= 0:
+        return old
+    if bool((c == c[0]).all()):
+        W = left * a / a.sum()
+    else:
+        # Bracket of λ: every term is at most the sum, and at least its value at the smallest slope.
+        low, high = float((a / left - c)[a > 0].max()), float(a.sum() / left - c[a > 0].min())
+        for _ in range(200):
+            middle = 0.5 * (low + high)
+            if middle in (low, high):
+                break
+            if float((a / (middle + c))[a > 0].sum()) > left:
+                low = middle
+            else:
+                high = middle
+        W = torch.where(a > 0, a / (high + c), torch.zeros_like(a))
+        W = left * W / W.sum()
+    logits = old.clone()
+    logits[free] = W.clamp(min=1e-300).log()
+    return logits
