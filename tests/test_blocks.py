@@ -11,6 +11,7 @@ from conftest import ENGINES, FAMILIES, make_factor
 
 import gmmkeops as gk
 from gmmkeops import reductions
+from gmmkeops.reductions import dispatch
 from gmmkeops.reductions.truncation import bounds as _lists
 from gmmkeops.reductions.truncation import tree as _boxes
 from gmmkeops.reductions.truncation import truncation as _truncation
@@ -302,7 +303,7 @@ def test_drift_bounds_what_it_says():
             old.means + 0.01 * torch.randn(20, D, generator=generator, dtype=torch.float64),
             kind.from_factors(shape[kind.family], features=D),
         )
-        problems = [reductions._setup(x, *arguments(m), 0)[0] for m in (old, new)]
+        problems = [dispatch._setup(x, *arguments(m), 0)[0] for m in (old, new)]
         drift = _lists.Drift.between(*problems)
         far = [m.factor.matrices().mT @ (x[:, None] - m.means)[..., None] for m in (old, new)]
         far = [y[..., 0].norm(dim=-1) for y in far]

@@ -17,8 +17,8 @@ import torch
 from conftest import HAS_KEOPS
 
 import gmmkeops as gk
+from gmmkeops import cli
 from gmmkeops.cli import doctor
-from gmmkeops.cli import main as cli
 from gmmkeops.reductions.keops import engine as _keops
 
 
@@ -158,7 +158,7 @@ def test_a_command_that_is_not_understood_imports_no_torch():
     """It takes the tenth of a second that Python takes, not the seconds of torch."""
     code = """
 import sys
-from gmmkeops.cli import main as cli
+from gmmkeops import cli
 for arguments in (["fit"], ["nonsense"], ["fit", "x.npy", "-k", "three", "--out", "m"], ["--help"], ["--version"], []):
     try:
         cli.main(arguments)

@@ -12,7 +12,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import gmmkeops as gk
-from gmmkeops.cli import main as cli
+from gmmkeops import cli
 
 NAMES = ("red", "blue", "gain")
 MEANS = torch.tensor([[0.0, 40.0, -3.0], [2.0, 55.0, 1.0]], dtype=torch.float64)

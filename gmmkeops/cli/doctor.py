@@ -47,7 +47,7 @@ def examine() -> list[Finding]:
         Findings, from the general to the particular.
 
     Example:
-        >>> from gmmkeops import doctor
+        >>> from gmmkeops.cli import doctor
         >>> doctor.examine()[0].what
         'machine'
     """

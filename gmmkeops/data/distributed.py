@@ -31,7 +31,7 @@ from gmmkeops.data.heartbeat import _BEAT, _GONE, _VERDICT, _Heart, _stuck
 from gmmkeops.data.source import Source
 from gmmkeops.data.survey import Reservoir, Survey
 
-__all__ = ["RankError", "World", "difference", "join"]
+__all__ = ["RankError", "World", "join"]
 
 # Seconds in which a Ctrl-C reaches all ranks, and for which an interrupted rank waits for the others.
 _PRESS, _PATIENCE = 1.0, 10.0
