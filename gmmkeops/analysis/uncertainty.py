@@ -116,9 +116,9 @@ class _Layout:
         self.m, factor = mixture, mixture.factor
         K, D = mixture.means.shape
         self.tied = factor.leading == 1 and K > 1
-        self.family = factor.family
-        self.row, self.column = torch.tril_indices(D, D, device=mixture.means.device)
-        self.spreads = {"full": len(self.row), "diagonal": D, "spherical": 1}[self.family]
+        #: E (spreads, D, D), the directions in which a covariance can change.
+        self.basis = factor.directions(D).to(mixture.means)
+        self.spreads = len(self.basis)
         # Of one component: its log-weight, its mean, and its covariance unless that is everybody's.
         self.own = 1 + D + (0 if self.tied else self.spreads)
         self.size = K * self.own + (self.spreads if self.tied else 0)
@@ -128,23 +128,8 @@ class _Layout:
         m = self.m
         r = torch.softmax(m.log_joint(x), -1)
         y = m.factor.whiten(x[:, None, :] - m.means)
-        if self.family == "full":
-            half = torch.where(self.row == self.column, 0.5, 1.0).to(y)
-            return r, y, half * (y[..., self.row] * y[..., self.column] - (self.row == self.column).to(y))
-        if self.family == "diagonal":
-            return r, y, 0.5 * (y.square() - 1)
-        return r, y, 0.5 * (y.square().sum(-1, keepdim=True) - m.features)
-
-    @property
-    def basis(self) -> Tensor:
-        """E (spreads, D, D), the directions in which a covariance moves."""
-        eye = torch.eye(self.m.features, dtype=torch.float64, device=self.m.means.device)
-        if self.family == "spherical":
-            return eye[None]
-        if self.family == "diagonal":
-            return eye[:, :, None] * eye[:, None, :]
-        E = eye[self.row][:, :, None] * eye[self.column][:, None, :]
-        return torch.where((self.row == self.column)[:, None, None], E, E + E.mT)
+        traces = self.basis.diagonal(dim1=1, dim2=2).sum(1)
+        return r, y, 0.5 * (m.factor.quadratics(y) - traces)
 
     def complete(self, S0: Tensor, T: Tensor) -> Tensor:
         """Information (K, D + spreads, D + spreads) of means and covariances if the labels were known.
@@ -187,17 +172,11 @@ class _Layout:
         return weights.clamp(min=0).sqrt(), means.clamp(min=0).sqrt(), covariances[0] if self.tied else covariances
 
     def _covariance_errors(self, C: Tensor, L: Tensor) -> Tensor:
-        if self.family == "full":
-            D = L.shape[-1]
-            a, b = L[:, :, self.row], L[:, :, self.column]
-            # dΣ_ij = Σ L_ia B_ab L_jb, where B_ab stands for B_ba too.
-            J = a[:, :, None, :] * b[:, None, :, :]
-            J = J + torch.where(self.row == self.column, 0.0, 1.0).to(J) * (b[:, :, None, :] * a[:, None, :, :])
-            J = J.reshape(len(L), D * D, -1)
-            return (J @ C * J).sum(-1).clamp(min=0).sqrt().view(-1, D, D)
-        variances = L.diagonal(dim1=1, dim2=2).square()
-        errors = C.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-        return variances * errors if self.family == "diagonal" else variances[:, 0] * errors[:, 0]
+        # dΣ = L E Lᵀ for each direction E.
+        moved = L[:, None] @ self.basis @ L[:, None].mT
+        J = self.m.factor.compact(moved).reshape(len(L), self.spreads, -1)
+        variances = (J * (C @ J)).sum(1)
+        return variances.clamp(min=0).sqrt().reshape(len(L), *self.m.factor.spread_shape(self.m.features))
 
 
 class _Tally:

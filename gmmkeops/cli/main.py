@@ -451,8 +451,8 @@ def _warmup(options: Any) -> int:
                 began = time.perf_counter()
                 x = torch.rand(64, D, dtype=dtype, device=device, requires_grad=True)
                 means = torch.rand(2, D, dtype=torch.float64, device=device)
-                unit = torch.eye(D) if factor_class(kind)[0].family == "full" else torch.ones(D)
-                factor = unit.expand(2, *unit.shape).double().to(device)
+                unit = factor_class(kind)[0].compact(torch.eye(D, dtype=torch.float64))
+                factor = factor_class(kind)[0].from_covariances(unit.expand(2, *unit.shape), features=D).to(device)
                 if reductions.engine(x, "keops") != "keops":
                     raise ValueError("KeOps cannot run here; gmmkeops doctor says why.")
                 arguments = (x, means[:, 0], means, factor)

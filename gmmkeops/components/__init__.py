@@ -1,7 +1,7 @@
 """Component families: what one component of a mixture is, its sufficient statistics, and the M-step.
 
-A family (:class:`Factor`) owns the parameterization of its precision factors and everything that depends on it. :class:`Moments` are
-the additive sufficient statistics of all families.
+A family (:class:`Factor`) owns the parameterization of its precision factors and everything that depends on it.
+:class:`Moments` are the additive sufficient statistics of all families.
 """
 
 from gmmkeops.components.base import FAMILIES as FAMILIES

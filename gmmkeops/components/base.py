@@ -1,7 +1,7 @@
-r"""The component family: precision factors :math:`U_k` with :math:`\Sigma_k^{-1} = U_k U_k^\top`, and all that depends on their kind.
+r"""The component family: precision factors :math:`U_k` with :math:`\Sigma_k^{-1} = U_k U_k^\top`.
 
-A family is a subclass of :class:`Factor`. It owns its names, the stored parameters, conversions from and to covariances, the layout
-of second moments, and the M-step of its covariances. No other code distinguishes families.
+A family is a subclass of :class:`Factor`. It owns its names, the stored parameters, conversions from and to covariances, the
+layout of second moments, and the M-step of its covariances. No other code distinguishes families.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ FAMILIES: dict[str, tuple[type[Factor], bool]] = {}
 class Factor(ABC):
     r"""A component family: a precision factor U for each component, :math:`\Sigma_k^{-1} = U_k U_k^\top`, or one for all (tied).
 
-    U is upper triangular, in 1 / data units. The leading dimension is K, or 1 when all components share one covariance; any number
-    of batch dimensions may come before it. A subclass with ``names`` is registered under them: a mixture of its factors can be
-    fitted by every method, saved and loaded.
+    U is upper triangular, in 1 / data units. The leading dimension is K, or 1 when all components share one covariance; any
+    number of batch dimensions may come before it. A subclass with ``names`` is registered under them: a mixture of its factors
+    can be fitted by every method, saved and loaded.
 
     Reference:
         The KeOps mixture tutorial stores factors of the precisions, :math:`\Sigma^{-1} = AA^\top`; scikit-learn's

@@ -17,7 +17,7 @@ def factor_class(covariance_type: str) -> tuple[type[Factor], bool]:
         return FAMILIES[covariance_type]
     except (KeyError, TypeError):
         shown = repr(covariance_type) if isinstance(covariance_type, (str, int)) else type(covariance_type).__name__
-        names = ", ".join(repr(name) for name in FAMILIES)
+        names = ", ".join(map(repr, sorted(FAMILIES, key=lambda name: (name.startswith("tied"), name != "full", name))))
         raise ValueError(f"covariance_type must be one of {names}, got {shown}.") from None
 
 

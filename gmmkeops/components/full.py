@@ -49,6 +49,11 @@ class FullFactor(Factor):
             )
 
     @classmethod
+    def type_name(cls, tied: bool = False) -> str:
+        # scikit-learn's name of one full covariance for all components.
+        return "tied" if tied else "full"
+
+    @classmethod
     def shapes(cls, leading: int, features: int) -> dict[str, tuple[int, ...]]:
         return {"log_diagonal": (leading, features), "upper": (leading, features * (features - 1) // 2)}
 
@@ -146,6 +151,14 @@ class FullFactor(Factor):
         L = self.cholesky()
         return L @ L.mT
 
+    def marginal(self, columns: list[int]) -> Factor:
+        return FullFactor.from_covariances(self.covariances()[..., columns, :][..., columns])
+
+    def conditional(self, given: list[int], rest: list[int]) -> tuple[Factor, Tensor | None]:
+        P = self.precisions()[..., rest, :]
+        own = P[..., rest]
+        return FullFactor.from_precisions(own), torch.linalg.solve(own, P[..., given])
+
     @classmethod
     def student(cls, degrees: Tensor, features: int) -> tuple[Tensor, Tensor]:
         return degrees + 1 - features, (degrees + 1 - features) / degrees
@@ -158,7 +171,7 @@ class FullFactor(Factor):
         return MultivariateNormal(means, scale_tril=self.cholesky().expand(*means.shape, self.features))
 
     @torch.no_grad()
-    def floored(self, minimum: float) -> tuple[FullFactor, Tensor]:
+    def floored(self, minimum: float) -> tuple[Factor, Tensor]:
         ceiling = minimum**-0.5
         # Only factors whose Frobenius norm allows a large singular value are decomposed.
         U = self.U
@@ -249,7 +262,6 @@ class FullFactor(Factor):
         return (1 if tied else components) * features * (features + 1) // 2
 
 
-# scikit-learn's name of one full covariance for all components.
 FAMILIES["tied"] = (FullFactor, True)
 
 

@@ -27,8 +27,8 @@ __all__ = ["Frozen", "MStep", "Surrogate", "m_step", "solve_weights"]
 class Surrogate:
     r"""Terms that penalties add to an M-step: N times an upper bound of each penalty, which is tight at the current mixture.
 
-    Conjugate priors are pseudo-counts. Concave functions of the weights are replaced by their tangent at the current weights, with
-    slopes :math:`c_k` (majorization-minimization), so that the new weights solve
+    Conjugate priors are pseudo-counts. Concave functions of the weights are replaced by their tangent at the current weights,
+    with slopes :math:`c_k` (majorization-minimization), so that the new weights solve
 
     .. math:: W_k = \frac{S^0_k + a_k}{\lambda + N c_k}, \qquad \sum_k W_k = 1.
 

@@ -6,8 +6,8 @@ r"""Sufficient statistics of the components, which are additive over data.
     S^1_k = \sum_n r_{nk}\,(x_n - m_k) \qquad
     S^2_k = \sum_n r_{nk}\,(x_n - m_k)(x_n - m_k)^\top, \qquad r_{nk} = g_n\, p(k \mid x_n)
 
-Minibatches, streams and processes contribute partial sums. Sums about different centers :math:`m_k` are added by the parallel-axis
-theorem.
+Minibatches, streams and processes contribute partial sums. Sums about different centers :math:`m_k` are added by the
+parallel-axis theorem.
 """
 
 from __future__ import annotations

@@ -87,6 +87,10 @@ class SphericalFactor(Factor):
         floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
         return cls.from_covariances(torch.maximum(covariances, floor), features=features), covariances < floor
 
+    @classmethod
+    def student(cls, degrees: Tensor, features: int) -> tuple[Tensor, Tensor]:
+        return features * degrees, torch.ones_like(degrees)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {"log_diagonal": self.log_diagonal}

@@ -380,11 +380,8 @@ class MixtureEstimator(Estimator, ABC):
         tied = self._fitted_type.startswith("tied_")
 
         def shaped(matrices: Tensor) -> Any:
-            if factor.family != "full":
-                matrices = matrices.diagonal(dim1=-2, dim2=-1)
-            if factor.family == "spherical":
-                matrices = matrices[..., 0]
-            return self._out(matrices[0] if tied else matrices, tensors)
+            compact = factor.compact(matrices)
+            return self._out(compact[0] if tied else compact, tensors)
 
         self.weights_, self.means_ = self._out(mixture.weights, tensors), self._out(mixture.means, tensors)
         self.covariances_ = shaped(factor.covariances())

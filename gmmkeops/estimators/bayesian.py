@@ -157,10 +157,9 @@ class BayesianGaussianMixture(MixtureEstimator):
         D, nu = features, self.degrees_of_freedom_prior
         if nu is not None and not nu > D - 1:
             raise ValueError(f"degrees_of_freedom_prior must be above {D - 1} for {D} columns, got {nu:g}.")
-        family = factor_class(self.covariance_type)[0].family
         shapes: dict[str, tuple[int, ...]] = {
             "mean_prior": (D,),
-            "covariance_prior": {"full": (D, D), "diagonal": (D,), "spherical": ()}[family],
+            "covariance_prior": factor_class(self.covariance_type)[0].spread_shape(D),
         }
         for name, shape in shapes.items():
             if getattr(self, name) is None:

@@ -63,20 +63,12 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     if isinstance(mixture, GaussianMixture):
         mixture._require_fitted()
     ours = mixture if isinstance(mixture, GaussianMixture) else GaussianMixture.from_mixture(mixture)
-    kind = (
-        "tied"
-        if ours._fitted_type.startswith("tied_")
-        else {"diagonal": "diag"}.get(ours._fitted_type, ours._fitted_type)
-    )
-    theirs = Theirs(ours.mixture_.components, covariance_type=kind)
     fitted = ours.mixture_.detach().to(device="cpu", dtype=torch.float64)
-    covariances, precisions, factors = fitted.factor.covariances(), fitted.factor.precisions(), fitted.factor.matrices()
-    if theirs.covariance_type in ("diag", "spherical"):
-        covariances, precisions, factors = (m.diagonal(dim1=-2, dim2=-1) for m in (covariances, precisions, factors))
-    if theirs.covariance_type == "spherical":
-        covariances, precisions, factors = (m[:, 0] for m in (covariances, precisions, factors))
-    if theirs.covariance_type == "tied":
-        covariances, precisions, factors = covariances[0], precisions[0], factors[0]
+    tied, factor = ours._fitted_type.startswith("tied_"), fitted.factor
+    # scikit-learn ties full covariances only.
+    theirs = Theirs(fitted.components, covariance_type="tied" if tied else factor.type_name())
+    matrices = factor.covariances(), factor.precisions(), factor.matrices()
+    covariances, precisions, factors = (m[0] if tied else factor.compact(m) for m in matrices)
     theirs.weights_, theirs.means_ = fitted.weights.numpy(), fitted.means.numpy()
     theirs.covariances_, theirs.precisions_ = covariances.numpy(), precisions.numpy()
     theirs.precisions_cholesky_ = factors.numpy()

@@ -213,12 +213,11 @@ class GaussianMixture(MixtureEstimator):
             TypeError, ValueError: The argument is not one mixture, or ``covariance_type`` is not that of the mixture.
         """
         as_mixture(mixture)
-        tied = "tied_" if mixture.factor.leading == 1 and mixture.components > 1 else ""
-        family = {"full": "full", "diagonal": "diag", "spherical": "spherical"}[mixture.factor.family]
-        name = {"tied_full": "tied"}.get(tied + family, tied + family)
+        tied = mixture.factor.leading == 1 and mixture.components > 1
+        name = mixture.factor.type_name(tied)
         params.setdefault("covariance_type", name)
         kind, shared = factor_class(params["covariance_type"])
-        if kind.family != mixture.factor.family or (mixture.components > 1 and shared != bool(tied)):
+        if kind is not type(mixture.factor) or (mixture.components > 1 and shared != tied):
             raise ValueError(
                 f"covariance_type={params['covariance_type']!r} is not that of the mixture, {name!r}; leave it out."
             )
@@ -263,7 +262,7 @@ class GaussianMixture(MixtureEstimator):
             model = cls(**found["params"])
             attributes = found["attributes"]
             kind, tied = factor_class(attributes["_fitted_type"])
-            if (kind.family, 1 if tied else mixture.components) != (mixture.factor.family, mixture.factor.leading):
+            if (kind, 1 if tied else mixture.components) != (type(mixture.factor), mixture.factor.leading):
                 raise ValueError("the mixture is of another covariance type")
             model._adopt(mixture, attributes["_tensors"], attributes["_fitted_type"])
             vars(model).update(attributes)
@@ -333,7 +332,7 @@ class GaussianMixture(MixtureEstimator):
     def _given_factor(self, precisions: Tensor, K: int, D: int) -> Factor:
         kind, tied = factor_class(self.covariance_type)
         leading = () if tied else (K,)
-        shape = {"full": (*leading, D, D), "diagonal": (*leading, D), "spherical": leading}[kind.family]
+        shape = (*leading, *kind.spread_shape(D))
         if tuple(precisions.shape) != shape:
             raise ValueError(f"precisions_init must have shape {shape}, got {tuple(precisions.shape)}.")
         with renamed("precisions", "precisions_init"):

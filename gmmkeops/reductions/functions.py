@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_choice, as_integer, as_tensor
-from gmmkeops.components import DiagonalFactor, Factor, Moments
+from gmmkeops.components import Factor, Moments
 from gmmkeops.data import as_weights
 from gmmkeops.reductions import plain as _plain
 from gmmkeops.reductions.dense import engine as _dense
@@ -291,7 +291,6 @@ def moments(
     g = _weights(weights, problem.x if blocks is None else blocks)
     g = g if g is None or blocks is None else blocks.cloud.enter(g)
     sums = _moments(problem, blocks, g, backend, assignment, seed)
-    # In one dimension a diagonal factor's tensor looks like a spherical one's; its S2 keeps its column.
-    if isinstance(factor, DiagonalFactor) and sums.S2.ndim == 1:
-        return replace(sums, S2=sums.S2[:, None])
-    return sums
+    # In one dimension tensors of families have equal shapes; the S2 of a factor has that of its family.
+    shape = factor.spread_shape(factor.features) if isinstance(factor, Factor) else sums.S2.shape[1:]
+    return replace(sums, S2=sums.S2.reshape(len(sums.S0), *shape))
