@@ -6,7 +6,6 @@ A family (:class:`Factor`) owns the parameterization of its precision factors an
 
 from gmmkeops.components.base import FAMILIES as FAMILIES
 from gmmkeops.components.base import Factor
-from gmmkeops.components.base import gamma as gamma
 from gmmkeops.components.diagonal import DiagonalFactor
 from gmmkeops.components.families import factor_class as factor_class
 from gmmkeops.components.families import families as families
@@ -18,6 +17,7 @@ from gmmkeops.components.m_step import Surrogate as Surrogate
 from gmmkeops.components.m_step import m_step as m_step
 from gmmkeops.components.m_step import solve_weights as solve_weights
 from gmmkeops.components.moments import Moments
+from gmmkeops.components.parameters import gamma as gamma
 from gmmkeops.components.spherical import SphericalFactor
 
 __all__ = [

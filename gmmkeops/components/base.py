@@ -6,6 +6,7 @@ layout of second moments, and the M-step of its covariances. No other code disti
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from gmmkeops._checks import as_tensor, concrete
+from gmmkeops._checks import as_tensor
+from gmmkeops.components.parameters import gamma, positive
 
-__all__ = ["FAMILIES", "Factor", "gamma"]
+__all__ = ["FAMILIES", "Factor"]
 
 # The families by ``covariance_type``, and whether it ties the covariances of all components.
 FAMILIES: dict[str, tuple[type[Factor], bool]] = {}
@@ -26,7 +28,8 @@ class Factor(ABC):
 
     U is upper triangular, in 1 / data units. The leading dimension is K, or 1 when all components share one covariance; any
     number of batch dimensions may come before it. A subclass with ``names`` is registered under them: a mixture of its factors
-    can be fitted by every method, saved and loaded.
+    can be fitted by every method, saved and loaded. The methods of this class are those of a family whose columns are
+    independent within a component; a subclass states at least ``family``, ``names``, :meth:`shapes` and :meth:`count`.
 
     Reference:
         The KeOps mixture tutorial stores factors of the precisions, :math:`\Sigma^{-1} = AA^\top`; scikit-learn's
@@ -49,7 +52,10 @@ class Factor(ABC):
     isotropic: ClassVar[bool] = False
     #: Whether U holds matrices, because columns are correlated within a component.
     coupled: ClassVar[bool] = False
+    #: Number of columns D.
     features: int
+    #: The stored parameter that every family has.
+    log_diagonal: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,27 +70,155 @@ class Factor(ABC):
     @classmethod
     @abstractmethod
     def shapes(cls, leading: int, features: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the stored parameters by name, for K or 1 factors of D columns; ``log_diagonal`` is the first."""
+        """Shapes of the stored, unconstrained parameters by name, for K or 1 factors of D columns.
+
+        One of them is ``log_diagonal``; adding to it multiplies U by a number.
+        """
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], features: int) -> Factor:
-        """The factor with given stored parameters."""
+    @abstractmethod
+    def count(cls, components: int, features: int, tied: bool = False) -> int:
+        """Number of free parameters."""
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], features: int | None) -> Factor:
+        """The factor with given stored parameters and number of columns."""
         return cls(**tensors)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored parameters by name; each (*B, K or 1, ...)."""
+        return {name: getattr(self, name) for name in self.shapes(1, 1)}
+
+    def replace(self, **tensors: Tensor) -> Factor:
+        """A factor of the same family with other stored parameters."""
+        return self.of(tensors, self.features)
+
     @classmethod
-    @abstractmethod
+    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Factors and shifts of each stored parameter that convert it to coordinates x / scale, with scale (D,)."""
+        return {"log_diagonal": (torch.ones_like(scale[:1]), scale.log())}
+
+    def rescale(self, scale: Tensor) -> Factor:
+        """The factor in coordinates x / scale, with scale (D,); an isotropic family needs equal entries."""
+        change = self.rescaling(scale)
+        return self.replace(**{name: t * change[name][0] + change[name][1] for name, t in self.tensors.items()})
+
+    def scaled(self, scale: Tensor) -> Factor:
+        """The factors scale_k U_k for positive numbers (K or 1,)."""
+        tensors = self.tensors
+        return self.replace(**tensors | {"log_diagonal": tensors["log_diagonal"] + scale.log().unsqueeze(-1)})
+
+    @property
+    def log_scales(self) -> Tensor:
+        """Logarithms of the diagonal of U (*B, K or 1, D), or (*B, K or 1, 1) if they are equal."""
+        return self.log_diagonal
+
+    @property
+    def U(self) -> Tensor:
+        """The factor itself, (*B, K or 1, D, D) full, (*B, K or 1, D) diagonal, (*B, K or 1, 1) spherical; 1 / data units."""
+        return self.log_scales.exp()
+
+    @staticmethod
+    def times(U: Tensor, z: Tensor) -> Tensor:
+        """Uᵀ z for factors in the form of :attr:`U` and vectors z (*, D)."""
+        return z * U
+
+    def whiten(self, residuals: Tensor) -> Tensor:
+        """U_kᵀ z for residuals z (*B, K, D), data units; returns (*B, K, D), unitless."""
+        return self.U * residuals
+
+    def unwhiten_all(self, noise: Tensor) -> Tensor:
+        """U_kᵀ⁻¹ y (*B, K, D), data units, for vectors y (*B, K, D); the inverse of :meth:`whiten`."""
+        return noise / self.U
+
+    def unwhiten(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """U_kᵀ⁻¹ y for rows y (S, D) that belong to components ``labels`` (S,); returns (S, D), data units."""
+        sigma = (-self.log_scales).exp()
+        return noise * (sigma if self.leading == 1 else sigma[labels])
+
+    def log_determinant(self) -> Tensor:
+        """log |det U_k| (*B, K or 1), nats."""
+        return self.log_scales.sum(-1) * (self.features / self.log_scales.shape[-1])
+
+    def largest(self) -> Tensor:
+        """The largest absolute value of an entry of any factor, a scalar; 1 / data units."""
+        return self.log_scales.amax().exp()
+
+    def row_norms(self) -> Tensor:
+        """Norms of the rows of U (*B, K or 1, D): how far a whitened residual moves with each column; 1 / data units."""
+        return self._wide(self.U)
+
+    def matrices(self) -> Tensor:
+        """The factor in dense form (*B, K or 1, D, D), 1 / data units."""
+        return torch.diag_embed(self._wide(self.U))
+
+    def covariances(self) -> Tensor:
+        """Covariance matrices in dense form (*B, K or 1, D, D), squared data units."""
+        return torch.diag_embed(self._wide((-2 * self.log_scales).exp()))
+
+    def compact_covariances(self) -> Tensor:
+        """Covariances in the shape that ``from_covariances`` takes."""
+        return self.compact(self.covariances())
+
+    def cholesky(self) -> Tensor:
+        """Dense lower-triangular Cholesky factors of the covariances (*B, K or 1, D, D), data units."""
+        return torch.diag_embed(self._wide(1 / self.U))
+
+    def precisions(self) -> Tensor:
+        """Precision matrices in dense form (*B, K or 1, D, D), 1 / squared data units."""
+        U = self.matrices()
+        return U @ U.mT
+
+    def precision_diagonals(self) -> Tensor:
+        """Diagonals of the precision matrices (*B, K or 1, D), 1 / squared data units."""
+        return self._wide(self.U.square())
+
+    def _wide(self, columns: Tensor) -> Tensor:
+        return columns.expand(*columns.shape[:-1], self.features)
+
+    @classmethod
+    def from_scales(cls, logs: Tensor, features: int | None) -> Factor:
+        """From logarithms of the diagonal of U (*B, K or 1, D or 1)."""
+        return cls.of({"log_diagonal": logs}, features)
+
+    @classmethod
+    def from_factors(cls, factors: Any, features: int | None = None) -> Factor:
+        """From any A with Σ⁻¹ = A Aᵀ, in the shapes that ``U`` returns."""
+        return cls.from_scales(positive(as_tensor(factors, name="factors"), "factors").log(), features)
+
+    @classmethod
+    def from_covariances(cls, covariances: Any, features: int | None = None) -> Factor:
+        """From covariances: (*B, K or 1, D, D) full, variances (*B, K or 1, D) diagonal, (*B, K or 1) spherical."""
+        variances = positive(as_tensor(covariances, name="covariances"), "covariances")
+        return cls.from_scales(-0.5 * cls.variances(variances).log(), features)
+
+    @classmethod
+    def from_precisions(cls, precisions: Any, features: int | None = None) -> Factor:
+        """From precisions (inverse covariances), in the shapes of :meth:`from_covariances`."""
+        given = positive(as_tensor(precisions, name="precisions"), "precisions")
+        return cls.from_scales(0.5 * cls.variances(given).log(), features)
+
+    @classmethod
+    def from_cholesky(cls, cholesky: Any, features: int | None = None) -> Factor:
+        """From lower Cholesky factors of the covariances (full), or standard deviations (diagonal, spherical)."""
+        given = positive(as_tensor(cholesky, name="cholesky"), "cholesky")
+        return cls.from_scales(-cls.variances(given).log(), features)
+
+    @classmethod
     def spread_shape(cls, features: int) -> tuple[int, ...]:
         """Shape of the covariance of one component as scikit-learn stores it, and of its second moments S2."""
+        return (features,)
 
     @classmethod
-    @abstractmethod
     def second_moments(cls, matrices: Tensor) -> Tensor:
         """The part of matrices (*, D, D) that S2 keeps: all, the diagonal, or the trace."""
+        return matrices.diagonal(dim1=-2, dim2=-1)
 
     @classmethod
-    @abstractmethod
     def outer(cls, z: Tensor) -> Tensor:
         """Second moments z zᵀ of vectors (*, D), as S2 keeps them."""
+        return z.square()
 
     @classmethod
     def compact(cls, matrices: Tensor) -> Tensor:
@@ -92,14 +226,28 @@ class Factor(ABC):
         return cls.second_moments(matrices)
 
     @classmethod
-    @abstractmethod
     def variances(cls, covariances: Tensor) -> Tensor:
         """Variances of the columns (*, D), or (*, 1) if they are equal, from covariances in the shape of ``from_covariances``."""
+        return covariances
 
     @classmethod
     def mean_scatter(cls, scatter: Tensor, features: int) -> Tensor:
         """Second moments (*, ...) as covariances: those that sum over the columns are divided by their number."""
         return scatter
+
+    @classmethod
+    def directions(cls, features: int) -> Tensor:
+        """Symmetric matrices E (q, D, D), float64, along which a covariance of this family can change, one per parameter."""
+        return torch.diag_embed(torch.eye(features, dtype=torch.float64))
+
+    @classmethod
+    def quadratics(cls, y: Tensor) -> Tensor:
+        """Quadratic forms yᵀ E y (*, q) of vectors (*, D) with the matrices of :meth:`directions`."""
+        return y.square()
+
+    def trace(self, spreads: Tensor) -> Tensor:
+        """Σ_k tr(U_k U_kᵀ S_k) of matrices S in the shape of covariances, a scalar."""
+        return (self.precision_diagonals() * self.variances(spreads)).sum()
 
     @classmethod
     def maximize(
@@ -122,7 +270,6 @@ class Factor(ABC):
         return cls.nearest(covariances, features, floor)
 
     @classmethod
-    @abstractmethod
     def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[Factor, Tensor]:
         """Precision factors of covariances that may not be positive definite because of rounding.
 
@@ -137,8 +284,12 @@ class Factor(ABC):
         Returns:
             The factor, and a Boolean mask (K or 1,) of covariances that were changed.
         """
+        least = torch.as_tensor(floor).to(covariances).expand(len(covariances))
+        raised = torch.maximum(covariances, least.reshape(-1, *[1] * (covariances.ndim - 1)))
+        low = (cls.variances(covariances) < least[:, None]).any(1)
+        return cls.from_covariances(raised, features=features), low
 
-    @abstractmethod
+    @torch.no_grad()
     def floored(self, minimum: float) -> tuple[Factor, Tensor]:
         """Raise the eigenvalues of covariances to at least ``minimum``.
 
@@ -148,20 +299,21 @@ class Factor(ABC):
         Returns:
             The new factor, and a Boolean mask (K or 1,) of covariances with an eigenvalue below the bound.
         """
+        limit, logs = -0.5 * math.log(minimum), self.log_scales
+        low = (logs > limit + 1e-12).any(-1)
+        return (self.from_scales(logs.clamp(max=limit), self.features) if bool(low.any()) else self), low
 
-    @classmethod
-    @abstractmethod
-    def directions(cls, features: int) -> Tensor:
-        """Symmetric matrices E (q, D, D), float64, along which a covariance of this family can change, one per parameter."""
+    def distribution(self, means: Tensor) -> Distribution:
+        """The Gaussians of these factors and of means (*B, K, D), as a torch distribution of batch shape (*B, K)."""
+        return Independent(Normal(means, (1 / self.U).expand_as(means)), 1)
 
-    @classmethod
-    @abstractmethod
-    def quadratics(cls, y: Tensor) -> Tensor:
-        """Quadratic forms yᵀ E y (*, q) of vectors (*, D) with the matrices of :meth:`directions`."""
-
-    @abstractmethod
     def marginal(self, columns: list[int]) -> Factor:
-        """The factors of the marginal distribution of some columns."""
+        """The factors of the marginal distribution of some columns.
+
+        Raises:
+            NotImplementedError: Marginal distributions are not of this family.
+        """
+        raise NotImplementedError(f"{self.family} components have no marginal distributions of their family.")
 
     def conditional(self, given: list[int], rest: list[int]) -> tuple[Factor, Tensor | None]:
         r"""The factors of the columns ``rest`` given the others, and the gain :math:`P_{aa}^{-1} P_{ab}` (K or 1, ...) or None.
@@ -169,24 +321,6 @@ class Factor(ABC):
         None is for families in which columns are independent within a component.
         """
         return self.marginal(rest), None
-
-    @staticmethod
-    def times(U: Tensor, z: Tensor) -> Tensor:
-        """Uᵀ z for factors in the form of :attr:`U` and vectors z (*, D)."""
-        return z * U
-
-    @abstractmethod
-    def unwhiten_all(self, noise: Tensor) -> Tensor:
-        """U_kᵀ⁻¹ y (*B, K, D), data units, for vectors y (*B, K, D); the inverse of :meth:`whiten`."""
-
-    def scaled(self, scale: Tensor) -> Factor:
-        """The factors scale_k U_k for positive numbers (K or 1,)."""
-        tensors = dict(self.tensors)
-        return self.replace(**tensors | {"log_diagonal": tensors["log_diagonal"] + scale.log().unsqueeze(-1)})
-
-    def distribution(self, means: Tensor) -> Distribution:
-        """The Gaussians of these factors and of means (*B, K, D), as a torch distribution of batch shape (*B, K)."""
-        return Independent(Normal(means, (1 / self.U).expand_as(means)), 1)
 
     @classmethod
     def student(cls, degrees: Tensor, features: int) -> tuple[Tensor, Tensor]:
@@ -202,8 +336,8 @@ class Factor(ABC):
 
     @classmethod
     def student_width(cls, features: int) -> int:
-        """Number of columns that share one Student's t distribution: all, or one if the columns have Wishart's own."""
-        return features
+        """Number of columns that share one Student's t distribution."""
+        return 1
 
     def wishart(self, degrees: Tensor, generator: torch.Generator | None) -> Factor:
         """Draw precisions from Wishart distributions of the expectation U Uᵀ.
@@ -215,130 +349,27 @@ class Factor(ABC):
         Returns:
             Factors of batch shape (count,).
         """
-        own = self._log_diagonal
-        shape = 0.5 * degrees[..., None] * (self.features / own.shape[-1])
-        shape = shape.expand(len(degrees), *own.shape)
-        return self.replace(log_diagonal=own + 0.5 * (gamma(shape, generator) / shape).log())
-
-    def compact_covariances(self) -> Tensor:
-        """Covariances in the shape that ``from_covariances`` takes."""
-        return self.compact(self.covariances())
-
-    def trace(self, spreads: Tensor) -> Tensor:
-        """Σ_k tr(U_k U_kᵀ S_k) of matrices S in the shape of covariances, a scalar."""
-        return (self.U.square() * spreads).sum()
-
-    def row_norms(self) -> Tensor:
-        """Norms of the rows of U (*B, K or 1, D): how far a whitened residual moves with each column; 1 / data units."""
-        return self.U.abs().expand(*self.U.shape[:-1], self.features)
-
-    @property
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The stored, unconstrained parameters by name; each (*B, K or 1, ...)."""
-
-    @abstractmethod
-    def replace(self, **tensors: Tensor) -> Factor:
-        """The same kind of factor over other parameters."""
-
-    @property
-    @abstractmethod
-    def U(self) -> Tensor:
-        """The factor itself, (*B, K or 1, D, D) full, (*B, K or 1, D) diagonal, (*B, K or 1, 1) spherical; 1 / data units."""
-
-    @abstractmethod
-    def whiten(self, residuals: Tensor) -> Tensor:
-        """U_kᵀ z for residuals z (*B, K, D), data units; returns (*B, K, D), unitless."""
-
-    @abstractmethod
-    def unwhiten(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """U_kᵀ⁻¹ y for rows y (S, D) that belong to components ``labels`` (S,); returns (S, D), data units."""
-
-    @abstractmethod
-    def covariances(self) -> Tensor:
-        """Covariance matrices in dense form (*B, K or 1, D, D), squared data units."""
-
-    @classmethod
-    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Factors and shifts of each stored parameter that convert it to coordinates x / scale, with scale (D,)."""
-        return {"log_diagonal": (torch.ones_like(scale[:1]), scale.log())}
-
-    def rescale(self, scale: Tensor) -> Factor:
-        """The factor in coordinates x / scale, with scale (D,); spherical factors need all entries of it equal."""
-        change = self.rescaling(scale)
-        return self.replace(**{name: t * change[name][0] + change[name][1] for name, t in self.tensors.items()})
-
-    @classmethod
-    @abstractmethod
-    def from_factors(cls, factors: Any, features: int | None = None) -> Factor:
-        """From any A with Σ⁻¹ = A Aᵀ, in the shapes that ``U`` returns."""
-
-    @classmethod
-    @abstractmethod
-    def from_covariances(cls, covariances: Any, features: int | None = None) -> Factor:
-        """From covariances: (*B, K or 1, D, D) full, variances (*B, K or 1, D) diagonal, (*B, K or 1) spherical."""
-
-    @classmethod
-    @abstractmethod
-    def from_precisions(cls, precisions: Any, features: int | None = None) -> Factor:
-        """From precisions (inverse covariances), in the shapes of :meth:`from_covariances`."""
-
-    @classmethod
-    @abstractmethod
-    def from_cholesky(cls, cholesky: Any, features: int | None = None) -> Factor:
-        """From lower Cholesky factors of the covariances (full), or standard deviations (diagonal, spherical)."""
-
-    @classmethod
-    @abstractmethod
-    def count(cls, components: int, features: int, tied: bool = False) -> int:
-        """Number of free parameters."""
-
-    @property
-    def _log_diagonal(self) -> Tensor:
-        return self.tensors["log_diagonal"]
+        own = self.log_scales
+        shape = (0.5 * degrees[..., None] * (self.features / own.shape[-1])).expand(len(degrees), *own.shape)
+        return self.from_scales(own + 0.5 * (gamma(shape, generator) / shape).log(), self.features)
 
     @property
     def leading(self) -> int:
         """K, or 1 when tied."""
-        return self._log_diagonal.shape[-2]
+        return self.log_diagonal.shape[-2]
 
     @property
     def batch_shape(self) -> torch.Size:
         """Batch dimensions before the leading one."""
-        return self._log_diagonal.shape[:-2]
+        return self.log_diagonal.shape[:-2]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._log_diagonal.dtype
+        return self.log_diagonal.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._log_diagonal.device
-
-    def log_determinant(self) -> Tensor:
-        """log |det U_k| (*B, K or 1), nats."""
-        return self._log_diagonal.sum(-1)
-
-    def largest(self) -> Tensor:
-        """The largest size of an entry of any factor, a scalar; 1 / data units."""
-        return self._log_diagonal.amax().exp()
-
-    def precisions(self) -> Tensor:
-        """Precision matrices in dense form (*B, K or 1, D, D), 1 / squared data units."""
-        U = self.matrices()
-        return U @ U.mT
-
-    def precision_diagonals(self) -> Tensor:
-        """Diagonals of the precision matrices (*B, K or 1, D), 1 / squared data units."""
-        return self.U.square().expand(*self.U.shape[:-1], self.features)
-
-    def matrices(self) -> Tensor:
-        """The factor in dense form (*B, K or 1, D, D), 1 / data units."""
-        return torch.diag_embed(self.U.expand(*self.U.shape[:-1], self.features))
-
-    def cholesky(self) -> Tensor:
-        """Dense lower-triangular Cholesky factors of the covariances (*B, K or 1, D, D), data units."""
-        return torch.diag_embed(1 / self.U.expand(*self.U.shape[:-1], self.features))
+        return self.log_diagonal.device
 
     def select(self, index: Tensor) -> Factor:
         """The factors of some components (a tied factor stays as it is)."""
@@ -354,7 +385,7 @@ class Factor(ABC):
         return self.replace(**{name: mine[name].index_copy(-2, index, theirs[name]) for name in mine})
 
     def to(self, *args: Any, **kwargs: Any) -> Factor:
-        """Moves or casts the stored tensors, as :meth:`torch.Tensor.to`."""
+        """Move or cast the stored tensors, as :meth:`torch.Tensor.to`."""
         return self.replace(**{name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
 
     def detach(self) -> Factor:
@@ -363,39 +394,7 @@ class Factor(ABC):
 
     def expand(self, batch_shape: Any) -> Factor:
         """The same factor for a larger batch, without a copy."""
-        return self.replace(
-            **{name: tensor.expand(*batch_shape, *tensor.shape[-2:]) for name, tensor in self.tensors.items()}
-        )
+        return self.replace(**{name: t.expand(*batch_shape, *t.shape[-2:]) for name, t in self.tensors.items()})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(leading={self.leading}, features={self.features}, dtype={self.dtype})"
-
-
-def _features(features: int | None, given: Tensor) -> int:
-    if features is None:
-        raise ValueError(f"a spherical factor of shape {tuple(given.shape)} needs features=D, its number of columns.")
-    return features
-
-
-def _stored(value: Any, name: str) -> Tensor:
-    """A factor's own numbers, with a leading dimension for the components."""
-    tensor = value if isinstance(value, Tensor) else as_tensor(value, name=name)
-    if tensor.ndim < 2:
-        raise ValueError(f"{name} must have shape (K, ...), or (1, ...) when tied, got {tuple(tensor.shape)}.")
-    return tensor
-
-
-def _positive(values: Tensor, name: str) -> Tensor:
-    good = torch.isfinite(values) & (values > 0)
-    if concrete(values) and not bool(good.all()):
-        where = [int(i) for i in (~good).nonzero()[0]]
-        raise ValueError(
-            f"{name} must be positive and finite, got {float(values[tuple(where)]):.6g} in component "
-            f"{where[0] if where else 0}; add a small ridge to the covariances."
-        )
-    return values
-
-
-def gamma(shape: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw from the gamma distributions Gamma(shape, 1); no draw is zero."""
-    return torch._standard_gamma(shape.contiguous(), generator=generator).clamp(min=1e-300)

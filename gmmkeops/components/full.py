@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
 from gmmkeops._checks import as_tensor, check_finite, concrete
-from gmmkeops.components.base import FAMILIES, Factor, _positive, _stored, gamma
+from gmmkeops.components.base import FAMILIES, Factor
+from gmmkeops.components.parameters import gamma, positive, stored
 
 __all__ = ["FullFactor", "bartlett"]
 
@@ -36,11 +37,11 @@ class FullFactor(Factor):
     coupled = True
 
     def __init__(self, log_diagonal: Tensor, upper: Tensor | None = None) -> None:
-        self.log_diagonal = log_diagonal = _stored(log_diagonal, "log_diagonal")
+        self.log_diagonal = log_diagonal = stored(log_diagonal, "log_diagonal")
         self.features = log_diagonal.shape[-1]
         pairs = self.features * (self.features - 1) // 2
         self.upper = (
-            log_diagonal.new_zeros(*log_diagonal.shape[:-1], pairs) if upper is None else _stored(upper, "upper")
+            log_diagonal.new_zeros(*log_diagonal.shape[:-1], pairs) if upper is None else stored(upper, "upper")
         )
         if self.upper.shape != (*log_diagonal.shape[:-1], pairs):
             raise ValueError(
@@ -91,13 +92,6 @@ class FullFactor(Factor):
         return torch.where(row == column, 1.0, 2.0).to(y) * y[..., row] * y[..., column]
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {"log_diagonal": self.log_diagonal, "upper": self.upper}
-
-    def replace(self, **tensors: Tensor) -> FullFactor:
-        return FullFactor(**tensors)
-
-    @property
     def U(self) -> Tensor:
         D = self.features
         row, column = torch.triu_indices(D, D, 1, device=self.device)
@@ -121,7 +115,7 @@ class FullFactor(Factor):
         return (self.precisions() * spreads).sum()
 
     def largest(self) -> Tensor:
-        parts = [super().largest()]
+        parts = [self.log_diagonal.amax().exp()]
         if self.upper.numel():
             parts += [self.upper.amax(), -self.upper.amin()]
         return torch.stack(parts).amax()
@@ -162,6 +156,10 @@ class FullFactor(Factor):
     @classmethod
     def student(cls, degrees: Tensor, features: int) -> tuple[Tensor, Tensor]:
         return degrees + 1 - features, (degrees + 1 - features) / degrees
+
+    @classmethod
+    def student_width(cls, features: int) -> int:
+        return features
 
     def wishart(self, degrees: Tensor, generator: torch.Generator | None) -> FullFactor:
         root = self.U / degrees[:1].sqrt()[..., None, None]
@@ -247,13 +245,13 @@ class FullFactor(Factor):
 
     @classmethod
     def _of_cholesky(cls, L: Tensor, dtype: torch.dtype) -> FullFactor:
-        _positive(L.diagonal(dim1=-2, dim2=-1), "the diagonals of cholesky")
+        positive(L.diagonal(dim1=-2, dim2=-1), "the diagonals of cholesky")
         eye = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
         return cls._of_matrix(torch.linalg.solve_triangular(L, eye, upper=False).mT, "cholesky", dtype)
 
     @classmethod
     def _of_matrix(cls, U: Tensor, name: str, dtype: torch.dtype) -> FullFactor:
-        diagonal = _positive(U.diagonal(dim1=-2, dim2=-1), f"the diagonals of the factors of {name}")
+        diagonal = positive(U.diagonal(dim1=-2, dim2=-1), f"the diagonals of the factors of {name}")
         row, column = torch.triu_indices(U.shape[-1], U.shape[-1], 1, device=U.device)
         return cls(diagonal.log().to(dtype), U[..., row, column].to(dtype))
 
