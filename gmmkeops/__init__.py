@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor
     from gmmkeops.data import Source, distributed
     from gmmkeops.estimators import BayesianGaussianMixture, GaussianMixture, from_sklearn, to_sklearn
-    from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, estimate_memory, fit, initialise
+    from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, estimate_memory, initialise
+    from gmmkeops.fitting.fit import fit
     from gmmkeops.models import GMM, Mixture, load, save
 
 __version__ = "0.1.0"

@@ -10,7 +10,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,6 +139,22 @@ def as_choice(value: Any, name: str, options: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {_shown(value)}.")
     return value
+
+
+def as_functions(value: Any, name: str) -> tuple[Callable[..., Any], ...]:
+    """Functions, from one of them or several; None stands for none.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if value is None or callable(value):
+        return () if value is None else (value,)
+    several = isinstance(value, (list, tuple)) or (isinstance(value, Iterable) and not hasattr(value, "__array__"))
+    found = tuple(value) if several and not isinstance(value, (str, bytes)) else (value,)
+    for item in found:
+        if not callable(item):
+            raise TypeError(f"{name} must be a function or a list of functions, got {_shown(item)}.")
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -95,6 +95,25 @@ class Moments:
         S2 = zero.expand(K, *kind.spread_shape(D))
         return cls(zero.expand(K), zero.expand(K, D), S2, centres.detach(), zero, zero)
 
+    @classmethod
+    def expected(cls, weights: Tensor, means: Tensor, factor: Factor) -> Moments:
+        """The expected moments of one point of a mixture with given weights (K,), means (K, D) and factors."""
+        K, zero = len(weights), means.new_zeros(())
+        S2 = factor.second_moments(factor.covariances().expand(K, -1, -1))
+        S2 = weights.reshape(-1, *[1] * (S2.ndim - 1)) * S2
+        return cls(weights, torch.zeros_like(means), S2, means, zero, zero + 1)
+
+    def blended(self, sums: Moments, rate: float) -> Moments:
+        r"""Running average of the moments of one point, which the moments of a batch enter with a rate.
+
+        .. math:: M \leftarrow (1 - \rho)\, M + \rho\, \bar M_{batch}, \qquad \rho_t = (t + t_0)^{-\kappa}
+
+        References:
+            Cappé and Moulines 2009, *On-line EM algorithm for latent data models*; for variational Bayes Hoffman, Blei, Wang and
+            Paisley 2013, *Stochastic variational inference*.
+        """
+        return self * (1 - rate) + sums * (rate / float(sums.mass))
+
     def scaled(self, centres: Tensor, scale: Tensor) -> Moments:
         """The moments in other coordinates, in which column d is multiplied by scale_d (D,) and the centers are ``centres``.
 

@@ -4,6 +4,7 @@ A :class:`Source` reads points chunk by chunk with a reader for each format. Eve
 it enters; :mod:`gmmkeops.data.distributed` adds sums over the ranks of ``torch.distributed``.
 """
 
+from gmmkeops.data.batch import Batch
 from gmmkeops.data.columns import listed, table_names, table_of
 from gmmkeops.data.distributed import RankError, World, difference, join
 from gmmkeops.data.generators import DEFAULT_SEED, as_generator, categorical, generator_on, running_sum
@@ -19,6 +20,7 @@ __all__ = [
     "NOISE",
     "NUMBERS",
     "SAMPLE",
+    "Batch",
     "Chunk",
     "RankError",
     "Source",

@@ -44,7 +44,7 @@ from gmmkeops.data import (
     representatives,
 )
 from gmmkeops.estimators.contract import Estimator, column_names, convergence_warning
-from gmmkeops.fitting import EM, FitResult, Method, Step, as_bytes, describe, fit, initialise
+from gmmkeops.fitting import EM, Ending, FitResult, Method, Step, as_bytes, describe, fit, initialise
 from gmmkeops.models import Mixture
 from gmmkeops.reductions import BACKENDS
 
@@ -208,7 +208,7 @@ class MixtureEstimator(Estimator, ABC):
                     best = result
         assert best is not None, "n_init is at least 1"
         if continuation.converged and not best.report.interrupted:
-            best = replace(best, converged=True)
+            best = replace(best, ending=Ending.CONVERGED)
         if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
             warnings.warn(
                 f"The best of {self.n_init} starts did not converge to tol={method.tol:g} within {method.max_iter} "
@@ -526,7 +526,7 @@ class _Continuation:
             if abs(now - before) > max(self.method.tol, _SAME * max(1.0, abs(before))):
                 self.objectives = []
             objectives = [*self.objectives, *step.history["objective"]]
-            self.converged = self.method.finished(objectives, self.method.tol, step._problem)
+            self.converged = self.method.finished(objectives, self.method.tol, step._objective)
         return self.converged
 
 

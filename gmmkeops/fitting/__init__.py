@@ -4,37 +4,35 @@ A fit transforms the data to standardized coordinates, and a :class:`Method` suc
 mixture step by step.
 """
 
-from gmmkeops.fitting.checkpoint import Checkpoint, known
+from gmmkeops.fitting.checkpoint import Checkpoint
 from gmmkeops.fitting.em import EM
-from gmmkeops.fitting.frame import Frame
+from gmmkeops.fitting.fit import fit
 from gmmkeops.fitting.gradient import Adam, Gradient
 from gmmkeops.fitting.identity import describe
 from gmmkeops.fitting.initialization import initialise
-from gmmkeops.fitting.loop import fit
-from gmmkeops.fitting.memory import as_bytes, estimate_memory
-from gmmkeops.fitting.method import Evaluation, Method, Population, Problem, check_settings
-from gmmkeops.fitting.result import FitResult, Report, Step
-from gmmkeops.fitting.stepwise import blended, expected
+from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
+from gmmkeops.fitting.method import Evaluation, Method, check_settings
+from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.result import Ending, FitResult, Report, Step
+from gmmkeops.fitting.state_file import known
 
 __all__ = [
     "EM",
     "Adam",
     "Checkpoint",
+    "Ending",
     "Evaluation",
     "FitResult",
-    "Frame",
     "Gradient",
     "Method",
-    "Population",
-    "Problem",
+    "Objective",
     "Report",
     "Step",
     "as_bytes",
-    "blended",
     "check_settings",
+    "chunk_rows",
     "describe",
     "estimate_memory",
-    "expected",
     "fit",
     "initialise",
     "known",

@@ -25,12 +25,14 @@ from torch import Tensor
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning, as_choice, as_integer, as_number, as_tensor
 from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
-from gmmkeops.data import DEFAULT_SEED, as_points, as_weights, table_of, weight_unit
-from gmmkeops.fitting.checkpoint import known
-from gmmkeops.fitting.data import Piece
+from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.frame import Frame
-from gmmkeops.fitting.method import DEAD_POINTS, FLOOR, Evaluation, Method, Population, Problem, check_settings
-from gmmkeops.fitting.stepwise import blended, expected
+from gmmkeops.fitting.method import Evaluation, Method, check_settings
+from gmmkeops.fitting.objective import FLOOR, Objective
+from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
+from gmmkeops.fitting.preparation import prepared
+from gmmkeops.fitting.squarem import extrapolated
+from gmmkeops.fitting.state_file import known
 from gmmkeops.models import Mixture, as_mixture
 
 __all__ = ["EM"]
@@ -45,9 +47,6 @@ DEAD_SHARE = 1e-3
 # Standard deviation of the noise that is added to the means in each iteration of annealing, in standardized coordinates. At a
 # low inverse temperature all means coincide, which is a fixed point that only noise leaves.
 SHAKE = 1e-2
-
-# Largest step length of an extrapolation, in EM steps.
-_LONGEST_STRIDE = 64.0
 
 
 @known("EM")
@@ -169,11 +168,11 @@ class EM(Method[_State]):
             if beta > 1:
                 raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {self.temperature}.")
 
-    def init(self, problem: Problem, mixture: Mixture) -> _State:
-        problem.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
+    def init(self, objective: Objective, mixture: Mixture) -> _State:
+        objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
         for name in ("frozen_weights", "frozen_means", "frozen_covariances"):
             _mask(getattr(self, name), mixture, name)
-        largest = float(problem.frame.scale.max()) ** 2
+        largest = float(objective.frame.scale.max()) ** 2
         if self.reg_covar > _DROWNING * largest:
             warnings.warn(
                 f"reg_covar={self.reg_covar:g} is much larger than the variance of every column (about {largest:.2g}), so "
@@ -181,56 +180,57 @@ class EM(Method[_State]):
                 PrecisionWarning,
                 stacklevel=3,
             )
-        mixture, floored = problem.project(mixture)
+        mixture, floored = objective.project(mixture)
         population = Population.of(mixture)
         alive = mixture.log_weights.exp() > 0
         if not bool(alive.all()):
             population, mixture = population.retire(mixture, alive), mixture.select(alive.nonzero()[:, 0])
         return _State(population, mixture, floored)
 
-    def pack(self, state: _State) -> _State:
-        return state
+    def current(self, objective: Objective, state: _State) -> Mixture:
+        return state.population.whole(self._active(objective, state))
 
-    def unpack(self, problem: Problem, packed: _State) -> _State:
-        return packed
-
-    def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
+    def _active(self, objective: Objective, state: _State) -> Mixture:
+        """The mixture of the active components; of the averaged moments, if those are asked for."""
         if self.average and state.average is not None:
-            return state.population, self._m_step(problem, state, state.average).mixture, state.floored
-        return state.population, state.mixture, state.floored
+            return self._m_step(objective, state, state.average).mixture
+        return state.mixture
 
-    def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
+    def evaluate(self, objective: Objective, state: _State) -> Evaluation:
+        return evaluation(objective, state.population, self._active(objective, state), state.floored)
+
+    def finished(self, objectives: list[float], tol: float, objective: Objective) -> bool:
         heated = 0 if self.temperature is None else self.temperature[1]
-        return super().finished(objectives[heated:], tol, problem)
+        return super().finished(objectives[heated:], tol, objective)
 
-    def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+    def step(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
         if self.batch_size is not None:
-            return self._pass(problem, state)
+            return self._pass(objective, state)
         whole = state.population.whole(state.mixture)
-        state, sums, objective, likelihood = self._look(problem, state)
+        state, sums, value, likelihood = self._look(objective, state)
         now = Evaluation(
-            whole, objective, likelihood, state.population.live, state.floored, exact=self.assignment != "hard"
+            whole, value, likelihood, state.population.live, state.floored, exact=self.assignment != "hard"
         )
         heated = self._beta(state) < 1
-        state = self._move(problem, state, sums)
+        state = self._move(objective, state, sums)
         if heated:
-            state = _shaken(problem, state)
+            state = _shaken(objective, state)
         elif self.accelerate:
-            state = self._extrapolate(problem, now, state)
+            state = self._extrapolate(objective, now, state)
         return replace(state, iteration=state.iteration + 1), now
 
-    def _look(self, problem: Problem, state: _State) -> tuple[_State, Moments, float, float]:
+    def _look(self, objective: Objective, state: _State) -> tuple[_State, Moments, float, float]:
         """Perform the E-step: the state, moments, and the objective and mean log-likelihood of the state's mixture."""
-        sums = self._moments(problem, state, None)
-        likelihood = float(sums.total / sums.mass) - problem.frame.log_volume
+        sums = self._moments(objective, state, None)
+        likelihood = float(sums.total / sums.mass) - objective.frame.log_volume
         if self._beta(state) < 1:
             with torch.no_grad():
-                likelihood = -float(problem.negative_log_likelihood(state.mixture))
-        penalty = float(problem.penalised(state.population.whole(state.mixture)))
+                likelihood = -float(objective.negative_log_likelihood(state.mixture))
+        penalty = float(objective.penalized(state.population.whole(state.mixture)))
         if state.counts is None:
             fractions = sums.S0 / sums.mass
             state = replace(state, counts=fractions.sum(0, keepdim=True) if _tied(state) else fractions)
-        ridge = self._ridge_cost(problem, state.counts, state.mixture.factor) + state.drift
+        ridge = self._ridge_cost(objective, state.counts, state.mixture.factor) + state.drift
         return state, sums, penalty - likelihood + ridge, likelihood
 
     def _beta(self, state: _State) -> float:
@@ -239,24 +239,24 @@ class EM(Method[_State]):
         start, iterations = self.temperature
         return start + (1 - start) * state.iteration / iterations
 
-    def _moments(self, problem: Problem, state: _State, batch: list[Piece] | None) -> Moments:
+    def _moments(self, objective: Objective, state: _State, batch: list[Batch] | None) -> Moments:
         mixture, beta = state.mixture, self._beta(state)
         factor, offsets = mixture.factor, mixture.offsets
         if beta < 1:
-            factor, offsets = factor.rescale(torch.full_like(problem.frame.scale, beta**0.5)), beta * offsets
-        return problem.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
+            factor, offsets = factor.rescale(torch.full_like(objective.frame.scale, beta**0.5)), beta * offsets
+        return objective.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
 
-    def _move(self, problem: Problem, state: _State, sums: Moments) -> _State:
+    def _move(self, objective: Objective, state: _State, sums: Moments) -> _State:
         """Perform the M-step within the bounds on the eigenvalues, and prune components of negligible weight."""
-        new = self._m_step(problem, state, sums)
+        new = self._m_step(objective, state, sums)
         mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()
         floored[state.population.live[new.hit]] = True
         # The weights of the reg_covar term change with the responsibilities; the drift cancels this change of the objective.
         change = None if state.counts is None else state.counts - new.counts
-        drift = state.drift + self._ridge_cost(problem, change, before)
+        drift = state.drift + self._ridge_cost(objective, change, before)
         state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
-        keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / problem.count
+        keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / objective.count
         frozen = _mask(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
         keep |= frozen
         if self._beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
@@ -271,10 +271,10 @@ class EM(Method[_State]):
             average=None if state.average is None else state.average.select(index),
         )
 
-    def _m_step(self, problem: Problem, state: _State, sums: Moments) -> _MStep:
+    def _m_step(self, objective: Objective, state: _State, sums: Moments) -> _MStep:
         live, old = state.population.live, state.mixture
         whole = state.population.whole(old)
-        prior = problem.surrogate(whole)
+        prior = objective.surrogate(whole)
         if self._beta(state) < 1:
             # During annealing all components share the points, so that a concave penalty would prune some of them.
             prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
@@ -297,73 +297,68 @@ class EM(Method[_State]):
             old.means,
             old.factor,
             prior.select(live),
-            mass=problem.mass,
+            mass=objective.mass,
             frozen=frozen.select(live),
-            ridge=self._ridge(problem),
+            ridge=self._ridge(objective),
             floor=FLOOR,
             tied=tied,
             pruned=pruned,
         )
-        mixture, low = problem.project(Mixture(new.log_weights, new.means, new.factor, validate_args=False))
-        return _MStep(mixture, low | new.repaired, new.counts / problem.mass)
+        mixture, low = objective.project(Mixture(new.log_weights, new.means, new.factor, validate_args=False))
+        return _MStep(mixture, low | new.repaired, new.counts / objective.mass)
 
-    def _ridge(self, problem: Problem) -> Tensor:
+    def _ridge(self, objective: Objective) -> Tensor:
         """``reg_covar`` in standardized coordinates (D,)."""
-        return self.reg_covar / problem.frame.scale**2
+        return self.reg_covar / objective.frame.scale**2
 
-    def _ridge_cost(self, problem: Problem, counts: Tensor | None, factor: Factor) -> float:
+    def _ridge_cost(self, objective: Objective, counts: Tensor | None, factor: Factor) -> float:
         """½ reg_covar Σ c_j tr Σ_j⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
         if not self.reg_covar or counts is None:
             return 0.0
-        return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(problem)))
+        return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(objective)))
 
-    def _extrapolate(self, problem: Problem, start: Evaluation, first: _State) -> _State:
-        """Extrapolate from two EM steps by SQUAREM in unconstrained coordinates; return the better one of both states."""
-        first, sums, objective, _ = self._look(problem, first)
-        second = self._move(problem, first, sums)
-        if len(second.population.live) < len(start.live) or objective > start.objective:
+    def _extrapolate(self, objective: Objective, start: Evaluation, first: _State) -> _State:
+        """Extrapolate from two EM steps by SQUAREM; return the better one of both states."""
+        first, sums, value, _ = self._look(objective, first)
+        second = self._move(objective, first, sums)
+        if len(second.population.live) < len(start.active) or value > start.objective:
             return second
-        before = start.mixture.select(start.live)
-        a, b, c = (_coordinates(mixture) for mixture in (before, first.mixture, second.mixture))
-        r = b - a
-        v = (c - b) - r
-        stride = float((r.norm() / v.norm().clamp(min=1e-300)).clamp(1.0, _LONGEST_STRIDE))
-        if stride == 1.0:
-            return second
-        leap = _mixture(second.mixture, a + 2 * stride * r + stride**2 * v)
-        if not bool(torch.isfinite(_coordinates(leap)).all()):
+        leap = extrapolated(start.mixture.select(start.active), first.mixture, second.mixture)
+        if leap is None:
             return second
         # Normalizing the extrapolated weights must not change those that are frozen.
         frozen = _mask(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
         logits = solve_weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
-        leap, _ = problem.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
-        third = replace(second, mixture=leap)
-        third, sums, there, _ = self._look(problem, third)
-        # ``objective`` is that after one EM step. If the extrapolation is not worse, it is kept.
-        return self._move(problem, third, sums) if there <= objective else second
+        leap, _ = objective.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
+        third, sums, there, _ = self._look(objective, replace(second, mixture=leap))
+        # ``value`` is the objective after one EM step. If the extrapolation is not worse, it is kept.
+        return self._move(objective, third, sums) if there <= value else second
 
-    def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+    def _pass(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
         """One shuffled pass of stepwise EM: the moments of each batch enter the running average of those before."""
         assert self.batch_size is not None, "a pass is made of batches"
-        state, total, seen = problem.resumed((state, 0.0, 0.0))
-        for batch in problem.batches(self.batch_size, lambda: (state, total, seen)):  # noqa: B023
-            sums = self._moments(problem, state, batch)
+
+        def update(reached: tuple[_State, float, float], batch: list[Batch]) -> tuple[_State, float, float]:
+            state, total, seen = reached
+            sums = self._moments(objective, state, batch)
             if not float(sums.mass) > 0:
-                continue
-            total, seen = total + float(sums.total), seen + float(sums.mass)
+                return reached
             state = self._blend(state, sums)
             assert state.memory is not None, "just blended"
-            state = self._move(problem, state, state.memory)
+            return self._move(objective, state, state.memory), total + float(sums.total), seen + float(sums.mass)
+
+        state, total, seen = objective.fold(self.batch_size, (state, 0.0, 0.0), update)
         whole = state.population.whole(state.mixture)
-        likelihood = total / max(seen, 1e-300) - problem.frame.log_volume
-        objective = float(problem.penalised(whole)) - likelihood
-        now = Evaluation(whole, objective, likelihood, state.population.live, state.floored, exact=False)
+        likelihood = total / max(seen, 1e-300) - objective.frame.log_volume
+        value = float(objective.penalized(whole)) - likelihood
+        now = Evaluation(whole, value, likelihood, state.population.live, state.floored, exact=False)
         return replace(state, iteration=state.iteration + 1), now
 
     def _blend(self, state: _State, sums: Moments) -> _State:
         """Update the running average of moments by a batch; it begins as the expected moments of the initial mixture."""
-        before = expected(state.mixture) if state.memory is None else state.memory
-        memory = blended(before, sums, (state.batches + self.step_offset) ** -self.step_exponent)
+        m = state.mixture
+        before = Moments.expected(m.weights, m.means, m.factor) if state.memory is None else state.memory
+        memory = before.blended(sums, (state.batches + self.step_offset) ** -self.step_exponent)
         batches = state.batches + 1
         average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
         return replace(state, memory=memory, average=average, batches=batches)
@@ -399,9 +394,9 @@ class EM(Method[_State]):
         centre, spread = mixture.mean, mixture.variance.sqrt()
         isotropic = mixture.factor.isotropic
         frame = Frame.around(centre, spread, isotropic=isotropic)
-        problem = Problem.without_points(frame, mass, penalty)
-        state = self.init(problem, frame.enter(mixture))
-        new = self._m_step(problem, state, frame.enter_moments(moments)).mixture
+        objective = Objective.without_points(frame, mass, penalty)
+        state = self.init(objective, frame.enter(mixture))
+        new = self._m_step(objective, state, frame.enter_moments(moments)).mixture
         return frame.leave(new).named(mixture.columns)
 
     def update(
@@ -439,18 +434,18 @@ class EM(Method[_State]):
                 f"weights of batches must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights "
                 "of all batches by the same number."
             )
-        problem = Problem.of(x, g, penalty, backend, generator, isotropic=mixture.factor.isotropic)
-        state = self.init(problem, problem.frame.enter(mixture.detach().to(torch.float64)))
-        seen = problem.mass
+        objective = prepared(x, g, penalty, backend, generator, isotropic=mixture.factor.isotropic)
+        state = self.init(objective, objective.frame.enter(mixture.detach().to(torch.float64)))
+        seen = objective.mass
         if memory is not None:
-            state = replace(state, memory=problem.frame.enter_moments(memory[0]), batches=memory[1])
+            state = replace(state, memory=objective.frame.enter_moments(memory[0]), batches=memory[1])
             seen += memory[2]
-        problem = replace(problem, mass=seen)
-        state = self._blend(state, self._moments(problem, state, None))
+        objective = replace(objective, mass=seen)
+        state = self._blend(state, self._moments(objective, state, None))
         assert state.memory is not None, "just blended"
-        new = self._m_step(problem, state, state.memory).mixture
-        mixture = problem.frame.leave(new).named(mixture.columns)
-        return mixture, (problem.frame.leave_moments(state.memory), state.batches, seen)
+        new = self._m_step(objective, state, state.memory).mixture
+        mixture = objective.frame.leave(new).named(mixture.columns)
+        return mixture, (objective.frame.leave_moments(state.memory), state.batches, seen)
 
 
 def _tied(state: _State) -> bool:
@@ -473,24 +468,11 @@ def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:
     return mask
 
 
-def _shaken(problem: Problem, state: _State) -> _State:
+def _shaken(objective: Objective, state: _State) -> _State:
     mixture = state.mixture
     noise = torch.randn(
-        mixture.means.shape, generator=problem.generator, dtype=torch.float64, device=mixture.means.device
+        mixture.means.shape, generator=objective.passes.generator, dtype=torch.float64, device=mixture.means.device
     )
     return replace(
         state, mixture=Mixture(mixture.logits, mixture.means + SHAKE * noise, mixture.factor, validate_args=False)
     )
-
-
-def _coordinates(mixture: Mixture) -> Tensor:
-    parts = [mixture.log_weights, mixture.means, *mixture.factor.tensors.values()]
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _mixture(like: Mixture, coordinates: Tensor) -> Mixture:
-    shapes = {"logits": like.logits, "means": like.means, **like.factor.tensors}
-    flat = coordinates.split([tensor.numel() for tensor in shapes.values()])
-    tensors = {name: part.reshape(t.shape) for part, (name, t) in zip(flat, shapes.items(), strict=True)}
-    logits, means = tensors.pop("logits"), tensors.pop("means")
-    return Mixture(logits, means, like.factor.replace(**tensors), validate_args=False)

@@ -12,15 +12,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_number
-from gmmkeops.fitting.data import Piece
-from gmmkeops.fitting.method import DEAD_POINTS, Evaluation, Method, Population, Problem, check_settings
+from gmmkeops.data import Batch
+from gmmkeops.fitting.method import Evaluation, Method, check_settings
+from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.parameters import MixtureParameters, NetworkParameters, Parameters
 from gmmkeops.models import Mixture
 
 __all__ = ["Adam", "Gradient", "schedule_numbers"]
@@ -28,20 +30,12 @@ __all__ = ["Adam", "Gradient", "schedule_numbers"]
 
 @dataclass
 class _State:
-    """State of a gradient method: the parameters of the active components, which the optimizer updates."""
+    """State of a gradient method: parameters and optimizer, which steps change in place; and whether they are finite."""
 
-    population: Population
-    leaves: dict[str, Tensor]
+    parameters: Parameters
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    floored: Tensor
     sound: bool = True
-
-    def mixture(self) -> Mixture:
-        """The mixture of the active components, as a function of the parameters."""
-        leaves = dict(self.leaves)
-        logits, means = leaves.pop("logits"), leaves.pop("means")
-        return Mixture(logits, means, self.population.parked.factor.replace(**leaves), validate_args=False)
 
 
 @dataclass(frozen=True)
@@ -92,89 +86,87 @@ class Gradient(Method[_State]):
             )
         check_settings(self)
 
-    def init(self, problem: Problem, mixture: Mixture) -> _State:
-        mixture, floored = problem.project(mixture.detach())
-        leaves = {"logits": mixture.log_weights, "means": mixture.means, **mixture.factor.tensors}
-        # A weight of zero has an infinite logit, which no gradient changes; with a finite one the component is pruned at once.
-        leaves["logits"] = leaves["logits"].clamp(min=-1e3)
-        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-        optimizer = self.optimizer(list(leaves.values()))
-        scheduler = None if self.scheduler is None else self.scheduler(optimizer)
-        return _State(Population.of(mixture), leaves, optimizer, scheduler, floored)
+    def _with(self, parameters: Parameters) -> _State:
+        optimizer = self.optimizer(parameters.tensors)
+        return _State(parameters, optimizer, None if self.scheduler is None else self.scheduler(optimizer))
 
-    def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
-        packed, before, found = problem.resumed((None, None, []))
-        if packed is None:
-            _prune(state, problem.count)
-            before = state.population.whole(state.mixture()).detach()
+    def init(self, objective: Objective, mixture: Mixture) -> _State:
+        return self._with(
+            MixtureParameters.of(objective, mixture) if objective.model is None else NetworkParameters.of(objective)
+        )
+
+    def step(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
+        state.parameters.prune(state.optimizer, objective.count)
+        found: list[tuple[float, float]] = []
+        if self.batch_size is None:
+            now = state.parameters.evaluated(math.nan, math.nan, exact=True)
+            found.append(self._update(objective, state, None))
         else:
-            state = self.unpack(problem, packed)
-        memo = lambda: (self.pack(state), before, found)  # noqa: E731
-        for batch in [None] if self.batch_size is None else problem.batches(self.batch_size, memo):
-            values = self._update(problem, state, batch)
-            if values is None:
-                found.append((math.nan, math.nan))
-                break
-            found.append(values)
+
+            def update(reached: tuple[_State, list[Any]], batch: list[Batch]) -> tuple[_State, list[Any]]:
+                return reached[0], [*reached[1], self._update(objective, reached[0], batch)]
+
+            state, found = objective.fold(
+                self.batch_size,
+                (state, found),
+                update,
+                lambda reached: (self.pack(reached[0]), reached[1]),
+                lambda packed: (self.unpack(objective, packed[0]), [tuple(pair) for pair in packed[1]]),
+            )
+            # A running mean over minibatches describes the parameters it ended at better than those it started from.
+            now = state.parameters.evaluated(math.nan, math.nan, exact=False)
         if state.scheduler is not None:
             state.scheduler.step()
-        exact = self.batch_size is None
-        objective, likelihood = (sum(column) / len(found) for column in zip(*found, strict=True))
-        # A running mean over minibatches describes the mixture it ended at better than the one it started from.
-        mixture = before if exact else state.population.whole(state.mixture()).detach()
-        return state, Evaluation(mixture, objective, likelihood, state.population.live, state.floored.clone(), exact)
+        value, likelihood = (sum(column) / len(found) for column in zip(*found, strict=True))
+        return state, replace(now, objective=value, log_likelihood=likelihood)
 
     def pack(self, state: _State) -> dict[str, Any]:
         return {
-            "population": state.population,
-            "leaves": {name: leaf.detach().clone() for name, leaf in state.leaves.items()},
-            "slopes": {name: None if leaf.grad is None else leaf.grad.clone() for name, leaf in state.leaves.items()},
+            "parameters": state.parameters.pack(),
             "optimizer": copy.deepcopy(state.optimizer.state_dict()),
             "scheduler": None if state.scheduler is None else schedule_numbers(state.scheduler.state_dict()),
-            "floored": state.floored.clone(),
             "sound": state.sound,
         }
 
-    def unpack(self, problem: Problem, packed: dict[str, Any]) -> _State:
-        leaves = {name: leaf.clone().requires_grad_() for name, leaf in packed["leaves"].items()}
-        for name, leaf in leaves.items():
-            leaf.grad = packed["slopes"][name]
-        optimizer = self.optimizer(list(leaves.values()))
-        scheduler = None if self.scheduler is None else self.scheduler(optimizer)
-        optimizer.load_state_dict(packed["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(packed["scheduler"])
-        return _State(packed["population"], leaves, optimizer, scheduler, packed["floored"], packed["sound"])
+    def unpack(self, objective: Objective, packed: dict[str, Any]) -> _State:
+        if objective.model is None:
+            state = self._with(MixtureParameters.unpacked(packed["parameters"]))
+        else:
+            state = self._with(NetworkParameters.unpacked(objective, packed["parameters"]))
+        state.optimizer.load_state_dict(packed["optimizer"])
+        if state.scheduler is not None:
+            state.scheduler.load_state_dict(packed["scheduler"])
+        state.sound = packed["sound"]
+        return state
 
-    def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
-        return state.population, state.mixture(), state.floored.clone()
+    def current(self, objective: Objective, state: _State) -> Mixture:
+        return state.parameters.mixture()
 
-    def _update(self, problem: Problem, state: _State, batch: list[Piece] | None) -> tuple[float, float] | None:
-        """Perform a step of the optimizer; return the objective and log-likelihood before it, or None if they are not finite."""
+    def evaluate(self, objective: Objective, state: _State) -> Evaluation:
+        return state.parameters.evaluate(objective)
+
+    def answer(self, objective: Objective, found: Any) -> Any:
+        if objective.model is None:
+            return found
+        frame = objective.frame
+        model = NetworkParameters.unpacked(objective, found).model
+        return model.carried(-frame.shift / frame.scale, 1 / frame.scale)
+
+    def _update(self, objective: Objective, state: _State, batch: list[Batch] | None) -> tuple[float, float]:
+        """Perform a step of the optimizer; return the objective and log-likelihood before it, NaN after divergence."""
         if not state.sound:
-            return None
+            return math.nan, math.nan
         found: list[tuple[float, float]] = []
 
         def closure() -> float:
             state.optimizer.zero_grad()
-            live = state.mixture()
-            likelihood = problem.negative_log_likelihood(live, batch)
-            objective = likelihood + problem.penalised(state.population.whole(live))
-            objective.backward()
-            found.append((objective.item(), -likelihood.item()))
+            found.append(state.parameters.loss(objective, batch))
             return found[-1][0]
 
         state.optimizer.step(closure)
-        # Standardized parameters are of order one, so values outside of this range (or NaN) mean divergence.
-        state.sound = all(bool((leaf.detach().abs() < 1e15).all()) for leaf in state.leaves.values())
-        if not state.sound:
-            return found[0]
-        bounded, moved = problem.project(state.mixture())
-        if bool(moved.any()):
-            with torch.no_grad():
-                for name, tensor in {"means": bounded.means, **bounded.factor.tensors}.items():
-                    state.leaves[name].copy_(tensor)
-                state.floored[state.population.live[moved]] = True
+        state.sound = state.parameters.finite()
+        if state.sound:
+            state.parameters.project(objective)
         return found[0]
 
 
@@ -187,35 +179,6 @@ def schedule_numbers(state: dict[str, Any]) -> dict[str, Any]:
         if all(isinstance(item, plain) for item in items):
             kept[name] = value
     return kept
-
-
-def _prune(state: _State, points: float) -> None:
-    """Prune components whose expected count is below 1e-3 points, and their optimizer state.
-
-    A component stays if a gradient step would increase its weight (for example by a Dirichlet prior above one).
-    """
-    logits = state.leaves["logits"]
-    keep = logits.detach().log_softmax(0) > math.log(DEAD_POINTS / points)
-    if logits.grad is not None:
-        keep |= logits.grad < 0
-    if bool(keep.all()) or not bool(keep.any()):
-        return
-    slots = state.optimizer.state
-    for leaf in state.leaves.values():
-        for value in slots.get(leaf, {}).values():
-            if not isinstance(value, Tensor) or (value.ndim > 0 and value.shape != leaf.shape):
-                return  # an optimiser such as L-BFGS, whose memory has no rows: nothing is lost but some work
-    state.population = state.population.retire(state.mixture(), keep)
-    for name, leaf in state.leaves.items():
-        if leaf.shape[0] != len(keep) or (
-            name not in ("logits", "means") and state.population.parked.factor.leading == 1
-        ):
-            continue
-        kept = leaf.detach()[keep].requires_grad_()
-        slots[kept] = {key: value[keep] if value.ndim else value for key, value in slots.pop(leaf, {}).items()}
-        for group in state.optimizer.param_groups:
-            group["params"] = [kept if old is leaf else old for old in group["params"]]
-        state.leaves[name] = kept
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from gmmkeops.fitting.method import Evaluation, Problem
+from gmmkeops.fitting.method import Evaluation
+from gmmkeops.fitting.objective import Objective
 from gmmkeops.models import Mixture
 
-__all__ = ["FitResult", "Report", "Step"]
+__all__ = ["Ending", "FitResult", "Report", "Step"]
+
+
+class Ending(enum.StrEnum):
+    """The reason why a fit ended: its tolerance was met, it performed ``max_iter`` iterations, a callback stopped it, its
+    objective diverged, or Ctrl-C interrupted it.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.linspace(-1, 1, 100).double()[:, None]
+        >>> gk.fit(gk.initialise(x, 1), x, gk.EM()).ending
+        <Ending.CONVERGED: 'converged'>
+    """
+
+    CONVERGED = "converged"
+    MAX_ITER = "max_iter"
+    STOPPED = "stopped"
+    DIVERGED = "diverged"
+    INTERRUPTED = "interrupted"
+
+
+_ENDED = {
+    Ending.CONVERGED: "converged",
+    Ending.MAX_ITER: "stopped at max_iter",
+    Ending.STOPPED: "stopped by a callback",
+    Ending.DIVERGED: "diverged",
+    Ending.INTERRUPTED: "interrupted",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +86,7 @@ class FitResult:
             objective in every step, such as EM, and the best one for others, such as Adam.
         objective: Mean negative log-likelihood plus penalty of the mixture, nats per point.
         log_likelihood: Mean log-likelihood of the mixture, nats per point.
-        converged: Whether the tolerance was met.
+        ending: The reason why the fit ended, an :class:`Ending`.
         n_iter: Number of iterations performed.
         history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
             the iteration started from; with minibatches a running mean), "seconds" since the start, "live" (the number of
@@ -80,11 +109,20 @@ class FitResult:
     mixture: Mixture
     objective: float
     log_likelihood: float
-    converged: bool
+    ending: Ending
     n_iter: int
     history: dict[str, list[float]]
     report: Report
     answer: Any = None
+
+    def __post_init__(self) -> None:
+        # Files hold the value of the reason.
+        object.__setattr__(self, "ending", Ending(self.ending))
+
+    @property
+    def converged(self) -> bool:
+        """Whether the tolerance was met."""
+        return self.ending is Ending.CONVERGED
 
     @property
     def posterior(self) -> Any:
@@ -93,11 +131,10 @@ class FitResult:
 
     def __str__(self) -> str:
         r, K = self.report, self.mixture.components
-        end = "interrupted" if r.interrupted else "converged" if self.converged else "stopped"
         return (
-            f"{end} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
+            f"{_ENDED[self.ending]} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
             f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "
-            f"{r.live_components} of {K} components live"
+            f"{r.live_components} of {K} components active"
         ) + (f"; {r.pairs:.2%} of all pairs evaluated, error at most {r.certificate:.0e} nats" if r.pairs < 1 else "")
 
 
@@ -119,9 +156,9 @@ class Step:
     live: torch.Tensor
     history: dict[str, list[float]]
     _evaluation: Evaluation = field(repr=False)
-    _problem: Problem = field(repr=False)
+    _objective: Objective = field(repr=False)
 
     @cached_property
     def mixture(self) -> Mixture:
         """Mixture at the beginning of the iteration, to which the objective belongs; float64, data units."""
-        return self._problem.frame.leave(self._evaluation.mixture)
+        return self._objective.frame.leave(self._evaluation.mixture)

@@ -21,7 +21,7 @@ from torch import Tensor
 from gmmkeops._checks import as_choice, as_number, as_tensor, check_finite
 from gmmkeops.bayes.variational.normal_wishart import NormalWishart
 from gmmkeops.components import Moments
-from gmmkeops.fitting import Evaluation, Frame, Method, Population, Problem, blended, check_settings, expected, known
+from gmmkeops.fitting import Evaluation, Method, Objective, check_settings, known
 from gmmkeops.models import Mixture
 
 __all__ = ["VariationalBayes"]
@@ -115,38 +115,38 @@ class VariationalBayes(Method[_State]):
                 f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a result."
             )
 
-    def init(self, problem: Problem, mixture: Mixture) -> _State:
-        if problem.penalty is not None:
+    def init(self, objective: Objective, mixture: Mixture) -> _State:
+        if objective.penalty is not None:
             raise ValueError("VariationalBayes has priors of its own; set them instead of passing a penalty.")
-        if problem.unit != 1:
+        if objective.unit != 1:
             raise ValueError(
                 "weights must be numbers of points, which VariationalBayes compares with those of the prior; got a total of "
-                f"{problem.mass * problem.unit:.3g}, so divide them by their mean."
+                f"{objective.mass * objective.unit:.3g}, so divide them by their mean."
             )
-        prior = self._prior(problem, mixture)
+        prior = self._prior(objective, mixture)
         if self.begin is not None:
-            given = self.begin.carried(problem.frame.enter)
+            given = self.begin.carried(objective.frame.enter)
             if given.mixture.means.shape != mixture.means.shape:
                 raise ValueError("begin is a posterior of another number of components or columns than the start.")
             return _State(replace(given, prior=prior))
-        sums = problem.moments(mixture.offsets, mixture.means, mixture.factor)
+        sums = objective.moments(mixture.offsets, mixture.means, mixture.factor)
         if prior.sticks:
             # A stick's pieces shrink, so the bound is largest where the first component is the largest one (Kurihara,
             # Welling and Teh 2007, Collapsed variational Dirichlet process mixture models).
             sums = sums.select(sums.S0.argsort(descending=True, stable=True))
-        return _State(prior.updated(sums, self._ridge(problem)))
+        return _State(prior.updated(sums, self._ridge(objective)))
 
-    def _prior(self, problem: Problem, mixture: Mixture) -> NormalWishart:
+    def _prior(self, objective: Objective, mixture: Mixture) -> NormalWishart:
         """The prior, in the frame."""
         K, D, kind = mixture.components, mixture.features, type(mixture.factor)
-        leading, frame = mixture.factor.leading, problem.frame
+        leading, frame = mixture.factor.leading, objective.frame
         wide: Any = {"dtype": torch.float64, "device": mixture.means.device}
         nu = float(D if self.degrees is None else self.degrees)
         if not nu > D - 1:
             raise ValueError(f"degrees must be above {D - 1} for {D} columns, got {nu:g}.")
         scale = kind.compact(torch.outer(frame.scale, frame.scale))
         if self.means is None or self.covariances is None:
-            mean, covariance = _of_data(problem, mixture)
+            mean, covariance = _of_data(objective, mixture)
         if self.means is not None:
             mean = as_tensor(self.means, name="means", **wide)
             if mean.shape != (D,):
@@ -171,83 +171,77 @@ class VariationalBayes(Method[_State]):
             (covariance / nu).expand(leading, *covariance.shape),
         )
 
-    def _ridge(self, problem: Problem) -> Tensor:
-        return self.reg_covar / problem.frame.scale**2
+    def _ridge(self, objective: Objective) -> Tensor:
+        return self.reg_covar / objective.frame.scale**2
 
-    def step(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+    def step(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
         if self.batch_size is not None:
-            return self._pass(problem, state)
-        sums = self._moments(problem, state.posterior)
-        posterior, bound = state.posterior.bound(sums, self._ridge(problem))
+            return self._pass(objective, state)
+        sums = self._moments(objective, state.posterior)
+        posterior, bound = state.posterior.bound(sums, self._ridge(objective))
         state = replace(state, posterior=posterior)
-        return state, self._evaluation(problem, posterior, bound, sums, exact=True)
+        return state, self._evaluation(objective, posterior, bound, sums, exact=True)
 
-    def _moments(self, problem: Problem, q: NormalWishart, batch: Any = None) -> Moments:
-        return problem.moments(q.offsets, q.mixture.means, q.mixture.factor, batch)
+    def _moments(self, objective: Objective, q: NormalWishart, batch: Any = None) -> Moments:
+        return objective.moments(q.offsets, q.mixture.means, q.mixture.factor, batch)
 
     def _evaluation(
-        self, problem: Problem, q: NormalWishart, bound: Tensor, sums: Moments, *, exact: bool
+        self, objective: Objective, q: NormalWishart, bound: Tensor, sums: Moments, *, exact: bool
     ) -> Evaluation:
-        """Of a posterior, by its bound in the frame and the sums that its expectations (or the last one's) led to."""
-        volume, K = problem.frame.log_volume, q.mixture.components
-        nobody = torch.zeros(K, dtype=torch.bool, device=sums.S0.device)
-        objective = volume - float(bound) / problem.mass
-        likelihood = float(sums.total / sums.mass) - volume
-        return Evaluation(q.mixture, objective, likelihood, torch.arange(K), nobody, exact, answer=q)
+        """The evaluation of a posterior, from its lower bound and the moments of its (or the last) responsibilities."""
+        volume = objective.frame.log_volume
+        value = volume - float(bound) / objective.mass
+        return Evaluation(q.mixture, value, float(sums.total / sums.mass) - volume, exact=exact, answer=q)
 
-    def _pass(self, problem: Problem, state: _State) -> tuple[_State, Evaluation]:
+    def _pass(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
         """One shuffled pass of natural-gradient steps."""
         assert self.batch_size is not None, "a pass is made of batches"
-        state, values = problem.resumed((state, []))
-        for batch in problem.batches(self.batch_size, lambda: (state, values)):  # noqa: B023
+
+        def update(reached: tuple[_State, list[Any]], batch: Any) -> tuple[_State, list[Any]]:
+            state, values = reached
             q = state.posterior
             assert q.prior is not None, "posteriors have priors"
-            sums = self._moments(problem, q, batch)
+            sums = self._moments(objective, q, batch)
             if not float(sums.mass) > 0:
-                continue
-            scale = problem.mass / float(sums.mass)
-            found = scale * float(sums.total) - float(q.divergence())
+                return reached
+            found = objective.mass / float(sums.mass) * float(sums.total) - float(q.divergence())
+            m = q.mixture
+            before = Moments.expected(m.weights, m.means, m.factor) if state.memory is None else state.memory
+            memory = before.blended(sums, (state.batches + self.step_offset) ** -self.step_exponent)
+            posterior = q.prior.updated(memory * objective.mass, self._ridge(objective))
             values = [*values, (found, float(sums.total), float(sums.mass))]
-            before = expected(q.mixture) if state.memory is None else state.memory
-            memory = blended(before, sums, (state.batches + self.step_offset) ** -self.step_exponent)
-            posterior = q.prior.updated(memory * problem.mass, self._ridge(problem))
-            state = _State(posterior, state.batches + 1, memory)
+            return _State(posterior, state.batches + 1, memory), values
+
+        values: list[Any] = []
+        state, values = objective.fold(self.batch_size, (state, values), update)
         bounds, totals, masses = zip(*values, strict=True)
         seen = Moments.nothing(state.posterior.mixture.means, type(state.posterior.mixture.factor))
         seen = replace(seen, total=seen.total + sum(totals), mass=seen.mass + sum(masses))
         bound = torch.tensor(sum(bounds) / len(bounds), dtype=torch.float64)
-        return state, self._evaluation(problem, state.posterior, bound, seen, exact=False)
+        return state, self._evaluation(objective, state.posterior, bound, seen, exact=False)
 
-    def evaluate(self, problem: Problem, state: _State) -> Evaluation:
+    def evaluate(self, objective: Objective, state: _State) -> Evaluation:
         """The bound of the posterior with the best responsibilities for it, by one more pass over the data."""
         q = state.posterior
-        sums = self._moments(problem, q)
-        return self._evaluation(problem, q, sums.total - q.divergence(), sums, exact=True)
+        sums = self._moments(objective, q)
+        return self._evaluation(objective, q, sums.total - q.divergence(), sums, exact=True)
 
-    def finished(self, objectives: list[float], tol: float, problem: Problem) -> bool:
+    def finished(self, objectives: list[float], tol: float, objective: Objective) -> bool:
         """Return whether the bound of all points together has changed by less than a tolerance, as in scikit-learn."""
-        return self._still(objectives, 1, self._tolerance(objectives, tol / problem.mass))
+        return self._still(objectives, 1, self._tolerance(objectives, tol / objective.mass))
 
-    def answer(self, found: Any, frame: Frame) -> NormalWishart:
-        return found.carried(frame.leave)
+    def answer(self, objective: Objective, found: Any) -> NormalWishart:
+        return found.carried(objective.frame.leave)
 
-    def pack(self, state: _State) -> _State:
-        return state
-
-    def unpack(self, problem: Problem, packed: _State) -> _State:
-        return packed
-
-    def current(self, problem: Problem, state: _State) -> tuple[Population, Mixture, Tensor]:
-        mixture = state.posterior.mixture
-        nobody = torch.zeros(mixture.components, dtype=torch.bool, device=mixture.means.device)
-        return Population.of(mixture), mixture, nobody
+    def current(self, objective: Objective, state: _State) -> Mixture:
+        return state.posterior.mixture
 
 
-def _of_data(problem: Problem, mixture: Mixture) -> tuple[Tensor, Tensor]:
+def _of_data(objective: Objective, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """The data's mean (D,) and unbiased covariance as the family keeps it, in the frame."""
     D, kind = mixture.features, type(mixture.factor)
     centre = mixture.means.new_zeros(1, D)
     unit = kind.from_covariances(kind.compact(torch.eye(D).to(centre))[None], features=D)
-    sums = problem.moments(centre.new_zeros(1), centre, unit)
+    sums = objective.moments(centre.new_zeros(1), centre, unit)
     covariance = sums.scatters[0] * float(sums.mass) / max(float(sums.mass) - 1, 1e-300)
     return sums.means[0], kind.mean_scatter(covariance, D)

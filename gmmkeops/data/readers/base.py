@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import check_unmasked
+from gmmkeops.data.batch import Batch
 from gmmkeops.data.columns import listed, places
 from gmmkeops.data.readers.declared import Damage
 
@@ -26,19 +27,8 @@ Columns = Sequence[str | int] | None
 _BUFFER = 1 << 18
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A block of rows.
-
-    Args:
-        points: Points (n, D), float32 or float64, data units.
-        weights: Weights (n,), or None for weights of one.
-        first: Index of the first row among all rows.
-    """
-
-    points: Tensor
-    weights: Tensor | None = None
-    first: int = 0
+# The name of version 0.1.
+Chunk = Batch
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,87 @@
+"""The batch: rows as they travel from a source through standardized coordinates to the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Batch"]
+
+# Largest change of a whitened residual by rounding the points to float32: 3e-5 is about 1e-4 nats at three deviations.
+_ROUNDING = 3e-5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A block of rows.
+
+    Args:
+        points: Points (n, D), float32 or float64; or points that are sorted into a kd-tree for truncation.
+        weights: Weights (n,) float64, or None for weights of one.
+        first: Index of the first row among all rows.
+        context: Contexts (n, C) of the points, or None.
+        truncate: ε as for :func:`gmmkeops.fit`, for points that are not sorted yet.
+        rounding: Largest rounding error of each column by conversion to float32 (D,); None if nothing was rounded.
+        exact: Returns the batch in float64, if rounding has changed it.
+    """
+
+    points: Any
+    weights: Tensor | None = None
+    first: int = 0
+    context: Tensor | None = None
+    truncate: float | None = 0
+    rounding: Tensor | None = None
+    exact: Callable[[], Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def accurate(self, norms: Callable[[], Tensor]) -> Batch:
+        """The batch itself, or its float64 version if rounding may change log-densities by more than about 1e-4 nats.
+
+        Args:
+            norms: Returns the norms of the rows of the precision factors (K or 1, D), 1 / units of the points.
+        """
+        if self.rounding is None or self.exact is None:
+            return self
+        return self if bool((norms().double() @ self.rounding).amax() <= _ROUNDING) else self.exact()
+
+    def in_float64(self) -> Batch:
+        """The batch in float64; a batch without rounding errors is cast."""
+        return replace(self, points=self.points.double()) if self.exact is None else self.exact()
+
+    def rows(self, index: Tensor) -> Batch:
+        """Some rows of points that are not sorted."""
+        return replace(
+            self,
+            points=self.points[index],
+            weights=None if self.weights is None else self.weights[index],
+            context=None if self.context is None else self.context[index],
+            exact=None if self.exact is None else lambda: self.in_float64().rows(index),
+        )
+
+    def joined(self, after: Batch) -> Batch:
+        """The rows of this batch and those of one after it."""
+        parts = (self, after)
+        weights = context = exact = None
+        if any(part.weights is not None for part in parts):
+            one = torch.ones((), dtype=torch.float64, device=self.points.device)
+            weights = torch.cat([one.expand(len(part)) if part.weights is None else part.weights for part in parts])
+        if self.context is not None and after.context is not None:
+            context = torch.cat([self.context, after.context])
+        errors = [part.rounding for part in parts if part.rounding is not None]
+        if errors:
+            exact = cache(lambda: self.in_float64().joined(after.in_float64()))
+        return replace(
+            after,
+            points=torch.cat([self.points, after.points]),
+            weights=weights,
+            context=context,
+            rounding=torch.stack(errors).amax(0) if errors else None,
+            exact=exact,
+        )

@@ -1,0 +1,406 @@
+"""The function that fits a mixture to data: validation of its arguments, the run, and the result."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gmmkeops import reductions
+from gmmkeops._checks import (
+    ConvergenceWarning,
+    as_choice,
+    as_fraction,
+    as_functions,
+    as_integer,
+    as_number,
+    mind_fork,
+)
+from gmmkeops.data import Source, World, as_dtype, as_points, as_weights, readable, table_names, table_of
+from gmmkeops.fitting.checkpoint import Checkpoint
+from gmmkeops.fitting.facts import LIMITS, described, facts
+from gmmkeops.fitting.frame import Frame
+from gmmkeops.fitting.gradient import Gradient
+from gmmkeops.fitting.journal import Journal
+from gmmkeops.fitting.loop import Run
+from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
+from gmmkeops.fitting.method import Evaluation, Method
+from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.preparation import prepared
+from gmmkeops.fitting.result import Ending, FitResult, Report, Step
+from gmmkeops.models import GMM, Mixture
+from gmmkeops.penalties import Penalty
+from gmmkeops.reductions import recording
+
+__all__ = ["fit"]
+
+_logger = logging.getLogger("gmmkeops")
+
+
+def fit(
+    start: Mixture | GMM,
+    x: Any,
+    method: Method[Any],
+    *,
+    context: Any = None,
+    penalty: Penalty | Callable[[Mixture], Any] | None = None,
+    weights: Any = None,
+    max_iter: int | None = None,
+    tol: float | None = None,
+    truncate: float | None = None,
+    backend: str = "auto",
+    dtype: Any = None,
+    callbacks: Callable[[Step], Any] | Iterable[Callable[[Step], Any]] = (),
+    progress: bool | None = None,
+    generator: torch.Generator | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    max_memory: int | float | str | None = None,
+) -> FitResult:
+    r"""Fit a Gaussian mixture to data.
+
+    Minimizes :math:`-\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}` in standardized coordinates, so that the units
+    and the origin of the data do not matter, and returns parameters in the units of the data. Components whose expected count
+    becomes negligible (below 1e-3 points with gradient methods, 1e-6 with EM) are pruned: they keep their index in the result,
+    with a weight of almost zero, and ``result.report`` lists them.
+
+    Args:
+        start: Initial mixture: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM`, whose parameters are set to the result
+            at the end.
+        x: Points (N, D), data units; the fit runs on their device. Also anything that :meth:`gmmkeops.Source.of` accepts
+            (files, memory maps, loaders, functions), which is read chunk by chunk on every pass.
+        method: ``gmmkeops.EM(...)``, ``gmmkeops.Adam(...)`` or another method; a gradient method for a GMM with a context.
+        context: Contexts c (N, C), for a GMM with a context. If None, they are the last C columns of x.
+        penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
+        weights: Weights g (N,) of the points, not negative; None for equal weights.
+        max_iter: Largest number of iterations; None for the method's. With 0 the initial mixture is evaluated and returned.
+        tol: Tolerance, nats per point; None for the method's.
+        truncate: ε: components whose total contribution to a point's density is certified to be less than this fraction may be
+            skipped (:func:`gmmkeops.reductions.arrange`); the report has the resulting error bound. 0 evaluates every pair of
+            point and component. None uses 1e-6 for float32 and 1e-12 for float64, where this saves time.
+        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        dtype: Precision of the points, ``"float32"`` or ``"float64"``. By default float32 points are computed in float32 and
+            all others in float64. The points are centered in float64 first, so that map coordinates lose no digits in float32.
+            If components become so narrow, or points are so far away, that float32 coordinates would change log-densities by
+            about 1e-4 nats or more, the fit continues in float64, and the report says so.
+        callbacks: Functions of a :class:`Step` that are called after each iteration; the fit ends when one returns True. With
+            several ranks, a callback that returns True on any rank ends the fit on all, and ranks wait at most 30 seconds for a
+            callback of another rank.
+        progress: Whether to show a progress bar; by default only in a terminal.
+        generator: Random number generator (minibatches, stochastic assignment). None uses a fixed seed, so that the same call
+            gives the same result in every process. Torch's global random state is not used or changed.
+        checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state is written every minute. If the file exists,
+            the fit resumes from it, with the same result as without interruption (bit-identical for EM on a CPU).
+        max_memory: Largest memory of the fit beside imports and the given points, in bytes or as text such as "1.5GB". If the
+            standardized copy of the points would take more, they are processed chunk by chunk, also if they are in memory.
+
+    Returns:
+        A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far. With several ranks this needs an
+        interrupt of all ranks; if only some are interrupted, all raise an error that names them.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: Points or weights are invalid; the initial mixture does not match the points; the objective is not finite
+            at the initial mixture; the checkpoint belongs to another fit (data, initial mixture, method, penalty, seed of the
+            generator, ...); or settings cannot be compared with those of a checkpoint or of another rank.
+        RankError: Another rank failed, does not respond, or runs with other settings.
+
+    Warns:
+        ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective became infinite or NaN.
+        PrecisionWarning: float32 points are too coarse, or ``reg_covar`` is much larger than the variances.
+
+    Reference:
+        Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows*, JMLR 22, for the
+        reductions; the methods name their own.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) + 5e6
+        >>> x = x.double()
+        >>> result = gk.fit(gk.initialise(x, 3), x, gk.Adam(lr=0.05), penalty=gk.penalties.SqrtWeights(0.1), max_iter=50)
+        >>> result.n_iter, result.report.engine
+        (50, 'dense')
+    """
+    began = time.perf_counter()
+    mind_fork()
+    world = World()
+    with world.together(), recording():
+        mixture, model = _initial(start, method, context)
+        columns = start.columns
+        if model is not None:
+            x, columns = _with_context(model, x, context, method, truncate)
+            truncate = 0
+        max_iter, tol = _limits(method, max_iter, tol)
+        truncate, told = as_fraction(truncate, "truncate"), as_functions(callbacks, "callbacks")
+        as_choice(backend, "backend", reductions.BACKENDS)
+        settings: dict[str, Any] = {}
+        if checkpoint is not None or world.size > 1:
+            settings = described(mixture, model, method, penalty, truncate, backend)
+        given = {"weights": weights, "generator": generator, "checkpoint": checkpoint, "context": context}
+        others: dict[str, Any] = {name: "none" if value is None else "given" for name, value in given.items()}
+        others |= {
+            "columns": str(columns),
+            "max_memory": str(max_memory),
+            "kind of x": "read" if readable(x) else "in memory",
+        }
+        others |= {"max_iter": max_iter, "tol": tol, **{name: getattr(method, name, None) for name in LIMITS[2:]}}
+        world.agree({"call": "fit"} | settings | others)
+        journal = Journal(Checkpoint.of(checkpoint), world)
+        saved = None if journal.checkpoint is None else journal.checkpoint.read(mixture.means.device, world)
+        objective = _objective(
+            mixture,
+            model,
+            x,
+            weights,
+            columns,
+            penalty,
+            truncate,
+            backend,
+            as_dtype(dtype),
+            generator,
+            journal,
+            saved,
+            None if max_memory is None else as_bytes(max_memory),
+        )
+        found = facts(objective, mixture, settings) if settings else {}
+        run = Run(objective, method, tol, told, began, found, single=mixture.means.dtype == torch.float32)
+        if saved is None:
+            inside = objective.frame.enter(mixture.detach().to(torch.float64))
+            run.objective = objective.truncated(truncate, inside, max_iter)
+            state = method.init(run.objective, inside)
+        else:
+            state = run.resume(saved)
+        bar = _bar(max_iter, progress, run)
+        try:
+            best = run.go(state, max_iter, bar)
+        finally:
+            _close(bar, run)
+        result = _result(best, run)
+    if warning := _doubt(run, tol, max_iter):
+        warnings.warn(warning, ConvergenceWarning, stacklevel=2)
+    if isinstance(start, GMM):
+        _assign(start, result, run.objective.frame.columns)
+    _logger.info("%s", result)
+    return result
+
+
+def _initial(start: Any, method: Any, context: Any) -> tuple[Mixture, GMM | None]:
+    """The initial mixture, and the network of a conditional fit or None."""
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
+    if not isinstance(start, (Mixture, GMM)):
+        raise TypeError(f"start must be a Mixture or a GMM, got {type(start).__name__}; see gmmkeops.initialise.")
+    model = start if isinstance(start, GMM) and start.context else None
+    if model is None and context is not None:
+        raise ValueError("context belongs to a GMM that was constructed with one; pass GMM(features, context=C).")
+    if isinstance(start, GMM):
+        with torch.no_grad():
+            return start(*([next(start.parameters()).new_zeros(start.context)] if start.context else [])), model
+    if start.batch_shape:
+        raise ValueError(
+            f"fit takes one mixture, got a batch of shape {tuple(start.batch_shape)}; fit them one by one."
+        )
+    return start, None
+
+
+def _limits(method: Method[Any], max_iter: Any, tol: Any) -> tuple[int, float]:
+    """Checked largest number of iterations and tolerance; those of the method if they are None."""
+    max_iter = as_integer(method.max_iter if max_iter is None else max_iter, "max_iter")
+    as_integer(max_iter, "max_iter", 0, clause="must not be negative")
+    tol = as_number(method.tol if tol is None else tol, "tol")
+    return max_iter, as_number(tol, "tol", 0, clause="must not be negative")
+
+
+def _assign(model: GMM, result: FitResult, columns: tuple[str, ...] | None) -> None:
+    """Set the parameters of a GMM to the result of its fit."""
+    if model.context:
+        model.load_state_dict(result.answer.state_dict())
+        model.columns = columns
+    else:
+        model.assign(result.mixture)
+
+
+def _with_context(
+    model: GMM, x: Any, context: Any, method: Method[Any], truncate: float | None
+) -> tuple[Any, tuple[str, ...] | None]:
+    """Points and contexts as one array, and the names of its columns or None."""
+    if not isinstance(method, Gradient):
+        raise ValueError(
+            f"a GMM with a context is fitted by gradient, got {type(method).__name__}; pass gmmkeops.Adam(lr=1e-3)."
+        )
+    if truncate:
+        raise ValueError(
+            "truncate cannot be used for a GMM with a context, in which each point has its own mixture; leave it out."
+        )
+    columns = model.columns
+    if context is not None:
+        if readable(x):
+            raise ValueError(
+                "contexts of points from a file or another source must be the last columns of x; leave context out."
+            )
+        # A rank may have no points; that there are some in total is checked later.
+        names, others = table_names(x), table_names(context)
+        if columns is not None:
+            x = table_of(x, columns[: model.features])
+            context = table_of(context, columns[model.features :], "context")
+        elif names is not None and others is not None:
+            columns = names + others
+        x = as_points(x, features=model.features, minimum=0)
+        c = as_points(context, name="context", features=model.context, minimum=0)
+        if len(x) != len(c):
+            raise ValueError(f"context must have a row for each of the {len(x)} points, got {len(c)}.")
+        x = torch.cat([x.to(torch.promote_types(x.dtype, c.dtype)), c.to(x.device)], 1)
+    return x, columns
+
+
+def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World) -> tuple[Any, tuple[str, ...] | None]:
+    """Points with the columns of the initial mixture, matched by name if both have names; and the names, or None."""
+    if readable(x):
+        x = world.share(Source.of(x, weights=weights).matched(columns))
+        return x, columns or x.columns
+    columns = columns or world.tell(table_names(x))[0]
+    world.agree({"columns": columns})
+    return table_of(x, columns), None if columns is None else tuple(columns)
+
+
+def _objective(
+    mixture: Mixture,
+    model: GMM | None,
+    x: Any,
+    weights: Any,
+    columns: tuple[str, ...] | None,
+    penalty: Any,
+    truncate: float | None,
+    backend: str,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | None,
+    journal: Journal,
+    saved: Any,
+    limit: int | None,
+) -> Objective:
+    """Check the data and create the objective; the last columns are contexts if there is a network."""
+    world, extra = journal.world, 0 if model is None else model.context
+    K, D, device, name = mixture.components, mixture.features + extra, mixture.means.device, "x"
+    x, columns = _matched(x, weights, columns, world)
+    if isinstance(x, Source):
+        name, g = x.name, None
+        if x.features != D:
+            raise ValueError(f"{name} has {x.features} columns, expected {D} as in the model; pass the same columns.")
+    else:
+        x = as_points(x, features=D, minimum=K if world.size == 1 else 0)
+        if x.device != device:
+            raise ValueError(f"x is on {x.device} but start on {device}; move one with .to().")
+        g = as_weights(weights, x, some=world.size == 1)
+    if limit is not None:
+        x, g = _within(limit, mixture, x, g, dtype, world)
+    objective = prepared(
+        x,
+        g,
+        penalty,
+        backend,
+        generator,
+        isotropic=mixture.factor.isotropic,
+        extra=extra,
+        dtype=dtype,
+        device=device,
+        world=world,
+        truncate=truncate,
+        frame=None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra),
+        journal=journal,
+        model=model,
+    )
+    if objective.rows < K or not 0 < objective.mass < math.inf:
+        raise ValueError(
+            f"{name} has {objective.rows} rows of total weight {objective.mass * objective.unit:g}, expected at least {K}; "
+            "pass more points or use fewer components."
+        )
+    return replace(objective, frame=replace(objective.frame, columns=columns))
+
+
+def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None, world: World) -> tuple[Any, Any]:
+    """Points and weights, as a source with small enough chunks if a fit in memory would exceed the limit (bytes)."""
+    K, D = mixture.components, mixture.features
+    kind = mixture.factor.type_name(tied=mixture.factor.leading == 1 and K > 1)
+    if isinstance(x, Source):
+        return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64, x.reader.stored)), g
+    # Points in float32 are converted to float64 during the fit if float32 is not accurate enough.
+    wanted = estimate_memory(len(x), K, D, covariance_type=kind, dtype=torch.float64)
+    if (x.dtype if dtype is None else dtype) == torch.float32:
+        wanted += 4 * x.numel()
+    (over,) = world.any(wanted > limit)
+    if not over:
+        return x, g
+    return world.share(Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, torch.float64))), None
+
+
+def _doubt(run: Run, tol: float, max_iter: int) -> str:
+    """Text of the ConvergenceWarning of a run; empty if there is none."""
+    if run.ending is Ending.MAX_ITER and tol > 0 and max_iter > 0 and run.iterations == max_iter:
+        return f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol."
+    if run.ending is Ending.DIVERGED:
+        return (
+            f"the objective became infinite or NaN at iteration {run.iterations}; the best mixture before it is returned. "
+            "A smaller learning rate usually helps."
+        )
+    return ""
+
+
+def _result(best: Evaluation, run: Run) -> FitResult:
+    """The result of a run in data units, with its report."""
+    objective, data = run.objective, run.objective.data
+    value, likelihood = best.objective, best.log_likelihood
+    if best.answer is None:
+        with torch.no_grad():
+            if not best.exact:
+                likelihood = -float(objective.negative_log_likelihood(best.mixture))
+            value = float(objective.penalized(best.mixture)) - likelihood
+    active = set(best.active.tolist())
+    statistics = objective.passes.statistics.of_all(objective.passes.world)
+    engine = reductions.engine(data.device, objective.backend, features=data.features, full=best.mixture.factor.coupled)
+    report = Report(
+        dead_components=tuple(k for k in range(best.mixture.components) if k not in active),
+        live_components=len(active),
+        floors_hit=() if best.floored is None else tuple(best.floored.nonzero()[:, 0].tolist()),
+        engine=engine,
+        device=str(data.device),
+        dtype="float64" if statistics.wide else str(data.dtype).removeprefix("torch."),
+        mass=objective.mass * objective.unit,
+        truncate=statistics.epsilon,
+        certificate=statistics.certificate,
+        pairs=statistics.evaluated / statistics.pairs if statistics.pairs else 1.0,
+        seconds=time.perf_counter() - run.began,
+        interrupted=run.ending is Ending.INTERRUPTED,
+    )
+    answer = run.method.answer(objective, best.answer)
+    mixture = objective.frame.leave(best.mixture)
+    return FitResult(mixture, value, likelihood, run.ending, run.iterations, run.history, report, answer)
+
+
+def _bar(total: int, progress: bool | None, run: Run) -> Any:
+    """A progress bar, which also shows the rows that a pass over a source has read; None if there is none."""
+    if progress is False:
+        return None
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=total, desc="fit", unit="it", disable=None if progress is None else False)
+    if bar.disable:
+        return None
+    rows = run.objective.rows
+    run.objective.passes.show = lambda seen: bar.set_postfix_str(f"{seen} of {rows} rows")
+    return bar
+
+
+def _close(bar: Any, run: Run) -> None:
+    """Close a progress bar; that of a fit that has converged is shown as complete."""
+    if bar is None:
+        return
+    if run.ending is Ending.CONVERGED:
+        bar.total = bar.n
+        bar.refresh()
+    bar.close()

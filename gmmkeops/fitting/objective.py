@@ -1,0 +1,154 @@
+"""The objective of a fit: a function of a mixture over batches of points, in standardized coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gmmkeops import reductions
+from gmmkeops.components import Factor, Moments, Surrogate
+from gmmkeops.data import Batch, World
+from gmmkeops.fitting.data import Data, Memory
+from gmmkeops.fitting.frame import Frame
+from gmmkeops.fitting.journal import Journal
+from gmmkeops.fitting.passes import Passes
+from gmmkeops.models import GMM, Mixture
+from gmmkeops.penalties import Penalty, as_penalty
+
+__all__ = ["FLOOR", "Objective"]
+
+S = TypeVar("S")
+
+# Smallest eigenvalue of a covariance in standardized coordinates, about the square of the rounding error there. A component that
+# collapses to a single point keeps a finite density, and no covariance that the points determine is changed: two sites that are
+# 1e8 deviations apart have variances of 1e-16.
+FLOOR = 1e-28
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The mean negative log-likelihood of all points plus a penalty, and what an M-step needs of both.
+
+    Args:
+        data: The points of this rank in standardized coordinates.
+        rows: Number of points on all ranks.
+        mass: Total weight Σ g of all points, in units of ``unit``.
+        count: Effective number of points, (Σ g)² / Σ g².
+        frame: The transformation between data units and standardized coordinates.
+        penalty: Function of a mixture in data units, nats per point; or None.
+        backend: Name of the engine.
+        passes: The passes over the data, which report, save and resume.
+        unit: Unit of weights here, a power of two; penalties and reports use the weights as they were given.
+        model: The network whose contexts the data hold, or None.
+    """
+
+    data: Data
+    rows: int
+    mass: float
+    count: float
+    frame: Frame
+    penalty: Penalty | None
+    backend: str
+    passes: Passes
+    unit: float = 1.0
+    model: GMM | None = None
+
+    @classmethod
+    def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Objective:
+        """An objective without points, for an M-step from given moments of total weight ``mass``."""
+        data = Memory(frame.shift.new_empty(0, len(frame.shift)), None)
+        world = World.alone()
+        passes = Passes(world, Journal(None, world), torch.Generator(frame.shift.device))
+        return cls(data, 0, mass, mass, frame, None if penalty is None else as_penalty(penalty), "dense", passes)
+
+    def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Objective:
+        """The objective with points sorted for truncation by a mixture, if that saves time over ``sweeps`` passes."""
+        if not isinstance(self.data, Memory):
+            return self
+        return replace(self, data=self.data.arranged(truncate, mixture, sweeps, self.backend))
+
+    def settled(self, mixture: Mixture) -> Objective:
+        """The objective with points regrouped by the components of ``mixture``, if they were grouped by initial ones."""
+        cloud = self.data.cloud if isinstance(self.data, Memory) else None
+        return self if cloud is None or not cloud.cloud.labelled else self.truncated(cloud.epsilon, mixture, 1)
+
+    def moments(
+        self,
+        offsets: Tensor,
+        means: Tensor,
+        factor: Factor,
+        batches: list[Batch] | None = None,
+        *,
+        assignment: str = "soft",
+    ) -> Moments:
+        """Moments of all points, or of given batches, summed over all ranks; standardized coordinates, float64."""
+        seed = self.passes.seed() if assignment == "stochastic" else 0
+
+        def sums_of(batch: Batch) -> tuple[Any, bool, Moments]:
+            accurate = batch.accurate(factor.detach().row_norms)
+            x = accurate.points
+            if isinstance(x, Tensor) and accurate.truncate != 0:
+                x = reductions.arrange(x, len(means), accurate.truncate)
+            sums = reductions.moments(
+                x,
+                offsets,
+                means,
+                factor,
+                weights=accurate.weights,
+                assignment=assignment,
+                seed=seed + accurate.first,
+                backend=self.backend,
+                truncate=0,
+            )
+            return x, accurate is not batch, sums
+
+        nothing = Moments.nothing(means, type(factor))
+        if batches is None:
+            return self.passes.total(self.data, nothing, sums_of)
+        parts = [sums_of(batch)[2] for batch in batches if len(batch)]
+        return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing)
+
+    def fold(
+        self,
+        size: int,
+        state: S,
+        update: Callable[[S, list[Batch]], S],
+        pack: Callable[[S], Any] = lambda state: state,
+        unpack: Callable[[Any], S] = lambda packed: packed,
+    ) -> S:
+        """Update a state by each batch of about ``size`` points of one shuffled pass (:meth:`Passes.fold`)."""
+        return self.passes.fold(self.data, size, state, update, pack, unpack)
+
+    def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
+        """Mean negative log-likelihood of all points or of batches, nats per point in data units; float64, differentiable."""
+        sums = self.moments(mixture.offsets, mixture.means, mixture.factor, batches)
+        total = reductions.attached(sums, mixture.offsets, mixture.means, mixture.factor)
+        return self.frame.log_volume - total / max(float(sums.mass), 1e-300)
+
+    def penalized(self, mixture: Mixture) -> Tensor:
+        """Penalty of a mixture in standardized coordinates, nats per point."""
+        if self.penalty is None:
+            return mixture.means.new_zeros(())
+        return self.penalty(self.frame.leave(mixture), self.mass * self.unit)
+
+    def surrogate(self, mixture: Mixture) -> Surrogate:
+        """Terms that the penalty adds to an M-step at a mixture; both in standardized coordinates."""
+        if self.penalty is None:
+            return Surrogate.none(mixture)
+        added = self.penalty.m_step(self.frame.leave(mixture), self.mass * self.unit)
+        return self.frame.surrogate(added if self.unit == 1 else added.counted_in(self.unit))
+
+    def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
+        """Project a mixture (standardized) onto the bounds of covariances; return it and a mask (K,) of changed components."""
+        factor, low = mixture.factor.floored(FLOOR)
+        hit = low.expand(mixture.components)
+        if bool(low.any()):
+            mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
+        if self.penalty is None or not self.penalty.bounds:
+            return mixture, hit
+        bounded, moved = self.penalty.project(self.frame.leave(mixture))
+        return (self.frame.enter(bounded), hit | moved) if bool(moved.any()) else (mixture, hit)

@@ -1,0 +1,278 @@
+"""Parameters that a gradient method updates: those of a mixture, or of a network that predicts mixtures from contexts."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gmmkeops._checks import PrecisionWarning
+from gmmkeops.data import Batch
+from gmmkeops.fitting.method import Evaluation
+from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
+from gmmkeops.models import GMM, Mixture
+
+__all__ = ["MixtureParameters", "NetworkParameters", "Parameters"]
+
+# Entries that the factors of one block of rows may have.
+_CHUNK = 1 << 22
+
+
+class Parameters(ABC):
+    """Unconstrained parameters in standardized coordinates."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """The leaves of the autograd graph, which an optimizer updates in place."""
+
+    @abstractmethod
+    def loss(self, objective: Objective, batch: list[Batch] | None) -> tuple[float, float]:
+        """Objective and log-likelihood of a batch, or of all points, nats per point; their gradients are left in the tensors."""
+
+    @abstractmethod
+    def mixture(self) -> Mixture:
+        """The mixture with all K components; of a network, that of the central context."""
+
+    @abstractmethod
+    def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
+        """The evaluation of the current parameters, from their objective and log-likelihood."""
+
+    @abstractmethod
+    def evaluate(self, objective: Objective) -> Evaluation:
+        """Evaluate the objective over all points."""
+
+    @abstractmethod
+    def pack(self) -> Any:
+        """The parameters as a value that checkpoints can store."""
+
+    def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
+        """Remove components of negligible weight, and their entries in the state of the optimizer; a network has none."""
+        return
+
+    def finite(self) -> bool:
+        """Whether no parameter has diverged."""
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors)
+
+    def project(self, objective: Objective) -> None:
+        """Restore the bounds on covariances after a step; those of a network have none."""
+        return
+
+
+class MixtureParameters(Parameters):
+    """The parameters of the active components of a mixture.
+
+    Args:
+        population: All components.
+        leaves: Logits, means and stored parameters of the factors of the active components, by name.
+        floored: Mask (K,) of components whose covariance has been regularized.
+    """
+
+    def __init__(self, population: Population, leaves: dict[str, Tensor], floored: Tensor) -> None:
+        self.population, self.floored = population, floored
+        self.leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+
+    @classmethod
+    def of(cls, objective: Objective, mixture: Mixture) -> MixtureParameters:
+        """The parameters of a mixture in standardized coordinates."""
+        mixture, floored = objective.project(mixture.detach())
+        leaves = {"logits": mixture.log_weights, "means": mixture.means, **mixture.factor.tensors}
+        # A weight of zero has an infinite logit, which no gradient changes; with a finite one the component is pruned at once.
+        leaves["logits"] = leaves["logits"].clamp(min=-1e3)
+        return cls(Population.of(mixture), leaves, floored)
+
+    @classmethod
+    def unpacked(cls, packed: dict[str, Any]) -> MixtureParameters:
+        """The parameters from the result of :meth:`pack`."""
+        found = cls(packed["population"], packed["leaves"], packed["floored"])
+        for name, leaf in found.leaves.items():
+            leaf.grad = packed["slopes"][name]
+        return found
+
+    def pack(self) -> dict[str, Any]:
+        return {
+            "population": self.population,
+            "leaves": {name: leaf.detach().clone() for name, leaf in self.leaves.items()},
+            "slopes": {name: None if leaf.grad is None else leaf.grad.clone() for name, leaf in self.leaves.items()},
+            "floored": self.floored.clone(),
+        }
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(self.leaves.values())
+
+    def _active(self) -> Mixture:
+        """The mixture of the active components, as a function of the parameters."""
+        leaves = dict(self.leaves)
+        logits, means = leaves.pop("logits"), leaves.pop("means")
+        return Mixture(logits, means, self.population.parked.factor.replace(**leaves), validate_args=False)
+
+    def mixture(self) -> Mixture:
+        return self.population.whole(self._active()).detach()
+
+    def loss(self, objective: Objective, batch: list[Batch] | None) -> tuple[float, float]:
+        active = self._active()
+        likelihood = objective.negative_log_likelihood(active, batch)
+        value = likelihood + objective.penalized(self.population.whole(active))
+        value.backward()
+        return value.item(), -likelihood.item()
+
+    def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
+        return Evaluation(self.mixture(), value, likelihood, self.population.live, self.floored.clone(), exact)
+
+    def evaluate(self, objective: Objective) -> Evaluation:
+        return evaluation(objective, self.population, self._active(), self.floored.clone())
+
+    def finite(self) -> bool:
+        # Standardized parameters are of order one, so values outside of this range (or NaN) mean divergence.
+        return all(bool((leaf.detach().abs() < 1e15).all()) for leaf in self.tensors)
+
+    def project(self, objective: Objective) -> None:
+        bounded, moved = objective.project(self._active())
+        if not bool(moved.any()):
+            return
+        with torch.no_grad():
+            for name, tensor in {"means": bounded.means, **bounded.factor.tensors}.items():
+                self.leaves[name].copy_(tensor)
+            self.floored[self.population.live[moved]] = True
+
+    def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
+        """Prune components whose expected count is below 1e-3 points, and their optimizer state.
+
+        A component stays if a gradient step would increase its weight (for example by a Dirichlet prior above one).
+        """
+        logits = self.leaves["logits"]
+        keep = logits.detach().log_softmax(0) > math.log(DEAD_POINTS / count)
+        if logits.grad is not None:
+            keep |= logits.grad < 0
+        if bool(keep.all()) or not bool(keep.any()):
+            return
+        slots = optimizer.state
+        for leaf in self.tensors:
+            for value in slots.get(leaf, {}).values():
+                if not isinstance(value, Tensor) or (value.ndim > 0 and value.shape != leaf.shape):
+                    # An optimizer such as L-BFGS, whose memory has no rows: nothing is lost but some time.
+                    return
+        self.population = self.population.retire(self._active(), keep)
+        tied = self.population.parked.factor.leading == 1
+        for name, leaf in self.leaves.items():
+            if leaf.shape[0] != len(keep) or (tied and name not in ("logits", "means")):
+                continue
+            kept = leaf.detach()[keep].requires_grad_()
+            slots[kept] = {key: value[keep] if value.ndim else value for key, value in slots.pop(leaf, {}).items()}
+            for group in optimizer.param_groups:
+                group["params"] = [kept if old is leaf else old for old in group["params"]]
+            self.leaves[name] = kept
+
+
+class NetworkParameters(Parameters):
+    """The weights of a conditional :class:`~gmmkeops.GMM`, for standardized points and contexts.
+
+    Args:
+        model: The network in standardized coordinates.
+    """
+
+    def __init__(self, model: GMM) -> None:
+        self.model = model
+
+    @classmethod
+    def of(cls, objective: Objective) -> NetworkParameters:
+        """A copy of the network of the objective, in standardized coordinates."""
+        assert objective.model is not None, "the objective of a conditional fit has a network"
+        found = cls(objective.model.carried(objective.frame.shift, objective.frame.scale))
+        first = cast(nn.Linear, found.model.network[0])
+        # Distance from the center of the contexts at which each unit bends, in their standard deviations.
+        bends = first.bias.detach().abs() / first.weight.detach().norm(dim=1).clamp(min=1e-30)
+        if float((bends > 10).double().mean()) > 0.5:
+            warnings.warn(
+                "most units of the network's first layer bend far outside the contexts, where they cannot learn; call "
+                "model.initialize(x, context=c) before fit, or standardise the contexts.",
+                PrecisionWarning,
+                stacklevel=6,
+            )
+        return found
+
+    @classmethod
+    def unpacked(cls, objective: Objective, packed: dict[str, Tensor]) -> NetworkParameters:
+        """The parameters from the result of :meth:`pack`."""
+        assert objective.model is not None, "the objective of a conditional fit has a network"
+        found = cls(objective.model.carried(objective.frame.shift, objective.frame.scale))
+        found.model.load_state_dict(packed)
+        return found
+
+    def pack(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(self.model.parameters())
+
+    def mixture(self) -> Mixture:
+        with torch.no_grad():
+            center = next(self.model.parameters()).new_zeros(self.model.context)
+            return self.model(center).detach().to(torch.float64)
+
+    def loss(self, objective: Objective, batch: list[Batch] | None) -> tuple[float, float]:
+        return _loss(objective, self.model, batch, backward=True)
+
+    def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
+        return Evaluation(self.mixture(), value, likelihood, exact=exact, answer=self.pack())
+
+    def evaluate(self, objective: Objective) -> Evaluation:
+        with torch.no_grad():
+            value, likelihood = _loss(objective, copy.deepcopy(self.model), None, backward=False)
+        return self.evaluated(value, likelihood, exact=True)
+
+
+def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backward: bool) -> tuple[float, float]:
+    """Objective and log-likelihood of a batch, or of all points, on all ranks; their gradients, if wanted, in the model."""
+    D, parameters = model.features, list(model.parameters())
+    kind: Any = {"dtype": parameters[0].dtype, "device": parameters[0].device}
+    loss, total, mass = 0.0, 0.0, 0.0
+    rows = max(1, _CHUNK // (model.components * D * (D + 2)))
+    for part in objective.data.batches() if batch is None else batch:
+        assert part.context is not None, "a conditional fit has contexts"
+        g = part.points.new_ones(len(part), dtype=torch.float64) if part.weights is None else part.weights
+        blocks = zip(part.points.split(rows), part.context.split(rows), g.split(rows), strict=True)
+        for x, c, weights in blocks if len(g) else ():
+            weights = weights.to(**kind)
+            mixture = model(c.to(**kind))
+            logs = mixture.log_prob(x.to(**kind))
+            terms = -logs if objective.penalty is None else _penalties(objective, mixture) - logs
+            value = (weights * terms).sum()
+            if backward:
+                value.backward()
+            with torch.no_grad():
+                loss, total, mass = loss + value.item(), total + (weights @ logs).item(), mass + weights.sum().item()
+    sums = objective.passes.world.sum(torch.tensor([loss, total, mass], dtype=torch.float64))
+    loss, total, mass = sums.tolist()
+    mass = max(mass, 1e-300)
+    if backward:
+        slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = objective.passes.world.sum(torch.cat([slope.reshape(-1).double() for slope in slopes])) / mass
+        for p, slope in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = slope.reshape(p.shape).to(p)
+    volume = objective.frame.log_volume
+    return loss / mass + volume, total / mass - volume
+
+
+def _penalties(objective: Objective, batch: Mixture) -> Tensor:
+    """The penalty of each mixture of a batch (B,), nats per point."""
+    kind, features = type(batch.factor), batch.features
+
+    def one(logits: Tensor, means: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        return objective.penalized(Mixture(logits, means, kind.of(tensors, features), validate_args=False))
+
+    try:
+        return torch.func.vmap(one)(batch.logits, batch.means, batch.factor.tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the penalty {type(objective.penalty).__name__} cannot be taken of a batch of mixtures ({error}); add a term of "
+            "your own in a torch loop."
+        ) from None

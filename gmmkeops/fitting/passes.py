@@ -1,0 +1,114 @@
+"""Passes over the data of a fit: error bounds, progress and checkpoints, around the iterator of batches.
+
+Methods and the objective see batches only; what a pass reports, saves and resumes is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+
+from gmmkeops.components import Moments
+from gmmkeops.data import Batch, World
+from gmmkeops.fitting.data import Data, Stream
+from gmmkeops.fitting.journal import Journal, SweepStatistics
+
+__all__ = ["Passes"]
+
+S = TypeVar("S")
+
+
+@dataclass
+class Passes:
+    """The passes of a fit over its data, on all ranks.
+
+    Args:
+        world: The ranks.
+        journal: The state that is written to checkpoints.
+        generator: Random number generator, in the same state on all ranks.
+        show: Called with the number of rows that a pass over a source has read, or None.
+        statistics: Error bounds and counts of the last pass over all points.
+    """
+
+    world: World
+    journal: Journal
+    generator: torch.Generator
+    show: Callable[[int], None] | None = None
+    statistics: SweepStatistics = field(default_factory=SweepStatistics)
+
+    def seed(self) -> int:
+        """A seed that is the same on all ranks."""
+        return int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
+
+    def total(self, data: Data, nothing: Moments, sums_of: Callable[[Batch], tuple[Any, bool, Moments]]) -> Moments:
+        """Sum the moments of all points over all ranks, in one pass that checkpoints save and resume.
+
+        Args:
+            data: The points of this rank in standardized coordinates.
+            nothing: The sum of no batches.
+            sums_of: Returns the points of a batch as they were evaluated, whether that was in float64 although they were given
+                in float32, and their moments.
+        """
+        if self.journal.replay:
+            return self.journal.replay.pop(0)
+        sums, statistics, behind = self.journal.resumed()
+        for number, batch in enumerate(data.batches(behind), behind + 1):
+            if not len(batch):
+                continue
+            self.world.look()
+            points, wide, part = sums_of(batch)
+            statistics.wide = max(statistics.wide, float(wide))
+            statistics.add(points, len(part.S0))
+            sums = part if sums is None else sums + part
+            if isinstance(data, Stream):
+                self.journal.tick(sums, statistics, number)
+                if self.show is not None:
+                    self.show(batch.first + len(batch))
+        sums = self.world.added(nothing if sums is None else sums)
+        vars(self.statistics).update(vars(statistics))
+        self.journal.swept(sums)
+        return sums
+
+    def fold(
+        self,
+        data: Data,
+        size: int,
+        state: S,
+        update: Callable[[S, list[Batch]], S],
+        pack: Callable[[S], Any] = lambda state: state,
+        unpack: Callable[[Any], S] = lambda packed: packed,
+    ) -> S:
+        """Update a state by each batch of one shuffled pass; a checkpoint saves it between two batches and resumes there.
+
+        Every rank makes the same number of updates; a rank without points left makes them with empty lists.
+
+        Args:
+            data: The points of this rank in standardized coordinates.
+            size: Number of points in a batch, of all ranks together.
+            state: The state before the first batch.
+            update: Returns the next state, from the list of the batches of this rank: none or one.
+            pack, unpack: Convert the state to a value that a checkpoint can store, and back.
+        """
+        batches = data.minibatches(-(-size // self.world.size), self.seed() + self.world.rank)
+        inside, self.journal.inside = self.journal.inside, None
+        behind = 0 if inside is None else inside["batches"]
+        if inside is not None:
+            state = unpack(inside["memo"])
+        for number in count(1):
+            batch = next(batches, None)
+            more, due = self.world.any(batch is not None, self.world.rank == 0 and self.journal.due)
+            if not more:
+                break
+            if number <= behind:
+                if number == behind and inside is not None:
+                    self.generator.set_state(inside["generator"].cpu())
+                continue
+            state = update(state, [] if batch is None else [batch])
+            if due:
+                memo = {"batches": number, "memo": pack(state), "generator": self.generator.get_state()}
+                self.journal.write(memo)
+        return state
