@@ -79,7 +79,7 @@ def test_pruning_changes_nothing_but_the_work(monkeypatch):
     x, start = spiral(2000)
     runs = []
     for points in (1e-3, 1e-300):
-        monkeypatch.setattr("gmmkeops.fitting.gradient.DEAD_POINTS", points)
+        monkeypatch.setattr("gmmkeops.fitting.parameters.DEAD_POINTS", points)
         runs.append(gk.fit(start, x.double(), gk.Adam(lr=0.1), penalty=SqrtWeights(20), max_iter=300))
     assert runs[0].report.live_components < runs[1].report.live_components == 30
     # Without pruning the dying still pay for the root of what little weight they have left.

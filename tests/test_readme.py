@@ -47,7 +47,7 @@ def test_code_blocks_run(tmp_path, monkeypatch, capsys):
     assert torch.equal(first["result"].mixture.means, scope["result"].mixture.means)
     assert first["result"].objective == scope["result"].objective
     said = capsys.readouterr().out
-    assert "of 8 components live" in said
+    assert "of 8 components active" in said
     assert "100 draws by Gibbs sampling in 2 chains" in said
     assert matplotlib.image.imread(tmp_path / "mixture.png")[..., :3].std() > 0.05
     assert (tmp_path / "model.safetensors").exists()

@@ -52,9 +52,8 @@ class Factor(ABC):
     isotropic: ClassVar[bool] = False
     #: Whether U holds matrices, because columns are correlated within a component.
     coupled: ClassVar[bool] = False
-    #: Number of columns D.
+    #: Number of columns D, and the stored parameter that every family has.
     features: int
-    #: The stored parameter that every family has.
     log_diagonal: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -139,7 +138,8 @@ class Factor(ABC):
 
     def log_determinant(self) -> Tensor:
         """log |det U_k| (*B, K or 1), nats."""
-        return self.log_scales.sum(-1) * (self.features / self.log_scales.shape[-1])
+        logs = self.log_scales.sum(-1)
+        return logs if self.log_scales.shape[-1] == self.features else self.features * logs
 
     def largest(self) -> Tensor:
         """The largest absolute value of an entry of any factor, a scalar; 1 / data units."""

@@ -164,11 +164,9 @@ class Journal:
     def resumed(self) -> tuple[Moments | None, SweepStatistics, int]:
         """Partial sums, statistics and number of batches from which this pass resumes."""
         part, self.partial = self.partial, None
-        return (
-            (None, SweepStatistics(), 0)
-            if part is None
-            else (part["sums"], SweepStatistics(*part["statistics"]), part["pieces"])
-        )
+        if part is None:
+            return None, SweepStatistics(), 0
+        return part["sums"], SweepStatistics(*part["statistics"]), part["batches"]
 
     def tick(self, sums: Moments, statistics: SweepStatistics, batches: int) -> None:
         """Write the partial sums of a pass over a source if a write is due."""

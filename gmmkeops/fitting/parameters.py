@@ -22,6 +22,8 @@ __all__ = ["MixtureParameters", "NetworkParameters", "Parameters"]
 
 # Entries that the factors of one block of rows may have.
 _CHUNK = 1 << 22
+# Logarithms of scales beyond which squares of scales are not finite.
+_LARGEST_LOG = 300.0
 
 
 class Parameters(ABC):
@@ -130,8 +132,9 @@ class MixtureParameters(Parameters):
         return evaluation(objective, self.population, self._active(), self.floored.clone())
 
     def finite(self) -> bool:
-        # Standardized parameters are of order one, so values outside of this range (or NaN) mean divergence.
-        return all(bool((leaf.detach().abs() < 1e15).all()) for leaf in self.tensors)
+        # Standardized parameters are of order one, so values outside of these ranges (or NaN) mean divergence.
+        ranges = {name: 1e15 for name in self.leaves} | {"log_diagonal": _LARGEST_LOG}
+        return all(bool((leaf.detach().abs() < ranges[name]).all()) for name, leaf in self.leaves.items())
 
     def project(self, objective: Objective) -> None:
         bounded, moved = objective.project(self._active())
