@@ -291,14 +291,16 @@ class EM(Method[_State]):
             _mask(self.frozen_means, whole, "frozen_means"),
             _mask(self.frozen_covariances, whole, "frozen_covariances"),
         )
+        if len(live) < whole.components:
+            prior, frozen = prior.select(live), frozen.select(live)
         new = m_step(
             sums,
             old.log_weights,
             old.means,
             old.factor,
-            prior.select(live),
+            prior,
             mass=objective.mass,
-            frozen=frozen.select(live),
+            frozen=frozen,
             ridge=self._ridge(objective),
             floor=FLOOR,
             tied=tied,
