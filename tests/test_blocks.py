@@ -302,7 +302,7 @@ def test_drift_bounds_what_it_says():
             old.means + 0.01 * torch.randn(20, D, generator=generator, dtype=torch.float64),
             kind.from_factors(shape[kind.family], features=D),
         )
-        problems = [reductions._setup(x, *arguments(m), 0)[0] for m in (old, new)]
+        problems = [reductions.dispatch.setup(x, *arguments(m), 0)[0] for m in (old, new)]
         drift = _lists.Drift.between(*problems)
         far = [m.factor.matrices().mT @ (x[:, None] - m.means)[..., None] for m in (old, new)]
         far = [y[..., 0].norm(dim=-1) for y in far]

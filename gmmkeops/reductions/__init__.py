@@ -22,7 +22,7 @@ from gmmkeops.reductions.derivatives import recordable as recordable
 from gmmkeops.reductions.derivatives import recording as recording
 from gmmkeops.reductions.dispatch import ASSIGNMENTS
 from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, topk, total
-from gmmkeops.reductions.keops.engine import unavailable as keops_unavailable  # noqa: F401
+from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

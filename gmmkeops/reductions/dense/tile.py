@@ -11,8 +11,8 @@ float32 points themselves. For float64 points it would not be, and the exponents
 :math:`U_k^\top x - U_k^\top \mu_k` instead. If a tile has so few components that their matrices are smaller than the features,
 both products are computed without :math:`x x^\top`. The only operation between the two products is a softmax.
 
-All of these are expansions about a common center. If a bound (:mod:`._rounding`) does not show that this is accurate enough for a
-component over the points of the tile, its exponents and moments are computed from the residuals :math:`x - \mu_k` instead.
+All of these are expansions about a common center. If a bound (:mod:`.rounding`) does not show that this is accurate enough for a
+component in the tile, its exponents and moments are computed from the residuals :math:`x - \mu_k` instead.
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ class Plan:
         dropped: log Σ exp u of the components that each list omits (T,), nats.
         spans: First and last-plus-one row of each row range (S, 2).
         owner: Index of the list of each row range (S,).
+        floor: Smallest minimum over each row range (S,) for which its list is long enough, nats; -inf for lists of all
+            components. None for a schedule that is not evaluated as it is.
     """
 
     boxes: Tensor
@@ -62,6 +64,7 @@ class Plan:
     dropped: Tensor
     spans: Tensor
     owner: Tensor
+    floor: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -88,6 +91,11 @@ class Plan:
         least = torch.full((len(sizes),), math.inf, dtype=torch.float64, device=values.device)
         return least.scatter_reduce(0, stretch, values.double(), "amin")
 
+    def good(self, minima: Tensor) -> Tensor:
+        """Mask (S,) of the row ranges whose list was long enough, given their minima (S,); False where a minimum is NaN."""
+        assert self.floor is not None, "a truncation sets the floors of the schedules that it returns"
+        return (minima >= self.floor) | (self.floor == -math.inf)
+
     def only(self, stretches: Tensor) -> Plan:
         """The schedule of some row ranges (a mask), with their lists."""
         lengths = self.pointer.diff()
@@ -96,7 +104,8 @@ class Plan:
         pointer = torch.cat([lengths.new_zeros(1), lengths[kept].cumsum(0)])
         owner = (kept.cumsum(0) - 1)[self.owner[stretches]]
         index = self.index[kept.repeat_interleave(lengths)]
-        return Plan(self.boxes[kept], index, pointer, self.dropped[kept], self.spans[stretches], owner)
+        floor = None if self.floor is None else self.floor[stretches]
+        return Plan(self.boxes[kept], index, pointer, self.dropped[kept], self.spans[stretches], owner, floor)
 
     def ranges(self) -> tuple[Tensor, ...]:
         """The ranges argument of KeOps on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
@@ -118,7 +127,8 @@ class Plan:
         number = torch.arange(len(owner), device=owner.device) - (parts.cumsum(0) - parts).repeat_interleave(parts)
         start = first.repeat_interleave(parts) + number * rows.repeat_interleave(parts)
         stop = torch.minimum(start + rows.repeat_interleave(parts), last.repeat_interleave(parts))
-        return replace(self, spans=torch.stack([start, stop], 1), owner=owner)
+        floor = None if self.floor is None else self.floor.repeat_interleave(parts)
+        return replace(self, spans=torch.stack([start, stop], 1), owner=owner, floor=floor)
 
 
 @dataclass(frozen=True)

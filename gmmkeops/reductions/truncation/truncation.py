@@ -107,7 +107,7 @@ class Truncation:
         if self.share > _PAYS:
             self.share = 1.0
             return None
-        return plan
+        return self._floored(problem, plan, single)
 
     def _reused(self, problem: Exponents, single: bool) -> Plan | None:
         """The last schedule, if no parameter has changed by more than it allows for; otherwise None."""
@@ -118,7 +118,7 @@ class Truncation:
 
     def again(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Plan | None:
         """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None."""
-        failed = ~self.good(problem, plan, minima, single)
+        failed = ~plan.good(minima)
         low = self._lower(problem, minima)
         if not single and not bool(failed.all()):
             dropped = plan.dropped[plan.owner][~failed]
@@ -143,20 +143,15 @@ class Truncation:
         rest = lists(self.cloud, problem, limit, single=single)
         rest = replace(rest, spans=plan.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
         self.share += self._share(problem, rest)
-        return rest
+        return self._floored(problem, rest, single)
 
-    def good(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Tensor:
-        """Mask (S,) of row ranges whose candidate list was long enough; False where values overflowed to NaN."""
-        floor = self.floor(problem, plan, single)
-        return (minima >= floor) | (floor == -math.inf)
-
-    def floor(self, problem: Exponents, plan: Plan, single: bool = False) -> Tensor:
-        """Smallest minimum for which the list of each row range (S,) is long enough, nats; -inf for lists of all components."""
+    def _floored(self, problem: Exponents, plan: Plan, single: bool) -> Plan:
+        """The schedule with the smallest minima for which its lists are long enough."""
         dropped = plan.dropped[plan.owner]
         least = dropped - self._allowed(single)
         # Twice the rounding bound of ``_lower``, since that is relative to the value.
         least = least + 2 * _rounding(problem) * least.abs().clamp(min=1.0)
-        return torch.where(dropped > -math.inf, least, -math.inf)
+        return replace(plan, floor=torch.where(dropped > -math.inf, least, -math.inf))
 
     def _lower(self, problem: Exponents, minima: Tensor) -> Tensor:
         """Lower bounds of the minima that allow for rounding; -inf for those beyond the range of the engines."""
