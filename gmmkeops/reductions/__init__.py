@@ -5,8 +5,8 @@ r"""Reductions of the exponents over points or components: log-sum-exps, labels 
     e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
     \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
 
-There are two engines with equal results, ``dense`` and ``keops``; neither stores an N x K array. The gradients of
-:math:`\sum_n g_n \ell_n` follow from the moments of r:
+Two engines with the same interface (:mod:`gmmkeops.reductions.protocol`) give equal results, ``dense`` and ``keops``; neither
+stores an N x K array. The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
 
 .. math::
 

@@ -49,7 +49,7 @@ def setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None,
         few = problem.rows(rows.reshape(-1))
         request: Request = TopK(min(rank, problem.shape[1])) if rank > 0 else LogSumExp()
         values = evaluate(dense, few, request)[0].view(len(few.x), -1)[:, -1]
-        blocks.suppose(values.view(rows.shape))
+        blocks.set_initial_bounds(values.view(rows.shape))
     return problem, blocks
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.truncation.bounds import Plan
+from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = [
     "Argmax",
@@ -119,11 +119,11 @@ class Evaluation(Protocol):
     def problem(self) -> Exponents:
         """The exponents as the engine evaluates them; points may have a wider dtype than those of the request."""
 
-    def add(self, schedule: Plan | None) -> tuple[Plan, Tensor] | None:
+    def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
         """Evaluate every pair, or the row ranges of a schedule.
 
-        The results of a row range count only if its candidate list was long enough (:meth:`Plan.good`); the other row ranges are
-        part of the next schedule. An engine may split the row ranges of a schedule.
+        The results of a row range count only if its candidate list was long enough (:meth:`Schedule.good`); the other row ranges
+        are part of the next schedule. An engine may split the row ranges of a schedule.
 
         Args:
             schedule: Row ranges, their candidate lists and the smallest values for which these are long enough; None for every

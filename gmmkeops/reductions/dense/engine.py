@@ -19,11 +19,11 @@ from gmmkeops._checks import PrecisionWarning
 from gmmkeops.reductions.cores import on_cores
 from gmmkeops.reductions.dense.bodies import body_of
 from gmmkeops.reductions.dense.products import asked
-from gmmkeops.reductions.dense.rounding import Sizes
-from gmmkeops.reductions.dense.tile import Tile, least_limit
+from gmmkeops.reductions.dense.rounding import Sizes, size_limits
+from gmmkeops.reductions.dense.tile import Tile
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Request, Result
-from gmmkeops.reductions.truncation.bounds import Plan
+from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = ["Dense"]
 
@@ -78,29 +78,29 @@ class _Evaluation:
         self._clamp, self._halvings = self._body.clamp, 0
         self._tiles: list[Tile] = []
 
-    def add(self, schedule: Plan | None) -> tuple[Plan, Tensor] | None:
-        plan, tiles = self._run(schedule)
+    def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
+        evaluated, tiles = self._run(schedule)
         if not self._clamp and self._body.overflowed(tiles):
             self._clamp = True
-            plan, tiles = self._run(schedule)
+            evaluated, tiles = self._run(schedule)
         self._tiles += tiles
-        if plan is None:
+        if evaluated is None:
             return None
         minima = torch.tensor([least for tile in tiles for least in tile.minima], dtype=torch.float64)
-        return plan, minima.to(plan.dropped.device)
+        return evaluated, minima.to(evaluated.pruned.device)
 
     def result(self) -> Result:
         return self._body.result(self._tiles)
 
-    def _run(self, schedule: Plan | None) -> tuple[Plan | None, list[Tile]]:
-        """The row ranges as they were split, and the workers' tiles in the order of rows."""
+    def _run(self, schedule: Schedule | None) -> tuple[Schedule | None, list[Tile]]:
+        """Evaluate a schedule; return it with long row ranges split, and the workers' tiles in the order of their rows."""
         while True:
             try:
-                plan = None if schedule is None else schedule.split(_TILE_CPU >> self._halvings)
-                ranges = _whole(self.problem, self._halvings) if plan is None else _row_ranges(plan)
+                split = None if schedule is None else schedule.split(_TILE_CPU >> self._halvings)
+                tiles = _whole(self.problem, self._halvings) if split is None else _row_ranges(split)
                 # Exponents beyond the range of float32 cannot be computed by float32 products.
                 limit = None if self._clamp else self._limit
-                return plan, _run(self.problem, self._body, ranges, self._clamp, self._body.featured, limit)
+                return split, _run(self.problem, self._body, tiles, self._clamp, self._body.featured, limit)
             except (MemoryError, RuntimeError) as error:
                 # Below 32 rows, smaller tiles would save no more memory.
                 if not _is_out_of_memory(error) or _tile_rows(self.problem, self._halvings) <= 32:
@@ -172,12 +172,12 @@ def _whole(problem: Exponents, halvings: int = 0) -> list[_RowRange]:
     return [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
 
 
-def _row_ranges(plan: Plan) -> list[_RowRange]:
+def _row_ranges(schedule: Schedule) -> list[_RowRange]:
     """Row range, components and smallest admissible value of each tile of a schedule."""
-    assert plan.floor is not None, "a truncation sets the floors of the schedules that it returns"
-    ends = plan.pointer.tolist()
-    lists = [plan.index[a:b] for a, b in pairwise(ends)]
-    rows = zip(plan.spans.tolist(), plan.owner.tolist(), plan.floor.tolist(), strict=True)
+    assert schedule.floor is not None, "a truncation sets the floors of the schedules that it returns"
+    ends = schedule.pointer.tolist()
+    lists = [schedule.index[a:b] for a, b in pairwise(ends)]
+    rows = zip(schedule.spans.tolist(), schedule.owner.tolist(), schedule.floor.tolist(), strict=True)
     return [(start, stop, lists[owner], floor) for (start, stop), owner, floor in rows]
 
 
@@ -201,11 +201,10 @@ def _run(
     cuts = [0, *cuts, len(tiles)]
 
     bounds: Sizes | None = (sizes := Sizes(problem))
-    if problem.x.is_cuda and bool(
-        sizes.most((problem.x - problem.centre).abs().amax(0)) <= least_limit(problem, limit)
-    ):
+    if problem.x.is_cuda:
         # One test for all points avoids a synchronization of the device in each tile.
-        bounds = None
+        most = min(size_limits(problem.x.dtype)) if limit is None else limit
+        bounds = None if bool(sizes.most((problem.x - problem.centre).abs().amax(0)) <= most) else sizes
 
     def new(limit: float | None) -> Tile:
         return Tile(problem, max(rows), max(pairs), clamp, featured, bounds, limit, limit is None)

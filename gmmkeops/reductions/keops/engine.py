@@ -11,7 +11,7 @@ from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import formulas, loading
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
-from gmmkeops.reductions.truncation.bounds import Plan
+from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
 
 __all__ = ["Keops"]
@@ -50,9 +50,9 @@ class _Evaluation:
         self.problem, self._request, self._dtype = _accurate(problem), request, problem.x.dtype
         self._found: tuple[Tensor, ...] = ()
         # Schedules of row ranges whose lists were long enough; None if every pair is evaluated.
-        self._schedules: list[Plan] | None = None
+        self._schedules: list[Schedule] | None = None
 
-    def add(self, schedule: Plan | None) -> tuple[Plan, Tensor] | None:
+    def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
         found: tuple[Tensor, ...]
         if self._request.rank > 0:
             found = formulas.topk(self.problem, schedule, self._request.rank)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gmmkeops.reductions.keops.loading import guarded, healing
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.truncation.bounds import Plan
+from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = ["NO_SHARE", "logsumexp", "moments", "point_gradient", "topk"]
 
@@ -41,11 +41,11 @@ class _Formula:
     """Residuals and exponents as LazyTensors: over N points, over batches of them, or over the kd-tree leaves of a schedule."""
 
     def __init__(
-        self, LazyTensor: Any, problem: Exponents, batches: int | None = None, plan: Plan | None = None
+        self, LazyTensor: Any, problem: Exponents, batches: int | None = None, schedule: Schedule | None = None
     ) -> None:
         _, K, D = problem.shape
         self.kind: dict[str, Any] = {"dtype": problem.x.dtype, "device": problem.x.device}
-        x = problem.x if plan is None else problem.x[plan.rows]
+        x = problem.x if schedule is None else problem.x[schedule.rows]
         x = x.double() - problem.centre
         U = problem.U.expand(K, D) if problem.U.shape[1:] == (1,) else problem.U
         # matvecmult reads its matrix row by row, so Uᵀ is stored.
@@ -55,7 +55,7 @@ class _Formula:
         if batches is not None:
             self.lead, self.rows = (1,), -(-len(x) // batches)
             x = _padded(x, batches * self.rows).view(batches, self.rows, D)
-        self.LazyTensor, self.batches, self.plan, self.full = LazyTensor, batches, plan, problem.is_full
+        self.LazyTensor, self.batches, self.schedule, self.full = LazyTensor, batches, schedule, problem.is_full
         heads = x.to(problem.x.dtype), problem.means.to(problem.x.dtype)
         self.z = LazyTensor(heads[0].unsqueeze(-2).contiguous()) - self.j(heads[1])
         if problem.x.dtype == torch.float32:
@@ -66,17 +66,17 @@ class _Formula:
         U_j = self.j(U.reshape(K, -1))
         y = U_j.matvecmult(self.z) if self.full else U_j * self.z
         self.e = self.j(problem.offsets[:, None]) - 0.5 * (y**2).sum(-1)
-        if plan is not None:
-            self.e.ranges = plan.ranges()
+        if schedule is not None:
+            self.e.ranges = schedule.ranges()
 
     def j(self, values: Tensor) -> Any:
         """Values of each component as a LazyTensor; with a schedule, those of its candidate lists one after the other."""
-        values = values if self.plan is None else values[self.plan.index]
+        values = values if self.schedule is None else values[self.schedule.index]
         return self.LazyTensor(values.to(**self.kind).reshape(*self.lead, 1, len(values), -1).contiguous())
 
     def i(self, values: Tensor, padding: float = 0.0) -> Any:
         """A value of each point as a LazyTensor; ``padding`` is the value at padding points."""
-        values = (values if self.plan is None else values[self.plan.rows]).to(self.kind["dtype"])
+        values = (values if self.schedule is None else values[self.schedule.rows]).to(self.kind["dtype"])
         if self.batches is not None:
             values = _padded(values, self.batches * self.rows, padding).view(self.batches, self.rows)
         return self.LazyTensor(values[..., None, None].contiguous())
@@ -103,25 +103,27 @@ def _width(problem: Exponents) -> int:
     return 1 + D + (D * D if problem.is_full else D)
 
 
-def _slabs(problem: Exponents, plan: Plan) -> Iterator[Plan]:
+def _slabs(problem: Exponents, schedule: Schedule) -> Iterator[Schedule]:
     """Parts of a schedule, each with so few listed components that their moments fit into the memory of one slab."""
     most = max(1, _SLAB // (_BYTES * _width(problem)))
-    if len(plan.index) <= most:
-        yield plan
+    if len(schedule.index) <= most:
+        yield schedule
         return
     cuts, size = [0], 0
-    for stretch, length in enumerate(plan.lengths.tolist()):
+    for place, length in enumerate(schedule.lengths.tolist()):
         if size and size + length > most:
-            cuts.append(stretch)
+            cuts.append(place)
             size = 0
         size += length
-    for first, last in pairwise([*cuts, len(plan.owner)]):
-        chosen = torch.zeros_like(plan.owner, dtype=torch.bool)
+    for first, last in pairwise([*cuts, len(schedule.owner)]):
+        chosen = torch.zeros_like(schedule.owner, dtype=torch.bool)
         chosen[first:last] = True
-        yield plan.only(chosen)
+        yield schedule.only(chosen)
 
 
-def _listed(problem: Exponents, schedule: Plan | None, reduce: Callable[[Plan | None], tuple[Tensor, ...]]) -> Any:
+def _listed(
+    problem: Exponents, schedule: Schedule | None, reduce: Callable[[Schedule | None], tuple[Tensor, ...]]
+) -> Any:
     """Apply ``reduce`` to every pair, or to the slabs of a schedule; results are those of the rows of the schedule."""
     if schedule is None:
         return reduce(None)
@@ -130,24 +132,24 @@ def _listed(problem: Exponents, schedule: Plan | None, reduce: Callable[[Plan | 
 
 
 @healing
-def logsumexp(problem: Exponents, schedule: Plan | None) -> tuple[Tensor]:
+def logsumexp(problem: Exponents, schedule: Schedule | None) -> tuple[Tensor]:
     """Log-sum-exps ℓ (N,), or those of the rows of a schedule, nats; not finite where float32 overflows."""
 
-    def reduce(plan: Plan | None) -> tuple[Tensor]:
-        return (_called(problem, _Formula(LazyTensor, problem, plan=plan).e.logsumexp, dim=1).view(-1),)
+    def reduce(schedule: Schedule | None) -> tuple[Tensor]:
+        return (_called(problem, _Formula(LazyTensor, problem, schedule=schedule).e.logsumexp, dim=1).view(-1),)
 
     with guarded(problem, "logsumexp") as LazyTensor:
         return _listed(problem, schedule, reduce)
 
 
 @healing
-def topk(problem: Exponents, schedule: Plan | None, k: int) -> tuple[Tensor, Tensor]:
+def topk(problem: Exponents, schedule: Schedule | None, k: int) -> tuple[Tensor, Tensor]:
     """The k largest exponents (N, k), nats, and their components (N, k), int64; or those of the rows of a schedule."""
 
-    def reduce(plan: Plan | None) -> tuple[Tensor, Tensor]:
-        values, places = _called(problem, (-_Formula(LazyTensor, problem, plan=plan).e).Kmin_argKmin, k, dim=1)
+    def reduce(schedule: Schedule | None) -> tuple[Tensor, Tensor]:
+        values, places = _called(problem, (-_Formula(LazyTensor, problem, schedule=schedule).e).Kmin_argKmin, k, dim=1)
         # Positions beyond the end of a list shorter than k are meaningless.
-        index = places.long() if plan is None else plan.index[places.long().clamp(0, len(plan.index) - 1)]
+        index = places.long() if schedule is None else schedule.index[places.long().clamp(0, len(schedule.index) - 1)]
         return -values, index
 
     with guarded(problem, "topk", k) as LazyTensor:
@@ -156,7 +158,7 @@ def topk(problem: Exponents, schedule: Plan | None, k: int) -> tuple[Tensor, Ten
 
 @healing
 def moments(
-    problem: Exponents, values: Tensor, weights: Tensor, plans: Sequence[Plan] | None = None
+    problem: Exponents, values: Tensor, weights: Tensor, schedules: Sequence[Schedule] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S0 (K,), S1 (K, D), S2 (K, D, D) or (K, D) about the components' means, float64, given ℓ (N,) and g (N,).
 
@@ -166,16 +168,16 @@ def moments(
     N, K, D = problem.shape
     width = _width(problem)
 
-    def look(problem: Exponents, rows: slice, batches: int | None, plan: Plan | None) -> Tensor:
-        f = _Formula(LazyTensor, problem, batches, plan)
+    def look(problem: Exponents, rows: slice, batches: int | None, schedule: Schedule | None) -> Tensor:
+        f = _Formula(LazyTensor, problem, batches, schedule)
         r = f.shares(values[rows]) * f.i(weights[rows])
         square = f.z.tensorprod(f.z) if f.full else f.z * f.z
         summand = (r * LazyTensor.concatenate((f.z, square), axis=-1)).concat(r)
-        return _called(problem, summand.sum, dim=1 if plan is None else 0).double()
+        return _called(problem, summand.sum, dim=1 if schedule is None else 0).double()
 
     sums = torch.zeros(K, width, dtype=torch.float64, device=problem.x.device)
-    with guarded(problem, "moments", plans is None) as LazyTensor:
-        if plans is None:
+    with guarded(problem, "moments", schedules is None) as LazyTensor:
+        if schedules is None:
             batches = -(-N // _ROWS_PER_SUM)
             if problem.x.is_cuda:
                 batches = min(N, max(batches, -(-_BLOCKS_CUDA // -(-K // 192))))
@@ -190,24 +192,27 @@ def moments(
                     partial = look(part.rows(rows), rows, -(-(rows.stop - start) // size), None)
                     sums[first : first + some] += partial.sum(0)
         else:
-            for plan in plans:
-                for slab in _slabs(problem, plan):
+            for schedule in schedules:
+                for slab in _slabs(problem, schedule):
                     sums.index_add_(0, slab.index, look(problem, slice(None), None, slab))
     S1, S2, S0 = sums[:, :D], sums[:, D:-1], sums[:, -1]
     return S0, S1, S2.reshape(K, D, D) if problem.is_full else S2
 
 
 @healing
-def point_gradient(problem: Exponents, values: Tensor, weights: Tensor, plans: Sequence[Plan] | None = None) -> Tensor:
+def point_gradient(
+    problem: Exponents, values: Tensor, weights: Tensor, schedules: Sequence[Schedule] | None = None
+) -> Tensor:
     """∂(Σ g ℓ)/∂x (N, D), in the dtype of the points, given ℓ (N,)."""
     N, K, D = problem.shape
     P = problem.U @ problem.U.mT if problem.is_full else problem.U.expand(K, D) ** 2
     averages = problem.x.new_empty(N, D)
     with guarded(problem, "point_gradient") as LazyTensor:
-        for plan in [None] if plans is None else chain.from_iterable(_slabs(problem, plan) for plan in plans):
-            f = _Formula(LazyTensor, problem, plan=plan)
+        slabs = [None] if schedules is None else chain.from_iterable(_slabs(problem, part) for part in schedules)
+        for slab in slabs:
+            f = _Formula(LazyTensor, problem, schedule=slab)
             P_j = f.j(P.reshape(K, -1))
             pull = P_j.matvecmult(f.z) if f.full else P_j * f.z
-            rows = slice(None) if plan is None else plan.rows
+            rows = slice(None) if slab is None else slab.rows
             averages[rows] = _called(problem, (f.shares(values) * pull).sum, dim=1).view(-1, D)
     return -weights.to(averages)[:, None] * averages
