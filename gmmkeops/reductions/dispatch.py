@@ -99,7 +99,7 @@ def as_arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor,
 
 @dataclass
 class Dispatch:
-    """Engine of one call, with the interface that :mod:`gmmkeops.reductions.derivatives` needs.
+    """The requests of one call, with the interface that :mod:`gmmkeops.reductions.derivatives` needs.
 
     Args:
         blocks: The sorted points that the user passed, or None.

@@ -35,20 +35,14 @@ __all__ = [
 class LogSumExp:
     r"""The log-sum-exps :math:`\ell_n`: one tensor (N,), nats, in the dtype of the points."""
 
-    @property
-    def rank(self) -> int:
-        """Rank of the exponent for which candidate lists must be complete, 1 for the largest; 0 if their sum must be."""
-        return 0
+    rank = 0
 
 
 @dataclass(frozen=True)
 class Argmax:
     """The components of the largest exponents, the first ones where exponents are equal: one tensor (N,), int64."""
 
-    @property
-    def rank(self) -> int:
-        """As for :attr:`LogSumExp.rank`."""
-        return 1
+    rank = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class TopK:
 
     @property
     def rank(self) -> int:
-        """As for :attr:`LogSumExp.rank`."""
+        """As for :data:`Request`."""
         return self.k
 
 
@@ -82,7 +76,7 @@ class Statistics:
 
     @property
     def rank(self) -> int:
-        """As for :attr:`LogSumExp.rank`."""
+        """As for :data:`Request`."""
         return 1 if self.assignment == "hard" else 0
 
 
@@ -96,12 +90,11 @@ class PointGradient:
 
     weights: Tensor
 
-    @property
-    def rank(self) -> int:
-        """As for :attr:`LogSumExp.rank`."""
-        return 0
+    rank = 0
 
 
+# ``rank`` is the rank of the exponent for which candidate lists must be complete (1 for the largest), and 0 where the log-sum-exp
+# must be complete up to the tolerance of the truncation.
 Request = LogSumExp | Argmax | TopK | Statistics | PointGradient
 
 # The tensors that the docstring of the request lists, in that order.
@@ -131,8 +124,8 @@ class Evaluation(Protocol):
 
         Returns:
             For a schedule, the row ranges as they were evaluated, and the minimum over each of them (S,), float64, nats: of the
-            log-sum-exps, or of the exponents of rank :attr:`LogSumExp.rank`. The minimum is -inf where a list has fewer
-            components than this rank.
+            log-sum-exps, or of the exponents of the request's rank. The minimum is -inf where a list has fewer components than
+            this rank.
 
         Raises:
             Broken: The engine cannot compute this and other requests.

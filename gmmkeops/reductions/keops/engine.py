@@ -64,8 +64,9 @@ class _Evaluation:
         if self._schedules is None:
             self._schedules = []
             self._found = tuple(part.new_empty(len(self.problem.x), *part.shape[1:]) for part in found)
+        rows = schedule.rows
         for whole, part in zip(self._found, found, strict=True):
-            whole[schedule.rows] = part
+            whole[rows] = part
         minima = schedule.minima(found[0] if found[0].ndim == 1 else found[0][:, -1])
         self._schedules.append(schedule.only(schedule.good(minima)))
         return schedule, minima
