@@ -89,11 +89,11 @@ def make_factor(covariance_type, K, D, condition, generator):
     return kind.from_covariances(log_eigenvalues[:, -1].exp(), features=D)
 
 
-def make_case(covariance_type, dtype, *, N=300, K=5, D=3, condition=1e3, seed=0, shift=0.0, device="cpu"):
-    """Means of a few units, points around them, covariances of the given condition."""
+def make_case(covariance_type, dtype, *, N=300, K=5, D=3, condition=1e3, seed=0, shift=0.0, spread=2.0, device="cpu"):
+    """Means of ``spread`` units, points around them, covariances of the given condition."""
     generator = torch.Generator().manual_seed(seed)
     random = {"generator": generator, "dtype": torch.float64}
-    means = shift + 2 * torch.randn(K, D, **random)
+    means = shift + spread * torch.randn(K, D, **random)
     factor = make_factor(covariance_type, K, D, condition, generator)
     labels = torch.randint(K, (N,), generator=generator)
     x = means[labels] + factor.unwhiten(torch.randn(N, D, **random), labels if factor.leading > 1 else labels * 0)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from gmmkeops import reductions
-from gmmkeops.reductions.keops import engine as _keops
+from gmmkeops.reductions.keops import loading as _keops
 
 
 def _shape(*lazy):

@@ -11,7 +11,6 @@ from conftest import ENGINES, FAMILIES, make_factor
 
 import gmmkeops as gk
 from gmmkeops import reductions
-from gmmkeops.reductions import dispatch
 from gmmkeops.reductions.truncation import bounds as _lists
 from gmmkeops.reductions.truncation import tree as _boxes
 from gmmkeops.reductions.truncation import truncation as _truncation
@@ -270,13 +269,13 @@ def test_lists_are_reused_and_stay_valid(monkeypatch):
     x = surface(20_000)
     mixture = gk.fit(patches(x, 200), x, gk.EM(tol=0), truncate=0, max_iter=30).mixture
     made = []
-    lists = _truncation.lists
+    lists = _truncation.candidate_lists
 
     def counted(*args, **options):
         made.append(options.get("margin"))
         return lists(*args, **options)
 
-    monkeypatch.setattr(_truncation, "lists", counted)
+    monkeypatch.setattr(_truncation, "candidate_lists", counted)
     cloud = reductions.arrange(x, 200, 1e-6)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(200, 3, generator=generator, dtype=torch.float64)
@@ -303,8 +302,8 @@ def test_drift_bounds_what_it_says():
             old.means + 0.01 * torch.randn(20, D, generator=generator, dtype=torch.float64),
             kind.from_factors(shape[kind.family], features=D),
         )
-        problems = [dispatch._setup(x, *arguments(m), 0)[0] for m in (old, new)]
-        drift = _lists.Drift.between(*problems)
+        problems = [reductions.dispatch.setup(x, *arguments(m), 0)[0] for m in (old, new)]
+        drift = _lists.ParameterChange.between(*problems)
         far = [m.factor.matrices().mT @ (x[:, None] - m.means)[..., None] for m in (old, new)]
         far = [y[..., 0].norm(dim=-1) for y in far]
         assert bool((far[1] >= (1 - drift.stretch) * far[0] - drift.shift - 1e-9).all())

@@ -19,7 +19,7 @@ from conftest import HAS_KEOPS
 import gmmkeops as gk
 from gmmkeops import cli
 from gmmkeops.cli import doctor
-from gmmkeops.reductions.keops import engine as _keops
+from gmmkeops.reductions.keops import loading as _keops
 
 
 def finding(what):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gmmkeops import FullFactor, Moments, PrecisionWarning, reductions
-from gmmkeops.reductions.keops import engine as _keops
+from gmmkeops.reductions.keops import loading as _keops
 
 DTYPES = [torch.float32, torch.float64]
 VALUE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -539,7 +539,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 def test_a_damaged_cache_heals_itself(tmp_path):
     code = """
 import torch, gmmkeops as gk
-from gmmkeops.reductions.keops import engine as _keops
+from gmmkeops.reductions.keops import loading as _keops
 a = torch.zeros(4, 1), torch.zeros(3), torch.zeros(3, 1), torch.ones(3, 1)
 print(float(gk.reductions.logsumexp(*a, backend="keops")[0]))
 print(_keops._state["lock"].parent)

@@ -5,8 +5,8 @@ r"""Reductions of the exponents over points or components: log-sum-exps, labels 
     e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
     \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
 
-There are two engines with equal results, ``dense`` and ``keops``; neither stores an N x K array. The gradients of
-:math:`\sum_n g_n \ell_n` follow from the moments of r:
+Two engines with the same interface (:mod:`gmmkeops.reductions.protocol`) give equal results, ``dense`` and ``keops``; neither
+stores an N x K array. The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
 
 .. math::
 
@@ -22,7 +22,7 @@ from gmmkeops.reductions.derivatives import recordable as recordable
 from gmmkeops.reductions.derivatives import recording as recording
 from gmmkeops.reductions.dispatch import ASSIGNMENTS
 from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, topk, total
-from gmmkeops.reductions.keops.engine import unavailable as keops_unavailable  # noqa: F401
+from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,14 +12,19 @@ from torch import Tensor
 
 from gmmkeops._checks import as_choice, as_fraction, as_integer
 from gmmkeops.data import as_points
-from gmmkeops.reductions.keops import engine as _keops
+from gmmkeops.reductions.dense import dense
+from gmmkeops.reductions.keops import keops
 from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.protocol import Engine, Request
 from gmmkeops.reductions.truncation.tree import Cloud
 from gmmkeops.reductions.truncation.truncation import Truncation
 
-__all__ = ["BACKENDS", "arrange", "engine", "may_arrange"]
+__all__ = ["BACKENDS", "ENGINES", "arrange", "engine", "engines", "may_arrange"]
 
-BACKENDS = ("auto", "keops", "dense")
+# Engines by name; the dense one computes what another one cannot.
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (keops, dense)}
+
+BACKENDS = ("auto", *ENGINES)
 
 # Largest dimension in which points are sorted into a kd-tree by coordinates; beyond it they are grouped by labels.
 _FEW = 4
@@ -27,6 +33,8 @@ _FEW = 4
 _EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 _warned: set[str] = set()
+
+_logger = logging.getLogger("gmmkeops")
 
 
 def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool = True) -> str:
@@ -52,22 +60,51 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
         >>> gk.reductions.engine(torch.zeros(5, 3))
         'dense'
     """
-    as_choice(backend, "backend", BACKENDS)
     if isinstance(problem, Exponents):
         problem, full = problem.x, problem.is_full
     if isinstance(problem, Tensor):
         problem, features = problem.device, problem.shape[1]
-    device: torch.device = problem
-    if backend == "dense" or (backend == "auto" and not (device.type == "cuda" and features <= (6 if full else 16))):
-        return "dense"
-    reason = _keops.unavailable(device)
-    if reason is None:
-        return "keops"
-    if reason not in _warned:
+    chosen = _chosen(backend, problem, features, full)
+    return chosen.name if _runs(chosen, problem, backend, stacklevel=3) else dense.name
+
+
+def engines(problem: Exponents, request: Request, backend: str) -> Iterator[Engine]:
+    """Iterate over the engines that compute a request: the one that is chosen, if it can, and the dense engine.
+
+    The second one is used if the first one fails with :class:`~gmmkeops.reductions.protocol.Broken`; its reason is then known,
+    and the user is warned.
+
+    Warns:
+        UserWarning: As for :func:`engine`.
+    """
+    device = problem.x.device
+    chosen = _chosen(backend, device, problem.shape[2], problem.is_full)
+    clause = chosen.unsupported(problem, request)
+    if clause is not None:
+        _logger.debug("%s; using the dense engine", clause)
+    elif _runs(chosen, device, backend):
+        yield chosen
+        _runs(chosen, device, backend)
+    yield dense
+
+
+def _chosen(backend: str, device: torch.device, features: int, full: bool) -> Engine:
+    """The engine of a name, or the fastest one on a device if the name is ``"auto"``."""
+    if as_choice(backend, "backend", ("auto", *ENGINES)) != "auto":
+        return ENGINES[backend]
+    return keops if device.type == "cuda" and features <= (6 if full else 16) else dense
+
+
+def _runs(engine: Engine, device: torch.device, backend: str, stacklevel: int = 4) -> bool:
+    """Whether an engine can run on a device; the user is warned once for each reason why it cannot."""
+    reason = engine.unavailable(device)
+    if reason is not None and reason not in _warned:
         _warned.add(reason)
-        wanted = "was asked for" if backend == "keops" else "is the faster engine here"
-        warnings.warn(f"KeOps {wanted} but {reason}; using the dense engine.", UserWarning, stacklevel=3)
-    return "dense"
+        wanted = "is the faster engine here" if backend == "auto" else "was asked for"
+        warnings.warn(
+            f"{engine.title} {wanted} but {reason}; using the dense engine.", UserWarning, stacklevel=stacklevel
+        )
+    return reason is None
 
 
 def arrange(

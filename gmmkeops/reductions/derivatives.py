@@ -40,7 +40,7 @@ def recordable(tensor: Tensor) -> Tensor:
 
 
 class Sweep(Protocol):
-    """Interface of an engine to the derivatives; an instance may cache results for its arguments."""
+    """The reductions that derivatives are computed from; an instance may cache results for its arguments."""
 
     def anew(self) -> Sweep:
         """Return an instance without cached results, for other arguments."""

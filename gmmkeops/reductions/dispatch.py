@@ -1,39 +1,37 @@
-"""Reductions by the engine that was chosen, and their gradients."""
+"""Requests of the public functions and of their derivatives, computed by the engine that is chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_tensor, concrete
 from gmmkeops.components import Moments
-from gmmkeops.reductions.choice import arrange, engine
-from gmmkeops.reductions.dense import engine as _dense
+from gmmkeops.reductions.choice import arrange, engines
+from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.derivatives import recordable
-from gmmkeops.reductions.keops import engine as _keops
 from gmmkeops.reductions.problem import Exponents, factor_tensor
+from gmmkeops.reductions.protocol import Broken, LogSumExp, PointGradient, Request, Result, Statistics, TopK
+from gmmkeops.reductions.truncation.passes import evaluate
 from gmmkeops.reductions.truncation.truncation import Truncation
 
-__all__ = ["ASSIGNMENTS"]
+__all__ = ["ASSIGNMENTS", "Dispatch", "as_arguments", "compute", "parameter_gradients", "setup", "statistics"]
 
 ASSIGNMENTS = ("soft", "hard", "stochastic")
-
-R = TypeVar("R")
 
 _Setup = tuple[Exponents, Truncation | None]
 
 
-def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None, best: int = 0) -> _Setup:
+def setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None, rank: int = 0) -> _Setup:
     """The exponents, with points in kd-tree order if they are sorted, and the truncation or None.
 
-    ``best`` is the rank of the exponent (1 for the largest) for which candidate lists must be complete; 0 for the log-sum-exp.
+    ``rank`` is that of the exponent for which candidate lists must be complete, 1 for the largest; 0 for the log-sum-exp.
     """
-    if not all(map(concrete, _arguments(x, offsets, means, factor))):
+    if not all(map(concrete, as_arguments(x, offsets, means, factor))):
         raise ValueError(
             "torch.func.vmap and torch.compile support log-densities and their sums only; compute labels, largest exponents, "
             "moments and reductions of arranged points outside of them, for all points at once."
@@ -49,49 +47,21 @@ def _setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None
     if blocks.minima is None:
         rows = blocks.sample()
         few = problem.rows(rows.reshape(-1))
-        best = min(best, problem.shape[1])
-        values = _dense.topk(few, best)[0][:, -1] if best else _dense.logsumexp(few)
-        blocks.suppose(values.view(rows.shape))
+        request: Request = TopK(min(rank, problem.shape[1])) if rank > 0 else LogSumExp()
+        values = evaluate(dense, few, request)[0].view(len(few.x), -1)[:, -1]
+        blocks.set_initial_bounds(values.view(rows.shape))
     return problem, blocks
 
 
-def _values(problem: Exponents, blocks: Truncation | None, backend: str) -> Tensor:
-    def keops() -> Tensor:
-        return _planned(_keops.accurate(problem), blocks)[0].to(problem.x.dtype)
-
-    return _run(problem, backend, lambda: _dense.logsumexp(problem, blocks), keops)
-
-
-def _run(problem: Exponents, backend: str, dense: Callable[[], R], keops: Callable[[], R]) -> R:
-    """Call the function of the engine chosen by :func:`engine`; if KeOps fails, call that of the dense engine."""
-    if engine(problem, backend) == "keops":
-        with suppress(_keops.Broken):
-            return keops()
-        # This call warns, since the reason is known now.
-        engine(problem, backend)
-    return dense()
+def compute(problem: Exponents, blocks: Truncation | None, request: Request, backend: str) -> Result:
+    """Compute a request by the engine that is chosen, or by the next one if it fails."""
+    for engine in engines(problem, request, backend):
+        with suppress(Broken):
+            return evaluate(engine, problem, request, blocks)
+    raise AssertionError("the dense engine computes every request")
 
 
-def _planned(problem: Exponents, blocks: Truncation | None) -> tuple[Tensor, Any, Tensor]:
-    """ℓ (N,) by KeOps, the schedules that were used or None, and the rows (n,) that were computed by the dense engine."""
-    values, plans = _keops.logsumexp(problem, blocks)
-    far = _keops.far(problem, values)
-    if len(far):
-        values[far] = _dense.logsumexp(problem.rows(far))
-    return values, plans, far
-
-
-def _largest(problem: Exponents, k: int, blocks: Truncation | None) -> tuple[Tensor, Tensor]:
-    """The k largest exponents (N, k) and their components (N, k), by KeOps."""
-    accurate = _keops.accurate(problem)
-    values, indices = _keops.topk(accurate, k, blocks)
-    far = _keops.far(accurate, values[:, 0])
-    if len(far):
-        values[far], indices[far] = _dense.topk(accurate.rows(far), k)
-    return values.to(problem.x.dtype), indices
-
-
-def _moments(
+def statistics(
     problem: Exponents,
     blocks: Truncation | None,
     weights: Tensor | None,
@@ -107,50 +77,18 @@ def _moments(
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.enter(x.new_ones(count, dtype=torch.float64))
 
-    def dense() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _dense.moments(problem, weights, assignment, seed, blocks)
-
-    def keops() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        accurate = _keops.accurate(problem)
-        values, plans, far = _planned(accurate, blocks)
-        g = torch.ones_like(values, dtype=torch.float64) if weights is None else weights
-        total = (values.double() * g).sum()
-        values[far] = _keops.NO_SHARE
-        S0, S1, S2 = _keops.moments(accurate, values, g, plans)
-        S2 = S2.sum(1) if accurate.U.shape[1:] == (1,) and x.shape[1] > 1 else S2
-        if len(far):
-            rest = _dense.moments(accurate.rows(far), g[far], "soft", 0)
-            S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
-        return S0, S1, S2, total
-
-    S0, S1, S2, total = _run(problem, backend if assignment == "soft" else "dense", dense, keops)
-    if problem.U.shape[1:] == (1,):
-        S2 = S2.reshape(-1)
+    S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed), backend)
     return Moments(S0, S1, S2, problem.means + problem.centre, total, mass)
 
 
-def _parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:
+def parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of Σ g ℓ in the offsets (K,), means (K, D) and U (K, ...), float64."""
     if U.ndim == 3:
         return sums.S0, (U @ (U.mT @ sums.S1[:, :, None]))[:, :, 0], -sums.S2 @ U
     return sums.S0, U**2 * sums.S1, -sums.S2.reshape(U.shape) * U
 
 
-def _point_gradient(problem: Exponents, blocks: Truncation | None, weights: Tensor, backend: str) -> Tensor:
-
-    def keops() -> Tensor:
-        accurate = _keops.accurate(problem)
-        values, plans, far = _planned(accurate, blocks)
-        values[far] = _keops.NO_SHARE
-        gradient = _keops.point_gradient(accurate, values, weights, plans)
-        if len(far):
-            gradient[far] = _dense.point_gradient(accurate.rows(far), weights[far])
-        return gradient.to(problem.x.dtype)
-
-    return _run(problem, backend, lambda: _dense.point_gradient(problem, weights, blocks), keops)
-
-
-def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def as_arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Points (sorted ones in kd-tree order), offsets, means and factors as tensors."""
     points = x.cloud.points if isinstance(x, Truncation) else as_tensor(x, name="x")
     named = {"offsets": offsets, "means": means, "factor": factor_tensor(factor)}
@@ -160,8 +98,8 @@ def _arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, T
 
 
 @dataclass
-class _Sweep:
-    """Engine of one call, with the interface that :mod:`gmmkeops.reductions.derivatives` needs.
+class Dispatch:
+    """The requests of one call, with the interface that :mod:`gmmkeops.reductions.derivatives` needs.
 
     Args:
         blocks: The sorted points that the user passed, or None.
@@ -174,7 +112,7 @@ class _Sweep:
     truncate: float | None
     setup: _Setup | None = None
 
-    def anew(self) -> _Sweep:
+    def anew(self) -> Dispatch:
         return replace(self, setup=None)
 
     def unordered(self, x: Tensor) -> Tensor:
@@ -183,12 +121,12 @@ class _Sweep:
     def _problem(self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> _Setup:
         if self.setup is None:
             points = x if self.blocks is None else self.blocks
-            self.setup = _setup(points, offsets, means, U, self.truncate)
+            self.setup = setup(points, offsets, means, U, self.truncate)
         return self.setup
 
     def values(self, *arguments: Tensor) -> Tensor:
         problem, blocks = self._problem(*arguments)
-        values = _values(problem, blocks, self.backend)
+        (values,) = compute(problem, blocks, LogSumExp(), self.backend)
         return values if blocks is None else blocks.cloud.leave(values)
 
     def total(
@@ -196,16 +134,16 @@ class _Sweep:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         problem, blocks = self._problem(x, offsets, means, U)
         weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
-        sums = _moments(problem, blocks, weights, self.backend)
-        return sums.total.clone(), _parameter_gradients(problem.U, sums)
+        sums = statistics(problem, blocks, weights, self.backend)
+        return sums.total.clone(), parameter_gradients(problem.U, sums)
 
     def parameter_gradients(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem, blocks = self._problem(*arguments)
         g = g if blocks is None else blocks.cloud.enter(g)
-        return _parameter_gradients(problem.U, _moments(problem, blocks, g, self.backend))
+        return parameter_gradients(problem.U, statistics(problem, blocks, g, self.backend))
 
     def point_gradient(self, g: Tensor, *arguments: Tensor) -> Tensor:
         problem, blocks = self._problem(*arguments)
         g = g if blocks is None else blocks.cloud.enter(g)
-        gradient = _point_gradient(problem, blocks, g, self.backend)
+        (gradient,) = compute(problem, blocks, PointGradient(g), self.backend)
         return gradient if blocks is None else blocks.cloud.leave(gradient)

@@ -1,21 +1,4 @@
-r"""Reductions of the exponents over points or components: log-sum-exps, labels and moments.
-
-.. math::
-
-    e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
-    \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
-
-There are two engines with equal results, ``dense`` and ``keops``; neither stores an N x K array. The gradients of
-:math:`\sum_n g_n \ell_n` follow from the moments of r:
-
-.. math::
-
-    \partial_{c_k} = S^0_k, \qquad \partial_{\mu_k} = U_k U_k^\top S^1_k, \qquad \partial_{U_k} = -S^2_k U_k, \qquad
-    \partial_{x_n} = -\sum_k r_{nk}\, U_k U_k^\top (x_n - \mu_k)
-
-so that one pass over the data gives the gradients of all parameters and the sufficient statistics of EM. Second derivatives are
-recomputed in chunks.
-"""
+"""The public functions: arguments are checked, requests are computed, and results return to the order of the points."""
 
 from __future__ import annotations
 
@@ -29,19 +12,18 @@ from gmmkeops._checks import as_choice, as_integer, as_tensor
 from gmmkeops.components import Factor, Moments
 from gmmkeops.data import as_weights
 from gmmkeops.reductions import plain as _plain
-from gmmkeops.reductions.dense import engine as _dense
 from gmmkeops.reductions.derivatives import Attached, LogSumExp, Total
 from gmmkeops.reductions.dispatch import (
     ASSIGNMENTS,
-    _arguments,
-    _largest,
-    _moments,
-    _parameter_gradients,
-    _run,
-    _setup,
-    _Sweep,
+    Dispatch,
+    as_arguments,
+    compute,
+    parameter_gradients,
+    setup,
+    statistics,
 )
 from gmmkeops.reductions.problem import factor_tensor
+from gmmkeops.reductions.protocol import Argmax, Statistics, TopK
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = ["argmax", "attached", "logsumexp", "moments", "topk", "total"]
@@ -73,10 +55,10 @@ def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Ten
     U = as_tensor(factor_tensor(factor), name="factor")
     offsets, means = as_tensor(offsets, name="offsets"), as_tensor(means, name="means")
     wide = U.detach().double().expand(len(means), *U.shape[1:])
-    return Attached.apply(sums.total, *_parameter_gradients(wide, sums), offsets, means, U)
+    return Attached.apply(sums.total, *parameter_gradients(wide, sums), offsets, means, U)
 
 
-def _compiled(sweep: _Sweep, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
+def _compiled(sweep: Dispatch, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
     """ℓ (N,) in plain torch operations, for torch's compilers, which plan the memory of the N x K array themselves."""
     wide = torch.promote_types(x.dtype, means.dtype)
     points = sweep.unordered(x)
@@ -124,8 +106,8 @@ def logsumexp(
         >>> gk.reductions.logsumexp(x, torch.zeros(2), torch.zeros(2, 2), torch.ones(1, 2)).exp()
         tensor([2.])
     """
-    arguments = _arguments(x, offsets, means, factor)
-    sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
+    arguments = as_arguments(x, offsets, means, factor)
+    sweep = Dispatch(x if isinstance(x, Truncation) else None, backend, truncate)
     if torch.compiler.is_compiling():
         return _compiled(sweep, *arguments)
     return LogSumExp.apply(*arguments, sweep)
@@ -162,8 +144,8 @@ def total(
         >>> means.grad
         tensor([[5., 5.]])
     """
-    arguments = _arguments(x, offsets, means, factor)
-    sweep = _Sweep(x if isinstance(x, Truncation) else None, backend, truncate)
+    arguments = as_arguments(x, offsets, means, factor)
+    sweep = Dispatch(x if isinstance(x, Truncation) else None, backend, truncate)
     g = _weights(weights, arguments[0] if sweep.blocks is None else sweep.blocks)
     if torch.compiler.is_compiling():
         values = _compiled(sweep, *arguments).double()
@@ -202,12 +184,8 @@ def argmax(
         >>> gk.reductions.argmax(torch.tensor([[0.1], [0.8]]), torch.zeros(2), torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
         tensor([0, 1])
     """
-    problem, blocks = _setup(x, offsets, means, factor, truncate, best=1)
-
-    def keops() -> Tensor:
-        return _largest(problem, 1, blocks)[1][:, 0]
-
-    labels = _run(problem, backend, lambda: _dense.argmax(problem, blocks), keops)
+    problem, blocks = setup(x, offsets, means, factor, truncate, Argmax().rank)
+    (labels,) = compute(problem, blocks, Argmax(), backend)
     return labels if blocks is None else blocks.cloud.leave(labels)
 
 
@@ -242,10 +220,10 @@ def topk(
         (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
     k = as_integer(k, "k", 1)
-    problem, blocks = _setup(x, offsets, means, factor, truncate, best=k)
+    problem, blocks = setup(x, offsets, means, factor, truncate, k)
     as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
-    found = _run(problem, backend, lambda: _dense.topk(problem, k, blocks), lambda: _largest(problem, k, blocks))
-    return found if blocks is None else (blocks.cloud.leave(found[0]), blocks.cloud.leave(found[1]))
+    values, components = compute(problem, blocks, TopK(k), backend)
+    return (values, components) if blocks is None else (blocks.cloud.leave(values), blocks.cloud.leave(components))
 
 
 def moments(
@@ -287,10 +265,10 @@ def moments(
     """
     as_choice(assignment, "assignment", ASSIGNMENTS)
     seed = as_integer(seed, "seed")
-    problem, blocks = _setup(x, offsets, means, factor, truncate, best=1 if assignment == "hard" else 0)
+    problem, blocks = setup(x, offsets, means, factor, truncate, Statistics(assignment=assignment).rank)
     g = _weights(weights, problem.x if blocks is None else blocks)
     g = g if g is None or blocks is None else blocks.cloud.enter(g)
-    sums = _moments(problem, blocks, g, backend, assignment, seed)
+    sums = statistics(problem, blocks, g, backend, assignment, seed)
     # In one dimension tensors of families have equal shapes; the S2 of a factor has that of its family.
     shape = factor.spread_shape(factor.features) if isinstance(factor, Factor) else sums.S2.shape[1:]
     return replace(sums, S2=sums.S2.reshape(len(sums.S0), *shape))

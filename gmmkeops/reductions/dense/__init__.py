@@ -1,1 +1,7 @@
-"""The dense engine: tiles of points and components that fit into cache, in torch operations."""
+"""The dense engine: reductions over cache-sized tiles by torch operations, on any device."""
+
+from gmmkeops.reductions.dense.engine import Dense
+
+__all__ = ["dense"]
+
+dense = Dense()

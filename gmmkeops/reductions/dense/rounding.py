@@ -21,20 +21,30 @@ from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["Sizes", "linear_limit", "quadratic_limit"]
+__all__ = ["Sizes", "size_limits"]
 
 # Factor of the error bounds above, because sums have many terms, each of which is rounded.
 _TERMS = 4.0
 
+# Largest error of an exponent e by an expansion about the common center, as a fraction of max(1, |e|), for each dtype of the
+# points.
+_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-8}
 
-def linear_limit(tolerance: float, dtype: torch.dtype) -> float:
+
+def _linear_limit(tolerance: float, dtype: torch.dtype) -> float:
     """Largest size for which expanded residuals change an exponent e by less than ``tolerance`` times max(1, |e|)."""
     return tolerance / (_TERMS * 0.5 * torch.finfo(dtype).eps)
 
 
-def quadratic_limit(tolerance: float, dtype: torch.dtype) -> float:
+def _quadratic_limit(tolerance: float, dtype: torch.dtype) -> float:
     """Largest size for which an expanded square changes an exponent by less than ``tolerance``, nats."""
     return math.sqrt(tolerance / (_TERMS * 0.25 * torch.finfo(dtype).eps))
+
+
+def size_limits(dtype: torch.dtype) -> tuple[float, float]:
+    """Largest sizes of components for which moments, and exponents, of points may be expanded about the common center."""
+    square = _quadratic_limit(_TOLERANCE[dtype], torch.float64)
+    return square, square if dtype == torch.float32 else _linear_limit(_TOLERANCE[dtype], torch.float64)
 
 
 class Sizes:

@@ -11,8 +11,8 @@ float32 points themselves. For float64 points it would not be, and the exponents
 :math:`U_k^\top x - U_k^\top \mu_k` instead. If a tile has so few components that their matrices are smaller than the features,
 both products are computed without :math:`x x^\top`. The only operation between the two products is a softmax.
 
-All of these are expansions about a common center. If a bound (:mod:`._rounding`) does not show that this is accurate enough for a
-component over the points of the tile, its exponents and moments are computed from the residuals :math:`x - \mu_k` instead.
+All of these are expansions about a common center. If a bound (:mod:`.rounding`) does not show that this is accurate enough for a
+component in the tile, its exponents and moments are computed from the residuals :math:`x - \mu_k` instead.
 """
 
 from __future__ import annotations
@@ -26,32 +26,17 @@ from torch import Tensor
 
 from gmmkeops.data import running_sum
 from gmmkeops.reductions.dense.products import product
-from gmmkeops.reductions.dense.rounding import Sizes, linear_limit, quadratic_limit
+from gmmkeops.reductions.dense.rounding import Sizes, size_limits
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["Tile", "least_limit"]
+__all__ = ["Tile"]
 
 # Smallest ratio of dimensions to components of a tile for which whitened residuals cost less than the features (measured in 10 to
 # 64 dimensions).
 _FEW = 6
 
-# Largest error of an exponent e by an expansion about the common center, as a fraction of max(1, |e|), for each dtype of the
-# points.
-_TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-8}
-
 # Largest number of entries of an array of residuals about the components' own means.
 _ROOM, _ROOM_CUDA = 1 << 18, 1 << 24
-
-
-def _limits(dtype: torch.dtype) -> tuple[float, float]:
-    """Largest sizes of components for which moments, and exponents, may be expanded about the common center."""
-    square = quadratic_limit(_TOLERANCE[dtype], torch.float64)
-    return square, square if dtype == torch.float32 else linear_limit(_TOLERANCE[dtype], torch.float64)
-
-
-def least_limit(problem: Exponents, most: float | None) -> float:
-    """Largest size of components for which no residuals are needed; ``most`` as for :class:`Tile`."""
-    return min(_limits(problem.x.dtype)) if most is None else most
 
 
 class Tile:
@@ -106,7 +91,7 @@ class Tile:
         # Positions in the tile of the components whose exponents, and whose moments, are computed from residuals.
         self.apart: Tensor | None = None
         self.apart_moments: Tensor | None = None
-        self.moments_limit, self.limit = _limits(x.dtype)
+        self.moments_limit, self.limit = size_limits(x.dtype)
         if self.quadratic:
             self.natural = self._natural().to(**wide)
         else:

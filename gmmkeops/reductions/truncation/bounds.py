@@ -25,7 +25,7 @@ from gmmkeops.reductions.cores import on_cores
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.tree import Boxes, Cloud
 
-__all__ = ["Bounds", "Drift", "Plan", "lists"]
+__all__ = ["Bounds", "ParameterChange", "Schedule", "candidate_lists"]
 
 # Pairs of leaf and component that are processed at a time, so that they stay in cache; a GPU needs long kernels.
 _PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
@@ -40,28 +40,31 @@ _ROUNDING = 1e-13
 _LOWEST, _FAINT = -1e308, 1e-250
 
 # Mean parameter change, in standard deviations, up to which lists that allow for it are not much longer.
-_GENTLE = 0.5
+_SMALL = 0.5
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Schedule of a pass: row ranges, candidate lists of components, and bounds on the pruned density.
+class Schedule:
+    """Row ranges, their candidate lists of components, and bounds on the pruned mass.
 
     Args:
         boxes: Indices of the kd-tree leaves that have lists (T,).
         index: Components of all lists, concatenated.
         pointer: First entry of each list in ``index``, and the end of the last one (T + 1,).
-        dropped: log Σ exp u of the components that each list omits (T,), nats.
+        pruned: Bound log Σ exp u on the mass of the components that each list omits (T,), nats.
         spans: First and last-plus-one row of each row range (S, 2).
         owner: Index of the list of each row range (S,).
+        floor: Smallest minimum over each row range (S,) for which its list is long enough, nats; -inf for lists of all
+            components. None for a schedule that is not evaluated as it is.
     """
 
     boxes: Tensor
     index: Tensor
     pointer: Tensor
-    dropped: Tensor
+    pruned: Tensor
     spans: Tensor
     owner: Tensor
+    floor: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -84,19 +87,25 @@ class Plan:
     def minima(self, values: Tensor) -> Tensor:
         """Minimum over each row range (S,) of values on :attr:`rows`, float64."""
         sizes = self.spans.diff(dim=1)[:, 0]
-        stretch = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        place = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
         least = torch.full((len(sizes),), math.inf, dtype=torch.float64, device=values.device)
-        return least.scatter_reduce(0, stretch, values.double(), "amin")
+        return least.scatter_reduce(0, place, values.double(), "amin")
 
-    def only(self, stretches: Tensor) -> Plan:
-        """The schedule of some row ranges (a mask), with their lists."""
+    def good(self, minima: Tensor) -> Tensor:
+        """Mask (S,) of the row ranges whose list was long enough, given their minima (S,); False where a minimum is NaN."""
+        assert self.floor is not None, "a truncation sets the floors of the schedules that it returns"
+        return (minima >= self.floor) | (self.floor == -math.inf)
+
+    def only(self, chosen: Tensor) -> Schedule:
+        """The schedule of some row ranges (a boolean mask), with their lists."""
         lengths = self.pointer.diff()
         kept = torch.zeros_like(self.boxes, dtype=torch.bool)
-        kept[self.owner[stretches]] = True
+        kept[self.owner[chosen]] = True
         pointer = torch.cat([lengths.new_zeros(1), lengths[kept].cumsum(0)])
-        owner = (kept.cumsum(0) - 1)[self.owner[stretches]]
+        owner = (kept.cumsum(0) - 1)[self.owner[chosen]]
         index = self.index[kept.repeat_interleave(lengths)]
-        return Plan(self.boxes[kept], index, pointer, self.dropped[kept], self.spans[stretches], owner)
+        floor = None if self.floor is None else self.floor[chosen]
+        return Schedule(self.boxes[kept], index, pointer, self.pruned[kept], self.spans[chosen], owner, floor)
 
     def ranges(self) -> tuple[Tensor, ...]:
         """The ranges argument of KeOps on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
@@ -107,7 +116,7 @@ class Plan:
         slices = torch.arange(1, len(points) + 1, device=points.device)
         return points, slices, lists[self.owner], lists, slices, points
 
-    def split(self, most: int) -> Plan:
+    def split(self, most: int) -> Schedule:
         """The schedule with long row ranges split, so that none has more than about ``most`` pairs."""
         first, last = self.spans.T
         rows = (most // self.lengths.clamp(min=1)).clamp(min=32)
@@ -118,11 +127,12 @@ class Plan:
         number = torch.arange(len(owner), device=owner.device) - (parts.cumsum(0) - parts).repeat_interleave(parts)
         start = first.repeat_interleave(parts) + number * rows.repeat_interleave(parts)
         stop = torch.minimum(start + rows.repeat_interleave(parts), last.repeat_interleave(parts))
-        return replace(self, spans=torch.stack([start, stop], 1), owner=owner)
+        floor = None if self.floor is None else self.floor.repeat_interleave(parts)
+        return replace(self, spans=torch.stack([start, stop], 1), owner=owner, floor=floor)
 
 
 @dataclass(frozen=True)
-class Drift:
+class ParameterChange:
     r"""Bounds on the change of each component's parameters.
 
     .. math:: \lVert U'^\top (x - \mu') \rVert \ge (1 - \text{stretch}) \lVert U^\top (x - \mu) \rVert - \text{shift},
@@ -137,7 +147,7 @@ class Drift:
     rise: Tensor
 
     @classmethod
-    def between(cls, old: Exponents, new: Exponents) -> Drift:
+    def between(cls, old: Exponents, new: Exponents) -> ParameterChange:
         """The change from one set of K components to another; infinite if their numbers differ."""
         if old.U.shape != new.U.shape:
             infinite = torch.full_like(new.offsets, math.inf)
@@ -155,23 +165,25 @@ class Drift:
         stretch = change.flatten(1).norm(dim=1) if new.is_full else change.abs().amax(1)
         return cls(stretch, shift + hidden, (new.offsets - old.offsets).clamp(min=0))
 
-    def __mul__(self, factor: float) -> Drift:
-        return Drift(*((part + part.mean()) * factor + 1e-6 for part in (self.stretch, self.shift, self.rise)))
+    def __mul__(self, factor: float) -> ParameterChange:
+        return ParameterChange(
+            *((part + part.mean()) * factor + 1e-6 for part in (self.stretch, self.shift, self.rise))
+        )
 
-    def within(self, margin: Drift) -> bool:
+    def within(self, margin: ParameterChange) -> bool:
         """Whether no component has changed by more than allowed, with a margin for rounding errors of ill-conditioned ones."""
         pairs = zip((self.stretch, self.shift, self.rise), (margin.stretch, margin.shift, margin.rise), strict=True)
         return len(self.rise) == len(margin.rise) and all(bool((1.001 * a <= b).all()) for a, b in pairs)
 
     @property
-    def gentle(self) -> bool:
+    def is_small(self) -> bool:
         """Whether the changes are small on average, so that lists that allow for them are not much longer."""
-        return float((self.shift + 5 * self.stretch).mean()) < _GENTLE
+        return float((self.shift + 5 * self.stretch).mean()) < _SMALL
 
 
-def lists(
-    cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False, margin: Drift | None = None
-) -> Plan:
+def candidate_lists(
+    cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False, margin: ParameterChange | None = None
+) -> Schedule:
     """Compute candidate lists of the kd-tree leaves, such that the pruned density stays below a limit.
 
     Args:
@@ -191,23 +203,23 @@ def lists(
         lists = _refine(lists, boxes, count // above, bounds, least, last=count == cloud.boxes, single=single)
         above = count
     owner = torch.arange(len(lists.boxes), device=limit.device)
-    return Plan(lists.boxes, lists.index, lists.pointer, lists.dropped, cloud.spans(lists.boxes), owner)
+    return Schedule(lists.boxes, lists.index, lists.pointer, lists.pruned, cloud.spans(lists.boxes), owner)
 
 
 @dataclass(frozen=True)
 class _Level:
-    """Candidate lists of some nodes of a level of the tree, as in :class:`Plan`."""
+    """Candidate lists of some nodes of a level of the tree, as in :class:`Schedule`."""
 
     boxes: Tensor
     index: Tensor
     pointer: Tensor
-    dropped: Tensor
+    pruned: Tensor
 
 
 class Bounds:
     """Upper bounds u of exponents over nodes of the kd-tree."""
 
-    def __init__(self, problem: Exponents, margin: Drift | None) -> None:
+    def __init__(self, problem: Exponents, margin: ParameterChange | None) -> None:
         self.margin = margin
         self.means, self.centre = problem.means, problem.centre
         # Margin for rounding errors in differences of large numbers.
@@ -271,55 +283,55 @@ def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool)
         keep, left = torch.where(better[..., None], fewer, keep), torch.where(better, more, left)
     everything = limit == -math.inf
     keep |= everything[..., None]
-    dropped = torch.where(everything, before, left.log() + finite)
+    pruned = torch.where(everything, before, left.log() + finite)
     # If exponentials of pruned components underflow, their sum is computed by a log-sum-exp.
     faint = (left < _FAINT) & (limit.abs() < math.inf)
     if bool(faint.any()):
         others = u[faint].masked_fill(keep[faint], -math.inf)
-        dropped[faint] = torch.logaddexp(others.logsumexp(-1), before[faint])
-    return keep, dropped
+        pruned[faint] = torch.logaddexp(others.logsumexp(-1), before[faint])
+    return keep, pruned
 
 
 def _refine(
-    plan: _Level, boxes: Boxes, children: int, bounds: Bounds, limit: Tensor, *, last: bool, single: bool
+    parents: _Level, boxes: Boxes, children: int, bounds: Bounds, limit: Tensor, *, last: bool, single: bool
 ) -> _Level:
     """Compute the lists of child nodes from those of their parents, for children whose ``limit`` is not +inf.
 
     ``limit`` bounds log Σ exp u of the pruned components, or each u if ``single``. The last level prunes as much as it allows;
     the levels above prune only components that are far below it.
     """
-    lengths = plan.pointer.diff()
+    lengths = parents.pointer.diff()
     K = len(bounds.offsets)
     # Chunks of parents, of about equal work.
     work = (lengths * children).cumsum(0)
     chunks = max(1, min(len(lengths), -(-int(work[-1]) // (_PAIRS_CUDA if limit.is_cuda else _PAIRS))))
     cuts = torch.searchsorted(work, torch.arange(1, chunks, device=work.device) * (work[-1] / chunks)).unique()
-    parents = [part for part in torch.arange(len(lengths), device=work.device).tensor_split(cuts.cpu()) if len(part)]
+    parts = [part for part in torch.arange(len(lengths), device=work.device).tensor_split(cuts.cpu()) if len(part)]
 
     def chunk(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        which = plan.boxes[rows][:, None] * children + torch.arange(children, device=rows.device)
+        which = parents.boxes[rows][:, None] * children + torch.arange(children, device=rows.device)
         longest = int(lengths[rows].max())
         place = torch.arange(longest, device=rows.device)
-        index = plan.index[(plan.pointer[rows][:, None] + place).clamp(max=len(plan.index) - 1)]
+        index = parents.index[(parents.pointer[rows][:, None] + place).clamp(max=len(parents.index) - 1)]
         u = bounds.of(boxes, which, index)
         filled = (place < lengths[rows][:, None])[:, None]
         u.masked_fill_(~filled, -math.inf)
         most = limit[which]
-        before = plan.dropped[rows][:, None].expand(which.shape)
+        before = parents.pruned[rows][:, None].expand(which.shape)
         if single:
             keep = u >= most[..., None]
             keep |= u >= u.amax(-1, keepdim=True)
-            dropped = torch.maximum(u.masked_fill(keep, -math.inf).amax(-1), before)
+            pruned = torch.maximum(u.masked_fill(keep, -math.inf).amax(-1), before)
         else:
-            keep, dropped = _drop(u, most, before, math.log(K) + 3.0, spend=last)
+            keep, pruned = _drop(u, most, before, math.log(K) + 3.0, spend=last)
         wanted = most < math.inf
         keep &= filled & wanted[..., None]
         index = index[:, None].expand_as(u)
-        return which[wanted], index[keep], keep.sum(-1)[wanted], dropped[wanted]
+        return which[wanted], index[keep], keep.sum(-1)[wanted], pruned[wanted]
 
-    workers = 1 if limit.is_cuda else max(1, min(torch.get_num_threads(), len(parents)))
-    share = -(-len(parents) // workers)
-    found = on_cores(lambda w: [chunk(rows) for rows in parents[w * share : (w + 1) * share]], workers, limit.device)
-    which, index, counts, dropped = (torch.cat(parts) for parts in zip(*chain.from_iterable(found), strict=True))
+    workers = 1 if limit.is_cuda else max(1, min(torch.get_num_threads(), len(parts)))
+    share = -(-len(parts) // workers)
+    found = on_cores(lambda w: [chunk(rows) for rows in parts[w * share : (w + 1) * share]], workers, limit.device)
+    which, index, counts, pruned = (torch.cat(columns) for columns in zip(*chain.from_iterable(found), strict=True))
     pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return _Level(which, index, pointer, dropped)
+    return _Level(which, index, pointer, pruned)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.truncation.bounds import Drift, Plan, lists
+from gmmkeops.reductions.truncation.bounds import ParameterChange, Schedule, candidate_lists
 from gmmkeops.reductions.truncation.tree import Cloud
 
 __all__ = ["Truncation"]
@@ -68,7 +68,7 @@ class Truncation:
     certificate: float = 0.0
     share: float = 1.0
     _last: Exponents | None = field(default=None, repr=False)
-    _kept: tuple[Plan, Exponents, Drift, bool] | None = field(default=None, repr=False)
+    _kept: tuple[Schedule, Exponents, ParameterChange, bool] | None = field(default=None, repr=False)
     _repeated: bool = field(default=False, repr=False)
 
     def __len__(self) -> int:
@@ -79,13 +79,13 @@ class Truncation:
         first, sizes = self.cloud.starts[:-1, None], self.cloud.starts.diff()[:, None]
         return first + torch.arange(_GUESSES, device=sizes.device) * sizes // _GUESSES
 
-    def suppose(self, values: Tensor) -> None:
-        """Set the first estimate of the minima from ℓ of the sample (B, n)."""
+    def set_initial_bounds(self, values: Tensor) -> None:
+        """Set the first estimate of the minima, given the log-sum-exps or exponents of the sample (B, n)."""
         low, high = values.double().aminmax(dim=1)
         guess = low - _MARGIN * (high - low)
         self.minima = torch.where(guess.isnan(), -math.inf, guess)
 
-    def begin(self, problem: Exponents, single: bool = False) -> Plan | None:
+    def begin(self, problem: Exponents, single: bool = False) -> Schedule | None:
         """Return the schedule of a pass, or None if candidate lists would be too long to save time.
 
         Args:
@@ -94,38 +94,38 @@ class Truncation:
                 larger than the computed ones, so that the results are exact.
         """
         self._repeated = False
-        plan = self._reused(problem, single)
-        if plan is None:
-            margin = None if self._last is None else Drift.between(self._last, problem) * _AHEAD
-            if margin is not None and not margin.gentle:
+        schedule = self._reused(problem, single)
+        if schedule is None:
+            margin = None if self._last is None else ParameterChange.between(self._last, problem) * _AHEAD
+            if margin is not None and not margin.is_small:
                 margin = None
             limit = self._limit(problem, self._guess(), single) - (0 if single else _GIVE)
-            plan = lists(self.cloud, problem, limit, single=single, margin=margin)
-            self._kept = None if margin is None else (plan, problem, margin, single)
+            schedule = candidate_lists(self.cloud, problem, limit, single=single, margin=margin)
+            self._kept = None if margin is None else (schedule, problem, margin, single)
         self._last = problem
-        self.certificate, self.share = 0.0, self._share(problem, plan)
+        self.certificate, self.share = 0.0, self._share(problem, schedule)
         if self.share > _PAYS:
             self.share = 1.0
             return None
-        return plan
+        return self._floored(problem, schedule, single)
 
-    def _reused(self, problem: Exponents, single: bool) -> Plan | None:
+    def _reused(self, problem: Exponents, single: bool) -> Schedule | None:
         """The last schedule, if no parameter has changed by more than it allows for; otherwise None."""
         if self._kept is None:
             return None
-        plan, reference, margin, kind = self._kept
-        return plan if kind == single and Drift.between(reference, problem).within(margin) else None
+        schedule, reference, margin, kind = self._kept
+        return schedule if kind == single and ParameterChange.between(reference, problem).within(margin) else None
 
-    def again(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Plan | None:
+    def again(self, problem: Exponents, schedule: Schedule, minima: Tensor, single: bool = False) -> Schedule | None:
         """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None."""
-        failed = ~self.good(problem, plan, minima, single)
+        failed = ~schedule.good(minima)
         low = self._lower(problem, minima)
         if not single and not bool(failed.all()):
-            dropped = plan.dropped[plan.owner][~failed]
+            pruned = schedule.pruned[schedule.owner][~failed]
             # A floor that is met keeps this below ε / (1 - ε), but for the rounding of the difference itself.
-            lost = torch.where(dropped > -math.inf, dropped - low[~failed], -math.inf).clamp(max=self._allowed(single))
+            lost = torch.where(pruned > -math.inf, pruned - low[~failed], -math.inf).clamp(max=self._allowed(single))
             self.certificate = max(self.certificate, float(lost.max().exp().log1p()))
-        boxes = plan.boxes[plan.owner]
+        boxes = schedule.boxes[schedule.owner]
         untouched = torch.full_like(self._guess(), math.inf)
         new = untouched.scatter_reduce(0, boxes, low, "amin")
         self.minima = torch.where(new < math.inf, new, self._guess())
@@ -140,23 +140,18 @@ class Truncation:
         if self._repeated:
             limit = torch.where(guess < math.inf, -math.inf, guess)
         self._repeated = True
-        rest = lists(self.cloud, problem, limit, single=single)
-        rest = replace(rest, spans=plan.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
+        rest = candidate_lists(self.cloud, problem, limit, single=single)
+        rest = replace(rest, spans=schedule.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
         self.share += self._share(problem, rest)
-        return rest
+        return self._floored(problem, rest, single)
 
-    def good(self, problem: Exponents, plan: Plan, minima: Tensor, single: bool = False) -> Tensor:
-        """Mask (S,) of row ranges whose candidate list was long enough; False where values overflowed to NaN."""
-        floor = self.floor(problem, plan, single)
-        return (minima >= floor) | (floor == -math.inf)
-
-    def floor(self, problem: Exponents, plan: Plan, single: bool = False) -> Tensor:
-        """Smallest minimum for which the list of each row range (S,) is long enough, nats; -inf for lists of all components."""
-        dropped = plan.dropped[plan.owner]
-        least = dropped - self._allowed(single)
+    def _floored(self, problem: Exponents, schedule: Schedule, single: bool) -> Schedule:
+        """The schedule with the smallest minima for which its lists are long enough."""
+        pruned = schedule.pruned[schedule.owner]
+        least = pruned - self._allowed(single)
         # Twice the rounding bound of ``_lower``, since that is relative to the value.
         least = least + 2 * _rounding(problem) * least.abs().clamp(min=1.0)
-        return torch.where(dropped > -math.inf, least, -math.inf)
+        return replace(schedule, floor=torch.where(pruned > -math.inf, least, -math.inf))
 
     def _lower(self, problem: Exponents, minima: Tensor) -> Tensor:
         """Lower bounds of the minima that allow for rounding; -inf for those beyond the range of the engines."""
@@ -173,8 +168,8 @@ class Truncation:
         last = None if self._last is None else _parameters(self._last)
         kept = None
         if self._kept is not None:
-            plan, reference, margin, single = self._kept
-            parts = [plan.boxes, plan.index, plan.pointer, plan.dropped, plan.spans, plan.owner]
+            schedule, reference, margin, single = self._kept
+            parts = [schedule.boxes, schedule.index, schedule.pointer, schedule.pruned, schedule.spans, schedule.owner]
             kept = (parts, _parameters(reference), [margin.stretch, margin.shift, margin.rise], single)
         return {
             "minima": self.minima,
@@ -192,11 +187,11 @@ class Truncation:
         self._kept = None
         if memory["lists"] is not None:
             parts, reference, margin, single = memory["lists"]
-            self._kept = Plan(*parts), Exponents(points, *reference), Drift(*margin), single
+            self._kept = Schedule(*parts), Exponents(points, *reference), ParameterChange(*margin), single
 
     def _guess(self) -> Tensor:
         if self.minima is None:
-            raise RuntimeError("a truncated sweep has no first guess; call suppose before begin.")
+            raise RuntimeError("a truncated sweep has no first guess; call set_initial_bounds before begin.")
         return self.minima
 
     def _log_epsilon(self, single: bool) -> float:
@@ -206,8 +201,8 @@ class Truncation:
         """Largest log-ratio of the pruned to the kept density, nats."""
         return 0.0 if single else math.log(self.epsilon) - math.log1p(-self.epsilon)
 
-    def _share(self, problem: Exponents, plan: Plan) -> float:
-        return plan.pairs / (len(self.cloud.points) * problem.shape[1])
+    def _share(self, problem: Exponents, schedule: Schedule) -> float:
+        return schedule.pairs / (len(self.cloud.points) * problem.shape[1])
 
 
 def _parameters(problem: Exponents) -> list[Tensor]:

@@ -1,0 +1,291 @@
+"""The contract of the engines: every request against a float64 oracle, by all engines and by one that is written here."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import ENGINES, FAMILIES, Case, make_case
+
+from gmmkeops import reductions
+from gmmkeops.reductions import choice
+from gmmkeops.reductions.protocol import Argmax, Broken, LogSumExp, PointGradient, Statistics, TopK
+
+# A new engine is tested by one more line.
+ALL = [*ENGINES, pytest.param(("toy", "cpu"), id="toy-cpu")]
+DTYPES = [torch.float32, torch.float64]
+CLOSE = {torch.float32: 2e-5, torch.float64: 1e-9}
+EPSILON = 1e-10
+
+
+class Toy:
+    """An engine that stores N x K arrays of float64."""
+
+    name, title = "toy", "The toy engine"
+
+    def unavailable(self, device):
+        return None
+
+    def unsupported(self, problem, request):
+        stochastic = isinstance(request, Statistics) and request.assignment == "stochastic"
+        return "the toy engine draws no labels" if stochastic else None
+
+    def begin(self, problem, request):
+        return ToyEvaluation(problem, request)
+
+
+class ToyEvaluation:
+    def __init__(self, problem, request):
+        self.problem, self.request = problem, request
+        self.U = problem.U if problem.is_full else torch.diag_embed(problem.U.expand_as(problem.means))
+        self.z = (problem.x.double() - problem.centre)[:, None] - problem.means
+        self.all = problem.offsets - 0.5 * torch.einsum("kde,nkd->nke", self.U, self.z).square().sum(-1)
+        self.e = torch.full_like(self.all, -math.inf)
+
+    def add(self, schedule):
+        if schedule is None:
+            self.e = self.all
+            return None
+        for (start, stop), owner in zip(schedule.spans.tolist(), schedule.owner.tolist(), strict=True):
+            listed = schedule.index[schedule.pointer[owner] : schedule.pointer[owner + 1]]
+            self.e[start:stop, listed] = self.all[start:stop, listed]
+        k = self.request.rank
+        values = self.e.topk(k).values[:, -1] if k else self.e.logsumexp(1)
+        return schedule, schedule.minima(values[schedule.rows])
+
+    def result(self):
+        e, z, dtype = self.e, self.z, self.problem.x.dtype
+        values = e.logsumexp(1)
+        r = (e - values[:, None]).exp()
+        match self.request:
+            case LogSumExp():
+                return (values.to(dtype),)
+            case Argmax():
+                return (e.argmax(1),)
+            case TopK(k=k):
+                return e.topk(k).values.to(dtype), e.topk(k).indices
+            case PointGradient(weights=g):
+                return (-torch.einsum("n,nk,kde,nke->nd", g, r, self.U @ self.U.mT, z).to(dtype),)
+            case Statistics(weights=g, assignment=assignment):
+                if assignment == "hard":
+                    values, r = e.amax(1), torch.nn.functional.one_hot(e.argmax(1), e.shape[1]).double()
+                g = torch.ones_like(values) if g is None else g
+                r = g[:, None] * r
+                S2 = torch.einsum("nk,nkd,nke->kde", r, z, z)
+                S2 = S2 if self.problem.is_full else S2.diagonal(dim1=1, dim2=2)
+                S2 = S2.sum(1) if self.problem.U.shape[1:] == (1,) else S2
+                return r.sum(0), torch.einsum("nk,nkd->kd", r, z), S2, g @ values
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch):
+    monkeypatch.setitem(choice.ENGINES, "toy", Toy())
+    monkeypatch.setattr(choice, "_warned", set())
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """A function that starts to record what an engine is asked: its requests, and the schedules of each."""
+
+    def start(name):
+        kind, asked = type(choice.ENGINES[name]), []
+        begin = kind.begin
+
+        def recorded(self, problem, request):
+            evaluation, schedules = begin(self, problem, request), []
+            add = evaluation.add
+            evaluation.add = lambda schedule: (schedules.append(schedule), add(schedule))[1]
+            # The first guesses of a truncation come from a few points, by the dense engine.
+            if len(problem.x) >= 300:
+                asked.append((request, schedules))
+            return evaluation
+
+        monkeypatch.setattr(kind, "begin", recorded)
+        return asked
+
+    return start
+
+
+@dataclass
+class Scene:
+    """A case with weights of both signs, and its oracle without them, with them, and with their absolute values."""
+
+    case: Case
+    weights: torch.Tensor
+    plain: dict[str, torch.Tensor]
+    signed: dict[str, torch.Tensor]
+    absolute: dict[str, torch.Tensor]
+
+    @property
+    def x(self):
+        return self.case.x
+
+    @property
+    def parameters(self):
+        return self.case.arguments[1:]
+
+    def sorted(self):
+        return reductions.arrange(self.x, len(self.case.means), EPSILON)
+
+
+@functools.cache
+def scene(family, dtype, truncated, device):
+    """A small case, or one of separated components, in which candidate lists leave out most of the pairs."""
+    size = {"N": 12_001, "K": 40, "condition": 10.0, "spread": 20.0} if truncated else {"condition": 30.0}
+    case = make_case(family, dtype, device=device, **size)
+    generator = torch.Generator().manual_seed(1)
+    g = torch.randn(len(case.x), generator=generator, dtype=torch.float64).to(device)
+    return Scene(case, g, case.oracle(), case.oracle(g), case.oracle(g.abs()))
+
+
+def assert_close(found, expected, tolerance, scale=None):
+    """Equal shapes, and errors relative to the largest entry of ``scale`` (by default of what is expected)."""
+    assert found.shape == expected.shape
+    scale = expected if scale is None else scale
+    assert float((found.double() - expected).abs().max()) <= tolerance * float(scale.abs().max())
+
+
+def assert_near(found, expected, tolerance):
+    """Equal shapes, and errors relative to max(1, |expected|)."""
+    assert found.shape == expected.shape
+    assert float(((found.double() - expected).abs() / expected.abs().clamp(min=1)).max()) <= tolerance
+
+
+@pytest.mark.parametrize("truncated", [False, True], ids=["whole", "lists"])
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_request(engine, dtype, family, truncated, log):
+    backend, device = engine
+    s = scene(family, dtype, truncated, device)
+    options = {"backend": backend, "truncate": EPSILON if truncated else 0}
+    assert reductions.engine(s.x, backend) == backend
+    asked = log(backend)
+
+    values = reductions.logsumexp(s.x, *s.parameters, **options)
+    assert values.dtype == dtype
+    assert_near(values, s.plain["values"], CLOSE[dtype] / 2)
+
+    labels = s.plain["e"].argmax(1)
+    assert torch.equal(reductions.argmax(s.x, *s.parameters, **options), labels)
+    for k in (1, 3):
+        exponents, components = reductions.topk(s.x, *s.parameters, k, **options)
+        assert exponents.dtype == dtype
+        assert_near(exponents, s.plain["e"].topk(k).values, CLOSE[dtype] / 2)
+        assert_near(s.plain["e"].gather(1, components), s.plain["e"].topk(k).values, CLOSE[dtype] / 2)
+        assert torch.equal(components[:, 0], labels)
+
+    for weights, truth, scale in ((None, s.plain, s.plain), (s.weights, s.signed, s.absolute)):
+        sums = reductions.moments(s.x, *s.parameters, weights=weights, **options)
+        for name in ("S0", "S1", "S2", "total"):
+            assert getattr(sums, name).dtype == torch.float64
+            assert_close(getattr(sums, name), truth[name], CLOSE[dtype], scale[name])
+        assert float(sums.mass) == pytest.approx(float(len(s.x) if weights is None else weights.sum()))
+
+    points = s.x.clone().requires_grad_()
+    reductions.total(points, *s.parameters, weights=s.weights, **options).backward()
+    assert points.grad.dtype == dtype
+    assert_close(points.grad, s.signed["gradient"], CLOSE[dtype])
+
+    assert {type(request) for request, _ in asked} == {LogSumExp, Argmax, TopK, Statistics, PointGradient}
+    # The third largest exponents are so far below the largest that nothing can be left out for them.
+    lists = [schedule is not None for request, schedules in asked for schedule in schedules if request != TopK(3)]
+    assert all(lists) if truncated else not any(lists)
+
+
+@pytest.mark.parametrize("truncated", [False, True], ids=["whole", "lists"])
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_assignments_by_this_engine_or_the_dense_one(engine, dtype, truncated):
+    backend, device = engine
+    s = scene("full", dtype, truncated, device)
+    e, g = s.plain["e"], s.weights
+    options = {"backend": backend, "truncate": EPSILON if truncated else 0}
+    hard = reductions.moments(s.x, *s.parameters, weights=g, assignment="hard", **options)
+    labels = e.argmax(1)
+    z = s.x.double() - s.case.means.double()[labels]
+    sizes = torch.zeros_like(hard.S0).index_add_(0, labels, g.abs())
+    assert_close(hard.S0, torch.zeros_like(hard.S0).index_add_(0, labels, g), 1e-12, sizes)
+    assert_close(hard.S1, torch.zeros_like(hard.S1).index_add_(0, labels, g[:, None] * z), CLOSE[dtype], sizes)
+    assert_close(hard.total, g @ e.amax(1), CLOSE[dtype], g.abs() @ e.amax(1).abs())
+    drawn = reductions.moments(s.x, *s.parameters, assignment="stochastic", seed=3, **options)
+    r = e.softmax(1)
+    # Each count is a sum of independent draws; the chance that one of them is five deviations off is below 1e-4.
+    assert bool(((drawn.S0 - r.sum(0)).abs() <= 5 * (r * (1 - r)).sum(0).sqrt() + 1).all())
+    assert torch.equal(drawn.S0, drawn.S0.round())
+    assert float(drawn.S0.sum()) == len(s.x)
+
+
+@pytest.mark.parametrize("engine", ALL)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leaves_whose_lists_are_too_short_are_evaluated_again(engine, dtype, log):
+    backend, device = engine
+    s = scene("full", dtype, True, device)
+    cloud = s.sorted()
+    reductions.logsumexp(cloud, *s.parameters, backend=backend)
+    asked = log(backend)
+
+    def spoil():
+        """Guesses of the minima that are too high, except that of the first leaf, whose results must be kept."""
+        cloud._kept = None
+        cloud.minima = cloud.minima + 60 * (torch.arange(len(cloud.minima), device=device) > 0)
+
+    spoil()
+    sums = reductions.moments(cloud, *s.parameters, weights=s.weights, backend=backend)
+    for name in ("S0", "S1", "S2", "total"):
+        assert_close(getattr(sums, name), s.signed[name], CLOSE[dtype], s.absolute[name])
+    spoil()
+    assert_near(reductions.logsumexp(cloud, *s.parameters, backend=backend), s.plain["values"], CLOSE[dtype] / 2)
+    assert 0 <= cloud.certificate <= EPSILON * (1 + 1e-6)
+    assert len(asked) == 2
+    for _, (first, second, *_) in asked:
+        rows = [int(schedule.spans.diff(dim=1).sum()) for schedule in (first, second)]
+        assert 0 < rows[1] < rows[0] == len(cloud.cloud.points)
+
+
+class Fragile(Toy):
+    """A toy engine that breaks at its first evaluation, or only at its end."""
+
+    name, title = "fragile", "The fragile engine"
+
+    def __init__(self, method):
+        self.method, self.reason = method, None
+
+    def unavailable(self, device):
+        return self.reason
+
+    def begin(self, problem, request):
+        evaluation = super().begin(problem, request)
+
+        def fail(*_):
+            self.reason = "it has lost its library"
+            raise Broken(self.reason)
+
+        setattr(evaluation, self.method, fail)
+        return evaluation
+
+
+@pytest.mark.parametrize("method", ["add", "result"])
+@pytest.mark.parametrize("truncated", [False, True], ids=["whole", "lists"])
+def test_an_engine_that_breaks_is_replaced_with_one_warning(method, truncated, monkeypatch):
+    monkeypatch.setitem(choice.ENGINES, "fragile", Fragile(method))
+    s = scene("full", torch.float64, truncated, "cpu")
+    options = {"truncate": EPSILON if truncated else 0}
+    message = "The fragile engine was asked for but it has lost its library; using the dense engine."
+    with pytest.warns(UserWarning, match=message):
+        assert_close(reductions.moments(s.x, *s.parameters, backend="fragile", **options).S2, s.plain["S2"], 1e-9)
+    assert_close(reductions.moments(s.x, *s.parameters, backend="fragile", **options).S2, s.plain["S2"], 1e-9)
+    assert reductions.engine(s.x, "fragile") == "dense"
+
+
+def test_a_request_that_an_engine_does_not_compute_is_left_to_the_dense_one(log):
+    s = scene("full", torch.float64, False, "cpu")
+    toy, dense = log("toy"), log("dense")
+    options = {"assignment": "stochastic", "seed": 1}
+    found = reductions.moments(s.x, *s.parameters, backend="toy", **options)
+    assert not toy
+    assert [type(request) for request, _ in dense] == [Statistics]
+    assert torch.equal(found.S2, reductions.moments(s.x, *s.parameters, backend="dense", **options).S2)
