@@ -42,7 +42,7 @@ def ours(precision: str = "highest", **options: Any) -> Callable[..., Any]:
         points = torch.from_numpy(x).to(case.device)
 
         def run(iterations: int) -> Any:
-            result = gk.fit(mixture, points, gk.EM(tol=0), max_iter=iterations, progress=False, **options)
+            result = gk.fit(mixture, points, gk.EM(tol=0), max_iter=iterations, verbose=False, **options)
             fitted, report = result.mixture.to("cpu"), result.report
             note = {"engine": report.engine, "pairs": report.pairs, "certificate": report.certificate}
             return fitted.weights, fitted.means, fitted.factor.covariances(), note
@@ -63,13 +63,13 @@ def ours_until(case: Any, x: np.ndarray) -> dict[str, Any]:
     points = torch.from_numpy(x).to(case.device)
     began = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
-    mixture = gk.initialise(points, case.K, "kmeans", runs=1, generator=generator)
+    mixture = gk.initialize(points, case.K, "kmeans", n_init=1, generator=generator)
     started = time.perf_counter() - began
 
     def there(step: Any) -> bool:
         return step.log_likelihood >= case.target
 
-    result = gk.fit(mixture, points, gk.EM(tol=0), max_iter=1000, truncate=1e-4, callbacks=there, progress=False)
+    result = gk.fit(mixture, points, gk.EM(tol=0), max_iter=1000, truncate=1e-4, callback=there, verbose=False)
     fitted = result.mixture
     return {
         "seconds": time.perf_counter() - began,

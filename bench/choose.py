@@ -40,7 +40,7 @@ def pace(result: Any) -> float:
 def methods() -> Iterator[dict[str, Any]]:
     """Overlapping clusters, 200 000 x 3, K = 20, from one k-means start."""
     x = torch.from_numpy(cloud(Case("", "em", "clusters", 200_000, 20, 3, ())))
-    first = gk.initialise(x, 20, "kmeans", generator=seeded())
+    first = gk.initialize(x, 20, "kmeans", generator=seeded())
     gk.fit(first, x, gk.Adam(), max_iter=1)  # imports torch's optimisers
     choices = {
         "EM()": (gk.EM(tol=1e-6), 2000),
@@ -73,7 +73,7 @@ def covariances() -> Iterator[dict[str, Any]]:
         x = torch.from_numpy(x[rng.permutation(len(x))])
         fitted, unseen = x[::2], x[1::2]
         for kind in ("full", "tied_full", "diag", "tied_diag", "spherical", "tied_spherical"):
-            first = gk.initialise(fitted, K, "kmeans", covariance_type=kind, generator=seeded())
+            first = gk.initialize(fitted, K, "kmeans", covariance_type=kind, generator=seeded())
             result = gk.fit(first, fitted, gk.EM(tol=1e-5), max_iter=500, dtype="float32")
             yield {
                 "data": data,

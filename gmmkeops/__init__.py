@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor
     from gmmkeops.data import Source, distributed
     from gmmkeops.estimators import BayesianGaussianMixture, GaussianMixture, from_sklearn, to_sklearn
-    from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, estimate_memory, initialise
+    from gmmkeops.fitting import EM, Adam, Checkpoint, FitResult, Gradient, estimate_memory, initialize
     from gmmkeops.fitting.fit import fit
     from gmmkeops.models import GMM, Mixture, load, save
 
@@ -46,7 +46,7 @@ __all__ = [
     "export",
     "fit",
     "from_sklearn",
-    "initialise",
+    "initialize",
     "load",
     "penalties",
     "plotting",
@@ -69,7 +69,7 @@ _HOMES = {
     "components": ("DiagonalFactor", "Factor", "FullFactor", "Moments", "SphericalFactor"),
     "data": ("Source",),
     "estimators": ("BayesianGaussianMixture", "GaussianMixture", "from_sklearn", "to_sklearn"),
-    "fitting": ("EM", "Adam", "Checkpoint", "FitResult", "Gradient", "estimate_memory", "fit", "initialise"),
+    "fitting": ("EM", "Adam", "Checkpoint", "FitResult", "Gradient", "estimate_memory", "fit", "initialize"),
     "models": ("GMM", "Mixture", "load", "save"),
 }
 # Modules of version 0.1, and where their names are now.
@@ -90,7 +90,15 @@ _OLD_MODULES = {
 }
 
 
+# Names of version 0.1 with another spelling.
+_OLD_NAMES = {"initialise": "initialize"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _OLD_NAMES:
+        new = _OLD_NAMES[name]
+        warnings.warn(f"gmmkeops.{name} is deprecated; use gmmkeops.{new}.", DeprecationWarning, stacklevel=2)
+        name = new
     if name in _MODULES:
         return import_module(f"{__name__}.{_MODULES[name]}")
     if name in _OLD_MODULES:

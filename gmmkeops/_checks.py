@@ -6,13 +6,15 @@ Each function returns its argument in plain types, or raises an error that says 
 from __future__ import annotations
 
 import decimal
+import functools
 import math
 import numbers
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 __all__ = [
     "ConvergenceWarning",
     "PrecisionWarning",
+    "accepts",
     "as_choice",
     "as_device",
     "as_fraction",
@@ -168,6 +171,8 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) and shape else "")
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _FLOATS = (torch.float32, torch.float64)
 
 
@@ -178,7 +183,7 @@ class ConvergenceWarning(UserWarning):
         >>> import pytest, torch, gmmkeops as gk
         >>> x = torch.linspace(-1, 1, 50).double()[:, None]
         >>> with pytest.warns(gk.ConvergenceWarning):
-        ...     result = gk.fit(gk.initialise(x, 3), x, gk.EM(tol=1e-9), max_iter=2)
+        ...     result = gk.fit(gk.initialize(x, 3), x, gk.EM(tol=1e-9), max_iter=2)
         >>> result.converged
         False
     """
@@ -191,7 +196,7 @@ class PrecisionWarning(UserWarning):
         >>> import pytest, torch, gmmkeops as gk
         >>> x = 5e6 + torch.linspace(-1, 1, 50).double()[:, None]
         >>> with pytest.warns(gk.PrecisionWarning):
-        ...     result = gk.fit(gk.initialise(x, 1), x.float(), gk.EM())
+        ...     result = gk.fit(gk.initialize(x, 1), x.float(), gk.EM())
     """
 
 
@@ -236,6 +241,41 @@ def renamed(name: str, argument: str) -> Iterator[None]:
         if type(error) not in (TypeError, ValueError) or not named:
             raise
         raise type(error)(argument + text.removeprefix(name)) from None
+
+
+def accepts(
+    old: Mapping[str, str] | None = None,
+    also: Mapping[str, str] | None = None,
+    wrong: Mapping[str, str] | None = None,
+) -> Callable[[F], F]:
+    """Decorator of a function that accepts further names for its keyword arguments.
+
+    Args:
+        old: Names of version 0.1 by new ones, which cause a DeprecationWarning: ``{"weights": "sample_weight"}``.
+        also: Names that are accepted without a warning: ``{"random_state": "generator"}``.
+        wrong: Names in other libraries, for which the TypeError names the right one: ``{"n_clusters": "n_components"}``.
+    """
+    old, also, wrong = old or {}, also or {}, wrong or {}
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            for name in [name for name in kwargs if name in old or name in also or name in wrong]:
+                if name in wrong:
+                    raise TypeError(f"{function.__name__} has no argument {name}; pass {wrong[name]}.")
+                new = old.get(name) or also[name]
+                if new in kwargs:
+                    raise TypeError(
+                        f"{function.__name__} got both {new} and {name}, which mean the same; pass {new} alone."
+                    )
+                if name in old:
+                    warnings.warn(f"{name} is deprecated; use {new}.", DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(name)
+            return function(*args, **kwargs)
+
+        return cast(F, wrapper)
+
+    return decorate
 
 
 def check_dense(tensor: Tensor, *, name: str, abstract: bool = False) -> None:

@@ -32,7 +32,7 @@ def surface(N, seed=0):
 
 def patches(x, K, seed=0):
     """A full mixture of K components, each a neighbourhood of one point of the cloud."""
-    return gk.initialise(x, K, "kmeans++", generator=torch.Generator().manual_seed(seed))
+    return gk.initialize(x, K, "kmeans++", generator=torch.Generator().manual_seed(seed))
 
 
 def random(N, K, D, family="full", condition=10.0, seed=0, scale=0.1):
@@ -219,7 +219,7 @@ def test_assignments(assignment):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fits_with_truncation_follow_exact_ones(family):
     x = surface(20_000)
-    start = gk.initialise(x, 100, "kmeans++", covariance_type=family)
+    start = gk.initialize(x, 100, "kmeans++", covariance_type=family)
     penalty = gk.penalties.SqrtWeights(0.01)
     g = torch.rand(len(x), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     options = {"penalty": penalty, "weights": g, "max_iter": 5}
@@ -236,7 +236,7 @@ def test_fits_with_truncation_follow_exact_ones(family):
 @pytest.mark.parametrize("method", [gk.EM(accelerate=True, tol=0), gk.EM(batch_size=10_000, tol=0), gk.Adam(0.01)])
 def test_methods_combine_with_truncation(method):
     x = surface(20_000)
-    start = gk.initialise(x, 100, "kmeans++")
+    start = gk.initialize(x, 100, "kmeans++")
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     exact = gk.fit(start, x, method, truncate=0, max_iter=5, generator=generators[0])
     short = gk.fit(start, x, method, truncate=1e-8, max_iter=5, generator=generators[1])
@@ -249,7 +249,7 @@ def test_many_dimensions_group_by_label():
     centres = 3 * torch.randn(40, 16, generator=generator, dtype=torch.float64)
     x = centres[torch.randint(40, (20_000,), generator=generator)]
     x = x + torch.randn(20_000, 16, generator=generator, dtype=torch.float64)
-    start = gk.initialise(x, 40, "kmeans", covariance_type="diag")
+    start = gk.initialize(x, 40, "kmeans", covariance_type="diag")
     exact = gk.fit(start, x, gk.EM(tol=0), truncate=0, max_iter=6)
     short = gk.fit(start, x, gk.EM(tol=0), truncate=1e-9, max_iter=6)
     assert short.report.pairs < 0.5
@@ -258,7 +258,7 @@ def test_many_dimensions_group_by_label():
 
 def test_em_stays_monotone_within_the_certificate():
     x = surface(20_000).float()
-    start = gk.initialise(x, 150, "random")
+    start = gk.initialize(x, 150, "random")
     result = gk.fit(start, x, gk.EM(tol=0), truncate=1e-4, max_iter=25)
     objective = result.history["objective"]
     assert all(b <= a + 1e-4 for a, b in pairwise(objective))
@@ -335,7 +335,7 @@ def test_automatic_truncation():
 def test_bad_truncation_is_one_sentence(bad):
     x = torch.randn(100, 2)
     with pytest.raises(ValueError, match="truncate must be None or a number from 0 to below 1"):
-        gk.fit(gk.initialise(x, 2), x, gk.EM(), truncate=bad)
+        gk.fit(gk.initialize(x, 2), x, gk.EM(), truncate=bad)
 
 
 @pytest.mark.parametrize("N", [1, 2, 5, 1023, 1025, 4099])

@@ -59,7 +59,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_fit_killed_at_any_write_ends_bit_identical(name, kind, x, tmp_path, monkeypatch):
     """Dies again and again right after a write, or in the middle of one, until it comes through."""
-    start = gk.initialise(x, 5, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 5, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "x.npy", x)
     data = x if kind == "memory" else gk.Source.of(tmp_path / "x.npy", chunk_rows=1700)
     expected = fit(data, start, METHODS[name], None)
@@ -103,7 +103,7 @@ gk.save(result.mixture, folder + "/out.safetensors")
 
 
 def test_real_kills_at_random_moments(x, tmp_path):
-    start = gk.initialise(x, 5, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 5, generator=torch.Generator().manual_seed(0))
     gk.save(start, tmp_path / "start.safetensors")
     np.save(tmp_path / "x.npy", x)
     environment = {**os.environ, "PYTHONPATH": str(Path(gk.__file__).parents[1])}
@@ -133,7 +133,7 @@ def test_a_truncated_fit_goes_on_bit_identical(tmp_path):
     for D, N, K in ((2, 30_000, 64), (5, 30_000, 20)):
         rng = np.random.default_rng(D)
         x = (rng.normal(size=(N, D)) + 20 * rng.normal(size=(K, D))[rng.integers(0, K, N)]).astype(np.float32)
-        start = gk.initialise(x, K, generator=torch.Generator().manual_seed(0))
+        start = gk.initialize(x, K, generator=torch.Generator().manual_seed(0))
         whole = gk.fit(start, x, gk.EM(tol=0), truncate=1e-4, max_iter=9)
         assert whole.report.pairs < 1
         path = tmp_path / f"{D}.ckpt"
@@ -143,7 +143,7 @@ def test_a_truncated_fit_goes_on_bit_identical(tmp_path):
 
 
 def test_a_finished_fit_answers_at_once_and_goes_on_with_more_iterations(x, tmp_path):
-    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 3, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "fit.ckpt"
     first = gk.fit(start, x, gk.EM(tol=1e-9), max_iter=300, checkpoint=path)
     again = gk.fit(start, x, gk.EM(tol=1e-9), max_iter=300, checkpoint=path)
@@ -154,7 +154,7 @@ def test_a_finished_fit_answers_at_once_and_goes_on_with_more_iterations(x, tmp_
 
 
 def test_foreign_checkpoints_are_refused(x, tmp_path):
-    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 3, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "fit.ckpt"
     gk.fit(start, x, gk.EM(tol=0), max_iter=2, checkpoint=path)
     other = x.copy()
@@ -162,7 +162,7 @@ def test_foreign_checkpoints_are_refused(x, tmp_path):
     for data, model, method, what in (
         (other, start, gk.EM(), "another data"),
         (x[:-1], start, gk.EM(), "another data"),
-        (x, gk.initialise(x, 4), gk.EM(), "another model"),
+        (x, gk.initialize(x, 4), gk.EM(), "another model"),
         (x, start, gk.EM(assignment="hard"), "another method"),
         (x, start, gk.Adam(), "another method"),
     ):
@@ -173,7 +173,7 @@ def test_foreign_checkpoints_are_refused(x, tmp_path):
 
 
 def test_damage_falls_back_to_the_one_before_and_then_says_so(x, tmp_path):
-    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 3, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "fit.ckpt"
     expected = gk.fit(start, x, gk.EM(tol=0), max_iter=4)
     gk.fit(start, x, gk.EM(tol=0), max_iter=3, checkpoint=gk.Checkpoint(path, every=0))
@@ -211,7 +211,7 @@ NAMES = ["env", "*", "[a-z]", "?", "a*b", "{a,b}", "**", "fit.ckpt", "x" * 245, 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_other_file_is_touched_whatever_the_checkpoint_is_called(name, x, tmp_path):
     """Names are not patterns, and files that look like temporary ones are somebody else's."""
-    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 2, generator=torch.Generator().manual_seed(0))
     # A name of 245 bytes leaves room for ".previous", and for no longer one.
     pid = os.getpid()
     others = [f".{name}.local", f".{name}.previous.{pid}", f".{name}.tmp", f"{name}.bak", f"{name}.part7", ".env.local"]
@@ -232,7 +232,7 @@ def test_no_other_file_is_touched_whatever_the_checkpoint_is_called(name, x, tmp
 
 
 def test_leftovers_of_killed_writers_are_neither_read_nor_removed(x, tmp_path):
-    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 3, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "fit.ckpt"
     gk.fit(start, x, gk.EM(tol=0), max_iter=3, checkpoint=gk.Checkpoint(path, every=0))
     leftover = tmp_path / ".fit.ckpt.0123456789abcdef"
@@ -246,7 +246,7 @@ def test_leftovers_of_killed_writers_are_neither_read_nor_removed(x, tmp_path):
 @pytest.mark.parametrize("which", ["fit.ckpt", "fit.ckpt.previous", "fit.ckpt.part0"])
 @pytest.mark.parametrize("content", [b"\x93NUMPY points", b"short", "mixture", "other"])
 def test_a_file_that_is_no_checkpoint_is_not_replaced(which, content, x, tmp_path):
-    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 2, generator=torch.Generator().manual_seed(0))
     if content == "mixture":
         gk.save(start, tmp_path / "m.safetensors")
         (tmp_path / "m.safetensors").rename(tmp_path / which)
@@ -262,7 +262,7 @@ def test_a_file_that_is_no_checkpoint_is_not_replaced(which, content, x, tmp_pat
 
 
 def test_places_that_cannot_hold_a_checkpoint_are_refused_before_any_work(x, tmp_path):
-    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 2, generator=torch.Generator().manual_seed(0))
     steps = []
     for path, error, what in (
         (
@@ -275,13 +275,13 @@ def test_places_that_cannot_hold_a_checkpoint_are_refused_before_any_work(x, tmp
         (os.devnull, ValueError, "is no checkpoint, but would be replaced"),
     ):
         with pytest.raises(error, match=what):
-            gk.fit(start, x, gk.EM(), max_iter=2, checkpoint=path, callbacks=steps.append)
+            gk.fit(start, x, gk.EM(), max_iter=2, checkpoint=path, callback=steps.append)
     assert not steps
     assert not list(tmp_path.iterdir())
 
 
 def test_files_have_the_permissions_that_the_umask_leaves(x, tmp_path):
-    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 2, generator=torch.Generator().manual_seed(0))
     source = gk.Source.of(x, chunk_rows=1000)
     for mask in (0o022, 0o027, 0o077):
         folder = tmp_path / oct(mask)
@@ -301,7 +301,7 @@ def test_files_have_the_permissions_that_the_umask_leaves(x, tmp_path):
 
 
 def test_a_symbolic_link_stays_one(x, tmp_path):
-    start = gk.initialise(x, 2, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 2, generator=torch.Generator().manual_seed(0))
     (tmp_path / "disk").mkdir()
     for name in ("fit.ckpt", "mixture.safetensors"):
         (tmp_path / name).symlink_to(tmp_path / "disk" / name)
@@ -316,7 +316,7 @@ def test_a_symbolic_link_stays_one(x, tmp_path):
 @pytest.mark.parametrize("how", ["full", "gone", "half"])
 @pytest.mark.parametrize("kind", ["memory", "source", "minibatches"])
 def test_a_write_that_fails_is_a_warning_and_the_fit_goes_on(how, kind, x, tmp_path, monkeypatch):
-    start = gk.initialise(x, 4, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 4, generator=torch.Generator().manual_seed(0))
     data = gk.Source.of(x, chunk_rows=1000) if kind == "source" else x
     method = gk.EM(tol=0, batch_size=900) if kind == "minibatches" else gk.EM(tol=0)
     expected = fit(data, start, method, None)
@@ -341,7 +341,7 @@ def test_a_write_that_fails_is_a_warning_and_the_fit_goes_on(how, kind, x, tmp_p
     with pytest.warns(
         UserWarning, match=rf"the checkpoint .* could not be written \({what}\); the fit goes on"
     ) as told:
-        found = fit(data, start, method, folder / "fit.ckpt", callbacks=fail)
+        found = fit(data, start, method, folder / "fit.ckpt", callback=fail)
     assert len(told) == 1
     assert same(found, expected)
     # It was written again once there was room, and nothing half-written is left.
@@ -352,7 +352,7 @@ def test_a_write_that_fails_is_a_warning_and_the_fit_goes_on(how, kind, x, tmp_p
 
 
 def test_ctrl_c_returns_the_best_mixture_although_nothing_can_be_written(x, tmp_path, monkeypatch):
-    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 3, generator=torch.Generator().manual_seed(0))
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -363,7 +363,7 @@ def test_ctrl_c_returns_the_best_mixture_although_nothing_can_be_written(x, tmp_
             raise KeyboardInterrupt
 
     with pytest.warns(UserWarning, match="No space left on device"):
-        found = gk.fit(start, x, gk.EM(tol=0), max_iter=50, checkpoint=tmp_path / "fit.ckpt", callbacks=stop)
+        found = gk.fit(start, x, gk.EM(tol=0), max_iter=50, checkpoint=tmp_path / "fit.ckpt", callback=stop)
     assert found.report.interrupted
     assert found.objective < gk.fit(start, x, gk.EM(tol=0), max_iter=2).objective + 1e-12
     assert not list(tmp_path.iterdir())
@@ -374,7 +374,7 @@ def test_a_file_system_without_hard_links_keeps_checkpoints_too(x, tmp_path, mon
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
-    start = gk.initialise(x, 3, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(x, 3, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "fit.ckpt"
     gk.fit(start, x, gk.EM(tol=0), max_iter=3, checkpoint=gk.Checkpoint(path, every=0))
     assert {file.name for file in tmp_path.iterdir()} == {"fit.ckpt", "fit.ckpt.previous"}

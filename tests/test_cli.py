@@ -194,7 +194,7 @@ def outputs(folder, out):
 @pytest.mark.parametrize("before", [None, b"precious"])
 def test_outputs_are_what_their_suffix_says_or_are_refused(name, before, scene, capsys):
     folder, x = scene
-    gk.save(gk.fit(gk.initialise(x, 2), x, gk.EM(), max_iter=20).mixture, folder / "m.safetensors")
+    gk.save(gk.fit(gk.initialize(x, 2), x, gk.EM(), max_iter=20).mixture, folder / "m.safetensors")
     whole = {
         "npy": lambda path: np.load(path),
         "csv": lambda path: np.loadtxt(path, delimiter=","),
@@ -271,7 +271,7 @@ def test_a_scan_is_not_replaced_by_labels(tmp_path, capsys):
     scan = laspy.create()
     scan.x, scan.y, scan.z = np.random.default_rng(0).normal(size=(3, 500))
     scan.write(tmp_path / "scan.las")
-    gk.save(gk.initialise(tmp_path / "scan.las", 2), tmp_path / "m.safetensors")
+    gk.save(gk.initialize(tmp_path / "scan.las", 2), tmp_path / "m.safetensors")
     before = (tmp_path / "scan.las").read_bytes()
     for name in ("scan.las", "labels.laz"):
         code, said = run(capsys, "predict", tmp_path / "m.safetensors", tmp_path / "scan.las", "--out", tmp_path / name)

@@ -104,7 +104,7 @@ def test_fits_and_starts_follow_the_names(storage, rows, tmp_path):
     assert found.columns == NAMES
     assert torch.allclose(found.means, expected.means, rtol=1e-9)
     assert torch.allclose(found.factor.covariances(), expected.factor.covariances(), rtol=1e-7, atol=1e-9)
-    start = gk.initialise(gk.Source.of(data).matched(NAMES[::2]), 2, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(gk.Source.of(data).matched(NAMES[::2]), 2, generator=torch.Generator().manual_seed(0))
     assert start.columns == NAMES[::2]
     assert torch.allclose(start.mean, torch.as_tensor(rows[:, ::2].mean(0)), rtol=1e-9)
 
@@ -251,7 +251,7 @@ def test_names_stay_with_a_mixture(tmp_path):
         gk.analysis.kl_divergence(mixture, mixture.marginal([1, 0, 2]))
     seen = []
     gk.fit(
-        mixture, torch.randn(50, 3).double(), gk.EM(), max_iter=2, tol=0.0, callbacks=lambda s: seen.append(s.mixture)
+        mixture, torch.randn(50, 3).double(), gk.EM(), max_iter=2, tol=0.0, callback=lambda s: seen.append(s.mixture)
     )
     assert [step.columns for step in seen] == [NAMES, NAMES]
 

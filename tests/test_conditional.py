@@ -132,7 +132,7 @@ def test_a_density_network_beats_least_squares_on_two_branches():
     assert value > truth - 0.25
     # Exact regression by one mixture of both columns sees the branches too.
     both = gk.fit(
-        gk.initialise(torch.cat([c, y], 1), 30), torch.cat([c, y], 1), gk.EM(accelerate=True), max_iter=200
+        gk.initialize(torch.cat([c, y], 1), 30), torch.cat([c, y], 1), gk.EM(accelerate=True), max_iter=200
     ).mixture
     exact = both.condition(0, held_c).log_prob(held_y.double()).mean().item()
     assert exact > least_squares + 1.0

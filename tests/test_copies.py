@@ -227,7 +227,7 @@ torch.set_num_threads(2)
 rng = np.random.default_rng(5)
 X = np.r_[rng.normal(size=(20000, 3)), 4 + rng.normal(size=(20000, 3))]
 x = torch.from_numpy(X)
-start = gk.initialise(x, 3)
+start = gk.initialize(x, 3)
 source = gk.Source.of(X, chunk_rows=9000)
 unused = gk.Source.of(X, chunk_rows=9000)
 model = gk.GaussianMixture(2, max_iter=2).fit(X)
@@ -244,7 +244,7 @@ def same(mixture):
 calls = {
     "log_prob": lambda: start.log_prob(x),
     "sample": lambda: start.sample(100_000),
-    "initialise": lambda: gk.initialise(x, 3),
+    "initialise": lambda: gk.initialize(x, 3),
     "fit": lambda: same(gk.fit(start, x, gk.EM(), max_iter=2, tol=0).mixture),
     "dense fit": lambda: same(gk.fit(start, x, gk.EM(), max_iter=2, tol=0, backend="dense").mixture),
     "Adam": lambda: gk.fit(start, x, gk.Adam(batch_size=20000), max_iter=1),

@@ -82,7 +82,7 @@ def valid(tmp_path_factory):
     plyfile.PlyData(elements).write(str(folder / "binary.ply"))
     plyfile.PlyData(elements[::-1]).write(str(folder / "faces.ply"))
     plyfile.PlyData(elements[:1], text=True).write(str(folder / "text.ply"))
-    gk.save(gk.initialise(x, 2).named(["x", "y", "z"]), folder / "m.safetensors")
+    gk.save(gk.initialize(x, 2).named(["x", "y", "z"]), folder / "m.safetensors")
     return folder
 
 

@@ -56,7 +56,7 @@ class Scene:
         self.host = means[labels] + noise * torch.tensor([0.5, 1.0, 0.8])
         self.x = on_device(self.host)
         self.weights = on_device(0.5 + torch.rand(600, generator=generator(2), dtype=torch.float64))
-        self.mixture = gk.initialise(self.x, 3, generator=generator())
+        self.mixture = gk.initialize(self.x, 3, generator=generator())
         self.folder = folder
 
     def fit(self, method, x=None, start=None, **options):
@@ -71,13 +71,13 @@ def strategies(scene):
     for strategy in ("random", "kmeans", "kmeans++", "responsibilities"):
         for family in FAMILIES:
             options = {"covariance_type": family, "weights": scene.weights, "generator": generator(), "refine": 1}
-            assert gk.initialise(scene.x, 3, strategy, **options).means.is_cuda
+            assert gk.initialize(scene.x, 3, strategy, **options).means.is_cuda
 
 
 @path
 def fits(scene):
     for family in FAMILIES:
-        start = gk.initialise(scene.x, 3, covariance_type=family, generator=generator())
+        start = gk.initialize(scene.x, 3, covariance_type=family, generator=generator())
         for method in (
             gk.EM(),
             gk.Adam(),
@@ -203,7 +203,7 @@ def all_reductions(scene):
             R.moments(*arguments, weights=scene.weights, assignment=assignment)
     R.attached(R.moments(scene.x, *parameters), m.offsets, m.means.clone().requires_grad_(), m.factor).backward()
     x = scene.x.repeat(10, 2)
-    wide = gk.initialise(x, 3, generator=generator())
+    wide = gk.initialize(x, 3, generator=generator())
     cloud = R.arrange(x, 3, 1e-3, labels=lambda: wide.predict(x))
     R.moments(cloud, wide.offsets, wide.means, wide.factor)
 
@@ -272,12 +272,12 @@ def model_selection(scene):
 
 @path
 def comparisons(scene):
-    other = gk.initialise(scene.x, 2, generator=generator())
+    other = gk.initialize(scene.x, 2, generator=generator())
     for measure in (gk.analysis.kl_divergence, gk.analysis.jensen_shannon, gk.analysis.total_variation):
         for source in (generator(), torch.Generator("cuda").manual_seed(0), None):
             measure(scene.mixture, other, samples=200, generator=source)
     assert gk.analysis.merge(scene.mixture, [[0, 1]]).means.is_cuda
-    gk.standard_errors(scene.fit(gk.EM(), max_iter=20).mixture, scene.x, weights=scene.weights)
+    gk.standard_errors(scene.fit(gk.EM(), max_iter=20).mixture, scene.x, sample_weight=scene.weights)
 
 
 @path
@@ -443,16 +443,16 @@ def test_rows_are_drawn_on_their_device(monkeypatch):
     x = torch.randn(50_000, 2, generator=generator(), dtype=torch.float64)
     weights = torch.rand(50_000, generator=generator(1), dtype=torch.float64) ** 4
     for g in (None, weights):
-        on_host = gk.initialise(x, 4, "kmeans++", weights=g, generator=generator(), runs=1, backend="dense")
+        on_host = gk.initialize(x, 4, "kmeans++", sample_weight=g, generator=generator(), n_init=1, backend="dense")
         with fake_device(monkeypatch) as counts:
             points, mass = on_device(x), None if g is None else on_device(g)
             # The same numbers on the device as on the host.
             source = torch.Generator("cuda")
             source.set_state(generator().get_state())
             counts.clear()
-            there = gk.initialise(points, 4, "kmeans++", weights=mass, generator=source, runs=1, backend="dense").to(
-                "cpu"
-            )
+            there = gk.initialize(
+                points, 4, "kmeans++", sample_weight=mass, generator=source, n_init=1, backend="dense"
+            ).to("cpu")
             copied = sum(n for (what, _), n in counts.synchronizations.items() if what == "copy to the host")
         assert copied <= 4
         assert torch.allclose(there.means, on_host.means)

@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(20_000, 3)) + 5 * rng.normal(size=(4, 3))[rng.integers(0, 4, 20_000)]).astype(np.float32)
     np.save(folder / "x.npy", x)
-    gk.save(gk.initialise(x, 4, generator=torch.Generator().manual_seed(0)), folder / "start.safetensors")
+    gk.save(gk.initialize(x, 4, generator=torch.Generator().manual_seed(0)), folder / "start.safetensors")
     return folder
 
 
@@ -89,10 +89,10 @@ for data, weights, methods in (
     (x, None, (em,)),
 ):
     generator = torch.Generator().manual_seed(5 + rank)  # rank 0's counts
-    keep(gk.initialise(data, 4, weights=weights, generator=generator))
+    keep(gk.initialize(data, 4, sample_weight=weights, generator=generator))
     for method in methods:
         penalty = gk.penalties.Dirichlet(2.0)
-        keep(gk.fit(start, data, method, max_iter=5, weights=weights, penalty=penalty).mixture)
+        keep(gk.fit(start, data, method, max_iter=5, sample_weight=weights, penalty=penalty).mixture)
 keep(gk.GaussianMixture(4, max_iter=5, random_state=0).fit(mine).mixture_)
 keep(gk.fit(start, mine, gk.EM(tol=0), truncate=1e-5, max_iter=3).mixture)
 keep(gk.fit(start, mine, gk.bayes.VariationalBayes(tol=0), max_iter=5).posterior.mixture)
@@ -132,7 +132,7 @@ def ready(step):
             time.sleep(0.01)
         print("ready", flush=True)
 file = gk.Source.of(folder + "/x.npy", chunk_rows=500)
-gk.fit(start, file, gk.EM(tol=0), max_iter=100_000, callbacks=ready, progress=False)
+gk.fit(start, file, gk.EM(tol=0), max_iter=100_000, callback=ready, verbose=False)
 """
 
 
@@ -211,7 +211,7 @@ def die(step):
         os.kill(os.getpid(), signal.SIGKILL)
 file = gk.Source.of(folder + "/x.npy", chunk_rows=1900)
 checkpoint = gk.Checkpoint(folder + "/ranks.ckpt", every=0)
-result = gk.fit(start, file, gk.EM(tol=0), max_iter=8, checkpoint=checkpoint, callbacks=die)
+result = gk.fit(start, file, gk.EM(tol=0), max_iter=8, checkpoint=checkpoint, callback=die)
 if rank == 0:
     gk.save(result.mixture, folder + "/restarted.safetensors")
     print("iterations", result.n_iter, "attempt", attempt)
@@ -270,11 +270,11 @@ half = x[rank * 12_000 : 12_000 + rank * 8000]
 mine = pd.DataFrame({"a": half[:, 0], "b": half[:, 1], "c": half[:, 2]})[[["a", "b", "c"], ["c", "a", "b"]][rank]]
 mine.to_parquet(folder + f"/own{rank}.parquet")
 for data in (folder + f"/own{rank}.parquet", mine):
-    found = gk.fit(gk.initialise(data, 4), data, gk.EM(tol=0), max_iter=0, progress=False).mixture
-    result = gk.fit(start, data, gk.EM(tol=0), max_iter=3, progress=False).mixture
+    found = gk.fit(gk.initialize(data, 4), data, gk.EM(tol=0), max_iter=0, verbose=False).mixture
+    result = gk.fit(start, data, gk.EM(tol=0), max_iter=3, verbose=False).mixture
     print(json.dumps([found.columns, result.columns, result.means.tolist(), found.means.mean(0).tolist()]), flush=True)
 try:
-    gk.fit(start, mine.rename(columns={"a": "q"} if rank else {}), gk.EM(), max_iter=1, progress=False)
+    gk.fit(start, mine.rename(columns={"a": "q"} if rank else {}), gk.EM(), max_iter=1, verbose=False)
 except (ValueError, RankError) as error:
     print(error, flush=True)
 """
@@ -353,11 +353,11 @@ both("generator", lambda: fit(generator=torch.Generator() if odd else None))
 both("checkpoint", lambda: fit(checkpoint=folder + "/odd.ckpt" if odd else None))
 both("max_memory", lambda: fit(max_memory="1GB" if odd else None))
 both("kind of x", lambda: fit(data=folder + "/x.npy" if odd else x))
-both("components", lambda: gk.initialise(mine, 3 + rank))
-both("weights", lambda: gk.initialise(mine, 3, weights=g if odd else None))
+both("components", lambda: gk.initialize(mine, 3 + rank))
+both("weights", lambda: gk.initialize(mine, 3, weights=g if odd else None))
 both("n_init", lambda: gk.GaussianMixture(4, n_init=1 + rank, random_state=0).fit(mine))
 both("covariance_type", lambda: gk.GaussianMixture(4, covariance_type="diag" if odd else "full", random_state=0).fit(mine))
-both("call initialise fit", lambda: gk.initialise(mine, 3) if odd else fit())
+both("call initialise fit", lambda: gk.initialize(mine, 3) if odd else fit())
 both("call GaussianMixture", lambda: gk.GaussianMixture(2).fit(mine) if odd else fit())
 for how in ("raise", "signal"):
     both("rank 1 was interrupted", lambda: fit(max_iter=50, callbacks=interrupt(1, how=how)))
@@ -412,7 +412,7 @@ def callback(step):
             raise ArithmeticError("of my own")
         time.sleep(600)
 try:
-    gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=1000, callbacks=callback, progress=False)
+    gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=1000, callback=callback, verbose=False)
 except BaseException as error:
     print(f"{type(error).__name__}: {error}", flush=True)
 assert signal.getsignal(signal.SIGINT) is handler

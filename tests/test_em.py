@@ -210,7 +210,7 @@ def tutorial_spiral(N, seed):
 def test_a_converged_fit_has_little_left_to_gain(N, K, strength, accelerate):
     x, tol = tutorial_spiral(N, 1), gk.EM().tol
     penalty = P.SqrtWeights(strength) if strength else None
-    result = gk.fit(gk.initialise(x, K), x, gk.EM(accelerate=accelerate), penalty=penalty, max_iter=2000)
+    result = gk.fit(gk.initialize(x, K), x, gk.EM(accelerate=accelerate), penalty=penalty, max_iter=2000)
     assert result.converged
     more = gk.fit(result.mixture, x, gk.EM(tol=0), penalty=penalty, max_iter=1000)
     assert result.objective - more.objective <= 3 * tol
@@ -226,7 +226,7 @@ def test_most_converged_fits_have_little_left_to_gain():
         scales = np.exp(0.5 * rng.randn(K))
         labels = rng.choice(K, 3000, p=rng.dirichlet(np.full(K, 2.0)))
         x = torch.from_numpy(2.5 * rng.randn(K, D)[labels] + scales[labels, None] * rng.randn(3000, D))
-        result = gk.fit(gk.initialise(x, K), x, gk.EM(), max_iter=3000)
+        result = gk.fit(gk.initialize(x, K), x, gk.EM(), max_iter=3000)
         more = gk.fit(result.mixture, x, gk.EM(tol=0), max_iter=1000)
         kept.append(result.objective - more.objective <= 3 * gk.EM().tol)
         iterations.append(result.n_iter)
@@ -235,7 +235,7 @@ def test_most_converged_fits_have_little_left_to_gain():
 
 def test_annealing_spares_components_until_it_is_over():
     x = tutorial_spiral(4000, 0)
-    start, method = gk.initialise(x, 30), gk.EM(temperature=(0.1, 20), tol=0)
+    start, method = gk.initialize(x, 30), gk.EM(temperature=(0.1, 20), tol=0)
     for penalty in (P.SqrtWeights(20), P.Dirichlet(0.1)):
         cold = gk.fit(start, x, gk.EM(tol=0), penalty=penalty, max_iter=200)
         warm = gk.fit(start, x, method, penalty=penalty, max_iter=200)
@@ -278,7 +278,7 @@ def test_penalties_are_monotone_and_end_where_the_gradient_is_zero(penalty, fami
     x = cloud(1)
     many = gk.fit(plain_start(x, 6, family), x, gk.EM(tol=0, reg_covar=0), penalty=penalty, max_iter=100)
     assert rises(many) < 1e-8  # a death may cost a millionth of a point
-    start = gk.initialise(x, 3, covariance_type=family)
+    start = gk.initialize(x, 3, covariance_type=family)
     result = gk.fit(start, x, gk.EM(tol=0, reg_covar=0), penalty=penalty, max_iter=1000)
     assert rises(result) < 1e-9
     if penalty.bounds or result.report.dead_components:
@@ -317,7 +317,7 @@ def test_dirichlet_counts_are_pseudo_points():
 
 def test_sqrt_prior_empties_components_like_adam():
     x = cloud(4, N=2000)
-    start = gk.initialise(x, 12)
+    start = gk.initialize(x, 12)
     em = gk.fit(start, x, gk.EM(tol=1e-9), penalty=P.SqrtWeights(5.0), max_iter=2000)
     adam = gk.fit(start, x, gk.Adam(lr=0.05), penalty=P.SqrtWeights(5.0), max_iter=1500)
     assert em.report.live_components < 12
@@ -338,7 +338,7 @@ def test_integer_weights_are_repetition(family):
     counts = torch.randint(0, 4, (len(x),), generator=torch.Generator().manual_seed(0))
     start = plain_start(x, 3, family)
     for penalty in (None, P.SqrtWeights(0.5) + P.NormalInverseWishart([0.0, 0.0], 1.0, 1.0, 4.0)):
-        a = gk.fit(start, x, gk.EM(tol=0), penalty=penalty, weights=counts, max_iter=15)
+        a = gk.fit(start, x, gk.EM(tol=0), penalty=penalty, sample_weight=counts, max_iter=15)
         b = gk.fit(start, x.repeat_interleave(counts, 0), gk.EM(tol=0), penalty=penalty, max_iter=15)
         assert abs(a.objective - b.objective) < 1e-10
         assert torch.allclose(a.mixture.factor.covariances(), b.mixture.factor.covariances(), atol=1e-9)
@@ -457,7 +457,7 @@ def test_classification_likelihood_is_monotone():
 
 def test_stochastic_em_wanders_near_the_optimum_and_repeats():
     x = cloud(8, N=3000)
-    start = gk.initialise(x, 3)
+    start = gk.initialize(x, 3)
     best = gk.fit(start, x, gk.EM(tol=1e-8), max_iter=200)
     runs = [gk.fit(start, x, gk.EM(assignment="stochastic", tol=0), max_iter=30) for _ in range(2)]
     assert runs[0].history["objective"] == runs[1].history["objective"]
@@ -469,7 +469,7 @@ def test_stochastic_em_wanders_near_the_optimum_and_repeats():
 @pytest.mark.parametrize("average", [False, True])
 def test_stepwise_em_nears_full_em_in_three_passes(average):
     x = cloud(9, N=20_000)
-    start = gk.initialise(x, 3)
+    start = gk.initialize(x, 3)
     full = gk.fit(start, x, gk.EM(tol=0), max_iter=400)
     method = gk.EM(batch_size=500, average=average, tol=0)
     parts = gk.fit(start, x, method, max_iter=3)

@@ -96,7 +96,7 @@ def test_points_beyond_the_range_of_squares(kind, far):
         lambda: gk.analysis.score(m, x),
         lambda: gk.analysis.bic(m, x),
         lambda: gk.fit(m, x, gk.EM()),
-        lambda: gk.initialise(x, 2),
+        lambda: gk.initialize(x, 2),
         lambda: gk.GaussianMixture(2).fit(x.numpy()),
         lambda: gk.analysis.select(x, [1, 2]),
     ]
@@ -154,9 +154,9 @@ def test_only_ratios_of_weights_matter(kind, size):
     # Products with whole numbers keep ratios, also where numbers have few digits.
     small = g * size if size > 1e-310 else g * 2.0**-1060
     unit = small[0] / g[0]
-    starts = [gk.initialise(x, 2, covariance_type=kind, weights=h) for h in (g, small)]
+    starts = [gk.initialize(x, 2, covariance_type=kind, sample_weight=h) for h in (g, small)]
     torch.testing.assert_close(starts[0].means, starts[1].means, rtol=1e-9, atol=1e-9)
-    fits = [gk.fit(starts[0], x, gk.EM(), weights=h) for h in (g, small)]
+    fits = [gk.fit(starts[0], x, gk.EM(), sample_weight=h) for h in (g, small)]
     torch.testing.assert_close(fits[0].mixture.means, fits[1].mixture.means, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fits[0].mixture.weights, fits[1].mixture.weights, rtol=1e-9, atol=1e-9)
     assert fits[1].report.mass == pytest.approx(g.sum() * unit, rel=1e-6)
@@ -180,10 +180,10 @@ def test_only_ratios_of_weights_matter(kind, size):
 def test_a_prior_sees_the_size_of_weights():
     """Pseudo-points of a Dirichlet prior are nothing against weights of 1e300, and all there is against those of 1e-300."""
     x = np.concatenate([np.linspace(-1, 1, 80), np.linspace(9, 11, 20)])[:, None]
-    start = gk.initialise(x, 2)
+    start = gk.initialize(x, 2)
     prior = gk.penalties.Dirichlet(3.0)
     for size, expected in ((1e300, [0.2, 0.8]), (1e-300, [0.5, 0.5])):
-        result = gk.fit(start, x, gk.EM(), penalty=prior, weights=np.full(100, size))
+        result = gk.fit(start, x, gk.EM(), penalty=prior, sample_weight=np.full(100, size))
         np.testing.assert_allclose(result.mixture.weights.sort().values.numpy(), expected, atol=1e-6)
 
 
@@ -200,8 +200,8 @@ def test_a_prior_sees_the_size_of_weights():
 def test_weights_that_are_refused(weights, message):
     x = torch.tensor([[0.0], [1.0], [5.0]], dtype=torch.float64)
     for call in (
-        lambda: gk.fit(gk.initialise(x, 1), x, gk.EM(), weights=weights),
-        lambda: gk.initialise(x, 1, weights=weights),
+        lambda: gk.fit(gk.initialize(x, 1), x, gk.EM(), sample_weight=weights),
+        lambda: gk.initialize(x, 1, sample_weight=weights),
         lambda: gk.GaussianMixture(1).fit(x.numpy(), sample_weight=weights),
     ):
         with pytest.raises(ValueError, match=message):
@@ -229,7 +229,7 @@ def test_data_whose_squares_are_out_of_range(size):
     start = mixture()
     for call in (
         lambda: gk.GaussianMixture(2).fit(x),
-        lambda: gk.initialise(x, 2),
+        lambda: gk.initialize(x, 2),
         lambda: gk.fit(start, x, gk.EM()),
         lambda: gk.analysis.select(x, [1]),
         lambda: gk.BayesianGaussianMixture(n_components=2).fit(x),

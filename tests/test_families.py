@@ -187,7 +187,7 @@ class TestFamily:
             torch.zeros(2).double(), torch.tensor([[-6.0, 0], [6, 3]]).double(), random_factor(kind, 2, 2)
         )
         x = truth.sample((400,), generator=generator)
-        start = gk.initialise(x, 2, covariance_type=kind.type_name(tied))
+        start = gk.initialize(x, 2, covariance_type=kind.type_name(tied))
         assert type(start.factor) is kind
         fitted = gk.fit(start, x, gk.EM(tol=1e-10, reg_covar=0), max_iter=500)
         leaves = {n: t.clone().requires_grad_() for n, t in fitted.mixture.factor.tensors.items()}

@@ -50,7 +50,7 @@ def test_tutorial_step_by_step(backend):
         penalty=SqrtWeights(20),
         max_iter=20,
         backend=backend,
-        callbacks=lambda step: seen.append((step.objective, step.mixture)),
+        callback=lambda step: seen.append((step.objective, step.mixture)),
     )
     assert torch.allclose(seen[0][1].factor.U, start.factor.U.double(), rtol=1e-6)
     for objective, mixture in seen:
@@ -109,7 +109,7 @@ def test_units_change_nothing(family, dtype):
 
 def test_objective_is_in_the_users_units():
     x = blobs().double() * 40 + 7
-    start = gk.initialise(x, 3)
+    start = gk.initialize(x, 3)
     penalty = gk.penalties.PrecisionRidge(3.0) + gk.penalties.NormalInverseWishart(x.mean(0), 1.0, 400.0, 5.0)
     result = gk.fit(start, x, gk.Adam(lr=0.02), penalty=penalty, max_iter=5)
     expected = -start.log_prob(x).mean() + penalty(start, len(x))
@@ -120,7 +120,7 @@ def test_objective_is_in_the_users_units():
 
 def test_em_fixed_point_has_zero_gradient():
     x = blobs().double()
-    mixture = gk.initialise(x, 3)
+    mixture = gk.initialize(x, 3)
     for _ in range(300):
         sums = gk.reductions.moments(x, mixture.offsets, mixture.means, mixture.factor)
         mixture = gk.Mixture(sums.S0.log(), sums.means, gk.FullFactor.from_covariances(sums.scatters))
@@ -137,7 +137,7 @@ def test_weights_are_repetition(family):
     counts = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(0))
     start = random_mixture(family, K=3, condition=2.0)
     method, penalty = gk.Adam(lr=0.05), gk.penalties.Dirichlet(3.0)
-    a = gk.fit(start, x, method, penalty=penalty, weights=counts, max_iter=20)
+    a = gk.fit(start, x, method, penalty=penalty, sample_weight=counts, max_iter=20)
     b = gk.fit(start, x.repeat_interleave(counts, 0), method, penalty=penalty, max_iter=20)
     assert abs(a.objective - b.objective) < 1e-10
     assert torch.allclose(a.mixture.means, b.mixture.means, atol=1e-9)
@@ -146,7 +146,7 @@ def test_weights_are_repetition(family):
 def test_same_seed_same_bits_and_no_global_state():
     x = blobs(5000)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    start = gk.initialise(x, 4)
+    start = gk.initialize(x, 4)
     runs = [gk.fit(start, x, gk.Adam(lr=0.05, batch_size=700), max_iter=4) for _ in range(2)]
     assert torch.equal(runs[0].mixture.means, runs[1].mixture.means)
     assert runs[0].history["objective"] == runs[1].history["objective"]
@@ -158,7 +158,7 @@ def test_same_seed_same_bits_and_no_global_state():
 
 def test_minibatches_reach_the_full_batch():
     x = blobs(4000).double()
-    start = gk.initialise(x, 3)
+    start = gk.initialize(x, 3)
     whole = gk.fit(start, x, gk.Adam(lr=0.02), max_iter=300)
 
     def falling(optimizer):
@@ -198,7 +198,7 @@ def test_learning_rate_schedule_is_stepped_once_per_iteration():
             self.optimizer.param_groups[0]["lr"] *= 0.5
 
     x = blobs(100)
-    gk.fit(gk.initialise(x, 2), x, gk.Adam(lr=1.0, scheduler=Recorder, batch_size=30), max_iter=3)
+    gk.fit(gk.initialize(x, 2), x, gk.Adam(lr=1.0, scheduler=Recorder, batch_size=30), max_iter=3)
     assert rates == [1.0, 0.5, 0.25]
 
 
@@ -245,7 +245,7 @@ def test_a_gradient_step_follows_the_objective(family, penalized):
         return 0.3 * W.square().sum() + 0.1 * means.sum() + 0.02 * precisions.square().sum()
 
     method = gk.Gradient(lambda parameters: torch.optim.SGD(parameters, lr=h))
-    result = gk.fit(start, x, method, weights=weights, penalty=ours if penalized else None, max_iter=1)
+    result = gk.fit(start, x, method, sample_weight=weights, penalty=ours if penalized else None, max_iter=1)
     found = {"logits": result.mixture.logits, "means": result.mixture.means, **result.mixture.factor.tensors}
     for name, before in tensors.items():
         step = torch.zeros_like(before)
@@ -283,7 +283,7 @@ def test_callbacks_see_and_stop():
         assert abs(float(expected) - step.objective) < 1e-5
         return step.iteration == 4
 
-    result = gk.fit(gk.initialise(x, 3), x, gk.Adam(), callbacks=[watch], max_iter=50)
+    result = gk.fit(gk.initialize(x, 3), x, gk.Adam(), callback=[watch], max_iter=50)
     assert seen == [0, 1, 2, 3, 4]
     assert result.n_iter == 5
 
@@ -296,7 +296,7 @@ def test_interrupt_returns_the_best_so_far(caplog):
             raise KeyboardInterrupt
 
     with caplog.at_level(logging.INFO, logger="gmmkeops"):
-        result = gk.fit(gk.initialise(x, 3), x, gk.Adam(), callbacks=interrupt, max_iter=50)
+        result = gk.fit(gk.initialize(x, 3), x, gk.Adam(), callback=interrupt, max_iter=50)
     assert result.report.interrupted
     assert result.objective == min(result.history["objective"])
     assert "interrupted after 4 iterations" in caplog.text
@@ -304,7 +304,7 @@ def test_interrupt_returns_the_best_so_far(caplog):
 
 def test_tolerance():
     x = blobs()
-    start = gk.initialise(x, 3)
+    start = gk.initialize(x, 3)
     result = gk.fit(start, x, gk.Adam(lr=0.02), tol=1e-3, max_iter=1000)
     assert result.converged
     assert result.n_iter < 1000
@@ -315,7 +315,7 @@ def test_tolerance():
 def test_divergence_returns_the_best_with_a_warning():
     x = blobs()
     with pytest.warns(gk.ConvergenceWarning, match="became infinite or NaN"):
-        result = gk.fit(gk.initialise(x, 3), x, gk.Gradient(lambda p: torch.optim.SGD(p, lr=1e300)), max_iter=20)
+        result = gk.fit(gk.initialize(x, 3), x, gk.Gradient(lambda p: torch.optim.SGD(p, lr=1e300)), max_iter=20)
     assert math.isfinite(result.objective)
     assert bool(torch.isfinite(result.mixture.means).all())
 
@@ -336,12 +336,12 @@ def test_bounds_hold_after_every_step():
     x = blobs()
     least = []
     result = gk.fit(
-        gk.initialise(x, 5),
+        gk.initialize(x, 5),
         x,
         gk.Adam(lr=0.2),
         penalty=EigenvalueFloor(0.8),
         max_iter=30,
-        callbacks=lambda step: least.append(float(torch.linalg.eigvalsh(step.mixture.factor.covariances()).min())),
+        callback=lambda step: least.append(float(torch.linalg.eigvalsh(step.mixture.factor.covariances()).min())),
     )
     assert min(least) >= 0.8 * (1 - 1e-9)
     assert result.report.floors_hit
@@ -349,7 +349,7 @@ def test_bounds_hold_after_every_step():
 
 def test_no_iterations_look_at_the_start():
     x = blobs().double()
-    start = gk.initialise(x, 3)
+    start = gk.initialize(x, 3)
     for method in (gk.Adam(), gk.EM()):
         result = gk.fit(start, x, method, max_iter=0)
         assert result.n_iter == 0
@@ -359,7 +359,7 @@ def test_no_iterations_look_at_the_start():
 
 def test_any_callable_is_a_penalty():
     x = blobs().double()
-    start = gk.initialise(x, 2)
+    start = gk.initialize(x, 2)
     pulled = gk.fit(start, x, gk.Adam(lr=0.05), penalty=lambda m: 1e3 * m.means.square().sum(), max_iter=200)
     assert float(pulled.mixture.means.abs().max()) < 0.1
 
@@ -367,17 +367,17 @@ def test_any_callable_is_a_penalty():
 def test_coarse_input_is_called_coarse():
     x = blobs() + 5.4e6
     with pytest.warns(gk.PrecisionWarning, match=r"x is float32 and around 5\.4e\+06 in column 0"):
-        gk.fit(gk.initialise(x, 2), x, gk.Adam(), max_iter=1)
+        gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=1)
 
 
 def test_progress_bar(capsys):
     x = blobs()
-    gk.fit(gk.initialise(x, 2), x, gk.Adam(), max_iter=3, progress=True)
+    gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=3, verbose=True)
     shown = capsys.readouterr().err
     assert "objective=" in shown
     assert "live=2" in shown
     assert "3/3" in shown
-    gk.fit(gk.initialise(x, 2), x, gk.Adam(), max_iter=3)
+    gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=3)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 
@@ -418,17 +418,17 @@ def begun():
         (lambda: gk.fit(begun(), few() + 0j, gk.Adam()), TypeError, "x must be real, got complex"),
         (lambda: gk.fit(begun(), [["a", "b"]] * 9, gk.Adam()), TypeError, "x must be numeric"),
         (
-            lambda: gk.fit(begun(), few(), gk.Adam(), weights=-torch.ones(20)),
+            lambda: gk.fit(begun(), few(), gk.Adam(), sample_weight=-torch.ones(20)),
             ValueError,
             "weights must not be negative, got -1.0 at row 0",
         ),
         (
-            lambda: gk.fit(begun(), few(), gk.Adam(), weights=torch.zeros(20)),
+            lambda: gk.fit(begun(), few(), gk.Adam(), sample_weight=torch.zeros(20)),
             ValueError,
             "weights must not all be zero",
         ),
         (
-            lambda: gk.fit(begun(), few(), gk.Adam(), weights=[1.0]),
+            lambda: gk.fit(begun(), few(), gk.Adam(), sample_weight=[1.0]),
             ValueError,
             r"weights must have shape \(20,\)",
         ),
@@ -476,7 +476,7 @@ def test_first_fit_compiles_nothing():
     code = """
 import sys, torch, gmmkeops as gk
 x = torch.randn(10_000, 3)
-gk.fit(gk.initialise(x, 8), x, gk.Adam())
+gk.fit(gk.initialize(x, 8), x, gk.Adam())
 print("pykeops" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

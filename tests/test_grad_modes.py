@@ -23,13 +23,13 @@ def conditional(x, w):
         torch.manual_seed(0)
         for p in model.parameters():
             p.copy_(0.3 * torch.randn(p.shape))
-    gk.fit(model, x[:, :1], gk.Adam(lr=1e-3), context=x[:, 1:], weights=w, max_iter=2)
+    gk.fit(model, x[:, :1], gk.Adam(lr=1e-3), context=x[:, 1:], sample_weight=w, max_iter=2)
     return [p.detach().clone() for p in model.parameters()]
 
 
 def unconditional(x, w):
-    model = gk.GMM(2, components=2).initialize(x, weights=w, generator=torch.Generator().manual_seed(0))
-    return fitted(gk.fit(model, x, gk.Adam(), weights=w, max_iter=3))
+    model = gk.GMM(2, components=2).initialize(x, sample_weight=w, generator=torch.Generator().manual_seed(0))
+    return fitted(gk.fit(model, x, gk.Adam(), sample_weight=w, max_iter=3))
 
 
 def fitted(result):
@@ -56,33 +56,37 @@ def estimator(cls, x, w, **options):
 
 
 USES = {
-    "em": lambda x, w: fitted(gk.fit(start(), x, gk.EM(), weights=w, max_iter=3)),
-    "minibatches": lambda x, w: fitted(gk.fit(start(), x, gk.EM(batch_size=30), weights=w, max_iter=3)),
-    "adam": lambda x, w: fitted(gk.fit(start(), x, gk.Adam(), weights=w, max_iter=3)),
+    "em": lambda x, w: fitted(gk.fit(start(), x, gk.EM(), sample_weight=w, max_iter=3)),
+    "minibatches": lambda x, w: fitted(gk.fit(start(), x, gk.EM(batch_size=30), sample_weight=w, max_iter=3)),
+    "adam": lambda x, w: fitted(gk.fit(start(), x, gk.Adam(), sample_weight=w, max_iter=3)),
     "sgd": lambda x, w: fitted(
-        gk.fit(start(), x, gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.1)), weights=w, max_iter=3)
+        gk.fit(start(), x, gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.1)), sample_weight=w, max_iter=3)
     ),
-    "lbfgs": lambda x, w: fitted(gk.fit(start(), x, gk.Gradient(torch.optim.LBFGS), weights=w, max_iter=2)),
-    "variational": lambda x, w: fitted(gk.fit(start(), x, gk.bayes.VariationalBayes(), weights=w, max_iter=3)),
+    "lbfgs": lambda x, w: fitted(gk.fit(start(), x, gk.Gradient(torch.optim.LBFGS), sample_weight=w, max_iter=2)),
+    "variational": lambda x, w: fitted(gk.fit(start(), x, gk.bayes.VariationalBayes(), sample_weight=w, max_iter=3)),
     "penalty": lambda x, w: fitted(
-        gk.fit(start(), x, gk.Adam(), weights=w, max_iter=3, penalty=gk.penalties.SqrtWeights(1.0))
+        gk.fit(start(), x, gk.Adam(), sample_weight=w, max_iter=3, penalty=gk.penalties.SqrtWeights(1.0))
     ),
     "source": lambda x, w: fitted(gk.fit(start(), gk.Source.of(x, weights=w), gk.Adam(), max_iter=3)),
     "batches": lambda x, w: fitted(
         gk.fit(start(), lambda: iter([(x[:30], w[:30]), (x[30:], w[30:])]), gk.EM(), max_iter=3)
     ),
-    "update": lambda x, w: [gk.EM().update(start(), x, weights=w)[0].means],
+    "update": lambda x, w: [gk.EM().update(start(), x, sample_weight=w)[0].means],
     "module": unconditional,
     "context": conditional,
-    "kmeans": lambda x, w: [gk.initialise(x, 2, "kmeans", weights=w, generator=torch.Generator().manual_seed(0)).means],
-    "random": lambda x, w: [gk.initialise(x, 2, "random", weights=w, generator=torch.Generator().manual_seed(0)).means],
-    "list": lambda x, w: [gk.initialise(list(x), 2, generator=torch.Generator().manual_seed(0)).means],
+    "kmeans": lambda x, w: [
+        gk.initialize(x, 2, "kmeans", sample_weight=w, generator=torch.Generator().manual_seed(0)).means
+    ],
+    "random": lambda x, w: [
+        gk.initialize(x, 2, "random", sample_weight=w, generator=torch.Generator().manual_seed(0)).means
+    ],
+    "list": lambda x, w: [gk.initialize(list(x), 2, generator=torch.Generator().manual_seed(0)).means],
     "estimator": lambda x, w: estimator(gk.GaussianMixture, x, w),
     "estimator by adam": lambda x, w: estimator(gk.GaussianMixture, x, w, solver="adam"),
     "bayesian": lambda x, w: estimator(gk.BayesianGaussianMixture, x, w),
     "partial_fit": lambda x, w: [torch.as_tensor(gk.GaussianMixture(2, random_state=0).partial_fit(x).means_)],
     "select": lambda x, w: [gk.analysis.select(x, [2], weights=w).best.means],
-    "standard_errors": lambda x, w: [gk.standard_errors(start(), x, weights=w, robust=False).means],
+    "standard_errors": lambda x, w: [gk.standard_errors(start(), x, sample_weight=w, robust=False).means],
     "silhouette": lambda x, w: [torch.tensor(gk.analysis.silhouette(x, (x[:, 0] > 2).detach()))],
     "moments": lambda x, w: [gk.reductions.moments(x, start().offsets, start().means, start().factor, weights=w).S1],
     "importance": lambda x, w: drawn(gk.bayes.importance, x, w, draws=20, proposal="prior"),
@@ -139,7 +143,7 @@ class TestUses:
 def test_results_of_inference_mode_can_be_trained_later():
     with torch.inference_mode():
         x, w = data()
-        mixtures = [gk.fit(start(), x, method, weights=w, max_iter=2).mixture for method in (gk.EM(), gk.Adam())]
+        mixtures = [gk.fit(start(), x, method, sample_weight=w, max_iter=2).mixture for method in (gk.EM(), gk.Adam())]
         made = gk.Mixture(torch.zeros(2).double(), x[:2].clone(), gk.DiagonalFactor(torch.zeros(2, 2).double()))
     for mixture in mixtures:
         mixture.means.requires_grad_()

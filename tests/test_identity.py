@@ -258,7 +258,7 @@ def test_what_would_change_the_result_is_refused_and_named(name, x, start, tmp_p
 def test_another_start_or_other_weights_are_refused(x, start, tmp_path):
     g = np.random.default_rng(0).random(len(x))
     path = tmp_path / "fit.ckpt"
-    gk.fit(start, x, EM, max_iter=1, checkpoint=path, weights=g)
+    gk.fit(start, x, EM, max_iter=1, checkpoint=path, sample_weight=g)
     factor = start.factor
     for other in (
         gk.Mixture(start.logits, start.means + torch.tensor([[0.0, 1e-4], [0, 0], [0, 0]]), factor),
@@ -269,13 +269,13 @@ def test_another_start_or_other_weights_are_refused(x, start, tmp_path):
         with pytest.raises(
             ValueError, match=r"is of another start \(fingerprint .*; here fingerprint .*\); pass the same"
         ):
-            gk.fit(other, x, EM, max_iter=2, checkpoint=path, weights=g)
+            gk.fit(other, x, EM, max_iter=2, checkpoint=path, sample_weight=g)
     for weights in (None, g[::-1].copy(), 2 * g):
         with pytest.raises(ValueError, match=r"is of another data \(600 rows of 2 columns, total weight "):
-            gk.fit(start, x, EM, max_iter=2, checkpoint=path, weights=weights)
+            gk.fit(start, x, EM, max_iter=2, checkpoint=path, sample_weight=weights)
     # Rounding, as of another number of threads, and a shift of the logits make no other start.
     near = gk.Mixture(start.logits + 7, start.means * (1 + 3e-16), factor)
-    assert gk.fit(near, x, EM, max_iter=2, checkpoint=path, weights=g).n_iter == 2
+    assert gk.fit(near, x, EM, max_iter=2, checkpoint=path, sample_weight=g).n_iter == 2
 
 
 def test_what_makes_no_other_fit_may_change(x, start, tmp_path):
@@ -365,7 +365,7 @@ x = np.random.default_rng(0).normal(size=(300, 2))
 method = gk.Gradient(lambda p: torch.optim.SGD(p, lr=lr))
 for lr, iterations in ((0.1, int(sys.argv[2])), (0.3, 9)):
     try:
-        print(gk.fit(gk.initialise(x, 2), x, method, penalty=Own(0.1), max_iter=iterations, checkpoint=sys.argv[1]).n_iter)
+        print(gk.fit(gk.initialize(x, 2), x, method, penalty=Own(0.1), max_iter=iterations, checkpoint=sys.argv[1]).n_iter)
     except ValueError as error:
         print(error)
 """

@@ -102,7 +102,7 @@ BAD = {
 }
 TAKERS = {
     "fit": ("x", lambda x: gk.fit(MODEL, x, gk.EM(), **FEW)),
-    "initialise": ("x", lambda x: gk.initialise(x, 2)),
+    "initialise": ("x", lambda x: gk.initialize(x, 2)),
     "Source.of": ("x", lambda x: gk.Source.of(x).survey()),
     "log_prob": ("x", MODEL.log_prob),
     "moments": ("x", lambda x: gk.reductions.moments(x, MODEL.offsets, MODEL.means, MODEL.factor)),
@@ -158,7 +158,7 @@ WEIGHTS = torch.linspace(0.2, 3.0, ROWS, dtype=torch.float64)
 
 
 def weighted_mean(x):
-    return gk.fit(gk.initialise(TENSOR, 1), x, gk.EM(reg_covar=0), max_iter=2, tol=0).mixture.means[0]
+    return gk.fit(gk.initialize(TENSOR, 1), x, gk.EM(reg_covar=0), max_iter=2, tol=0).mixture.means[0]
 
 
 PAIRS = {
@@ -218,9 +218,9 @@ def test_functions_that_give_something_else_are_told_so(case):
 def test_loaders_of_labels_are_told_so():
     for second in (torch.arange(ROWS) % 3, torch.ones(ROWS, dtype=torch.bool)):
         loader = DataLoader(TensorDataset(TENSOR, second), batch_size=16)
-        sentence(lambda loader=loader: gk.initialise(loader, 2), "the DataLoader", "may be labels")
+        sentence(lambda loader=loader: gk.initialize(loader, 2), "the DataLoader", "may be labels")
     single = DataLoader(TensorDataset(TENSOR[:, 0], WEIGHTS), batch_size=16)
-    sentence(lambda: gk.initialise(single, 2), "(n, D), got (16,)")
+    sentence(lambda: gk.initialize(single, 2), "(n, D), got (16,)")
 
 
 def test_classes_that_no_point_has_are_named(tmp_path):
@@ -231,14 +231,14 @@ def test_classes_that_no_point_has_are_named(tmp_path):
     cloud.x, cloud.y, cloud.z = np.random.default_rng(0).normal(size=(3, 90))
     cloud.classification = np.arange(90) % 3
     cloud.write(str(tmp_path / "scan.las"))
-    start = gk.initialise(tmp_path / "scan.las", 2)
+    start = gk.initialize(tmp_path / "scan.las", 2)
     some = gk.Source.of(tmp_path / "scan.las", classes=np.array([0, 2]))
     assert some.survey().rows == 60
     for classes in ([99], []):
         none = gk.Source.of(tmp_path / "scan.las", classes=classes)
         calls = {
             "fit": lambda none=none: gk.fit(start, none, gk.EM()),
-            "start": lambda none=none: gk.initialise(none, 2),
+            "start": lambda none=none: gk.initialize(none, 2),
             "score": lambda none=none: gk.analysis.bic(start, none),
             "predict": lambda none=none: gk.GaussianMixture.from_mixture(start).predict(none),
         }
@@ -259,7 +259,7 @@ def settings():
     yield from (("tol", v, lambda v: gk.GaussianMixture(tol=v).fit(GOOD)) for v in NOT_NUMBERS)
     yield from (("reg_covar", v, lambda v: gk.GaussianMixture(reg_covar=v).fit(GOOD)) for v in NOT_NUMBERS)
     yield from (("truncate", v, lambda v: gk.GaussianMixture(truncate=v).fit(GOOD)) for v in (*NOT_NUMBERS, 1.0))
-    yield from (("components", v, lambda v: gk.initialise(GOOD, v)) for v in (*NOT_INTEGERS, 0))
+    yield from (("components", v, lambda v: gk.initialize(GOOD, v)) for v in (*NOT_INTEGERS, 0))
     yield from (
         ("max_iter", v, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), max_iter=v)) for v in NOT_INTEGERS if v is not None
     )
@@ -278,14 +278,14 @@ def settings():
         yield "device", device, lambda v: gk.GaussianMixture.from_mixture(MODEL, device=v).predict(GOOD)
     for other in ("seed", 3, [], np.random.default_rng(0)):
         yield "generator", other, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), generator=v)
-        yield "generator", other, lambda v: gk.initialise(TENSOR, 2, generator=v)
+        yield "generator", other, lambda v: gk.initialize(TENSOR, 2, generator=v)
         yield "generator", other, lambda v: MODEL.sample((2,), generator=v)
     for other in ("print", 3, [3], {"a": 1}):
-        yield "callbacks", other, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), callbacks=v)
+        yield "callbacks", other, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), callback=v)
     for name in ("best", 3, [], np.ones(2)):
-        yield "strategy", name, lambda v: gk.initialise(TENSOR, 2, v)
+        yield "strategy", name, lambda v: gk.initialize(TENSOR, 2, v)
         yield "init_params", name, lambda v: gk.GaussianMixture(init_params=v).fit(GOOD)
-        yield "covariance_type", name, lambda v: gk.initialise(TENSOR, 2, covariance_type=v)
+        yield "covariance_type", name, lambda v: gk.initialize(TENSOR, 2, covariance_type=v)
         yield "backend", name, lambda v: MODEL.log_prob(TENSOR, backend=v)
         yield "solver", name, lambda v: gk.GaussianMixture(solver=v).fit(GOOD)
         yield "criterion", name, lambda v: gk.analysis.select(TENSOR, [1], criterion=v)
@@ -340,8 +340,8 @@ def bad_weights():
 
 
 WEIGHERS = {
-    "fit": ("weights", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), weights=w, **FEW)),
-    "initialise": ("weights", lambda w: gk.initialise(TENSOR, 2, weights=w)),
+    "fit": ("weights", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), sample_weight=w, **FEW)),
+    "initialise": ("weights", lambda w: gk.initialize(TENSOR, 2, sample_weight=w)),
     "bic": ("weights", lambda w: gk.analysis.bic(MODEL, TENSOR, weights=w)),
     "estimator": ("sample_weight", lambda w: gk.GaussianMixture(2, max_iter=1).fit(GOOD, sample_weight=w)),
     "score": ("sample_weight", lambda w: gk.GaussianMixture.from_mixture(MODEL).score(GOOD, sample_weight=w)),

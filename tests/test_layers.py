@@ -155,7 +155,7 @@ def test_only_optimizers_import_the_compiler_of_torch():
 import sys, warnings, torch, gmmkeops as gk
 warnings.simplefilter("ignore")
 x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-mixture = gk.fit(gk.initialise(x.detach(), 2), x.detach(), gk.EM(), max_iter=3).mixture
+mixture = gk.fit(gk.initialize(x.detach(), 2), x.detach(), gk.EM(), max_iter=3).mixture
 mixture.log_prob(x).sum().backward()
 mixture.predict(x.detach()), mixture.responsibilities(x.detach()), mixture.sample((3,))
 gk.GMM(2, components=2).initialize(x.detach())().log_prob(x.detach().float()).sum().backward()

@@ -23,7 +23,7 @@ n, k, d, limit = *map(int, sys.argv[1:4]), sys.argv[4]
 torch.set_num_threads(2)
 torch.manual_seed(0)
 x = torch.randn(n, d)
-small = gk.initialise(x[:30_000], k, "random")
+small = gk.initialize(x[:30_000], k, "random")
 gk.fit(small, x[:1000 + k], gk.EM(), max_iter=1)
 before = peak()
 result = gk.fit(small, x, gk.EM(tol=0), max_iter=2, max_memory=None if limit == "none" else limit)
@@ -80,7 +80,7 @@ def given(rows):
     wide.flush()
     return gk.Source.of(path, columns=[0, 1, 2])
 
-start = gk.initialise(torch.from_numpy(rng.random((1000, 3))), 8)
+start = gk.initialize(torch.from_numpy(rng.random((1000, 3))), 8)
 gk.fit(start, given(20_000), gk.EM(tol=0), max_iter=1)
 source = given(rows)
 open("/proc/self/clear_refs", "w").write("5")
@@ -117,7 +117,7 @@ def test_chunks_are_freed_without_the_garbage_collector(dtype):
             yield part
 
     source = gk.Source.of(parts, chunk_rows=500)
-    start = gk.initialise(source, 2)
+    start = gk.initialize(source, 2)
     most.clear()
     gc.collect()
     gc.disable()
@@ -132,7 +132,7 @@ def test_chunks_are_freed_without_the_garbage_collector(dtype):
 
 def test_bad_limits():
     x = torch.randn(500, 2)
-    start = gk.initialise(x, 2)
+    start = gk.initialize(x, 2)
     for limit, says in (("much", "looks like"), (-1, "must be positive"), ("1kB", "takes at least")):
         with pytest.raises(ValueError, match=says):
             gk.fit(start, x, gk.EM(), max_memory=limit)
@@ -142,7 +142,7 @@ def test_bad_limits():
 def test_running_out_of_memory_halves_the_tiles(truncate, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40_000, 2, generator=generator) + 9 * torch.randint(0, 6, (40_000, 2), generator=generator)
-    start = gk.initialise(x, 70, generator=generator)
+    start = gk.initialize(x, 70, generator=generator)
     expected = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate)
     tile, sizes = _dense.Tile, []
 

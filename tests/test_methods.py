@@ -61,7 +61,7 @@ MONOTONE = ("mean shift", "EM", "accelerated EM", "classification EM", "variatio
 def data():
     truth = random_mixture("full", K=3, D=2)
     x = truth.sample((600,), generator=torch.Generator().manual_seed(0))
-    return gk.initialise(x, 3, "random"), x
+    return gk.initialize(x, 3, "random"), x
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,7 +72,7 @@ class TestMethod:
     def test_reports_the_objective_of_its_mixtures(self, name, data):
         start, x = data
         seen = []
-        result = gk.fit(start, x, METHODS[name], tol=0, max_iter=6, callbacks=lambda step: seen.append(step) and None)
+        result = gk.fit(start, x, METHODS[name], tol=0, max_iter=6, callback=lambda step: seen.append(step) and None)
         assert result.n_iter == len(seen) == len(result.history["objective"]) == 6
         assert result.ending is Ending.MAX_ITER
         assert not result.converged
@@ -128,7 +128,7 @@ class TestMethod:
         assert nothing.n_iter == 0
         if "variational" not in name:
             assert torch.allclose(nothing.mixture.means, start.means)
-        stopped = gk.fit(start, x, METHODS[name], tol=0, callbacks=lambda step: step.iteration == 2, max_iter=9)
+        stopped = gk.fit(start, x, METHODS[name], tol=0, callback=lambda step: step.iteration == 2, max_iter=9)
         assert (stopped.ending, stopped.n_iter) == (Ending.STOPPED, 3)
 
     def test_is_a_value(self, name):
@@ -149,7 +149,7 @@ def test_ends_of_fits(data):
         if step.iteration == 1:
             raise KeyboardInterrupt
 
-    interrupted = gk.fit(start, x, gk.EM(tol=0), callbacks=press)
+    interrupted = gk.fit(start, x, gk.EM(tol=0), callback=press)
     assert interrupted.ending is Ending.INTERRUPTED
     assert interrupted.ending == "interrupted"
     assert interrupted.report.interrupted
@@ -168,5 +168,5 @@ def test_the_bar_of_a_converged_fit_is_complete(data, monkeypatch):
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     start, x = data
-    result = gk.fit(start, x, gk.EM(), max_iter=2000, progress=True)
+    result = gk.fit(start, x, gk.EM(), max_iter=2000, verbose=True)
     assert bars[0] == (result.n_iter, result.n_iter)

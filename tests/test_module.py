@@ -53,7 +53,7 @@ def test_initialised_density_is_not_below_a_baseline(family, tied, strategy):
     x = blobs()
     torch.manual_seed(0)
     model = gk.GMM(2, components=3, covariance_type=family, tied=tied).initialize(x, strategy)
-    single = gk.initialise(x, 1, covariance_type="full").log_prob(x).mean()
+    single = gk.initialize(x, 1, covariance_type="full").log_prob(x).mean()
     assert model().log_prob(x).mean().item() > single.item() - (0.2 if strategy == "random" else -0.3)
     weights = model().weights
     assert bool((weights > 0.02).all())
@@ -62,7 +62,7 @@ def test_initialised_density_is_not_below_a_baseline(family, tied, strategy):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initialise_matches_the_clusters(family):
     x = blobs().double()
-    mixture = gk.initialise(x, 3, "kmeans", covariance_type=family)
+    mixture = gk.initialize(x, 3, "kmeans", covariance_type=family)
     labels = ((x[:, None] - mixture.means) ** 2).sum(-1).argmin(1)
     for k in range(3):
         cloud = x[labels == k]
@@ -78,7 +78,7 @@ def test_clusters_of_weighted_points_are_those_of_repeated_ones(family):
     counts = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(1))
 
     def start(points, weights):
-        found = gk.initialise(points, 3, "kmeans", covariance_type=family, weights=weights)
+        found = gk.initialize(points, 3, "kmeans", covariance_type=family, sample_weight=weights)
         return found.select(found.means[:, 0].argsort())
 
     a = start(x, counts.double())
@@ -92,7 +92,7 @@ def test_rows_that_alternate_are_sampled_alike():
     """Every second row belongs to another cloud: a strided sample would see one of them only."""
     x = torch.randn(60_000, 2, generator=torch.Generator().manual_seed(0))
     x[::2] += 20
-    assert gk.initialise(x, 2, "kmeans").weights.tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert gk.initialize(x, 2, "kmeans").weights.tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
     model = gk.GaussianMixture(2, random_state=0).fit(x)
     assert model.weights_.tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
 
@@ -107,17 +107,17 @@ def test_degenerate_clouds_have_a_start(strategy):
         torch.randn(4, 2, generator=generator),
         torch.cat([torch.randn(30, 2), torch.full((1, 2), 1e8)]),
     ):
-        mixture = gk.initialise(x, 4, strategy, generator=generator)
+        mixture = gk.initialize(x, 4, strategy, generator=generator)
         assert bool(torch.isfinite(mixture.log_prob(x)).all())
 
 
 def test_initialise_is_reproducible_and_leaves_torch_alone():
     x = blobs()
     state = torch.get_rng_state()
-    first, second = gk.initialise(x, 5), gk.initialise(x, 5)
+    first, second = gk.initialize(x, 5), gk.initialize(x, 5)
     assert torch.equal(first.means, second.means)
     assert torch.equal(state, torch.get_rng_state())
-    other = gk.initialise(x, 5, generator=torch.Generator().manual_seed(99))
+    other = gk.initialize(x, 5, generator=torch.Generator().manual_seed(99))
     assert not torch.equal(first.means, other.means)
 
 
@@ -192,9 +192,13 @@ def test_conditional_gmm():
         (lambda: gk.GMM(2).initialize(torch.zeros(9, 2), "best"), ValueError, "strategy must be one of 'random'"),
         (lambda: gk.GMM(2).initialize(torch.zeros(9, 3)), ValueError, "x has 3 columns, expected 2"),
         (lambda: gk.GMM(2).assign(random_mixture("full", K=3)), ValueError, "the mixture's parameters have shapes"),
-        (lambda: gk.initialise(torch.zeros(9, 2), 0), ValueError, "components must be at least 1"),
-        (lambda: gk.initialise(torch.full((9, 2), math.nan), 2), ValueError, "x must be finite"),
-        (lambda: gk.initialise(torch.zeros(3, 2), 2, weights=[1, 0, 0]), ValueError, "at least 2 points with positive"),
+        (lambda: gk.initialize(torch.zeros(9, 2), 0), ValueError, "components must be at least 1"),
+        (lambda: gk.initialize(torch.full((9, 2), math.nan), 2), ValueError, "x must be finite"),
+        (
+            lambda: gk.initialize(torch.zeros(3, 2), 2, sample_weight=[1, 0, 0]),
+            ValueError,
+            "at least 2 points with positive",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(make, kind, message):

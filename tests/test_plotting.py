@@ -57,7 +57,7 @@ def test_points_are_thinned_evenly(ax):
 
 def test_objective_is_the_history(ax):
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    result = gk.fit(gk.initialise(x, 2), x, gk.Adam(), max_iter=5)
+    result = gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=5)
     (line,) = plotting.objective(result, ax=ax)
     assert line.get_ydata().tolist() == result.history["objective"]
     (line,) = plotting.objective(result, ax=ax, against="seconds")

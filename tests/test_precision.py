@@ -282,7 +282,7 @@ def quiet_fit(*arguments, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gk.PrecisionWarning)
         warnings.simplefilter("ignore", gk.ConvergenceWarning)
-        return gk.fit(*arguments, progress=False, **options)
+        return gk.fit(*arguments, verbose=False, **options)
 
 
 def check_likelihood(found, x, mixture):

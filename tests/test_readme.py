@@ -109,7 +109,7 @@ class Spark:
 def test_recipes_run_on_stand_ins(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", Ray("ray"))
     x = torch.randn(3000, 3, generator=torch.Generator().manual_seed(0)).double()
-    start, parts = gk.initialise(x, 4), x.numpy().reshape(3, 1000, 3)
+    start, parts = gk.initialize(x, 4), x.numpy().reshape(3, 1000, 3)
     scope = recipe(name, {"mixture": start, "partitions": parts, "points": Spark(parts), "spark": Spark(parts)})
     expected = gk.fit(start, x, gk.EM(tol=0), max_iter=10)
     assert float((scope["mixture"].means - expected.mixture.means).abs().max()) < 1e-6

@@ -183,11 +183,11 @@ def single():
 
 def maximized():
     m = begin()
-    return gk.EM().maximise(m, gk.reductions.moments(points(), m.offsets, m.means, m.factor))
+    return gk.EM().maximize(m, gk.reductions.moments(points(), m.offsets, m.means, m.factor))
 
 
 def clusters(kind):
-    return gk.initialise(points(), 3, covariance_type=kind, weights=weights(), generator=generator())
+    return gk.initialize(points(), 3, covariance_type=kind, sample_weight=weights(), generator=generator())
 
 
 P = gk.penalties
@@ -245,16 +245,16 @@ CASES = {
     "conditional": conditional,
     "estimator partial_fit": lambda: [gk.GaussianMixture(3, random_state=0).partial_fit(points().numpy()).means_],
     "update": lambda: gk.EM().update(begin(), points())[0],
-    "maximise": lambda: gk.EM().maximise(
+    "maximise": lambda: gk.EM().maximize(
         begin(), gk.reductions.moments(points(), begin().offsets, begin().means, begin().factor)
     ),
     **{
-        f"start {s}": lambda s=s: gk.initialise(points(), 3, s, generator=generator())
+        f"start {s}": lambda s=s: gk.initialize(points(), 3, s, generator=generator())
         for s in ("random", "kmeans", "kmeans++", "responsibilities")
     },
     **{
-        f"kmeans {k}": lambda k=k: gk.initialise(
-            points(), 3, covariance_type=k, weights=weights(), generator=generator()
+        f"kmeans {k}": lambda k=k: gk.initialize(
+            points(), 3, covariance_type=k, sample_weight=weights(), generator=generator()
         )
         for k in TYPES
     },

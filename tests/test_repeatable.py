@@ -61,9 +61,9 @@ def twice(model):
     return [model.sample(20)[0], model.sample(20)[0]]
 few = {"draws": 20, "warmup": 5, "progress": False}
 calls = {
-    **{f"initialise {s}": lambda s=s: gk.initialise(x, 3, s) for s in ("kmeans", "kmeans++", "random", "responsibilities")},
-    "initialise from a sample": lambda: gk.initialise(large, 5),
-    "initialise from a source": lambda: gk.initialise(blocks, 4),
+    **{f"initialise {s}": lambda s=s: gk.initialize(x, 3, s) for s in ("kmeans", "kmeans++", "random", "responsibilities")},
+    "initialise from a sample": lambda: gk.initialize(large, 5),
+    "initialise from a source": lambda: gk.initialize(blocks, 4),
     "initialize a module": lambda: gk.GMM(2, components=3).initialize(x, "kmeans++"),
     "initialize a network": network,
     "survey": lambda: gk.Source.of(blocks).survey(500).reservoir.sample(),
@@ -127,7 +127,7 @@ def test_global_seeds_do_not_matter(seed):
     def results():
         model = gk.GaussianMixture(3, init_params="random_from_data", max_iter=5, tol=0).fit(x)
         sampled = model.sample(4)[0]
-        divergence = gk.analysis.kl_divergence(model.mixture_, gk.initialise(x, 2), samples=100)
+        divergence = gk.analysis.kl_divergence(model.mixture_, gk.initialize(x, 2), samples=100)
         return model.means_.tolist(), sampled.tolist(), divergence
 
     before = results()
@@ -164,9 +164,9 @@ def test_distributions_draw_by_torchs_generator():
 @pytest.mark.parametrize("generator", [0, np.random.default_rng(0), "seed"])
 def test_what_is_no_generator_is_refused_in_one_sentence(generator):
     x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
-    mixture = gk.initialise(x, 2)
+    mixture = gk.initialize(x, 2)
     for call in (
-        lambda: gk.initialise(x, 2, generator=generator),
+        lambda: gk.initialize(x, 2, generator=generator),
         lambda: gk.fit(mixture, x, gk.EM(), generator=generator),
         lambda: gk.analysis.select(x, [1], generator=generator),
         lambda: gk.analysis.kl_divergence(mixture, mixture, generator=generator),

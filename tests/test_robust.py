@@ -82,7 +82,7 @@ def test_selection_with_one_distant_value(value):
 def test_starts_do_not_depend_on_a_distant_value(strategy, family):
     """The value is a cluster of its own, as it is with these strategies, and the others keep their variances."""
     x = np.insert(groups(3), 7, 1e8, axis=0)
-    start = gk.initialise(x, 4, strategy, covariance_type=family, generator=torch.Generator().manual_seed(3))
+    start = gk.initialize(x, 4, strategy, covariance_type=family, generator=torch.Generator().manual_seed(3))
     variances = start.component_distribution.variance
     far = start.means[:, 0].abs() > 1e4
     assert int(far.sum()) == 1
@@ -111,7 +111,7 @@ def test_units_change_nothing(family, unit):
 @pytest.mark.parametrize("family", ["full", "diag", "tied"])
 def test_columns_in_different_units(family):
     x, units = groups(3), np.array([1e-7, 1.0, 1e9])
-    starts = [gk.initialise(x * u, 3, "kmeans", covariance_type=family) for u in (1.0, units)]
+    starts = [gk.initialize(x * u, 3, "kmeans", covariance_type=family) for u in (1.0, units)]
     # Clusters are found by the largest column; what is added to them does not drown the others.
     variances = starts[1].component_distribution.variance.mean(0) / torch.tensor(units) ** 2
     assert bool((variances < 2 * torch.tensor(x.var(0))).all())

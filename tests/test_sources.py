@@ -29,7 +29,7 @@ def x():
 
 @pytest.fixture(scope="module")
 def start(x):
-    return gk.initialise(x, 4, generator=torch.Generator().manual_seed(0))
+    return gk.initialize(x, 4, generator=torch.Generator().manual_seed(0))
 
 
 def difference(a, b):
@@ -110,7 +110,7 @@ def las(x, folder, suffix=".las"):
 def test_scans_keep_their_millimetres(x, tmp_path, suffix):
     path = las(x, tmp_path, suffix)
     cloud = x.astype(np.float64).round(3) + np.array([640_000.0, 5_400_000.0, 0.0])
-    start = gk.initialise(cloud, 4, generator=torch.Generator().manual_seed(0))
+    start = gk.initialize(cloud, 4, generator=torch.Generator().manual_seed(0))
     expected = gk.fit(start, cloud, gk.EM(tol=0), max_iter=5)
     for dtype in (None, "float32"):
         found = gk.fit(start, gk.Source.of(path, chunk_rows=9000), gk.EM(tol=0), max_iter=5, dtype=dtype)
@@ -142,8 +142,8 @@ def test_three_stepwise_passes_come_within_a_thousandth_of_a_nat(x, start, tmp_p
 
 def test_starts_and_estimators_read_sources(x, tmp_path):
     path = npy(x, tmp_path)
-    start = gk.initialise(path, 4, generator=torch.Generator().manual_seed(3))
-    assert difference(start, gk.initialise(x, 4, generator=torch.Generator().manual_seed(3))) < 1e-12
+    start = gk.initialize(path, 4, generator=torch.Generator().manual_seed(3))
+    assert difference(start, gk.initialize(x, 4, generator=torch.Generator().manual_seed(3))) < 1e-12
     model, same = (gk.GaussianMixture(4, random_state=0).fit(data) for data in (path, x))
     assert difference(model.mixture_, same.mixture_) < 1e-6
     assert model.score(path) == pytest.approx(same.score(x), abs=1e-6)
@@ -182,14 +182,14 @@ def test_array_weights_and_row_numbers_hold_across_chunks(tmp_path):
 
 def test_weights_from_a_column_an_array_or_pairs(x, start, tmp_path):
     g = np.random.default_rng(1).integers(0, 3, len(x)).astype(np.float32)
-    expected = gk.fit(start, x, gk.EM(tol=0), weights=g, max_iter=4)
+    expected = gk.fit(start, x, gk.EM(tol=0), sample_weight=g, max_iter=4)
     np.save(tmp_path / "w.npy", np.column_stack([x, g]))
     column = gk.Source.of(tmp_path / "w.npy", weights=3)
     pairs = gk.Source.of(lambda: ((x[i : i + 999], g[i : i + 999]) for i in range(0, len(x), 999)), chunk_rows=5000)
     for found in (
         gk.fit(start, column, gk.EM(tol=0), max_iter=4),
         gk.fit(start, pairs, gk.EM(tol=0), max_iter=4),
-        gk.fit(start, npy(x, tmp_path), gk.EM(tol=0), weights=g, max_iter=4),
+        gk.fit(start, npy(x, tmp_path), gk.EM(tol=0), sample_weight=g, max_iter=4),
     ):
         assert difference(found.mixture, expected.mixture) < 1e-6
 
@@ -240,7 +240,7 @@ def test_a_file_that_changes_under_a_fit_is_an_error(change, x, start, tmp_path)
                 path.unlink()
 
     with pytest.raises(ValueError, match=r"changed while it was read|is gone"):
-        gk.fit(start, gk.Source.of(path, chunk_rows=9000), gk.EM(tol=0), callbacks=spoil)
+        gk.fit(start, gk.Source.of(path, chunk_rows=9000), gk.EM(tol=0), callback=spoil)
 
 
 @pytest.mark.parametrize("storage", [npy, shards, ply, las, lambda x, d: las(x, d, ".laz")])
@@ -278,7 +278,7 @@ def test_refusals(x, start, tmp_path):
     with pytest.raises(ValueError, match="LAS and LAZ"):
         gk.Source.of(path, classes=[2])
     with pytest.raises(ValueError, match="one per row"):
-        gk.fit(start, path, gk.EM(), weights=np.ones(3))
+        gk.fit(start, path, gk.EM(), sample_weight=np.ones(3))
     with pytest.raises(ValueError, match="rows of total weight"):
         gk.fit(start, lambda: iter([x[:2]]), gk.EM())
 

@@ -158,7 +158,7 @@ def test_mixtures_that_the_package_makes_check_their_points():
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
     made = [
         gk.GMM(2)().to(torch.float64),
-        gk.fit(gk.initialise(x, 2), x, gk.EM(), max_iter=2).mixture,
+        gk.fit(gk.initialize(x, 2), x, gk.EM(), max_iter=2).mixture,
         random_mixture("full").marginal([1, 0]),
         gk.analysis.merge(random_mixture("full"), [[0, 1]]),
     ]

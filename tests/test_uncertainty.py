@@ -29,7 +29,7 @@ def test_information_is_the_second_derivative(kind):
     """Away from the maximum too, where no term vanishes."""
     x = 2 * torch.randn(150, 2, generator=torch.Generator().manual_seed(0)).double()
     g = torch.randint(0, 3, (150,), generator=torch.Generator().manual_seed(1)).double()
-    m = gk.initialise(x, 3, covariance_type=kind)
+    m = gk.initialize(x, 3, covariance_type=kind)
     layout = _Layout(m)
     tally = _Tally(layout, True)
     tally.add(x, g)
@@ -59,7 +59,7 @@ def test_one_gaussian_has_the_textbook_errors():
         torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)).double()
         @ torch.tensor([[2.0, 1.0], [0.0, 1.0]]).double()
     )
-    mixture = gk.fit(gk.initialise(x, 1), x, gk.EM(reg_covar=0)).mixture
+    mixture = gk.fit(gk.initialize(x, 1), x, gk.EM(reg_covar=0)).mixture
     found = gk.standard_errors(mixture, x)
     S = torch.cov(x.T, correction=0)
     N = len(x)
@@ -81,7 +81,7 @@ def test_errors_are_those_of_the_bootstrap(kind):
         return torch.cat([part.reshape(-1) for part in (weights, means, covariances)])
 
     def fitted(points):
-        return gk.fit(start, points, gk.EM(reg_covar=0, tol=1e-6), max_iter=300, progress=False).mixture
+        return gk.fit(start, points, gk.EM(reg_covar=0, tol=1e-6), max_iter=300, verbose=False).mixture
 
     mixture = fitted(x)
     generator, found = torch.Generator().manual_seed(1), []
@@ -105,7 +105,7 @@ def test_files_weights_blocks_and_units(tmp_path):
     source = gk.standard_errors(mixture, gk.Source.of(tmp_path / "x.npy", chunk_rows=700))
     for name in ("weights", "means", "covariances"):
         assert torch.allclose(getattr(source, name), getattr(whole, name), rtol=1e-9)
-    four = gk.standard_errors(mixture, x, weights=torch.full((4000,), 4.0))
+    four = gk.standard_errors(mixture, x, sample_weight=torch.full((4000,), 4.0))
     assert torch.allclose(four.means, whole.means / 2)
     block = gk.standard_errors(mixture, x, joint=False)
     assert not block.joint
@@ -124,4 +124,4 @@ def test_files_weights_blocks_and_units(tmp_path):
 def test_more_parameters_than_points_are_refused():
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).double()
     with pytest.raises(ValueError, match="do not tell all parameters apart"):
-        gk.standard_errors(gk.initialise(x, 4), x, robust=False)
+        gk.standard_errors(gk.initialize(x, 4), x, robust=False)

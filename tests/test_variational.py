@@ -130,7 +130,7 @@ def test_the_bound_of_one_component_is_the_evidence(X):
     method = gk.bayes.VariationalBayes(
         mean_precision=0.5, degrees=D + 1.0, means=m0, covariances=S0, weights="dirichlet_distribution", reg_covar=0
     )
-    result = gk.fit(gk.initialise(x, 1), x, method)
+    result = gk.fit(gk.initialize(x, 1), x, method)
     expected = evidence_of_one_gaussian(x, 0.5, D + 1.0, m0, S0)
     assert -result.objective * len(x) == pytest.approx(float(expected), rel=1e-7)
 
@@ -140,7 +140,7 @@ def test_the_bound_of_one_component_is_the_evidence(X):
 def test_the_bound_belongs_to_the_posterior_and_is_stationary_there(X, kind, weights):
     x = torch.as_tensor(X)
     method = gk.bayes.VariationalBayes(weights=weights, reg_covar=0)
-    result = gk.fit(gk.initialise(x, 4, covariance_type=kind), x, method, max_iter=3000, tol=1e-9)
+    result = gk.fit(gk.initialize(x, 4, covariance_type=kind), x, method, max_iter=3000, tol=1e-9)
     history = result.history["objective"]
     assert all(after <= before + 1e-9 for before, after in itertools.pairwise(history))
     assert result.converged
@@ -174,7 +174,7 @@ def test_predictive_density_is_the_average_over_draws(X, kind, weights):
 @pytest.mark.parametrize("kind", ["full", "diag", "spherical"])
 def test_predictive_density_integrates_to_one(kind):
     x = torch.randn(30, 1, generator=torch.Generator().manual_seed(0)).double()
-    result = gk.fit(gk.initialise(x, 2, covariance_type=kind), x, gk.bayes.VariationalBayes(), max_iter=200)
+    result = gk.fit(gk.initialize(x, 2, covariance_type=kind), x, gk.bayes.VariationalBayes(), max_iter=200)
     predictive = result.posterior.predictive()
     total, _ = quad(
         lambda t: float(predictive.log_prob(torch.tensor([[t]]).double()).exp()), -np.inf, np.inf, limit=500
@@ -193,7 +193,7 @@ def test_files_minibatches_weights_truncation_and_checkpoints(tmp_path):
     X, rng = clusters(1, N=40_000, K=6)
     X = X.astype(np.float32)
     np.save(tmp_path / "x.npy", X)
-    start = gk.initialise(X, 8)
+    start = gk.initialize(X, 8)
     method = gk.bayes.VariationalBayes(concentration=0.1)
     whole = gk.fit(start, X, method, max_iter=30, tol=0)
     source = gk.fit(start, gk.Source.of(tmp_path / "x.npy", chunk_rows=7000), method, max_iter=30, tol=0)
@@ -209,7 +209,7 @@ def test_files_minibatches_weights_truncation_and_checkpoints(tmp_path):
     cut = gk.fit(start, X, method, max_iter=30, tol=0, truncate=1e-6)
     assert cut.objective == pytest.approx(whole.objective, abs=1e-5)
     g = torch.as_tensor(rng.integers(1, 4, size=len(X))).double()
-    weighted = gk.fit(start, X, method, weights=g, max_iter=5, tol=0)
+    weighted = gk.fit(start, X, method, sample_weight=g, max_iter=5, tol=0)
     repeated = gk.fit(start, torch.as_tensor(X).repeat_interleave(g.long(), 0), method, max_iter=5, tol=0)
     assert weighted.objective == pytest.approx(repeated.objective, abs=1e-6)
 
@@ -233,9 +233,9 @@ def test_files_minibatches_weights_truncation_and_checkpoints(tmp_path):
 )
 def test_bad_priors_get_one_sentence(X, settings, message):
     with pytest.raises(ValueError, match=message):
-        gk.fit(gk.initialise(X, 2), X, gk.bayes.VariationalBayes(**settings))
+        gk.fit(gk.initialize(X, 2), X, gk.bayes.VariationalBayes(**settings))
 
 
 def test_a_penalty_is_refused(X):
     with pytest.raises(ValueError, match="priors of its own"):
-        gk.fit(gk.initialise(X, 2), X, gk.bayes.VariationalBayes(), penalty=gk.penalties.SqrtWeights(1.0))
+        gk.fit(gk.initialize(X, 2), X, gk.bayes.VariationalBayes(), penalty=gk.penalties.SqrtWeights(1.0))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gmmkeops._checks import ConvergenceWarning, as_choice, as_integer, as_number, as_tensor, check_finite
 from gmmkeops.data import Source, as_generator, as_points, chunked, readable, table_names, weight_unit
-from gmmkeops.fitting import EM, FitResult, Method, fit, initialise
+from gmmkeops.fitting import EM, FitResult, Method, fit, initialize
 from gmmkeops.models import Mixture, as_mixture
 
 __all__ = ["CRITERIA", "Selection", "aic", "anomaly_threshold", "bic", "icl", "score", "select", "silhouette"]
@@ -357,12 +357,12 @@ def select(
         seed = int(torch.randint(1 << 62, (1,), generator=generator, device=device))
         for kind in covariance_types:
             same = torch.Generator(device).manual_seed(seed)
-            start = initialise(points, K, "kmeans", covariance_type=kind, weights=g, runs=runs, generator=same)
+            start = initialize(points, K, "kmeans", covariance_type=kind, sample_weight=g, n_init=runs, generator=same)
             start = start.named(names)
             with warnings.catch_warnings():
                 # The table says which fits did not converge.
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                result = fit(start, points, method or EM(), weights=g, **{"progress": False} | options)
+                result = fit(start, points, method or EM(), sample_weight=g, **{"progress": False} | options)
             mixture = result.mixture
             results.append(result)
             rows.append(

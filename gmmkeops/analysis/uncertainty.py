@@ -56,7 +56,7 @@ class StandardErrors:
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.linspace(-3, 3, 400).double()[:, None]
-        >>> errors = gk.standard_errors(gk.fit(gk.initialise(x, 1), x, gk.EM(reg_covar=0)).mixture, x)
+        >>> errors = gk.standard_errors(gk.fit(gk.initialize(x, 1), x, gk.EM(reg_covar=0)).mixture, x)
         >>> bool((errors.means[0, 0] - x.std(correction=0) / 20).abs() < 1e-6)  # σ / √N
         True
     """
@@ -92,7 +92,7 @@ def standard_errors(
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(10_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        >>> mixture = gk.fit(gk.initialise(x, 1), x, gk.EM()).mixture
+        >>> mixture = gk.fit(gk.initialize(x, 1), x, gk.EM()).mixture
         >>> gk.standard_errors(mixture, x).means.round(decimals=3).tolist()
         [[0.01]]
     """

@@ -388,7 +388,7 @@ class World:
             return source.shared(self.rank, self.size)
         return source.shared(0, 1, first=sum(rows or 0 for _, rows in said[: self.rank]))
 
-    def generator(self, given: torch.Generator | None, device: torch.device) -> torch.Generator:
+    def generator(self, given: torch.Generator | int | None, device: torch.device) -> torch.Generator:
         """A random number generator in the same state on all ranks: that of the given one on rank 0.
 
         If None is given, a fixed seed is used. Torch's global random state is not used or changed.

@@ -5,8 +5,10 @@ Calls that were given no generator take one of a fixed seed, so that results rep
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,17 +22,21 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
     """Return the given generator as one of the device, or without one a new generator of a fixed seed.
 
     Args:
-        generator: A ``torch.Generator`` of any device, or None.
+        generator: A ``torch.Generator`` of any device, a seed, a numpy ``RandomState``, or None.
         device: Device of the random numbers.
 
     Raises:
-        TypeError: ``generator`` is neither.
+        TypeError: ``generator`` is none of these.
     """
     if generator is None:
         return torch.Generator(device).manual_seed(DEFAULT_SEED)
+    if isinstance(generator, numbers.Integral) and not isinstance(generator, bool):
+        return torch.Generator(device).manual_seed(int(generator) % (1 << 63))
+    if isinstance(generator, np.random.RandomState):
+        return torch.Generator(device).manual_seed(int(generator.randint(1 << 31)))
     if not isinstance(generator, torch.Generator):
         raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
+            f"generator must be a torch.Generator, a seed or None, got {type(generator).__name__}; "
             "pass torch.Generator().manual_seed(0)."
         )
     return _moved(generator, torch.device(device))

@@ -44,7 +44,7 @@ from gmmkeops.data import (
     representatives,
 )
 from gmmkeops.estimators.contract import Estimator, column_names, convergence_warning
-from gmmkeops.fitting import EM, Ending, FitResult, Method, Step, as_bytes, describe, fit, initialise
+from gmmkeops.fitting import EM, Ending, FitResult, Method, Step, as_bytes, describe, fit, initialize
 from gmmkeops.models import Mixture
 from gmmkeops.reductions import BACKENDS
 
@@ -194,14 +194,14 @@ class MixtureEstimator(Estimator, ABC):
                     method,
                     tol=0.0 if continuation.earlier is not None else None,
                     penalty=getattr(self, "penalty", None),
-                    weights=g,
+                    sample_weight=g,
                     truncate=self.truncate,
                     backend=self.backend,
                     dtype=self.dtype,
                     checkpoint=self.checkpoint,
                     max_memory=self.max_memory,
-                    callbacks=(*self._talk(run), continuation),
-                    progress=None if self.verbose > 1 else False,
+                    callback=(*self._talk(run), continuation),
+                    verbose=None if self.verbose > 1 else False,
                     generator=generator,
                 )
                 if _improves(result, best):
@@ -296,7 +296,7 @@ class MixtureEstimator(Estimator, ABC):
         K, strategy = self.n_components, _STRATEGIES[self.init_params]
         method = self._method(False)
         if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or method.max_iter == 0:
-            return initialise(x, K, "random" if given else strategy, weights=g, runs=1, **options)
+            return initialize(x, K, "random" if given else strategy, sample_weight=g, n_init=1, **options)
         world = World()
         with world.together():
             part, share, some, _ = representatives(x, g, max(_SAMPLE, 200 * K), world)
@@ -304,9 +304,11 @@ class MixtureEstimator(Estimator, ABC):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrecisionWarning)
             for _ in range(min(_MANY // K, _CANDIDATES if len(part) < some else _FEW)):
-                start = initialise(part, K, strategy, weights=share, runs=1, **options)
+                start = initialize(part, K, strategy, sample_weight=share, n_init=1, **options)
                 trial = EM(reg_covar=getattr(method, "reg_covar", EM.reg_covar), tol=0)
-                found = fit(start, part, trial, weights=share, max_iter=_STEPS, backend=self.backend, progress=False)
+                found = fit(
+                    start, part, trial, sample_weight=share, max_iter=_STEPS, backend=self.backend, verbose=False
+                )
                 if _improves(found, best):
                     best = found
         assert best is not None, "there are candidates"

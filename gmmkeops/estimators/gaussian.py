@@ -194,7 +194,7 @@ class GaussianMixture(MixtureEstimator):
             sums = memory[0]
             sums = Moments(*(getattr(sums, field.name).to(x.device) for field in fields(sums)))
             memory = (sums, *memory[1:])
-        mixture, memory = method.update(start, x, memory, penalty=self.penalty, weights=g, backend=self.backend)
+        mixture, memory = method.update(start, x, memory, penalty=self.penalty, sample_weight=g, backend=self.backend)
         self._adopt(mixture.named(columns), torch.is_tensor(X))
         self._memory, self.n_iter_, self.converged_ = memory, memory[1], False
         return self

@@ -9,7 +9,7 @@ from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.fit import fit
 from gmmkeops.fitting.gradient import Adam, Gradient
 from gmmkeops.fitting.identity import describe
-from gmmkeops.fitting.initialization import initialise
+from gmmkeops.fitting.initialization import initialize
 from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import Objective
@@ -34,6 +34,6 @@ __all__ = [
     "describe",
     "estimate_memory",
     "fit",
-    "initialise",
+    "initialize",
     "known",
 ]

@@ -49,8 +49,8 @@ class Checkpoint:
         >>> x = torch.linspace(-1, 1, 100).double()[:, None]
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     keep = gk.Checkpoint(os.path.join(folder, "fit.ckpt"), every=0)
-        ...     first = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=0), max_iter=3, checkpoint=keep)
-        ...     more = gk.fit(gk.initialise(x, 2), x, gk.EM(tol=0), max_iter=5, checkpoint=keep)  # resumes
+        ...     first = gk.fit(gk.initialize(x, 2), x, gk.EM(tol=0), max_iter=3, checkpoint=keep)
+        ...     more = gk.fit(gk.initialize(x, 2), x, gk.EM(tol=0), max_iter=5, checkpoint=keep)  # resumes
         >>> first.n_iter, more.n_iter
         (3, 5)
     """

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import PrecisionWarning, as_choice, as_integer, as_number, as_tensor
+from gmmkeops._checks import PrecisionWarning, accepts, as_choice, as_integer, as_number, as_tensor
 from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.frame import Frame
@@ -129,7 +129,7 @@ class EM(Method[_State]):
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)).double()
-        >>> result = gk.fit(gk.initialise(x, 2), x, gk.EM(), penalty=gk.penalties.SqrtWeights(0.1), max_iter=2000)
+        >>> result = gk.fit(gk.initialize(x, 2), x, gk.EM(), penalty=gk.penalties.SqrtWeights(0.1), max_iter=2000)
         >>> objective = torch.tensor(result.history["objective"], dtype=torch.float64)
         >>> result.converged, bool((objective.diff() <= 1e-12).all())  # monotone up to rounding
         (True, True)
@@ -365,7 +365,7 @@ class EM(Method[_State]):
         average = memory if state.average is None else state.average * (1 - 1 / batches) + memory * (1 / batches)
         return replace(state, memory=memory, average=average, batches=batches)
 
-    def maximise(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
+    def maximize(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
         """Perform the M-step from the moments of all points, for example from sums over several machines.
 
         Args:
@@ -384,7 +384,7 @@ class EM(Method[_State]):
             >>> x = torch.tensor([[0.0], [2.0]]).double()
             >>> m = gk.Mixture.from_parameters([1.0], [[0.5]], [1.0], "spherical")
             >>> halves = [gk.reductions.moments(part, m.offsets, m.means, m.factor) for part in x.split(1)]
-            >>> gk.EM().maximise(m, sum(halves)).means.tolist()
+            >>> gk.EM().maximize(m, sum(halves)).means.tolist()
             [[1.0]]
         """
         mass = float(moments.mass)
@@ -401,6 +401,12 @@ class EM(Method[_State]):
         new = self._m_step(objective, state, frame.enter_moments(moments)).mixture
         return frame.leave(new).named(mixture.columns)
 
+    def maximise(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
+        """The name of :meth:`maximize` in version 0.1, which causes a DeprecationWarning."""
+        warnings.warn("maximise is deprecated; use maximize.", DeprecationWarning, stacklevel=2)
+        return self.maximize(mixture, moments, penalty=penalty)
+
+    @accepts(old={"weights": "sample_weight"})
     def update(
         self,
         mixture: Mixture,
@@ -408,7 +414,7 @@ class EM(Method[_State]):
         memory: tuple[Moments, int, float] | None = None,
         *,
         penalty: Any = None,
-        weights: Any = None,
+        sample_weight: Any = None,
         backend: str = "auto",
     ) -> tuple[Mixture, tuple[Moments, int, float]]:
         """Perform one step of stepwise EM on a batch of a stream. Batches may have any size.
@@ -418,7 +424,7 @@ class EM(Method[_State]):
             x: Points (n, D) of this batch, data units.
             memory: The memory that the last update returned; None for the first batch.
             penalty, backend: As for :func:`gmmkeops.fit`; the total weight of the data is that of all points so far.
-            weights: Weights (n,) of the points of this batch, or None.
+            sample_weight: Weights (n,) of the points of this batch, or None.
 
         Returns:
             The new mixture (components are never pruned), and the memory for the next update: the running average of the
@@ -430,7 +436,7 @@ class EM(Method[_State]):
         x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.features)
         # The random numbers depend on the number of the batch only, so that they are the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
-        g = as_weights(weights, x)
+        g = as_weights(sample_weight, x, name="sample_weight")
         if g is not None and weight_unit(float(g.max())) != 1:
             raise ValueError(
                 f"weights of batches must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights "

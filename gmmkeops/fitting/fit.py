@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import os
 import time
 import warnings
@@ -16,18 +17,32 @@ import torch
 from gmmkeops import reductions
 from gmmkeops._checks import (
     ConvergenceWarning,
+    accepts,
     as_choice,
     as_fraction,
     as_functions,
     as_integer,
     as_number,
     mind_fork,
+    renamed,
 )
-from gmmkeops.data import Source, World, as_dtype, as_points, as_weights, readable, table_names, table_of
+from gmmkeops.data import (
+    Source,
+    World,
+    as_dtype,
+    as_generator,
+    as_points,
+    as_weights,
+    readable,
+    table_names,
+    table_of,
+)
 from gmmkeops.fitting.checkpoint import Checkpoint
+from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.facts import LIMITS, described, facts
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.gradient import Gradient
+from gmmkeops.fitting.initialization import initialize
 from gmmkeops.fitting.journal import Journal
 from gmmkeops.fitting.loop import Run
 from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
@@ -44,23 +59,34 @@ __all__ = ["fit"]
 _logger = logging.getLogger("gmmkeops")
 
 
+# Names of arguments in version 0.1, and in other libraries.
+_OLD = {"weights": "sample_weight", "callbacks": "callback", "progress": "verbose"}
+_WRONG = {
+    "epochs": "max_iter",
+    "n_iter": "max_iter",
+    "batch_size": "method=gmmkeops.EM(batch_size=...)",
+    "lr": "method=gmmkeops.Adam(lr=...)",
+}
+
+
+@accepts(old=_OLD, also={"random_state": "generator"}, wrong=_WRONG)
 def fit(
-    start: Mixture | GMM,
+    start: Mixture | GMM | int,
     x: Any,
-    method: Method[Any],
+    method: Method[Any] | None = None,
     *,
-    context: Any = None,
     penalty: Penalty | Callable[[Mixture], Any] | None = None,
-    weights: Any = None,
+    sample_weight: Any = None,
+    context: Any = None,
     max_iter: int | None = None,
     tol: float | None = None,
+    callback: Callable[[Step], Any] | Iterable[Callable[[Step], Any]] = (),
+    verbose: bool | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    generator: torch.Generator | int | None = None,
     truncate: float | None = None,
     backend: str = "auto",
     dtype: Any = None,
-    callbacks: Callable[[Step], Any] | Iterable[Callable[[Step], Any]] = (),
-    progress: bool | None = None,
-    generator: torch.Generator | None = None,
-    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     max_memory: int | float | str | None = None,
 ) -> FitResult:
     r"""Fit a Gaussian mixture to data.
@@ -71,14 +97,15 @@ def fit(
     with a weight of almost zero, and ``result.report`` lists them.
 
     Args:
-        start: Initial mixture: a :class:`~gmmkeops.Mixture`, or a :class:`~gmmkeops.GMM`, whose parameters are set to the result
-            at the end.
+        start: Initial mixture: a :class:`~gmmkeops.Mixture`; a :class:`~gmmkeops.GMM`, whose parameters are set to the result
+            at the end; or a number of components, for which :func:`gmmkeops.initialize` is called.
         x: Points (N, D), data units; the fit runs on their device. Also anything that :meth:`gmmkeops.Source.of` accepts
             (files, memory maps, loaders, functions), which is read chunk by chunk on every pass.
         method: ``gmmkeops.EM(...)``, ``gmmkeops.Adam(...)`` or another method; a gradient method for a GMM with a context.
+            None is ``gmmkeops.EM()``.
         context: Contexts c (N, C), for a GMM with a context. If None, they are the last C columns of x.
         penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
-        weights: Weights g (N,) of the points, not negative; None for equal weights.
+        sample_weight: Weights g (N,) of the points, not negative; None for equal weights.
         max_iter: Largest number of iterations; None for the method's. With 0 the initial mixture is evaluated and returned.
         tol: Tolerance, nats per point; None for the method's.
         truncate: ε: components whose total contribution to a point's density is certified to be less than this fraction may be
@@ -89,12 +116,12 @@ def fit(
             all others in float64. The points are centered in float64 first, so that map coordinates lose no digits in float32.
             If components become so narrow, or points are so far away, that float32 coordinates would change log-densities by
             about 1e-4 nats or more, the fit continues in float64, and the report says so.
-        callbacks: Functions of a :class:`Step` that are called after each iteration; the fit ends when one returns True. With
-            several ranks, a callback that returns True on any rank ends the fit on all, and ranks wait at most 30 seconds for a
-            callback of another rank.
-        progress: Whether to show a progress bar; by default only in a terminal.
-        generator: Random number generator (minibatches, stochastic assignment). None uses a fixed seed, so that the same call
-            gives the same result in every process. Torch's global random state is not used or changed.
+        callback: A function of a :class:`Step`, or several, called after each iteration; the fit ends when one returns True.
+            With several ranks, a callback that returns True on any rank ends the fit on all, and ranks wait at most 30 seconds
+            for a callback of another rank.
+        verbose: Whether to show a progress bar; by default only in a terminal.
+        generator: Random number generator or seed (minibatches, stochastic assignment). None uses a fixed seed, so that the
+            same call gives the same result in every process. Torch's global random state is not used or changed.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state is written every minute. If the file exists,
             the fit resumes from it, with the same result as without interruption (bit-identical for EM on a CPU).
         max_memory: Largest memory of the fit beside imports and the given points, in bytes or as text such as "1.5GB". If the
@@ -123,7 +150,7 @@ def fit(
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)) + 5e6
         >>> x = x.double()
-        >>> result = gk.fit(gk.initialise(x, 3), x, gk.Adam(lr=0.05), penalty=gk.penalties.SqrtWeights(0.1), max_iter=50)
+        >>> result = gk.fit(3, x, gk.Adam(lr=0.05), penalty=gk.penalties.SqrtWeights(0.1), max_iter=50)
         >>> result.n_iter, result.report.engine
         (50, 'dense')
     """
@@ -131,18 +158,23 @@ def fit(
     mind_fork()
     world = World()
     with world.together(), recording():
-        mixture, model = _initial(start, method, context)
-        columns = start.columns
+        method = EM() if method is None else method
+        generator = as_generator(generator, "cpu") if isinstance(generator, numbers.Integral) else generator
+        begin: Any = start
+        if isinstance(start, numbers.Integral) and not isinstance(start, bool):
+            begin = initialize(x, int(start), sample_weight=sample_weight, generator=generator)
+        mixture, model = _initial(begin, method, context)
+        columns = begin.columns
         if model is not None:
             x, columns = _with_context(model, x, context, method, truncate)
             truncate = 0
         max_iter, tol = _limits(method, max_iter, tol)
-        truncate, told = as_fraction(truncate, "truncate"), as_functions(callbacks, "callbacks")
+        truncate, told = as_fraction(truncate, "truncate"), as_functions(callback, "callback")
         as_choice(backend, "backend", reductions.BACKENDS)
         settings: dict[str, Any] = {}
         if checkpoint is not None or world.size > 1:
             settings = described(mixture, model, method, penalty, truncate, backend)
-        given = {"weights": weights, "generator": generator, "checkpoint": checkpoint, "context": context}
+        given = {"sample_weight": sample_weight, "generator": generator, "checkpoint": checkpoint, "context": context}
         others: dict[str, Any] = {name: "none" if value is None else "given" for name, value in given.items()}
         others |= {
             "columns": str(columns),
@@ -157,7 +189,7 @@ def fit(
             mixture,
             model,
             x,
-            weights,
+            sample_weight,
             columns,
             penalty,
             truncate,
@@ -176,7 +208,7 @@ def fit(
             state = method.init(run.objective, inside)
         else:
             state = run.resume(saved)
-        bar = _bar(max_iter, progress, run)
+        bar = _bar(max_iter, verbose, run)
         try:
             best = run.go(state, max_iter, bar)
         finally:
@@ -195,7 +227,9 @@ def _initial(start: Any, method: Any, context: Any) -> tuple[Mixture, GMM | None
     if not isinstance(method, Method):
         raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
     if not isinstance(start, (Mixture, GMM)):
-        raise TypeError(f"start must be a Mixture or a GMM, got {type(start).__name__}; see gmmkeops.initialise.")
+        raise TypeError(
+            f"start must be a Mixture, a GMM or a number of components, got {type(start).__name__}; see gmmkeops.initialize."
+        )
     model = start if isinstance(start, GMM) and start.context else None
     if model is None and context is not None:
         raise ValueError("context belongs to a GMM that was constructed with one; pass GMM(features, context=C).")
@@ -262,7 +296,8 @@ def _with_context(
 def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World) -> tuple[Any, tuple[str, ...] | None]:
     """Points with the columns of the initial mixture, matched by name if both have names; and the names, or None."""
     if readable(x):
-        x = world.share(Source.of(x, weights=weights).matched(columns))
+        with renamed("weights", "sample_weight"):
+            x = world.share(Source.of(x, weights=weights).matched(columns))
         return x, columns or x.columns
     columns = columns or world.tell(table_names(x))[0]
     world.agree({"columns": columns})
@@ -279,7 +314,7 @@ def _objective(
     truncate: float | None,
     backend: str,
     dtype: torch.dtype | None,
-    generator: torch.Generator | None,
+    generator: torch.Generator | int | None,
     journal: Journal,
     saved: Any,
     limit: int | None,
@@ -296,7 +331,7 @@ def _objective(
         x = as_points(x, features=D, minimum=K if world.size == 1 else 0)
         if x.device != device:
             raise ValueError(f"x is on {x.device} but start on {device}; move one with .to().")
-        g = as_weights(weights, x, some=world.size == 1)
+        g = as_weights(weights, x, name="sample_weight", some=world.size == 1)
     if limit is not None:
         x, g = _within(limit, mixture, x, g, dtype, world)
     objective = prepared(
@@ -382,13 +417,13 @@ def _result(best: Evaluation, run: Run) -> FitResult:
     return FitResult(mixture, value, likelihood, run.ending, run.iterations, run.history, report, answer)
 
 
-def _bar(total: int, progress: bool | None, run: Run) -> Any:
+def _bar(total: int, verbose: bool | int | None, run: Run) -> Any:
     """A progress bar, which also shows the rows that a pass over a source has read; None if there is none."""
-    if progress is False:
+    if verbose is not None and not verbose:
         return None
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=total, desc="fit", unit="it", disable=None if progress is None else False)
+    bar = tqdm(total=total, desc="fit", unit="it", disable=None if verbose is None else False)
     if bar.disable:
         return None
     rows = run.objective.rows

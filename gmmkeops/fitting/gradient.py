@@ -63,7 +63,7 @@ class Gradient(Method[_State]):
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
         >>> method = gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.1))
-        >>> result = gk.fit(gk.initialise(x, 2), x, method, max_iter=20)
+        >>> result = gk.fit(gk.initialize(x, 2), x, method, max_iter=20)
         >>> result.history["objective"][-1] < result.history["objective"][0]
         True
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_choice, as_integer, mind_fork
+from gmmkeops._checks import accepts, as_choice, as_integer, mind_fork, renamed
 from gmmkeops.components import Moments, SphericalFactor, factor_class
 from gmmkeops.data import (
     NOISE,
@@ -30,7 +30,7 @@ from gmmkeops.data import (
 )
 from gmmkeops.models import Mixture
 
-__all__ = ["STRATEGIES", "initialise"]
+__all__ = ["STRATEGIES", "initialize"]
 
 STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
 
@@ -48,15 +48,25 @@ _SHARE = 0.01
 _FLOOR, _LARGE = 1e-6, 10.0
 
 
-def initialise(
+# Names of arguments in version 0.1, and in other libraries.
+_OLD = {"components": "n_components", "weights": "sample_weight", "runs": "n_init"}
+_WRONG = {name: "n_components" for name in ("k", "K", "n_clusters", "num_components", "n_mixtures")} | {
+    "init": "strategy"
+}
+# Names with one meaning.
+_SAME = {"k-means": "kmeans", "k-means++": "kmeans++"}
+
+
+@accepts(old=_OLD, also={"random_state": "generator"}, wrong=_WRONG)
+def initialize(
     x: Any,
-    components: int,
+    n_components: int,
     strategy: str = "kmeans",
     *,
     covariance_type: str = "full",
-    weights: Any = None,
-    generator: torch.Generator | None = None,
-    runs: int = 3,
+    sample_weight: Any = None,
+    n_init: int = 3,
+    generator: torch.Generator | int | None = None,
     refine: int = 0,
     backend: str = "auto",
 ) -> Mixture:
@@ -66,14 +76,14 @@ def initialise(
 
     Args:
         x: Points (N, D), N >= K, data units; or anything that :meth:`gmmkeops.Source.of` accepts.
-        components: Number of components K.
-        strategy: ``"random"`` (K random points as centers), ``"kmeans++"`` (K points that are far apart), ``"kmeans"``
+        n_components: Number of components K.
+        strategy: ``"random"`` (K random points as centers), ``"k-means++"`` (K points that are far apart), ``"kmeans"``
             (k-means++, followed by Lloyd's iterations), or ``"responsibilities"`` (random responsibilities).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
-        weights: Weight of each point (N,), or None.
-        generator: Random number generator. None uses a fixed seed, so that the same call gives the same mixture in every
-            process. Torch's global random state is not used or changed.
-        runs: Number of runs of k-means or k-means++ on a sample of the points, of which the best one is kept.
+        sample_weight: Weight of each point (N,), or None.
+        n_init: Number of runs of k-means or k-means++ on a sample of the points, of which the best one is kept.
+        generator: Random number generator, or a seed. None uses a fixed seed, so that the same call gives the same mixture in
+            every process. Torch's global random state is not used or changed.
         refine: Number of additional EM steps.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
 
@@ -92,30 +102,33 @@ def initialise(
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.tensor([[0.0], [0.1], [5.0], [5.1]])
-        >>> gk.initialise(x, 2, "kmeans").means.sort(0).values.round(decimals=2).tolist()
+        >>> gk.initialize(x, 2, "kmeans").means.sort(0).values.round(decimals=2).tolist()
         [[0.05], [5.05]]
     """
     mind_fork()
     world = World()
     with world.together():
-        as_choice(strategy, "strategy", STRATEGIES)
+        strategy = as_choice(
+            _SAME.get(strategy, strategy) if isinstance(strategy, str) else strategy, "strategy", STRATEGIES
+        )
         kind, tied = factor_class(covariance_type)
-        K = as_integer(components, "components")
-        as_integer(K, "components", 1, clause="must be at least 1")
-        runs, refine = as_integer(runs, "runs", 1), as_integer(refine, "refine", 0)
+        K = as_integer(n_components, "n_components")
+        as_integer(K, "n_components", 1, clause="must be at least 1")
+        runs, refine = as_integer(n_init, "n_init", 1), as_integer(refine, "refine", 0)
         as_choice(backend, "backend", reductions.BACKENDS)
         settings: dict[str, Any] = {
-            "call": "initialise",
-            "components": K,
+            "call": "initialize",
+            "n_components": K,
             "strategy": strategy,
             "covariance_type": covariance_type,
         }
-        settings |= {"runs": runs, "refine": refine, "weights": "none" if weights is None else "given"}
+        settings |= {"n_init": runs, "refine": refine, "sample_weight": "none" if sample_weight is None else "given"}
         world.agree(settings)
         if readable(x):
-            x, weights = Source.of(x, weights=weights), None
+            with renamed("weights", "sample_weight"):
+                x, sample_weight = Source.of(x, weights=sample_weight), None
         names = world.tell(x.columns if isinstance(x, Source) else table_names(x))[0]
-        rows, mass, some, chunks = representatives(x, weights, max(_SAMPLE, 20 * K), world, minimum=K)
+        rows, mass, some, chunks = representatives(x, sample_weight, max(_SAMPLE, 20 * K), world, minimum=K)
         if some < K:
             raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
         generator = world.generator(generator, rows.device)
@@ -260,7 +273,7 @@ def _shares(chunks: Iterable[Chunk], mixture: Mixture, backend: str) -> Moments:
 
 
 def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Tensor) -> Mixture:
-    """The mixture of clusters with given moments, with regularized covariances (see :func:`initialise`).
+    """The mixture of clusters with given moments, with regularized covariances (see :func:`initialize`).
 
     ``center`` and ``spread`` (D,) are the robust centers and standard deviations of the columns.
     """

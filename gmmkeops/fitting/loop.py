@@ -178,7 +178,7 @@ class Run:
                 best = last
         if best is None:
             raise ValueError(
-                "the objective is not finite at the initial mixture; check the penalty, or start from gmmkeops.initialise."
+                "the objective is not finite at the initial mixture; check the penalty, or start from gmmkeops.initialize."
             )
         return best
 

@@ -76,7 +76,7 @@ def prepared(
     weights: Tensor | None,
     penalty: Any,
     backend: str,
-    generator: torch.Generator | None,
+    generator: torch.Generator | int | None,
     *,
     isotropic: bool,
     extra: int = 0,

@@ -23,7 +23,7 @@ class Ending(enum.StrEnum):
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.linspace(-1, 1, 100).double()[:, None]
-        >>> gk.fit(gk.initialise(x, 1), x, gk.EM()).ending
+        >>> gk.fit(gk.initialize(x, 1), x, gk.EM()).ending
         <Ending.CONVERGED: 'converged'>
     """
 
@@ -99,7 +99,7 @@ class FitResult:
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.linspace(-1, 1, 100).double()[:, None]
-        >>> result = gk.fit(gk.initialise(x, 1), x, gk.EM())
+        >>> result = gk.fit(gk.initialize(x, 1), x, gk.EM())
         >>> result.converged, result.mixture, result.report.live_components
         (True, Mixture(components=1, features=1, factor=full), 1)
         >>> len(result.history["objective"]) == result.n_iter

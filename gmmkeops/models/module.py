@@ -204,7 +204,7 @@ class GMM(nn.Module):
         weights: Any = None,
         generator: torch.Generator | None = None,
     ) -> GMM:
-        """Sets the parameters to the clusters of a cloud, shared softly; see :func:`gmmkeops.initialise`.
+        """Sets the parameters to the clusters of a cloud, shared softly; see :func:`gmmkeops.initialize`.
 
         Args:
             x: Points (N, D), N >= K, data units.
@@ -241,9 +241,9 @@ class GMM(nn.Module):
             # The algorithm of that name: seeds far apart, then Lloyd's iterations; here the best of more runs than "kmeans".
             strategy, options["runs"] = "kmeans", _RUNS
         # Initialization runs EM, in a folder above this one.
-        from gmmkeops.fitting import initialise
+        from gmmkeops.fitting import initialize
 
-        self.assign(initialise(x, self.components, strategy, **options).named(columns))
+        self.assign(initialize(x, self.components, strategy, **options).named(columns))
         if context is not None:
             self.columns = None if columns is None or others is None else columns + others
             self._suit(c.double(), generator)

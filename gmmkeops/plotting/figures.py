@@ -315,7 +315,7 @@ def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iter
         >>> import matplotlib, torch, gmmkeops as gk
         >>> matplotlib.use("Agg")
         >>> x = torch.linspace(-1, 1, 100).double()[:, None]
-        >>> (line,) = gk.plotting.objective(gk.fit(gk.initialise(x, 1), x, gk.EM()))
+        >>> (line,) = gk.plotting.objective(gk.fit(gk.initialize(x, 1), x, gk.EM()))
         >>> line.axes.get_ylabel()
         'objective (nats per point)'
     """

@@ -42,7 +42,7 @@ poses = np.concatenate([angles, hands], 1)
 # %%
 # One fit, of all four columns together.
 
-start = gk.initialise(poses, 150, generator=torch.Generator().manual_seed(0))
+start = gk.initialize(poses, 150, generator=torch.Generator().manual_seed(0))
 result = gk.fit(start, poses, gk.EM(tol=1e-4), max_iter=200)
 print("arm:", result)
 mixture = result.mixture

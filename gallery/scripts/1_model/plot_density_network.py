@@ -48,7 +48,7 @@ print("density network:", result)
 # One mixture of the pairs (c, y), conditioned on c: nothing is trained but by EM.
 
 pairs = torch.cat([c, y], 1)
-joint = gk.fit(gk.initialise(pairs, 24), pairs, gk.EM(tol=1e-4), max_iter=300).mixture
+joint = gk.fit(gk.initialize(pairs, 24), pairs, gk.EM(tol=1e-4), max_iter=300).mixture
 
 # %%
 # Least squares on a polynomial of the same reading, with the best constant scatter.

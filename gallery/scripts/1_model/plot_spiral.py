@@ -49,7 +49,7 @@ def keep(step):
         snapshots[step.iteration] = step.mixture, step.objective, len(step.live)
 
 
-result = gk.fit(start, x, gk.Adam(lr=0.1), penalty=gk.penalties.SqrtWeights(20), max_iter=501, callbacks=keep)
+result = gk.fit(start, x, gk.Adam(lr=0.1), penalty=gk.penalties.SqrtWeights(20), max_iter=501, callback=keep)
 print("spiral:", result)
 
 # %%

@@ -27,7 +27,7 @@ N, K, strength = 10_000, 30, 3.0
 t = torch.linspace(0, 2 * math.pi, N + 1)[:-1]
 x = torch.stack((0.5 + 0.4 * (t / 7) * t.cos(), 0.5 + 0.3 * t.sin()), dim=1)
 x = x + 0.02 * torch.randn(N, 2, generator=generator)
-start = gk.initialise(x, K, "kmeans", generator=generator)
+start = gk.initialize(x, K, "kmeans", generator=generator)
 penalty = gk.penalties.SqrtWeights(strength)
 
 # %%

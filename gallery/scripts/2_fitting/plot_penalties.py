@@ -22,7 +22,7 @@ from gmmkeops import plotting
 generator = torch.Generator().manual_seed(0)
 angle = 5.2 * torch.rand(2000, generator=generator)
 x = torch.stack([angle.cos(), angle.sin()], 1) * (1 + 0.08 * torch.randn(2000, 1, generator=generator))
-start = gk.initialise(x, 20, generator=generator)
+start = gk.initialize(x, 20, generator=generator)
 
 # %%
 # Your own penalty: three lines.

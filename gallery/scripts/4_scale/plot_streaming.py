@@ -38,7 +38,7 @@ del stars
 # The start comes from a sample of the first pass. EM reads the file once per iteration; stepwise EM blends chunk after chunk.
 
 source = gk.Source.of(path, chunk_rows=90_000)
-start = gk.initialise(source, 30, generator=torch.Generator().manual_seed(0))
+start = gk.initialize(source, 30, generator=torch.Generator().manual_seed(0))
 exact = gk.fit(start, source, gk.EM(tol=0), max_iter=12)
 quick = gk.fit(start, source, gk.EM(batch_size=50_000, average=True, tol=0), max_iter=3)
 passes = [

@@ -54,7 +54,7 @@ print(f"town: {len(x)} returns of {scan.name if scan.exists() else 'a made town'
 # %%
 # Three thousand components, computed in float32; the frame keeps the millimetres of the coordinates.
 
-start = gk.initialise(x, 3000, generator=torch.Generator().manual_seed(0))
+start = gk.initialize(x, 3000, generator=torch.Generator().manual_seed(0))
 result = gk.fit(start, x, gk.EM(tol=0), max_iter=20, dtype="float32")
 print("town:", result)
 mixture = result.mixture

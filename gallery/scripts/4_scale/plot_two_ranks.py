@@ -31,7 +31,7 @@ x = (rng.normal(size=(300_000, 2)) + rng.normal(scale=6, size=(12, 2))[rng.integ
     np.float32
 )
 np.save(folder / "x.npy", x)
-gk.save(gk.initialise(x, 12), folder / "start.safetensors")
+gk.save(gk.initialize(x, 12), folder / "start.safetensors")
 
 # %%
 # The script. ``join`` makes the process one of its group; started alone, it changes nothing.

@@ -30,7 +30,7 @@ method = gk.EM(reg_covar=0, tol=1e-6, accelerate=True)
 
 
 def fitted(points):
-    return gk.fit(truth, points, method, max_iter=100, progress=False).mixture
+    return gk.fit(truth, points, method, max_iter=100, verbose=False).mixture
 
 
 mixture = fitted(x)

@@ -34,7 +34,7 @@ print(f"photograph: {len(x)} pixels, {len(pixels.unique(dim=0))} distinct colour
 
 steps = 150
 method = gk.Adam(lr=0.05, scheduler=lambda adam: torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps))
-start = gk.initialise(x, 64, "kmeans++", generator=generator)
+start = gk.initialize(x, 64, "kmeans++", generator=generator)
 result = gk.fit(start, x, method, penalty=gk.penalties.SqrtWeights(2), max_iter=steps)
 print("photograph:", result)
 

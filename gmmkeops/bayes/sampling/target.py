@@ -19,7 +19,7 @@ from gmmkeops._checks import as_choice, as_integer, as_tensor
 from gmmkeops.bayes.sampling.prior import Prior, StickBreaking, Values
 from gmmkeops.bayes.variational.method import VariationalBayes
 from gmmkeops.data import as_points, as_weights
-from gmmkeops.fitting import fit, initialise
+from gmmkeops.fitting import fit, initialize
 from gmmkeops.models import Mixture
 from gmmkeops.reductions import recordable
 
@@ -107,7 +107,7 @@ class Target:
         covariance_type = prior.kind.type_name(prior.tied)
         options: Any = {"covariance_type": covariance_type, "generator": generator, "backend": self.backend}
         if self.rows >= prior.components:
-            found = initialise(self.x, prior.components, strategy, weights=self.weights, runs=1, **options)
+            found = initialize(self.x, prior.components, strategy, sample_weight=self.weights, n_init=1, **options)
             sticks = prior.sites[0].prior
             if isinstance(sticks, StickBreaking):
                 # k-means uses every component; variational Bayes leaves those unused that the data do not need.

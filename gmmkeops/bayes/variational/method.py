@@ -76,7 +76,7 @@ class VariationalBayes(Method[_State]):
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)).double()
         >>> x[:150] += 10
-        >>> result = gk.fit(gk.initialise(x, 6), x, gk.bayes.VariationalBayes(concentration=0.01), max_iter=500)
+        >>> result = gk.fit(gk.initialize(x, 6), x, gk.bayes.VariationalBayes(concentration=0.01), max_iter=500)
         >>> int((result.mixture.weights > 0.01).sum())
         2
     """

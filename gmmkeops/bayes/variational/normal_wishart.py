@@ -48,7 +48,7 @@ class NormalWishart:
     Example:
         >>> import torch, gmmkeops as gk
         >>> x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)).double()
-        >>> result = gk.fit(gk.initialise(x, 2), x, gk.bayes.VariationalBayes(), max_iter=300)
+        >>> result = gk.fit(gk.initialize(x, 2), x, gk.bayes.VariationalBayes(), max_iter=300)
         >>> result.posterior.predictive().log_prob(x).shape
         torch.Size([400])
     """
