@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gmmkeops.reductions.protocol import Engine, Request
 from gmmkeops.reductions.truncation.tree import Cloud
 from gmmkeops.reductions.truncation.truncation import Truncation
 
-__all__ = ["BACKENDS", "ENGINES", "arrange", "engine", "engines", "may_arrange"]
+__all__ = ["BACKENDS", "ENGINES", "arrange", "choose", "engine", "may_arrange"]
 
 # Engines by name; the dense one computes what another one cannot.
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (keops, dense)}
@@ -68,24 +68,18 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
     return chosen.name if _runs(chosen, problem, backend, stacklevel=3) else dense.name
 
 
-def engines(problem: Exponents, request: Request, backend: str) -> Iterator[Engine]:
-    """Iterate over the engines that compute a request: the one that is chosen, if it can, and the dense engine.
-
-    The second one is used if the first one fails with :class:`~gmmkeops.reductions.protocol.Broken`; its reason is then known,
-    and the user is warned.
+def choose(problem: Exponents, request: Request, backend: str) -> Engine:
+    """The engine that computes a request: the one that is chosen if it can, otherwise the dense engine.
 
     Warns:
         UserWarning: As for :func:`engine`.
     """
-    device = problem.x.device
-    chosen = _chosen(backend, device, problem.shape[2], problem.is_full)
+    chosen = _chosen(backend, problem.x.device, problem.shape[2], problem.is_full)
     clause = chosen.unsupported(problem, request)
     if clause is not None:
         _logger.debug("%s; using the dense engine", clause)
-    elif _runs(chosen, device, backend):
-        yield chosen
-        _runs(chosen, device, backend)
-    yield dense
+        return dense
+    return chosen if _runs(chosen, problem.x.device, backend) else dense
 
 
 def _chosen(backend: str, device: torch.device, features: int, full: bool) -> Engine:

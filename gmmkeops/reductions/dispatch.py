@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmmkeops._checks import as_tensor, concrete
 from gmmkeops.components import Moments
-from gmmkeops.reductions.choice import arrange, engines
+from gmmkeops.reductions.choice import arrange, choose
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.derivatives import recordable
 from gmmkeops.reductions.problem import Exponents, factor_tensor
@@ -55,10 +55,10 @@ def setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None,
 
 def compute(problem: Exponents, blocks: Truncation | None, request: Request, backend: str) -> Result:
     """Compute a request by the engine that is chosen, or by the next one if it fails."""
-    for engine in engines(problem, request, backend):
-        with suppress(Broken):
-            return evaluate(engine, problem, request, blocks)
-    raise AssertionError("the dense engine computes every request")
+    with suppress(Broken):
+        return evaluate(choose(problem, request, backend), problem, request, blocks)
+    # The engine is unavailable from now on, so that this choice is another one, with a warning.
+    return evaluate(choose(problem, request, backend), problem, request, blocks)
 
 
 def statistics(
