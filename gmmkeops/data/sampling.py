@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops.data.chunks import Chunk
 from gmmkeops.data.distributed import World
 from gmmkeops.data.points import as_points, as_weights, weight_unit
-from gmmkeops.data.readers.base import Chunk
 from gmmkeops.data.source import Source, readable
 from gmmkeops.data.spread import check_range
 from gmmkeops.data.survey import sample

@@ -1,4 +1,4 @@
-r"""Data sets that may be larger than memory: files, memory maps, loaders and functions, read chunk by chunk on every pass.
+"""Data sets that may be larger than memory: files, memory maps, loaders and functions, read chunk by chunk on every pass.
 
 Rows are counted on every pass, so that a file that is truncated, grows or changes raises an error. The first pass draws a random
 sample of the rows.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,25 +21,19 @@ import numpy as np
 import torch
 
 from gmmkeops._checks import as_integer, as_tensor, check_finite, mind_fork
-from gmmkeops.data.columns import table_names, table_of
+from gmmkeops.data.chunks import Chunk, Unit, grouped, joined, resized
+from gmmkeops.data.columns import table_of
 from gmmkeops.data.points import as_points, as_weights
-from gmmkeops.data.readers.arrays import Arrays, Table
-from gmmkeops.data.readers.base import Chunk, ColumnError, Reader, Unit, reason
-from gmmkeops.data.readers.declared import Damage
-from gmmkeops.data.readers.files import SUFFIXES, Files, open_file
+from gmmkeops.data.readers.base import ColumnError, Damage, Reader, reason
+from gmmkeops.data.readers.formats import external, reader_of
 from gmmkeops.data.readers.streams import Streams
 from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, fingerprint
+from gmmkeops.data.tally import Tally
 
 __all__ = ["NUMBERS", "Source", "chunked", "readable"]
 
 # Entries of a chunk: enough for efficient reductions, few compared with the memory of a process.
 NUMBERS = 1 << 20
-
-# Largest difference of sums of the same numbers in another order, as a fraction of the sum of their absolute values.
-_ROUNDING = 1e-11
-
-# Numbers that are summed at a time.
-_SUMMED = 1 << 16
 
 # Number of row ranges from which a chunk of a pass in random order is read.
 _PLACES = 256
@@ -128,9 +121,9 @@ class Source:
             if not several:
                 raise TypeError(f"classes must be a list of integers, got {classes!r}; pass [{classes!r}].")
             classes = [as_integer(item, "each of the classes", 0) for item in classes]
-        column = weights if isinstance(weights, (str, int, np.integer)) and not isinstance(weights, bool) else None
-        given = None if column is not None else weights
-        reader = _reader(x, columns, classes, column)
+        named = isinstance(weights, (str, int, np.integer)) and not isinstance(weights, bool)
+        column, given = (weights, None) if named else (None, weights)
+        reader = reader_of(x, columns, column, classes)
         if isinstance(reader, Streams) and (columns is not None or column is not None):
             raise ValueError(
                 "columns= and weights= cannot be used with a loader or a function; yield the columns, or pairs (points, weights)."
@@ -160,9 +153,9 @@ class Source:
         rank, count = self.share
         size = max(-(-self.size // places), self.reader.grain if places > 1 else 1)
         if count > 1:
-            size = min(size, max(1, (self.reader.rows or 0) // (8 * count)))
+            size = min(size, max(1, (self.reader.rows) // (8 * count)))
         units = self.reader.units(size)
-        return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
+        return grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
 
     def matched(self, columns: Sequence[str] | None) -> Source:
         """Return a source of the same rows with the columns of a model, matched by name.
@@ -229,7 +222,7 @@ class Source:
         """The groups of :meth:`units` in random order, each with rows from several parts of the data."""
         units = [unit for group in self.units(_PLACES) or [] for unit in group]
         order = torch.randperm(len(units), generator=generator).tolist()
-        return _grouped([units[i] for i in order], self.size) if units else self.units()
+        return grouped([units[i] for i in order], self.size) if units else self.units()
 
     def chunks(
         self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Chunk], Any] | None = None
@@ -247,7 +240,7 @@ class Source:
         """
         mind_fork()
         self._check_stamps()
-        tally = _Tally()
+        tally = Tally()
         loaded = self._loaded(self.units() if order is None else order, skip)
 
         def one() -> Any:
@@ -263,7 +256,7 @@ class Source:
             yield item
         self._check_stamps()
         if skip == 0 and self._survey is not None:
-            self._compare(tally)
+            tally.compare(self._survey, self.name)
 
     def _ahead(self, load: Callable[[], Any]) -> Callable[[], Any]:
         """Start loading in the reading thread; return a function that waits for the result."""
@@ -283,9 +276,9 @@ class Source:
 
     def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
         if isinstance(self.reader, Streams):
-            pieces: Iterator[Chunk] = islice(_whole(self.reader.chunks(), self.size), skip, None)
+            pieces: Iterator[Chunk] = islice(resized(self.reader.chunks(), self.size), skip, None)
         else:
-            pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
+            pieces = (joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
         # A loop variable would keep the last chunk in memory while the next one is read.
         return map(self._checked, pieces)
 
@@ -323,20 +316,6 @@ class Source:
                 what = f"it had {old[0]} bytes and has {new[0]}" if old[0] != new[0] else "it was written to"
                 raise Damage(f"{paths[i]} changed while it was read: {what}; begin again once it is complete.")
 
-    def _compare(self, tally: _Tally) -> None:
-        survey = self._survey
-        assert survey is not None, "there was a first pass"
-        if tally.rows != survey.rows:
-            raise ValueError(
-                f"{self.name} gave {tally.rows} rows on this pass and {survey.rows} on the first; "
-                "it must give the same points each time."
-            )
-        if abs(tally.total - survey.total[0]) > _ROUNDING * max(survey.total[1], tally.magnitude):
-            raise ValueError(
-                f"{self.name} gave other numbers on this pass (their sum is {tally.total!r}) than on the first "
-                f"({survey.total[0]!r}); it must give the same points each time."
-            )
-
     def survey(self, size: int = SAMPLE, *, alone: bool = True) -> Survey:
         """Read all rows once; return their number, total weight, checksums and a random sample. The result is cached.
 
@@ -350,7 +329,7 @@ class Source:
         mind_fork()
         if self._survey is not None and self._survey.reservoir.size >= size:
             return self._survey
-        reservoir, tally, squares, mark, single = Reservoir(size), _Tally(), 0.0, 0, True
+        reservoir, tally, squares, mark, single = Reservoir(size), Tally(), 0.0, 0, True
         for chunk in self.chunks():
             reservoir.add(chunk.points, chunk.weights, chunk.first)
             tally.add(chunk)
@@ -387,59 +366,6 @@ def _share_arenas() -> None:
         ctypes.CDLL(None).mallopt(-8, 2)
 
 
-def _grouped(units: list[Unit], size: int) -> list[list[Unit]]:
-    """Units that are read together, in order, so that each group has about ``size`` rows."""
-    groups: list[list[Unit]] = []
-    room = 0
-    for unit in units:
-        if unit.rows > room:
-            groups.append([])
-            room = size
-        groups[-1].append(unit)
-        room -= unit.rows
-    return groups
-
-
-def _joined(chunks: list[Chunk]) -> Chunk:
-    if len(chunks) == 1:
-        return chunks[0]
-    weights = None
-    if any(chunk.weights is not None for chunk in chunks):
-        one = torch.ones((), dtype=torch.float64)
-        weights = torch.cat([one.expand(len(c.points)) if c.weights is None else c.weights for c in chunks])
-    return Chunk(torch.cat([chunk.points for chunk in chunks]), weights, chunks[0].first)
-
-
-def _whole(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
-    """The same rows, numbered, in chunks of about ``size`` rows: large chunks are split and small ones joined."""
-    few: list[Chunk] = []
-    first = rows = 0
-    for chunk in chunks:
-        for start in range(0, len(chunk.points), size):
-            part = slice(start, start + size)
-            few.append(Chunk(chunk.points[part], None if chunk.weights is None else chunk.weights[part]))
-            rows += len(few[-1].points)
-            if rows >= size:
-                yield replace(_joined(few), first=first)
-                few, first, rows = [], first + rows, 0
-    if few:
-        yield replace(_joined(few), first=first)
-
-
-class _Tally:
-    """Number of rows, total weight, and checksums of a pass."""
-
-    def __init__(self) -> None:
-        self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
-
-    def add(self, chunk: Chunk) -> None:
-        self.rows += len(chunk.points)
-        self.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
-        for part in chunk.points.split(max(1, _SUMMED // chunk.points.shape[1])):
-            self.total += float(part.sum(dtype=torch.float64))
-            self.magnitude += float(part.abs().sum(dtype=torch.float64))
-
-
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = os.stat(path)
@@ -454,16 +380,7 @@ def readable(x: Any) -> bool:
     Raises:
         TypeError: The data can be read only once (an iterator).
     """
-    if isinstance(x, Iterator):
-        raise TypeError(
-            f"x is a {type(x).__name__}, which can be read only once, and a fit reads its points many times; "
-            "pass a function that makes a new one at each call."
-        )
-    if isinstance(x, (Source, str, os.PathLike, np.memmap, torch.utils.data.DataLoader)):
-        return True
-    if isinstance(x, (list, tuple)):
-        return len(x) > 0 and all(isinstance(item, (str, os.PathLike)) for item in x)
-    return callable(x) and not hasattr(x, "__array__")
+    return isinstance(x, Source) or external(x)
 
 
 def chunked(
@@ -493,55 +410,10 @@ def chunked(
 
 def _some(source: Source) -> Iterator[Chunk]:
     """Nonempty chunks of a source; raises if no row has positive weight."""
-    tally = _Tally()
+    rows, mass = 0, 0.0
     for chunk in source.chunks():
         if len(chunk.points):
-            tally.rows += len(chunk.points)
-            tally.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
+            rows, mass = rows + len(chunk.points), mass + chunk.mass
             yield chunk
-    if not tally.mass > 0:
-        raise source.nothing(tally.rows)
-
-
-def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Streams:
-    if not readable(x):
-        return Arrays(x, "x", columns, weights) if table_names(x) is None else Table(x, "x", columns, weights)
-    if isinstance(x, np.memmap):
-        return Arrays(x, f"the memory map of {x.filename}", columns, weights)
-    if isinstance(x, torch.utils.data.DataLoader):
-        return Streams(_Again(x), "the DataLoader", fields=True)
-    if callable(x):
-        return Streams(x, f"the function {getattr(x, '__name__', type(x).__name__)}")
-    files = [path for item in (x if isinstance(x, (list, tuple)) else [x]) for path in _paths(item)]
-    readers = [open_file(path, columns, classes, weights) for path in files]
-    return readers[0] if len(readers) == 1 else Files(readers)
-
-
-@dataclass(frozen=True)
-class _Again:
-    """A function that returns the same iterable at each call.
-
-    Args:
-        iterable: An iterable that can be iterated over repeatedly.
-    """
-
-    iterable: Any
-
-    def __call__(self) -> Any:
-        return self.iterable
-
-
-def _paths(item: str | os.PathLike[str]) -> list[Path]:
-    """Sorted files of a path, a folder or a pattern."""
-    path = Path(item)
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if not found:
-            raise FileNotFoundError(f"the folder {path} has no files of {', '.join(SUFFIXES)}.")
-        return found
-    if not path.exists() and any(sign in str(item) for sign in "*?["):
-        names = sorted(glob.glob(str(item), recursive=True))
-        if not names:
-            raise FileNotFoundError(f"no file matches {item}.")
-        return [Path(name) for name in names]
-    return [path]
+    if not mass > 0:
+        raise source.nothing(rows)

@@ -1,11 +1,11 @@
-"""Readers of arrays and tables in memory."""
+"""Readers of arrays and tables in memory, and of memory maps."""
 
 from __future__ import annotations
 
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -14,45 +14,36 @@ import numpy as np
 from torch import Tensor
 
 from gmmkeops._checks import as_tensor, check_dense, check_unmasked
+from gmmkeops.data.chunks import Chunk, Unit
 from gmmkeops.data.columns import places, table_names, table_of
 from gmmkeops.data.points import shape_hint
-from gmmkeops.data.readers.base import Chunk, Columns, Reader, Unit, _chosen, _Place, _stack
+from gmmkeops.data.readers.base import Columns, Reader, Weights, stack
 
 __all__ = ["Arrays", "Table"]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A function that maps only the rows of a unit of a ``.npy`` file into memory.
+class Arrays(Reader):
+    """Reader of an array or tensor in memory, or of a memory map; also of structured arrays.
 
     Args:
-        path: The file.
-        dtype: Type of its numbers.
-        width: Number of entries in a row.
-        offset: Bytes before the first row.
+        x: The rows (N, D), or a structured array (N,).
+        name: Name of the data in messages.
+        columns, weights: The columns to read, and the column of weights.
+        path: The file that holds the numbers, if it is not that of a memory map ``x``.
+        remap: Function that maps the rows of a unit into memory; ``x`` then only has their type and shape.
+        default: The columns to read if ``columns`` is None; by default all except the weights.
     """
-
-    path: Path
-    dtype: np.dtype[Any]
-    width: int
-    offset: int
-
-    def __call__(self, unit: Unit) -> np.memmap:
-        first = self.offset + unit.first * self.width * self.dtype.itemsize
-        return np.memmap(self.path, self.dtype, "r", first, (unit.rows, self.width))
-
-
-class Arrays(Reader):
-    """Reader of an array or tensor in memory, or of a memory map; also of structured arrays."""
 
     def __init__(
         self,
         x: Any,
         name: str = "x",
         columns: Columns = None,
-        weights: str | int | None = None,
-        path: Any = None,
+        weights: Weights = None,
+        *,
+        path: Path | None = None,
         remap: Callable[[Unit], np.memmap] | None = None,
+        default: Columns = None,
     ) -> None:
         if isinstance(x, np.ma.MaskedArray):
             x = check_unmasked(x, name=name)
@@ -66,22 +57,18 @@ class Arrays(Reader):
         self.paths = () if path is None else (Path(path),)
         if isinstance(x, np.ndarray) and self.paths:
             self.stored = x.dtype.itemsize * math.prod(x.shape[1:])
-        if isinstance(x, np.ndarray) and x.dtype.names:
-            known: list[Any] = list(x.dtype.names)
-            if x.ndim != 1:
-                raise ValueError(f"{name} must be one row of named columns per point, got shape {x.shape}.")
-        else:
+        self.fields = x.dtype.names if isinstance(x, np.ndarray) else None
+        if self.fields and x.ndim != 1:
+            raise ValueError(f"{name} must be one row of named columns per point, got shape {x.shape}.")
+        if not self.fields:
             if x.ndim != 2:
                 raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}; {shape_hint(x.ndim, name)}.")
             as_tensor(x[:0], name=name)
-            known = list(range(x.shape[1]))
-        self.columns, self.weights = _chosen(name, known, columns, weights)
-        if isinstance(x, np.ndarray) and x.dtype.names:
-            self.known = tuple(known if columns is None else self.columns)
-        self.all = self.columns == list(range(len(known))) and self.weights is None
-        self.features = len(self.columns)
-        if isinstance(x, np.ndarray) and x.dtype.names:
-            _stack([x[column][:0] for column in self.columns], name)
+        known: Sequence[Any] = self.fields or range(x.shape[1])
+        self.choose(known, columns, weights, default)
+        self.all = self.columns == list(known) and self.weights is None
+        if self.fields:
+            stack([x[column][:0] for column in self.columns], name)
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes; a memory map is replaced by its location in the file."""
@@ -96,28 +83,26 @@ class Arrays(Reader):
 
     def load(self, unit: Unit) -> Chunk:
         part = self.x[unit.first : unit.first + unit.rows] if self.remap is None else self.remap(unit)
-        if isinstance(part, Tensor) or self.x.dtype.names is None:
-            points = as_tensor(part if self.all else part[:, self.columns], name=self.name)
-            weights = None if self.weights is None else as_tensor(part[:, self.weights], name="weights")
+        if self.fields:
+            chunk = self.assembled(lambda column: part[column])
         else:
-            points = _stack([part[column] for column in self.columns], self.name)
-            weights = None if self.weights is None else as_tensor(part[self.weights].copy(), name="weights")
+            points = as_tensor(part if self.all else part[:, self.columns], name=self.name)
+            chunk = Chunk(points, None if self.weights is None else as_tensor(part[:, self.weights], name="weights"))
         if isinstance(part, np.memmap):
-            points = points.clone() if np.shares_memory(points.numpy(), part) else points
+            if np.shares_memory(chunk.points.numpy(), part):
+                chunk = replace(chunk, points=chunk.points.clone())
             # Pages that have been read would otherwise count as memory of the process.
             if part.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
                 cast(Any, part)._mmap.madvise(mmap.MADV_DONTNEED)
-        return Chunk(points, weights)
+        return chunk
 
 
 class Table(Reader):
     """Reader of a table in memory with named columns: pandas, polars, pyarrow."""
 
-    def __init__(self, x: Any, name: str, columns: Columns = None, weights: str | int | None = None) -> None:
-        names = table_names(x) or ()
+    def __init__(self, x: Any, name: str = "x", columns: Columns = None, weights: Weights = None) -> None:
         self.table, self.name, self.rows = x, name, len(x)
-        self.columns, self.weights = _chosen(name, names, columns, weights)
-        self.known, self.features = names if columns is None else tuple(self.columns), len(self.columns)
+        self.choose(table_names(x) or (), columns, weights)
 
     @cached_property
     def numbers(self) -> Arrays:
@@ -127,9 +112,47 @@ class Table(Reader):
         where = None if self.weights is None else kept.index(self.weights)
         return Arrays(found, self.name, [kept.index(column) for column in self.columns], where)
 
-    def chosen(self, columns: Sequence[str]) -> Reader:
+    def chosen(self, columns: Sequence[str]) -> Table:
         places(columns, self.known or (), self.name)
         return Table(self.table, self.name, columns, self.weights)
 
     def load(self, unit: Unit) -> Chunk:
         return self.numbers.load(unit)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Location of an array's numbers in a file, in a form that can be pickled.
+
+    Args:
+        path: The file; None for an array that only stands for one.
+        dtype, shape: Of the array.
+        offset: Bytes before its first number.
+        mode: Of the memory map.
+    """
+
+    path: str | None
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int = 0
+    mode: str = "r"
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> _Place | np.ndarray:
+        """Location of a memory map or of its placeholder; a copy of the array if it is not a contiguous part of a file."""
+        if not isinstance(x, np.memmap):
+            return cls(None, x.dtype, x.shape)
+        root = x
+        while isinstance(root.base, np.memmap):
+            root = root.base
+        # Changes to a private memory map are not in the file.
+        if root.filename is None or root.mode == "c" or not x.flags.c_contiguous:
+            return np.array(x)
+        away = x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+        return cls(str(root.filename), x.dtype, x.shape, root.offset + away)
+
+    def array(self) -> np.ndarray:
+        """Open the array again."""
+        if self.path is None:
+            return np.broadcast_to(np.zeros((), self.dtype), self.shape)
+        return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape)  # type: ignore[call-overload]

@@ -1,8 +1,7 @@
-"""Sizes that the headers of files declare, checked against the size of the file before anything is allocated for them.
+"""Locations of the points in a LAS or LAZ file, and a check of the sizes that its header declares against the size of the file.
 
-The libraries that read LAS, LAZ and PLY trust these numbers: a damaged one can ask for gigabytes, loop for hours or end the
-process. References: ASPRS 2019, *LAS specification 1.4-R15*; Isenburg 2013, *LASzip: lossless compression of lidar data*,
-PE&RS 79; Turk 1994, *The PLY polygon file format*.
+laspy and lazrs trust these sizes: a damaged one can ask for gigabytes, loop for hours or end the process. References: ASPRS 2019,
+*LAS specification 1.4-R15*; Isenburg 2013, *LASzip: lossless compression of lidar data*, PE&RS 79.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["Damage", "Layout", "check_las", "check_ply"]
+from gmmkeops.data.readers.base import Damage
+
+__all__ = ["Layout", "check_las"]
 
 # Bytes of the header of each minor version of LAS.
 _LAS_HEADERS = {0: 227, 1: 227, 2: 227, 3: 235, 4: 375}
@@ -30,21 +31,6 @@ _VARIABLE = 0xFFFFFFFF
 
 # Bytes of decompressed points in a chunk up to which several chunks are decompressed at a time.
 _CHUNK = 1 << 26
-
-# Bytes of the types of PLY properties.
-_PLY_TYPES = {
-    **dict.fromkeys((b"char", b"uchar", b"int8", b"uint8"), 1),
-    **dict.fromkeys((b"short", b"ushort", b"int16", b"uint16"), 2),
-    **dict.fromkeys((b"int", b"uint", b"int32", b"uint32", b"float", b"float32"), 4),
-    **dict.fromkeys((b"double", b"float64"), 8),
-}
-
-# Bytes that a PLY header may have.
-_PLY_HEADER = 1 << 20
-
-
-class Damage(ValueError):
-    """A file is damaged, in a way that the message says without naming the file."""
 
 
 @dataclass(frozen=True)
@@ -172,38 +158,3 @@ def _check_chunks(file: BinaryIO, laszip: bytes, start: int, size: int, points: 
     if chunk == _VARIABLE:
         return Layout(start + 8, True, laszip, tuple((int(rows), int(bytes_)) for rows, bytes_ in sizes))
     return Layout(start + 8, chunk * length <= _CHUNK, laszip)
-
-
-def check_ply(path: Path) -> None:
-    """Checks that the rows which a PLY file declares can be in it.
-
-    Raises:
-        Damage: The header is not that of a PLY file, or a size does not fit the file.
-    """
-    size, text, needed, count, least = path.stat().st_size, False, 0, 0, 0
-    with open(path, "rb") as file:
-        head, end, _ = file.read(_PLY_HEADER).partition(b"end_header")
-    lines = head.splitlines()
-    if not lines or lines[0].split() != [b"ply"]:
-        raise Damage("it does not begin as PLY files do")
-    if not end:
-        raise Damage("its header does not end")
-    for line in lines:
-        words = line.split()
-        if words[:1] == [b"format"]:
-            text = words[1:2] == [b"ascii"]
-        elif words[:1] == [b"element"]:
-            needed, least = needed + count * least, 0
-            if len(words) != 3 or not words[2].isdigit() or len(words[2]) > 18:
-                raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
-            count = int(words[2])
-        elif words[:1] == [b"property"]:
-            # A list of numbers declares at least its length; in text a number takes two characters.
-            kind = words[2 if words[1:2] == [b"list"] else 1 :][:1]
-            if not kind or kind[0] not in _PLY_TYPES:
-                raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
-            least += 2 if text else _PLY_TYPES[kind[0]]
-    needed += len(head) + len(end) + 1 + count * least
-    # The last number of a text may end the file.
-    if needed > size + text:
-        raise Damage(f"it has {size} bytes and its header promises at least {needed}")
