@@ -36,7 +36,8 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
     the covariance type, float64, data units; ``covariance_type``; and ``feature_names_in_`` if the columns have names.
 
     Args:
-        mixture: One mixture. Tied diagonal and tied spherical covariances, which scikit-learn does not have, are written as "tied".
+        mixture: One mixture. Tied diagonal and tied spherical covariances are written as "tied",
+            since scikit-learn lacks these types.
         path: The ``.npz`` file.
 
     Raises:
