@@ -62,7 +62,7 @@ def crossing():
 
 def test_folders_are_the_map():
     inside = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert inside == {*FOLDERS, "__init__.py", "_checks.py", "py.typed"}
+    assert inside == {*FOLDERS, "__init__.py", "_checks", "py.typed"}
 
 
 def test_imports_point_down():

@@ -1,0 +1,177 @@
+"""Validation of settings: integers, numbers, names, shapes and devices.
+
+Each function returns its argument in plain types, or raises an error that says what was got, what was expected and one remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["as_choice", "as_device", "as_fraction", "as_integer", "as_number", "as_shape", "renamed", "shown"]
+
+
+def as_integer(
+    value: Any, name: str, least: int | None = None, most: int | None = None, *, clause: str | None = None
+) -> int:
+    """Return an integer within bounds.
+
+    Args:
+        value: An ``int``, or an integer of numpy or torch. Booleans and floats are refused.
+        name: The name of the argument in error messages.
+        least, most: The bounds, both included.
+        clause: Text of the message that replaces "must be an integer of at least ...".
+
+    Raises:
+        ValueError: The value is not such an integer.
+    """
+    boolean = isinstance(value, (bool, np.bool_)) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
+    try:
+        found = None if boolean else operator.index(value)
+    except Exception:
+        found = None
+    if found is None or (least is not None and found < least) or (most is not None and found > most):
+        bounds = {
+            (True, True): f" from {least} to {most}",
+            (True, False): f" of at least {least}",
+            (False, True): f" of at most {most}",
+            (False, False): "",
+        }[least is not None, most is not None]
+        raise ValueError(f"{name} {clause or f'must be an integer{bounds}'}, got {shown(value)}.")
+    return found
+
+
+def as_shape(value: Any, name: str = "sample_shape") -> torch.Size:
+    """Return a shape, from an integer or a sequence of integers.
+
+    Raises:
+        ValueError: An entry is not an integer, or is negative.
+    """
+    several = isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "ndim", 1) > 0
+    entries = list(value) if several else [value]
+    return torch.Size([as_integer(entry, name if not several else f"each entry of {name}", 0) for entry in entries])
+
+
+def as_number(
+    value: Any, name: str, least: float = -math.inf, *, above: bool = False, clause: str | None = None
+) -> float:
+    """Return a finite number that is not below a bound.
+
+    Args:
+        value: A number of Python, numpy or torch. Booleans and text are refused.
+        name: The name of the argument in error messages.
+        least: The lower bound.
+        above: Whether the bound itself is refused.
+        clause: Text of the message that replaces "must be finite and ...".
+
+    Raises:
+        ValueError: The value is not such a number.
+    """
+    found = _real(value)
+    if found is not None and math.isfinite(found) and (found > least or (found == least and not above)):
+        return found
+    if clause is None:
+        bound = {-math.inf: "finite", 0: "positive and finite" if above else "finite and not negative"}
+        clause = "must be " + bound.get(least, f"finite and {'above' if above else 'at least'} {least:g}")
+        clause += ", a number" if found is None else ""
+    raise ValueError(f"{name} {clause}, got {shown(value)}.")
+
+
+def as_fraction(value: Any, name: str) -> float | None:
+    """Return a number from 0 to below 1; None stays None.
+
+    Raises:
+        ValueError: The value is not such a number.
+    """
+    found = 0.0 if value is None else _real(value)
+    if found is None or not 0 <= found < 1:
+        raise ValueError(f"{name} must be None or a number from 0 to below 1, got {shown(value)}.")
+    return None if value is None else found
+
+
+def _real(value: Any) -> float | None:
+    """The value as a float if it is a single real number, else None."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        plain = value.ndim == 0 and (value.dtype.kind in "fiu" if isinstance(value, np.ndarray) else True)
+        if not plain or (isinstance(value, torch.Tensor) and (value.is_complex() or value.dtype == torch.bool)):
+            return None
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def as_choice(value: Any, name: str, options: Sequence[str]) -> str:
+    """Return one of several names.
+
+    Raises:
+        ValueError: The value is none of them.
+    """
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {shown(value)}.")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A short description of a value for an error message."""
+    if isinstance(value, (np.number, np.bool_)):
+        value = value.item()
+    if isinstance(value, (int, float, complex, str, bytes, type(None))):
+        text = repr(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) and shape else "")
+
+
+def as_device(device: Any) -> torch.device | None:
+    """Return a device of this machine from its name, its number or a ``torch.device``; None stays None.
+
+    Raises:
+        ValueError: This machine has no such device.
+    """
+    if device is None:
+        return None
+    if isinstance(device, torch.device) and device.type == "cpu":
+        return device
+    try:
+        if isinstance(device, bool):
+            raise TypeError
+        found = torch.device(device)
+        if found.type != "meta":
+            torch.empty(0, device=found)
+            return found
+    except Exception:
+        pass
+    raise ValueError(
+        f"device must name a device of this machine such as 'cpu'{_accelerators()}, got {str(device)!r}; leave it out to "
+        "compute where the data are."
+    )
+
+
+def _accelerators() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f" or 'cuda' (of which there are {count})" if count else " (there is no CUDA device here)"
+
+
+@contextmanager
+def renamed(name: str, argument: str) -> Iterator[None]:
+    """Context in which errors about ``name`` are raised as errors about ``argument``, which the user has typed."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        # "weights of scan.npy" are the weights in a file, not the argument.
+        named = text.startswith(f"{name} ") and not text.startswith(f"{name} of ")
+        if type(error) not in (TypeError, ValueError) or not named:
+            raise
+        raise type(error)(argument + text.removeprefix(name)) from None
