@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["DEFAULT_SEED", "as_generator", "categorical", "generator_on", "running_sum"]
 
-# A number that hardly any script seeds its own data with: a fit's random numbers are then not those that made its points.
+# Scripts hardly ever use this seed for their own data, so that a fit does not use the random numbers that generated its points.
 DEFAULT_SEED = 0x676D6D6B656F7073
 
 
@@ -50,7 +50,7 @@ def generator_on(generator: Any, device: Any) -> torch.Generator | None:
 
 
 def _moved(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """The generator, or one of the device that is seeded by it if it belongs to another; the next call gives another one."""
+    """The generator, or a new generator of another device that is seeded by it; each call returns a different one."""
     if generator.device.type == device.type:
         return generator
     seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
@@ -60,7 +60,8 @@ def _moved(generator: torch.Generator, device: torch.device) -> torch.Generator:
 def running_sum(values: Tensor, dim: int = 0) -> Tensor:
     """Return the cumulative sum along a dimension.
 
-    Under ``torch.use_deterministic_algorithms(True)`` torch has none of floats on CUDA; there it is made of shifted sums.
+    Torch has no deterministic ``cumsum`` of floats on CUDA. With ``torch.use_deterministic_algorithms(True)`` shifted copies are
+    added instead.
     Reference: Hillis and Steele 1986, *Data parallel algorithms*, CACM 29.
     """
     if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):

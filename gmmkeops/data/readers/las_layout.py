@@ -21,27 +21,27 @@ _LAS_HEADERS = {0: 227, 1: 227, 2: 227, 3: 235, 4: 375}
 # Bytes of the fixed part of a variable-length record.
 _RECORD = 54
 
-# The items that LASzip compresses: bytes of each (0 where any number may be), and layers of those that have some.
+# Bytes of each item that LASzip compresses (0 for any number), and number of layers of the items that have layers.
 _ITEMS = {0: 0, 6: 20, 7: 8, 8: 6, 9: 29, 10: 30, 11: 6, 12: 8, 13: 29, 14: 0}
 
 _LAYERS = {10: 9, 11: 1, 12: 2, 13: 1}
 
-# Value of the number of points in a chunk that means that it varies.
+# Number of points per chunk that stands for chunks of different lengths.
 _VARIABLE = 0xFFFFFFFF
 
-# Bytes of decompressed points in a chunk up to which several chunks are decompressed at a time.
+# Largest chunk, in bytes of decompressed points, for which several chunks are decompressed at a time.
 _CHUNK = 1 << 26
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the points of a LAS or LAZ file are stored.
+    """Locations of the points in a LAS or LAZ file.
 
     Args:
         start: Byte of the first point or of the first chunk of compressed points.
         parallel: Whether chunks are small enough to decompress several of them at a time.
-        laszip: The record that describes the compression, where points are compressed.
-        chunks: Points and bytes of each chunk, where the number of points varies from chunk to chunk.
+        laszip: The record that describes the compression; None if points are not compressed.
+        chunks: Number of points and bytes of each chunk; None if all chunks have the same number of points.
     """
 
     start: int
@@ -51,7 +51,7 @@ class Layout:
 
 
 def check_las(path: Path) -> Layout:
-    """Checks the declared sizes of a LAS or LAZ file.
+    """Check the sizes that a LAS or LAZ file declares; return the locations of its points.
 
     Raises:
         Damage: A size does not fit the file.
@@ -72,7 +72,7 @@ def check_las(path: Path) -> Layout:
         if minor >= 4:
             (points,) = struct.unpack_from("<Q", head, 247)
         laszip = _records(file, header, start, records)
-        # The two highest bits of the format say that points are compressed.
+        # The two highest bits of the format are set if points are compressed.
         if not kind & 0xC0:
             end = start + points * length
             if length == 0 or end > size:
@@ -84,7 +84,7 @@ def check_las(path: Path) -> Layout:
 
 
 def _records(file: BinaryIO, first: int, stop: int, count: int) -> bytes | None:
-    """Walks through the variable-length records; returns what describes the compression, if it is there."""
+    """Check the variable-length records; return the record that describes the compression, or None."""
     found, place = None, first
     if count * _RECORD > stop - first:
         raise Damage(f"it promises {count} records in {stop - first} bytes")
@@ -103,7 +103,7 @@ def _records(file: BinaryIO, first: int, stop: int, count: int) -> bytes | None:
 
 
 def _check_chunks(file: BinaryIO, laszip: bytes, start: int, size: int, points: int, length: int) -> Layout:
-    """Checks the table of compressed chunks, and in each chunk the sizes of its layers."""
+    """Check the table of compressed chunks, and the sizes of the layers in each chunk."""
     if len(laszip) < 34:
         raise Damage(f"the record of its compression has {len(laszip)} bytes")
     compressor, _, _, _, _, _, chunk, _, _, count = struct.unpack_from("<HHBBHIIqqH", laszip)
@@ -118,7 +118,7 @@ def _check_chunks(file: BinaryIO, laszip: bytes, start: int, size: int, points: 
     place = file.read(8)
     (table,) = struct.unpack("<q", place) if len(place) == 8 else (0,)
     if table == -1:
-        # A writer that could not go back has put it at the very end.
+        # A writer that could not seek has written the position at the end of the file.
         file.seek(size - 8)
         (table,) = struct.unpack("<q", file.read(8))
     first = start + 8

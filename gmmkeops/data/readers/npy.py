@@ -44,7 +44,7 @@ def npy(path: Path, columns: Columns = None, weights: Weights = None) -> Arrays:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A function that maps only the rows of a unit of a ``.npy`` file into memory.
+    """Function that maps only the rows of a unit of a ``.npy`` file into memory.
 
     Args:
         path: The file.

@@ -80,7 +80,7 @@ class Streams(Tabular):
         """Split an item of the iterator into points and weights (or None)."""
         if not isinstance(item, (tuple, list)):
             return item, None
-        # A list of rows is an array. A tuple, or a list whose first item is an array of rows, holds points and weights.
+        # A list of rows is an array. A tuple, or a list whose first item is an array of rows, consists of points and weights.
         if isinstance(item, list) and not (item and self._are_points(item)):
             return item, None
         if len(item) not in (1, 2):
