@@ -75,28 +75,16 @@ def _compiler() -> Finding:
 
 
 def _cuda() -> list[Finding]:
-    driver = shutil.which("nvidia-smi") is not None
     if not torch.cuda.is_available():
-        if torch.version.cuda is None and driver:
-            return [
-                Finding(
-                    "CUDA",
-                    False,
-                    f"there is an NVIDIA driver, but torch {torch.__version__} is a build for the CPU.",
-                    "pip install torch --index-url https://download.pytorch.org/whl/cu128",
-                )
-            ]
-        if driver:
-            return [
-                Finding(
-                    "CUDA",
-                    False,
-                    f"torch is built for CUDA {torch.version.cuda} but sees no device; the driver may be too old or the "
-                    "device hidden.",
-                    "nvidia-smi; echo $CUDA_VISIBLE_DEVICES",
-                )
-            ]
-        return [Finding("CUDA", None, "no NVIDIA driver was found; everything runs on the CPU.")]
+        if shutil.which("nvidia-smi") is None:
+            return [Finding("CUDA", None, "no NVIDIA driver was found; everything runs on the CPU.")]
+        says = f"there is an NVIDIA driver, but torch {torch.__version__} is a build for the CPU."
+        remedy = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
+        if torch.version.cuda is not None:
+            says = f"torch is built for CUDA {torch.version.cuda} but sees no device; "
+            says += "the driver may be too old or the device hidden."
+            remedy = "nvidia-smi; echo $CUDA_VISIBLE_DEVICES"
+        return [Finding("CUDA", False, says, remedy)]
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     size = properties.total_memory / 2**30

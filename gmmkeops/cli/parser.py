@@ -25,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _command(commands: Any, module: str, name: str, what: str, examples: str) -> argparse.ArgumentParser:
+def _command(commands: Any, run: str, what: str, examples: str) -> argparse.ArgumentParser:
+    module, name = run.split(".")
     made = commands.add_parser(
         name,
         help=what,
@@ -41,8 +42,7 @@ def _command(commands: Any, module: str, name: str, what: str, examples: str) ->
 def _add_fit(commands: Any) -> None:
     fit = _command(
         commands,
-        "fitting",
-        "fit",
+        "fitting.fit",
         "fit a mixture to files of points",
         "  gmmkeops fit scan.laz -k 500 --out scan.safetensors\n"
         '  gmmkeops fit "shards/*.parquet" -k 2000 --columns ra,dec,z --checkpoint stars.ckpt --out stars.safetensors\n'
@@ -63,15 +63,13 @@ def _add_fit(commands: Any) -> None:
 def _add_evaluation(commands: Any) -> None:
     score = _command(
         commands,
-        "evaluation",
-        "score",
+        "evaluation.score",
         "mean log-density of files of points, and optionally the log-density of each point",
         "  gmmkeops score scan.safetensors other.laz\n  gmmkeops score scan.safetensors other.laz --out densities.npy",
     )
     predict = _command(
         commands,
-        "evaluation",
-        "predict",
+        "evaluation.predict",
         "most likely component of each point",
         "  gmmkeops predict scan.safetensors other.laz --out labels.npy",
     )
@@ -82,8 +80,7 @@ def _add_evaluation(commands: Any) -> None:
 
     sample = _command(
         commands,
-        "evaluation",
-        "sample",
+        "evaluation.sample",
         "draw points from a mixture",
         "  gmmkeops sample scan.safetensors -n 100000 --seed 0 --out points.npy",
     )
@@ -96,8 +93,7 @@ def _add_evaluation(commands: Any) -> None:
 def _add_select(commands: Any) -> None:
     select = _command(
         commands,
-        "fitting",
-        "select",
+        "fitting.select",
         "compare numbers of components and covariance types",
         "  gmmkeops select scan.laz -k 5,10,20 --covariance full,diag --out best.safetensors",
     )
@@ -109,13 +105,12 @@ def _add_select(commands: Any) -> None:
 
 
 def _add_files(commands: Any) -> None:
-    info = _command(commands, "evaluation", "info", "parameters of a mixture", "  gmmkeops info scan.safetensors")
+    info = _command(commands, "evaluation.info", "parameters of a mixture", "  gmmkeops info scan.safetensors")
     _add_model(info)
 
     convert = _command(
         commands,
-        "evaluation",
-        "convert",
+        "evaluation.convert",
         "write a mixture for other programs",
         "  gmmkeops convert scan.safetensors scan.npz                    arrays under scikit-learn's names\n"
         "  gmmkeops convert scan.safetensors scan.ply --as splats        Gaussian splats (three dimensions)\n"
@@ -130,15 +125,13 @@ def _add_files(commands: Any) -> None:
 def _add_machine(commands: Any) -> None:
     _command(
         commands,
-        "machine",
-        "doctor",
+        "machine.doctor",
         "check the installation and suggest fixes",
         "  gmmkeops doctor\n  gmmkeops doctor --json > report.json",
     )
     warmup = _command(
         commands,
-        "machine",
-        "warmup",
+        "machine.warmup",
         "compile the KeOps formulas that later runs will need",
         "  gmmkeops warmup -d 3\n  gmmkeops warmup -d 2,3 --covariance full,diag --dtype float32,float64 --device cuda",
     )

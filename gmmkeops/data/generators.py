@@ -17,10 +17,11 @@ DEFAULT_SEED = 0x676D6D6B656F7073
 
 
 def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
-    """Return the given generator as one of the device, or without one a new generator of a fixed seed.
+    """Return a generator on a device.
 
     Args:
-        generator: A ``torch.Generator`` of any device, or None.
+        generator: A ``torch.Generator``, or None for a new generator of a fixed seed. If it belongs to another device, it seeds a
+            new generator, another one at each call.
         device: Device of the random numbers.
 
     Raises:
@@ -33,28 +34,15 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
             f"generator must be a torch.Generator or None, got {type(generator).__name__}; "
             "pass torch.Generator().manual_seed(0)."
         )
-    return _moved(generator, torch.device(device))
-
-
-def generator_on(generator: Any, device: Any) -> torch.Generator | None:
-    """Return the given generator as one of the device; None, which is torch's global generator, stays None.
-
-    Args:
-        generator: A ``torch.Generator`` of any device, or None.
-        device: Device of the random numbers.
-
-    Raises:
-        TypeError: ``generator`` is neither.
-    """
-    return None if generator is None else as_generator(generator, device)
-
-
-def _moved(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """The generator, or a new generator of another device that is seeded by it; each call returns a different one."""
-    if generator.device.type == device.type:
+    if generator.device.type == torch.device(device).type:
         return generator
     seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
     return torch.Generator(device).manual_seed(seed)
+
+
+def generator_on(generator: Any, device: Any) -> torch.Generator | None:
+    """Return a generator on a device, as :func:`as_generator`; None, which is the global generator of torch, stays None."""
+    return None if generator is None else as_generator(generator, device)
 
 
 def running_sum(values: Tensor, dim: int = 0) -> Tensor:

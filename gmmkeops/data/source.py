@@ -7,11 +7,8 @@ sample of the rows.
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +24,7 @@ from gmmkeops.data.points import as_points, as_weights
 from gmmkeops.data.readers.base import ColumnError, Damage, Reader, reason
 from gmmkeops.data.readers.formats import external, reader_of
 from gmmkeops.data.readers.streams import Streams
+from gmmkeops.data.reading import ReadingThread
 from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, fingerprint
 from gmmkeops.data.tally import Tally
 
@@ -61,14 +59,14 @@ class Source:
         self.reader, self.name, self.features = reader, reader.name, reader.features
         self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
         self.size = max(1, NUMBERS // self.features) if chunk_rows is None else as_integer(chunk_rows, "chunk_rows", 1)
-        given = None if weights is None else as_tensor(weights, name="weights", dtype=torch.float64)
-        self.weights = None if given is None else given.detach().cpu().numpy()
+        self.weights: np.ndarray | None = None
+        if weights is not None:
+            self.weights = as_tensor(weights, name="weights", dtype=torch.float64).detach().cpu().numpy()
         self.rows = None if isinstance(reader, Streams) else reader.rows
         self.share, self.first = (0, 1), 0
         self.classes: Sequence[int] | None = None
         self._survey: Survey | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
+        self._thread = ReadingThread()
         self._stamps: list[tuple[int, int]] | None = None
 
     @classmethod
@@ -117,8 +115,7 @@ class Source:
         if columns is not None and (isinstance(columns, str) or not hasattr(columns, "__len__")):
             raise TypeError(f"columns must be a list of names or numbers, got {columns!r}; pass [{columns!r}].")
         if classes is not None:
-            several = isinstance(classes, Iterable) and not isinstance(classes, (str, bytes))
-            if not several:
+            if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable):
                 raise TypeError(f"classes must be a list of integers, got {classes!r}; pass [{classes!r}].")
             classes = [as_integer(item, "each of the classes", 0) for item in classes]
         named = isinstance(weights, (str, int, np.integer)) and not isinstance(weights, bool)
@@ -185,10 +182,6 @@ class Source:
         part._survey = None
         return part
 
-    def __getstate__(self) -> dict[str, Any]:
-        """All attributes except the reading thread, which a copy starts when it needs it."""
-        return {**vars(self), "_pool": None}
-
     def in_chunks(self, rows: int) -> Source:
         """The same source with chunks of at most ``rows`` rows."""
         part = copy.copy(self)
@@ -250,29 +243,13 @@ class Source:
             tally.add(chunk)
             return chunk if prepare is None else prepare(chunk)
 
-        loading = self._ahead(one)
+        loading = self._thread.start(one)
         while (item := loading()) is not None:
-            loading = self._ahead(one)
+            loading = self._thread.start(one)
             yield item
         self._check_stamps()
         if skip == 0 and self._survey is not None:
             tally.compare(self._survey, self.name)
-
-    def _ahead(self, load: Callable[[], Any]) -> Callable[[], Any]:
-        """Start loading in the reading thread; return a function that waits for the result."""
-        if self._pool is None or self._process != os.getpid():
-            # One thread serves all passes, since each new thread would keep memory of its own. A forked process has no threads of
-            # its parent.
-            _share_arenas()
-            self._pool, self._process = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader"), os.getpid()
-        try:
-            return self._pool.submit(load).result
-        except RuntimeError as error:
-            if "start new thread" not in str(error):
-                raise
-            # Without memory for the stack of a thread, the caller loads the chunk itself.
-            self._pool = None
-            return load
 
     def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
         if isinstance(self.reader, Streams):
@@ -354,16 +331,6 @@ class Source:
                 "classes out."
             )
         return ValueError(f"{self.name} has no rows; pass at least one point.")
-
-
-def _share_arenas() -> None:
-    """Limit the number of memory pools of glibc to two (``mallopt``); no effect with other C libraries.
-
-    Otherwise glibc reserves 64 MB of address space for each thread that allocates memory, which is too much for a process with a
-    limit of one or two gigabytes.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(-8, 2)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

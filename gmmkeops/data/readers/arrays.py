@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,18 +19,17 @@ from gmmkeops.data.columns import places, table_names, table_of
 from gmmkeops.data.points import shape_hint
 from gmmkeops.data.readers.base import Columns, Reader, Weights, stack
 
-__all__ = ["Arrays", "Table"]
+__all__ = ["Arrays", "Place", "Table"]
 
 
 class Arrays(Reader):
     """Reader of an array or tensor in memory, or of a memory map; also of structured arrays.
 
     Args:
-        x: The rows (N, D), or a structured array (N,).
+        x: The rows (N, D), or a structured array (N,); or the place of an array in a file, of which only units are mapped.
         name: Name of the data in messages.
         columns, weights: The columns to read, and the column of weights.
         path: The file that holds the numbers, if it is not that of a memory map ``x``.
-        remap: Function that maps the rows of a unit into memory; ``x`` then only has their type and shape.
         default: The columns to read if ``columns`` is None; by default all except the weights.
     """
 
@@ -42,9 +41,11 @@ class Arrays(Reader):
         weights: Weights = None,
         *,
         path: Path | None = None,
-        remap: Callable[[Unit], np.memmap] | None = None,
         default: Columns = None,
     ) -> None:
+        self.place = x if isinstance(x, Place) else None
+        if isinstance(x, Place):
+            path, x = x.path, x.placeholder()
         if isinstance(x, np.ma.MaskedArray):
             x = check_unmasked(x, name=name)
         if isinstance(x, Tensor):
@@ -52,7 +53,7 @@ class Arrays(Reader):
         elif not isinstance(x, np.ndarray) or x.dtype == object:
             x = as_tensor(x, name=name)
         x = x.detach() if isinstance(x, Tensor) else x
-        self.x, self.name, self.rows, self.remap = x, name, len(x) if x.ndim else 0, remap
+        self.x, self.name, self.rows = x, name, len(x) if x.ndim else 0
         path = getattr(x, "filename", None) if path is None else path
         self.paths = () if path is None else (Path(path),)
         if isinstance(x, np.ndarray) and self.paths:
@@ -72,17 +73,15 @@ class Arrays(Reader):
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes; a memory map is replaced by its location in the file."""
-        state = dict(vars(self))
-        if isinstance(self.x, np.memmap) or self.remap is not None:
-            state["x"] = _Place.of(self.x)
-        return state
+        return {**vars(self), "x": self.place or (Place.of(self.x) if isinstance(self.x, np.memmap) else self.x)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        x = state["x"]
-        vars(self).update(state, x=x.array() if isinstance(x, _Place) else x)
+        vars(self).update(state)
+        if isinstance(self.x, Place):
+            self.x = self.x.placeholder() if self.place else self.x.array()
 
     def load(self, unit: Unit) -> Chunk:
-        part = self.x[unit.first : unit.first + unit.rows] if self.remap is None else self.remap(unit)
+        part = self.place.rows(unit) if self.place else self.x[unit.first : unit.first + unit.rows]
         if self.fields:
             chunk = self.assembled(lambda column: part[column])
         else:
@@ -121,27 +120,25 @@ class Table(Reader):
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Location of an array's numbers in a file, in a form that can be pickled.
+class Place:
+    """Location of an array's numbers in a file.
 
     Args:
-        path: The file; None for an array that only stands for one.
-        dtype, shape: Of the array.
+        path: The file.
+        dtype, shape: Type and shape of the array.
         offset: Bytes before its first number.
-        mode: Of the memory map.
+        mode: Mode of the memory map.
     """
 
-    path: str | None
+    path: Path
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int = 0
     mode: str = "r"
 
     @classmethod
-    def of(cls, x: np.ndarray) -> _Place | np.ndarray:
-        """Location of a memory map or of its placeholder; a copy of the array if it is not a contiguous part of a file."""
-        if not isinstance(x, np.memmap):
-            return cls(None, x.dtype, x.shape)
+    def of(cls, x: np.memmap) -> Place | np.ndarray:
+        """Location of a memory map; a copy of its numbers if it is not a contiguous part of a file."""
         root = x
         while isinstance(root.base, np.memmap):
             root = root.base
@@ -149,10 +146,17 @@ class _Place:
         if root.filename is None or root.mode == "c" or not x.flags.c_contiguous:
             return np.array(x)
         away = x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
-        return cls(str(root.filename), x.dtype, x.shape, root.offset + away)
+        return cls(Path(root.filename), x.dtype, x.shape, root.offset + away, root.mode)
+
+    def rows(self, unit: Unit) -> np.memmap:
+        """Map the rows of a unit into memory."""
+        first = self.offset + unit.first * self.dtype.itemsize * math.prod(self.shape[1:])
+        return np.memmap(self.path, self.dtype, "r", first, (unit.rows, *self.shape[1:]))
 
     def array(self) -> np.ndarray:
-        """Open the array again."""
-        if self.path is None:
-            return np.broadcast_to(np.zeros((), self.dtype), self.shape)
+        """Map the whole array into memory."""
         return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape)  # type: ignore[call-overload]
+
+    def placeholder(self) -> np.ndarray:
+        """An array of this type and shape that takes no memory or address space."""
+        return np.broadcast_to(np.zeros((), self.dtype), self.shape)
