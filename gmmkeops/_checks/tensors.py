@@ -118,21 +118,19 @@ def _as_array(value: Any, name: str) -> np.ndarray:
 
 def _check_container(value: Any, name: str) -> None:
     """Raise a TypeError for containers that numpy would convert wrongly, or not at all."""
+    kind, message = type(value).__name__, ""
     if hasattr(value, "toarray") and hasattr(value, "nnz"):
-        raise TypeError(f"{name} must be dense, got a sparse matrix; convert it with .toarray() first.")
-    if isinstance(value, (Mapping, Set)) and not hasattr(value, "__array__"):
-        raise TypeError(
-            f"{name} must be an array of numbers, got a {type(value).__name__}; stack its values as an array (N, D) first."
-        )
-    if isinstance(value, Iterator):
-        raise TypeError(f"{name} must be an array of numbers, got a {type(value).__name__}; pass a list of its rows.")
-    if isinstance(value, (str, bytes, bytearray)):
-        raise TypeError(f"{name} must be an array of numbers, got text ({value[:40]!r}); pass the numbers themselves.")
-    if isinstance(value, torch.utils.data.Dataset):
-        raise TypeError(
-            f"{name} must be an array of numbers, got a {type(value).__name__}; pass its tensor, or where data may be read "
-            "in parts a DataLoader of it."
-        )
+        message = "dense, got a sparse matrix; convert it with .toarray() first."
+    elif isinstance(value, (Mapping, Set)) and not hasattr(value, "__array__"):
+        message = f"an array of numbers, got a {kind}; stack its values as an array (N, D) first."
+    elif isinstance(value, Iterator):
+        message = f"an array of numbers, got a {kind}; pass a list of its rows."
+    elif isinstance(value, (str, bytes, bytearray)):
+        message = f"an array of numbers, got text ({value[:40]!r}); pass the numbers themselves."
+    elif isinstance(value, torch.utils.data.Dataset):
+        message = f"an array of numbers, got a {kind}; pass its tensor, or where data may be read in parts a DataLoader of it."
+    if message:
+        raise TypeError(f"{name} must be {message}")
     if isinstance(value, (list, tuple)):
         for part in value:
             if isinstance(part, np.ma.MaskedArray):

@@ -25,8 +25,7 @@ from gmmkeops.data.readers.base import ColumnError, Damage, Reader, reason
 from gmmkeops.data.readers.formats import external, reader_of
 from gmmkeops.data.readers.streams import Streams
 from gmmkeops.data.reading import ReadingThread
-from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, fingerprint
-from gmmkeops.data.tally import Tally
+from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, Tally, fingerprint
 
 __all__ = ["NUMBERS", "Source", "chunked", "readable"]
 
