@@ -21,7 +21,7 @@ PRELUDE = """
 import os, signal, sys, time, json
 import numpy as np, torch, torch.distributed as dist
 import gmmkeops as gk
-from gmmkeops.data import distributed, heartbeat
+from gmmkeops.data import collectives, distributed, heartbeat
 from gmmkeops.data.distributed import RankError
 torch.set_num_threads(1)
 # Tests that a shell script has started in the background inherit SIG_IGN, and so would the ranks: Ctrl-C would do nothing.
@@ -124,8 +124,8 @@ def test_three_and_four_ranks_give_the_model_of_one_process(folder):
 
 
 LONG = """
-heartbeat._GONE = 6.0
-heart = distributed.World().heart
+heartbeat.GONE = 6.0
+heart = distributed.World().collectives.heartbeat
 def ready(step):
     if step.iteration == 1:
         while not heart.rounds or not all(sign for sign, _ in heart.seen.values()):
@@ -192,7 +192,7 @@ def test_a_rank_that_disagrees_or_fails_is_named_on_all(folder):
 
 
 LATE = """
-heartbeat._GONE = 3.0
+heartbeat.GONE = 3.0
 gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=2)
 time.sleep(6.0 * rank)
 gk.fit(start, x[rank::size], gk.EM(tol=0), max_iter=2)
@@ -292,7 +292,7 @@ except (ValueError, RankError) as error:
 
 
 DIFFERENT = """
-distributed._PATIENCE = 60.0
+collectives._PATIENCE = 60.0
 results = []
 def both(name, do, where=1):
     \"\"\"Runs a call that is not the same on all ranks; prints how it ended.\"\"\"
@@ -318,18 +318,18 @@ def interrupt(*who, how="raise"):
     return callback
 def between(*who):
     \"\"\"A fit with a Ctrl-C just after the ranks have compared what they are about to do.\"\"\"
-    meet, begun = distributed.World._meet, []
+    meet, begun = collectives.Collectives._compare, []
     def comparison(world, act, *sizes):
         found = meet(world, act, *sizes)
         begun.append(act)
         if rank in who and begun.count("sum") == 3 and act == "sum":
             os.kill(os.getpid(), signal.SIGINT)
         return found
-    distributed.World._meet = comparison
+    collectives.Collectives._compare = comparison
     try:
         return fit(max_iter=50)
     finally:
-        distributed.World._meet = meet
+        collectives.Collectives._compare = meet
 strength = 0.1 + 0.1 * rank
 g = np.ones(len(mine))
 both("max_iter", lambda: fit(max_iter=3 + rank))

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import ConvergenceWarning, as_choice, as_integer, as_number, as_tensor, check_finite
+from gmmkeops._checks import ConvergenceWarning, as_choice, as_integer, as_number
+from gmmkeops.components import as_tensor, check_finite
 from gmmkeops.data import Source, as_generator, as_points, chunked, readable, table_names, weight_unit
 from gmmkeops.fitting import EM, FitResult, Method, fit, initialize
 from gmmkeops.models import Mixture, as_mixture

@@ -1,7 +1,4 @@
-"""The command line ``gmmkeops``: fit, evaluate and convert mixtures without writing Python.
-
-Nothing is imported before the arguments have been understood, so that a usage error is reported at once.
-"""
+"""The command line ``gmmkeops``: fit, evaluate and convert mixtures without writing Python."""
 
 from gmmkeops.cli.main import main
 

@@ -1,6 +1,6 @@
-"""What works on this machine, and what to type where something does not: compiler, KeOps, CUDA, and both engines.
+"""Checks of the installation, with a remedy for each failure: compiler, KeOps, CUDA, and the engines.
 
-Every check runs the thing itself on a small problem against the float64 dense engine, so "works" means that it did.
+Each engine is run on a small problem and compared with the float64 dense engine.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from gmmkeops.reductions import keops_unavailable
 
 __all__ = ["Finding", "examine"]
 
-# Largest difference from the float64 values that counts as right, nats.
+# Largest admissible difference from the float64 values, nats.
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Args:
-        what: Its name.
-        ok: Whether it works; None where this machine has no use for it.
-        says: What was seen, in one sentence.
-        remedy: What to type next; empty where nothing is wrong.
+        what: Name of the item that was checked.
+        ok: Whether it works; None if this machine does not need it.
+        says: Result of the check, in one sentence.
+        remedy: Command that fixes the failure; empty if there is none.
     """
 
     what: str
@@ -41,10 +41,10 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Looks at everything that fits and scores may use; compiles one KeOps formula where it has not been compiled before.
+    """Check everything that fits and scores may use. This compiles KeOps formulas that have not been compiled before.
 
     Returns:
-        Findings, from the general to the particular.
+        Results of the checks, from the general to the particular.
 
     Example:
         >>> from gmmkeops.cli import doctor
@@ -75,28 +75,16 @@ def _compiler() -> Finding:
 
 
 def _cuda() -> list[Finding]:
-    driver = shutil.which("nvidia-smi") is not None
     if not torch.cuda.is_available():
-        if torch.version.cuda is None and driver:
-            return [
-                Finding(
-                    "CUDA",
-                    False,
-                    f"there is an NVIDIA driver, but torch {torch.__version__} is a build for the CPU.",
-                    "pip install torch --index-url https://download.pytorch.org/whl/cu128",
-                )
-            ]
-        if driver:
-            return [
-                Finding(
-                    "CUDA",
-                    False,
-                    f"torch is built for CUDA {torch.version.cuda} but sees no device; the driver may be too old or the "
-                    "device hidden.",
-                    "nvidia-smi; echo $CUDA_VISIBLE_DEVICES",
-                )
-            ]
-        return [Finding("CUDA", None, "no NVIDIA driver was found; everything runs on the CPU.")]
+        if shutil.which("nvidia-smi") is None:
+            return [Finding("CUDA", None, "no NVIDIA driver was found; everything runs on the CPU.")]
+        says = f"there is an NVIDIA driver, but torch {torch.__version__} is a build for the CPU."
+        remedy = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
+        if torch.version.cuda is not None:
+            says = f"torch is built for CUDA {torch.version.cuda} but sees no device; "
+            says += "the driver may be too old or the device hidden."
+            remedy = "nvidia-smi; echo $CUDA_VISIBLE_DEVICES"
+        return [Finding("CUDA", False, says, remedy)]
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     size = properties.total_memory / 2**30
@@ -105,10 +93,10 @@ def _cuda() -> list[Finding]:
 
 
 def _toolkit(version: str) -> str:
-    """Commands that let KeOps find nvrtc and the headers of CUDA, by torch's version of CUDA.
+    """Commands that let KeOps find nvrtc and the CUDA headers, for torch's version of CUDA.
 
-    The wheels that torch brings lack the name ``libnvrtc.so`` that a linker needs, and those of CUDA 12 have their headers in
-    several folders; a folder on ``LD_LIBRARY_PATH`` does not change that.
+    The wheels that torch installs lack the file name ``libnvrtc.so`` that a linker needs, and those of CUDA 12 have their headers
+    in several folders; adding a folder to ``LD_LIBRARY_PATH`` does not change that.
     """
     major, _, minor = version.partition(".")
     package = "-".join(["cuda-toolkit", *filter(None, (major, minor))])
@@ -124,7 +112,7 @@ def _toolkit(version: str) -> str:
 
 
 def _engine(what: str, backend: str, device: torch.device) -> Finding:
-    """Runs the three reductions by an engine against the dense float64 ones."""
+    """Compare three reductions of an engine with those of the dense engine in float64."""
     if backend == "keops" and (reason := keops_unavailable(device)) is not None:
         remedy = "pip install pykeops" if "not installed" in reason else ""
         if "does not see CUDA" in reason:

@@ -4,6 +4,12 @@ A family (:class:`Factor`) owns the parameterization of its precision factors an
 :class:`Moments` are the additive sufficient statistics of all families.
 """
 
+from gmmkeops.components.arrays import as_tensor as as_tensor
+from gmmkeops.components.arrays import check_dense as check_dense
+from gmmkeops.components.arrays import check_finite as check_finite
+from gmmkeops.components.arrays import check_unmasked as check_unmasked
+from gmmkeops.components.arrays import concrete as concrete
+from gmmkeops.components.arrays import mind_fork as mind_fork
 from gmmkeops.components.base import FAMILIES as FAMILIES
 from gmmkeops.components.base import Factor
 from gmmkeops.components.diagonal import DiagonalFactor

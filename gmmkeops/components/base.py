@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from gmmkeops._checks import as_tensor
+from gmmkeops.components.arrays import as_tensor
 from gmmkeops.components.parameters import gamma, positive
 
 __all__ = ["FAMILIES", "Factor"]

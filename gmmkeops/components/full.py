@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-from gmmkeops._checks import as_tensor, check_finite, concrete
+from gmmkeops.components.arrays import as_tensor, check_finite, concrete
 from gmmkeops.components.base import FAMILIES, Factor
 from gmmkeops.components.parameters import gamma, positive, stored
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, concrete
+from gmmkeops.components.arrays import as_tensor, concrete
 
 __all__ = ["gamma", "positive", "stored"]
 

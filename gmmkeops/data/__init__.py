@@ -5,11 +5,11 @@ it enters; :mod:`gmmkeops.data.distributed` adds sums over the ranks of ``torch.
 """
 
 from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Chunk
 from gmmkeops.data.columns import listed, table_names, table_of
 from gmmkeops.data.distributed import RankError, World, difference, join
 from gmmkeops.data.generators import DEFAULT_SEED, as_generator, categorical, generator_on, running_sum
 from gmmkeops.data.points import as_dtype, as_points, as_weights, warn_if_coarse, weight_unit
-from gmmkeops.data.readers.base import Chunk
 from gmmkeops.data.sampling import representatives, stratified_rows
 from gmmkeops.data.source import NUMBERS, Source, chunked, readable
 from gmmkeops.data.spread import NOISE, check_range, trimmed_spread

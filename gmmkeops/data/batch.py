@@ -38,6 +38,11 @@ class Batch:
     rounding: Tensor | None = None
     exact: Callable[[], Batch] | None = None
 
+    @property
+    def mass(self) -> float:
+        """Total weight of the rows."""
+        return float(len(self.points)) if self.weights is None else float(self.weights.sum())
+
     def __len__(self) -> int:
         return len(self.points)
 

@@ -1,4 +1,4 @@
-"""Names of columns: those of tables in memory, and the places at which named columns are found in data."""
+"""Names of columns: the names in tables in memory, and the indices of named columns in data."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 __all__ = ["listed", "named_alike", "places", "table_names", "table_of"]
 
-# Names that a message lists before it counts the rest.
+# Largest number of names that a message lists.
 _LISTED = 40
 
 
 def table_names(x: Any) -> tuple[str, ...] | None:
-    """The names of the columns of a table in memory (pandas, polars, pyarrow), or None where there are none.
+    """Names of the columns of a table in memory (pandas, polars, pyarrow), or None if they have no names.
 
-    Names that are not strings, such as the numbers that pandas gives to columns without names, are none.
+    Only strings are names; pandas numbers columns without names.
     """
     if isinstance(x, (np.ndarray, Tensor)):
         return None
-    # The columns of a pyarrow table are its data; their names stand beside them.
+    # The attribute ``columns`` of a pyarrow table contains its data.
     names = getattr(x, "column_names", None)
     names = getattr(x, "columns", None) if names is None else names
     if names is None or isinstance(names, dict) or callable(names):
@@ -31,7 +31,7 @@ def table_names(x: Any) -> tuple[str, ...] | None:
 
 
 def listed(names: Sequence[Any]) -> str:
-    """Names of columns for a message: all of them, or the first ones and how many there are."""
+    """Names of columns for a message: all names, or the first ones and the number of the others."""
     if len(names) > 2 and list(names) == list(range(len(names))):
         return f"0 to {len(names) - 1}"
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -39,16 +39,15 @@ def listed(names: Sequence[Any]) -> str:
 
 
 def places(wanted: Sequence[str], known: Sequence[str] | None, name: str) -> list[int]:
-    """The places of columns among those that data have.
+    """Indices of the columns of a model among those of data.
 
     Args:
         wanted: Names of the model's columns.
-        known: Names of the data's columns, or None where they have none.
-        name: The data, as messages name them.
+        known: Names of the data's columns, or None if they have no names.
+        name: Name of the data in messages.
 
     Raises:
-        ValueError: The columns have no names, one is missing, or there are two of its name; the sentence lists the columns
-            that exist.
+        ValueError: The columns have no names, one is missing, or two have the same name; the message lists the existing columns.
     """
     if known is None:
         raise ValueError(f"{name} has no names of columns, expected {listed(wanted)}.")
@@ -66,10 +65,10 @@ def places(wanted: Sequence[str], known: Sequence[str] | None, name: str) -> lis
 
 
 def table_of(x: Any, columns: Sequence[str] | None, name: str = "x") -> Any:
-    """A table in memory with these columns alone, in this order; anything without names of columns stays as it is.
+    """Select columns of a table in memory, in the given order; data without column names are returned unchanged.
 
     Raises:
-        ValueError: A column is missing, or there are two of its name.
+        ValueError: A column is missing, or two have the same name.
     """
     names = None if columns is None else table_names(x)
     if columns is None or names is None or names == tuple(columns):
@@ -79,10 +78,10 @@ def table_of(x: Any, columns: Sequence[str] | None, name: str = "x") -> Any:
 
 
 def named_alike(columns: Sequence[str], first: Sequence[str], name: str, first_name: str) -> None:
-    """Checks that data have the columns that other data have, in any order.
+    """Check that two data sets have the same columns, in any order.
 
     Raises:
-        ValueError: They differ; the sentence names both and the columns that only one has.
+        ValueError: The columns differ; the message names the data sets and the columns that only one of them has.
     """
     if set(columns) == set(first) and len(columns) == len(first):
         return

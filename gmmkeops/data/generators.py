@@ -14,15 +14,16 @@ from torch import Tensor
 
 __all__ = ["DEFAULT_SEED", "as_generator", "categorical", "generator_on", "running_sum"]
 
-# A number that hardly any script seeds its own data with: a fit's random numbers are then not those that made its points.
+# Scripts hardly ever use this seed for their own data, so that a fit does not use the random numbers that generated its points.
 DEFAULT_SEED = 0x676D6D6B656F7073
 
 
 def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
-    """Return the given generator as one of the device, or without one a new generator of a fixed seed.
+    """Return a generator on a device.
 
     Args:
-        generator: A ``torch.Generator`` of any device, a seed, a numpy ``RandomState``, or None.
+        generator: A ``torch.Generator``, a seed, a numpy ``RandomState``, or None for a new generator of a fixed seed. A
+            generator of another device seeds a new one, another one at each call.
         device: Device of the random numbers.
 
     Raises:
@@ -39,34 +40,22 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
             f"generator must be a torch.Generator, a seed or None, got {type(generator).__name__}; "
             "pass torch.Generator().manual_seed(0)."
         )
-    return _moved(generator, torch.device(device))
-
-
-def generator_on(generator: Any, device: Any) -> torch.Generator | None:
-    """Return the given generator as one of the device; None, which is torch's global generator, stays None.
-
-    Args:
-        generator: A ``torch.Generator`` of any device, or None.
-        device: Device of the random numbers.
-
-    Raises:
-        TypeError: ``generator`` is neither.
-    """
-    return None if generator is None else as_generator(generator, device)
-
-
-def _moved(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """The generator, or one of the device that is seeded by it if it belongs to another; the next call gives another one."""
-    if generator.device.type == device.type:
+    if generator.device.type == torch.device(device).type:
         return generator
     seed = int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device))
     return torch.Generator(device).manual_seed(seed)
 
 
+def generator_on(generator: Any, device: Any) -> torch.Generator | None:
+    """Return a generator on a device, as :func:`as_generator`; None, which is the global generator of torch, stays None."""
+    return None if generator is None else as_generator(generator, device)
+
+
 def running_sum(values: Tensor, dim: int = 0) -> Tensor:
     """Return the cumulative sum along a dimension.
 
-    Under ``torch.use_deterministic_algorithms(True)`` torch has none of floats on CUDA; there it is made of shifted sums.
+    Torch has no deterministic ``cumsum`` of floats on CUDA. With ``torch.use_deterministic_algorithms(True)`` shifted copies are
+    added instead.
     Reference: Hillis and Steele 1986, *Data parallel algorithms*, CACM 29.
     """
     if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):

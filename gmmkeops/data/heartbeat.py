@@ -1,4 +1,7 @@
-"""Detection of ranks that have failed or hang: a thread with a connection of its own."""
+"""Detection of ranks that have failed or hang, by heartbeats that each rank writes to the store of the process group.
+
+A thread with its own connection to the store does this, so that it also works while the main thread computes or waits.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +15,49 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from gmmkeops.data.distributed import World
+    from gmmkeops.data.collectives import Collectives
+
+__all__ = ["GONE", "INTERVAL", "NAMING", "Heartbeat", "unfinished"]
 
 # Seconds between two heartbeats, and seconds without one after which a rank counts as failed.
-_BEAT, _GONE = 0.5, 40.0
+INTERVAL, GONE = 0.5, 40.0
 
 # Seconds for which ranks wait for a callback of another rank.
 _CALLBACK = 30.0
 
 # Seconds to wait for the name of the failed rank after a connection has broken.
-_VERDICT = 5.0
+NAMING = 5.0
 
 # Ranks of this process (at most one) that have left a collective operation which will never end.
-_stuck: list[int] = []
+unfinished: list[int] = []
 
 
-class _Heart:
+class Heartbeat:
     """Thread that sends heartbeats of this process and checks those of the other ranks, through the store of the process group.
 
     It has its own connection to the store. Ranks that have not started their first fit have sent no heartbeat, and are
     waited for without a limit.
     """
 
-    _one: _Heart | None = None
+    _one: Heartbeat | None = None
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.group, self.rank = store, rank
         self.store = store.clone() if hasattr(store, "clone") else store
         self.seen = {other: ("", time.monotonic()) for other in range(size) if other != rank}
         # Calls of this process that are running; time of the last answer of the store, and whether the store is lost.
-        self.worlds: list[World] = []
+        self.calls: list[Collectives] = []
         self.heard, self.lost, self.rounds = time.monotonic(), False, 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="gmmkeops-heartbeat", daemon=True)
         self.thread.start()
 
     @classmethod
-    def of(cls, rank: int, size: int) -> _Heart:
+    def current(cls, rank: int, size: int) -> Heartbeat:
         """The heartbeat thread of the current process group."""
         store = dist.distributed_c10d._get_default_store()
         if cls._one is None:
-            atexit.register(cls._rest)
+            atexit.register(cls._stop)
         if cls._one is None or cls._one.group is not store:
             if cls._one is not None:
                 cls._one.stop.set()
@@ -60,11 +65,11 @@ class _Heart:
         return cls._one
 
     @classmethod
-    def _rest(cls) -> None:
+    def _stop(cls) -> None:
         if cls._one is not None:
             cls._one.stop.set()
-            cls._one.thread.join(_BEAT)
-        if _stuck:
+            cls._one.thread.join(INTERVAL)
+        if unfinished:
             # Torch would wait half an hour for the unfinished collective operation.
             sys.stdout.flush()
             sys.stderr.flush()
@@ -78,12 +83,12 @@ class _Heart:
                 self.lost = True
                 return
             self.heard, self.rounds = time.monotonic(), self.rounds + 1
-            self.stop.wait(_BEAT)
+            self.stop.wait(INTERVAL)
 
     def _round(self) -> None:
-        now, world = time.monotonic(), self.worlds[-1] if self.worlds else None
+        now, call = time.monotonic(), self.calls[-1] if self.calls else None
         # Seconds for which this rank has waited for others, and been in a callback.
-        times = (None, None) if world is None else (world.waiting, world.calling)
+        times = (None, None) if call is None else (call.waiting, call.calling)
         mine = [0.0 if when is None else now - when for when in times]
         self.store.set(f"gmmkeops/alive {self.rank}", f"{self.rounds} {mine[0]:.1f} {mine[1]:.1f}")
         for rank, (last, _) in self.seen.items():
@@ -91,20 +96,20 @@ class _Heart:
             sign = self.store.get(key).decode() if self.store.check([key]) else ""
             if sign != last or not sign:
                 self.seen[rank] = (sign, time.monotonic())
-        for world in list(self.worlds):
+        for call in list(self.calls):
             for rank, (_, when) in self.seen.items():
                 silent = time.monotonic() - when
-                if silent > world.patience and not world.word:
-                    world.word = f"rank {rank} is gone: no sign of life for {silent:.0f} s"
-            if not world.word:
-                world.word = self._held_up(mine)
-            if world.word:
-                self.store.compare_set(f"{world.key}/verdict", "", world.word)
-            if self.store.check([f"{world.key}/verdict"]):
-                world.verdict = self.store.get(f"{world.key}/verdict").decode()
-                world.wake()
+                if silent > call.patience and not call.reported:
+                    call.reported = f"rank {rank} is gone: no sign of life for {silent:.0f} s"
+            if not call.reported:
+                call.reported = self._callback_failure(mine)
+            if call.reported:
+                self.store.compare_set(f"{call.key}/failure", "", call.reported)
+            if self.store.check([f"{call.key}/failure"]):
+                call.failure = self.store.get(f"{call.key}/failure").decode()
+                call.wake()
 
-    def _held_up(self, mine: list[float]) -> str:
+    def _callback_failure(self, mine: list[float]) -> str:
         """Error text if ranks have waited too long for a callback of another rank; empty otherwise."""
         times = {rank: [float(part) for part in sign.split()[1:]] for rank, (sign, _) in self.seen.items() if sign}
         times[self.rank] = mine

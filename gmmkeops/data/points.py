@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import PrecisionWarning, as_tensor, check_finite
+from gmmkeops._checks import PrecisionWarning
+from gmmkeops.components import as_tensor, check_finite
 
 __all__ = ["as_dtype", "as_points", "as_weights", "shape_hint", "warn_if_coarse", "weight_unit"]
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:
-    """A float dtype of torch from its name, or from numpy's or torch's; None stays None.
+    """Return a float dtype of torch from its name, or from a dtype of numpy or torch; None stays None.
 
     Raises:
-        ValueError: It is neither float32 nor float64.
+        ValueError: The dtype is neither float32 nor float64.
     """
     if dtype is None:
         return None
@@ -45,23 +46,23 @@ def as_points(
     minimum: int = 1,
     differentiable: bool = False,
 ) -> Tensor:
-    """Checks a cloud of points.
+    """Validate points, and convert them to a tensor.
 
     Args:
-        x: Points (N, D), any container of numbers; (N,) is not guessed at.
-        name: How messages call it.
+        x: Points (N, D) in any container of numbers.
+        name: Name of the argument in messages.
         features: Expected D, if known.
-        dtype: Result dtype (default: float32 stays, all else is float64).
-        device: Result device (default: where the points are).
-        minimum: The least number of rows.
-        differentiable: Whether gradients may flow into the points; the points of a fit are constants.
+        dtype: Dtype of the result (default: float32 stays float32, and everything else becomes float64).
+        device: Device of the result (default: that of the points).
+        minimum: Smallest number of rows.
+        differentiable: Whether gradients with respect to the points are kept; the points of a fit are constants.
 
     Returns:
         A finite tensor (N, D), float32 or float64.
 
     Raises:
-        TypeError: Not numeric, or complex.
-        ValueError: Wrong shape, too few rows, NaN or infinite entries.
+        TypeError: The points are not numeric, or are complex.
+        ValueError: The shape is wrong, there are too few rows, or entries are NaN or infinite.
     """
     tensor = as_tensor(x, name=name, dtype=dtype, device=device)
     if tensor.ndim != 2:
@@ -80,7 +81,7 @@ def as_points(
 
 
 def shape_hint(ndim: int, name: str) -> str:
-    """Return the advice that turns an array of another number of dimensions into points (N, D)."""
+    """Advice for an error message on how to reshape an array with ``ndim`` dimensions to points (N, D)."""
     if ndim == 1:
         return f"use {name}[:, None] for one column"
     return "pass an array with one row per point" if ndim == 0 else "flatten the leading dimensions"
@@ -89,18 +90,18 @@ def shape_hint(ndim: int, name: str) -> str:
 def as_weights(
     weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False, some: bool = True, first: int = 0
 ) -> Tensor | None:
-    """Checks one weight per point; None stays None (all ones).
+    """Validate one weight per point; None, for weights of one, stays None.
 
     Args:
         weights: Weights (N,), or None.
-        points: The points (N, D) they belong to; the result has their device.
-        name: How messages call it.
-        signed: Whether negative weights and gradients in them make sense here (sums of log-densities: yes; fits: no).
-        some: Whether some must be positive (of a whole cloud: yes; of a part: no).
-        first: Row number of the first point among all.
+        points: The points (N, D), on the device of the result.
+        name: Name of the argument in messages.
+        signed: Whether negative weights are accepted and gradients are kept (for sums of log-densities, not for fits).
+        some: Whether at least one weight must be positive (for a whole data set, not for a part of it).
+        first: Index of the first point among all points.
 
     Raises:
-        ValueError: Wrong length, not finite, negative where that is refused, or nothing but zeros.
+        ValueError: The length is wrong, a weight is not finite or is negative, or all weights are zero.
     """
     if weights is None:
         return None
@@ -127,10 +128,10 @@ def as_weights(
 
 
 def weight_unit(largest: float) -> float:
-    """A power of two near the largest weight where that is extreme; otherwise one.
+    """Return a power of two near the largest weight if it is extremely large or small, otherwise one.
 
-    Only ratios of weights matter to a fit. In this unit their squares and their products with squares of coordinates are within
-    range, and dividing by it rounds nothing.
+    A fit only depends on ratios of weights. Weights divided by this unit have squares, and products with squares of coordinates,
+    within the range of float64; the division is exact.
     """
     if 1e-60 <= largest <= 1e60 or not 0 < largest < math.inf:
         return 1.0
@@ -138,12 +139,12 @@ def weight_unit(largest: float) -> float:
 
 
 def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
-    """Warns when float32 input is so far from the origin that its own steps are a visible part of its spread.
+    """Warn if the resolution of float32 points is coarse compared with their spread, because they are far from the origin.
 
     Args:
-        x: The points as the user gave them (N, D).
+        x: The points (N, D) of the user.
         spread: Standard deviation of each column (D,), data units.
-        magnitude: Distance of the cloud's centre from the origin in each column (D,), data units.
+        magnitude: Absolute value of the center of each column (D,), data units.
     """
     if x.dtype != torch.float32:
         return

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops.data.chunks import Chunk
 from gmmkeops.data.distributed import World
 from gmmkeops.data.points import as_points, as_weights, weight_unit
-from gmmkeops.data.readers.base import Chunk
 from gmmkeops.data.source import Source, readable
 from gmmkeops.data.spread import check_range
 from gmmkeops.data.survey import sample
@@ -55,14 +55,10 @@ def representatives(
     return rows, masses, len(x) if g is None else int((g > 0).sum()), lambda: [Chunk(x, g)]
 
 
-def _ticks(size: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Stratified random numbers: one in each of ``size`` equal intervals of [0, 1)."""
-    u = torch.rand(size, generator=generator, dtype=torch.float64, device=device)
-    return (torch.arange(size, dtype=torch.float64, device=device) + u) / size
-
-
 def stratified_rows(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Sorted indices of at most ``size`` of ``count`` rows, one drawn from each of ``size`` equal ranges."""
     if count <= size:
         return torch.arange(count, device=device)
-    return (_ticks(size, generator, device) * count).long().clamp(max=count - 1)
+    u = torch.rand(size, generator=generator, dtype=torch.float64, device=device)
+    ticks = (torch.arange(size, dtype=torch.float64, device=device) + u) / size
+    return (ticks * count).long().clamp(max=count - 1)

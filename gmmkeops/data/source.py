@@ -1,4 +1,4 @@
-r"""Data sets that may be larger than memory: files, memory maps, loaders and functions, read chunk by chunk on every pass.
+"""Data sets that may be larger than memory: files, memory maps, loaders and functions, read chunk by chunk on every pass.
 
 Rows are counted on every pass, so that a file that is truncated, grows or changes raises an error. The first pass draws a random
 sample of the rows.
@@ -7,13 +7,9 @@ sample of the rows.
 from __future__ import annotations
 
 import copy
-import ctypes
-import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,26 +17,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmmkeops._checks import as_integer, as_tensor, check_finite, mind_fork
-from gmmkeops.data.columns import table_names, table_of
+from gmmkeops._checks import as_integer
+from gmmkeops.components import as_tensor, check_finite, mind_fork
+from gmmkeops.data.chunks import Chunk, Unit, grouped, joined, resized
+from gmmkeops.data.columns import table_of
 from gmmkeops.data.points import as_points, as_weights
-from gmmkeops.data.readers.arrays import Arrays, Table
-from gmmkeops.data.readers.base import Chunk, ColumnError, Reader, Unit, reason
-from gmmkeops.data.readers.declared import Damage
-from gmmkeops.data.readers.files import SUFFIXES, Files, open_file
+from gmmkeops.data.readers.base import ColumnError, Damage, Reader, reason
+from gmmkeops.data.readers.formats import external, reader_of
 from gmmkeops.data.readers.streams import Streams
-from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, fingerprint
+from gmmkeops.data.reading import ReadingThread
+from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, Tally, fingerprint
 
 __all__ = ["NUMBERS", "Source", "chunked", "readable"]
 
 # Entries of a chunk: enough for efficient reductions, few compared with the memory of a process.
 NUMBERS = 1 << 20
-
-# Largest difference of sums of the same numbers in another order, as a fraction of the sum of their absolute values.
-_ROUNDING = 1e-11
-
-# Numbers that are summed at a time.
-_SUMMED = 1 << 16
 
 # Number of row ranges from which a chunk of a pass in random order is read.
 _PLACES = 256
@@ -68,14 +59,14 @@ class Source:
         self.reader, self.name, self.features = reader, reader.name, reader.features
         self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
         self.size = max(1, NUMBERS // self.features) if chunk_rows is None else as_integer(chunk_rows, "chunk_rows", 1)
-        given = None if weights is None else as_tensor(weights, name="weights", dtype=torch.float64)
-        self.weights = None if given is None else given.detach().cpu().numpy()
+        self.weights: np.ndarray | None = None
+        if weights is not None:
+            self.weights = as_tensor(weights, name="weights", dtype=torch.float64).detach().cpu().numpy()
         self.rows = None if isinstance(reader, Streams) else reader.rows
         self.share, self.first = (0, 1), 0
         self.classes: Sequence[int] | None = None
         self._survey: Survey | None = None
-        self._pool: ThreadPoolExecutor | None = None
-        self._process = os.getpid()
+        self._thread = ReadingThread()
         self._stamps: list[tuple[int, int]] | None = None
 
     @classmethod
@@ -124,13 +115,12 @@ class Source:
         if columns is not None and (isinstance(columns, str) or not hasattr(columns, "__len__")):
             raise TypeError(f"columns must be a list of names or numbers, got {columns!r}; pass [{columns!r}].")
         if classes is not None:
-            several = isinstance(classes, Iterable) and not isinstance(classes, (str, bytes))
-            if not several:
+            if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable):
                 raise TypeError(f"classes must be a list of integers, got {classes!r}; pass [{classes!r}].")
             classes = [as_integer(item, "each of the classes", 0) for item in classes]
-        column = weights if isinstance(weights, (str, int, np.integer)) and not isinstance(weights, bool) else None
-        given = None if column is not None else weights
-        reader = _reader(x, columns, classes, column)
+        named = isinstance(weights, (str, int, np.integer)) and not isinstance(weights, bool)
+        column, given = (weights, None) if named else (None, weights)
+        reader = reader_of(x, columns, column, classes)
         if isinstance(reader, Streams) and (columns is not None or column is not None):
             raise ValueError(
                 "columns= and weights= cannot be used with a loader or a function; yield the columns, or pairs (points, weights)."
@@ -160,9 +150,9 @@ class Source:
         rank, count = self.share
         size = max(-(-self.size // places), self.reader.grain if places > 1 else 1)
         if count > 1:
-            size = min(size, max(1, (self.reader.rows or 0) // (8 * count)))
+            size = min(size, max(1, (self.reader.rows) // (8 * count)))
         units = self.reader.units(size)
-        return _grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
+        return grouped(units[len(units) * rank // count : len(units) * (rank + 1) // count], self.size)
 
     def matched(self, columns: Sequence[str] | None) -> Source:
         """Return a source of the same rows with the columns of a model, matched by name.
@@ -191,10 +181,6 @@ class Source:
         part.size = self.size if self.chunk_rows else max(1, self.size * self.features // part.features)
         part._survey = None
         return part
-
-    def __getstate__(self) -> dict[str, Any]:
-        """All attributes except the reading thread, which a copy starts when it needs it."""
-        return {**vars(self), "_pool": None}
 
     def in_chunks(self, rows: int) -> Source:
         """The same source with chunks of at most ``rows`` rows."""
@@ -229,7 +215,7 @@ class Source:
         """The groups of :meth:`units` in random order, each with rows from several parts of the data."""
         units = [unit for group in self.units(_PLACES) or [] for unit in group]
         order = torch.randperm(len(units), generator=generator).tolist()
-        return _grouped([units[i] for i in order], self.size) if units else self.units()
+        return grouped([units[i] for i in order], self.size) if units else self.units()
 
     def chunks(
         self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Chunk], Any] | None = None
@@ -247,7 +233,7 @@ class Source:
         """
         mind_fork()
         self._check_stamps()
-        tally = _Tally()
+        tally = Tally()
         loaded = self._loaded(self.units() if order is None else order, skip)
 
         def one() -> Any:
@@ -257,35 +243,19 @@ class Source:
             tally.add(chunk)
             return chunk if prepare is None else prepare(chunk)
 
-        loading = self._ahead(one)
+        loading = self._thread.start(one)
         while (item := loading()) is not None:
-            loading = self._ahead(one)
+            loading = self._thread.start(one)
             yield item
         self._check_stamps()
         if skip == 0 and self._survey is not None:
-            self._compare(tally)
-
-    def _ahead(self, load: Callable[[], Any]) -> Callable[[], Any]:
-        """Start loading in the reading thread; return a function that waits for the result."""
-        if self._pool is None or self._process != os.getpid():
-            # One thread serves all passes, since each new thread would keep memory of its own. A forked process has no threads of
-            # its parent.
-            _share_arenas()
-            self._pool, self._process = ThreadPoolExecutor(1, thread_name_prefix="gmmkeops-reader"), os.getpid()
-        try:
-            return self._pool.submit(load).result
-        except RuntimeError as error:
-            if "start new thread" not in str(error):
-                raise
-            # Without memory for the stack of a thread, the caller loads the chunk itself.
-            self._pool = None
-            return load
+            tally.compare(self._survey, self.name)
 
     def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
         if isinstance(self.reader, Streams):
-            pieces: Iterator[Chunk] = islice(_whole(self.reader.chunks(), self.size), skip, None)
+            pieces: Iterator[Chunk] = islice(resized(self.reader.chunks(), self.size), skip, None)
         else:
-            pieces = (_joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
+            pieces = (joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
         # A loop variable would keep the last chunk in memory while the next one is read.
         return map(self._checked, pieces)
 
@@ -323,20 +293,6 @@ class Source:
                 what = f"it had {old[0]} bytes and has {new[0]}" if old[0] != new[0] else "it was written to"
                 raise Damage(f"{paths[i]} changed while it was read: {what}; begin again once it is complete.")
 
-    def _compare(self, tally: _Tally) -> None:
-        survey = self._survey
-        assert survey is not None, "there was a first pass"
-        if tally.rows != survey.rows:
-            raise ValueError(
-                f"{self.name} gave {tally.rows} rows on this pass and {survey.rows} on the first; "
-                "it must give the same points each time."
-            )
-        if abs(tally.total - survey.total[0]) > _ROUNDING * max(survey.total[1], tally.magnitude):
-            raise ValueError(
-                f"{self.name} gave other numbers on this pass (their sum is {tally.total!r}) than on the first "
-                f"({survey.total[0]!r}); it must give the same points each time."
-            )
-
     def survey(self, size: int = SAMPLE, *, alone: bool = True) -> Survey:
         """Read all rows once; return their number, total weight, checksums and a random sample. The result is cached.
 
@@ -350,7 +306,7 @@ class Source:
         mind_fork()
         if self._survey is not None and self._survey.reservoir.size >= size:
             return self._survey
-        reservoir, tally, squares, mark, single = Reservoir(size), _Tally(), 0.0, 0, True
+        reservoir, tally, squares, mark, single = Reservoir(size), Tally(), 0.0, 0, True
         for chunk in self.chunks():
             reservoir.add(chunk.points, chunk.weights, chunk.first)
             tally.add(chunk)
@@ -377,69 +333,6 @@ class Source:
         return ValueError(f"{self.name} has no rows; pass at least one point.")
 
 
-def _share_arenas() -> None:
-    """Limit the number of memory pools of glibc to two (``mallopt``); no effect with other C libraries.
-
-    Otherwise glibc reserves 64 MB of address space for each thread that allocates memory, which is too much for a process with a
-    limit of one or two gigabytes.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(-8, 2)
-
-
-def _grouped(units: list[Unit], size: int) -> list[list[Unit]]:
-    """Units that are read together, in order, so that each group has about ``size`` rows."""
-    groups: list[list[Unit]] = []
-    room = 0
-    for unit in units:
-        if unit.rows > room:
-            groups.append([])
-            room = size
-        groups[-1].append(unit)
-        room -= unit.rows
-    return groups
-
-
-def _joined(chunks: list[Chunk]) -> Chunk:
-    if len(chunks) == 1:
-        return chunks[0]
-    weights = None
-    if any(chunk.weights is not None for chunk in chunks):
-        one = torch.ones((), dtype=torch.float64)
-        weights = torch.cat([one.expand(len(c.points)) if c.weights is None else c.weights for c in chunks])
-    return Chunk(torch.cat([chunk.points for chunk in chunks]), weights, chunks[0].first)
-
-
-def _whole(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
-    """The same rows, numbered, in chunks of about ``size`` rows: large chunks are split and small ones joined."""
-    few: list[Chunk] = []
-    first = rows = 0
-    for chunk in chunks:
-        for start in range(0, len(chunk.points), size):
-            part = slice(start, start + size)
-            few.append(Chunk(chunk.points[part], None if chunk.weights is None else chunk.weights[part]))
-            rows += len(few[-1].points)
-            if rows >= size:
-                yield replace(_joined(few), first=first)
-                few, first, rows = [], first + rows, 0
-    if few:
-        yield replace(_joined(few), first=first)
-
-
-class _Tally:
-    """Number of rows, total weight, and checksums of a pass."""
-
-    def __init__(self) -> None:
-        self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
-
-    def add(self, chunk: Chunk) -> None:
-        self.rows += len(chunk.points)
-        self.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
-        for part in chunk.points.split(max(1, _SUMMED // chunk.points.shape[1])):
-            self.total += float(part.sum(dtype=torch.float64))
-            self.magnitude += float(part.abs().sum(dtype=torch.float64))
-
-
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = os.stat(path)
@@ -454,16 +347,7 @@ def readable(x: Any) -> bool:
     Raises:
         TypeError: The data can be read only once (an iterator).
     """
-    if isinstance(x, Iterator):
-        raise TypeError(
-            f"x is a {type(x).__name__}, which can be read only once, and a fit reads its points many times; "
-            "pass a function that makes a new one at each call."
-        )
-    if isinstance(x, (Source, str, os.PathLike, np.memmap, torch.utils.data.DataLoader)):
-        return True
-    if isinstance(x, (list, tuple)):
-        return len(x) > 0 and all(isinstance(item, (str, os.PathLike)) for item in x)
-    return callable(x) and not hasattr(x, "__array__")
+    return isinstance(x, Source) or external(x)
 
 
 def chunked(
@@ -493,55 +377,10 @@ def chunked(
 
 def _some(source: Source) -> Iterator[Chunk]:
     """Nonempty chunks of a source; raises if no row has positive weight."""
-    tally = _Tally()
+    rows, mass = 0, 0.0
     for chunk in source.chunks():
         if len(chunk.points):
-            tally.rows += len(chunk.points)
-            tally.mass += float(len(chunk.points)) if chunk.weights is None else float(chunk.weights.sum())
+            rows, mass = rows + len(chunk.points), mass + chunk.mass
             yield chunk
-    if not tally.mass > 0:
-        raise source.nothing(tally.rows)
-
-
-def _reader(x: Any, columns: Any, classes: Any, weights: Any) -> Reader | Streams:
-    if not readable(x):
-        return Arrays(x, "x", columns, weights) if table_names(x) is None else Table(x, "x", columns, weights)
-    if isinstance(x, np.memmap):
-        return Arrays(x, f"the memory map of {x.filename}", columns, weights)
-    if isinstance(x, torch.utils.data.DataLoader):
-        return Streams(_Again(x), "the DataLoader", fields=True)
-    if callable(x):
-        return Streams(x, f"the function {getattr(x, '__name__', type(x).__name__)}")
-    files = [path for item in (x if isinstance(x, (list, tuple)) else [x]) for path in _paths(item)]
-    readers = [open_file(path, columns, classes, weights) for path in files]
-    return readers[0] if len(readers) == 1 else Files(readers)
-
-
-@dataclass(frozen=True)
-class _Again:
-    """A function that returns the same iterable at each call.
-
-    Args:
-        iterable: An iterable that can be iterated over repeatedly.
-    """
-
-    iterable: Any
-
-    def __call__(self) -> Any:
-        return self.iterable
-
-
-def _paths(item: str | os.PathLike[str]) -> list[Path]:
-    """Sorted files of a path, a folder or a pattern."""
-    path = Path(item)
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if not found:
-            raise FileNotFoundError(f"the folder {path} has no files of {', '.join(SUFFIXES)}.")
-        return found
-    if not path.exists() and any(sign in str(item) for sign in "*?["):
-        names = sorted(glob.glob(str(item), recursive=True))
-        if not names:
-            raise FileNotFoundError(f"no file matches {item}.")
-        return [Path(name) for name in names]
-    return [path]
+    if not mass > 0:
+        raise source.nothing(rows)

@@ -13,18 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLE", "Reservoir", "Survey", "fingerprint", "sample"]
+from gmmkeops.data.chunks import Chunk
+
+__all__ = ["SAMPLE", "Reservoir", "Survey", "Tally", "fingerprint", "sample"]
 
 # Default size of the sample.
 SAMPLE = 20_000
 
-# Rows whose random numbers are made at a time: in cache, and few enough that torch does not split them among threads, which
-# would wait for each other longer than they work; a GPU wants long kernels.
+# Largest difference between sums of the same numbers in another order, as a fraction of the sum of their absolute values.
+_ROUNDING = 1e-11
+
+# Numbers that are summed at a time.
+_SUMMED = 1 << 16
+
+# Rows whose random numbers are computed at a time. On a CPU they fit into the cache and are too few for several threads, whose
+# synchronization would take longer than the computation; a GPU needs long kernels.
 _ROWS, _ROWS_CUDA = 32_000, 1 << 22
 
 
 def _signed(number: int) -> int:
-    """A 64-bit pattern as int64 has it; torch's int64 arithmetic is modulo 2⁶⁴, on every device."""
+    """The int64 with the same bits as an unsigned 64-bit integer; the int64 arithmetic of torch is modulo 2⁶⁴ on every device."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
@@ -34,7 +42,7 @@ _HASH = _FACTORS[0]
 
 
 class _Uniforms:
-    """Numbers in (0, 1] for rows, in units of 2⁻⁵³, which depend on a row's number alone; the same on every device.
+    """Random numbers of rows in (0, 1], as integers in units of 2⁻⁵³; they depend only on the index of the row.
 
     Reference: Steele, Lea and Flood 2014, *Fast splittable pseudorandom number generators* (the finalizer of SplitMix64).
     """
@@ -44,7 +52,7 @@ class _Uniforms:
         self.z, self.shifted = torch.empty_like(self.base), torch.empty_like(self.base)
 
     def __call__(self, first: int, count: int) -> Tensor:
-        """The numbers of rows ``first`` to ``first + count`` less one (count,), int64; the next call overwrites them."""
+        """The integers (count,), int64, of the rows from ``first``; the next call overwrites them."""
         z, shifted = self.z[:count], self.shifted[:count]
         torch.add(self.base[:count], _signed(first * _STEP), out=z)
         for shift, factor in zip((30, 27), _FACTORS, strict=True):
@@ -54,7 +62,7 @@ class _Uniforms:
 
 
 def _right(z: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """The 64-bit patterns shifted to the right, zeros coming in."""
+    """Logical right shift of 64-bit integers: zeros are shifted in."""
     return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
@@ -67,8 +75,8 @@ class Reservoir:
 
     def __init__(self, size: int) -> None:
         self.size, self.seen = size, 0
-        # Priorities, weights, numbers and rows, all on the device that the rows came on. They are taken by index_select, which
-        # a CPU does on one core: threads would wait for each other longer than they work (measured: 8x).
+        # Priorities, weights, row indices and rows, on the device of the rows. They are selected by index_select, which runs on
+        # one core of a CPU: synchronizing several threads takes longer (measured: 8 times).
         self._kept: list[tuple[Tensor, ...]] = []
         self._least = 0.0
 
@@ -105,12 +113,12 @@ class Reservoir:
             self._cut()
 
     def _cut(self) -> None:
-        """Keeps the rows of the largest priorities, one more than asked for, which is the threshold."""
+        """Keep the rows of the largest priorities: ``size`` rows and one more, whose priority is the threshold."""
         if self._kept:
             self._kept, self._least = self._largest(self._kept, self._least)
 
     def _largest(self, parts: list[tuple[Tensor, ...]], least: float) -> tuple[list[tuple[Tensor, ...]], float]:
-        """Those with the largest priorities, which are the first column, and the least priority that is of interest now."""
+        """The rows with the largest priorities (the first column), and the smallest priority that a new row needs."""
         columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         if len(columns[0]) <= self.size:
             return [columns], least
@@ -176,6 +184,34 @@ class Survey:
     fingerprint: int
     single: bool
     reservoir: Reservoir
+
+
+class Tally:
+    """Number of rows, total weight, sum of all coordinates and sum of their absolute values, added up chunk by chunk."""
+
+    def __init__(self) -> None:
+        self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
+
+    def add(self, chunk: Chunk) -> None:
+        """Add the rows of a chunk."""
+        self.rows += len(chunk.points)
+        self.mass += chunk.mass
+        for part in chunk.points.split(max(1, _SUMMED // chunk.points.shape[1])):
+            self.total += float(part.sum(dtype=torch.float64))
+            self.magnitude += float(part.abs().sum(dtype=torch.float64))
+
+    def compare(self, survey: Survey, name: str) -> None:
+        """Raise a ValueError if the rows differ from those of the first pass over the data ``name``."""
+        if self.rows != survey.rows:
+            raise ValueError(
+                f"{name} gave {self.rows} rows on this pass and {survey.rows} on the first; "
+                "it must give the same points each time."
+            )
+        if abs(self.total - survey.total[0]) > _ROUNDING * max(survey.total[1], self.magnitude):
+            raise ValueError(
+                f"{name} gave other numbers on this pass (their sum is {self.total!r}) than on the first "
+                f"({survey.total[0]!r}); it must give the same points each time."
+            )
 
 
 def fingerprint(points: Tensor, weights: Tensor | None) -> int:

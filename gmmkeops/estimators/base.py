@@ -28,10 +28,9 @@ from gmmkeops._checks import (
     as_fraction,
     as_integer,
     as_number,
-    as_tensor,
     renamed,
 )
-from gmmkeops.components import factor_class
+from gmmkeops.components import as_tensor, factor_class
 from gmmkeops.data import (
     DEFAULT_SEED,
     Source,

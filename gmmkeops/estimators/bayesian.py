@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_choice, as_integer, as_number, as_tensor, check_finite, renamed
+from gmmkeops._checks import as_choice, as_integer, as_number, renamed
 from gmmkeops.bayes import NormalWishart, VariationalBayes
-from gmmkeops.components import factor_class
+from gmmkeops.components import as_tensor, check_finite, factor_class
 from gmmkeops.data import Source
 from gmmkeops.estimators.base import MixtureEstimator
 from gmmkeops.fitting import FitResult, Method

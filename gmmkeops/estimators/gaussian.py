@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops import analysis, models
-from gmmkeops._checks import as_tensor, check_finite, renamed
-from gmmkeops.components import Factor, Moments, factor_class
+from gmmkeops._checks import renamed
+from gmmkeops.components import Factor, Moments, as_tensor, check_finite, factor_class
 from gmmkeops.data import Source, as_weights, readable
 from gmmkeops.estimators.base import MixtureEstimator, Trace, generator_of, in_own_words
 from gmmkeops.estimators.saved import packed, unpacked

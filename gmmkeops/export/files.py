@@ -1,11 +1,10 @@
-r"""Mixtures for other programs: arrays for scikit-learn, ellipsoids for mesh viewers, Gaussian splats for splat viewers.
+r"""Files for other programs: arrays for scikit-learn, ellipsoids for mesh viewers, Gaussian splats for splat viewers.
 
 .. math:: \Sigma_k = R_k\, \mathrm{diag}(s_k)^2 R_k^\top
 
-A splat holds the centre, the logarithms of :math:`s_k`, :math:`R_k` as a unit quaternion, an opacity (as its logit) and a
-colour (as the constant term of its spherical harmonics). References: Kerbl, Kopanas, Leimkühler and Drettakis 2023, *3D
-Gaussian splatting for real-time radiance field rendering*, whose file layout this is; Shepperd 1978, *Quaternion from
-rotation matrix*.
+A splat consists of the mean, the logarithms of :math:`s_k`, :math:`R_k` as a unit quaternion, the logit of an opacity, and a
+color (the constant term of its spherical harmonics). References: Kerbl, Kopanas, Leimkühler and Drettakis 2023, *3D Gaussian
+splatting for real-time radiance field rendering* (the file layout); Shepperd 1978, *Quaternion from rotation matrix*.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ __all__ = ["ellipsoids", "npz", "splats"]
 # Value of the constant spherical harmonic.
 _HARMONIC = 0.28209479177387814
 
-# Coefficients of the higher harmonics that splat viewers expect to find: three colours of degrees one to three.
+# Number of coefficients of higher harmonics that splat viewers expect: degrees one to three of three colors.
 _REST = 45
 
 
 def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
-    """Writes what ``sklearn.mixture.GaussianMixture`` holds, under its names, to a file that ``numpy.load`` reads.
+    """Write the fitted attributes of ``sklearn.mixture.GaussianMixture`` to a file that ``numpy.load`` reads.
 
-    Arrays: ``weights_`` (K,), ``means_`` (K, D), ``covariances_`` and ``precisions_cholesky_`` in the shape that the
-    covariance type has there, float64, data units; ``covariance_type``; and ``feature_names_in_`` where they are known.
+    The arrays are ``weights_`` (K,), ``means_`` (K, D), ``covariances_`` and ``precisions_cholesky_`` in scikit-learn's shape for
+    the covariance type, float64, data units; ``covariance_type``; and ``feature_names_in_`` if the columns have names.
 
     Args:
-        mixture: One mixture. Types that scikit-learn lacks are written as the nearest it has: tied ones of several
-            components as "tied", or written out for each component.
+        mixture: One mixture. Tied diagonal and tied spherical covariances are written as "tied",
+            since scikit-learn lacks these types.
         path: The ``.npz`` file.
 
     Raises:
-        ValueError: A batch of mixtures, or a path with another suffix.
-        OSError: The file cannot be written; what stood there is kept.
+        ValueError: The mixture is a batch, or the path has another suffix.
+        OSError: The file cannot be written; an existing file is kept.
 
     Example:
         >>> import os, tempfile, numpy as np, gmmkeops as gk
@@ -74,15 +73,15 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
 
 
 def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float = 2.0) -> None:
-    """Writes one ellipsoid for each component as a coloured triangle mesh in PLY, coordinates in float64.
+    """Write one ellipsoid per component as a colored triangle mesh in PLY, with coordinates in float64.
 
     Args:
         mixture: One mixture in three dimensions.
         path: The ``.ply`` file.
-        radius: How many standard deviations large they are.
+        radius: Radius of the ellipsoids, standard deviations.
 
     Raises:
-        ValueError: The mixture has not three dimensions, or the path has another suffix.
+        ValueError: The mixture is not three-dimensional, or the path has another suffix.
         ImportError: plyfile is not installed.
 
     Example:
@@ -100,10 +99,10 @@ def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float 
     radius = as_number(radius, "radius", 0, above=True)
     vertices, triangles = surfaces(means, scales, R, radius)
     K, count, _ = vertices.shape
-    rows = np.empty(K * count, [(name, "f8") for name in "xyz"] + [(name, "u1") for name in _COLOURS])
+    rows = np.empty(K * count, [(name, "f8") for name in "xyz"] + [(name, "u1") for name in _COLORS])
     for d, name in enumerate("xyz"):
         rows[name] = vertices[:, :, d].ravel()
-    for d, name in enumerate(_COLOURS):
+    for d, name in enumerate(_COLORS):
         rows[name] = np.repeat((255 * by_height(means)[:, d]).astype(np.uint8), count)
     faces = np.empty(K * len(triangles), [("vertex_indices", "i4", (3,))])
     faces["vertex_indices"] = (triangles[None] + count * np.arange(K)[:, None, None]).reshape(-1, 3)
@@ -112,25 +111,26 @@ def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float 
 
 
 def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
-    """Writes the components as Gaussian splats in the PLY layout that splat viewers read.
+    """Write the components as Gaussian splats in the PLY layout that splat viewers read.
 
-    Viewers read float32, so centres are written about an offset, whole units near their middle: map coordinates keep their
-    millimetres. It is in the file as a comment, ``offset X Y Z``, too. Covariances come back to about 1e-6 of their size.
+    Since viewers read float32, an offset near the median of the means, rounded to whole units, is subtracted: map coordinates
+    keep a precision of millimeters. The file also has the offset as a comment, ``offset X Y Z``. Covariances have a relative
+    precision of about 1e-6.
 
     Args:
         mixture: One mixture in three dimensions.
         path: The ``.ply`` file.
 
     Returns:
-        The offset (3,), data units, to be added to the file's coordinates.
+        The offset (3,), data units; it must be added to the coordinates in the file.
 
     Raises:
-        ValueError: The mixture has not three dimensions, or the path has another suffix.
+        ValueError: The mixture is not three-dimensional, or the path has another suffix.
         ImportError: plyfile is not installed.
 
     Reference:
         Kerbl, Kopanas, Leimkühler and Drettakis 2023, *3D Gaussian splatting for real-time radiance field rendering*, ACM
-        Transactions on Graphics 42; the layout is that of its authors' program.
+        Transactions on Graphics 42; the layout is that of the authors' program.
 
     Example:
         >>> import os, tempfile, gmmkeops as gk
@@ -162,7 +162,7 @@ def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
     return offset
 
 
-_COLOURS = ("red", "green", "blue")
+_COLORS = ("red", "green", "blue")
 
 
 def _write(data: Any, path: Path) -> None:
@@ -172,7 +172,7 @@ def _write(data: Any, path: Path) -> None:
 
 
 def _quaternions(R: np.ndarray) -> np.ndarray:
-    """Unit quaternions w, x, y, z (K, 4) of rotations (K, 3, 3), each from its largest part, which loses no digits."""
+    """Unit quaternions w, x, y, z (K, 4) of rotations (K, 3, 3), computed from the largest part to avoid cancellation."""
     diagonal = R.diagonal(axis1=1, axis2=2)
     trace = diagonal.sum(1)
     squares = np.concatenate([1 + trace[:, None], 1 - trace[:, None] + 2 * diagonal], 1)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import PrecisionWarning, accepts, as_choice, as_integer, as_number, as_tensor
-from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
+from gmmkeops._checks import PrecisionWarning, accepts, as_choice, as_integer, as_number
+from gmmkeops.components import Factor, Frozen, Moments, as_tensor, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.method import Evaluation, Method, check_settings

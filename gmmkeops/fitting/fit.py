@@ -23,9 +23,9 @@ from gmmkeops._checks import (
     as_functions,
     as_integer,
     as_number,
-    mind_fork,
     renamed,
 )
+from gmmkeops.components import mind_fork
 from gmmkeops.data import (
     Source,
     World,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import accepts, as_choice, as_integer, mind_fork, renamed
-from gmmkeops.components import Moments, SphericalFactor, factor_class
+from gmmkeops._checks import accepts, as_choice, as_integer, renamed
+from gmmkeops.components import Moments, SphericalFactor, factor_class, mind_fork
 from gmmkeops.data import (
     NOISE,
     Chunk,

@@ -20,18 +20,8 @@ from torch.distributions import Categorical, Distribution, constraints
 from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
-from gmmkeops._checks import (
-    as_choice,
-    as_device,
-    as_fraction,
-    as_integer,
-    as_shape,
-    as_tensor,
-    check_finite,
-    concrete,
-    mind_fork,
-)
-from gmmkeops.components import Factor, factor_class
+from gmmkeops._checks import as_choice, as_device, as_fraction, as_integer, as_shape
+from gmmkeops.components import Factor, as_tensor, check_finite, concrete, factor_class, mind_fork
 from gmmkeops.data import categorical, generator_on, table_of
 from gmmkeops.models.quantiles import quantiles
 from gmmkeops.models.regions import radii, shell

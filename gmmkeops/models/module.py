@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gmmkeops._checks import as_integer, as_number, as_tensor
-from gmmkeops.components import factor_class
+from gmmkeops._checks import as_integer, as_number
+from gmmkeops.components import as_tensor, factor_class
 from gmmkeops.data import as_generator, as_points, table_names, table_of
 from gmmkeops.models.mixture import Mixture, as_mixture
 

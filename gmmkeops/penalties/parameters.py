@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, check_finite
-from gmmkeops.components import Surrogate
+from gmmkeops.components import Surrogate, as_tensor, check_finite
 from gmmkeops.models import Mixture
 from gmmkeops.penalties.penalty import Penalty
 from gmmkeops.penalties.weights import _finite, _told

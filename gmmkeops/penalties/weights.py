@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_number, as_tensor
-from gmmkeops.components import Surrogate
+from gmmkeops._checks import as_number
+from gmmkeops.components import Surrogate, as_tensor
 from gmmkeops.models import Mixture
 from gmmkeops.penalties.penalty import Penalty
 

@@ -1,13 +1,13 @@
-r"""Pictures of mixtures and fits: densities, covariance ellipses, objectives.
+"""Pictures of mixtures and fits: densities, covariance ellipses, objectives.
 
-Every function draws into ``ax`` (the current axes if left out), changes no matplotlib default, and returns the artists.
-An ellipse at r standard deviations is :math:`\{\mu + r L u : |u| = 1\}` with :math:`\Sigma = L L^\top`; in two dimensions
-it holds :math:`1 - e^{-r^2/2}` of its component.
+Every function draws into ``ax`` (by default the current axes) and returns the artists. No matplotlib default is changed.
 """
 
-from gmmkeops.plotting.ellipsoids import by_height as by_height
-from gmmkeops.plotting.ellipsoids import surfaces as surfaces
-from gmmkeops.plotting.figures import density, ellipses, ellipsoids, objective, pairs, points, selection, view
+from gmmkeops.plotting.densities import density, ellipses, pairs, points
+from gmmkeops.plotting.rendering import by_height as by_height
+from gmmkeops.plotting.rendering import surfaces as surfaces
+from gmmkeops.plotting.summaries import objective, selection
+from gmmkeops.plotting.views import ellipsoids, view
 
 __all__ = [
     "density",

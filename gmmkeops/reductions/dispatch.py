@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, concrete
-from gmmkeops.components import Moments
+from gmmkeops.components import Moments, as_tensor, concrete
 from gmmkeops.reductions.choice import arrange, choose
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.derivatives import recordable

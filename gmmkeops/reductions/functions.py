@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_choice, as_integer, as_tensor
-from gmmkeops.components import Factor, Moments
+from gmmkeops._checks import as_choice, as_integer
+from gmmkeops.components import Factor, Moments, as_tensor
 from gmmkeops.data import as_weights
 from gmmkeops.reductions import plain as _plain
 from gmmkeops.reductions.derivatives import Attached, LogSumExp, Total

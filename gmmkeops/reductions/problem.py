@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, check_finite
-from gmmkeops.components import Factor
+from gmmkeops.components import Factor, as_tensor, check_finite
 from gmmkeops.data import as_points
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "factor_tensor"]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, biject_to, constraints
 
-from gmmkeops._checks import as_integer, as_number, as_tensor, check_finite
+from gmmkeops._checks import as_integer, as_number
 from gmmkeops.bayes.variational.normal_wishart import stick_weights
-from gmmkeops.components import Factor, factor_class, gamma
+from gmmkeops.components import Factor, as_tensor, check_finite, factor_class, gamma
 from gmmkeops.data import generator_on
 from gmmkeops.models import Mixture
 

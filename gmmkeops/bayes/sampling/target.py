@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import as_choice, as_integer, as_tensor
+from gmmkeops._checks import as_choice, as_integer
 from gmmkeops.bayes.sampling.prior import Prior, StickBreaking, Values
 from gmmkeops.bayes.variational.method import VariationalBayes
+from gmmkeops.components import as_tensor
 from gmmkeops.data import as_points, as_weights
 from gmmkeops.fitting import fit, initialize
 from gmmkeops.models import Mixture

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_choice, as_number, as_tensor, check_finite
+from gmmkeops._checks import as_choice, as_number
 from gmmkeops.bayes.variational.normal_wishart import NormalWishart
-from gmmkeops.components import Moments
+from gmmkeops.components import Moments, as_tensor, check_finite
 from gmmkeops.fitting import Evaluation, Method, Objective, check_settings, known
 from gmmkeops.models import Mixture
 

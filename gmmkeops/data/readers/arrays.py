@@ -1,11 +1,11 @@
-"""Readers of arrays and tables in memory."""
+"""Readers of arrays and tables in memory, and of memory maps."""
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -13,47 +13,39 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, check_dense, check_unmasked
+from gmmkeops.components import as_tensor, check_dense, check_unmasked
+from gmmkeops.data.chunks import Chunk, Unit
 from gmmkeops.data.columns import places, table_names, table_of
 from gmmkeops.data.points import shape_hint
-from gmmkeops.data.readers.base import Chunk, Columns, Reader, Unit, _chosen, _Place, _stack
+from gmmkeops.data.readers.base import Columns, Reader, Weights, stack
 
-__all__ = ["Arrays", "Table"]
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """A function that maps only the rows of a unit of a ``.npy`` file into memory.
-
-    Args:
-        path: The file.
-        dtype: Type of its numbers.
-        width: Number of entries in a row.
-        offset: Bytes before the first row.
-    """
-
-    path: Path
-    dtype: np.dtype[Any]
-    width: int
-    offset: int
-
-    def __call__(self, unit: Unit) -> np.memmap:
-        first = self.offset + unit.first * self.width * self.dtype.itemsize
-        return np.memmap(self.path, self.dtype, "r", first, (unit.rows, self.width))
+__all__ = ["Arrays", "Place", "Table"]
 
 
 class Arrays(Reader):
-    """Reader of an array or tensor in memory, or of a memory map; also of structured arrays."""
+    """Reader of an array or tensor in memory, or of a memory map; also of structured arrays.
+
+    Args:
+        x: The rows (N, D), or a structured array (N,); or the place of an array in a file, of which only units are mapped.
+        name: Name of the data in messages.
+        columns, weights: The columns to read, and the column of weights.
+        path: The file that holds the numbers, if it is not that of a memory map ``x``.
+        default: The columns to read if ``columns`` is None; by default all except the weights.
+    """
 
     def __init__(
         self,
         x: Any,
         name: str = "x",
         columns: Columns = None,
-        weights: str | int | None = None,
-        path: Any = None,
-        remap: Callable[[Unit], np.memmap] | None = None,
+        weights: Weights = None,
+        *,
+        path: Path | None = None,
+        default: Columns = None,
     ) -> None:
+        self.place = x if isinstance(x, Place) else None
+        if isinstance(x, Place):
+            path, x = x.path, x.placeholder()
         if isinstance(x, np.ma.MaskedArray):
             x = check_unmasked(x, name=name)
         if isinstance(x, Tensor):
@@ -61,63 +53,55 @@ class Arrays(Reader):
         elif not isinstance(x, np.ndarray) or x.dtype == object:
             x = as_tensor(x, name=name)
         x = x.detach() if isinstance(x, Tensor) else x
-        self.x, self.name, self.rows, self.remap = x, name, len(x) if x.ndim else 0, remap
+        self.x, self.name, self.rows = x, name, len(x) if x.ndim else 0
         path = getattr(x, "filename", None) if path is None else path
         self.paths = () if path is None else (Path(path),)
         if isinstance(x, np.ndarray) and self.paths:
             self.stored = x.dtype.itemsize * math.prod(x.shape[1:])
-        if isinstance(x, np.ndarray) and x.dtype.names:
-            known: list[Any] = list(x.dtype.names)
-            if x.ndim != 1:
-                raise ValueError(f"{name} must be one row of named columns per point, got shape {x.shape}.")
-        else:
+        self.fields = x.dtype.names if isinstance(x, np.ndarray) else None
+        if self.fields and x.ndim != 1:
+            raise ValueError(f"{name} must be one row of named columns per point, got shape {x.shape}.")
+        if not self.fields:
             if x.ndim != 2:
                 raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}; {shape_hint(x.ndim, name)}.")
             as_tensor(x[:0], name=name)
-            known = list(range(x.shape[1]))
-        self.columns, self.weights = _chosen(name, known, columns, weights)
-        if isinstance(x, np.ndarray) and x.dtype.names:
-            self.known = tuple(known if columns is None else self.columns)
-        self.all = self.columns == list(range(len(known))) and self.weights is None
-        self.features = len(self.columns)
-        if isinstance(x, np.ndarray) and x.dtype.names:
-            _stack([x[column][:0] for column in self.columns], name)
+        known: Sequence[Any] = self.fields or range(x.shape[1])
+        self.choose(known, columns, weights, default)
+        self.all = self.columns == list(known) and self.weights is None
+        if self.fields:
+            stack([x[column][:0] for column in self.columns], name)
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes; a memory map is replaced by its location in the file."""
-        state = dict(vars(self))
-        if isinstance(self.x, np.memmap) or self.remap is not None:
-            state["x"] = _Place.of(self.x)
-        return state
+        return {**vars(self), "x": self.place or (Place.of(self.x) if isinstance(self.x, np.memmap) else self.x)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        x = state["x"]
-        vars(self).update(state, x=x.array() if isinstance(x, _Place) else x)
+        vars(self).update(state)
+        if isinstance(self.x, Place):
+            self.x = self.x.placeholder() if self.place else self.x.array()
 
     def load(self, unit: Unit) -> Chunk:
-        part = self.x[unit.first : unit.first + unit.rows] if self.remap is None else self.remap(unit)
-        if isinstance(part, Tensor) or self.x.dtype.names is None:
-            points = as_tensor(part if self.all else part[:, self.columns], name=self.name)
-            weights = None if self.weights is None else as_tensor(part[:, self.weights], name="weights")
+        part = self.place.rows(unit) if self.place else self.x[unit.first : unit.first + unit.rows]
+        if self.fields:
+            chunk = self.assembled(lambda column: part[column])
         else:
-            points = _stack([part[column] for column in self.columns], self.name)
-            weights = None if self.weights is None else as_tensor(part[self.weights].copy(), name="weights")
+            points = as_tensor(part if self.all else part[:, self.columns], name=self.name)
+            chunk = Chunk(points, None if self.weights is None else as_tensor(part[:, self.weights], name="weights"))
         if isinstance(part, np.memmap):
-            points = points.clone() if np.shares_memory(points.numpy(), part) else points
+            if np.shares_memory(chunk.points.numpy(), part):
+                chunk = replace(chunk, points=chunk.points.clone())
             # Pages that have been read would otherwise count as memory of the process.
             if part.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
                 cast(Any, part)._mmap.madvise(mmap.MADV_DONTNEED)
-        return Chunk(points, weights)
+        return chunk
 
 
 class Table(Reader):
     """Reader of a table in memory with named columns: pandas, polars, pyarrow."""
 
-    def __init__(self, x: Any, name: str, columns: Columns = None, weights: str | int | None = None) -> None:
-        names = table_names(x) or ()
+    def __init__(self, x: Any, name: str = "x", columns: Columns = None, weights: Weights = None) -> None:
         self.table, self.name, self.rows = x, name, len(x)
-        self.columns, self.weights = _chosen(name, names, columns, weights)
-        self.known, self.features = names if columns is None else tuple(self.columns), len(self.columns)
+        self.choose(table_names(x) or (), columns, weights)
 
     @cached_property
     def numbers(self) -> Arrays:
@@ -127,9 +111,52 @@ class Table(Reader):
         where = None if self.weights is None else kept.index(self.weights)
         return Arrays(found, self.name, [kept.index(column) for column in self.columns], where)
 
-    def chosen(self, columns: Sequence[str]) -> Reader:
+    def chosen(self, columns: Sequence[str]) -> Table:
         places(columns, self.known or (), self.name)
         return Table(self.table, self.name, columns, self.weights)
 
     def load(self, unit: Unit) -> Chunk:
         return self.numbers.load(unit)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Location of an array's numbers in a file.
+
+    Args:
+        path: The file.
+        dtype, shape: Type and shape of the array.
+        offset: Bytes before its first number.
+        mode: Mode of the memory map.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int = 0
+    mode: str = "r"
+
+    @classmethod
+    def of(cls, x: np.memmap) -> Place | np.ndarray:
+        """Location of a memory map; a copy of its numbers if it is not a contiguous part of a file."""
+        root = x
+        while isinstance(root.base, np.memmap):
+            root = root.base
+        # Changes to a private memory map are not in the file.
+        if root.filename is None or root.mode == "c" or not x.flags.c_contiguous:
+            return np.array(x)
+        away = x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
+        return cls(Path(root.filename), x.dtype, x.shape, root.offset + away, root.mode)
+
+    def rows(self, unit: Unit) -> np.memmap:
+        """Map the rows of a unit into memory."""
+        first = self.offset + unit.first * self.dtype.itemsize * math.prod(self.shape[1:])
+        return np.memmap(self.path, self.dtype, "r", first, (unit.rows, *self.shape[1:]))
+
+    def array(self) -> np.ndarray:
+        """Map the whole array into memory."""
+        return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape)  # type: ignore[call-overload]
+
+    def placeholder(self) -> np.ndarray:
+        """An array of this type and shape that takes no memory or address space."""
+        return np.broadcast_to(np.zeros((), self.dtype), self.shape)

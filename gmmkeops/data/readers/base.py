@@ -1,60 +1,45 @@
-"""The interface of readers: units of rows that are loaded one by one, in any order."""
+"""The interface of readers: units of rows that are loaded one by one, in any order, with columns chosen by name or index."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import check_unmasked
-from gmmkeops.data.batch import Batch
+from gmmkeops.components import as_tensor, check_unmasked
+from gmmkeops.data.chunks import Chunk, Unit, cut
 from gmmkeops.data.columns import listed, places
-from gmmkeops.data.readers.declared import Damage
 
-__all__ = ["Chunk", "ColumnError", "Columns", "Reader", "Unit", "reason"]
+__all__ = ["ColumnError", "Columns", "Damage", "Reader", "Tabular", "Weights", "reason", "stack"]
 
 Columns = Sequence[str | int] | None
 
-# Bytes of the buffer for reading a column of a Parquet file.
-_BUFFER = 1 << 18
+Weights = str | int | None
 
 
-# The name of version 0.1.
-Chunk = Batch
+class ColumnError(ValueError):
+    """The requested columns do not exist, or are not numeric."""
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A row range that is loaded at once.
-
-    Args:
-        first: Index of the first row among all rows of the reader.
-        rows: Number of rows before filtering.
-    """
-
-    first: int
-    rows: int
+class Damage(ValueError):
+    """A file is damaged; the message describes the damage without naming the file."""
 
 
-class Reader(ABC):
-    """Abstract reader of rows, in units.
+class Tabular(ABC):
+    """Rows with columns, which may have names.
 
     Attributes:
         name: Name of the data in messages.
         features: Number of columns D that are read.
         columns: The columns that are read: names, or indices if the columns have no names.
         known: Names of the columns that can be read; None if the columns have no names.
-        rows: Number of rows before filtering; None if it is not known before reading.
         paths: The files that are read.
-        grain: Number of rows below which smaller units take no less time to read.
         stored: Bytes of a row in its file, with unused columns; 0 if only the needed columns are read.
     """
 
@@ -62,9 +47,7 @@ class Reader(ABC):
     features: int
     columns: list[Any]
     known: tuple[str, ...] | None = None
-    rows: int | None
     paths: tuple[Path, ...] = ()
-    grain: int = 1
     stored: int = 0
 
     @property
@@ -72,7 +55,7 @@ class Reader(ABC):
         """Names of the columns in the order in which they are read; None if they have no names."""
         return None if self.known is None else tuple(self.columns)
 
-    def chosen(self, columns: Sequence[str]) -> Reader:
+    def chosen(self, columns: Sequence[str]) -> Self:
         """Return a reader of the same rows with other columns, given by name.
 
         Raises:
@@ -83,83 +66,59 @@ class Reader(ABC):
         part.columns, part.features = list(columns), len(columns)
         return part
 
+
+class Reader(Tabular):
+    """Abstract reader of rows, in units. A concrete reader defines ``name``, ``rows``, the columns and :meth:`load`.
+
+    Attributes:
+        weights: The column of weights, or None.
+        rows: Number of rows before filtering.
+        grain: Number of rows below which smaller units take no less time to read.
+    """
+
+    weights: Any
+    rows: int
+    grain: int = 1
+
+    def choose(self, known: Sequence[Any], columns: Columns, weights: Weights, default: Columns = None) -> None:
+        """Set the columns to read, and the column of weights.
+
+        Args:
+            known: All columns: names, or indices if the columns have no names.
+            columns: The columns that the user asks for, or None.
+            weights: The column of weights, or None.
+            default: The columns to read if ``columns`` is None; by default all columns except the weights.
+
+        Raises:
+            ColumnError: A column does not exist, exists twice, or none is left.
+        """
+        wanted = default if columns is None else columns
+        self.columns, self.weights = _chosen(self.name, known, wanted, weights)
+        self.features = len(self.columns)
+        if isinstance(known[0], str):
+            self.known = tuple(known if columns is None else self.columns)
+
     def path(self, unit: Unit) -> int:
         """Index of the file that contains a unit."""
         return 0
 
     def units(self, size: int) -> list[Unit]:
         """All rows in units of at most about ``size``."""
-        return _cut(0, self.rows or 0, size)
+        return cut(0, self.rows, size)
 
     @abstractmethod
     def load(self, unit: Unit) -> Chunk:
         """The rows of a unit."""
 
-
-def _cut(first: int, stop: int, size: int) -> list[Unit]:
-    return [Unit(start, min(size, stop - start)) for start in range(first, stop, size)]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Location of an array's numbers in a file, in a form that can be pickled.
-
-    Args:
-        path: The file; None for an array that only stands for one.
-        dtype, shape: Of the array.
-        offset: Bytes before its first number.
-        mode: Of the memory map.
-    """
-
-    path: str | None
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    offset: int = 0
-    mode: str = "r"
-
-    @classmethod
-    def of(cls, x: np.ndarray) -> _Place | np.ndarray:
-        """Location of a memory map or of its placeholder; a copy of the array if it is not a contiguous part of a file."""
-        if not isinstance(x, np.memmap):
-            return cls(None, x.dtype, x.shape)
-        root = x
-        while isinstance(root.base, np.memmap):
-            root = root.base
-        # Changes to a private memory map are not in the file.
-        if root.filename is None or root.mode == "c" or not x.flags.c_contiguous:
-            return np.array(x)
-        away = x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
-        return cls(str(root.filename), x.dtype, x.shape, root.offset + away)
-
-    def array(self) -> np.ndarray:
-        """Open the array again."""
-        if self.path is None:
-            return np.broadcast_to(np.zeros((), self.dtype), self.shape)
-        return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape)  # type: ignore[call-overload]
+    def assembled(self, column: Callable[[Any], Any]) -> Chunk:
+        """A chunk of the chosen columns, each of which ``column`` returns as an array (n,)."""
+        points = stack([column(name) for name in self.columns], self.name)
+        if self.weights is None:
+            return Chunk(points)
+        return Chunk(points, as_tensor(np.array(column(self.weights)), name="weights"))
 
 
-def _check_callable(make: Callable[[], Any], name: str) -> None:
-    """Raises a TypeError for a function that needs arguments."""
-    try:
-        signature = inspect.signature(make)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind()
-    except TypeError:
-        needed = [
-            p.name for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
-        ]
-        raise TypeError(
-            f"{name} must take no arguments, got one that needs {', '.join(needed)}; wrap it, as lambda: function(...)."
-        ) from None
-
-
-class ColumnError(ValueError):
-    """The requested columns do not exist, or are not numeric."""
-
-
-def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: str | int | None) -> tuple[list[Any], Any]:
+def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: Weights) -> tuple[list[Any], Any]:
     """Validate the columns to read, and the column of weights, against the known ones."""
     # A name that consists of digits may have been parsed as an index.
     written = {str(column): column for column in known if isinstance(column, str)}
@@ -178,7 +137,7 @@ def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: str | in
     return wanted, weights
 
 
-def _stack(arrays: list[Any], name: str) -> Tensor:
+def stack(arrays: Sequence[Any], name: str) -> Tensor:
     """Stack columns (n,) to points (n, D): float32 if all columns are, else float64."""
     single = all(array.dtype == np.float32 for array in arrays)
     out = np.empty((len(arrays[0]), len(arrays)), np.float32 if single else np.float64)

@@ -11,17 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from gmmkeops._checks import as_tensor
-from gmmkeops.data.readers.base import Chunk, Columns, Reader, Unit, _chosen, _cut, _stack
-from gmmkeops.data.readers.declared import Damage, check_las
+from gmmkeops.data.chunks import Chunk, Unit, cut
+from gmmkeops.data.readers.base import Columns, Damage, Reader, Weights
+from gmmkeops.data.readers.las_layout import check_las
 
 __all__ = ["Las"]
+
+# Names of the coordinates, which are read by default.
+_XYZ = ("x", "y", "z")
 
 
 class Las(Reader):
     """Reader of a LAS or LAZ file; coordinates are float64 with scales and offsets applied."""
 
-    def __init__(self, path: Path, columns: Columns, classes: Sequence[int] | None, weights: str | int | None) -> None:
+    def __init__(
+        self, path: Path, columns: Columns = None, weights: Weights = None, classes: Sequence[int] | None = None
+    ) -> None:
         import laspy
 
         self.name, self.paths = str(path), (path,)
@@ -29,23 +34,25 @@ class Las(Reader):
         # Very large chunks are decompressed point by point, which needs no memory for whole chunks.
         backend = None if layout.parallel else (laspy.LazBackend.Lazrs, laspy.LazBackend.Laszip)
         self._open = partial(laspy.open, read_evlrs=False, laz_backend=backend)
-        with self._open(path) as file:
-            header = file.header
-            self.rows = int(header.point_count)
-            names = ["x", "y", "z", *header.point_format.dimension_names]
-            compressed = header.are_points_compressed
+        try:
+            with self._open(path) as file:
+                header = file.header
+        except laspy.LaspyException as error:
+            if "LazBackend" in str(error):
+                raise ImportError(name="lazrs") from None
+            raise
+        self.rows = int(header.point_count)
         self.layout, self.header = layout, header
         # First row and byte offset of each chunk, if chunks have different numbers of points.
         self.starts = [(0, layout.start)]
         for rows, size in layout.chunks or ():
             first, place = self.starts[-1]
             self.starts.append((first + rows, place + size))
-        self.columns, self.weights = _chosen(self.name, names, ("x", "y", "z") if columns is None else columns, weights)
-        self.known = tuple(names if columns is None else self.columns)
-        self.grain = 50_000 if compressed else 1
+        names = [*_XYZ, *header.point_format.dimension_names]
+        self.choose(names, columns, weights, default=_XYZ)
+        self.grain = 50_000 if header.are_points_compressed else 1
         self.stored = int(header.point_format.size)
         self.classes = None if classes is None else np.asarray(list(classes))
-        self.features = len(self.columns)
 
     def units(self, size: int) -> list[Unit]:
         if self.layout.chunks is None:
@@ -56,7 +63,7 @@ class Las(Reader):
             if found and stop - found[-1].first <= size:
                 found[-1] = Unit(found[-1].first, stop - found[-1].first)
             elif stop > first:
-                found += _cut(first, stop, stop - first if stop - first <= 2 * size else size)
+                found += cut(first, stop, stop - first if stop - first <= 2 * size else size)
         return found
 
     def _points(self, unit: Unit) -> Any:
@@ -93,12 +100,5 @@ class Las(Reader):
             raise Damage(f"it ends after {unit.first + len(found)} of the {self.rows} points that its header promises")
         if self.classes is not None:
             found = found[np.isin(np.asarray(found["classification"]), self.classes)]
-        arrays = [np.asarray(getattr(found, name) if name in ("x", "y", "z") else found[name]) for name in self.columns]
-        weights = None
-        if self.weights is not None:
-            weights = as_tensor(np.array(found[self.weights], dtype=np.float64), name="weights")
-        return Chunk(_stack(arrays, self.name), weights)
-
-
-def _no_decompressor(error: Exception) -> bool:
-    return "LazBackend" in str(error)
+        # Attributes are coordinates with scales and offsets applied.
+        return self.assembled(lambda name: np.asarray(getattr(found, name) if name in _XYZ else found[name]))

@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from gmmkeops._checks import as_tensor
-from gmmkeops.data.readers.base import _BUFFER, Chunk, Columns, Reader, Unit, _chosen, _cut, _stack
-from gmmkeops.data.readers.declared import Damage
+from gmmkeops.data.chunks import Chunk, Unit, cut
+from gmmkeops.data.readers.base import Columns, Damage, Reader, Weights
 
 __all__ = ["Parquet"]
+
+# Bytes of the buffer for reading a column.
+_BUFFER = 1 << 18
 
 
 class Parquet(Reader):
     """Reader of a Parquet file, by row groups."""
 
-    def __init__(self, path: Path, columns: Columns, weights: str | int | None) -> None:
+    def __init__(self, path: Path, columns: Columns = None, weights: Weights = None) -> None:
         ParquetFile = _parquet_file()
         self._open = ParquetFile
         self.name, self.paths = str(path), (path,)
@@ -30,10 +32,9 @@ class Parquet(Reader):
             names, metadata = file.schema_arrow.names, file.metadata
             index = _saved_index(file.schema_arrow.metadata)
             sizes = _checked_rows(metadata, path.stat().st_size)
-        plain = [name for name in names if name not in index and name != weights] if columns is None else columns
-        self.columns, self.weights = _chosen(self.name, names, plain, weights)
-        self.known = tuple(names if columns is None else self.columns)
-        self.features, self.rows = len(self.columns), sum(sizes)
+        plain = [name for name in names if name not in index and name != weights]
+        self.choose(names, columns, weights, default=plain)
+        self.rows = sum(sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self.grain = max(sizes, default=1)
         # Batches of the row group that is being read, the rest of the last batch, and the index of the next row.
@@ -48,7 +49,7 @@ class Parquet(Reader):
     def units(self, size: int) -> list[Unit]:
         # A group that is at most a quarter larger than a unit is not split, since the rest would be a small unit.
         groups = zip(self.starts[:-1], self.starts[1:], strict=True)
-        return [unit for a, b in groups for unit in _cut(a, b, b - a if 4 * (b - a) <= 5 * size else size)]
+        return [unit for a, b in groups for unit in cut(a, b, b - a if 4 * (b - a) <= 5 * size else size)]
 
     def load(self, unit: Unit) -> Chunk:
         group = bisect_right(self.starts, unit.first) - 1
@@ -66,9 +67,9 @@ class Parquet(Reader):
         rows = sum(batch.num_rows for batch in batches)
         if rows != unit.rows:
             raise Damage(f"a row group has {rows} rows and promises {unit.rows}")
-        arrays = [_column(batches, name) for name in self.columns]
-        weights = None if self.weights is None else as_tensor(_column(batches, self.weights), name="weights")
-        return Chunk(_stack(arrays, self.name), weights)
+        return self.assembled(
+            lambda name: np.concatenate([batch.column(name).to_numpy(zero_copy_only=False) for batch in batches])
+        )
 
     def _take(self, count: int) -> list[Any]:
         """The next rows of the group, in batches."""
@@ -136,7 +137,3 @@ def _parquet_file() -> Any:
         finally:
             del os.environ[name]
     return ParquetFile
-
-
-def _column(batches: list[Any], name: str) -> np.ndarray:
-    return np.concatenate([batch.column(name).to_numpy(zero_copy_only=False) for batch in batches])

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from gmmkeops._checks import as_tensor, check_unmasked
-from gmmkeops.data.columns import listed, named_alike, places, table_names, table_of
-from gmmkeops.data.readers.base import Chunk, _check_callable
+from gmmkeops.components import as_tensor, check_unmasked
+from gmmkeops.data.chunks import Chunk
+from gmmkeops.data.columns import listed, named_alike, table_names, table_of
+from gmmkeops.data.readers.base import Tabular
 
 __all__ = ["Streams"]
 
 
-class Streams:
+class Streams(Tabular):
     """Reader of a DataLoader or of a function that returns an iterator of chunks, always from the beginning."""
-
-    paths: tuple[Path, ...] = ()
-    stored = 0
 
     def __init__(self, make: Callable[[], Any], name: str, fields: bool = False) -> None:
         # Whether a list always consists of points and weights (as of a DataLoader), rather than of rows.
         self.fields = fields
         self.make, self.name, self.features = make, name, 0
-        self.known: tuple[str, ...] | None = None
-        self.names: tuple[str, ...] | None = None
         first, second = self._begin(), self._begin()
         if first is second:
             raise TypeError(
@@ -38,19 +33,9 @@ class Streams:
             item = next(first)
         except StopIteration:
             raise ValueError(f"{name} gave no chunks; it must give arrays (n, D).") from None
-        self.known = self.names = table_names(self._parts(item)[0])
+        self.known = table_names(self._parts(item)[0])
+        self.columns = list(self.known or ())
         self.features = int(self._chunk(item).points.shape[1])
-
-    def chosen(self, columns: Sequence[str]) -> Streams:
-        """Return a reader of the same rows with other columns, given by name.
-
-        Raises:
-            ValueError: A column is missing, or the columns have no names.
-        """
-        places(columns, self.known, self.name)
-        part = copy.copy(self)
-        part.names, part.features = tuple(columns), len(columns)
-        return part
 
     def _begin(self) -> Iterator[Any]:
         """Call the function and return its iterator; raises if it needs arguments or returns something else."""
@@ -95,7 +80,7 @@ class Streams:
         """Split an item of the iterator into points and weights (or None)."""
         if not isinstance(item, (tuple, list)):
             return item, None
-        # A list of rows is an array. A tuple, or a list whose first item is an array of rows, holds points and weights.
+        # A list of rows is an array. A tuple, or a list whose first item is an array of rows, consists of points and weights.
         if isinstance(item, list) and not (item and self._are_points(item)):
             return item, None
         if len(item) not in (1, 2):
@@ -137,3 +122,20 @@ class Streams:
                 "give the points alone, or a flat array of weights."
             )
         return found
+
+
+def _check_callable(make: Callable[[], Any], name: str) -> None:
+    """Raise a TypeError for a function that needs arguments."""
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind()
+    except TypeError:
+        needed = [
+            p.name for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+        ]
+        raise TypeError(
+            f"{name} must take no arguments, got one that needs {', '.join(needed)}; wrap it, as lambda: function(...)."
+        ) from None

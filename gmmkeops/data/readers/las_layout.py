@@ -1,8 +1,7 @@
-"""Sizes that the headers of files declare, checked against the size of the file before anything is allocated for them.
+"""Locations of the points in a LAS or LAZ file, and a check of the sizes that its header declares against the size of the file.
 
-The libraries that read LAS, LAZ and PLY trust these numbers: a damaged one can ask for gigabytes, loop for hours or end the
-process. References: ASPRS 2019, *LAS specification 1.4-R15*; Isenburg 2013, *LASzip: lossless compression of lidar data*,
-PE&RS 79; Turk 1994, *The PLY polygon file format*.
+laspy and lazrs trust these sizes: a damaged one can ask for gigabytes, loop for hours or end the process. References: ASPRS 2019,
+*LAS specification 1.4-R15*; Isenburg 2013, *LASzip: lossless compression of lidar data*, PE&RS 79.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["Damage", "Layout", "check_las", "check_ply"]
+from gmmkeops.data.readers.base import Damage
+
+__all__ = ["Layout", "check_las"]
 
 # Bytes of the header of each minor version of LAS.
 _LAS_HEADERS = {0: 227, 1: 227, 2: 227, 3: 235, 4: 375}
@@ -20,42 +21,27 @@ _LAS_HEADERS = {0: 227, 1: 227, 2: 227, 3: 235, 4: 375}
 # Bytes of the fixed part of a variable-length record.
 _RECORD = 54
 
-# The items that LASzip compresses: bytes of each (0 where any number may be), and layers of those that have some.
+# Bytes of each item that LASzip compresses (0 for any number), and number of layers of the items that have layers.
 _ITEMS = {0: 0, 6: 20, 7: 8, 8: 6, 9: 29, 10: 30, 11: 6, 12: 8, 13: 29, 14: 0}
 
 _LAYERS = {10: 9, 11: 1, 12: 2, 13: 1}
 
-# Value of the number of points in a chunk that means that it varies.
+# Number of points per chunk that stands for chunks of different lengths.
 _VARIABLE = 0xFFFFFFFF
 
-# Bytes of decompressed points in a chunk up to which several chunks are decompressed at a time.
+# Largest chunk, in bytes of decompressed points, for which several chunks are decompressed at a time.
 _CHUNK = 1 << 26
-
-# Bytes of the types of PLY properties.
-_PLY_TYPES = {
-    **dict.fromkeys((b"char", b"uchar", b"int8", b"uint8"), 1),
-    **dict.fromkeys((b"short", b"ushort", b"int16", b"uint16"), 2),
-    **dict.fromkeys((b"int", b"uint", b"int32", b"uint32", b"float", b"float32"), 4),
-    **dict.fromkeys((b"double", b"float64"), 8),
-}
-
-# Bytes that a PLY header may have.
-_PLY_HEADER = 1 << 20
-
-
-class Damage(ValueError):
-    """A file is damaged, in a way that the message says without naming the file."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the points of a LAS or LAZ file are stored.
+    """Locations of the points in a LAS or LAZ file.
 
     Args:
         start: Byte of the first point or of the first chunk of compressed points.
         parallel: Whether chunks are small enough to decompress several of them at a time.
-        laszip: The record that describes the compression, where points are compressed.
-        chunks: Points and bytes of each chunk, where the number of points varies from chunk to chunk.
+        laszip: The record that describes the compression; None if points are not compressed.
+        chunks: Number of points and bytes of each chunk; None if all chunks have the same number of points.
     """
 
     start: int
@@ -65,7 +51,7 @@ class Layout:
 
 
 def check_las(path: Path) -> Layout:
-    """Checks the declared sizes of a LAS or LAZ file.
+    """Check the sizes that a LAS or LAZ file declares; return the locations of its points.
 
     Raises:
         Damage: A size does not fit the file.
@@ -86,7 +72,7 @@ def check_las(path: Path) -> Layout:
         if minor >= 4:
             (points,) = struct.unpack_from("<Q", head, 247)
         laszip = _records(file, header, start, records)
-        # The two highest bits of the format say that points are compressed.
+        # The two highest bits of the format are set if points are compressed.
         if not kind & 0xC0:
             end = start + points * length
             if length == 0 or end > size:
@@ -98,7 +84,7 @@ def check_las(path: Path) -> Layout:
 
 
 def _records(file: BinaryIO, first: int, stop: int, count: int) -> bytes | None:
-    """Walks through the variable-length records; returns what describes the compression, if it is there."""
+    """Check the variable-length records; return the record that describes the compression, or None."""
     found, place = None, first
     if count * _RECORD > stop - first:
         raise Damage(f"it promises {count} records in {stop - first} bytes")
@@ -117,7 +103,7 @@ def _records(file: BinaryIO, first: int, stop: int, count: int) -> bytes | None:
 
 
 def _check_chunks(file: BinaryIO, laszip: bytes, start: int, size: int, points: int, length: int) -> Layout:
-    """Checks the table of compressed chunks, and in each chunk the sizes of its layers."""
+    """Check the table of compressed chunks, and the sizes of the layers in each chunk."""
     if len(laszip) < 34:
         raise Damage(f"the record of its compression has {len(laszip)} bytes")
     compressor, _, _, _, _, _, chunk, _, _, count = struct.unpack_from("<HHBBHIIqqH", laszip)
@@ -132,7 +118,7 @@ def _check_chunks(file: BinaryIO, laszip: bytes, start: int, size: int, points: 
     place = file.read(8)
     (table,) = struct.unpack("<q", place) if len(place) == 8 else (0,)
     if table == -1:
-        # A writer that could not go back has put it at the very end.
+        # A writer that could not seek has written the position at the end of the file.
         file.seek(size - 8)
         (table,) = struct.unpack("<q", file.read(8))
     first = start + 8
@@ -172,38 +158,3 @@ def _check_chunks(file: BinaryIO, laszip: bytes, start: int, size: int, points: 
     if chunk == _VARIABLE:
         return Layout(start + 8, True, laszip, tuple((int(rows), int(bytes_)) for rows, bytes_ in sizes))
     return Layout(start + 8, chunk * length <= _CHUNK, laszip)
-
-
-def check_ply(path: Path) -> None:
-    """Checks that the rows which a PLY file declares can be in it.
-
-    Raises:
-        Damage: The header is not that of a PLY file, or a size does not fit the file.
-    """
-    size, text, needed, count, least = path.stat().st_size, False, 0, 0, 0
-    with open(path, "rb") as file:
-        head, end, _ = file.read(_PLY_HEADER).partition(b"end_header")
-    lines = head.splitlines()
-    if not lines or lines[0].split() != [b"ply"]:
-        raise Damage("it does not begin as PLY files do")
-    if not end:
-        raise Damage("its header does not end")
-    for line in lines:
-        words = line.split()
-        if words[:1] == [b"format"]:
-            text = words[1:2] == [b"ascii"]
-        elif words[:1] == [b"element"]:
-            needed, least = needed + count * least, 0
-            if len(words) != 3 or not words[2].isdigit() or len(words[2]) > 18:
-                raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
-            count = int(words[2])
-        elif words[:1] == [b"property"]:
-            # A list of numbers declares at least its length; in text a number takes two characters.
-            kind = words[2 if words[1:2] == [b"list"] else 1 :][:1]
-            if not kind or kind[0] not in _PLY_TYPES:
-                raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
-            least += 2 if text else _PLY_TYPES[kind[0]]
-    needed += len(head) + len(end) + 1 + count * least
-    # The last number of a text may end the file.
-    if needed > size + text:
-        raise Damage(f"it has {size} bytes and its header promises at least {needed}")

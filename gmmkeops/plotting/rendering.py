@@ -1,4 +1,4 @@
-r"""Components in space as ellipsoids, :math:`\{\mu + r \sum_d \sigma_d u_d e_d : |u| = 1\}`, and their surfaces in triangles.
+r"""Meshes and shaded images of the ellipsoids :math:`\{\mu + r \sum_d \sigma_d u_d e_d : |u| = 1\}` of components.
 
 :math:`\sigma_d^2` and :math:`e_d` are the eigenvalues and eigenvectors of the covariance.
 """
@@ -9,15 +9,15 @@ import numpy as np
 
 __all__ = ["by_height", "camera", "rendered", "surfaces"]
 
-# Bands and sectors of an ellipsoid's mesh.
+# Number of bands and of sectors of the mesh of an ellipsoid.
 _BANDS, _SECTORS = 8, 16
 
-# Where light comes from: left, above, the viewer; and the part of it that comes from everywhere.
+# Direction of the light (from the left, from above, from the viewer), and the fraction of ambient light.
 _LIGHT, _AMBIENT = np.array([-0.45, 0.55, 0.70]), 0.35
 
 
 def surfaces(means: np.ndarray, scales: np.ndarray, R: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (K, V, 3), data units, of ellipsoids of so many standard deviations; and triangles of rows of them (T, 3)."""
+    """Vertices (K, V, 3) of ellipsoids of ``radius`` standard deviations, and vertex indices of their triangles (T, 3)."""
     bands, sectors = np.linspace(0, np.pi, _BANDS + 1), np.linspace(0, 2 * np.pi, _SECTORS, endpoint=False)
     theta, phi = (grid.ravel() for grid in np.meshgrid(bands, sectors, indexing="ij"))
     sphere = np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], 1)
@@ -25,12 +25,12 @@ def surfaces(means: np.ndarray, scales: np.ndarray, R: np.ndarray, radius: float
     band, sector = (grid.ravel() for grid in np.meshgrid(np.arange(_BANDS), np.arange(_SECTORS), indexing="ij"))
     a, b = band * _SECTORS + sector, band * _SECTORS + (sector + 1) % _SECTORS
     upper, lower = np.stack([a, a + _SECTORS, b], 1), np.stack([b, a + _SECTORS, b + _SECTORS], 1)
-    # At the poles one of both has no area.
+    # At each pole one of the two triangles has no area.
     return vertices, np.concatenate([upper[band > 0], lower[band < _BANDS - 1]])
 
 
 def camera(azimuth: float, elevation: float) -> np.ndarray:
-    """Rows that give a point's place across a view, up it, and towards the viewer (3, 3); angles in degrees."""
+    """Rotation (3, 3) to the axes of a view: to the right, up and towards the viewer; angles in degrees."""
     a, e = np.deg2rad([azimuth, elevation])
     return np.array(
         [
@@ -42,23 +42,23 @@ def camera(azimuth: float, elevation: float) -> np.ndarray:
 
 
 def rendered(
-    means: np.ndarray, covariances: np.ndarray, colours: np.ndarray, radius: float, extent: tuple[float, ...], rows: int
+    means: np.ndarray, covariances: np.ndarray, colors: np.ndarray, radius: float, extent: tuple[float, ...], rows: int
 ) -> np.ndarray:
-    r"""A picture (rows, columns, 4) of ellipsoids, shaded, the nearest in front; clear where there is none.
+    r"""Render shaded ellipsoids to an RGBA image (rows, columns, 4), the nearest in front; it is transparent elsewhere.
 
-    At a place (u, v) of the view the surface of an ellipsoid of :math:`r` standard deviations is at the depth
+    At position (u, v) of the view the surface of an ellipsoid of :math:`r` standard deviations is at the depth
 
     .. math:: E[w \mid u, v] + \sqrt{\operatorname{var}(w \mid u, v)\, (r^2 - d^2(u, v))},
 
-    with d the Mahalanobis distance of (u, v), as long as that is below r.
+    where d is the Mahalanobis distance of (u, v), which must be below r.
 
     Args:
-        means: (K, 3), across the view, up it, and towards the viewer.
-        covariances: (K, 3, 3) in the same coordinates.
-        colours: (K, 3), from 0 to 1.
-        radius: r.
+        means: Means (K, 3) in the axes of the view: to the right, up and towards the viewer.
+        covariances: Covariances (K, 3, 3) in the same coordinates.
+        colors: Colors (K, 3), from 0 to 1.
+        radius: Radius r of the ellipsoids, standard deviations.
         extent: (left, right, bottom, top) of the view.
-        rows: Height in pixels; they are square.
+        rows: Height of the image in pixels, which are square.
     """
     left, right, bottom, top = extent
     pixel = (top - bottom) / rows
@@ -66,8 +66,8 @@ def rendered(
     picture, depth = np.zeros((rows, columns, 4)), np.full((rows, columns), -np.inf)
     light = _LIGHT / np.linalg.norm(_LIGHT)
     u, v = left + pixel * (np.arange(columns) + 0.5), bottom + pixel * (np.arange(rows) + 0.5)
-    for mean, thin, colour in zip(means, covariances, colours, strict=True):
-        # What has no thickness is given a tenth of a pixel's.
+    for mean, thin, color in zip(means, covariances, colors, strict=True):
+        # Flat ellipsoids get a thickness of a tenth of a pixel.
         C = thin + (0.1 * pixel / radius) ** 2 * np.eye(3)
         reach = radius * np.sqrt(np.diag(C)[:2])
         a, b = np.searchsorted(u, [mean[0] - reach[0], mean[0] + reach[0]])
@@ -83,12 +83,12 @@ def rendered(
         normal /= np.linalg.norm(normal, axis=1, keepdims=True)
         shade = _AMBIENT + (1 - _AMBIENT) * np.maximum(normal @ light, 0)
         depth[c:d, a:b][seen] = (mean[2] + away)[seen]
-        picture[c:d, a:b][seen] = np.concatenate([shade[:, None] * colour, np.ones((len(shade), 1))], 1)
+        picture[c:d, a:b][seen] = np.concatenate([shade[:, None] * color, np.ones((len(shade), 1))], 1)
     return picture
 
 
 def by_height(means: np.ndarray) -> np.ndarray:
-    """Colours (K, 3) from 0 to 1 by the third coordinate, readable by the colour-blind."""
+    """Colors (K, 3) from 0 to 1 by the third coordinate, in a color map that color-blind readers can distinguish."""
     import matplotlib
 
     low, high = np.quantile(means[:, 2], [0.02, 0.98])

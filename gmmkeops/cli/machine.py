@@ -1,0 +1,61 @@
+"""Commands that concern this machine: ``doctor`` and ``warmup``."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from gmmkeops import reductions
+from gmmkeops.cli.doctor import examine
+from gmmkeops.cli.values import integers, listed, report, say
+from gmmkeops.components import factor_class
+
+__all__ = ["doctor", "warmup"]
+
+_SIGNS = {True: "ok", False: "!!", None: "--"}
+
+
+def doctor(options: Any) -> int:
+    """Check the installation and print what was found."""
+    findings = examine()
+    lines = []
+    for finding in findings:
+        lines.append(f"{_SIGNS[finding.ok]}  {finding.what:<18}{finding.says}")
+        lines += [f"    type: {finding.remedy}"] if finding.remedy else []
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+    else:
+        sys.stdout.write("\n".join(lines) + "\n")
+    return int(any(finding.ok is False for finding in findings))
+
+
+def warmup(options: Any) -> int:
+    """Compile the KeOps formulas of some dimensions, covariance types and dtypes."""
+    rows, device = [], torch.device(options.device)
+    for D in integers(options.dimensions):
+        for kind in listed(options.covariance):
+            for name in listed(options.dtype):
+                dtype = getattr(torch, name, None)
+                if dtype not in (torch.float32, torch.float64):
+                    raise ValueError(f"--dtype must be float32, float64 or both, got {name!r}.")
+                began = time.perf_counter()
+                x = torch.rand(64, D, dtype=dtype, device=device, requires_grad=True)
+                means = torch.rand(2, D, dtype=torch.float64, device=device)
+                unit = torch.eye(D) if factor_class(kind)[0].family == "full" else torch.ones(D)
+                factor = unit.expand(2, *unit.shape).double().to(device)
+                if reductions.engine(x, "keops") != "keops":
+                    raise ValueError("KeOps cannot run here; gmmkeops doctor says why.")
+                arguments = (x, means[:, 0], means, factor)
+                reductions.logsumexp(*arguments, backend="keops").sum().backward()
+                reductions.moments(x.detach(), *arguments[1:], backend="keops")
+                reductions.argmax(x.detach(), *arguments[1:], backend="keops")
+                seconds = time.perf_counter() - began
+                rows.append({"dimension": D, "covariance": kind, "dtype": name, "seconds": seconds})
+                say(f"D={D} {kind} {name}: {seconds:.1f} s")
+    report(options, {"formulas": rows}, f"{len(rows)} sets of formulas are ready")
+    return 0

@@ -1,0 +1,74 @@
+"""Blocks of rows, numbered among all rows, and their regrouping into chunks of a given size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from gmmkeops.data.batch import Batch
+
+__all__ = ["Chunk", "Unit", "cut", "grouped", "joined", "resized"]
+
+
+# The name of version 0.1.
+Chunk = Batch
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A row range that is loaded at once.
+
+    Args:
+        first: Index of the first row among all rows of the reader.
+        rows: Number of rows before filtering.
+    """
+
+    first: int
+    rows: int
+
+
+def cut(first: int, stop: int, size: int) -> list[Unit]:
+    """The rows from ``first`` to ``stop`` in units of at most ``size`` rows."""
+    return [Unit(start, min(size, stop - start)) for start in range(first, stop, size)]
+
+
+def grouped(units: list[Unit], size: int) -> list[list[Unit]]:
+    """Units that are read together, in order, so that each group has about ``size`` rows."""
+    groups: list[list[Unit]] = []
+    room = 0
+    for unit in units:
+        if unit.rows > room:
+            groups.append([])
+            room = size
+        groups[-1].append(unit)
+        room -= unit.rows
+    return groups
+
+
+def joined(chunks: list[Chunk]) -> Chunk:
+    """One chunk of the rows of all chunks, numbered from the first row of the first chunk."""
+    if len(chunks) == 1:
+        return chunks[0]
+    weights = None
+    if any(chunk.weights is not None for chunk in chunks):
+        one = torch.ones((), dtype=torch.float64)
+        weights = torch.cat([one.expand(len(c.points)) if c.weights is None else c.weights for c in chunks])
+    return Chunk(torch.cat([chunk.points for chunk in chunks]), weights, chunks[0].first)
+
+
+def resized(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
+    """The same rows, numbered, in chunks of about ``size`` rows: large chunks are split and small ones joined."""
+    few: list[Chunk] = []
+    first = rows = 0
+    for chunk in chunks:
+        for start in range(0, len(chunk.points), size):
+            part = slice(start, start + size)
+            few.append(Chunk(chunk.points[part], None if chunk.weights is None else chunk.weights[part]))
+            rows += len(few[-1].points)
+            if rows >= size:
+                yield replace(joined(few), first=first)
+                few, first, rows = [], first + rows, 0
+    if few:
+        yield replace(joined(few), first=first)

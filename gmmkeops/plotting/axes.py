@@ -1,0 +1,42 @@
+"""Matplotlib axes and the part of the plane that a picture shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from gmmkeops._checks import as_number
+from gmmkeops.models import Mixture
+
+__all__ = ["bounds", "current_axes", "sides"]
+
+
+def current_axes(ax: Any) -> Any:
+    """The given axes, or the current axes of matplotlib."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.gca()
+
+
+def sides(extent: Any) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of an extent.
+
+    Raises:
+        ValueError: The extent is empty, or not four numbers.
+    """
+    found = list(extent) if isinstance(extent, Iterable) and not isinstance(extent, (str, bytes)) else []
+    found = [as_number(side, "each side of extent") for side in found]
+    if len(found) != 4 or not (found[0] < found[1] and found[2] < found[3]):
+        raise ValueError(f"extent must be (left, right, bottom, top) with left < right, bottom < top, got {extent}.")
+    left, right, bottom, top = found
+    return left, right, bottom, top
+
+
+def bounds(mixture: Mixture) -> tuple[list[float], list[float]]:
+    """Lowest and highest coordinates (D,) within three standard deviations of the means of components above weight 0.001."""
+    means = mixture.means.detach()
+    deviation = mixture.factor.covariances().detach().diagonal(dim1=-2, dim2=-1).sqrt()
+    heavy = mixture.weights.detach() > 1e-3
+    return (means - 3 * deviation)[heavy].amin(0).tolist(), (means + 3 * deviation)[heavy].amax(0).tolist()

@@ -1,0 +1,96 @@
+"""Curves that summarize fits: the objective against iterations, and criteria against numbers of components."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gmmkeops._checks import as_choice
+from gmmkeops.analysis import CRITERIA, Selection
+from gmmkeops.fitting import FitResult
+from gmmkeops.plotting.axes import current_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["objective", "selection"]
+
+
+def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iteration", **style: Any) -> list[Any]:
+    """Learning curve of a fit: objective in nats per point, against iterations or seconds.
+
+    Args:
+        result: Result of :func:`gmmkeops.fit`.
+        ax: Matplotlib axes; None for the current axes.
+        against: Horizontal axis: ``"iteration"`` or ``"seconds"``.
+        **style: Passed on to :meth:`matplotlib.axes.Axes.plot`.
+
+    Returns:
+        The lines.
+
+    Raises:
+        ValueError: ``against`` is neither.
+
+    Example:
+        >>> import matplotlib, torch, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> x = torch.linspace(-1, 1, 100).double()[:, None]
+        >>> (line,) = gk.plotting.objective(gk.fit(gk.initialize(x, 1), x, gk.EM()))
+        >>> line.axes.get_ylabel()
+        'objective (nats per point)'
+    """
+    if not isinstance(against, str) or against not in ("iteration", "seconds"):
+        raise ValueError(f"against must be 'iteration' or 'seconds', got {against!r}.")
+    if not isinstance(result, FitResult):
+        raise TypeError(f"result must be a FitResult, got {type(result).__name__}; pass what gmmkeops.fit returned.")
+    ax = current_axes(ax)
+    values = result.history["objective"]
+    lines = ax.plot(range(len(values)) if against == "iteration" else result.history["seconds"], values, **style)
+    ax.set_xlabel(against if against == "iteration" else "time (s)")
+    ax.set_ylabel("objective (nats per point)")
+    return lines
+
+
+def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None = None, **style: Any) -> list[Any]:
+    """Information criterion against the number of components: one line per covariance type, and a circle at the best model.
+
+    Args:
+        table: Result of :func:`gmmkeops.analysis.select`.
+        ax: Matplotlib axes; None for the current axes.
+        criterion: "bic", "aic" or "icl"; by default the criterion of the table.
+        **style: Passed on to :meth:`matplotlib.axes.Axes.plot`.
+
+    Returns:
+        The lines, then the circle.
+
+    Raises:
+        TypeError: ``table`` is not a Selection.
+        ValueError: The criterion is none of these.
+
+    Example:
+        >>> import matplotlib, torch, gmmkeops as gk
+        >>> matplotlib.use("Agg")
+        >>> x = torch.cat([torch.linspace(-1, 1, 99), torch.linspace(9, 11, 99)]).double()[:, None]
+        >>> line, circle = gk.plotting.selection(gk.analysis.select(x, [1, 2], ["spherical"]))
+        >>> float(circle.get_offsets()[0, 0])  # two components
+        2.0
+    """
+    if not isinstance(table, Selection):
+        raise TypeError(
+            f"table must be a Selection, got {type(table).__name__}; pass what gmmkeops.analysis.select returned."
+        )
+    criterion = table.criterion if criterion is None else as_choice(criterion, "criterion", CRITERIA)
+    ax = current_axes(ax)
+    kinds = list(dict.fromkeys(row["covariance_type"] for row in table.rows))
+    drawn: list[Any] = []
+    for kind, marker in zip(kinds, "os^Dv*" * len(kinds), strict=False):
+        rows = sorted((row for row in table.rows if row["covariance_type"] == kind), key=lambda row: row["components"])
+        look = {"marker": marker, "label": kind} | style
+        drawn += ax.plot([row["components"] for row in rows], [row[criterion] for row in rows], **look)
+    best = min(table.rows, key=lambda row: row[criterion])
+    drawn.append(
+        ax.scatter([best["components"]], [best[criterion]], s=160, facecolors="none", edgecolors="k", zorder=3)
+    )
+    ax.set_xlabel("components")
+    ax.set_ylabel(f"{criterion.upper()} (lower is better)")
+    ax.legend()
+    return drawn
