@@ -40,7 +40,19 @@ _PLACES = 256
 class Source:
     """Points (N, D) that can be read repeatedly, chunk by chunk. All functions that fit or score accept a source.
 
-    Sources are created by :meth:`of`. :func:`gmmkeops.fit` and other functions call it for data that are not in memory.
+    :func:`gmmkeops.fit` and other functions create a source for data that are not in memory.
+
+    Args:
+        x: An array, a tensor or a memory map (N, D); the path of a ``.npy``, Parquet, LAS, LAZ or PLY file, a folder or
+            a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns a new
+            iterator at each call. Loaders and functions yield arrays (n, D), or pairs (points, weights) with one weight
+            per point, (n,) or (n, 1), as floats. Integers beside the points are refused, since they may be labels.
+        columns: Coordinates to read: names, or indices of the columns of an array. By default all columns except the
+            weights, or x, y and z of LAS and PLY files. Index columns that pandas saves in Parquet files are omitted. Files
+            of one source are matched by column name, in the order of the first file.
+        classes: Classes of points to read from LAS files; None for all.
+        weights: Name or index of the column of weights, or an array of weights (N,).
+        chunk_rows: Number of rows to read at a time; None for chunks of about a million numbers.
 
     Attributes:
         name: Name of the data in messages.
@@ -48,70 +60,29 @@ class Source:
         columns: Names of the columns, in the order in which they are read, or None if the data have no names.
         paths: The files that are read.
 
+    Raises:
+        TypeError: The data can be read only once, such as a generator, or are not numeric.
+        FileNotFoundError, ImportError: The file does not exist, or the library for its format is not installed.
+        ValueError: The file is damaged, a column is missing, or shapes do not match.
+
     Example:
         >>> import numpy as np, gmmkeops as gk
-        >>> source = gk.Source.of(lambda: (np.full((4, 2), float(part)) for part in range(3)))
+        >>> source = gk.Source(lambda: (np.full((4, 2), float(part)) for part in range(3)))
         >>> source.features, source.survey().rows
         (2, 12)
     """
 
-    def __init__(self, reader: Reader | Streams, weights: Any = None, chunk_rows: int | None = None) -> None:
-        self.reader, self.name, self.features = reader, reader.name, reader.features
-        self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
-        self.size = max(1, NUMBERS // self.features) if chunk_rows is None else as_integer(chunk_rows, "chunk_rows", 1)
-        self.weights: np.ndarray | None = None
-        if weights is not None:
-            self.weights = as_tensor(weights, name="weights", dtype=torch.float64).detach().cpu().numpy()
-        self.rows = None if isinstance(reader, Streams) else reader.rows
-        self.share, self.first = (0, 1), 0
-        self.classes: Sequence[int] | None = None
-        self._survey: Survey | None = None
-        self._thread = ReadingThread()
-        self._stamps: list[tuple[int, int]] | None = None
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         x: Any,
         *,
         columns: Sequence[str | int] | None = None,
         classes: Sequence[int] | None = None,
         weights: Any = None,
         chunk_rows: int | None = None,
-    ) -> Source:
-        """Create a source from an array, files, a loader or a function.
-
-        Args:
-            x: An array, a tensor or a memory map (N, D); the path of a ``.npy``, Parquet, LAS, LAZ or PLY file, a folder or
-                a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns a new
-                iterator at each call. Loaders and functions yield arrays (n, D), or pairs (points, weights) with one weight
-                per point, (n,) or (n, 1), as floats. Integers beside the points are refused, since they may be labels.
-            columns: Coordinates to read: names, or indices of the columns of an array. By default all columns except the
-                weights, or x, y and z of LAS and PLY files. Index columns that pandas saves in Parquet files are omitted. Files
-                of one source are matched by column name, in the order of the first file.
-            classes: Classes of points to read from LAS files; None for all.
-            weights: Name or index of the column of weights, or an array of weights (N,).
-            chunk_rows: Number of rows to read at a time; None for chunks of about a million numbers.
-
-        Raises:
-            TypeError: The data can be read only once, such as a generator, or are not numeric.
-            FileNotFoundError, ImportError: The file does not exist, or the library for its format is not installed.
-            ValueError: The file is damaged, a column is missing, or shapes do not match.
-
-        Example:
-            >>> import numpy as np, os, tempfile, gmmkeops as gk
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     path = os.path.join(folder, "points.npy")
-            ...     np.save(path, np.arange(12.0).reshape(6, 2))
-            ...     gk.Source.of(path).survey().rows
-            6
-        """
+    ) -> None:
         if isinstance(x, Source):
-            if any(choice is not None for choice in (columns, classes, weights, chunk_rows)):
-                raise ValueError(
-                    "x is already a Source; pass columns, classes, weights and chunk_rows to Source.of instead."
-                )
-            return x
+            raise TypeError("x is already a Source; use it as it is.")
         if columns is not None and (isinstance(columns, str) or not hasattr(columns, "__len__")):
             raise TypeError(f"columns must be a list of names or numbers, got {columns!r}; pass [{columns!r}].")
         if classes is not None:
@@ -125,19 +96,51 @@ class Source:
             raise ValueError(
                 "columns= and weights= cannot be used with a loader or a function; yield the columns, or pairs (points, weights)."
             )
-        source = cls(reader, given, chunk_rows)
-        source.classes = classes
-        if source.weights is not None:
-            if classes is not None or isinstance(reader, Streams):
-                raise ValueError(
-                    "an array of weights needs a known number of rows, which functions and classes= do not have; name a column "
-                    "of weights, or yield pairs (points, weights)."
-                )
-            if source.weights.shape != (reader.rows,):
-                raise ValueError(
-                    f"weights must have shape ({reader.rows},), one per row of {source.name}, got {source.weights.shape}."
-                )
-        return source
+        self.reader, self.name, self.features = reader, reader.name, reader.features
+        self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
+        self.size = max(1, NUMBERS // self.features) if chunk_rows is None else as_integer(chunk_rows, "chunk_rows", 1)
+        self.rows = None if isinstance(reader, Streams) else reader.rows
+        self.share, self.first = (0, 1), 0
+        self.classes = classes
+        self.weights = None if given is None else self._own_weights(given)
+        self._survey: Survey | None = None
+        self._thread = ReadingThread()
+        self._stamps: list[tuple[int, int]] | None = None
+
+    def _own_weights(self, given: Any) -> np.ndarray:
+        """An array of weights (N,), for data with a known number of rows."""
+        weights: np.ndarray = as_tensor(given, name="weights", dtype=torch.float64).detach().cpu().numpy()
+        if self.classes is not None or isinstance(self.reader, Streams):
+            raise ValueError(
+                "an array of weights needs a known number of rows, which functions and classes= do not have; name a column "
+                "of weights, or yield pairs (points, weights)."
+            )
+        if weights.shape != (self.reader.rows,):
+            raise ValueError(
+                f"weights must have shape ({self.reader.rows},), one per row of {self.name}, got {weights.shape}."
+            )
+        return weights
+
+    @classmethod
+    def of(cls, x: Any, **choices: Any) -> Source:
+        """Return a source of the data: ``x`` itself if it is one.
+
+        Args:
+            x: As for :class:`Source`, or a source.
+            **choices: The keywords of :class:`Source`.
+
+        Raises:
+            TypeError, ValueError: As for :class:`Source`; or ``x`` is a source and a keyword is given as well.
+        """
+        if not isinstance(x, Source):
+            return cls(x, **choices)
+        if any(choice is not None for choice in choices.values()):
+            raise ValueError("x is already a Source; pass columns, classes, weights and chunk_rows to Source instead.")
+        return x
+
+    def __repr__(self) -> str:
+        rows = "" if self.rows is None else f"{self.rows} rows, "
+        return f"Source({self.name}: {rows}{self.features} columns)"
 
     def units(self, places: int = 1) -> list[list[Unit]] | None:
         """Groups of units that are read together, for the shard of this process; None for loaders and functions.

@@ -79,7 +79,7 @@ class _MStep(NamedTuple):
     counts: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EM(Method[_State]):
     r"""Expectation-maximization (EM). All keywords can be combined.
 

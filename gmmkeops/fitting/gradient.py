@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gmmkeops._checks import as_number
 from gmmkeops.data import Batch
-from gmmkeops.fitting.method import Evaluation, Method, check_settings
+from gmmkeops.fitting.method import Evaluation, Method, _changes, check_settings
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.parameters import MixtureParameters, NetworkParameters, Parameters
 from gmmkeops.models import Mixture
@@ -38,7 +38,7 @@ class _State:
     sound: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gradient(Method[_State]):
     r"""Minimize the penalized negative log-likelihood by a ``torch.optim`` optimizer.
 
@@ -75,6 +75,13 @@ class Gradient(Method[_State]):
     tol: float = 0.0
     patience: int = 10
     relative_tol: float = 0.0
+
+    def __repr__(self) -> str:
+        if not isinstance(self.optimizer, _MakeAdam):
+            return super().__repr__()
+        own = [f"lr={self.optimizer.lr:g}"]
+        own += [] if self.optimizer.betas == (0.9, 0.999) else [f"betas={self.optimizer.betas}"]
+        return f"Adam({', '.join([*own, *_changes(self)[1:]])})"
 
     def __post_init__(self) -> None:
         if not callable(self.optimizer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -82,6 +82,10 @@ class Method(ABC, Generic[S]):
     relative_tol: float
     patience: int
 
+    def __repr__(self) -> str:
+        """The settings that differ from their defaults."""
+        return f"{type(self).__name__}({', '.join(_changes(self))})"
+
     @abstractmethod
     def init(self, objective: Objective, mixture: Mixture) -> S:
         """State before the first step.
@@ -149,6 +153,18 @@ class Method(ABC, Generic[S]):
         """Return whether the objective has changed by less than ``tol`` over a window of at least ``patience`` iterations."""
         window = max(self.patience, window)
         return len(objectives) > window and abs(objectives[-1 - window] - objectives[-1]) < tol
+
+
+def _changes(value: Any) -> list[str]:
+    """The fields of a dataclass that differ from their defaults, as ``name=value``."""
+    shown = []
+    for part in fields(value) if is_dataclass(value) else ():
+        now = getattr(value, part.name)
+        if part.default is MISSING or (
+            now is not part.default and not (type(now) is type(part.default) and now == part.default)
+        ):
+            shown.append(f"{part.name}={getattr(now, '__qualname__', None) or repr(now)}")
+    return shown
 
 
 def check_settings(method: Any) -> None:

@@ -77,7 +77,7 @@ class Report:
     interrupted: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """Result of a fit: the mixture, its objective, and the history of the iterations.
 
@@ -128,6 +128,12 @@ class FitResult:
     def posterior(self) -> Any:
         """The posterior that a Bayesian method has fitted; None for other methods."""
         return self.answer
+
+    def __repr__(self) -> str:
+        return (
+            f"FitResult({self.ending.value} after {self.n_iter} iterations, log_likelihood={self.log_likelihood:.4f}, "
+            f"{self.mixture!r})"
+        )
 
     def __str__(self) -> str:
         r, K = self.report, self.mixture.components

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from gmmkeops._checks import as_number
-from gmmkeops.models import Mixture
+from gmmkeops.models import Mixture, as_mixture
 
-__all__ = ["bounds", "current_axes", "sides"]
+__all__ = ["bounds", "current_axes", "mixture_of", "sides"]
 
 
 def current_axes(ax: Any) -> Any:
@@ -18,6 +18,18 @@ def current_axes(ax: Any) -> Any:
     import matplotlib.pyplot as plt
 
     return plt.gca()
+
+
+def mixture_of(value: Any) -> Mixture:
+    """The mixture that a picture shows: the value itself, or that of a fitted estimator or of the result of a fit.
+
+    Raises:
+        TypeError, ValueError: There is no mixture, or it is a batch.
+    """
+    for name in ("mixture_", "mixture"):
+        if not isinstance(value, Mixture) and hasattr(value, name):
+            value = getattr(value, name)
+    return as_mixture(value)
 
 
 def sides(extent: Any) -> tuple[float, float, float, float]:

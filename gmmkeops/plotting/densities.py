@@ -14,8 +14,8 @@ import torch
 
 from gmmkeops._checks import as_integer, as_number
 from gmmkeops.data import as_points, stratified_rows, table_of
-from gmmkeops.models import Mixture, as_mixture
-from gmmkeops.plotting.axes import bounds, current_axes, sides
+from gmmkeops.models import Mixture
+from gmmkeops.plotting.axes import bounds, current_axes, mixture_of, sides
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 __all__ = ["density", "ellipses", "pairs", "points"]
 
 
-def _check_plane(mixture: Mixture) -> None:
-    if as_mixture(mixture).features != 2:
+def _in_the_plane(value: Any) -> Mixture:
+    """The mixture in two dimensions that a picture shows."""
+    mixture = mixture_of(value)
+    if mixture.features != 2:
         raise ValueError(f"this picture needs one mixture in 2 dimensions, got {mixture}; plot a marginal of it.")
+    return mixture
 
 
 def density(
-    mixture: Mixture,
+    mixture: Any,
     *,
     ax: Axes | None = None,
     extent: Sequence[float] | None = None,
@@ -41,7 +44,7 @@ def density(
     """Heat map of a two-dimensional density under contours of its logarithm.
 
     Args:
-        mixture: One mixture in two dimensions.
+        mixture: One mixture in two dimensions, or a fitted estimator of one.
         ax: Matplotlib axes; None for the current axes.
         extent: (left, right, bottom, top), data units; by default three standard deviations around all components.
         resolution: Pixels along each side.
@@ -63,7 +66,7 @@ def density(
         >>> drawn["image"].get_array().shape
         (200, 200)
     """
-    _check_plane(mixture)
+    mixture = _in_the_plane(mixture)
     ax = current_axes(ax)
     if extent is None:
         low, high = bounds(mixture)
@@ -96,7 +99,7 @@ def density(
 
 
 def ellipses(
-    mixture: Mixture,
+    mixture: Any,
     *,
     ax: Axes | None = None,
     deviations: float = 2.0,
@@ -107,7 +110,7 @@ def ellipses(
     """One ellipse per component at a given number of standard deviations; ellipses of small weights are fainter.
 
     Args:
-        mixture: One mixture in two dimensions.
+        mixture: One mixture in two dimensions, or a fitted estimator of one.
         ax: Matplotlib axes; None for the current axes.
         deviations: Radius of the ellipses, standard deviations.
         minimum_weight: Smallest weight of a component that is drawn.
@@ -129,7 +132,7 @@ def ellipses(
     """
     from matplotlib.patches import Ellipse
 
-    _check_plane(mixture)
+    mixture = _in_the_plane(mixture)
     deviations = as_number(deviations, "deviations", 0, above=True)
     minimum_weight = as_number(minimum_weight, "minimum_weight")
     ax = current_axes(ax)
@@ -181,7 +184,7 @@ def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = 
 
 
 def pairs(
-    mixture: Mixture,
+    mixture: Any,
     x: Any = None,
     *,
     names: Sequence[str] | None = None,
@@ -192,7 +195,7 @@ def pairs(
     """Matrix of plots: marginal densities of the columns on the diagonal, ellipses (and points) of their pairs below it.
 
     Args:
-        mixture: One mixture in at least two dimensions.
+        mixture: One mixture in at least two dimensions, or a fitted estimator of one.
         x: Points (N, D) that are also drawn, data units; None for none.
         names: Labels of the columns, with their units.
         axes: A D x D array of axes; None for a new figure.
@@ -212,7 +215,8 @@ def pairs(
         >>> gk.plotting.pairs(m, names=["width (m)", "height (m)"]).shape
         (2, 2)
     """
-    D = as_mixture(mixture).features
+    mixture = mixture_of(mixture)
+    D = mixture.features
     if D < 2:
         raise ValueError(f"pairs needs one mixture in at least 2 dimensions, got {mixture}.")
     limit, deviations = as_integer(limit, "limit", 1), as_number(deviations, "deviations", 0, above=True)

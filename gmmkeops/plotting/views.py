@@ -10,8 +10,8 @@ import torch
 
 from gmmkeops._checks import as_integer, as_number
 from gmmkeops.data import as_points
-from gmmkeops.models import Mixture, principal_axes
-from gmmkeops.plotting.axes import current_axes, sides
+from gmmkeops.models import principal_axes
+from gmmkeops.plotting.axes import current_axes, mixture_of, sides
 from gmmkeops.plotting.rendering import by_height, camera, rendered
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ __all__ = ["ellipsoids", "view"]
 
 
 def ellipsoids(
-    mixture: Mixture,
+    mixture: Any,
     *,
     ax: Axes | None = None,
     deviations: float = 2.0,
@@ -37,7 +37,7 @@ def ellipsoids(
     Both axes are lengths in the plane of the view, data units. :func:`view` gives the coordinates of points in this plane.
 
     Args:
-        mixture: One mixture in three dimensions.
+        mixture: One mixture in three dimensions, or a fitted estimator of one.
         ax: Matplotlib axes; None for the current axes.
         deviations: Radius of the ellipsoids, standard deviations.
         minimum_weight: Smallest weight of a component that is drawn.
@@ -61,7 +61,7 @@ def ellipsoids(
     """
     from matplotlib.colors import to_rgba_array
 
-    W, means, scales, R = principal_axes(mixture)
+    W, means, scales, R = principal_axes(mixture_of(mixture))
     deviations, resolution = as_number(deviations, "deviations", 0, above=True), as_integer(resolution, "resolution", 1)
     azimuth, elevation = as_number(azimuth, "azimuth"), as_number(elevation, "elevation")
     minimum_weight = as_number(minimum_weight, "minimum_weight")

@@ -55,7 +55,7 @@ _CHUNK = 1 << 22
 _LONG, _MIXED, _FEW = 100, 1.1, 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Draws:
     """Draws of mixtures from a posterior.
 
@@ -89,6 +89,12 @@ class Draws:
     occupied: Tensor | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
     rule: str = KEPT
+
+    def __repr__(self) -> str:
+        return (
+            f"Draws({len(self.log_weights)} draws of {self.prior.components} components by {self.method}, "
+            f"{self.chains} chains)"
+        )
 
     @classmethod
     def of(

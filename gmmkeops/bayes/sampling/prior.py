@@ -201,6 +201,13 @@ class Prior:
             self._factor(self.sites[2].known)
         self.exchangeable = K > 1 and self._is_exchangeable()
 
+    def __repr__(self) -> str:
+        free = ", ".join(site.name for site in self.sites if site.prior is not None)
+        return (
+            f"Prior({self.components} {self.kind.type_name(self.tied)} components in {self.features} dimensions; "
+            f"unknown: {free or 'nothing'})"
+        )
+
     @property
     def size(self) -> int:
         """How many unbounded numbers a mixture is."""

@@ -39,7 +39,7 @@ class _State:
     memory: Moments | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VariationalBayes(Method[_State]):
     r"""Fits a distribution of mixtures rather than one; its result's ``posterior`` is a :class:`NormalWishart`.
 

@@ -1,0 +1,133 @@
+"""Names that users of scikit-learn, torch and zuko guess, and those of version 0.1; one-line reprs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+
+import gmmkeops as gk
+
+
+@pytest.fixture(scope="module")
+def x():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(300, 2, generator=generator, dtype=torch.float64) + 4 * (torch.arange(300) % 2)[:, None]
+
+
+def test_a_number_of_components_starts_a_fit(x):
+    short = gk.fit(2, x, generator=0)
+    start = gk.initialize(x, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(short.mixture.means, gk.fit(start, x, gk.EM()).mixture.means)
+    with pytest.raises(TypeError, match="start must be a Mixture, a GMM or a number of components, got bool"):
+        gk.fit(True, x)
+
+
+def test_seeds_are_taken_where_generators_are(x):
+    one = gk.initialize(x, 3, generator=torch.Generator().manual_seed(7))
+    for other in ({"generator": 7}, {"random_state": 7}, {"random_state": np.int64(7)}):
+        assert torch.equal(one.means, gk.initialize(x, 3, **other).means)
+    fits = [
+        gk.fit(one, x, gk.EM(batch_size=50), max_iter=2, tol=0, **s) for s in ({"generator": 3}, {"random_state": 3})
+    ]
+    assert torch.equal(fits[0].mixture.means, fits[1].mixture.means)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (lambda x, w, s: gk.initialise(x, 2), lambda x, w, s: gk.initialize(x, 2)),
+        (
+            lambda x, w, s: gk.initialize(x, components=2, weights=w),
+            lambda x, w, s: gk.initialize(x, 2, sample_weight=w),
+        ),
+        (lambda x, w, s: gk.initialize(x, 2, runs=1), lambda x, w, s: gk.initialize(x, 2, n_init=1)),
+        (lambda x, w, s: gk.fit(s, x, weights=w).mixture, lambda x, w, s: gk.fit(s, x, sample_weight=w).mixture),
+        (lambda x, w, s: gk.fit(s, x, progress=False).mixture, lambda x, w, s: gk.fit(s, x, verbose=False).mixture),
+        (
+            lambda x, w, s: gk.fit(s, x, callbacks=lambda step: True).mixture,
+            lambda x, w, s: gk.fit(s, x, callback=lambda step: True).mixture,
+        ),
+        (
+            lambda x, w, s: gk.EM().update(s, x, weights=w)[0],
+            lambda x, w, s: gk.EM().update(s, x, sample_weight=w)[0],
+        ),
+        (
+            lambda x, w, s: gk.EM().maximise(s, gk.reductions.moments(x, s.offsets, s.means, s.factor)),
+            lambda x, w, s: gk.EM().maximize(s, gk.reductions.moments(x, s.offsets, s.means, s.factor)),
+        ),
+    ],
+)
+def test_names_of_version_0_1_warn_and_mean_the_same(x, old, new):
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    start = gk.initialize(x, 2)
+    with pytest.warns(DeprecationWarning, match="is deprecated; use") as caught:
+        before = old(x, weights, start)
+    assert caught[0].filename == __file__
+    assert torch.equal(before.means, new(x, weights, start).means)
+
+
+def test_one_meaning_of_both_spellings(x):
+    for one, other in (("kmeans", "k-means"), ("kmeans++", "k-means++")):
+        assert torch.equal(gk.initialize(x, 3, one).means, gk.initialize(x, 3, other).means)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: gk.initialize(x, n_clusters=2), "initialize has no argument n_clusters; pass n_components"),
+        (lambda x: gk.initialize(x, k=2), "initialize has no argument k; pass n_components"),
+        (lambda x: gk.fit(2, x, epochs=3), "fit has no argument epochs; pass max_iter"),
+        (lambda x: gk.fit(2, x, lr=0.1), r"fit has no argument lr; pass method=gmmkeops.Adam\(lr=...\)"),
+        (lambda x: gk.fit(2, x, sample_weight=x[:, 0], weights=x[:, 0]), "got both sample_weight and weights"),
+    ],
+)
+def test_wrong_guesses_name_the_right_one(x, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(x)
+
+
+def test_a_source_is_made_by_its_class(x):
+    source = gk.Source(x.numpy(), chunk_rows=100)
+    assert repr(source) == "Source(x: 300 rows, 2 columns)"
+    assert gk.Source.of(source) is source
+    assert sum(len(chunk) for chunk in source.chunks()) == 300
+    with pytest.raises(TypeError, match="already a Source"):
+        gk.Source(source)
+    for other in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
+        assert repr(other) == repr(source)
+
+
+def test_reprs_are_one_line(x):
+    result = gk.fit(2, x, max_iter=200)
+    assert repr(result).startswith("FitResult(converged after ")
+    assert repr(gk.EM()) == "EM()"
+    assert repr(gk.EM(tol=1e-6, frozen_means=[True, False])) == "EM(frozen_means=[True, False], tol=1e-06)"
+    assert repr(gk.Adam(lr=0.05)) == "Adam(lr=0.05)"
+    assert repr(gk.Adam(lr=0.1, batch_size=100)) == "Adam(lr=0.1, batch_size=100)"
+    assert repr(gk.bayes.VariationalBayes(concentration=2.0)) == "VariationalBayes(concentration=2.0)"
+    means = torch.distributions.Normal(0.0, 10.0)
+    prior = gk.bayes.Prior(1, weights=torch.ones(1), means=means, scales=1.0, covariance_type="spherical")
+    assert repr(prior) == "Prior(1 spherical components in 1 dimensions; unknown: means)"
+    draws = gk.bayes.gibbs(prior, x[:, :1], draws=5, warmup=1, progress=False)
+    for value in (result, prior, draws, gk.Source(x.numpy())):
+        assert "\n" not in repr(value)
+        assert len(repr(value)) < 200
+
+
+def test_pictures_of_estimators_and_results(x):
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    model = gk.GaussianMixture(2, random_state=0).fit(x.numpy())
+    for shown in (model, model.result_):
+        assert gk.plotting.density(shown, levels=0)["image"].get_array().shape == (200, 200)
+        assert len(gk.plotting.ellipses(shown)) == 2
+        assert gk.plotting.pairs(shown).shape == (2, 2)
+        plt.close("all")
+    with pytest.raises(TypeError, match="mixture must be a Mixture"):
+        gk.plotting.ellipses(3)
