@@ -1,15 +1,7 @@
-r"""Expectation-maximization (EM) and its variants, computed from the sufficient statistics ``moments`` of the E-step.
+"""Expectation-maximization (EM) and its variants, computed from the sufficient statistics of the E-step.
 
-.. math::
-
-    \mu_k^+ = \frac{S^0_k \bar x_k + \kappa m}{S^0_k + \kappa}, \qquad
-    \Sigma_k^+ = \frac{S^2_k(\mu_k^+) + \kappa (\mu_k^+ - m)(\mu_k^+ - m)^\top + \Psi}{S^0_k + \text{degrees}}, \qquad
-    W_k^+ = \frac{S^0_k + a_k}{\lambda + N c_k}
-
-with the pseudo-observations of conjugate priors and the tangents of concave penalties (:class:`gmmkeops.penalties.Surrogate`).
 References: Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*; Cappé and
-Moulines 2009, *On-line EM algorithm for latent data models*; Varadhan and Roland 2008, *Simple and globally convergent
-methods for accelerating the convergence of any EM algorithm*; Ueda and Nakano 1998, *Deterministic annealing EM*.
+Moulines 2009, *On-line EM algorithm for latent data models*; Ueda and Nakano 1998, *Deterministic annealing EM*.
 """
 
 from __future__ import annotations
@@ -17,22 +9,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import PrecisionWarning, accepts, as_choice, as_integer, as_number
-from gmmkeops.components import Factor, Frozen, Moments, as_tensor, m_step, solve_weights
+from gmmkeops._checks import PrecisionWarning, accepts, as_choice, as_number
+from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
+from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tied, mask_of, shaken
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.squarem import extrapolated
-from gmmkeops.fitting.state_file import known
 from gmmkeops.models import Mixture, as_mixture
 
 __all__ = ["EM"]
@@ -44,43 +36,12 @@ _DROWNING = 30.0
 # changes the objective by no more than rounding.
 DEAD_SHARE = 1e-3
 
-# Standard deviation of the noise that is added to the means in each iteration of annealing, in standardized coordinates. At a
-# low inverse temperature all means coincide, which is a fixed point that only noise leaves.
-SHAKE = 1e-2
 
-
-@known("EM")
-@dataclass(frozen=True)
-class _State:
-    """State of EM: the active mixture, and the statistics of earlier batches that stepwise EM keeps.
-
-    ``counts`` are the expected fractions of the points in each covariance (K or 1,) at the last M-step, which weight the
-    ``reg_covar`` term of the objective. ``drift`` is the accumulated change of this term by changes of the fractions alone, nats
-    per point.
-    """
-
-    population: Population
-    mixture: Mixture
-    floored: Tensor
-    iteration: int = 0
-    batches: int = 0
-    memory: Moments | None = None
-    average: Moments | None = None
-    counts: Tensor | None = None
-    drift: float = 0.0
-
-
-class _MStep(NamedTuple):
-    """Result of an M-step: the active mixture, a mask (K,) of components that were regularized, and the fraction of the points
-    (K or 1,) that each covariance was estimated from."""
-
-    mixture: Mixture
-    hit: Tensor
-    counts: Tensor
+_FROZEN = ("frozen_weights", "frozen_means", "frozen_covariances")
 
 
 @dataclass(frozen=True, repr=False)
-class EM(Method[_State]):
+class EM(Method[EMState]):
     r"""Expectation-maximization (EM). All keywords can be combined.
 
     .. math::
@@ -160,18 +121,12 @@ class EM(Method[_State]):
             raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
         as_number(self.step_offset, "step_offset", 0, above=True)
         as_number(self.reg_covar, "reg_covar", 0)
-        if self.temperature is not None:
-            if not isinstance(self.temperature, (tuple, list)) or len(self.temperature) != 2:
-                raise ValueError(f"temperature must be a pair (β, n), got {self.temperature!r}.")
-            beta = as_number(self.temperature[0], "the β of temperature=(β, n)", 0, above=True)
-            as_integer(self.temperature[1], "the n of temperature=(β, n)", 0)
-            if beta > 1:
-                raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {self.temperature}.")
+        check_temperature(self.temperature)
 
-    def init(self, objective: Objective, mixture: Mixture) -> _State:
+    def init(self, objective: Objective, mixture: Mixture) -> EMState:
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
-        for name in ("frozen_weights", "frozen_means", "frozen_covariances"):
-            _mask(getattr(self, name), mixture, name)
+        for name in _FROZEN:
+            mask_of(getattr(self, name), mixture, name)
         largest = float(objective.frame.scale.max()) ** 2
         if self.reg_covar > _DROWNING * largest:
             warnings.warn(
@@ -185,25 +140,25 @@ class EM(Method[_State]):
         alive = mixture.log_weights.exp() > 0
         if not bool(alive.all()):
             population, mixture = population.retire(mixture, alive), mixture.select(alive.nonzero()[:, 0])
-        return _State(population, mixture, floored)
+        return EMState(population, mixture, floored)
 
-    def current(self, objective: Objective, state: _State) -> Mixture:
+    def current(self, objective: Objective, state: EMState) -> Mixture:
         return state.population.whole(self._active(objective, state))
 
-    def _active(self, objective: Objective, state: _State) -> Mixture:
+    def _active(self, objective: Objective, state: EMState) -> Mixture:
         """The mixture of the active components; of the averaged moments, if those are asked for."""
         if self.average and state.average is not None:
             return self._m_step(objective, state, state.average).mixture
         return state.mixture
 
-    def evaluate(self, objective: Objective, state: _State) -> Evaluation:
+    def evaluate(self, objective: Objective, state: EMState) -> Evaluation:
         return evaluation(objective, state.population, self._active(objective, state), state.floored)
 
     def finished(self, objectives: list[float], tol: float, objective: Objective) -> bool:
         heated = 0 if self.temperature is None else self.temperature[1]
         return super().finished(objectives[heated:], tol, objective)
 
-    def step(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
+    def step(self, objective: Objective, state: EMState) -> tuple[EMState, Evaluation]:
         if self.batch_size is not None:
             return self._pass(objective, state)
         whole = state.population.whole(state.mixture)
@@ -214,12 +169,12 @@ class EM(Method[_State]):
         heated = self._beta(state) < 1
         state = self._move(objective, state, sums)
         if heated:
-            state = _shaken(objective, state)
+            state = shaken(objective, state)
         elif self.accelerate:
             state = self._extrapolate(objective, now, state)
         return replace(state, iteration=state.iteration + 1), now
 
-    def _look(self, objective: Objective, state: _State) -> tuple[_State, Moments, float, float]:
+    def _look(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float, float]:
         """Perform the E-step: the state, moments, and the objective and mean log-likelihood of the state's mixture."""
         sums = self._moments(objective, state, None)
         likelihood = float(sums.total / sums.mass) - objective.frame.log_volume
@@ -229,24 +184,24 @@ class EM(Method[_State]):
         penalty = float(objective.penalized(state.population.whole(state.mixture)))
         if state.counts is None:
             fractions = sums.S0 / sums.mass
-            state = replace(state, counts=fractions.sum(0, keepdim=True) if _tied(state) else fractions)
+            state = replace(state, counts=fractions.sum(0, keepdim=True) if is_tied(state) else fractions)
         ridge = self._ridge_cost(objective, state.counts, state.mixture.factor) + state.drift
         return state, sums, penalty - likelihood + ridge, likelihood
 
-    def _beta(self, state: _State) -> float:
+    def _beta(self, state: EMState) -> float:
         if self.temperature is None or state.iteration >= self.temperature[1]:
             return 1.0
         start, iterations = self.temperature
         return start + (1 - start) * state.iteration / iterations
 
-    def _moments(self, objective: Objective, state: _State, batch: list[Batch] | None) -> Moments:
+    def _moments(self, objective: Objective, state: EMState, batch: list[Batch] | None) -> Moments:
         mixture, beta = state.mixture, self._beta(state)
         factor, offsets = mixture.factor, mixture.offsets
         if beta < 1:
             factor, offsets = factor.rescale(torch.full_like(objective.frame.scale, beta**0.5)), beta * offsets
         return objective.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
 
-    def _move(self, objective: Objective, state: _State, sums: Moments) -> _State:
+    def _move(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
         """Perform the M-step within the bounds on the eigenvalues, and prune components of negligible weight."""
         new = self._m_step(objective, state, sums)
         mixture, before = new.mixture, state.mixture.factor
@@ -257,7 +212,7 @@ class EM(Method[_State]):
         drift = state.drift + self._ridge_cost(objective, change, before)
         state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
         keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / objective.count
-        frozen = _mask(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
+        frozen = mask_of(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
         keep |= frozen
         if self._beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
             return state
@@ -266,19 +221,19 @@ class EM(Method[_State]):
             state,
             population=state.population.retire(mixture, keep),
             mixture=mixture.select(index),
-            counts=new.counts if _tied(state) else new.counts[index],
+            counts=new.counts if is_tied(state) else new.counts[index],
             memory=None if state.memory is None else state.memory.select(index),
             average=None if state.average is None else state.average.select(index),
         )
 
-    def _m_step(self, objective: Objective, state: _State, sums: Moments) -> _MStep:
+    def _m_step(self, objective: Objective, state: EMState, sums: Moments) -> EMStep:
         live, old = state.population.live, state.mixture
         whole = state.population.whole(old)
         prior = objective.surrogate(whole)
         if self._beta(state) < 1:
             # During annealing all components share the points, so that a concave penalty would prune some of them.
             prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
-        tied, pruned = _tied(state), None
+        tied, pruned = is_tied(state), None
         if tied and len(live) < whole.components:
             # Pruned components have no data, but their means still contribute to the prior of the tied covariance.
             rest = torch.ones(whole.components, dtype=torch.bool, device=live.device)
@@ -286,11 +241,7 @@ class EM(Method[_State]):
             index = rest.nonzero()[:, 0]
             spread = prior.select(index).spread_about(whole.means[index], type(whole.factor))
             pruned = len(index) * prior.degrees_per_component, spread.sum(0, keepdim=True)
-        frozen = Frozen(
-            _mask(self.frozen_weights, whole, "frozen_weights"),
-            _mask(self.frozen_means, whole, "frozen_means"),
-            _mask(self.frozen_covariances, whole, "frozen_covariances"),
-        )
+        frozen = Frozen(*(mask_of(getattr(self, name), whole, name) for name in _FROZEN))
         if len(live) < whole.components:
             prior, frozen = prior.select(live), frozen.select(live)
         new = m_step(
@@ -307,7 +258,7 @@ class EM(Method[_State]):
             pruned=pruned,
         )
         mixture, low = objective.project(Mixture(new.log_weights, new.means, new.factor, validate_args=False))
-        return _MStep(mixture, low | new.repaired, new.counts / objective.mass)
+        return EMStep(mixture, low | new.repaired, new.counts / objective.mass)
 
     def _ridge(self, objective: Objective) -> Tensor:
         """``reg_covar`` in standardized coordinates (D,)."""
@@ -319,7 +270,7 @@ class EM(Method[_State]):
             return 0.0
         return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(objective)))
 
-    def _extrapolate(self, objective: Objective, start: Evaluation, first: _State) -> _State:
+    def _extrapolate(self, objective: Objective, start: Evaluation, first: EMState) -> EMState:
         """Extrapolate from two EM steps by SQUAREM; return the better one of both states."""
         first, sums, value, _ = self._look(objective, first)
         second = self._move(objective, first, sums)
@@ -329,18 +280,18 @@ class EM(Method[_State]):
         if leap is None:
             return second
         # Normalizing the extrapolated weights must not change those that are frozen.
-        frozen = _mask(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
+        frozen = mask_of(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
         logits = solve_weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = objective.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third, sums, there, _ = self._look(objective, replace(second, mixture=leap))
         # ``value`` is the objective after one EM step. If the extrapolation is not worse, it is kept.
         return self._move(objective, third, sums) if there <= value else second
 
-    def _pass(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
+    def _pass(self, objective: Objective, state: EMState) -> tuple[EMState, Evaluation]:
         """One shuffled pass of stepwise EM: the moments of each batch enter the running average of those before."""
         assert self.batch_size is not None, "a pass is made of batches"
 
-        def update(reached: tuple[_State, float, float], batch: list[Batch]) -> tuple[_State, float, float]:
+        def update(reached: tuple[EMState, float, float], batch: list[Batch]) -> tuple[EMState, float, float]:
             state, total, seen = reached
             sums = self._moments(objective, state, batch)
             if not float(sums.mass) > 0:
@@ -356,7 +307,7 @@ class EM(Method[_State]):
         now = Evaluation(whole, value, likelihood, state.population.live, state.floored, exact=False)
         return replace(state, iteration=state.iteration + 1), now
 
-    def _blend(self, state: _State, sums: Moments) -> _State:
+    def _blend(self, state: EMState, sums: Moments) -> EMState:
         """Update the running average of moments by a batch; it begins as the expected moments of the initial mixture."""
         m = state.mixture
         before = Moments.expected(m.weights, m.means, m.factor) if state.memory is None else state.memory
@@ -393,9 +344,7 @@ class EM(Method[_State]):
                 f"moments must have a positive total weight, got {mass}; pass the sum over at least one point."
             )
         mixture = mixture.detach().to(torch.float64)
-        centre, spread = mixture.mean, mixture.variance.sqrt()
-        isotropic = mixture.factor.isotropic
-        frame = Frame.around(centre, spread, isotropic=isotropic)
+        frame = Frame.around(mixture.mean, mixture.variance.sqrt(), isotropic=mixture.factor.isotropic)
         objective = Objective.without_points(frame, mass, penalty)
         state = self.init(objective, frame.enter(mixture))
         new = self._m_step(objective, state, frame.enter_moments(moments)).mixture
@@ -454,33 +403,3 @@ class EM(Method[_State]):
         new = self._m_step(objective, state, state.memory).mixture
         mixture = objective.frame.leave(new).named(mixture.columns)
         return mixture, (objective.frame.leave_moments(state.memory), state.batches, seen)
-
-
-def _tied(state: _State) -> bool:
-    whole = state.population.parked
-    return whole.factor.leading == 1 and whole.components > 1
-
-
-def _mask(value: Any, mixture: Mixture, name: str) -> Tensor:
-    """One truth value per component (K,) from True, False or a sequence."""
-    mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
-    if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got other numbers.")
-    mask = mask.bool()
-    if mask.ndim == 0:
-        return mask.expand(mixture.components)
-    if mask.shape != (mixture.components,):
-        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got {tuple(mask.shape)}.")
-    if name == "frozen_covariances" and mixture.factor.leading == 1 and bool(mask.any()) and not bool(mask.all()):
-        raise ValueError("a tied covariance is frozen for all components or for none; pass True or False.")
-    return mask
-
-
-def _shaken(objective: Objective, state: _State) -> _State:
-    mixture = state.mixture
-    noise = torch.randn(
-        mixture.means.shape, generator=objective.passes.generator, dtype=torch.float64, device=mixture.means.device
-    )
-    return replace(
-        state, mixture=Mixture(mixture.logits, mixture.means + SHAKE * noise, mixture.factor, validate_args=False)
-    )

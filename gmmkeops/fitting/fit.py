@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import numbers
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,38 +16,20 @@ from gmmkeops import reductions
 from gmmkeops._checks import (
     ConvergenceWarning,
     accepts,
-    as_choice,
-    as_fraction,
-    as_functions,
-    as_integer,
-    as_number,
-    renamed,
 )
 from gmmkeops.components import mind_fork
 from gmmkeops.data import (
-    Source,
     World,
-    as_dtype,
     as_generator,
-    as_points,
-    as_weights,
-    readable,
-    table_names,
-    table_of,
 )
 from gmmkeops.fitting.checkpoint import Checkpoint
-from gmmkeops.fitting.em import EM
-from gmmkeops.fitting.facts import LIMITS, described, facts
-from gmmkeops.fitting.frame import Frame
-from gmmkeops.fitting.gradient import Gradient
+from gmmkeops.fitting.facts import facts
 from gmmkeops.fitting.initialization import initialize
 from gmmkeops.fitting.journal import Journal
 from gmmkeops.fitting.loop import Run
-from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.fitting.method import Evaluation, Method
-from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import Ending, FitResult, Report, Step
+from gmmkeops.fitting.task import Task
 from gmmkeops.models import GMM, Mixture
 from gmmkeops.penalties import Penalty
 from gmmkeops.reductions import recording
@@ -158,97 +138,51 @@ def fit(
     mind_fork()
     world = World()
     with world.together(), recording():
-        method = EM() if method is None else method
         generator = as_generator(generator, "cpu") if isinstance(generator, numbers.Integral) else generator
         begin: Any = start
         if isinstance(start, numbers.Integral) and not isinstance(start, bool):
             begin = initialize(x, int(start), sample_weight=sample_weight, generator=generator)
-        mixture, model = _initial(begin, method, context)
-        columns = begin.columns
-        if model is not None:
-            x, columns = _with_context(model, x, context, method, truncate)
-            truncate = 0
-        max_iter, tol = _limits(method, max_iter, tol)
-        truncate, told = as_fraction(truncate, "truncate"), as_functions(callback, "callback")
-        as_choice(backend, "backend", reductions.BACKENDS)
-        settings: dict[str, Any] = {}
-        if checkpoint is not None or world.size > 1:
-            settings = described(mixture, model, method, penalty, truncate, backend)
-        given = {"sample_weight": sample_weight, "generator": generator, "checkpoint": checkpoint, "context": context}
-        others: dict[str, Any] = {name: "none" if value is None else "given" for name, value in given.items()}
-        others |= {
-            "columns": str(columns),
-            "max_memory": str(max_memory),
-            "kind of x": "read" if readable(x) else "in memory",
-        }
-        others |= {"max_iter": max_iter, "tol": tol, **{name: getattr(method, name, None) for name in LIMITS[2:]}}
-        world.agree({"call": "fit"} | settings | others)
-        journal = Journal(Checkpoint.of(checkpoint), world)
-        saved = None if journal.checkpoint is None else journal.checkpoint.read(mixture.means.device, world)
-        objective = _objective(
-            mixture,
-            model,
-            x,
-            sample_weight,
-            columns,
+        task = Task(
+            begin,
+            method,
             penalty,
+            context,
+            max_iter,
+            tol,
+            callback,
+            checkpoint,
+            generator,
             truncate,
             backend,
-            as_dtype(dtype),
-            generator,
-            journal,
-            saved,
-            None if max_memory is None else as_bytes(max_memory),
+            dtype,
+            max_memory,
         )
-        found = facts(objective, mixture, settings) if settings else {}
-        run = Run(objective, method, tol, told, began, found, single=mixture.means.dtype == torch.float32)
+        x, columns = task.points(x)
+        settings = task.agreed(world, x, sample_weight, columns)
+        journal = Journal(Checkpoint.of(checkpoint), world)
+        saved = None if journal.checkpoint is None else journal.checkpoint.read(task.mixture.means.device, world)
+        objective = task.objective(x, sample_weight, columns, journal, saved)
+        found = facts(objective, task.mixture, settings) if settings else {}
+        single = task.mixture.means.dtype == torch.float32
+        run = Run(objective, task.method, task.tol, task.callbacks, began, found, single=single)
         if saved is None:
-            inside = objective.frame.enter(mixture.detach().to(torch.float64))
-            run.objective = objective.truncated(truncate, inside, max_iter)
-            state = method.init(run.objective, inside)
+            inside = objective.frame.enter(task.mixture.detach().to(torch.float64))
+            run.objective = objective.truncated(task.truncate, inside, task.max_iter)
+            state = task.method.init(run.objective, inside)
         else:
             state = run.resume(saved)
-        bar = _bar(max_iter, verbose, run)
+        bar = _bar(task.max_iter, verbose, run)
         try:
-            best = run.go(state, max_iter, bar)
+            best = run.go(state, task.max_iter, bar)
         finally:
             _close(bar, run)
         result = _result(best, run)
-    if warning := _doubt(run, tol, max_iter):
+    if warning := _doubt(run, task.tol, task.max_iter):
         warnings.warn(warning, ConvergenceWarning, stacklevel=2)
     if isinstance(start, GMM):
         _assign(start, result, run.objective.frame.columns)
     _logger.info("%s", result)
     return result
-
-
-def _initial(start: Any, method: Any, context: Any) -> tuple[Mixture, GMM | None]:
-    """The initial mixture, and the network of a conditional fit or None."""
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
-    if not isinstance(start, (Mixture, GMM)):
-        raise TypeError(
-            f"start must be a Mixture, a GMM or a number of components, got {type(start).__name__}; see gmmkeops.initialize."
-        )
-    model = start if isinstance(start, GMM) and start.context else None
-    if model is None and context is not None:
-        raise ValueError("context belongs to a GMM that was constructed with one; pass GMM(features, context=C).")
-    if isinstance(start, GMM):
-        with torch.no_grad():
-            return start(*([next(start.parameters()).new_zeros(start.context)] if start.context else [])), model
-    if start.batch_shape:
-        raise ValueError(
-            f"fit takes one mixture, got a batch of shape {tuple(start.batch_shape)}; fit them one by one."
-        )
-    return start, None
-
-
-def _limits(method: Method[Any], max_iter: Any, tol: Any) -> tuple[int, float]:
-    """Checked largest number of iterations and tolerance; those of the method if they are None."""
-    max_iter = as_integer(method.max_iter if max_iter is None else max_iter, "max_iter")
-    as_integer(max_iter, "max_iter", 0, clause="must not be negative")
-    tol = as_number(method.tol if tol is None else tol, "tol")
-    return max_iter, as_number(tol, "tol", 0, clause="must not be negative")
 
 
 def _assign(model: GMM, result: FitResult, columns: tuple[str, ...] | None) -> None:
@@ -258,120 +192,6 @@ def _assign(model: GMM, result: FitResult, columns: tuple[str, ...] | None) -> N
         model.columns = columns
     else:
         model.assign(result.mixture)
-
-
-def _with_context(
-    model: GMM, x: Any, context: Any, method: Method[Any], truncate: float | None
-) -> tuple[Any, tuple[str, ...] | None]:
-    """Points and contexts as one array, and the names of its columns or None."""
-    if not isinstance(method, Gradient):
-        raise ValueError(
-            f"a GMM with a context is fitted by gradient, got {type(method).__name__}; pass gmmkeops.Adam(lr=1e-3)."
-        )
-    if truncate:
-        raise ValueError(
-            "truncate cannot be used for a GMM with a context, in which each point has its own mixture; leave it out."
-        )
-    columns = model.columns
-    if context is not None:
-        if readable(x):
-            raise ValueError(
-                "contexts of points from a file or another source must be the last columns of x; leave context out."
-            )
-        # A rank may have no points; that there are some in total is checked later.
-        names, others = table_names(x), table_names(context)
-        if columns is not None:
-            x = table_of(x, columns[: model.features])
-            context = table_of(context, columns[model.features :], "context")
-        elif names is not None and others is not None:
-            columns = names + others
-        x = as_points(x, features=model.features, minimum=0)
-        c = as_points(context, name="context", features=model.context, minimum=0)
-        if len(x) != len(c):
-            raise ValueError(f"context must have a row for each of the {len(x)} points, got {len(c)}.")
-        x = torch.cat([x.to(torch.promote_types(x.dtype, c.dtype)), c.to(x.device)], 1)
-    return x, columns
-
-
-def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World) -> tuple[Any, tuple[str, ...] | None]:
-    """Points with the columns of the initial mixture, matched by name if both have names; and the names, or None."""
-    if readable(x):
-        with renamed("weights", "sample_weight"):
-            x = world.share(Source.of(x, weights=weights).matched(columns))
-        return x, columns or x.columns
-    columns = columns or world.tell(table_names(x))[0]
-    world.agree({"columns": columns})
-    return table_of(x, columns), None if columns is None else tuple(columns)
-
-
-def _objective(
-    mixture: Mixture,
-    model: GMM | None,
-    x: Any,
-    weights: Any,
-    columns: tuple[str, ...] | None,
-    penalty: Any,
-    truncate: float | None,
-    backend: str,
-    dtype: torch.dtype | None,
-    generator: torch.Generator | int | None,
-    journal: Journal,
-    saved: Any,
-    limit: int | None,
-) -> Objective:
-    """Check the data and create the objective; the last columns are contexts if there is a network."""
-    world, extra = journal.world, 0 if model is None else model.context
-    K, D, device, name = mixture.components, mixture.features + extra, mixture.means.device, "x"
-    x, columns = _matched(x, weights, columns, world)
-    if isinstance(x, Source):
-        name, g = x.name, None
-        if x.features != D:
-            raise ValueError(f"{name} has {x.features} columns, expected {D} as in the model; pass the same columns.")
-    else:
-        x = as_points(x, features=D, minimum=K if world.size == 1 else 0)
-        if x.device != device:
-            raise ValueError(f"x is on {x.device} but start on {device}; move one with .to().")
-        g = as_weights(weights, x, name="sample_weight", some=world.size == 1)
-    if limit is not None:
-        x, g = _within(limit, mixture, x, g, dtype, world)
-    objective = prepared(
-        x,
-        g,
-        penalty,
-        backend,
-        generator,
-        isotropic=mixture.factor.isotropic,
-        extra=extra,
-        dtype=dtype,
-        device=device,
-        world=world,
-        truncate=truncate,
-        frame=None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra),
-        journal=journal,
-        model=model,
-    )
-    if objective.rows < K or not 0 < objective.mass < math.inf:
-        raise ValueError(
-            f"{name} has {objective.rows} rows of total weight {objective.mass * objective.unit:g}, expected at least {K}; "
-            "pass more points or use fewer components."
-        )
-    return replace(objective, frame=replace(objective.frame, columns=columns))
-
-
-def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None, world: World) -> tuple[Any, Any]:
-    """Points and weights, as a source with small enough chunks if a fit in memory would exceed the limit (bytes)."""
-    K, D = mixture.components, mixture.features
-    kind = mixture.factor.type_name(tied=mixture.factor.leading == 1 and K > 1)
-    if isinstance(x, Source):
-        return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64, x.reader.stored)), g
-    # Points in float32 are converted to float64 during the fit if float32 is not accurate enough.
-    wanted = estimate_memory(len(x), K, D, covariance_type=kind, dtype=torch.float64)
-    if (x.dtype if dtype is None else dtype) == torch.float32:
-        wanted += 4 * x.numel()
-    (over,) = world.any(wanted > limit)
-    if not over:
-        return x, g
-    return world.share(Source.of(x, weights=g, chunk_rows=chunk_rows(limit, K, D, kind, torch.float64))), None
 
 
 def _doubt(run: Run, tol: float, max_iter: int) -> str:

@@ -1,9 +1,7 @@
-"""Descriptions of values that are equal in every process exactly where the values would give the same fit.
+"""Descriptions of values, which are equal in every process if and only if the values would give the same fit.
 
-A checkpoint is resumed, and ranks fit together, only where methods, penalties and functions agree; these descriptions are
-what is compared. Functions are described by their code (bytecode, constants, names), their defaults, and the variables that
-they use; tensors by dtype, shape and bytes; everything else by type and contents. Nothing depends on addresses, on the salt of
-``hash``, or on pickle.
+Checkpoints and ranks compare them. Functions are described by their code, defaults and the variables that they use; tensors by
+dtype, shape and bytes; all else by type and contents. Nothing depends on addresses, on the salt of ``hash``, or on pickle.
 """
 
 from __future__ import annotations

@@ -1,0 +1,100 @@
+"""The state of EM, masks of frozen components, and the noise of annealing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_integer, as_number
+from gmmkeops.components import Moments, as_tensor
+from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.population import Population
+from gmmkeops.fitting.state_file import known
+from gmmkeops.models import Mixture
+
+__all__ = ["EMState", "EMStep", "check_temperature", "is_tied", "mask_of", "shaken"]
+
+# Standard deviation of the noise that is added to the means in each iteration of annealing, in standardized coordinates. At a
+# low inverse temperature all means coincide, which is a fixed point that only noise leaves.
+_SHAKE = 1e-2
+
+
+@known("EM")
+@dataclass(frozen=True)
+class EMState:
+    """State of EM: the active mixture, and the statistics of earlier batches that stepwise EM keeps.
+
+    ``counts`` are the expected fractions of the points in each covariance (K or 1,) at the last M-step, which weight the
+    ``reg_covar`` term of the objective. ``drift`` is the accumulated change of this term by changes of the fractions alone, nats
+    per point.
+    """
+
+    population: Population
+    mixture: Mixture
+    floored: Tensor
+    iteration: int = 0
+    batches: int = 0
+    memory: Moments | None = None
+    average: Moments | None = None
+    counts: Tensor | None = None
+    drift: float = 0.0
+
+
+class EMStep(NamedTuple):
+    """Result of an M-step: the active mixture, a mask (K,) of components that were regularized, and the fraction of the points
+    (K or 1,) that each covariance was estimated from."""
+
+    mixture: Mixture
+    hit: Tensor
+    counts: Tensor
+
+
+def is_tied(state: EMState) -> bool:
+    """Whether all components share one covariance."""
+    whole = state.population.parked
+    return whole.factor.leading == 1 and whole.components > 1
+
+
+def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
+    """One truth value per component (K,) from True, False or a sequence."""
+    mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got other numbers.")
+    mask = mask.bool()
+    if mask.ndim == 0:
+        return mask.expand(mixture.components)
+    if mask.shape != (mixture.components,):
+        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got {tuple(mask.shape)}.")
+    if name == "frozen_covariances" and mixture.factor.leading == 1 and bool(mask.any()) and not bool(mask.all()):
+        raise ValueError("a tied covariance is frozen for all components or for none; pass True or False.")
+    return mask
+
+
+def shaken(objective: Objective, state: EMState) -> EMState:
+    """The state with noise added to the means."""
+    mixture = state.mixture
+    noise = torch.randn(
+        mixture.means.shape, generator=objective.passes.generator, dtype=torch.float64, device=mixture.means.device
+    )
+    return replace(
+        state, mixture=Mixture(mixture.logits, mixture.means + _SHAKE * noise, mixture.factor, validate_args=False)
+    )
+
+
+def check_temperature(temperature: Any) -> None:
+    """Check the pair (β, n) of an annealed fit: the first inverse temperature, and the number of iterations until it is one.
+
+    Raises:
+        ValueError: It is not such a pair.
+    """
+    if temperature is None:
+        return
+    if not isinstance(temperature, (tuple, list)) or len(temperature) != 2:
+        raise ValueError(f"temperature must be a pair (β, n), got {temperature!r}.")
+    beta = as_number(temperature[0], "the β of temperature=(β, n)", 0, above=True)
+    as_integer(temperature[1], "the n of temperature=(β, n)", 0)
+    if beta > 1:
+        raise ValueError(f"temperature must be (β, n) with 0 < β <= 1 and n >= 0, got {temperature}.")
