@@ -92,13 +92,12 @@ class Objective:
             accurate = batch.accurate(factor.detach().row_norms)
             x = accurate.points
             if isinstance(x, Tensor) and accurate.truncate != 0:
-                x = reductions.arrange(x, len(means), accurate.truncate)
+                x = reductions.arrange(replace(accurate, points=x), len(means), accurate.truncate)
             sums = reductions.moments(
-                x,
+                replace(accurate, points=x),
                 offsets,
                 means,
                 factor,
-                weights=accurate.weights,
                 assignment=assignment,
                 seed=seed + accurate.first,
                 backend=self.backend,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_choice, as_fraction, as_integer
-from gmmkeops.data import as_points
+from gmmkeops.data import Batch, as_points
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import keops
 from gmmkeops.reductions.problem import Exponents
@@ -140,7 +140,7 @@ def arrange(
         >>> cloud.share < 0.5, 0 <= cloud.certificate <= 1e-4 * 1.0001
         (True, True)
     """
-    x = as_points(x)
+    x = x.points if isinstance(x, Batch) else as_points(x)
     truncate = as_fraction(truncate, "truncate")
     components, sweeps = as_integer(components, "components", 1), as_integer(sweeps, "sweeps", 0)
     labels = None if x.shape[1] <= _FEW else labels

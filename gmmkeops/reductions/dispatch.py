@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.components import Moments, as_tensor, concrete
+from gmmkeops.data import Batch
 from gmmkeops.reductions.choice import arrange, choose
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.derivatives import recordable
@@ -35,11 +36,12 @@ def setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None,
             "torch.func.vmap and torch.compile support log-densities and their sums only; compute labels, largest exponents, "
             "moments and reductions of arranged points outside of them, for all points at once."
         )
-    if isinstance(x, Truncation):
-        problem, blocks = Exponents.of(x.cloud.points, offsets, means, factor), x
+    points = x.points if isinstance(x, Batch) else x
+    if isinstance(points, Truncation):
+        problem, blocks = Exponents.of(Batch(points.cloud.points), offsets, means, factor), points
     else:
         problem = Exponents.of(x, offsets, means, factor)
-        arranged = arrange(problem.x, problem.shape[1], truncate)
+        arranged = arrange(Batch(problem.x), problem.shape[1], truncate)
         if isinstance(arranged, Tensor):
             return problem, None
         problem, blocks = replace(problem, x=arranged.cloud.points), arranged
@@ -89,6 +91,7 @@ def parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tenso
 
 def as_arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Points (sorted ones in kd-tree order), offsets, means and factors as tensors."""
+    x = x.points if isinstance(x, Batch) else x
     points = x.cloud.points if isinstance(x, Truncation) else as_tensor(x, name="x")
     named = {"offsets": offsets, "means": means, "factor": factor_tensor(factor)}
     found = [points, *(as_tensor(value, name=name, abstract=True) for name, value in named.items())]

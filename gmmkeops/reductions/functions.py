@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gmmkeops._checks import as_choice, as_integer
 from gmmkeops.components import Factor, Moments, as_tensor
-from gmmkeops.data import as_weights
+from gmmkeops.data import Batch, as_weights
 from gmmkeops.reductions import plain as _plain
 from gmmkeops.reductions.derivatives import Attached, LogSumExp, Total
 from gmmkeops.reductions.dispatch import (
@@ -227,7 +227,7 @@ def topk(
 
 
 def moments(
-    x: Tensor | Truncation,
+    x: Tensor | Truncation | Batch,
     offsets: Tensor,
     means: Tensor,
     factor: Factor | Tensor,
@@ -241,7 +241,8 @@ def moments(
     r"""Sufficient statistics of the E-step: responsibility-weighted moments about the means.
 
     Args:
-        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`. Fits pass a batch, whose points and weights have
+            been validated.
         weights: g (N,), may be negative; all ones if left out.
         assignment: ``"soft"`` weights points by their responsibilities. ``"hard"`` assigns each point to its most probable
             component (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"``
@@ -266,7 +267,7 @@ def moments(
     as_choice(assignment, "assignment", ASSIGNMENTS)
     seed = as_integer(seed, "seed")
     problem, blocks = setup(x, offsets, means, factor, truncate, Statistics(assignment=assignment).rank)
-    g = _weights(weights, problem.x if blocks is None else blocks)
+    g = x.weights if isinstance(x, Batch) else _weights(weights, problem.x if blocks is None else blocks)
     g = g if g is None or blocks is None else blocks.cloud.enter(g)
     sums = statistics(problem, blocks, g, backend, assignment, seed)
     # In one dimension tensors of families have equal shapes; the S2 of a factor has that of its family.

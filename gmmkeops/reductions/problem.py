@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.components import Factor, as_tensor, check_finite
-from gmmkeops.data import as_points
+from gmmkeops.data import Batch, as_points
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "factor_tensor"]
 
@@ -64,10 +64,12 @@ class Exponents:
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
         """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
 
+        The points of a :class:`~gmmkeops.data.Batch` have been validated where they entered.
+
         Raises:
             TypeError, ValueError: An argument is invalid.
         """
-        points = as_points(x)
+        points = x.points if isinstance(x, Batch) else as_points(x)
         D = points.shape[1]
         means = as_tensor(means, name="means", dtype=torch.float64, abstract=True).detach()
         if means.ndim != 2 or means.shape[0] == 0:
