@@ -90,7 +90,7 @@ def scikit_learn(case: Any, x: np.ndarray, start: Any) -> Callable[[int], Any]:
     }
 
     def run(iterations: int) -> Any:
-        # With a given start the cheapest initialisation is asked for, since it is only there to be thrown away.
+        # With a given start the cheapest initialization is asked for, since it is only there to be thrown away.
         model = GaussianMixture(case.K, max_iter=iterations, tol=0.0, init_params="random_from_data", **given).fit(x)
         return model.weights_, model.means_, model.covariances_, {}
 

@@ -51,8 +51,8 @@ def cloud(case: Case) -> np.ndarray:
     if case.data == "uniform":
         return rng.random((case.N, case.D), dtype=np.float32)
     if case.data == "clusters":
-        centres = 3 * rng.normal(size=(case.K, case.D))
-        x = centres[rng.integers(case.K, size=case.N)]
+        centers = 3 * rng.normal(size=(case.K, case.D))
+        x = centers[rng.integers(case.K, size=case.N)]
         x += rng.normal(size=x.shape) * rng.uniform(0.5, 1.5, size=case.D)
         return x.astype(np.float32)
     out = np.empty((case.N, 3), np.float32)

@@ -41,7 +41,7 @@ def methods() -> Iterator[dict[str, Any]]:
     """Overlapping clusters, 200 000 x 3, K = 20, from one k-means start."""
     x = torch.from_numpy(cloud(Case("", "em", "clusters", 200_000, 20, 3, ())))
     first = gk.initialize(x, 20, "kmeans", generator=seeded())
-    gk.fit(first, x, gk.Adam(), max_iter=1)  # imports torch's optimisers
+    gk.fit(first, x, gk.Adam(), max_iter=1)  # imports torch's optimizers
     choices = {
         "EM()": (gk.EM(tol=1e-6), 2000),
         "EM(accelerate=True)": (gk.EM(tol=1e-6, accelerate=True), 700),
@@ -64,12 +64,12 @@ def methods() -> Iterator[dict[str, Any]]:
 
 
 def covariances() -> Iterator[dict[str, Any]]:
-    """Colours of a photograph (D = 3, K = 32), handwritten digits (D = 32, K = 10); half is fitted, the other half scored."""
+    """Colors of a photograph (D = 3, K = 32), handwritten digits (D = 32, K = 10); half is fitted, the other half scored."""
     rng = np.random.default_rng(0)
-    colours = (load_sample_image("china.jpg").reshape(-1, 3) + rng.random((273_280, 3))) / 256
+    colors = (load_sample_image("china.jpg").reshape(-1, 3) + rng.random((273_280, 3))) / 256
     digits = load_digits().data
     _, _, axes = np.linalg.svd(digits - digits.mean(0), full_matrices=False)
-    for data, x, K in (("colours", colours, 32), ("digits", digits @ axes[:32].T, 10)):
+    for data, x, K in (("colors", colors, 32), ("digits", digits @ axes[:32].T, 10)):
         x = torch.from_numpy(x[rng.permutation(len(x))])
         fitted, unseen = x[::2], x[1::2]
         for kind in ("full", "tied_full", "diag", "tied_diag", "spherical", "tied_spherical"):

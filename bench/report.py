@@ -307,7 +307,7 @@ def choices(record: dict[str, Any]) -> str:
     for row in record["covariances"]:
         kinds.setdefault(row["name"], {})[row["data"]] = row
     names = ["Type"] + [
-        f"{data}: {what}" for data in ("colours", "digits") for what in ("numbers", "s", "fitted", "unseen")
+        f"{data}: {what}" for data in ("colors", "digits") for what in ("numbers", "s", "fitted", "unseen")
     ]
     parts["covariances"] = grid(
         names,
@@ -315,7 +315,7 @@ def choices(record: dict[str, Any]) -> str:
             [f"`{name}`"]
             + [
                 text
-                for row in (found["colours"], found["digits"])
+                for row in (found["colors"], found["digits"])
                 for text in (
                     str(row["parameters"]),
                     seconds(row["seconds"]),

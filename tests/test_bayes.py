@@ -41,8 +41,8 @@ def bento_prior(weights=(0.5, 0.5)):
 
 def grid(x, weights, prior=(400.0, 50.0), sigma=2.0, half=8.0, steps=801):
     """Posterior means and standard deviations of both means, by summing over a grid around the mode in order."""
-    centres = x[x < 425].mean(), x[x > 425].mean()
-    axes = [torch.linspace(float(c) - half, float(c) + half, steps).double() for c in centres]
+    centers = x[x < 425].mean(), x[x > 425].mean()
+    axes = [torch.linspace(float(c) - half, float(c) + half, steps).double() for c in centers]
     a, b = torch.meshgrid(*axes, indexing="ij")
     logs = Normal(*prior).log_prob(a) + Normal(*prior).log_prob(b)
     for value in x:
@@ -221,8 +221,8 @@ def test_gibbs_and_nuts_agree_where_all_is_unknown(name):
 
 def test_a_dirichlet_process_finds_the_clusters():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
-    x = centres[torch.arange(3000) % 3] + torch.randn(3000, 2, generator=generator)
+    centers = torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 8.0]])
+    x = centers[torch.arange(3000) % 3] + torch.randn(3000, 2, generator=generator)
     prior = gk.bayes.Prior(
         15,
         weights=gk.bayes.StickBreaking(1.0, 15),
@@ -234,7 +234,7 @@ def test_a_dirichlet_process_finds_the_clusters():
     counts = found.components()
     assert float(counts.sum()) == pytest.approx(1)
     assert float(counts[2:6].sum()) > 0.9
-    truth = gk.Mixture.from_parameters(torch.full((3,), 1 / 3), centres, torch.ones(3), "spherical")
+    truth = gk.Mixture.from_parameters(torch.full((3,), 1 / 3), centers, torch.ones(3), "spherical")
     assert float((found.log_prob(x[:300]) - truth.log_prob(x[:300].double())).abs().mean()) < 0.05
     with pytest.raises(ValueError, match="draws no labels"):
         METHODS["importance"](bento_prior(), bentos(), generator).components()

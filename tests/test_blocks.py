@@ -31,7 +31,7 @@ def surface(N, seed=0):
 
 
 def patches(x, K, seed=0):
-    """A full mixture of K components, each a neighbourhood of one point of the cloud."""
+    """A full mixture of K components, each a neighborhood of one point of the cloud."""
     return gk.initialize(x, K, "kmeans++", generator=torch.Generator().manual_seed(seed))
 
 
@@ -49,8 +49,8 @@ def scenes():
     yield "surface", x, patches(x, 200)
     yield "random", *random(20_000, 150, 3)
     generator = torch.Generator().manual_seed(2)
-    centres = 20 * torch.randn(40, 2, generator=generator, dtype=torch.float64)
-    x = centres[torch.randint(40, (10_000,), generator=generator)]
+    centers = 20 * torch.randn(40, 2, generator=generator, dtype=torch.float64)
+    x = centers[torch.randint(40, (10_000,), generator=generator)]
     x = x + torch.randn(10_000, 2, generator=generator, dtype=torch.float64)
     x[:5] += 1e6
     yield "clusters and outliers", x, patches(x[5:], 64)
@@ -134,7 +134,7 @@ def test_a_wrong_bound_would_be_noticed(monkeypatch):
     true = _lists.Bounds.of
 
     def careless(self, boxes, which, index):
-        points = _boxes.Boxes(boxes.centre, boxes.axes, 0 * boxes.half, 0 * boxes.semi, boxes.reach)
+        points = _boxes.Boxes(boxes.center, boxes.axes, 0 * boxes.half, 0 * boxes.semi, boxes.reach)
         return true(self, points, which, index)
 
     monkeypatch.setattr(_lists.Bounds, "of", careless)
@@ -246,8 +246,8 @@ def test_methods_combine_with_truncation(method):
 
 def test_many_dimensions_group_by_label():
     generator = torch.Generator().manual_seed(0)
-    centres = 3 * torch.randn(40, 16, generator=generator, dtype=torch.float64)
-    x = centres[torch.randint(40, (20_000,), generator=generator)]
+    centers = 3 * torch.randn(40, 16, generator=generator, dtype=torch.float64)
+    x = centers[torch.randint(40, (20_000,), generator=generator)]
     x = x + torch.randn(20_000, 16, generator=generator, dtype=torch.float64)
     start = gk.initialize(x, 40, "kmeans", covariance_type="diag")
     exact = gk.fit(start, x, gk.EM(tol=0), truncate=0, max_iter=6)
@@ -349,7 +349,7 @@ def test_clouds_keep_every_point_once(N, D):
         assert int(cloud.starts.diff().max()) <= 64
         boxes = cloud.levels[-1]
         for box, (a, b) in enumerate(cloud.spans(torch.arange(cloud.boxes)).tolist()):
-            t = (cloud.points[a:b].double() - boxes.centre[box]) @ boxes.axes[box]
+            t = (cloud.points[a:b].double() - boxes.center[box]) @ boxes.axes[box]
             assert bool((t.abs() <= boxes.half[box] + 1e-12).all())
             inside = (t / boxes.semi[box].clamp(min=1e-300)).square()
             assert bool((inside[:, boxes.semi[box] > 1e-12].sum(1) <= 1 + 1e-9).all())

@@ -36,9 +36,9 @@ def conditional(family="full", tied=False, D=3, C=2, K=4, **options):
 def test_zukos_grid(family, tied, strategy, context):
     """The same calls; and the density at the start is that of the clusters, whatever the context."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
+    centers = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
     labels = torch.randint(3, (2000,), generator=generator)
-    x = centres[labels] + torch.randn(2000, 2, generator=generator) * torch.tensor([0.5, 1.0])
+    x = centers[labels] + torch.randn(2000, 2, generator=generator) * torch.tensor([0.5, 1.0])
     torch.manual_seed(1)
     gmm = gk.GMM(features=2, context=context, components=3, covariance_type=family, tied=tied)
     gmm.initialize(x, strategy=strategy)
@@ -47,7 +47,7 @@ def test_zukos_grid(family, tied, strategy, context):
     value = dist.log_prob(x)
     assert value.shape == (2000,)
     # k-means by its definition: shares, means and covariances of the clusters.
-    hard = torch.cdist(x, centres).argmin(1)
+    hard = torch.cdist(x, centers).argmin(1)
     shares = torch.bincount(hard) / len(x)
     scatter = torch.stack([torch.cov(x[hard == k].T, correction=0) for k in range(3)])
     if tied:

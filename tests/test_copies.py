@@ -244,7 +244,7 @@ def same(mixture):
 calls = {
     "log_prob": lambda: start.log_prob(x),
     "sample": lambda: start.sample(100_000),
-    "initialise": lambda: gk.initialize(x, 3),
+    "initialize": lambda: gk.initialize(x, 3),
     "fit": lambda: same(gk.fit(start, x, gk.EM(), max_iter=2, tol=0).mixture),
     "dense fit": lambda: same(gk.fit(start, x, gk.EM(), max_iter=2, tol=0, backend="dense").mixture),
     "Adam": lambda: gk.fit(start, x, gk.Adam(batch_size=20000), max_iter=1),

@@ -357,7 +357,7 @@ both("components", lambda: gk.initialize(mine, 3 + rank))
 both("weights", lambda: gk.initialize(mine, 3, weights=g if odd else None))
 both("n_init", lambda: gk.GaussianMixture(4, n_init=1 + rank, random_state=0).fit(mine))
 both("covariance_type", lambda: gk.GaussianMixture(4, covariance_type="diag" if odd else "full", random_state=0).fit(mine))
-both("call initialise fit", lambda: gk.initialize(mine, 3) if odd else fit())
+both("call initialize fit", lambda: gk.initialize(mine, 3) if odd else fit())
 both("call GaussianMixture", lambda: gk.GaussianMixture(2).fit(mine) if odd else fit())
 for how in ("raise", "signal"):
     both("rank 1 was interrupted", lambda: fit(max_iter=50, callbacks=interrupt(1, how=how)))

@@ -246,12 +246,12 @@ def test_annealing_spares_components_until_it_is_over():
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("penalised", [False, True])
-def test_monotone(engine, family, penalised):
+@pytest.mark.parametrize("penalized", [False, True])
+def test_monotone(engine, family, penalized):
     """10 seeds on the dense engine, 5 on KeOps, in float64; rounding aside the objective never rises."""
     backend, device = engine
     penalty = (
-        P.SqrtWeights(1.0) + P.Dirichlet(1.5) + P.NormalInverseWishart([0.0, 0.0], 0.5, 1.0, 4.0) if penalised else None
+        P.SqrtWeights(1.0) + P.Dirichlet(1.5) + P.NormalInverseWishart([0.0, 0.0], 0.5, 1.0, 4.0) if penalized else None
     )
     for seed in range(10 if backend == "dense" else 5):
         x = cloud(seed, N=150).to(device)
@@ -491,14 +491,14 @@ def test_partial_fit_follows_a_stream():
 def test_annealing_escapes_a_bad_start():
     """Three of four components start on one blob; heated they meet in the middle, and come apart one by one."""
     generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[-6.0], [-3.0], [3.0], [6.0]]).double()
-    x = centres[torch.arange(2000) % 4] + 0.5 * torch.randn(2000, 1, generator=generator, dtype=torch.float64)
+    centers = torch.tensor([[-6.0], [-3.0], [3.0], [6.0]]).double()
+    x = centers[torch.arange(2000) % 4] + 0.5 * torch.randn(2000, 1, generator=generator, dtype=torch.float64)
     start = gk.Mixture.from_parameters([0.25] * 4, [[-6.2], [-6.0], [-5.8], [5.0]], [0.25] * 4, "spherical")
     cold = gk.fit(start, x, gk.EM(tol=1e-6, frozen_covariances=True), max_iter=500)
     method = gk.EM(tol=1e-6, frozen_covariances=True, temperature=(0.002, 1000))
     warm = gk.fit(start, x, method, max_iter=1500)
     assert warm.log_likelihood > cold.log_likelihood + 0.1
-    assert torch.allclose(warm.mixture.means.sort(0).values, centres, atol=0.2)
+    assert torch.allclose(warm.mixture.means.sort(0).values, centers, atol=0.2)
     # Objectives are those of the mixture, not of the heated one.
     assert abs(warm.history["log_likelihood"][0] - float(start.log_prob(x).mean())) < 1e-12
 

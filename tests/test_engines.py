@@ -41,7 +41,7 @@ class ToyEvaluation:
     def __init__(self, problem, request):
         self.problem, self.request = problem, request
         self.U = problem.U if problem.is_full else torch.diag_embed(problem.U.expand_as(problem.means))
-        self.z = (problem.x.double() - problem.centre)[:, None] - problem.means
+        self.z = (problem.x.double() - problem.center)[:, None] - problem.means
         self.all = problem.offsets - 0.5 * torch.einsum("kde,nkd->nke", self.U, self.z).square().sum(-1)
         self.e = torch.full_like(self.all, -math.inf)
 

@@ -59,8 +59,8 @@ def test_splats_parse_back(kind, tmp_path):
     assert (np.abs(found - expected) / size).max() < 1e-6
     alpha = 1 / (1 + np.exp(-rows["opacity"].astype(float)))
     assert 0 < alpha.min() <= alpha.max() < 1
-    colours = 0.5 + 0.28209479177387814 * np.stack([rows[f"f_dc_{d}"] for d in range(3)], 1)
-    assert -1e-6 < colours.min() <= colours.max() < 1 + 1e-6
+    colors = 0.5 + 0.28209479177387814 * np.stack([rows[f"f_dc_{d}"] for d in range(3)], 1)
+    assert -1e-6 < colors.min() <= colors.max() < 1 + 1e-6
 
 
 def test_ellipsoids_lie_at_their_distance(tmp_path):

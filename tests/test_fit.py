@@ -20,8 +20,8 @@ from gmmkeops.penalties.weights import SqrtWeights
 
 def blobs(N=600, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
-    return centres[torch.randint(3, (N,), generator=generator)] + torch.randn(N, 2, generator=generator)
+    centers = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
+    return centers[torch.randint(3, (N,), generator=generator)] + torch.randn(N, 2, generator=generator)
 
 
 def tutorial_loss(x, mixture, strength):
@@ -456,7 +456,7 @@ def begun():
         ),
         (lambda: gk.Adam(lr=0), ValueError, "lr must be positive, got 0"),
         (lambda: gk.Adam(batch_size=0), ValueError, "batch_size must be at least 1"),
-        (lambda: gk.Gradient(0.1), TypeError, "optimizer must make an optimiser"),
+        (lambda: gk.Gradient(0.1), TypeError, "optimizer must make an optimizer"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, kind, message):

@@ -232,7 +232,7 @@ def test_town_without_a_scan(tmp_path):
 
 
 def test_figures_are_checked(monkeypatch):
-    """Axes without units and colours that look alike to some are found."""
+    """Axes without units and colors that look alike to some are found."""
     monkeypatch.syspath_prepend(str(GALLERY.parent))
     look = pytest.importorskip("look")
     figure, ax = look.plt.subplots()

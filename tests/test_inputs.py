@@ -102,7 +102,7 @@ BAD = {
 }
 TAKERS = {
     "fit": ("x", lambda x: gk.fit(MODEL, x, gk.EM(), **FEW)),
-    "initialise": ("x", lambda x: gk.initialize(x, 2)),
+    "initialize": ("x", lambda x: gk.initialize(x, 2)),
     "Source.of": ("x", lambda x: gk.Source.of(x).survey()),
     "log_prob": ("x", MODEL.log_prob),
     "moments": ("x", lambda x: gk.reductions.moments(x, MODEL.offsets, MODEL.means, MODEL.factor)),
@@ -341,7 +341,7 @@ def bad_weights():
 
 WEIGHERS = {
     "fit": ("weights", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), sample_weight=w, **FEW)),
-    "initialise": ("weights", lambda w: gk.initialize(TENSOR, 2, sample_weight=w)),
+    "initialize": ("weights", lambda w: gk.initialize(TENSOR, 2, sample_weight=w)),
     "bic": ("weights", lambda w: gk.analysis.bic(MODEL, TENSOR, weights=w)),
     "estimator": ("sample_weight", lambda w: gk.GaussianMixture(2, max_iter=1).fit(GOOD, sample_weight=w)),
     "score": ("sample_weight", lambda w: gk.GaussianMixture.from_mixture(MODEL).score(GOOD, sample_weight=w)),

@@ -101,7 +101,7 @@ def test_moments_of_several_slabs_of_rows(monkeypatch, tmp_path):
         arguments = on_device(case.x), on_device(case.offsets), on_device(case.means), on_device(case.factor.U)
         found = reductions.moments(*arguments, weights=on_device(weights), backend="keops")
         found = type(found)(
-            *(part.cpu() for part in (found.S0, found.S1, found.S2, found.centres, found.total, found.mass))
+            *(part.cpu() for part in (found.S0, found.S1, found.S2, found.centers, found.total, found.mass))
         )
     assert len(outputs) == 3
     assert 12 * max(outputs) <= 1 << 26

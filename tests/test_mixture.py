@@ -113,8 +113,8 @@ def test_batches_and_expand(family):
     assert torch.allclose(batch.log_prob(x), mixture.log_prob(x))
     assert torch.allclose(batch.covariance_matrix[2, 1], mixture.covariance_matrix)
     points, labels = batch.sample((2000,), return_labels=True, generator=torch.Generator().manual_seed(0))
-    centred = points[:, 1, 0] - mixture.means[labels[:, 1, 0]]
-    assert bool((centred.mean(0).abs() < 5 * (mixture.variance / 2000).sqrt()).all())
+    centered = points[:, 1, 0] - mixture.means[labels[:, 1, 0]]
+    assert bool((centered.mean(0).abs() < 5 * (mixture.variance / 2000).sqrt()).all())
 
 
 def test_float32_points_in_a_float64_mixture_keep_their_dtype():

@@ -1,4 +1,4 @@
-"""The trainable module, its initialisation, and what a reader of Zuko's page would type."""
+"""The trainable module, its initialization, and what a reader of Zuko's page would type."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ZUKO = [(family, tied) for family in ("full", "diagonal", "spherical") for tied 
 
 def blobs(N=3000, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
+    centers = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
     labels = torch.randint(3, (N,), generator=generator)
-    return centres[labels] + torch.randn(N, 2, generator=generator) * torch.tensor([0.5, 1.0])
+    return centers[labels] + torch.randn(N, 2, generator=generator) * torch.tensor([0.5, 1.0])
 
 
 @pytest.mark.parametrize(("family", "tied"), ZUKO)
@@ -48,7 +48,7 @@ def test_parameters_are_real(family, tied):
 
 @pytest.mark.parametrize(("family", "tied"), ZUKO)
 @pytest.mark.parametrize("strategy", ["random", "kmeans", "kmeans++"])
-def test_initialised_density_is_not_below_a_baseline(family, tied, strategy):
+def test_initialized_density_is_not_below_a_baseline(family, tied, strategy):
     """Three clusters explain the blobs better than one Gaussian; a square root lost would cost whole nats."""
     x = blobs()
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_initialised_density_is_not_below_a_baseline(family, tied, strategy):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_initialise_matches_the_clusters(family):
+def test_initialize_matches_the_clusters(family):
     x = blobs().double()
     mixture = gk.initialize(x, 3, "kmeans", covariance_type=family)
     labels = ((x[:, None] - mixture.means) ** 2).sum(-1).argmin(1)
@@ -111,7 +111,7 @@ def test_degenerate_clouds_have_a_start(strategy):
         assert bool(torch.isfinite(mixture.log_prob(x)).all())
 
 
-def test_initialise_is_reproducible_and_leaves_torch_alone():
+def test_initialize_is_reproducible_and_leaves_torch_alone():
     x = blobs()
     state = torch.get_rng_state()
     first, second = gk.initialize(x, 5), gk.initialize(x, 5)
@@ -206,7 +206,7 @@ def test_bad_input_gets_one_sentence(make, kind, message):
         make()
 
 
-def test_refused_initialisation_leaves_the_module_as_it_was():
+def test_refused_initialization_leaves_the_module_as_it_was():
     model = gk.GMM(2, components=3, activation=nn.Tanh)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="finite"):

@@ -88,7 +88,7 @@ def test_bad_input_gets_one_sentence(call, message):
 
 
 def test_ellipsoids_end_at_so_many_deviations(ax):
-    """Seen from above, from the east and askew: a pixel is coloured if the marginal in the view holds it."""
+    """Seen from above, from the east and askew: a pixel is colored if the marginal in the view holds it."""
     mixture = random_mixture("full", K=3, D=3)
     for azimuth, elevation in ((-90, 90), (0, 0), (30, 40)):
         turn = plotting.view(torch.eye(3), azimuth=azimuth, elevation=elevation).T[:2]

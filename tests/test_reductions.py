@@ -304,7 +304,7 @@ def test_float32_sums_keep_their_digits():
 
 
 def test_thin_component_far_away_in_float32():
-    """500 m from the centre, σ = 5 cm: expanded float32 squares are wrong 18-fold, ours are right."""
+    """500 m from the center, σ = 5 cm: expanded float32 squares are wrong 18-fold, ours are right."""
     generator = torch.Generator().manual_seed(0)
     x = (0.05 * torch.randn(20_000, 2, generator=generator, dtype=torch.float64) + 500).float()
     far = torch.cat([x, torch.full((10, 2), -500.0)])
@@ -398,32 +398,32 @@ def test_stochastic_moments_are_draws():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 299), st.sampled_from(FAMILIES))
-def test_parts_add_up_about_any_centres(seed, cut, family):
+def test_parts_add_up_about_any_centers(seed, cut, family):
     case = make_case(family, torch.float64, seed=seed, condition=10.0)
     whole = reductions.moments(*case.arguments)
     x, *rest = case.arguments
     first, second = reductions.moments(x[:cut], *rest), reductions.moments(x[cut:], *rest)
-    away = second.recentre(second.centres + torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)).double())
-    for both in (first + away, (away + first).recentre(whole.centres)):
+    away = second.recenter(second.centers + torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)).double())
+    for both in (first + away, (away + first).recenter(whole.centers)):
         for name in ("S0", "S1", "S2", "total", "mass"):
             assert torch.allclose(getattr(both, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("ndim", [3, 2, 1])
-def test_recentred_moments_are_those_about_the_other_centres(ndim):
+def test_recentered_moments_are_those_about_the_other_centers(ndim):
     generator = torch.Generator().manual_seed(3)
     x, old, new = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (50, 4, 4))
     r = torch.rand(50, 4, generator=generator, dtype=torch.float64)
 
-    def about(centres):
-        z = x[:, None] - centres
+    def about(centers):
+        z = x[:, None] - centers
         S2 = torch.einsum("nk,nkd,nke->kde", r, z, z)
         S2 = S2 if ndim == 3 else S2.diagonal(dim1=1, dim2=2)
         S2 = S2.sum(1) if ndim == 1 else S2
-        return Moments(r.sum(0), torch.einsum("nk,nkd->kd", r, z), S2, centres, r.sum(), r.sum())
+        return Moments(r.sum(0), torch.einsum("nk,nkd->kd", r, z), S2, centers, r.sum(), r.sum())
 
-    found, right = about(old).recentre(new), about(new)
-    for name in ("S0", "S1", "S2", "centres"):
+    found, right = about(old).recenter(new), about(new)
+    for name in ("S0", "S1", "S2", "centers"):
         assert torch.allclose(getattr(found, name), getattr(right, name), rtol=1e-12, atol=1e-12)
 
 

@@ -245,7 +245,7 @@ CASES = {
     "conditional": conditional,
     "estimator partial_fit": lambda: [gk.GaussianMixture(3, random_state=0).partial_fit(points().numpy()).means_],
     "update": lambda: gk.EM().update(begin(), points())[0],
-    "maximise": lambda: gk.EM().maximize(
+    "maximize": lambda: gk.EM().maximize(
         begin(), gk.reductions.moments(points(), begin().offsets, begin().means, begin().factor)
     ),
     **{

@@ -61,9 +61,9 @@ def twice(model):
     return [model.sample(20)[0], model.sample(20)[0]]
 few = {"draws": 20, "warmup": 5, "progress": False}
 calls = {
-    **{f"initialise {s}": lambda s=s: gk.initialize(x, 3, s) for s in ("kmeans", "kmeans++", "random", "responsibilities")},
-    "initialise from a sample": lambda: gk.initialize(large, 5),
-    "initialise from a source": lambda: gk.initialize(blocks, 4),
+    **{f"initialize {s}": lambda s=s: gk.initialize(x, 3, s) for s in ("kmeans", "kmeans++", "random", "responsibilities")},
+    "initialize from a sample": lambda: gk.initialize(large, 5),
+    "initialize from a source": lambda: gk.initialize(blocks, 4),
     "initialize a module": lambda: gk.GMM(2, components=3).initialize(x, "kmeans++"),
     "initialize a network": network,
     "survey": lambda: gk.Source.of(blocks).survey(500).reservoir.sample(),

@@ -21,7 +21,7 @@ CENTRES = np.array([[0.0, 0, 0], [4, 0, 1], [0, 5, -2], [-3, 2, 4]])
 @pytest.fixture(scope="module")
 def x():
     rng = np.random.default_rng(0)
-    parts = [rng.normal(centre, 0.5 + 0.2 * k, (10_000, 3)) for k, centre in enumerate(CENTRES)]
+    parts = [rng.normal(center, 0.5 + 0.2 * k, (10_000, 3)) for k, center in enumerate(CENTRES)]
     out = np.concatenate(parts).astype(np.float32)
     rng.shuffle(out)
     return out

@@ -280,7 +280,7 @@ def _cholesky(matrices: Tensor, name: str) -> Tensor:
     if known and bool(skew.any()):
         raise ValueError(
             f"{name} must be symmetric, component {int(skew.nonzero()[0, -1])} is not (entries differ by "
-            f"{float(asymmetry.max()):.3g}); symmetrise with (S + S.T) / 2."
+            f"{float(asymmetry.max()):.3g}); symmetrize with (S + S.T) / 2."
         )
     L, info = torch.linalg.cholesky_ex(0.5 * (matrices + matrices.mT))
     if known and bool((info > 0).any()):

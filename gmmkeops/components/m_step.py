@@ -175,7 +175,7 @@ def m_step(
         pulled = sum((points * mean for points, mean in prior.means), torch.zeros_like(new))
         new = (S0[:, None] * new + pulled) / (S0 + kappa).clamp(min=1e-300)[:, None]
     new = torch.where(frozen.means[:, None], means, new)
-    scatter = sums.recentre(new).S2 * scale
+    scatter = sums.recenter(new).S2 * scale
     if kappa:
         scatter = scatter + prior.spread_about(new, kind)
     counts = S0 + prior.degrees_per_component

@@ -12,6 +12,7 @@ parallel-axis theorem.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +27,18 @@ __all__ = ["Moments", "like", "outer"]
 
 @dataclass(frozen=True)
 class Moments:
-    """Responsibility-weighted sums about one centre per component, in float64.
+    """Responsibility-weighted sums about one center per component, in float64.
 
     Args:
         S0: Mass of each component (K,).
         S1: First moments (K, D), data units.
         S2: Second moments: (K, D, D) full, (K, D) their diagonal, or (K,) their trace; squared data units.
-        centres: What S1 and S2 are about (K, D), data units.
+        centers: What S1 and S2 are about (K, D), data units.
         total: Weighted log-likelihood :math:`\\sum_n g_n \\ell_n`, nats, scalar.
         mass: Sum of the weights :math:`\\sum_n g_n`, scalar.
 
     Reference:
-        About different centres they add by the parallel-axis theorem: Chan, Golub and LeVeque 1983, *Algorithms for computing
+        About different centers they add by the parallel-axis theorem: Chan, Golub and LeVeque 1983, *Algorithms for computing
         the sample variance*, The American Statistician 37.
 
     Example:
@@ -53,12 +54,12 @@ class Moments:
     S0: Tensor
     S1: Tensor
     S2: Tensor
-    centres: Tensor
+    centers: Tensor
     total: Tensor
     mass: Tensor
 
     def __post_init__(self) -> None:
-        components, features = self.centres.shape
+        components, features = self.centers.shape
         shapes = {(components, features, features), (components, features), (components,)}
         if (
             self.S0.shape != (components,)
@@ -66,16 +67,27 @@ class Moments:
             or tuple(self.S2.shape) not in shapes
         ):
             raise ValueError(
-                f"moments about centres {tuple(self.centres.shape)} must be S0 (K,), S1 (K, D) and S2 (K, D, D), (K, D) "
+                f"moments about centers {tuple(self.centers.shape)} must be S0 (K,), S1 (K, D) and S2 (K, D, D), (K, D) "
                 f"or (K,), got {tuple(self.S0.shape)}, {tuple(self.S1.shape)} and {tuple(self.S2.shape)}."
             )
 
-    def recentre(self, centres: Tensor) -> Moments:
-        """The same sums about other centres (K, D), by the parallel-axis theorem."""
-        centres = centres.to(self.centres)
-        if centres.shape != self.centres.shape:
-            raise ValueError(f"centres must have shape {tuple(self.centres.shape)}, got {tuple(centres.shape)}.")
-        shift = centres - self.centres
+    @property
+    def centres(self) -> Tensor:
+        """The name of ``centers`` in version 0.1, which causes a DeprecationWarning."""
+        warnings.warn("centres is deprecated; use centers.", DeprecationWarning, stacklevel=2)
+        return self.centers
+
+    def recentre(self, centers: Tensor) -> Moments:
+        """The name of :meth:`recenter` in version 0.1, which causes a DeprecationWarning."""
+        warnings.warn("recentre is deprecated; use recenter.", DeprecationWarning, stacklevel=2)
+        return self.recenter(centers)
+
+    def recenter(self, centers: Tensor) -> Moments:
+        """The same sums about other centers (K, D), by the parallel-axis theorem."""
+        centers = centers.to(self.centers)
+        if centers.shape != self.centers.shape:
+            raise ValueError(f"centers must have shape {tuple(self.centers.shape)}, got {tuple(centers.shape)}.")
+        shift = centers - self.centers
         S0 = self.S0
         S1 = self.S1 - S0[:, None] * shift
         if self.S2.ndim == 3:
@@ -85,15 +97,15 @@ class Moments:
             S2 = self.S2 - 2 * self.S1 * shift + S0[:, None] * shift**2
         else:
             S2 = self.S2 - 2 * (self.S1 * shift).sum(-1) + S0 * (shift**2).sum(-1)
-        return Moments(S0, S1, S2, centres, self.total, self.mass)
+        return Moments(S0, S1, S2, centers, self.total, self.mass)
 
     @classmethod
-    def nothing(cls, centres: Tensor, kind: type[Factor]) -> Moments:
+    def nothing(cls, centers: Tensor, kind: type[Factor]) -> Moments:
         """The moments of no points about some centers (K, D), for components of a family."""
-        K, D = centres.shape
-        zero = torch.zeros((), dtype=torch.float64, device=centres.device)
+        K, D = centers.shape
+        zero = torch.zeros((), dtype=torch.float64, device=centers.device)
         S2 = zero.expand(K, *kind.spread_shape(D))
-        return cls(zero.expand(K), zero.expand(K, D), S2, centres.detach(), zero, zero)
+        return cls(zero.expand(K), zero.expand(K, D), S2, centers.detach(), zero, zero)
 
     @classmethod
     def expected(cls, weights: Tensor, means: Tensor, factor: Factor) -> Moments:
@@ -114,34 +126,34 @@ class Moments:
         """
         return self * (1 - rate) + sums * (rate / float(sums.mass))
 
-    def scaled(self, centres: Tensor, scale: Tensor) -> Moments:
-        """The moments in other coordinates, in which column d is multiplied by scale_d (D,) and the centers are ``centres``.
+    def scaled(self, centers: Tensor, scale: Tensor) -> Moments:
+        """The moments in other coordinates, in which column d is multiplied by scale_d (D,) and the centers are ``centers``.
 
         Moments that sum over the columns need equal scales.
         """
         square = {3: scale[:, None] * scale, 2: scale**2, 1: scale[0] ** 2}[self.S2.ndim]
-        return replace(self, S1=self.S1 * scale, S2=self.S2 * square, centres=centres)
+        return replace(self, S1=self.S1 * scale, S2=self.S2 * square, centers=centers)
 
     def select(self, index: Tensor) -> Moments:
         """The moments of some components, in the order of an index."""
-        return replace(self, S0=self.S0[index], S1=self.S1[index], S2=self.S2[index], centres=self.centres[index])
+        return replace(self, S0=self.S0[index], S1=self.S1[index], S2=self.S2[index], centers=self.centers[index])
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both sets of points together, about this one's centres."""
+        """The moments of both sets of points together, about this one's centers."""
         if not isinstance(other, Moments):
             return NotImplemented
-        if other.S2.ndim != self.S2.ndim or other.centres.shape != self.centres.shape:
+        if other.S2.ndim != self.S2.ndim or other.centers.shape != self.centers.shape:
             raise ValueError(
                 f"moments of different kinds do not add: S2 {tuple(self.S2.shape)} and {tuple(other.S2.shape)}; "
                 "sum moments of one model."
             )
-        if not torch.equal(other.centres, self.centres):
-            other = other.recentre(self.centres)
+        if not torch.equal(other.centers, self.centers):
+            other = other.recenter(self.centers)
         return Moments(
             self.S0 + other.S0,
             self.S1 + other.S1,
             self.S2 + other.S2,
-            self.centres,
+            self.centers,
             self.total + other.total,
             self.mass + other.mass,
         )
@@ -156,7 +168,7 @@ class Moments:
             factor * self.S0,
             factor * self.S1,
             factor * self.S2,
-            self.centres,
+            self.centers,
             factor * self.total,
             factor * self.mass,
         )
@@ -165,13 +177,13 @@ class Moments:
 
     @property
     def means(self) -> Tensor:
-        """Weighted mean of each component (K, D), data units; a component without mass keeps its centre."""
-        return self.centres + self.S1 / _safe(self.S0)[:, None]
+        """Weighted mean of each component (K, D), data units; a component without mass keeps its center."""
+        return self.centers + self.S1 / _safe(self.S0)[:, None]
 
     @property
     def scatters(self) -> Tensor:
         """Weighted covariance of each component about its own mean, in S2's shape; zero without mass."""
-        about = self.recentre(self.means)
+        about = self.recenter(self.means)
         return about.S2 / _safe(about.S0).reshape(-1, *[1] * (about.S2.ndim - 1))
 
 

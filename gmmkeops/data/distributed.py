@@ -114,7 +114,7 @@ class World:
             return sums
         parts = [sums.S0, sums.S1, sums.S2, sums.total, sums.mass]
         # A checksum of the centers has no variance between ranks if they are equal.
-        place = sums.centres.sum() + (sums.centres * torch.arange(len(sums.centres)).to(sums.centres)[:, None]).mean()
+        place = sums.centers.sum() + (sums.centers * torch.arange(len(sums.centers)).to(sums.centers)[:, None]).mean()
         flat = self.sum(torch.cat([part.reshape(-1) for part in parts] + [place[None], place.square()[None]]))
         mean, square = flat[-2] / self.size, flat[-1] / self.size
         if not float((square - mean.square()).abs()) <= 1e-10 * float(square + 1e-300):
@@ -123,7 +123,7 @@ class World:
             raise RankError(f"rank {odd} is at another mixture than rank 0; all must do the same steps" + REMEDY)
         pieces = flat[:-2].split([part.numel() for part in parts])
         S0, S1, S2, total, mass = (new.reshape(old.shape) for new, old in zip(pieces, parts, strict=True))
-        return Moments(S0, S1, S2, sums.centres, total, mass)
+        return Moments(S0, S1, S2, sums.centers, total, mass)
 
     def merged(self, survey: Survey) -> Survey:
         """The merged surveys of all ranks."""

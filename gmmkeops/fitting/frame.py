@@ -100,11 +100,11 @@ class Frame:
 
     def enter_moments(self, sums: Moments) -> Moments:
         """Convert moments from data units to standardized coordinates."""
-        return sums.scaled((sums.centres - self.shift) / self.scale, 1 / self.scale)
+        return sums.scaled((sums.centers - self.shift) / self.scale, 1 / self.scale)
 
     def leave_moments(self, sums: Moments) -> Moments:
         """Convert moments from standardized coordinates to data units."""
-        return sums.scaled(sums.centres * self.scale + self.shift, self.scale)
+        return sums.scaled(sums.centers * self.scale + self.shift, self.scale)
 
     def enter(self, mixture: Mixture) -> Mixture:
         """Convert a mixture from data units to standardized coordinates."""

@@ -1,4 +1,4 @@
-r"""Gradient descent on the penalised likelihood by any ``torch.optim`` optimiser, full batch or minibatches.
+r"""Gradient descent on the penalized likelihood by any ``torch.optim`` optimizer, full batch or minibatches.
 
 .. math:: \min_\theta\; -\frac1{\sum g} \sum_n g_n \log p_\theta(x_n) + \text{penalty}(\theta)
 
@@ -85,11 +85,11 @@ class Gradient(Method[_State]):
 
     def __post_init__(self) -> None:
         if not callable(self.optimizer):
-            raise TypeError("optimizer must make an optimiser from tensors, e.g. lambda p: torch.optim.SGD(p, lr=0.1).")
+            raise TypeError("optimizer must make an optimizer from tensors, e.g. lambda p: torch.optim.SGD(p, lr=0.1).")
         if self.scheduler is not None and not callable(self.scheduler):
             raise TypeError(
-                f"scheduler must make a schedule from an optimiser, or be None, got {type(self.scheduler).__name__}; pass a "
-                "function of the optimiser."
+                f"scheduler must make a schedule from an optimizer, or be None, got {type(self.scheduler).__name__}; pass a "
+                "function of the optimizer."
             )
         check_settings(self)
 

@@ -137,13 +137,13 @@ def initialize(
             return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied, *robust).named(names)
         points, masses = _distinct(rows, mass)
         if strategy == "kmeans":
-            centres = _kmeans(points, masses, K, generator, backend, runs)
+            centers = _kmeans(points, masses, K, generator, backend, runs)
         elif strategy == "kmeans++":
             tries = [_seed(points, masses, K, generator, spread=True) for _ in range(runs if K > 1 else 1)]
-            centres = min(tries, key=lambda seeds: float(_nearest(points, seeds) @ masses))
+            centers = min(tries, key=lambda seeds: float(_nearest(points, seeds) @ masses))
         else:
-            centres = _seed(points, masses, K, generator, spread=False)
-        mixture = _mixture_of(world.added(_clusters(chunks(), centres, kind, backend)), kind, tied, *robust)
+            centers = _seed(points, masses, K, generator, spread=False)
+        mixture = _mixture_of(world.added(_clusters(chunks(), centers, kind, backend)), kind, tied, *robust)
         for _ in range(refine):
             mixture = _mixture_of(world.added(_shares(chunks(), mixture, backend)), kind, tied, *robust)
         return mixture.named(names)
@@ -194,27 +194,27 @@ def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
     return points[torch.cat(chosen)]
 
 
-def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+def _nearest(points: Tensor, centers: Tensor) -> Tensor:
     """Squared distance of each point (N,) to the nearest center."""
     unit = torch.ones(1, 1, dtype=torch.float64, device=points.device)
-    best, _ = reductions.topk(points, centres.new_zeros(len(centres)), centres, unit, 1)
+    best, _ = reductions.topk(points, centers.new_zeros(len(centers)), centers, unit, 1)
     return -2 * best[:, 0]
 
 
-def _lloyd(points: Tensor, mass: Tensor, centres: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
+def _lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
     """Lloyd's iterations until the inertia decreases by a fraction of less than 10⁻⁴; the centers and the inertia."""
-    cloud = reductions.arrange(points, len(centres), sweeps=iterations)
-    factor = SphericalFactor(centres.new_zeros(1, 1), centres.shape[1])
+    cloud = reductions.arrange(points, len(centers), sweeps=iterations)
+    factor = SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
     last = math.inf
     for _ in range(iterations):
-        offsets = centres.new_zeros(len(centres))
-        arguments = (cloud, offsets, centres, factor)
+        offsets = centers.new_zeros(len(centers))
+        arguments = (cloud, offsets, centers, factor)
         sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
-        centres, inertia = sums.means, -float(sums.total)
+        centers, inertia = sums.means, -float(sums.total)
         if last - inertia < 1e-4 * inertia:
             break
         last = inertia
-    return centres, inertia
+    return centers, inertia
 
 
 def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:
@@ -227,18 +227,18 @@ def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, ba
     ]
     # Runs that are equal up to rounding count as equal; the first of them is taken.
     least = min(inertia for _, inertia in found)
-    return next(centres for centres, inertia in found if inertia <= least * (1 + 1e-9)) + offset
+    return next(centers for centers, inertia in found if inertia <= least * (1 + 1e-9)) + offset
 
 
 def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:
     """Moments for uniformly drawn and normalized responsibilities, computed in chunks of rows."""
     D = x.shape[1]
-    centre = x[: 1 << 16].double().mean(0)
+    center = x[: 1 << 16].double().mean(0)
     S0, S1, S2 = torch.zeros(K), torch.zeros(K, D), torch.zeros(K, D, D)
     sums = [part.to(dtype=torch.float64, device=x.device) for part in (S0, S1, S2)]
     rows = max(1, (1 << 22) // (K + D * D))
     for start in range(0, len(x), rows):
-        z = x[start : start + rows].double() - centre
+        z = x[start : start + rows].double() - center
         r = torch.rand(len(z), K, generator=generator, dtype=torch.float64, device=x.device)
         r = r / r.sum(1, keepdim=True)
         r = r if g is None else r * g[start : start + rows, None]
@@ -246,17 +246,17 @@ def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Gen
         sums[1] += r.mT @ z
         sums[2] += (r.mT @ (z[:, :, None] * z[:, None, :]).flatten(1)).unflatten(1, (D, D))
     mass = sums[0].sum()
-    return Moments(sums[0], sums[1], kind.second_moments(sums[2]), centre.expand(K, D), torch.zeros_like(mass), mass)
+    return Moments(sums[0], sums[1], kind.second_moments(sums[2]), center.expand(K, D), torch.zeros_like(mass), mass)
 
 
-def _clusters(chunks: Iterable[Chunk], centres: Tensor, kind: Any, backend: str) -> Moments:
+def _clusters(chunks: Iterable[Chunk], centers: Tensor, kind: Any, backend: str) -> Moments:
     """Moments of the clusters: each point belongs to its nearest center."""
-    K, D = centres.shape
-    factor = kind.from_covariances(kind.compact(torch.eye(D).to(centres))[None], features=D)
-    sums = Moments.nothing(centres, kind)
+    K, D = centers.shape
+    factor = kind.from_covariances(kind.compact(torch.eye(D).to(centers))[None], features=D)
+    sums = Moments.nothing(centers, kind)
     for chunk in chunks:
         if len(chunk.points):
-            arguments = (chunk.points, centres.new_zeros(K), centres, factor)
+            arguments = (chunk.points, centers.new_zeros(K), centers, factor)
             part = reductions.moments(*arguments, weights=chunk.weights, assignment="hard", backend=backend)
             sums = sums + part
     return sums
@@ -277,8 +277,8 @@ def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Te
 
     ``center`` and ``spread`` (D,) are the robust centers and standard deviations of the columns.
     """
-    K, D = sums.centres.shape
-    about = sums.recentre(sums.means)
+    K, D = sums.centers.shape
+    about = sums.recenter(sums.means)
     counts, scatter, mass = about.S0, about.S2, about.mass
     if kind.isotropic:
         center, spread = center.abs().amax()[None], spread.norm()[None] / D**0.5

@@ -74,7 +74,7 @@ class Objective:
     def settled(self, mixture: Mixture) -> Objective:
         """The objective with points regrouped by the components of ``mixture``, if they were grouped by initial ones."""
         cloud = self.data.cloud if isinstance(self.data, Memory) else None
-        return self if cloud is None or not cloud.cloud.labelled else self.truncated(cloud.epsilon, mixture, 1)
+        return self if cloud is None or not cloud.cloud.labeled else self.truncated(cloud.epsilon, mixture, 1)
 
     def moments(
         self,

@@ -195,7 +195,7 @@ class NetworkParameters(Parameters):
         if float((bends > 10).double().mean()) > 0.5:
             warnings.warn(
                 "most units of the network's first layer bend far outside the contexts, where they cannot learn; call "
-                "model.initialize(x, context=c) before fit, or standardise the contexts.",
+                "model.initialize(x, context=c) before fit, or standardize the contexts.",
                 PrecisionWarning,
                 stacklevel=6,
             )

@@ -37,13 +37,13 @@ known("Moments")(Moments)
 
 def state_bytes(tree: Any) -> bytes:
     """Write a state as the bytes of a safetensors file, with a JSON tree in its header and a digest."""
-    from safetensors.torch import save as serialise
+    from safetensors.torch import save as serialize
 
     tensors: list[Tensor] = []
     header = json.dumps(_plain(tree, tensors))
     named = {f"t{i}": tensor.detach().cpu().contiguous().clone() for i, tensor in enumerate(tensors)}
     meta = {"format": FORMAT, "version": str(_VERSION), "tree": header, "digest": _digest(header, named)}
-    return serialise(named or {"none": torch.zeros(0)}, meta)
+    return serialize(named or {"none": torch.zeros(0)}, meta)
 
 
 def _digest(header: str, tensors: dict[str, Tensor]) -> str:

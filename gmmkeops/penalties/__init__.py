@@ -2,7 +2,7 @@ r"""Penalties: what a fit adds to the mean negative log-likelihood, in nats per 
 
 A penalty is a function of a :class:`~gmmkeops.Mixture` in the user's units. Penalties add and scale,
 ``2 * SqrtWeights(20) + Dirichlet(2.0)``, and any callable that takes a mixture and returns a scalar is one. Priors are
-densities of the parameters, so their share per point falls with the number of points N: a fit minimises
+densities of the parameters, so their share per point falls with the number of points N: a fit minimizes
 
 .. math:: -\frac1N \sum_n \log p(x_n) + \text{penalty}(\text{mixture}, N).
 

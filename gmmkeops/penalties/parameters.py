@@ -46,25 +46,25 @@ class NormalMean(Penalty):
         check_finite(as_tensor(self.mean, name="mean"), name="mean", rows="entry")
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        residuals = (mixture.means - self._centre(mixture)).expand_as(mixture.means)
+        residuals = (mixture.means - self._center(mixture)).expand_as(mixture.means)
         pull = 0.5 * self.mean_precision * mixture.factor.whiten(residuals).square().sum()
         return (pull - mixture.factor.log_determinant().expand(mixture.components).sum()) / points
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
-        pair = (float(self.mean_precision), self._centre(mixture))
+        pair = (float(self.mean_precision), self._center(mixture))
         return replace(Surrogate.none(mixture), means=(pair,), degrees_per_component=1.0)
 
-    def _centre(self, mixture: Mixture) -> Tensor:
-        centre = as_tensor(self.mean, name="mean").to(mixture.means)
+    def _center(self, mixture: Mixture) -> Tensor:
+        center = as_tensor(self.mean, name="mean").to(mixture.means)
         K, D = mixture.components, mixture.features
-        if tuple(centre.shape) not in {(), (D,), (K, D)}:
-            raise ValueError(f"the prior's mean must have shape ({D},) or ({K}, {D}), got {tuple(centre.shape)}.")
-        return centre
+        if tuple(center.shape) not in {(), (D,), (K, D)}:
+            raise ValueError(f"the prior's mean must have shape ({D},) or ({K}, {D}), got {tuple(center.shape)}.")
+        return center
 
 
 @dataclass(frozen=True)
 class InverseWishart(Penalty):
-    r"""Inverse-Wishart prior on each covariance, up to its normalising constant; a tied covariance counts once.
+    r"""Inverse-Wishart prior on each covariance, up to its normalizing constant; a tied covariance counts once.
 
     .. math:: \frac1N \sum_k \tfrac{\nu + D + 1}{2} \log |\Sigma_k| + \tfrac12 \mathrm{tr}(\Psi \Sigma_k^{-1})
 
@@ -95,7 +95,7 @@ class InverseWishart(Penalty):
             raise ValueError(f"scale must be a positive number or a matrix (D, D), got {_told(scale)}.")
         check_finite(scale, name="scale")
         if square and not torch.allclose(scale, scale.mT, rtol=1e-5, atol=0):
-            raise ValueError("scale must be symmetric, got a matrix that is not; symmetrise it with (S + S.T) / 2.")
+            raise ValueError("scale must be symmetric, got a matrix that is not; symmetrize it with (S + S.T) / 2.")
         if scale.ndim == 2 and int(torch.linalg.cholesky_ex(scale).info) > 0:
             raise ValueError("scale must be positive definite; add a small ridge to its diagonal.")
 
@@ -176,7 +176,7 @@ class PrecisionRidge(Penalty):
         strength: s >= 0, squared data units times nats per point.
 
     Reference:
-        Yuan and Lin 2007, *Model selection and estimation in the Gaussian graphical model*, Biometrika 94 (penalised
+        Yuan and Lin 2007, *Model selection and estimation in the Gaussian graphical model*, Biometrika 94 (penalized
         precisions).
 
     Example:

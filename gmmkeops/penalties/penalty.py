@@ -1,7 +1,7 @@
 r"""What a penalty is: a function of a mixture that adds, scales, and may have a part in an M-step.
 
 Penalties add and scale, ``2 * SqrtWeights(20) + Dirichlet(2.0)``, and any callable that takes a mixture and returns a scalar is
-one. What one does to an M-step is an upper bound of it, tight at the current mixture (majorise-minimise).
+one. What one does to an M-step is an upper bound of it, tight at the current mixture (majorize-minimize).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Penalty(ABC):
     .. math:: \text{objective} = -\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}
 
     Penalties add, and are scaled by numbers. Any function of a mixture becomes one by :func:`as_penalty`, which
-    :func:`gmmkeops.fit` calls; a subclass with an :meth:`m_step` is minimised by EM too.
+    :func:`gmmkeops.fit` calls; a subclass with an :meth:`m_step` is minimized by EM too.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -66,7 +66,7 @@ class Penalty(ABC):
             TypeError: The penalty has none.
         """
         raise TypeError(
-            f"{type(self).__name__.strip('_')} has no M-step, so EM cannot minimise it; use gmmkeops.Adam(...) "
+            f"{type(self).__name__.strip('_')} has no M-step, so EM cannot minimize it; use gmmkeops.Adam(...) "
             "(solver='adam' of the estimator), which takes any penalty."
         )
 

@@ -109,7 +109,7 @@ class WeightEntropy(Penalty):
 
 @dataclass(frozen=True)
 class Dirichlet(Penalty):
-    r"""Dirichlet prior on the weights, up to its normalising constant.
+    r"""Dirichlet prior on the weights, up to its normalizing constant.
 
     .. math:: -\frac1N \sum_k (\alpha_k - 1) \log W_k
 

@@ -152,10 +152,10 @@ def arrange(
     return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
 
 
-def _pays(x: Tensor, components: int, sweeps: int, labelled: bool) -> bool:
+def _pays(x: Tensor, components: int, sweeps: int, labeled: bool) -> bool:
     """Whether sorting points (N, D) is likely to save time over ``sweeps`` reductions, by labels or by coordinates."""
     N, D = x.shape
-    if labelled:
+    if labeled:
         # Truncation saves time only if tiles are large compared with their overhead: about a thousand rows in 20 dimensions.
         return components >= 16 and N * components >= 1_000_000 and sweeps >= 8 and 20_000 * components <= N * D
     return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000

@@ -79,7 +79,7 @@ def statistics(
         weights = blocks.cloud.enter(x.new_ones(count, dtype=torch.float64))
 
     S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed), backend)
-    return Moments(S0, S1, S2, problem.means + problem.centre, total, mass)
+    return Moments(S0, S1, S2, problem.means + problem.center, total, mass)
 
 
 def parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@ r"""Validated exponents, the argument of all reductions, with parameters relativ
 
 .. math:: e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2
 
-Points keep their dtype, which is that of the results. Parameters are stored in float64 relative to ``centre``, so that
+Points keep their dtype, which is that of the results. Parameters are stored in float64 relative to ``center``, so that
 the offset of map coordinates is subtracted before any rounding.
 """
 
@@ -31,16 +31,16 @@ class Exponents:
     Args:
         x: Points (N, D), float32 or float64, contiguous rows, data units.
         offsets: c (K,), nats, float64, finite.
-        means: μ - centre (K, D), data units, float64.
+        means: μ - center (K, D), data units, float64.
         U: Factors (K, D, D) full, (K, D) diagonal or (K, 1) spherical, 1 / data units, float64.
-        centre: Common center (D,), data units, float64.
+        center: Common center (D,), data units, float64.
     """
 
     x: Tensor
     offsets: Tensor
     means: Tensor
     U: Tensor
-    centre: Tensor
+    center: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -54,11 +54,11 @@ class Exponents:
 
     def rows(self, index: Any) -> Exponents:
         """The exponents of some of the points."""
-        return Exponents(self.x[index], self.offsets, self.means, self.U, self.centre)
+        return Exponents(self.x[index], self.offsets, self.means, self.U, self.center)
 
     def components(self, index: slice) -> Exponents:
         """The exponents of some of the components."""
-        return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.centre)
+        return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.center)
 
     @classmethod
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
@@ -98,17 +98,17 @@ class Exponents:
         check_finite(U, name="factor", rows="component")
         if bool(torch.isnan(offsets).any()):
             raise ValueError("offsets must not be NaN; use -inf, or drop the component, for one without weight.")
-        # The median is a centre that a single runaway mean does not move. Near the origin the origin itself is best:
+        # The median is a center that a single runaway mean does not move. Near the origin the origin itself is best:
         # subtracting it rounds nothing.
-        centre = _middle(means)
-        near = centre.abs() <= 8 * (means - centre).abs().amax(0)
-        centre = torch.where(near, torch.zeros_like(centre), centre)
+        center = _middle(means)
+        near = center.abs() <= 8 * (means - center).abs().amax(0)
+        center = torch.where(near, torch.zeros_like(center), center)
         return cls(
             points.detach().contiguous(),
             offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR),
-            means - centre,
+            means - center,
             U.expand(K, *U.shape[1:]),
-            centre,
+            center,
         )
 
 

@@ -91,4 +91,4 @@ plt.show()
 # %%
 # Least squares runs between the branches, where nothing is. Both mixtures see the branches, their crossings and their shares;
 # the network costs a training run and then any number of inputs, the conditioned mixture is exact and asks for no training,
-# but pays for modelling the readings themselves.
+# but pays for modeling the readings themselves.

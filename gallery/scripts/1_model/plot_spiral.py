@@ -11,7 +11,7 @@ decide how many to keep,
     + \frac{s}{K} \sum_k \sqrt{W_k}, \qquad s = 20, \quad K = 30.
 
 The slope of the square root is infinite at zero, so a component that explains little loses weight faster and faster.
-Here is the same experiment: the same data, start, optimiser and number of steps.
+Here is the same experiment: the same data, start, optimizer and number of steps.
 """
 
 import math
@@ -68,7 +68,7 @@ for ax, (iteration, (mixture, objective, live)) in zip(axes.flat, snapshots.item
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 plotting.objective(result, ax=left)
-left.set_title("penalised negative log-likelihood")
+left.set_title("penalized negative log-likelihood")
 right.plot(result.history["live"], color="C1")
 right.set(xlabel="iteration", ylabel="live components", ylim=(0, K + 1), title="components that own a point")
 plt.show()

@@ -3,11 +3,11 @@ Can EM do what the tutorial does with Adam?
 ===========================================
 
 The √-weight prior is said to need a gradient. But it is concave in the weights, so it lies below its tangent at the current
-ones, and maximising the likelihood with the tangent in its place is an M-step,
+ones, and maximizing the likelihood with the tangent in its place is an M-step,
 
 .. math:: W_k = \frac{S^0_k}{\lambda + N c_k}, \qquad c_k = \frac{s}{2 K \sqrt{W_k}},
 
-with one number λ that makes the weights sum to one. Each step can only lower the penalised objective (majorise-minimise). Here
+with one number λ that makes the weights sum to one. Each step can only lower the penalized objective (majorize-minimize). Here
 it runs against Adam on the spiral, on one axis of time, plain and accelerated.
 """
 
@@ -51,7 +51,7 @@ figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 for (name, result), style in zip(results.items(), ("-", "--", "-."), strict=True):
     plotting.objective(result, ax=axes[0], against="seconds", label=name, linestyle=style)
 axes[0].legend()
-axes[0].set_title("penalised objective")
+axes[0].set_title("penalized objective")
 for ax, name in zip(axes[1:], ("EM, accelerated", "Adam, lr 0.05"), strict=True):
     result = results[name]
     plotting.density(result.mixture, ax=ax, extent=(0, 1, 0, 1), levels=0)

@@ -2,12 +2,12 @@ r"""
 What does a penalty prefer?
 ===========================
 
-A fit minimises the mean negative log-likelihood plus a penalty, in nats per point,
+A fit minimizes the mean negative log-likelihood plus a penalty, in nats per point,
 
 .. math:: -\frac1N \sum_n \log p(x_n) + \text{penalty}(\theta).
 
 Sums of √W empty components; a Dirichlet prior above one keeps them; an inverse-Wishart prior rounds them. And a penalty is any
-function of a mixture: here one of three lines, which wants the components of a ring to be equally far from its centre.
+function of a mixture: here one of three lines, which wants the components of a ring to be equally far from its center.
 """
 
 import matplotlib.pyplot as plt
@@ -34,7 +34,7 @@ def round_ring(mixture):
 
 
 # %%
-# EM minimises those that it knows an M-step for, and never lets the objective rise; a function of your own needs Adam.
+# EM minimizes those that it knows an M-step for, and never lets the objective rise; a function of your own needs Adam.
 
 em, adam = gk.EM(tol=1e-6), gk.Adam(lr=0.03)
 fits = {

@@ -54,7 +54,7 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained"
 plotting.selection(table, ax=left)
 left.set_title("Bayesian information criterion")
 plotting.selection(table, ax=right, criterion="icl")
-right.set_title("the same, with unclear assignments penalised")
+right.set_title("the same, with unclear assignments penalized")
 
 # %%
 # The best model, pair by pair: exact marginal densities on the diagonal, two-sigma ellipses below.

@@ -7,7 +7,7 @@ Surveyors' coordinates are millions of metres from the origin, and the scan of a
 .. math:: \frac1N \sum_n x_n^2 - \Bigl(\frac1N \sum_n x_n\Bigr)^2
 
 subtracts two numbers of size :math:`10^{13}` to find one of size :math:`10^{-4}`. Float64 holds sixteen digits. Here every
-fit runs in a frame that is centred and scaled in float64 first; float32 then has its seven digits where they are needed.
+fit runs in a frame that is centered and scaled in float64 first; float32 then has its seven digits where they are needed.
 """
 
 import matplotlib.pyplot as plt
@@ -75,5 +75,5 @@ steps = float(torch.nextafter(coarse[:1], coarse[:1] + 1e9) - coarse[:1])
 print(f"map coordinates: float32 steps at 2e7: {steps:.0f} m")
 
 # %%
-# Subtracting the centre first costs one pass, and nothing is lost: the same errors at every distance, those of the cloud itself
+# Subtracting the center first costs one pass, and nothing is lost: the same errors at every distance, those of the cloud itself
 # and of the coordinates' own rounding.

@@ -20,7 +20,7 @@ import torch
 import gmmkeops as gk
 
 # %%
-# Two million stars on a spiral galaxy's two arms, sorted by their distance from its centre, written piece by piece.
+# Two million stars on a spiral galaxy's two arms, sorted by their distance from its center, written piece by piece.
 
 rng = np.random.default_rng(0)
 folder = tempfile.TemporaryDirectory()

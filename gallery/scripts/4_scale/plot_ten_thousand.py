@@ -2,7 +2,7 @@ r"""
 Can a fit leave out what nobody feels?
 ======================================
 
-Of ten thousand components, a point on a surface feels a few dozen. Points are put into boxes of near ones; for a box with centre
+Of ten thousand components, a point on a surface feels a few dozen. Points are put into boxes of near ones; for a box with center
 b and extent r, component k contributes at most :math:`u_k = c_k - \frac12 (\lVert U_k^\top(b - \mu_k) \rVert - \lVert U_k^\top r
 \rVert)_+^2`, and the components whose :math:`\sum \exp u_k` is below ε of any point's density are not looked at,
 
@@ -69,8 +69,8 @@ left.set(xlabel="components", ylabel="time per EM iteration (s)", title="200 000
 left.legend()
 near = (x[:, 2].abs() < 0.15).nonzero()[:, 0]
 right.plot(*x[near, :2].T, ",", color="0.6")
-centres = result.mixture.means[result.mixture.means[:, 2].abs() < 0.15]
-right.plot(*centres[:, :2].T, ".", ms=2, color="C1", label="means")
+centers = result.mixture.means[result.mixture.means[:, 2].abs() < 0.15]
+right.plot(*centers[:, :2].T, ".", ms=2, color="C1", label="means")
 right.set(
     aspect="equal", xlabel="x (radii of the tube)", ylabel="y (radii)", title="a slice of the tube, 10 000 components"
 )

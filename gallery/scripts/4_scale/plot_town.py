@@ -67,23 +67,23 @@ shares = [float(mixture.weights[kinds == kind].sum()) for kind in range(3)]
 print("town: plates {:.0%}, needles {:.0%}, balls {:.0%} of the weight".format(*shares))
 
 # %%
-# The returns and the ellipsoids at two standard deviations, both coloured by height, from the south.
+# The returns and the ellipsoids at two standard deviations, both colored by height, from the south.
 
 middle = np.median(x, 0)
-centred = x - middle
+centered = x - middle
 local = gk.Mixture(mixture.logits, mixture.means - torch.from_numpy(middle), mixture.factor)
 look = {"azimuth": -75.0, "elevation": 42.0}
-places = plotting.view(centred, **look)
+places = plotting.view(centered, **look)
 order = places[:, 2].argsort()  # the nearest last
-height = centred[order, 2]
+height = centered[order, 2]
 low, high = np.quantile(height, [0.02, 0.98])
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained", sharex=True, sharey=True)
 drawn = left.scatter(*places[order, :2].T, s=0.25, c=height, vmin=low, vmax=high, linewidths=0, rasterized=True)
 left.set(title=f"{len(x)} returns", aspect="equal")
-colours = drawn.to_rgba(local.means[:, 2])
-plotting.ellipsoids(local, ax=right, minimum_weight=5e-5, color=colours, resolution=1000, **look)
-right.set_title(f"{len(colours)} Gaussians")
+colors = drawn.to_rgba(local.means[:, 2])
+plotting.ellipsoids(local, ax=right, minimum_weight=5e-5, color=colors, resolution=1000, **look)
+right.set_title(f"{len(colors)} Gaussians")
 for ax in (left, right):
     ax.set(xlabel="across the view (m)", ylabel="up the view (m)")
     ax.label_outer()

@@ -63,6 +63,6 @@ plt.show()
 
 # %%
 # Thirty cups move the means by a few milligrams off the promises, and leave the shares of the buttons open by a tenth. One
-# draw in thirty or so takes two neighbouring buttons for each other, since promises "give or take 20" allow it: that is the
+# draw in thirty or so takes two neighboring buttons for each other, since promises "give or take 20" allow it: that is the
 # small second hump in the histograms, and it makes the standard deviations of the means larger than the peaks look. The
 # scatter, once unknown, comes out near the truth of 5 mg.

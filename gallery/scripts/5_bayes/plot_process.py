@@ -1,5 +1,5 @@
 r"""
-How many colours has a flower?
+How many colors has a flower?
 ==============================
 
 A Dirichlet process does not ask for the number of components: weights are broken off a stick,
@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 import gmmkeops as gk
 
 # %%
-# The photograph of a flower that comes with scikit-learn; its 8-bit colours are spread over their bins.
+# The photograph of a flower that comes with scikit-learn; its 8-bit colors are spread over their bins.
 
 image = load_sample_image("flower.jpg")
 generator = torch.Generator().manual_seed(0)
@@ -52,7 +52,7 @@ left.legend()
 model = models[0.01]
 painted = model.means_[model.predict(x)].clamp(0, 1).reshape(image.shape)
 right.imshow(painted.numpy())
-right.set_title(f"each pixel by its component's mean, {used[0.01][-1]} colours")
+right.set_title(f"each pixel by its component's mean, {used[0.01][-1]} colors")
 right.set_axis_off()
 
 # %%
@@ -66,6 +66,6 @@ plt.show()
 
 # %%
 # The number that is used grows with the number of pixels, and the prior has little to say in it: it tells how finely so many
-# pixels let Gaussians describe the colours, not how many colours there are. Even where the truth is a finite mixture, the
+# pixels let Gaussians describe the colors, not how many colors there are. Even where the truth is a finite mixture, the
 # posterior of a Dirichlet process does not settle on its number of components (Miller and Harrison 2014, *Inconsistency of
 # Pitman-Yor process mixtures for the number of components*, JMLR 15).

@@ -1,9 +1,9 @@
 r"""
-What are the colours of a photograph?
+What are the colors of a photograph?
 =====================================
 
 Each pixel is a point in the cube of red, green and blue, so a photograph is a cloud; here of 273 280 points. A mixture of
-64 full Gaussians, fitted by Adam under the √-weight prior, is a palette whose entries know their own spread. Recolouring
+64 full Gaussians, fitted by Adam under the √-weight prior, is a palette whose entries know their own spread. Recoloring
 each pixel by the mean of its most probable component,
 
 .. math:: \hat x_n = \mu_{k(n)}, \qquad k(n) = \arg\max_k W_k\, \mathcal N(x_n; \mu_k, \Sigma_k),
@@ -20,14 +20,14 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# The photograph that comes with scikit-learn. Colours are 8-bit, so a little uniform noise spreads each value over its
+# The photograph that comes with scikit-learn. Colors are 8-bit, so a little uniform noise spreads each value over its
 # bin: without it thousands of equal points would pull components onto themselves.
 
 image = load_sample_image("china.jpg")
 pixels = torch.from_numpy(image.reshape(-1, 3).astype(np.float32))
 generator = torch.Generator().manual_seed(0)
 x = (pixels + torch.rand(pixels.shape, generator=generator)) / 256
-print(f"photograph: {len(x)} pixels, {len(pixels.unique(dim=0))} distinct colours")
+print(f"photograph: {len(x)} pixels, {len(pixels.unique(dim=0))} distinct colors")
 
 # %%
 # k-means++ for the start, then Adam with a learning rate that falls to nothing along a cosine.
@@ -43,14 +43,14 @@ print("photograph:", result)
 
 labels = result.mixture.predict(x)
 palette = result.mixture.means.clamp(0, 1)
-recoloured = palette[labels].reshape(image.shape).numpy()
+recolored = palette[labels].reshape(image.shape).numpy()
 error = (palette[labels] - x).square().mean().sqrt().item()
-print(f"photograph: root mean square error of a colour channel {255 * error:.1f} of 255")
+print(f"photograph: root mean square error of a color channel {255 * error:.1f} of 255")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
 left.imshow(image)
 left.set_title(f"photograph, {len(x)} pixels")
-right.imshow(recoloured)
+right.imshow(recolored)
 right.set_title(f"{len(labels.unique())} component means")
 for ax in (left, right):
     ax.axis("off")
@@ -69,6 +69,6 @@ plotting.objective(result, ax=right)
 plt.show()
 
 # %%
-# A component that covers a whole range of colours is shown by its mean alone, so shaded leaves come out flatter than they
-# are: the mixture knows their spread, the picture does not show it. The mean log-likelihood per pixel is in nats on colours
+# A component that covers a whole range of colors is shown by its mean alone, so shaded leaves come out flatter than they
+# are: the mixture knows their spread, the picture does not show it. The mean log-likelihood per pixel is in nats on colors
 # between 0 and 1.

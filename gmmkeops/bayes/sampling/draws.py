@@ -62,7 +62,7 @@ class Draws:
     Args:
         prior: What they began with.
         values: Parameters by name ("weights", "means" and the spread's name), each (S, ...), chains one after another.
-        log_weights: Normalised log-weights (S,), nats.
+        log_weights: Normalized log-weights (S,), nats.
         chains: Independent chains, of S / chains draws each.
         method: How they were drawn.
         occupied: How many components own a point in each draw (S,), where labels were drawn; or None.

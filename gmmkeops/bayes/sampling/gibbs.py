@@ -146,7 +146,7 @@ def _sweep(target: Target, values: Values, generator: torch.Generator) -> Moment
         truncate=0,
     )
     # Parameters are drawn on the CPU.
-    return Moments(*(part.cpu() for part in (sums.S0, sums.S1, sums.S2, sums.centres, sums.total, sums.mass)))
+    return Moments(*(part.cpu() for part in (sums.S0, sums.S1, sums.S2, sums.centers, sums.total, sums.mass)))
 
 
 def _swapped(target: Target, values: Values, sweep: int, generator: torch.Generator) -> Values:
@@ -212,10 +212,10 @@ def _weights_move(prior: Prior, own: Distribution) -> _Move:
 def _means_move(prior: Prior, own: Distribution) -> _Move:
     K, D = prior.components, prior.features
     if isinstance(own, Normal):
-        centre = own.loc.double().expand(K, D)
+        center = own.loc.double().expand(K, D)
         weight = torch.diag_embed(own.scale.double().expand(K, D) ** -2)
     elif isinstance(own, MultivariateNormal):
-        centre = own.loc.double().expand(K, D)
+        center = own.loc.double().expand(K, D)
         weight = own.precision_matrix.double().expand(K, D, D)
     else:
         raise _refusal("means", own, "Normal and MultivariateNormal")
@@ -223,8 +223,8 @@ def _means_move(prior: Prior, own: Distribution) -> _Move:
     def move(values: Values, sums: Moments, generator: torch.Generator) -> Tensor:
         mixture = prior.mixtures({name: value[0] for name, value in values.items()})
         precision = mixture.factor.precisions().expand(K, D, D)
-        total = sums.S1 + sums.S0[:, None] * sums.centres
-        pull = weight @ centre[:, :, None] + precision @ total[:, :, None]
+        total = sums.S1 + sums.S0[:, None] * sums.centers
+        pull = weight @ center[:, :, None] + precision @ total[:, :, None]
         root = torch.linalg.cholesky(weight + sums.S0[:, None, None] * precision)
         noise = torch.randn(K, D, 1, generator=generator, dtype=torch.float64)
         away = torch.linalg.solve_triangular(root.mT, noise, upper=True)
@@ -243,7 +243,7 @@ def _spread_move(prior: Prior, own: Distribution) -> _Move:
         raise _refusal(name, own, f"{known} of {prior.kind.family} components")
 
     def move(values: Values, sums: Moments, generator: torch.Generator) -> Tensor:
-        about = sums.recentre(values["means"][0])
+        about = sums.recenter(values["means"][0])
         n, S2 = about.S0, about.S2
         if prior.tied:
             n, S2 = n.sum(0, keepdim=True), S2.sum(0, keepdim=True)

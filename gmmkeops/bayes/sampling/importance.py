@@ -99,16 +99,16 @@ def importance(
         values = prior.sample(draws, generator)
         ratios = target.log_likelihood(prior.mixtures(values))
     else:
-        centre, root = target.laplace(generator)
+        center, root = target.laplace(generator)
         if proposal == "variational":
-            centre, root = _variational(target, centre, root, generator)
-        values, _ = prior.values(centre + _student(draws, len(centre), generator) @ root.T)
-        orders, shares = _orders(target, centre)
+            center, root = _variational(target, center, root, generator)
+        values, _ = prior.values(center + _student(draws, len(center), generator) @ root.T)
+        orders, shares = _orders(target, center)
         chosen = torch.multinomial(shares, draws, replacement=True, generator=generator)
         values = prior.rearranged(values, orders[chosen])
         z = prior.unbounded(values)
         density = prior.values(z)[1] + target.log_likelihood(prior.mixtures(values))
-        ratios = density - _log_proposal(prior, values, z, centre, root, orders, shares)
+        ratios = density - _log_proposal(prior, values, z, center, root, orders, shares)
     ratios = ratios.detach().nan_to_num(nan=-math.inf, posinf=-math.inf)
     evidence = float(torch.logsumexp(ratios, 0)) - math.log(draws)
     log_weights, k = smoothed(ratios)
@@ -125,13 +125,13 @@ def importance(
     return Draws.of(prior, values, f"importance sampling ({proposal})", log_weights=log_weights, diagnostics=found)
 
 
-def _orders(target: Target, centre: Tensor) -> tuple[Tensor, Tensor]:
+def _orders(target: Target, center: Tensor) -> tuple[Tensor, Tensor]:
     """The orders (P, K) of components that a proposal around a mode is laid out for, and its shares (P,) of them."""
     prior, K = target.prior, target.prior.components
     if prior.exchangeable and K <= _ORDERS:
         orders = torch.tensor(list(permutations(range(K))))
         return orders, torch.full((len(orders),), 1 / len(orders), dtype=torch.float64)
-    orders, heights = target.orders(prior.values(centre[None])[0])
+    orders, heights = target.orders(prior.values(center[None])[0])
     shares = torch.softmax(heights[:, 0], 0)
     orders, shares = orders[shares > _SHARE], shares[shares > _SHARE]
     # Rare orders are drawn often enough to be weighed.
@@ -145,9 +145,9 @@ def _student(count: int, size: int, generator: torch.Generator) -> Tensor:
     return noise / (torch._standard_gamma(half, generator=generator) / half).sqrt()
 
 
-def _log_student(z: Tensor, centre: Tensor, root: Tensor) -> Tensor:
-    size = len(centre)
-    y = torch.linalg.solve_triangular(root, (z - centre).T, upper=False)
+def _log_student(z: Tensor, center: Tensor, root: Tensor) -> Tensor:
+    size = len(center)
+    y = torch.linalg.solve_triangular(root, (z - center).T, upper=False)
     constant = (
         math.lgamma((_DEGREES + size) / 2) - math.lgamma(_DEGREES / 2) - 0.5 * size * math.log(_DEGREES * math.pi)
     )
@@ -159,7 +159,7 @@ def _log_student(z: Tensor, centre: Tensor, root: Tensor) -> Tensor:
 
 
 def _log_proposal(
-    prior: Prior, values: Values, z: Tensor, centre: Tensor, root: Tensor, orders: Tensor, shares: Tensor
+    prior: Prior, values: Values, z: Tensor, center: Tensor, root: Tensor, orders: Tensor, shares: Tensor
 ) -> Tensor:
     """Log-density (S,) of a proposal that is laid out for several orders of the components, in shares (P,)."""
     # The volume that unbounded numbers take in the parameters' own units, which a new order leaves as it is.
@@ -168,15 +168,15 @@ def _log_proposal(
     for order, share in zip(orders, shares, strict=True):
         back = prior.unbounded(prior.rearranged(values, order.argsort().expand(len(z), -1)))
         own, logs = prior.values(back)
-        found.append(share.log() + _log_student(back, centre, root) + volume - (logs - prior.log_prob(own)))
+        found.append(share.log() + _log_student(back, center, root) + volume - (logs - prior.log_prob(own)))
     return torch.logsumexp(torch.stack(found), 0)
 
 
 def _variational(
-    target: Target, centre: Tensor, root: Tensor, generator: torch.Generator, steps: int = 300, draws: int = 16
+    target: Target, center: Tensor, root: Tensor, generator: torch.Generator, steps: int = 300, draws: int = 16
 ) -> tuple[Tensor, Tensor]:
     """The Gaussian that raises the evidence bound most, from the Laplace approximation on."""
-    size = len(centre)
+    size = len(center)
     shift = torch.zeros(size, dtype=torch.float64, requires_grad=True)
     shear = torch.zeros(size, size, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([shift, shear], lr=0.02)
@@ -187,7 +187,7 @@ def _variational(
 
     for _ in range(steps):
         noise = torch.randn(draws, size, generator=generator, dtype=torch.float64)
-        places = centre + (shift + noise @ sheared().T) @ root.T
+        places = center + (shift + noise @ sheared().T) @ root.T
         _, gradient = target.slopes(places)
         optimizer.zero_grad()
         # The gradient at the draws is known; this has it as its own.
@@ -196,4 +196,4 @@ def _variational(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return centre + root @ shift, root @ sheared()
+        return center + root @ shift, root @ sheared()

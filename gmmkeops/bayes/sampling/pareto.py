@@ -17,13 +17,13 @@ __all__ = ["smoothed"]
 
 
 def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Importance weights whose largest are replaced by what a generalised Pareto tail would have in their places.
+    """Importance weights whose largest are replaced by what a generalized Pareto tail would have in their places.
 
     Args:
-        log_weights: Unnormalised log-weights (S,), nats; -inf for a draw without weight.
+        log_weights: Unnormalized log-weights (S,), nats; -inf for a draw without weight.
 
     Returns:
-        Normalised log-weights (S,), and the tail's shape k; infinite where nearly all weight is on fewer than five draws.
+        Normalized log-weights (S,), and the tail's shape k; infinite where nearly all weight is on fewer than five draws.
     """
     count = len(log_weights)
     logs = log_weights - log_weights.max()
@@ -45,7 +45,7 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
 
 
 def _pareto(x: Tensor) -> tuple[float, float]:
-    """Shape and scale of a generalised Pareto distribution of ascending values (n,), the shape drawn a little to 1/2."""
+    """Shape and scale of a generalized Pareto distribution of ascending values (n,), the shape drawn a little to 1/2."""
     n = len(x)
     m = 30 + int(math.sqrt(n))
     quarter = x[int(n / 4 + 0.5) - 1]

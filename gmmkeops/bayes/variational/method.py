@@ -240,8 +240,8 @@ class VariationalBayes(Method[_State]):
 def _of_data(objective: Objective, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """The data's mean (D,) and unbiased covariance as the family keeps it, in the frame."""
     D, kind = mixture.features, type(mixture.factor)
-    centre = mixture.means.new_zeros(1, D)
-    unit = kind.from_covariances(kind.compact(torch.eye(D).to(centre))[None], features=D)
-    sums = objective.moments(centre.new_zeros(1), centre, unit)
+    center = mixture.means.new_zeros(1, D)
+    unit = kind.from_covariances(kind.compact(torch.eye(D).to(center))[None], features=D)
+    sums = objective.moments(center.new_zeros(1), center, unit)
     covariance = sums.scatters[0] * float(sums.mass) / max(float(sums.mass) - 1, 1e-300)
     return sums.means[0], kind.mean_scatter(covariance, D)

@@ -13,6 +13,7 @@ Learning*, §10.2; Blei and Jordan 2006, *Variational inference for Dirichlet pr
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -96,16 +97,16 @@ class NormalWishart:
         """The posterior of this prior and the moments of all points.
 
         Args:
-            sums: About any centres, in the shape of the family.
+            sums: About any centers, in the shape of the family.
             ridge: Added to each column's variance (D,), squared data units.
         """
         kind, K, D = type(self.mixture.factor), self.mixture.components, self.mixture.features
-        own = sums.recentre(sums.means)
+        own = sums.recenter(sums.means)
         n, spread = own.S0, own.S2
         column = (-1, *[1] * (spread.ndim - 1))
         kappa = self.mean_precision + n
-        means = (self.mean_precision[:, None] * self.mixture.means + n[:, None] * own.centres) / kappa[:, None]
-        away = kind.outer(own.centres - self.mixture.means)
+        means = (self.mean_precision[:, None] * self.mixture.means + n[:, None] * own.centers) / kappa[:, None]
+        away = kind.outer(own.centers - self.mixture.means)
         spread = kind.mean_scatter(spread + (self.mean_precision * n / kappa).reshape(column) * away, D)
         spread = spread + n.reshape(column) * kind.compact(torch.diag(ridge))
         if len(self.degrees) == 1:
@@ -160,6 +161,11 @@ class NormalWishart:
         return mixture, float(torch.logsumexp(logits, 0)) + 0.5 * D * math.log(2 * math.pi)
 
     def normaliser(self) -> Tensor:
+        """The name of :meth:`normalizer` in version 0.1, which causes a DeprecationWarning."""
+        warnings.warn("normaliser is deprecated; use normalizer.", DeprecationWarning, stacklevel=2)
+        return self.normalizer()
+
+    def normalizer(self) -> Tensor:
         """Logarithm of what the density is divided by, as a function of its natural parameters, nats."""
         D, tied = self.mixture.features, len(self.degrees) == 1 and self.mixture.components > 1
         nu = self.degrees
@@ -190,11 +196,11 @@ class NormalWishart:
         about = K * grown - pull.sum(0, keepdim=True) if tied else grown - pull
         squares = self.mixture.factor.trace(about)
         logdets = (n * self.expected_log_determinants()).sum() - (n * D / self.mean_precision).sum()
-        return weights + 0.5 * logdets - 0.5 * squares - self.normaliser() + prior.normaliser()
+        return weights + 0.5 * logdets - 0.5 * squares - self.normalizer() + prior.normalizer()
 
     def energy(self, sums: Moments) -> Tensor:
         """Expected log-joint density of points and assignments of such moments, nats."""
-        about = sums.recentre(self.mixture.means)
+        about = sums.recenter(self.mixture.means)
         factor = self.mixture.factor
         S2 = factor.mean_scatter(about.S2, self.mixture.features)
         S2 = S2.sum(0, keepdim=True) if factor.leading == 1 else S2
@@ -214,7 +220,7 @@ class NormalWishart:
         entropy = sums.total - self.energy(sums)
         new = self.prior.updated(sums, ridge)
         constant = 0.5 * self.mixture.features * math.log(2 * math.pi) * sums.mass
-        return new, entropy + new.normaliser() - self.prior.normaliser() - constant
+        return new, entropy + new.normalizer() - self.prior.normalizer() - constant
 
     def carried(self, way: Callable[[Mixture], Mixture]) -> NormalWishart:
         """The same in other coordinates, by what carries a mixture there."""

@@ -35,7 +35,7 @@ class StudentMixture(Distribution):
     With diagonal factors each component is a product of one-dimensional ones.
 
     Args:
-        logits: Unnormalised log-weights (K,), nats.
+        logits: Unnormalized log-weights (K,), nats.
         means: Locations (K, D), data units.
         factor: Scales: U with leading dimension K, 1 / data units.
         degrees: Degrees of freedom (K,).

@@ -149,7 +149,7 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
     error = float(((found[0] - found[1]).abs() / found[1].abs().clamp(min=1)).max())
     if error <= _IMPRECISE / 2:
         sizes = Sizes(problem)
-        own = (sizes.lengths[label] * (few.x - problem.centre).abs()).sum(1) + sizes.own[label]
+        own = (sizes.lengths[label] * (few.x - problem.center).abs()).sum(1) + sizes.own[label]
         # The median, since a sample may contain points that are far from all components.
         return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / max(error, 1e-300)))
     warnings.warn(
@@ -204,7 +204,7 @@ def _run(
     if problem.x.is_cuda:
         # One test for all points avoids a synchronization of the device in each tile.
         most = min(size_limits(problem.x.dtype)) if limit is None else limit
-        bounds = None if bool(sizes.most((problem.x - problem.centre).abs().amax(0)) <= most) else sizes
+        bounds = None if bool(sizes.most((problem.x - problem.center).abs().amax(0)) <= most) else sizes
 
     def new(limit: float | None) -> Tile:
         return Tile(problem, max(rows), max(pairs), clamp, featured, bounds, limit, limit is None)

@@ -144,7 +144,7 @@ class Tile:
         height = p.means.shape[0] if index is None else len(index)
         if (stop - start, height) != (self.width, self.height):
             self._narrow(stop - start, height)
-        torch.sub(p.x[start:stop].T, p.centre[:, None], out=self.X)
+        torch.sub(p.x[start:stop].T, p.center[:, None], out=self.X)
         self.few = self.full and _FEW * self.height <= len(self.X)
         if not self._bound():
             return False

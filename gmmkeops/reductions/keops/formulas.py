@@ -46,7 +46,7 @@ class _Formula:
         _, K, D = problem.shape
         self.kind: dict[str, Any] = {"dtype": problem.x.dtype, "device": problem.x.device}
         x = problem.x if schedule is None else problem.x[schedule.rows]
-        x = x.double() - problem.centre
+        x = x.double() - problem.center
         U = problem.U.expand(K, D) if problem.U.shape[1:] == (1,) else problem.U
         # matvecmult reads its matrix row by row, so Uᵀ is stored.
         U = U.mT if problem.is_full else U

@@ -152,8 +152,8 @@ class ParameterChange:
         if old.U.shape != new.U.shape:
             infinite = torch.full_like(new.offsets, math.inf)
             return cls(infinite, infinite, infinite)
-        moved = (new.means - old.means) + (new.centre - old.centre)
-        far = [*(p.means.norm(dim=1) for p in (old, new)), *(p.centre.norm() for p in (old, new))]
+        moved = (new.means - old.means) + (new.center - old.center)
+        far = [*(p.means.norm(dim=1) for p in (old, new)), *(p.center.norm() for p in (old, new))]
         # Rounding errors of the change of means that are far from the origin.
         hidden = _ROUNDING * sum(far) * new.U.flatten(1).norm(dim=1)
         if new.is_full:
@@ -198,7 +198,7 @@ def candidate_lists(
     lists = _Level(root, everybody, root.new_tensor([0, len(everybody)]), limit.new_full((1,), -math.inf))
     bounds, above = Bounds(problem, margin), 1
     for boxes in cloud.levels:
-        count = len(boxes.centre)
+        count = len(boxes.center)
         least = limit.view(count, -1).amin(1)
         lists = _refine(lists, boxes, count // above, bounds, least, last=count == cloud.boxes, single=single)
         above = count
@@ -221,7 +221,7 @@ class Bounds:
 
     def __init__(self, problem: Exponents, margin: ParameterChange | None) -> None:
         self.margin = margin
-        self.means, self.centre = problem.means, problem.centre
+        self.means, self.center = problem.means, problem.center
         # Margin for rounding errors in differences of large numbers.
         self.offsets = problem.offsets + _ROUNDING * problem.offsets.abs()
         self.U, self.full = problem.U.contiguous(), problem.is_full
@@ -231,7 +231,7 @@ class Bounds:
         """Bounds u (P, C, L), nats and finite, of C nodes ``which`` (P, C) and L components ``index`` (P, L)."""
         P, C = which.shape
         L, D = index.shape[1], self.means.shape[1]
-        b = boxes.centre[which] - self.centre
+        b = boxes.center[which] - self.center
         origin = b[:, :1]
         b, mu, U = b - origin, self.means[index] - origin, self.U[index]
         if self.full:

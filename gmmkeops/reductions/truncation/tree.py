@@ -30,14 +30,14 @@ class Boxes:
     """Oriented bounding boxes of the nodes of one level of the tree, in the order of the points; data units.
 
     Args:
-        centre: Centers b (B, D).
+        center: Centers b (B, D).
         axes: Axes Q (B, D, D), orthonormal columns.
         half: Half-widths along the axes (B, D).
         semi: Semi-axes of an enclosing ellipsoid along the same axes (B, D).
         reach: Largest distance of a point from the center (B,), with a margin for rounding.
     """
 
-    centre: Tensor
+    center: Tensor
     axes: Tensor
     half: Tensor
     semi: Tensor
@@ -46,7 +46,7 @@ class Boxes:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All fields, as a tuple."""
-        return self.centre, self.axes, self.half, self.semi, self.reach
+        return self.center, self.axes, self.half, self.semi, self.reach
 
     @classmethod
     def of(cls, points: Tensor) -> Boxes:
@@ -70,9 +70,9 @@ class Boxes:
         t = t / unit[..., None]
         deviation = t.square().mean(1, keepdim=True).sqrt()
         radius = (t / deviation.clamp(min=1e-150)).square().sum(-1).amax(1).sqrt()
-        centre = (mean + middle @ axes.mT)[:, 0]
+        center = (mean + middle @ axes.mT)[:, 0]
         semi = unit * (radius[:, None] * deviation[:, 0])
-        return centre, axes, half, semi, unit[:, 0] * (half / unit).norm(dim=1) + centre.abs().amax(1)
+        return center, axes, half, semi, unit[:, 0] * (half / unit).norm(dim=1) + center.abs().amax(1)
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,14 @@ class Cloud:
         rank: Row of each of the N points in ``points`` (N,).
         levels: Bounding boxes of some levels of the tree, from coarse to fine; the last ones are the leaves.
         starts: First row of each leaf, and M (B + 1,).
-        labelled: Whether leaves are groups of points with the same label.
+        labeled: Whether leaves are groups of points with the same label.
     """
 
     points: Tensor
     rank: Tensor
     levels: tuple[Boxes, ...]
     starts: Tensor
-    labelled: bool = False
+    labeled: bool = False
 
     @classmethod
     def tree(cls, x: Tensor, rows: int) -> Cloud:
@@ -124,7 +124,7 @@ class Cloud:
         rank[order] = torch.arange(len(order), device=x.device)
         boxes = [Boxes.of(points[a:b][None]) for a, b in pairwise(starts.tolist())]
         level = Boxes(*(torch.cat(column) for column in zip(*(box.tensors for box in boxes), strict=True)))
-        return cls(points, rank, (level,), starts, labelled=True)
+        return cls(points, rank, (level,), starts, labeled=True)
 
     @property
     def boxes(self) -> int:

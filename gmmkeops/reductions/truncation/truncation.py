@@ -206,7 +206,7 @@ class Truncation:
 
 
 def _parameters(problem: Exponents) -> list[Tensor]:
-    return [problem.offsets, problem.means, problem.U, problem.centre]
+    return [problem.offsets, problem.means, problem.U, problem.center]
 
 
 def _rounding(problem: Exponents) -> float:
