@@ -31,8 +31,8 @@ FOLDERS = [
     "export",
     "cli",
 ]
-# Initialization runs EM, in a folder above the module that it initializes.
-UPWARD = {("gmmkeops.models.module", "fitting")}
+# Initialization runs EM, and information criteria are computed in analysis, both above the models that call them.
+UPWARD = {("gmmkeops.models.module", "fitting"), ("gmmkeops.models.mixture", "analysis")}
 
 
 def modules():
