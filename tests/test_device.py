@@ -215,7 +215,7 @@ def modules(scene):
     model().log_prob(scene.x).sum().backward()
     gk.fit(model, scene.x, gk.Adam(), max_iter=2)
     context, x = scene.x[:, :1].contiguous(), scene.x[:, 1:].contiguous()
-    model = gk.GMM(2, 1, 3).double().to("cuda")
+    model = gk.GMM(2, context=1, n_components=3).double().to("cuda")
     model.initialize(x, context=context, generator=generator())
     model(context).log_prob(x).sum().backward()
     gk.fit(model, x, gk.Adam(), context=context, max_iter=2, generator=generator())

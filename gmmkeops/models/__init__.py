@@ -5,6 +5,7 @@ their densities by :mod:`gmmkeops.reductions`.
 """
 
 import gmmkeops.models.pytrees  # noqa: F401  (torch's pytrees know mixtures and factors)
+from gmmkeops.models.arguments import COMPONENTS, accepts
 from gmmkeops.models.axes import principal_axes
 from gmmkeops.models.files import (
     MIXTURES,
@@ -20,20 +21,27 @@ from gmmkeops.models.files import (
 )
 from gmmkeops.models.mixture import Mixture, as_mixture, log_weights
 from gmmkeops.models.module import GMM
+from gmmkeops.models.random_state import generator_of, seeded_generator
+from gmmkeops.models.tables import html_table
 
 __all__ = [
+    "COMPONENTS",
     "GMM",
     "MIXTURES",
     "TABLES",
     "Mixture",
+    "accepts",
     "as_mixture",
     "as_path",
     "check_output",
+    "generator_of",
+    "html_table",
     "load",
     "log_weights",
     "principal_axes",
     "read",
     "save",
+    "seeded_generator",
     "unused_name",
     "write_table",
     "write_whole",

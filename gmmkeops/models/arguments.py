@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any, TypeVar, cast
+
+from gmmkeops._checks import renamed
 
 __all__ = ["COMPONENTS", "MIXTURE", "accepts"]
 
@@ -49,15 +52,21 @@ def accepts(also: Mapping[str, str] | None = None, wrong: Mapping[str, str] | No
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            for name in list(kwargs):
+            aliases = [name for name in kwargs if name in also]
+            for name in kwargs:
                 if name in wrong:
                     raise TypeError(f"{shown} has no argument {name}; pass {wrong[name]}.")
-                if name in also:
+            if not aliases:
+                return function(*args, **kwargs)
+            with ExitStack() as errors:
+                for name in aliases:
                     new = also[name]
                     if new in kwargs:
                         raise TypeError(f"{shown} got both {new} and {name}, which mean the same; pass {new} alone.")
                     kwargs[new] = kwargs.pop(name)
-            return function(*args, **kwargs)
+                    # Errors name the argument that the user has typed.
+                    errors.enter_context(renamed(new, name))
+                return function(*args, **kwargs)
 
         return cast(F, wrapper)
 

@@ -69,7 +69,8 @@ def condition(mixture: Mixture, columns: Sequence[int] | int, values: Any) -> Mi
         raise ValueError("condition must leave at least one column free; use log_prob for all of them.")
     if mixture.batch_shape:
         raise ValueError(
-            f"condition needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; index it first, for example mixture[0]."
+            f"condition needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; "
+            "index it first, for example mixture[0]."
         )
     x = as_tensor(values, name="values").to(mixture.means)
     if x.ndim == 0 or x.shape[-1] != len(given):

@@ -49,7 +49,8 @@ def as_rows_of(mixture: Mixture, value: Any) -> tuple[Tensor, Tensor]:
     """
     if mixture.batch_shape:
         raise ValueError(
-            f"this method needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; index it first, for example mixture[0]."
+            f"this method needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; "
+            "index it first, for example mixture[0]."
         )
     x = as_points_of(mixture, value)
     return x, x.reshape(-1, mixture.features)
