@@ -407,7 +407,7 @@ def module(case: Any, x: np.ndarray) -> Callable[[], float]:
 
     points, w, mu, A = problem(case, x)
     start = gk.Mixture(w, mu, gk.FullFactor.from_factors(A))
-    model = gk.GMM(case.D, components=case.K, epsilon=0.0).to(case.device).assign(start)
+    model = gk.GMM(case.D, n_components=case.K, epsilon=0.0).to(case.device).assign(start)
 
     def run() -> float:
         model.zero_grad()
@@ -441,7 +441,7 @@ def zuko(case: Any, x: np.ndarray) -> Callable[[], float]:
     from zuko.mixtures import GMM
 
     points, *_ = problem(case, x)
-    model = GMM(case.D, components=case.K, covariance_type="full").to(case.device)
+    model = GMM(case.D, n_components=case.K, covariance_type="full").to(case.device)
 
     def run() -> float:
         model.zero_grad()

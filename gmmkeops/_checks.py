@@ -11,7 +11,7 @@ import numbers
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -74,21 +74,25 @@ def accepts(
     old, also, wrong = old or {}, also or {}, wrong or {}
 
     def decorate(function: F) -> F:
+        shown = function.__qualname__.removesuffix(".__init__")
+
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            for name in [name for name in kwargs if name in old or name in also or name in wrong]:
-                if name in wrong:
-                    raise TypeError(f"{function.__name__} has no argument {name}; pass {wrong[name]}.")
-                new = old.get(name) or also[name]
-                if new in kwargs:
-                    raise TypeError(
-                        f"{function.__name__} got both {new} and {name}, which mean the same; pass {new} alone."
-                    )
-                if name in old:
-                    warnings.warn(f"{name} is deprecated; use {new}.", DeprecationWarning, stacklevel=2)
-                kwargs[new] = kwargs.pop(name)
-            return function(*args, **kwargs)
+            with ExitStack() as errors:
+                for name in [name for name in kwargs if name in old or name in also or name in wrong]:
+                    if name in wrong:
+                        raise TypeError(f"{shown} has no argument {name}; pass {wrong[name]}.")
+                    new = old.get(name) or also[name]
+                    if new in kwargs:
+                        raise TypeError(f"{shown} got both {new} and {name}, which mean the same; pass {new} alone.")
+                    if name in old:
+                        warnings.warn(f"{name} is deprecated; use {new}.", DeprecationWarning, stacklevel=2)
+                    kwargs[new] = kwargs.pop(name)
+                    # Errors name the argument that the user has typed.
+                    errors.enter_context(renamed(new, name))
+                return function(*args, **kwargs)
 
+        vars(wrapper)["accepted"] = (*old, *also)
         return cast(F, wrapper)
 
     return decorate

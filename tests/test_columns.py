@@ -198,7 +198,7 @@ def test_weights_by_name_in_files_of_other_orders(rows, tmp_path):
     assert source.columns == orders[0]
     right = float(torch.as_tensor(g) @ oracle(rows)) / g.sum()
     assert gk.analysis.score(model(), source) == pytest.approx(right, abs=1e-9)
-    assert gk.analysis.score(model(), frame(rows, NAMES[::-1]), weights=g) == pytest.approx(right, abs=1e-9)
+    assert gk.analysis.score(model(), frame(rows, NAMES[::-1]), sample_weight=g) == pytest.approx(right, abs=1e-9)
 
 
 def test_laser_scans_bring_the_columns_that_a_model_has(tmp_path):
@@ -237,7 +237,7 @@ def test_names_stay_with_a_mixture(tmp_path):
         mixture.expand((2,)),
         mixture.select(torch.tensor([1])),
         gk.analysis.merge(mixture, [[0, 1]]),
-        gk.GMM(3, components=2).assign(mixture)(),
+        gk.GMM(3, n_components=2).assign(mixture)(),
     ):
         assert same.columns == NAMES
     assert mixture.marginal([2, 0]).columns == ("gain", "red")
@@ -344,7 +344,7 @@ def test_conditional_models_know_points_and_contexts_by_name(rows, tmp_path):
     """The last columns of the first data are the contexts; later data are matched to them."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    regression = gk.GMM(1, context=2, components=2, hidden_features=(8,)).double()
+    regression = gk.GMM(1, context=2, n_components=2, hidden_features=(8,)).double()
     y, c = frame(rows, ("gain",)), frame(rows, ("red", "blue"))
     regression.initialize(y, context=c, generator=generator)
     assert regression.columns == ("gain", "red", "blue")

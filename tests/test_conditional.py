@@ -27,7 +27,7 @@ def branches(N=3000, seed=0):
 
 def conditional(family="full", tied=False, D=3, C=2, K=4, **options):
     torch.manual_seed(0)
-    return gk.GMM(D, context=C, components=K, covariance_type=family, tied=tied, **options).double()
+    return gk.GMM(D, context=C, n_components=K, covariance_type=family, tied=tied, **options).double()
 
 
 @pytest.mark.parametrize(("family", "tied"), ZUKO)
@@ -40,7 +40,7 @@ def test_zukos_grid(family, tied, strategy, context):
     labels = torch.randint(3, (2000,), generator=generator)
     x = centers[labels] + torch.randn(2000, 2, generator=generator) * torch.tensor([0.5, 1.0])
     torch.manual_seed(1)
-    gmm = gk.GMM(features=2, context=context, components=3, covariance_type=family, tied=tied)
+    gmm = gk.GMM(features=2, context=context, n_components=3, covariance_type=family, tied=tied)
     gmm.initialize(x, strategy=strategy)
     c = torch.randn(2000, context)
     dist = gmm(c) if context else gmm()
@@ -116,7 +116,7 @@ def test_a_density_network_beats_least_squares_on_two_branches():
     c, y = branches()
     held_c, held_y = branches(seed=1)
     torch.manual_seed(0)
-    model = gk.GMM(1, context=1, components=3)
+    model = gk.GMM(1, context=1, n_components=3)
     model.initialize(y, context=c, generator=torch.Generator().manual_seed(0))
     result = gk.fit(
         model, y, gk.Adam(lr=1e-2, batch_size=256), context=c, max_iter=40, generator=torch.Generator().manual_seed(0)
@@ -168,7 +168,7 @@ def test_files_checkpoints_weights_and_penalties(tmp_path):
 MEMORY = f"""{PEAK}
 import torch, gmmkeops as gk
 torch.manual_seed(0)
-model = gk.GMM(8, context=2, components=32)
+model = gk.GMM(8, context=2, n_components=32)
 c, y = torch.randn(40_000, 2), torch.randn(40_000, 8)
 before = peak()
 with torch.no_grad():
@@ -212,7 +212,7 @@ def test_contexts_far_from_the_network_are_told():
     c, y = branches(500)
     torch.manual_seed(0)
     with pytest.warns(gk.PrecisionWarning, match="bend far outside"):
-        gk.fit(gk.GMM(1, context=1, components=2), y, gk.Adam(), context=c, max_iter=1)
+        gk.fit(gk.GMM(1, context=1, n_components=2), y, gk.Adam(), context=c, max_iter=1)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def objects():
         [0.3, 0.7], [[0.0, 0.0], [4.0, 4.0]], [[[1.0, 0.2], [0.2, 2.0]], [[3.0, 0], [0, 1]]]
     )
     few = {"max_iter": 3, "tol": 0}
-    network = gk.GMM(1, context=1, components=2)
+    network = gk.GMM(1, context=1, n_components=2)
     prior = gk.bayes.Prior(
         2, weights=Dirichlet(torch.tensor([1.5, 2.0])), means=Normal(torch.zeros(2, 1), 3.0), scales=torch.tensor([0.5, 0.8]),
         covariance_type="spherical",
@@ -158,7 +158,7 @@ def objects():
     yield from (
         (start, density),
         (start.named(["a", "b"]), lambda m: (m.columns, m.log_prob(x))),
-        (gk.GMM(2, components=3), lambda model: model().log_prob(x)),
+        (gk.GMM(2, n_components=3), lambda model: model().log_prob(x)),
         (network, lambda model: model(x[:5, :1]).log_prob(x[:5, 1:].float())),
         (result, lambda r: (r.mixture.log_prob(x), r.history, r.report, r.objective, str(r))),
         (vb, lambda r: (r.mixture.log_prob(x), r.posterior.predictive().log_prob(x), r.history)),

@@ -144,7 +144,7 @@ def test_hessian_of_log_prob_is_that_of_mixture_same_family(family):
 def test_a_gradient_penalty_reaches_the_parameters():
     """Score matching: the squared gradient in the points, by ``create_graph`` and a second ``backward``."""
     generator = torch.Generator().manual_seed(0)
-    model = gk.GMM(2, components=3).double()
+    model = gk.GMM(2, n_components=3).double()
     x = torch.randn(30, 2, generator=generator, dtype=torch.float64).requires_grad_()
     gradients = []
     for log_prob in (lambda: model().log_prob(x), lambda: same_family(model()).log_prob(x)):

@@ -210,12 +210,12 @@ def all_reductions(scene):
 
 @path
 def modules(scene):
-    model = gk.GMM(3, components=3).double().to("cuda")
+    model = gk.GMM(3, n_components=3).double().to("cuda")
     model.initialize(scene.x, generator=generator())
     model().log_prob(scene.x).sum().backward()
     gk.fit(model, scene.x, gk.Adam(), max_iter=2)
     context, x = scene.x[:, :1].contiguous(), scene.x[:, 1:].contiguous()
-    model = gk.GMM(2, 1, 3).double().to("cuda")
+    model = gk.GMM(2, context=1, n_components=3).double().to("cuda")
     model.initialize(x, context=context, generator=generator())
     model(context).log_prob(x).sum().backward()
     gk.fit(model, x, gk.Adam(), context=context, max_iter=2, generator=generator())
@@ -261,7 +261,7 @@ def samplers(scene):
 
 @path
 def model_selection(scene):
-    table = gk.analysis.select(scene.x, [1, 2], weights=scene.weights, generator=generator(), max_iter=3)
+    table = gk.analysis.select(scene.x, [1, 2], sample_weight=scene.weights, generator=generator(), max_iter=3)
     assert table.best.means.is_cuda
     labels = scene.mixture.predict(scene.x)
     for source in (generator(), torch.Generator("cuda").manual_seed(0)):

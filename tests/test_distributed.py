@@ -98,7 +98,7 @@ keep(gk.fit(start, mine, gk.EM(tol=0), truncate=1e-5, max_iter=3).mixture)
 keep(gk.fit(start, mine, gk.bayes.VariationalBayes(tol=0), max_iter=5).posterior.mixture)
 keep(gk.BayesianGaussianMixture(n_components=4, random_state=0, max_iter=5, tol=0).fit(x).mixture_)
 torch.manual_seed(0)
-network = gk.GMM(2, context=1, components=4).double()
+network = gk.GMM(2, context=1, n_components=4).double()
 network.initialize(x[:, :2], context=x[:, 2:], generator=torch.Generator().manual_seed(0))
 gk.fit(network, mine[:, :2], gk.Adam(lr=1e-2), context=mine[:, 2:], max_iter=5)
 keep(gk.Mixture(*(lambda m: (m.logits, torch.nn.functional.pad(m.means, (0, 1)), gk.FullFactor.from_covariances(

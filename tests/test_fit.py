@@ -264,7 +264,7 @@ def test_a_gradient_step_follows_the_objective(family, penalized):
 
 def test_module_is_trained_in_place():
     x = blobs()
-    model = gk.GMM(2, components=3).initialize(x, "random")
+    model = gk.GMM(2, n_components=3).initialize(x, "random")
     before = float(model().log_prob(x).detach().mean())
     result = gk.fit(model, x, gk.Adam(lr=0.02), max_iter=50)
     after = float(model().log_prob(x).detach().mean())
@@ -465,7 +465,7 @@ def test_bad_input_gets_one_sentence(call, kind, message):
 
 
 def test_refused_fit_leaves_the_module_as_it_was():
-    model = gk.GMM(2, components=3)
+    model = gk.GMM(2, n_components=3)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="finite"):
         gk.fit(model, few() * math.inf, gk.Adam())

@@ -398,7 +398,7 @@ def test_a_module_resumes_from_where_its_fit_has_brought_it_and_from_where_it_be
     """A fit sets the parameters of its module, so the same call finds another start, which is the checkpoint's own."""
     x = x + np.array([3e4, 0.0])
     torch.manual_seed(0)
-    model = gk.GMM(1, context=1, components=2).double() if kind == "network" else gk.GMM(2, components=3)
+    model = gk.GMM(1, context=1, n_components=2).double() if kind == "network" else gk.GMM(2, n_components=3)
     model = model if kind == "float32" else model.double()
     if kind == "network":
         model.initialize(x[:, :1], context=x[:, 1:], generator=torch_generator(0))

@@ -137,7 +137,9 @@ def test_criteria_and_threshold():
     entropy = scipy.stats.entropy(theirs.predict_proba(x.numpy()), axis=1).sum()
     assert gk.analysis.icl(mixture, x) == pytest.approx(theirs.bic(x.numpy()) + 2 * entropy)
     doubled = torch.full((500,), 2.0)
-    assert gk.analysis.bic(mixture, x, weights=doubled) == pytest.approx(gk.analysis.bic(mixture, torch.cat([x, x])))
+    assert gk.analysis.bic(mixture, x, sample_weight=doubled) == pytest.approx(
+        gk.analysis.bic(mixture, torch.cat([x, x]))
+    )
     cut = gk.analysis.anomaly_threshold(mixture, x, 5)
     assert cut == pytest.approx(np.percentile(theirs.score_samples(x.numpy()), 5))
     with pytest.raises(ValueError, match="percentile must be"):

@@ -342,7 +342,7 @@ def bad_weights():
 WEIGHERS = {
     "fit": ("weights", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), sample_weight=w, **FEW)),
     "initialize": ("weights", lambda w: gk.initialize(TENSOR, 2, sample_weight=w)),
-    "bic": ("weights", lambda w: gk.analysis.bic(MODEL, TENSOR, weights=w)),
+    "bic": ("weights", lambda w: gk.analysis.bic(MODEL, TENSOR, sample_weight=w)),
     "estimator": ("sample_weight", lambda w: gk.GaussianMixture(2, max_iter=1).fit(GOOD, sample_weight=w)),
     "score": ("sample_weight", lambda w: gk.GaussianMixture.from_mixture(MODEL).score(GOOD, sample_weight=w)),
     "Bayesian": ("sample_weight", lambda w: gk.BayesianGaussianMixture(max_iter=1).fit(GOOD, sample_weight=w)),
@@ -390,7 +390,7 @@ def test_priors_are_refused_by_the_names_of_the_estimators_arguments(covariance_
         lambda m: gk.export.npz(m, "m.npz"),
         lambda m: gk.plotting.ellipses(m),
         lambda m: gk.plotting.pairs(m),
-        lambda m: gk.GMM(2, components=2).assign(m),
+        lambda m: gk.GMM(2, n_components=2).assign(m),
         lambda m: gk.EM().update(m, TENSOR),
     ],
 )

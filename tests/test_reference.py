@@ -139,7 +139,13 @@ def fitted(method, first=None, x=None, *, max_iter=8, **options):
 
 
 def em(*arguments, max_iter=8, penalty=None, weights=None, generator=None, truncate=None, dtype=None, **options):
-    settings = {"penalty": penalty, "sample_weight": weights, "generator": generator, "truncate": truncate, "dtype": dtype}
+    settings = {
+        "penalty": penalty,
+        "sample_weight": weights,
+        "generator": generator,
+        "truncate": truncate,
+        "dtype": dtype,
+    }
     return of_fit(fitted(gk.EM(**{"tol": 0} | options), *arguments, max_iter=max_iter, **settings))
 
 
@@ -346,7 +352,7 @@ def descent():
 
 def network(D, C, family, x, c):
     """A conditional mixture whose parameters are drawn by a generator of its own."""
-    model = gk.GMM(D, context=C, components=3, covariance_type=family, hidden_features=(8,), activation=torch.nn.Tanh)
+    model = gk.GMM(D, context=C, n_components=3, covariance_type=family, hidden_features=(8,), activation=torch.nn.Tanh)
     model, generator = model.double(), seeded(9)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -377,7 +383,7 @@ def conditional_minibatches():
 @each(["full", "tied_diag", "spherical"])
 def module(family):
     """Density and gradients of a module without a context."""
-    model = gk.GMM(2, components=3, covariance_type=family, epsilon=1e-3).double()
+    model = gk.GMM(2, n_components=3, covariance_type=family, epsilon=1e-3).double()
     model.initialize(cloud(), "kmeans++", generator=seeded(3))
     loss = -model().log_prob(cloud()).mean()
     loss.backward()

@@ -55,7 +55,7 @@ def blocks():
     return iter(np.array_split(large, 7))
 def network():
     torch.manual_seed(1)
-    model = gk.GMM(1, context=1, components=2)
+    model = gk.GMM(1, context=1, n_components=2)
     return model.initialize(x[:, :1], context=x[:, 1:])
 def twice(model):
     return [model.sample(20)[0], model.sample(20)[0]]
@@ -64,7 +64,7 @@ calls = {
     **{f"initialize {s}": lambda s=s: gk.initialize(x, 3, s) for s in ("kmeans", "kmeans++", "random", "responsibilities")},
     "initialize from a sample": lambda: gk.initialize(large, 5),
     "initialize from a source": lambda: gk.initialize(blocks, 4),
-    "initialize a module": lambda: gk.GMM(2, components=3).initialize(x, "kmeans++"),
+    "initialize a module": lambda: gk.GMM(2, n_components=3).initialize(x, "kmeans++"),
     "initialize a network": network,
     "survey": lambda: gk.Source.of(blocks).survey(500).reservoir.sample(),
     "Adam in minibatches": lambda: gk.fit(start, x, gk.Adam(batch_size=50), max_iter=3).mixture,

@@ -5,8 +5,10 @@ mixtures, and :func:`standard_errors` gives the uncertainty of their parameters.
 """
 
 from gmmkeops.analysis.compare import Estimate, jensen_shannon, kl_divergence, merge, total_variation
-from gmmkeops.analysis.selection import CRITERIA as CRITERIA
-from gmmkeops.analysis.selection import Selection, aic, anomaly_threshold, bic, icl, score, select, silhouette
+from gmmkeops.analysis.criteria import CRITERIA as CRITERIA
+from gmmkeops.analysis.criteria import aic, anomaly_threshold, bic, icl, score
+from gmmkeops.analysis.selection import Selection, select
+from gmmkeops.analysis.silhouette import silhouette
 from gmmkeops.analysis.uncertainty import StandardErrors, standard_errors
 
 __all__ = [

@@ -1,10 +1,9 @@
-r"""Two mixtures side by side: distances by Monte Carlo with their standard errors, and merging by matching moments.
+r"""Divergences between mixtures by Monte Carlo with their standard errors, and merging of components by moment matching.
 
-.. math:: \mathrm{KL}(p \,\|\, q) = \mathbb E_p[\log p - \log q], \qquad \hat\mu \pm \hat\sigma / \sqrt n
-
-No closed form exists between mixtures of several components; a sample of p gives an unbiased estimate whose error is known.
-Between two Gaussians there is one, which ``torch.distributions.kl_divergence`` computes. Reference: Hershey and Olsen 2007,
-*Approximating the Kullback Leibler divergence between Gaussian mixture models*, ICASSP.
+Divergences between mixtures of several components have no closed form; a sample of p gives an unbiased estimate with a standard
+error. The Kullback-Leibler divergence between two Gaussians has a closed form, which ``torch.distributions.kl_divergence``
+computes. Reference: Hershey and Olsen 2007, *Approximating the Kullback Leibler divergence between Gaussian mixture models*,
+ICASSP.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
 from torch.distributions.kl import register_kl
 
-from gmmkeops._checks import as_integer
+from gmmkeops._checks import accepts, as_integer
 from gmmkeops.components import DiagonalFactor, Factor, FullFactor
 from gmmkeops.data import as_generator, listed
 from gmmkeops.models import Mixture, as_mixture, log_weights
@@ -26,12 +25,15 @@ from gmmkeops.models import Mixture, as_mixture, log_weights
 __all__ = ["Estimate", "jensen_shannon", "kl_divergence", "merge", "total_variation"]
 
 
+_accepts = accepts(also={"random_state": "generator"}, wrong={"n_samples": "samples=", "num_samples": "samples="})
+
+
 class Estimate(NamedTuple):
-    """A Monte Carlo estimate and its standard error, both in the unit of what is estimated.
+    """A Monte Carlo estimate and its standard error, in the unit of the estimated quantity.
 
     Args:
         value: The estimate.
-        error: Standard deviation of the samples by the root of their number.
+        error: Standard error: the standard deviation of the samples, divided by the square root of their number.
 
     Example:
         >>> import gmmkeops as gk
@@ -45,10 +47,13 @@ class Estimate(NamedTuple):
 
 
 def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generator) -> Tensor:
+    """log p - log q (samples,), nats, at draws from p."""
     for name, mixture in (("p", p), ("q", q)):
         as_mixture(mixture, name)
     if p.features != q.features:
-        raise ValueError(f"the mixtures have {p.features} and {q.features} features; compare mixtures of one space.")
+        raise ValueError(
+            f"the mixtures have {p.features} and {q.features} features; both mixtures must have the same number of features."
+        )
     if p.columns is not None and q.columns is not None and p.columns != q.columns:
         raise ValueError(
             f"the mixtures have the columns {listed(p.columns)} and {listed(q.columns)}; compare mixtures of the same columns "
@@ -61,25 +66,28 @@ def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generato
 
 
 def _estimate(values: Tensor) -> Estimate:
+    """Mean of samples and its standard error."""
     return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))))
 
 
+@_accepts
 def kl_divergence(
-    p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | None = None
+    p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | int | None = None
 ) -> Estimate:
     r"""Kullback-Leibler divergence :math:`\mathbb E_p[\log p - \log q]`, nats.
 
     Args:
         p, q: Mixtures of the same number of features.
-        samples: Draws from p.
-        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same estimate
+        samples: Number of draws from p.
+        generator: Random number generator, or a seed. None uses a fixed seed, so that the same call gives the same estimate
             in every process.
 
     Returns:
         The estimate and its standard error, nats.
 
     Raises:
-        ValueError: The spaces differ, or fewer than two samples.
+        TypeError: An argument is not a mixture.
+        ValueError: The mixtures have different numbers or names of columns, or there are fewer than two samples.
 
     Reference:
         Hershey and Olsen 2007, *Approximating the Kullback Leibler divergence between Gaussian mixture models*, ICASSP.
@@ -95,15 +103,16 @@ def kl_divergence(
     return _estimate(_differences(p, q, samples, as_generator(generator, as_mixture(p, "p").means.device)))
 
 
+@_accepts
 def jensen_shannon(
-    p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | None = None
+    p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | int | None = None
 ) -> Estimate:
-    r"""Jensen-Shannon divergence, the mean of both divergences to the even mixture of p and q; from 0 to log 2 nats.
+    r"""Jensen-Shannon divergence, from 0 to log 2 nats.
 
     .. math:: \tfrac12 \mathbb E_p\Bigl[\log \frac{2p}{p + q}\Bigr] + \tfrac12 \mathbb E_q\Bigl[\log \frac{2q}{p + q}\Bigr]
 
-    Args, Returns, Raises:
-        As for :func:`kl_divergence`; half of the samples are drawn from each.
+    It is the mean of the Kullback-Leibler divergences from p and from q to their average (p + q) / 2. Arguments, result and
+    errors are as for :func:`kl_divergence`; half of the samples are drawn from each mixture.
 
     Reference:
         Lin 1991, *Divergence measures based on the Shannon entropy*, IEEE Transactions on Information Theory 37.
@@ -112,7 +121,7 @@ def jensen_shannon(
         >>> import gmmkeops as gk
         >>> p = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
         >>> q = gk.Mixture.from_parameters([1.0], [[99.0]], [1.0], "spherical")
-        >>> round(gk.analysis.jensen_shannon(p, q).value, 4)  # they share nothing: log 2
+        >>> round(gk.analysis.jensen_shannon(p, q).value, 4)  # log 2, as they do not overlap
         0.6931
     """
     as_mixture(p, "p")
@@ -126,13 +135,13 @@ def jensen_shannon(
     return Estimate(0.5 * sum(e.value for e in errors), 0.5 * math.hypot(*(e.error for e in errors)))
 
 
+@_accepts
 def total_variation(
-    p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | None = None
+    p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | int | None = None
 ) -> Estimate:
     r"""Total variation distance :math:`\mathbb E_p[\max(0, 1 - q/p)]`, from 0 to 1.
 
-    Args, Returns, Raises:
-        As for :func:`kl_divergence`; the distance has no unit.
+    Arguments, result and errors are as for :func:`kl_divergence`; the distance has no unit.
 
     Example:
         >>> import gmmkeops as gk
@@ -145,29 +154,22 @@ def total_variation(
     return _estimate((1 - ratios).clamp(min=0))
 
 
-def _part(mixture: Mixture, components: list[int]) -> Mixture:
-    """The mixture of some components; where none of them has weight, of all alike."""
-    part = mixture.select(torch.tensor(components, device=mixture.means.device))
-    if bool((part.logits == -math.inf).all()):
-        return Mixture(torch.zeros_like(part.logits), part.means, part.factor, validate_args=False)
-    return part
-
-
 def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
-    r"""Replaces groups of components by one each, with the group's weight, mean and covariance.
+    r"""Replace each group of components by one component with the weight, mean and covariance of the group.
 
     .. math:: W = \sum_k W_k, \quad \mu = \sum_k \tfrac{W_k}{W} \mu_k, \quad
               \Sigma = \sum_k \tfrac{W_k}{W} (\Sigma_k + (\mu_k - \mu)(\mu_k - \mu)^\top)
 
     Args:
         mixture: One mixture.
-        groups: Disjoint lists of components; those in no list stay as they are and come after the groups.
+        groups: Disjoint lists of components. Components in no list stay unchanged and come after the groups.
 
     Returns:
-        A mixture with full covariances, whose mean and covariance are those of the old one.
+        A mixture with full covariances and the same mean and covariance as the given one.
 
     Raises:
-        ValueError: A component that does not exist, or is in two groups.
+        TypeError: The argument is not a mixture, or ``groups`` is not a list of lists.
+        ValueError: A component does not exist, or is in two groups.
 
     Reference:
         Runnalls 2007, *Kullback-Leibler approach to Gaussian mixture reduction*, IEEE TAES 43.
@@ -185,7 +187,7 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
     if len(set(named)) < len(named) or not all(0 <= k < mixture.components for k in named) or not all(groups):
         raise ValueError(f"groups must be disjoint, not empty, and below {mixture.components}, got {groups}.")
     parts = [list(group) for group in groups] + [[k] for k in range(mixture.components) if k not in named]
-    one = [_part(mixture, part) for part in parts]
+    one = [mixture[part] for part in parts]
     weights = torch.stack([mixture.weights[part].sum() for part in parts])
     return Mixture(
         log_weights(weights),
@@ -195,10 +197,10 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
 
 
 def _gaussian(p: Distribution) -> Mixture:
-    """A Gaussian as a mixture of one component.
+    """Convert a Gaussian to a mixture of one component.
 
     Raises:
-        NotImplementedError: It is a mixture of more components, or no Gaussian in D dimensions.
+        NotImplementedError: The distribution is a mixture of several components, or not a Gaussian in D dimensions.
     """
     if isinstance(p, Mixture):
         if p.components > 1:
@@ -234,12 +236,14 @@ def _closed_form(p: Distribution, q: Distribution) -> Tensor:
               \qquad L_p L_p^\top = \Sigma_p
 
     Raises:
-        NotImplementedError: One of them is no Gaussian.
-        ValueError: They have other numbers of features, or batches that do not broadcast.
+        NotImplementedError: One of the distributions is not Gaussian.
+        ValueError: The numbers of features differ, or the batches do not broadcast.
     """
     p, q = _gaussian(p), _gaussian(q)
     if p.features != q.features:
-        raise ValueError(f"the distributions have {p.features} and {q.features} features; compare those of one space.")
+        raise ValueError(
+            f"the distributions have {p.features} and {q.features} features; both must have the same number."
+        )
     try:
         torch.broadcast_tensors(p.logits, q.logits)
     except RuntimeError:

@@ -1,17 +1,18 @@
-r"""Standard errors of a maximum-likelihood fit, from the scores of its points.
+r"""Standard errors of maximum-likelihood estimates, from the score vectors of the points.
 
 .. math:: B = \sum_n g_n\, s_n s_n^\top, \qquad s_n = \nabla_\theta \log p(x_n), \qquad
           A = -\nabla^2_\theta \sum_n g_n \log p(x_n), \qquad
           \mathrm{cov}(f(\hat\theta)) \approx J_f\, A^{-1} B A^{-1} J_f^\top
 
-B is the empirical Fisher information; A that of the complete data less what the missing labels take away (Louis 1982). Scores
-are taken where they are of size one: for component k in :math:`y = U_k^\top(x - \mu_k)`,
+B is the empirical Fisher information. A is the observed information: the information of the complete data minus the missing
+information about the labels (Louis 1982). The parameters are scaled so that scores are of the order of one: with
+:math:`y = U_k^\top(x - \mu_k)`, logits :math:`\eta_k`, and directions :math:`E_m` in which a covariance can change, component k
+has the parameters :math:`\mu_k + L_k a_k` and :math:`L_k (1 + \textstyle\sum_m b_{km} E_m) L_k^\top`, and the scores
 
 .. math::
 
     \partial_{\eta_k} = r_k - W_k, \qquad \partial_{a_k} = r_k\, y, \qquad
-    \partial_{b_{km}} = \tfrac12 r_k (y^\top E_m y - \mathrm{tr} E_m), \qquad
-    \mu_k + L_k a_k,\; L_k (1 + \textstyle\sum_m b_{km} E_m) L_k^\top.
+    \partial_{b_{km}} = \tfrac12 r_k (y^\top E_m y - \mathrm{tr} E_m).
 
 References: McLachlan and Peel 2000, *Finite Mixture Models*, §2.15; Louis 1982, *Finding the observed information matrix when
 using the EM algorithm*, JRSS B 44; White 1982, *Maximum likelihood estimation of misspecified models*, Econometrica 50.
@@ -25,33 +26,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import accepts, renamed
 from gmmkeops.data import chunked
 from gmmkeops.models import Mixture, as_mixture
 
 __all__ = ["StandardErrors", "standard_errors"]
 
-# Parameters up to which the joint information is formed, unless it is asked for.
+# Largest number of parameters for which the joint information matrix is computed by default.
 _JOINT = 2000
 
-# Numbers of one stretch of rows.
+# Numbers that an intermediate array (rows, K, D + 1, D + 1) may hold.
 _CHUNK = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StandardErrors:
-    r"""Standard errors of a mixture's parameters.
-
-    .. math:: \sqrt{\operatorname{diag}(A^{-1} B A^{-1})}, \qquad A = -\nabla^2 \sum_n g_n \log p(x_n), \qquad
-              B = \sum_n g_n s_n s_n^\top, \quad s_n = \nabla \log p(x_n)
+    r"""Standard errors of the parameters of a mixture, as :func:`standard_errors` computes them.
 
     Args:
-        weights: (K,).
-        means: (K, D), data units.
-        covariances: In scikit-learn's shapes: (K, D, D) full, (K, D) diagonal, (K,) spherical, without K when tied; squared
-            data units.
-        joint: Whether all parameters were taken together, or one component at a time as if the others were known, which
-            makes the errors of overlapping components too small.
-        points: Σ g that they stand for.
+        weights: Standard errors of the weights (K,).
+        means: Standard errors of the means (K, D), data units.
+        covariances: Standard errors of the covariances in scikit-learn's shapes: (K, D, D) full, (K, D) diagonal, (K,) spherical,
+            without K when tied; squared data units.
+        joint: Whether the information matrix of all parameters was inverted. Otherwise each component was treated as if the
+            others were known, which underestimates the errors of overlapping components.
+        points: Total weight Σ g of the points.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -67,27 +66,35 @@ class StandardErrors:
     joint: bool
     points: float
 
+    def __repr__(self) -> str:
+        K, D = self.means.shape
+        return f"StandardErrors(components={K}, features={D}, joint={self.joint}, points={self.points:g})"
 
+
+@accepts(old={"weights": "sample_weight"})
 @torch.no_grad()
 def standard_errors(
-    mixture: Mixture, x: Any, *, weights: Any = None, joint: bool | None = None, robust: bool = True
+    mixture: Mixture, x: Any, *, sample_weight: Any = None, joint: bool | None = None, robust: bool = True
 ) -> StandardErrors:
-    r"""Standard errors of a mixture's parameters, in one pass over the points.
+    r"""Compute standard errors of the parameters of a mixture, in one pass over the points.
+
+    .. math:: \sqrt{\operatorname{diag}(A^{-1} B A^{-1})}, \qquad A = -\nabla^2 \sum_n g_n \log p(x_n), \qquad
+              B = \sum_n g_n s_n s_n^\top, \quad s_n = \nabla \log p(x_n)
 
     Args:
         mixture: A maximum-likelihood fit to these points.
-        x: Points (N, D), data units, or what :meth:`gmmkeops.Source.of` takes.
-        weights: g (N,), how many points each row stands for; or None.
-        joint: Whether to invert the information of all parameters together; by default up to 2000 of them.
-        robust: Whether the errors hold also where the mixture is not the truth (:math:`A^{-1} B A^{-1}`), as the bootstrap's
-            do; else they are those of the empirical information alone (:math:`B^{-1}`).
+        x: Points (N, D), data units, or any source that :meth:`gmmkeops.Source.of` accepts.
+        sample_weight: Weight g of each point (N,), a number of repetitions; or None.
+        joint: Whether to invert the information matrix of all parameters; by default for up to 2000 parameters.
+        robust: Whether the errors also hold for misspecified models (the sandwich estimator :math:`A^{-1} B A^{-1}`), as those of
+            the bootstrap do. Otherwise they follow from the empirical information alone (:math:`B^{-1}`).
 
     Returns:
-        :class:`StandardErrors`, float64.
+        The standard errors, float64.
 
     Raises:
-        TypeError, ValueError: Bad points, or information that does not tell the parameters apart (fewer points than
-            parameters, or a component that owns next to nothing).
+        TypeError, ValueError: Points are invalid, or the information matrix is singular (fewer points than parameters, or a
+            component of nearly zero weight).
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -100,7 +107,9 @@ def standard_errors(
     layout = _Layout(m)
     joint = layout.size <= _JOINT if joint is None else bool(joint)
     tally = _Tally(layout, joint)
-    for chunk in chunked(x, weights, features=m.features, columns=m.columns):
+    with renamed("weights", "sample_weight"):
+        chunks = chunked(x, sample_weight, features=m.features, columns=m.columns)
+    for chunk in chunks:
         rows = max(1, _CHUNK // (m.components * (m.features + 1) ** 2))
         g = chunk.points.new_ones(len(chunk.points), dtype=torch.float64) if chunk.weights is None else chunk.weights
         for part, own in zip(chunk.points.to(m.means.device).split(rows), g.split(rows), strict=True):
@@ -110,7 +119,11 @@ def standard_errors(
 
 
 class _Layout:
-    """Where each parameter stands in the scores of a mixture."""
+    """Order of the parameters in the score vectors of a mixture.
+
+    Args:
+        mixture: The mixture, float64.
+    """
 
     def __init__(self, mixture: Mixture) -> None:
         self.m, factor = mixture, mixture.factor
@@ -119,12 +132,12 @@ class _Layout:
         #: E (spreads, D, D), the directions in which a covariance can change.
         self.basis = factor.directions(D).to(mixture.means)
         self.spreads = len(self.basis)
-        # Of one component: its log-weight, its mean, and its covariance unless that is everybody's.
+        # Parameters of one component: its logit, its mean, and its covariance unless that is tied.
         self.own = 1 + D + (0 if self.tied else self.spreads)
         self.size = K * self.own + (self.spreads if self.tied else 0)
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Responsibilities (n, K), and scores (n, K, D) and (n, K, spreads) as if a point were the component's."""
+        """Responsibilities (n, K), and scores (n, K, D) and (n, K, spreads) for responsibilities of one."""
         m = self.m
         r = torch.softmax(m.log_joint(x), -1)
         y = m.factor.whiten(x[:, None, :] - m.means)
@@ -132,15 +145,15 @@ class _Layout:
         return r, y, 0.5 * (m.factor.quadratics(y) - traces)
 
     def complete(self, S0: Tensor, T: Tensor) -> Tensor:
-        """Information (K, D + spreads, D + spreads) of means and covariances if the labels were known.
+        """Complete-data information (K, D + spreads, D + spreads) of means and covariances.
 
         Args:
-            S0: Mass of each component (K,).
-            T: Sums of the scores (K, D + spreads), from which the second moments of y follow.
+            S0: Expected count of each component (K,).
+            T: Weighted sums of the scores (K, D + spreads), which determine the second moments of y.
         """
         D, E = self.m.features, self.basis
         traces = E.diagonal(dim1=1, dim2=2).sum(1)
-        # yᵀ E y summed, and the matrix that it is of.
+        # Sums of yᵀ E y, and the second moments of y that belong to them.
         squares = 2 * T[:, D:] + S0[:, None] * traces
         S2 = torch.einsum("km,mij->kij", squares / (E.square().sum((1, 2))), E)
         products = torch.einsum("mij,njl->mnil", E, E)
@@ -151,7 +164,7 @@ class _Layout:
         return torch.cat([torch.cat([eye, cross], 2), torch.cat([cross.mT, H], 2)], 1)
 
     def errors(self, inverses: list[Tensor], joint: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Standard errors of weights, means and covariances from the parameters' covariances."""
+        """Standard errors of weights, means and covariances from the covariance matrices of the scaled parameters."""
         m, D, K, own = self.m, self.m.features, self.m.components, self.own
         W = m.weights
         if joint:
@@ -172,6 +185,7 @@ class _Layout:
         return weights.clamp(min=0).sqrt(), means.clamp(min=0).sqrt(), covariances[0] if self.tied else covariances
 
     def _covariance_errors(self, C: Tensor, L: Tensor) -> Tensor:
+        """Standard errors of covariances from the covariance matrices C of their scaled parameters."""
         # dΣ = L E Lᵀ for each direction E.
         moved = L[:, None] @ self.basis @ L[:, None].mT
         J = self.m.factor.compact(moved).reshape(len(L), self.spreads, -1)
@@ -180,11 +194,11 @@ class _Layout:
 
 
 class _Tally:
-    """Sums over the points from which both kinds of information follow.
+    """Sums over the points that determine both information matrices.
 
     Args:
-        layout: Of the parameters.
-        joint: Whether all of them are one block; else each component's is one, and a shared covariance another.
+        layout: Order of the parameters.
+        joint: Whether all parameters form one block. Otherwise each component is a block, and a tied covariance another one.
     """
 
     def __init__(self, layout: _Layout, joint: bool) -> None:
@@ -196,15 +210,15 @@ class _Tally:
             self.B.append(new(1, q, q))
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Enters points (n, D) of weights (n,)."""
+        """Add points (n, D) with weights (n,)."""
         layout = self.layout
         r, y, v = layout.scores(x)
         t = torch.cat([y, v], -1).transpose(0, 1)
-        shares = (g[:, None] * r).T
+        weighted = (g[:, None] * r).T
         self.mass += g.sum()
-        self.S0 += shares.sum(1)
-        self.T += (shares[:, None, :] @ t)[:, 0]
-        self.M += (shares[:, :, None] * t).mT @ t
+        self.S0 += weighted.sum(1)
+        self.T += (weighted[:, None, :] @ t)[:, 0]
+        self.M += (weighted[:, :, None] * t).mT @ t
         inner = y if layout.tied else torch.cat([y, v], -1)
         own = torch.cat([(r - layout.m.weights)[..., None], r[..., None] * inner], -1)
         shared = (r[..., None] * v).sum(1)
@@ -218,7 +232,7 @@ class _Tally:
             self.B[1][0] += (g[:, None] * shared).T @ shared
 
     def _curvature(self) -> list[Tensor]:
-        """A, in the blocks of B."""
+        """Observed information A, in the same blocks as B."""
         layout, W, N = self.layout, self.layout.m.weights, self.mass
         K, D = layout.m.means.shape
         lost = layout.complete(self.S0, self.T) - self.M
@@ -248,7 +262,7 @@ class _Tally:
     def covariance(self, block: int, robust: bool) -> Tensor:
         """Covariance matrices of the parameters of a block."""
         B = self.B[block]
-        # All log-weights alike change nothing: along them any value will do.
+        # The sum of the logits has no effect on the weights; any positive information in this direction gives the same errors.
         free = torch.zeros_like(B)
         if self.joint:
             v = B.new_zeros(self.layout.size)
@@ -261,13 +275,18 @@ class _Tally:
 
 
 def _inverse(information: Tensor) -> Tensor:
+    """Inverse of information matrices (blocks, P, P), scaled to a diagonal of one.
+
+    Raises:
+        ValueError: A matrix is singular.
+    """
     scale = information.diagonal(dim1=1, dim2=2).clamp(min=1e-300).rsqrt()
     scaled = scale[:, :, None] * information * scale[:, None, :]
     values, vectors = torch.linalg.eigh(scaled)
     if bool((values[:, 0] < 1e-12 * values[:, -1]).any()):
         raise ValueError(
-            "the points do not tell all parameters apart, or the mixture is no maximum of their likelihood (the information has "
-            "no inverse); fit to convergence, use fewer components or more points, or pass joint=False."
+            "the information matrix is singular: the points do not tell all parameters apart (the model is not identifiable), or "
+            "the fit has not converged; fit to convergence, use fewer components or more points, or pass joint=False."
         )
     inverse = (vectors / values[:, None, :]) @ vectors.mT
     return scale[:, :, None] * inverse * scale[:, None, :]

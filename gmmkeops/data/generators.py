@@ -22,8 +22,8 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
     """Return a generator on a device.
 
     Args:
-        generator: A ``torch.Generator``, a seed, a numpy ``RandomState``, or None for a new generator of a fixed seed. A
-            generator of another device seeds a new one, another one at each call.
+        generator: A ``torch.Generator``, a seed, a ``RandomState`` or ``Generator`` of numpy, or None for a new generator of a
+            fixed seed. A generator of another device seeds a new one, another one at each call.
         device: Device of the random numbers.
 
     Raises:
@@ -33,6 +33,8 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
         return torch.Generator(device).manual_seed(DEFAULT_SEED)
     if isinstance(generator, numbers.Integral) and not isinstance(generator, bool):
         return torch.Generator(device).manual_seed(int(generator) % (1 << 63))
+    if isinstance(generator, np.random.Generator):
+        return torch.Generator(device).manual_seed(int(generator.integers(1 << 62)))
     if isinstance(generator, np.random.RandomState):
         return torch.Generator(device).manual_seed(int(generator.randint(1 << 31)))
     if not isinstance(generator, torch.Generator):

@@ -447,7 +447,7 @@ class MixtureEstimator(Estimator, ABC):
         self._require_fitted()
         judge, lack = self._judge()
         with in_own_words():
-            return analysis.score(judge.named(self.mixture_.columns), X, weights=sample_weight) + lack
+            return analysis.score(judge.named(self.mixture_.columns), X, sample_weight=sample_weight) + lack
 
     def sample(
         self,

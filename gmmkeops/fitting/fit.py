@@ -13,10 +13,7 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import (
-    ConvergenceWarning,
-    accepts,
-)
+from gmmkeops._checks import ConvergenceWarning, accepts
 from gmmkeops.components import mind_fork
 from gmmkeops.data import (
     World,

@@ -5,6 +5,7 @@ their densities by :mod:`gmmkeops.reductions`.
 """
 
 import gmmkeops.models.pytrees  # noqa: F401  (torch's pytrees know mixtures and factors)
+from gmmkeops.models.arguments import COMPONENTS
 from gmmkeops.models.axes import principal_axes
 from gmmkeops.models.files import (
     MIXTURES,
@@ -20,8 +21,11 @@ from gmmkeops.models.files import (
 )
 from gmmkeops.models.mixture import Mixture, as_mixture, log_weights
 from gmmkeops.models.module import GMM
+from gmmkeops.models.random_state import generator_of
+from gmmkeops.models.tables import html_table
 
 __all__ = [
+    "COMPONENTS",
     "GMM",
     "MIXTURES",
     "TABLES",
@@ -29,6 +33,8 @@ __all__ = [
     "as_mixture",
     "as_path",
     "check_output",
+    "generator_of",
+    "html_table",
     "load",
     "log_weights",
     "principal_axes",

@@ -10,16 +10,20 @@ __all__ = ["principal_axes"]
 
 
 def principal_axes(mixture: Mixture) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weights (K,), means (K, 3), standard deviations along the axes (K, 3), and the axes as rotations (K, 3, 3).
+    """Principal axes of the components of a mixture in three dimensions.
+
+    Returns:
+        Weights (K,), means (K, 3), standard deviations along the axes (K, 3), both in data units, and the axes as rotation
+        matrices (K, 3, 3).
 
     Raises:
-        ValueError: Not one mixture in three dimensions.
+        ValueError: The argument is not one mixture in three dimensions.
     """
     if as_mixture(mixture).features != 3:
         raise ValueError(f"only one mixture in 3 dimensions can be drawn in space, got {mixture.features} dimensions.")
     mixture = mixture.detach().to("cpu")
     C = mixture.factor.covariances().expand(mixture.components, 3, 3).double().numpy()
     values, R = np.linalg.eigh(C)
-    # A reflection is no rotation.
+    # A reflection becomes a rotation by a change of sign.
     R = R * np.where(np.linalg.det(R) < 0, -1.0, 1.0)[:, None, None]
     return mixture.weights.double().numpy(), mixture.means.double().numpy(), np.sqrt(np.maximum(values, 1e-300)), R

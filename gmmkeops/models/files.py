@@ -73,7 +73,7 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
         ...     gk.load(os.path.join(folder, "m.safetensors"))
         Mixture(components=1, features=2, factor=spherical)
     """
-    from safetensors.torch import save as serialise
+    from safetensors.torch import save as serialize
 
     path = check_output(path, MIXTURES, name="a mixture")
     # Estimators store parameters and attributes beside the mixture.
@@ -82,8 +82,8 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     mixture = getattr(mixture, "mixture_", mixture)
     if not isinstance(mixture, Mixture):
         raise TypeError(f"save takes a Mixture or a fitted GaussianMixture, got {type(mixture).__name__}.")
-    kinds = {tensor.dtype for tensor in (mixture.logits, mixture.means, *mixture.factor.tensors.values())}
-    if half := kinds - {torch.float32, torch.float64}:
+    dtypes = {tensor.dtype for tensor in (mixture.logits, mixture.means, *mixture.factor.tensors.values())}
+    if half := dtypes - {torch.float32, torch.float64}:
         raise ValueError(
             f"save writes float32 and float64 mixtures, got {', '.join(sorted(map(str, half)))}; half precision is not "
             "supported, so convert the mixture with .to(torch.float64)."
@@ -101,15 +101,15 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     metadata = {_FORMAT: json.dumps(header)} | ({} if entry is None else {_ESTIMATOR: json.dumps(entry)})
     tensors |= {f"{_PART}{number}": part for number, part in enumerate(parts)}
     # Tensors are copied, since safetensors refuses tensors that share memory.
-    data = serialise({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata)
+    data = serialize({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata)
     write_whole(path, data)
 
 
 def as_path(path: Any, name: str = "path") -> Path:
-    """Convert text to a path.
+    """Convert a string to a path.
 
     Raises:
-        TypeError: The argument is neither text nor a path.
+        TypeError: The argument is neither a string nor a path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{name} must be the name of a file, got {type(path).__name__}; pass text or a pathlib.Path.")
@@ -135,7 +135,7 @@ def check_output(
         The path.
 
     Raises:
-        TypeError: The path is neither text nor a path.
+        TypeError: The path is neither a string nor a path.
         ValueError: The suffix belongs to another format, or the file is one of the inputs.
         FileNotFoundError: The folder does not exist.
         IsADirectoryError: The path is a folder.

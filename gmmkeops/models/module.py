@@ -1,6 +1,6 @@
-r"""A mixture's trainable parameters: an ``nn.Module`` that returns a :class:`~gmmkeops.Mixture` when called.
+r"""The trainable parameters of a mixture: an ``nn.Module`` that returns a :class:`~gmmkeops.Mixture` when called.
 
-With a context c the parameters come out of a multilayer perceptron, :math:`p(x \mid c) = \sum_k W_k(c)\,
+With a context c the parameters are predicted by a multilayer perceptron, :math:`p(x \mid c) = \sum_k W_k(c)\,
 \mathcal N(x; \mu_k(c), \Sigma_k(c))`. References: Bishop 1994, *Mixture density networks*; the interface is that of
 Zuko's ``GMM`` (probabilists/zuko).
 """
@@ -15,18 +15,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gmmkeops._checks import as_integer, as_number
+from gmmkeops._checks import accepts, as_integer, as_number
 from gmmkeops.components import as_tensor, factor_class
 from gmmkeops.data import as_generator, as_points, table_names, table_of
+from gmmkeops.models.arguments import COMPONENTS
 from gmmkeops.models.mixture import Mixture, as_mixture
 
 __all__ = ["GMM"]
 
-# Steps of soft clusters after the hard ones: their density is then no lower than that of k-means.
+# Number of EM steps after k-means, so that the likelihood is at least that of its clusters.
 _REFINE = 1
 
-# Runs of k-means++.
+# Number of runs of k-means++.
 _RUNS = 10
+
+_WRONG = COMPONENTS | {
+    "dim": "the number of features first",
+    "n_features": "features=",
+    "input_dim": "features=",
+    "n_context": "context=",
+    "covariance": "covariance_type=",
+    "reg_covar": "epsilon=",
+}
 
 
 class GMM(nn.Module):
@@ -34,38 +44,40 @@ class GMM(nn.Module):
 
     As in all modules of torch, the first parameters are drawn by torch's global generator; :meth:`initialize` replaces them.
     ``torch.compile(model, fullgraph=True)`` and ``torch.export.export(model, (c,))`` return mixtures, as the module does.
+    All arguments but ``features`` are passed by name.
 
     Args:
         features: D, the number of columns of a point.
+        n_components: Number of components K.
         context: C, the number of columns of a context; 0 for none.
-        components: Number of components K.
         covariance_type: ``"full"``, ``"diagonal"`` (or ``"diag"``) or ``"spherical"``; ``"tied_..."`` sets ``tied`` too.
         tied: Whether all components share one covariance.
-        epsilon: Least conditional variance of a coordinate given those after it, squared data units: added to
-            :math:`1/U_{dd}^2`, so for diagonal and spherical factors to the variance itself.
-        hidden_features: Widths of the perceptron's hidden layers, with a context.
-        activation: Their activation's constructor.
+        epsilon: Smallest conditional variance of a coordinate given the following ones, squared data units: added to
+            :math:`1/U_{dd}^2`, which for diagonal and spherical factors is the variance itself.
+        hidden_features: Widths of the hidden layers of the perceptron, with a context.
+        activation: Constructor of their activation.
 
     Attributes:
         logits: Parameters (K,), without a context.
         means: Parameters (K, D), without a context.
         log_diagonal: Parameters (K or 1, D or 1), without a context.
         upper: Parameters (K or 1, D(D-1)/2) of full factors, without a context.
-        network: The perceptron, with one.
-        columns: Names of the D columns of the points and of the C columns of the contexts, where the data that the model
+        network: The perceptron, with a context.
+        columns: Names of the D columns of the points and of the C columns of the contexts, if the data that the model
             was initialized with or fitted to had names; else None. They are not part of the state dict.
 
     Raises:
-        ValueError: A size below one, or an unknown covariance type.
+        TypeError: An argument after ``features`` is not passed by name, or is unknown.
+        ValueError: A size is below one, or the covariance type is unknown.
 
     Reference:
         With a context: Bishop 1994, *Mixture density networks*, Aston University.
 
     Example:
         >>> import torch, gmmkeops as gk
-        >>> model = gk.GMM(2, components=3)
+        >>> model = gk.GMM(2, n_components=3)
         >>> model.initialize(torch.randn(100, 2), "kmeans++")
-        GMM(features=2, context=0, components=3, covariance_type='full', tied=False)
+        GMM(features=2, context=0, n_components=3, covariance_type='full', tied=False)
         >>> loss = -model().log_prob(torch.randn(100, 2)).mean()
         >>> loss.backward()
         >>> model.means.grad.shape
@@ -74,20 +86,27 @@ class GMM(nn.Module):
 
     columns: tuple[str, ...] | None = None
 
+    @accepts(old={"components": "n_components"}, wrong=_WRONG)
     def __init__(
         self,
         features: int,
+        *positional: Any,
+        n_components: int = 2,
         context: int = 0,
-        components: int = 2,
         covariance_type: str = "full",
         tied: bool = False,
         epsilon: float = 1e-6,
         hidden_features: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
+        if positional:
+            raise TypeError(
+                f"GMM takes one argument without a name, the number of features, got {1 + len(positional)}; pass "
+                "n_components= for the number of components, and context= for the number of columns of a context."
+            )
         super().__init__()
-        for name, value, least in (("features", features, 1), ("context", context, 0), ("components", components, 1)):
-            as_integer(value, name, least)
+        self.features, self.context = as_integer(features, "features", 1), as_integer(context, "context", 0)
+        self.n_components = as_integer(n_components, "n_components", 1)
         epsilon = as_number(epsilon, "epsilon", 0)
         if isinstance(hidden_features, (str, bytes)) or not isinstance(hidden_features, Iterable):
             raise TypeError(f"hidden_features must be a list of integers, got {hidden_features!r}.")
@@ -95,32 +114,33 @@ class GMM(nn.Module):
         if not callable(activation):
             raise TypeError(f"activation must be a constructor such as torch.nn.ReLU, got {type(activation).__name__}.")
         self.kind, tied_name = factor_class(covariance_type)
-        self.features, self.context, self.components = int(features), int(context), int(components)
         self.tied = bool(tied or tied_name)
         self.epsilon: float | Tensor = float(epsilon)
-        leading, D = 1 if self.tied else self.components, self.features
-        self.shapes: dict[str, tuple[int, ...]] = {
-            "logits": (1, self.components),
-            "means": (self.components, D),
-            **self.kind.shapes(leading, D),
-        }
+        K, D = self.n_components, self.features
+        factor_shapes = self.kind.shapes(1 if self.tied else K, D)
+        self.shapes: dict[str, tuple[int, ...]] = {"logits": (1, K), "means": (K, D), **factor_shapes}
         if self.context:
-            widths = [self.context, *hidden_features]
             layers: list[nn.Module] = []
-            for a, b in pairwise(widths):
+            for a, b in pairwise([self.context, *hidden_features]):
                 layers += [nn.Linear(a, b), activation()]
-            self.network = nn.Sequential(*layers, nn.Linear(widths[-1], sum(a * b for a, b in self.shapes.values())))
+            width = [self.context, *hidden_features][-1]
+            self.network = nn.Sequential(*layers, nn.Linear(width, sum(a * b for a, b in self.shapes.values())))
         else:
-            self.logits = nn.Parameter(torch.zeros(self.components))
-            self.means = nn.Parameter(torch.randn(self.components, D))
-            for name, shape in self.kind.shapes(leading, D).items():
+            self.logits = nn.Parameter(torch.zeros(K))
+            self.means = nn.Parameter(torch.randn(K, D))
+            for name, shape in factor_shapes.items():
                 setattr(self, name, nn.Parameter(torch.zeros(shape)))
 
+    @property
+    def components(self) -> int:
+        """Number of components K; the same as ``n_components``."""
+        return self.n_components
+
     def forward(self, c: Any = None) -> Mixture:
-        """The mixture, or the batch of mixtures that belongs to contexts c (*B, C).
+        """Return the mixture, or the batch of mixtures of contexts c (*B, C).
 
         Raises:
-            ValueError: A context is missing, not expected, or of the wrong width.
+            ValueError: A context is missing, not expected, or has another number of columns.
         """
         if not self.context:
             if c is not None:
@@ -142,15 +162,15 @@ class GMM(nn.Module):
         tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(epsilon.log() + 2 * raw)
         factor = self.kind.of(tensors, self.features)
         names = None if self.columns is None else self.columns[: self.features]
-        return Mixture._unchecked(logits, means, factor).named(names)
+        return Mixture.from_valid(logits, means, factor).named(names)
 
     @torch.no_grad()
-    def carried(self, shift: Tensor, scale: Tensor) -> GMM:
-        """The same conditional density of scaled points and contexts: a copy for (x - m) / s given (c - m') / s'.
+    def rescaled(self, shift: Tensor, scale: Tensor) -> GMM:
+        """Return a copy that describes the same conditional density of (x - m) / s given (c - m') / s'.
 
         Args:
-            shift, scale: m and s of the points' columns, then those of the contexts' (D + C,), data units; the scales of
-                points alike in all columns for a spherical factor.
+            shift, scale: Location (m, m') and scale (s, s') of the columns of the points, then of the contexts (D + C,), data
+                units. For spherical factors, all columns of the points need the same scale.
         """
         model, D = copy.deepcopy(self), self.features
         like = next(self.parameters())
@@ -168,59 +188,68 @@ class GMM(nn.Module):
         model.epsilon = self.epsilon / (s[:1] if self.kind.isotropic else s).square()
         return model
 
+    carried = rescaled
+
     @torch.no_grad()
     def assign(self, mixture: Mixture) -> GMM:
-        """Sets the parameters in place so that calling the module returns this mixture (in the module's dtype).
+        """Set the parameters in place so that calling the module returns this mixture, in the dtype of the module.
 
-        With a context, the last layer's weights become zero and its biases the parameters, so that every context starts at
-        this mixture; the first step of an optimiser makes them differ.
+        With a context, the weights of the last layer become zero and its biases the parameters, so that the mixture is the same
+        for every context until the first step of an optimizer.
+
+        Args:
+            mixture: One mixture with the number of components and columns and the covariance type of the module, data units.
+
+        Returns:
+            The module itself.
 
         Raises:
-            ValueError: The mixture has another number of components, features, or another factor.
+            ValueError: The mixture has another number of components or columns, or another component family.
         """
         as_mixture(mixture)
-        shapes = {"logits": mixture.logits.unsqueeze(-2), "means": mixture.means, **mixture.factor.tensors}
-        given = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
+        tensors = {"logits": mixture.logits.unsqueeze(-2), "means": mixture.means, **mixture.factor.tensors}
+        given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if given != self.shapes or type(mixture.factor) is not self.kind:
             raise ValueError(f"the mixture's parameters have shapes {given}, this GMM's {self.shapes}.")
-        used = (self.epsilon * (2 * shapes["log_diagonal"]).exp()).clamp(max=0.999)
-        shapes["log_diagonal"] = shapes["log_diagonal"] - 0.5 * torch.log1p(-used)
+        used = (self.epsilon * (2 * tensors["log_diagonal"]).exp()).clamp(max=0.999)
+        tensors["log_diagonal"] = tensors["log_diagonal"] - 0.5 * torch.log1p(-used)
         if self.context:
             last = cast(nn.Linear, self.network[-1])
             last.weight.zero_()
-            last.bias.copy_(torch.cat([tensor.reshape(-1) for tensor in shapes.values()]))
+            last.bias.copy_(torch.cat([tensor.reshape(-1) for tensor in tensors.values()]))
         else:
-            for name, tensor in shapes.items():
+            for name, tensor in tensors.items():
                 getattr(self, name).copy_(tensor.reshape(getattr(self, name).shape))
         self.columns = None if self.context else mixture.columns
         return self
 
+    @accepts(old={"weights": "sample_weight"}, also={"random_state": "generator"})
     def initialize(
         self,
         x: Any,
         strategy: str = "kmeans",
         *,
         context: Any = None,
-        weights: Any = None,
-        generator: torch.Generator | None = None,
+        sample_weight: Any = None,
+        generator: torch.Generator | int | None = None,
     ) -> GMM:
-        """Sets the parameters to the clusters of a cloud, shared softly; see :func:`gmmkeops.initialize`.
+        """Set the parameters to an initial mixture of data; see :func:`gmmkeops.initialize`.
 
         Args:
             x: Points (N, D), N >= K, data units.
-            strategy: ``"random"`` (K points as centres), ``"kmeans"`` (the best of three runs) or ``"kmeans++"`` (the best of
-                ten).
-            context: The points' contexts (N, C), so that the network's first layer is drawn anew for values such as these;
-                if left out it stays as it is, which suits contexts near zero of size one.
-            weights: Weight of each point (N,), or None.
-            generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
+            strategy: ``"random"`` (K random points as centers), ``"kmeans"`` (the best of three runs) or ``"kmeans++"`` (the best
+                of ten).
+            context: Contexts of the points (N, C), for which the first layer of the network is initialized. Without them it
+                stays as it is, which suits contexts with means near zero and standard deviations near one.
+            sample_weight: Weight of each point (N,), or None.
+            generator: Random number generator, or a seed. None uses a fixed seed, so that the same call gives the same
                 parameters in every process.
 
         Returns:
             The module itself.
 
         Raises:
-            TypeError, ValueError: Bad points, or an unknown strategy; the parameters are then as they were.
+            TypeError, ValueError: Points are invalid, or the strategy is unknown; the parameters are then unchanged.
         """
         columns, others = table_names(x), table_names(context)
         x = as_tensor(x, name="x", device=next(self.parameters()).device)
@@ -233,25 +262,25 @@ class GMM(nn.Module):
             c = as_points(context, name="context", features=self.context).to(x.device)
         options: Any = {
             "covariance_type": self.kind.type_name(self.tied),
-            "weights": weights,
+            "sample_weight": sample_weight,
             "generator": generator,
             "refine": _REFINE,
         }
         if isinstance(strategy, str) and strategy == "kmeans++":
-            # The algorithm of that name: seeds far apart, then Lloyd's iterations; here the best of more runs than "kmeans".
-            strategy, options["runs"] = "kmeans", _RUNS
+            # k-means++ seeds followed by Lloyd's iterations, as "kmeans", but the best of more runs.
+            strategy, options["n_init"] = "kmeans", _RUNS
         # Initialization runs EM, in a folder above this one.
         from gmmkeops.fitting import initialize
 
-        self.assign(initialize(x, self.components, strategy, **options).named(columns))
+        self.assign(initialize(x, self.n_components, strategy, **options).named(columns))
         if context is not None:
             self.columns = None if columns is None or others is None else columns + others
-            self._suit(c.double(), generator)
+            self._initialize_first_layer(c.double(), generator)
         return self
 
     @torch.no_grad()
-    def _suit(self, c: Tensor, generator: torch.Generator) -> None:
-        """Draws the first layer, as torch would, for contexts that are standardised inside it."""
+    def _initialize_first_layer(self, c: Tensor, generator: torch.Generator) -> None:
+        """Draw the first layer from torch's default distribution for standardized contexts, with the standardization included."""
         first, mean, spread = cast(nn.Linear, self.network[0]), c.mean(0), c.std(0, correction=0)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         bound = self.context**-0.5
@@ -262,6 +291,6 @@ class GMM(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"features={self.features}, context={self.context}, components={self.components}, "
+            f"features={self.features}, context={self.context}, n_components={self.n_components}, "
             f"covariance_type={self.kind.family!r}, tied={self.tied}"
         )

@@ -1,4 +1,4 @@
-r"""Quantiles of Gaussian mixtures in one dimension, from the logarithm of the smaller tail probability.
+r"""Distribution function and quantiles of mixtures in one dimension, from the logarithm of the smaller tail probability.
 
 .. math:: F(x) = \sum_k W_k\, \Phi\bigl((x - \mu_k) / \sigma_k\bigr), \qquad \log F(x) = \log q \text{ or }
           \log (1 - F(x)) = \log (1 - q) \text{ where } q > \tfrac12
@@ -9,17 +9,120 @@ The logarithm is accurate for probabilities near zero. For probabilities near on
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["quantiles"]
+from gmmkeops.components import as_tensor, check_finite, concrete
+from gmmkeops.models.points import as_points_of, broadcast
+from gmmkeops.reductions import recordable
+
+if TYPE_CHECKING:
+    from gmmkeops.models.mixture import Mixture
+
+__all__ = ["cdf", "icdf", "quantile", "quantiles"]
 
 # Every third step halves a bracket, and after 2200 halvings any two float64 numbers are neighbors.
 _STEPS = 3 * 2200
 
 # Smallest slope that derivatives divide by; its square does not underflow.
 _LEAST_SLOPE = 1e-150
+
+
+def cdf(mixture: Mixture, value: Any) -> Tensor:
+    """Cumulative distribution function of a mixture in one dimension.
+
+    Args:
+        value: Points (*S, 1), or (*S, *B, 1) for a batch of mixtures; data units.
+
+    Returns:
+        Probabilities (*S, *B) in [0, 1], differentiable in points and parameters.
+
+    Raises:
+        ValueError: The mixture has more than one column; take a :meth:`marginal`.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture(weights=[1.0], means=[[0.0]], covariances=[1.0], covariance_type="spherical")
+        >>> m.cdf([[0.0], [1.96]]).round(decimals=3).tolist()
+        [0.5, 0.975]
+    """
+    x = as_points_of(mixture, value)
+    _check_one_column(mixture)
+    if mixture._validate_args:
+        # The distribution function is 0 or 1 at infinite points.
+        check_finite(torch.where(torch.isinf(x), 0.0, x).reshape(-1, 1), name="x")
+    z = (x - mixture.means[..., 0]) * mixture.factor.log_determinant().exp()
+    return (mixture.weights * torch.special.ndtr(z)).sum(-1).clamp(max=1)
+
+
+def quantile(mixture: Mixture, q: Any) -> Tensor:
+    """Quantiles of a mixture in one dimension, computed in float64; not differentiable (see :meth:`icdf`).
+
+    Args:
+        q: Probabilities in (0, 1): (*S), the same for all mixtures of a batch.
+
+    Returns:
+        (*S, *B), data units, in the dtype of the means.
+
+    Raises:
+        ValueError: The mixture has more than one column, or a probability is not inside (0, 1).
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture(weights=[0.5, 0.5], means=[[-2.0], [2.0]], covariances=[1.0, 1.0], covariance_type="spherical")
+        >>> m.quantile([0.025, 0.975]).round(decimals=3).tolist()
+        [-3.645, 3.645]
+    """
+    q = as_tensor(q, name="q").to(mixture.means)
+    if not bool(((q > 0) & (q < 1)).all()):
+        raise ValueError("q must lie inside (0, 1); use icdf for probabilities of 0 and 1.")
+    q = q.reshape((*q.shape, *[1] * len(mixture.batch_shape)))
+    return _of_mixture(mixture, q.detach()).detach().to(q.dtype)
+
+
+def icdf(mixture: Mixture, value: Any) -> Tensor:
+    """Inverse cumulative distribution function (quantiles) of a mixture in one dimension.
+
+    The quantiles are computed in float64, also far in the tails, and rounded to the dtype of the result.
+
+    Args:
+        value: Probabilities in [0, 1]: (*S), or (*S, *B) for a batch of mixtures.
+
+    Returns:
+        Points (*S, *B, 1), data units, with first and second derivatives in probabilities and parameters; -inf for 0, +inf
+        for 1. If values are not checked, those outside of [0, 1] give NaN.
+
+    Raises:
+        ValueError: The mixture has more than one column (take a :meth:`marginal`), a value is not in [0, 1], or the
+            shape does not fit the batch.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture(weights=[0.5, 0.5], means=[[-2.0], [2.0]], covariances=[1.0, 1.0], covariance_type="spherical")
+        >>> m.icdf([0.025, 0.5, 1.0]).round(decimals=3).tolist()
+        [[-3.645], [0.0], [inf]]
+    """
+    q = recordable(as_tensor(value, name="value", device=mixture.means.device))
+    if mixture._validate_args and concrete(q) and not bool(((q >= 0) & (q <= 1)).all()):
+        raise ValueError("value must hold probabilities from 0 to 1 for icdf; pass what cdf returns.")
+    return _of_mixture(mixture, q).unsqueeze(-1).to(torch.promote_types(q.dtype, mixture.means.dtype))
+
+
+def _of_mixture(mixture: Mixture, probabilities: Tensor) -> Tensor:
+    """Quantiles (*S, *B) of a mixture in one dimension, float64."""
+    _check_one_column(mixture)
+    precisions = mixture.factor.log_determinant().double().exp()
+    probabilities = broadcast(mixture, probabilities, probabilities, "probabilities")
+    return quantiles(mixture.log_weights, mixture.means[..., 0], precisions, probabilities)
+
+
+def _check_one_column(mixture: Mixture) -> None:
+    if mixture.features > 1:
+        raise ValueError(
+            f"a distribution function needs a mixture with one column, got {mixture.features} columns; take a marginal first."
+        )
 
 
 def quantiles(log_weights: Tensor, means: Tensor, precisions: Tensor, probabilities: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Radii of Gaussian draws between two Mahalanobis distances, exact far out in the tail too."""
+"""Radii of Gaussian draws between two Mahalanobis distances, accurate also far in the tail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ __all__ = ["radii", "shell"]
 
 
 def shell(confidence: float | None, std_range: tuple[float, float] | None, features: int) -> tuple[float, float]:
-    """The radii between which to draw, standard deviations."""
+    """Smallest and largest radius of a region, in standard deviations.
+
+    Args:
+        confidence: Probability of the ellipsoid that contains the region, or None.
+        std_range: Pair of radii, or None.
+        features: Number of columns D.
+
+    Raises:
+        ValueError: An argument is invalid, or the region is empty.
+    """
     low, high = 0.0, math.inf
     if std_range is not None:
         if not isinstance(std_range, (tuple, list)) or len(std_range) != 2:
@@ -26,17 +35,26 @@ def shell(confidence: float | None, std_range: tuple[float, float] | None, featu
         confidence = as_number(confidence, "confidence")
         if not 0 < confidence <= 1:
             raise ValueError(f"confidence must be above 0 and at most 1, got {confidence}.")
-        share = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)
-        high = min(high, float(radii(share, 0.0, math.inf, features)) if confidence < 1 else math.inf)
+        outside = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)
+        high = min(high, float(radii(outside, 0.0, math.inf, features)) if confidence < 1 else math.inf)
         if not low < high:
             raise ValueError(f"confidence={confidence} ends at {high:.4g} standard deviations, below {low:.4g}.")
     return low, high
 
 
 def radii(share: Tensor, low: float, high: float, features: int) -> Tensor:
-    """Radii in [low, high] beyond which ``share`` of the chi distribution's mass between them lies.
+    """Quantiles of the chi distribution with D degrees of freedom, truncated to [low, high], from the upper end.
 
-    Solved on the upper tail, which keeps its digits far out, by bisection.
+    Args:
+        share: Probabilities (n, 1), float64, of a radius above the quantile.
+        low, high: Bounds in standard deviations; ``high`` may be infinite.
+        features: Number of columns D.
+
+    Returns:
+        (n, 1), standard deviations, by bisection on the upper tail, which is accurate also far out.
+
+    Raises:
+        ValueError: The region contains less probability than float64 can represent.
     """
     half = torch.full_like(share, features / 2)
 
@@ -44,7 +62,7 @@ def radii(share: Tensor, low: float, high: float, features: int) -> Tensor:
         return torch.special.gammaincc(half, 0.5 * radius.square())
 
     near = torch.full_like(share, low)
-    # Past this the tail holds no float64.
+    # Beyond this radius the tail probability underflows.
     far = torch.full_like(share, min(high, math.sqrt(features) + 40.0 + low))
     top, bottom = beyond(near), beyond(far) if high < math.inf else torch.zeros_like(share)
     if not float((top - bottom).min()) > 1e-290:

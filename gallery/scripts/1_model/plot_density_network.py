@@ -37,7 +37,7 @@ new_c, new_y = readings(4000, 1)
 # it on minibatches, in a frame where all columns are of size one.
 
 torch.manual_seed(0)
-model = gk.GMM(1, context=1, components=4)
+model = gk.GMM(1, context=1, n_components=4)
 model.initialize(y, context=c, generator=torch.Generator().manual_seed(0))
 schedule = lambda adam: torch.optim.lr_scheduler.CosineAnnealingLR(adam, 60)  # noqa: E731
 method = gk.Adam(lr=1e-2, batch_size=256, scheduler=schedule)

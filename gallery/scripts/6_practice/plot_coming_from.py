@@ -45,7 +45,7 @@ print(f"coming from: {len(outliers)} points beyond five sigma, lower bound {mapp
 # **From Zuko**: the module has the same signature, ``component_distribution`` and ``mixture_distribution`` exist, and
 # memory does not grow with points times components.
 
-module = gk.GMM(features=2, components=2, covariance_type="full").initialize(torch.from_numpy(X).float(), "kmeans")
+module = gk.GMM(features=2, n_components=2, covariance_type="full").initialize(torch.from_numpy(X).float(), "kmeans")
 optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
 for _ in range(50):
     loss = -module().log_prob(torch.from_numpy(X).float()).mean()

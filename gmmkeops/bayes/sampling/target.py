@@ -113,7 +113,7 @@ class Target:
             if isinstance(sticks, StickBreaking):
                 # k-means uses every component; variational Bayes leaves those unused that the data do not need.
                 method = VariationalBayes(concentration=sticks.concentration, reg_covar=0.0, tol=0)
-                settings: Any = {"weights": self.weights, "backend": self.backend, "progress": False}
+                settings: Any = {"sample_weight": self.weights, "backend": self.backend, "verbose": False}
                 found = fit(found, self.x, method, max_iter=_STEPS, **settings).mixture
             z = prior.unbounded(prior.of_mixture(found.to("cpu")))
             if bool(torch.isfinite(z).all()) and bool(torch.isfinite(self.log_density(z)).all()):

@@ -1,0 +1,167 @@
+r"""Scores, information criteria and anomaly thresholds of a mixture.
+
+.. math::
+
+    \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N, \qquad \mathrm{AIC} = -2 \sum_n \log p(x_n) + 2P, \qquad
+    \mathrm{ICL} = \mathrm{BIC} + 2 \sum_n H(r_n)
+
+Here P is the number of free parameters, and H the entropy of the responsibilities of a point.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gmmkeops._checks import accepts, as_number, renamed
+from gmmkeops.data import chunked, weight_unit
+from gmmkeops.models import Mixture, as_mixture
+
+__all__ = ["CRITERIA", "aic", "anomaly_threshold", "bic", "icl", "score"]
+
+CRITERIA = ("bic", "aic", "icl")
+
+# Numbers of responsibilities (rows, K) that are in memory at a time.
+_CHUNK = 1 << 22
+
+
+@renamed("weights", "sample_weight")
+def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float, float]:
+    """Weighted sums over the points: log-densities, weights, entropies of responsibilities if requested; and the unit.
+
+    The sums are divided by the unit, the order of magnitude of the weights, so that very large and small weights do not overflow.
+    """
+    as_mixture(mixture)
+    total = mass = disorder = unit = 0.0
+    for chunk in chunked(x, weights, features=mixture.features, columns=mixture.columns):
+        with torch.no_grad():
+            values, g = mixture.log_prob(chunk.points).double(), chunk.weights
+            if g is not None and len(g):
+                unit = unit or weight_unit(float(g.max()))
+                g = g / unit
+            total += float(values.sum() if g is None else values @ g)
+            mass += float(len(values) if g is None else g.sum())
+            rows = max(1, _CHUNK // mixture.components)
+            for first in range(0, len(values) if entropy else 0, rows):
+                h = torch.special.entr(mixture.responsibilities(chunk.points[first : first + rows])).sum(1).double()
+                disorder += float(h.sum() if g is None else h @ g[first : first + rows])
+    return total, mass, disorder, unit or 1.0
+
+
+@accepts(old={"weights": "sample_weight"})
+def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
+    r"""Mean log-density :math:`\sum_n g_n \log p(x_n) / \sum_n g_n`, nats per point; arguments and errors as for :func:`bic`.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> round(gk.analysis.score(m, [[0.0], [1.0]]), 4)  # -log(2π)/2 - 1/4
+        -1.1689
+    """
+    total, mass, _, _ = _sums(mixture, x, sample_weight)
+    return total / mass
+
+
+@accepts(old={"weights": "sample_weight"})
+def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
+    r"""Bayesian information criterion :math:`-2 \sum_n g_n \log p(x_n) + P \log \sum_n g_n`, the lower the better.
+
+    Args:
+        mixture: One mixture, with P free parameters.
+        x: Points (N, D), data units; or any source that :meth:`gmmkeops.Source.of` accepts, as in all functions of this module.
+        sample_weight: Weight g of each point (N,), or None. The sum of the weights takes the place of N.
+
+    Returns:
+        The criterion of all points together, on the scale of twice the log-likelihood in nats.
+
+    Raises:
+        TypeError, ValueError: Points or weights are not numeric, not finite, or have the wrong shape.
+
+    Reference:
+        Schwarz 1978, *Estimating the dimension of a model*, The Annals of Statistics 6.
+
+    Example:
+        >>> import math, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")  # two parameters
+        >>> x = [[0.0], [1.0], [2.0]]
+        >>> gk.analysis.bic(m, x) == -6 * gk.analysis.score(m, x) + 2 * math.log(3)
+        True
+    """
+    total, mass, _, unit = _sums(mixture, x, sample_weight)
+    return -2 * total * unit + mixture.parameter_count * (math.log(mass) + math.log(unit))
+
+
+@accepts(old={"weights": "sample_weight"})
+def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
+    r"""Akaike information criterion :math:`-2 \sum_n g_n \log p(x_n) + 2 P`; arguments, units and errors as for :func:`bic`.
+
+    Reference:
+        Akaike 1974, *A new look at the statistical model identification*, IEEE Transactions on Automatic Control 19.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> gk.analysis.aic(m, [[0.0], [1.0]]) == -4 * gk.analysis.score(m, [[0.0], [1.0]]) + 2 * 2
+        True
+    """
+    total, _, _, unit = _sums(mixture, x, sample_weight)
+    return -2 * total * unit + 2 * mixture.parameter_count
+
+
+@accepts(old={"weights": "sample_weight"})
+def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
+    """Integrated completed likelihood, the lower the better: BIC plus twice the entropy of the responsibilities.
+
+    Arguments, units and errors are as for :func:`bic`.
+
+    Reference:
+        Biernacki, Celeux and Govaert 2000, *Assessing a mixture model for clustering with the integrated completed
+        likelihood*, IEEE Transactions on Pattern Analysis and Machine Intelligence 22.
+
+    Example:
+        >>> import math, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([0.5, 0.5], [[0.0], [0.0]], [1.0, 1.0], "spherical")  # two equal components
+        >>> x = [[0.0], [1.0], [2.0]]
+        >>> round(gk.analysis.icl(m, x) - gk.analysis.bic(m, x), 6) == round(2 * 3 * math.log(2), 6)
+        True
+    """
+    total, mass, disorder, unit = _sums(mixture, x, sample_weight, entropy=True)
+    return 2 * (disorder - total) * unit + mixture.parameter_count * (math.log(mass) + math.log(unit))
+
+
+def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> float:
+    """Log-density (nats) below which ``percentile`` percent of the points lie; points with lower densities are anomalies.
+
+    Args:
+        mixture: One mixture.
+        x: Points (N, D), data units, of which most are not anomalies.
+        percentile: A number from 0 to 100.
+
+    Returns:
+        The percentile of the log-densities, nats.
+
+    Raises:
+        TypeError, ValueError: Points are invalid, or the percentile is out of range.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> x = torch.linspace(-2, 2, 1001).double()[:, None]
+        >>> round(gk.analysis.anomaly_threshold(m, x, 50), 3) == round(float(m.log_prob([[1.0]])[0]), 3)
+        True
+    """
+    as_mixture(mixture)
+    if not 0 <= as_number(percentile, "percentile") <= 100:
+        raise ValueError(f"percentile must be between 0 and 100, got {percentile}.")
+    with torch.no_grad():
+        parts = [
+            mixture.log_prob(chunk.points).double()
+            for chunk in chunked(x, features=mixture.features, columns=mixture.columns)
+        ]
+    values = torch.cat(parts).sort().values
+    place = percentile / 100 * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return float(values[low] + (place - low) * (values[high] - values[low]))

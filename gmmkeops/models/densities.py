@@ -1,0 +1,165 @@
+r"""Log-densities of points under a mixture or a batch of mixtures, and the entropy.
+
+One mixture is evaluated by the reductions with offsets :math:`c_k = \log W_k + \log |\det U_k| - \tfrac D2 \log 2\pi`, and a
+batch of mixtures by torch operations in blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gmmkeops import reductions
+from gmmkeops._checks import as_choice, as_fraction
+from gmmkeops.components import concrete
+from gmmkeops.models.points import as_points_of, broadcast, check_finite_points, check_range, widened
+
+if TYPE_CHECKING:
+    from gmmkeops.models.mixture import Mixture
+
+__all__ = ["CHUNK", "entropy", "joint", "log_joint", "log_prob"]
+
+# Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
+CHUNK = 1 << 22
+
+
+def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
+    r"""Log-density log p(x), with the normalizing constant.
+
+    Args:
+        value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. Their dtype is that of the result.
+        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        truncate: Largest fraction ε of a point's density that may be neglected; 0 evaluates every component, None is as in
+            :func:`gmmkeops.reductions.arrange`.
+
+    Returns:
+        (*S, *B), nats per point, differentiable in points and parameters.
+
+    Raises:
+        TypeError, ValueError: The points are not numeric, not finite, or do not have D columns; or their squared distances
+            overflow their dtype; or ``backend="keops"`` or truncation is requested with a batch of mixtures, which is
+            evaluated by torch operations at all components.
+    """
+    x = as_points_of(mixture, value)
+    near, is_near = widened(mixture, x)
+    if mixture._validate_args and concrete(x):
+        check_finite_points(mixture, x)
+        values = _finite_log_prob(mixture, near, backend, truncate).to(x.dtype)
+        if not is_near:
+            check_range(mixture, values, x)
+        return values
+    finite = torch.isfinite(x).all(-1)
+    near = torch.where(finite.unsqueeze(-1), near, 0.0)
+    values = _finite_log_prob(mixture, near, backend, truncate).to(x.dtype)
+    # The sum is NaN where an entry is NaN, else infinite.
+    return torch.where(finite, values, -x.detach().abs().sum(-1))
+
+
+def _finite_log_prob(mixture: Mixture, x: Tensor, backend: str, truncate: float | None) -> Tensor:
+    """Log-densities (*S, *B) of finite points."""
+    if mixture.batch_shape:
+        if as_choice(backend, "backend", reductions.BACKENDS) == "keops" or as_fraction(truncate, "truncate"):
+            raise ValueError(
+                "a batch of mixtures is evaluated by torch operations at all components; leave backend and truncate out."
+            )
+        return _batch_log_prob(mixture, x)
+    if x.numel() == 0:
+        return torch.logsumexp(joint(mixture, x), -1)
+    arguments = (x.reshape(-1, mixture.features), mixture.offsets, mixture.means, mixture.factor)
+    values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
+    return values.reshape(x.shape[:-1])
+
+
+def _batch_log_prob(mixture: Mixture, x: Tensor) -> Tensor:
+    """Log-densities (*S, *B) of points (*S, *B, D), in blocks of mixtures; blocks are recomputed in the backward pass."""
+    batch = broadcast(mixture, x[..., 0], x, "points").shape
+    lead = batch[: len(batch) - len(mixture.batch_shape)]
+    # The matrix of one factor takes as much memory as the residuals of D points.
+    room = max(1, CHUNK // (mixture.components * mixture.features * (mixture.features + 1)))
+    if _fits(batch, room):
+        return torch.logsumexp(joint(mixture, x), -1)
+    flat = x.expand(*batch, mixture.features).reshape(lead.numel(), -1, mixture.features)
+    tensors = {name: tensor.flatten(0, -3) for name, tensor in mixture.factor.tensors.items()}
+
+    def block(points: Tensor, logits: Tensor, means: Tensor, *parts: Tensor) -> Tensor:
+        factor = mixture.factor.replace(**dict(zip(tensors, parts, strict=True)))
+        return torch.logsumexp(joint(type(mixture)(logits, means, factor, validate_args=False), points), -1)
+
+    size, rows = max(1, room // lead.numel()), min(room, lead.numel())
+    columns = (mixture.logits.flatten(0, -2), mixture.means.flatten(0, -3), *tensors.values())
+    values = []
+    for points, *own in zip(flat.split(size, 1), *(tensor.split(size) for tensor in columns), strict=True):
+        # Checkpointing is needed for gradients only, and torch's checkpoint imports its compiler (a second and 50 MB).
+        if torch.is_grad_enabled():
+            parts = [checkpoint(block, part, *own, use_reentrant=False) for part in points.split(rows)]
+        else:
+            parts = [block(part, *own) for part in points.split(rows)]
+        values.append(torch.cat(parts))
+    return torch.cat(values, 1).reshape(batch)
+
+
+def log_joint(mixture: Mixture, value: Any) -> Tensor:
+    r"""Joint log-densities log p(x, k) = log W_k + log N(x; μ_k, Σ_k) of points and components.
+
+    Args:
+        value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units.
+
+    Returns:
+        (*S, *B, K), nats, in the dtype of the points.
+
+    Raises:
+        TypeError, ValueError: As for :meth:`log_prob`.
+    """
+    x = as_points_of(mixture, value)
+    check_finite_points(mixture, x)
+    near, is_near = widened(mixture, x)
+    values = joint(mixture, near).to(x.dtype)
+    if not is_near:
+        check_range(mixture, values.amax(-1), x)
+    return values
+
+
+def entropy(mixture: Mixture) -> Tensor:
+    r"""Differential entropy of a mixture of one component, in closed form.
+
+    .. math:: H = \tfrac D2 \log(2 \pi e) - \log |\det U|
+
+    Returns:
+        (*B), nats.
+
+    Raises:
+        NotImplementedError: The mixture has several components; its entropy has no closed form.
+    """
+    if mixture.components > 1:
+        raise NotImplementedError(
+            f"the entropy of a mixture of {mixture.components} components has no closed form; average -log_prob over a "
+            "sample, or compare mixtures by sampling with gmmkeops.analysis (gk.analysis.kl_divergence)."
+        )
+    return 0.5 * mixture.features * math.log(2 * math.pi * math.e) - mixture.factor.log_determinant()[..., 0]
+
+
+def joint(mixture: Mixture, x: Tensor) -> Tensor:
+    """Log-densities log p(x, k) (*S, *B, K) of checked points, in their dtype."""
+    wide = torch.promote_types(x.dtype, mixture.means.dtype)
+    offsets, means, factor = mixture.offsets.to(wide), mixture.means.to(wide), mixture.factor
+    factor = factor if factor.dtype == wide else factor.to(wide)
+
+    def exponents(rows: Tensor) -> Tensor:
+        distances = factor.whiten(rows.unsqueeze(-2).to(wide) - means).square().sum(-1)
+        # Products that overflow may cancel to NaN; the distance is then infinite.
+        return (offsets - 0.5 * distances.masked_fill(distances.isnan(), math.inf)).to(rows.dtype)
+
+    rows = max(1, CHUNK // max(1, mixture.means.numel()))
+    if mixture.batch_shape or x.ndim < 2 or _fits(x.shape[:-1], rows):
+        return exponents(x)
+    flat = x.reshape(-1, mixture.features)
+    return torch.cat([exponents(part) for part in flat.split(rows)]).reshape(*x.shape[:-1], mixture.components)
+
+
+def _fits(shape: torch.Size, rows: int) -> bool:
+    """Whether a shape has at most ``rows`` entries, or torch is compiling (compilers plan the memory themselves)."""
+    return torch.compiler.is_compiling() or shape.numel() <= rows

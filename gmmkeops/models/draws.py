@@ -1,0 +1,112 @@
+"""Random draws from a mixture, also within regions of its components."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_integer, as_shape
+from gmmkeops.components import mind_fork
+from gmmkeops.data import categorical, generator_on
+from gmmkeops.models.densities import CHUNK
+from gmmkeops.models.regions import radii, shell
+
+if TYPE_CHECKING:
+    from gmmkeops.models.mixture import Mixture
+
+__all__ = ["sample"]
+
+
+def sample(
+    mixture: Mixture,
+    sample_shape: Any = (),
+    *,
+    return_labels: bool = False,
+    generator: torch.Generator | None = None,
+    component: int | None = None,
+    confidence: float | None = None,
+    std_range: tuple[float, float] | None = None,
+) -> Any:
+    r"""Draw points, and optionally the component of each.
+
+    Points within a region (``confidence`` or ``std_range``) are drawn exactly and without rejection: the whitened point is
+    a uniformly distributed direction times a radius from the chi distribution with D degrees of freedom, truncated to the
+    region. A shell at five standard deviations takes no longer than any other region.
+
+    Args:
+        sample_shape: S, an int or a shape.
+        return_labels: Whether to return the components as well.
+        generator: Random number generator. If it is on another device than the mixture, a seed for the draws is taken from
+            it. None uses torch's global generator, as all torch distributions do: two calls draw different points, and
+            ``torch.manual_seed`` makes them reproducible.
+        component: Draw from this component only.
+        confidence: Draw within the ellipsoid that contains this probability of a component, in (0, 1].
+        std_range: (a, b): draw at Mahalanobis distances from a to b of the component's mean; b may be infinite.
+
+    Returns:
+        Points (*S, *B, D), data units; with ``return_labels`` also components (*S, *B), int64.
+
+    Raises:
+        ValueError: The component does not exist, or the region is empty or so far out that its probability underflows
+            float64.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> m = gk.Mixture(weights=[0.5, 0.5], means=[[0.0], [9.0]], covariances=[1.0, 1.0], covariance_type="spherical")
+        >>> x, labels = m.sample(5, return_labels=True, generator=torch.Generator().manual_seed(0))
+        >>> x.shape, bool(((x[:, 0] > 4.5) == (labels == 1)).all())
+        (torch.Size([5, 1]), True)
+    """
+    mind_fork()
+    shape = as_shape(sample_shape)
+    if component is not None:
+        component = as_integer(component, "component", -mixture.components, mixture.components - 1)
+    bounds = shell(confidence, std_range, mixture.features)
+    generator = generator_on(generator, mixture.means.device)
+    with torch.no_grad():
+        labels = _labels(mixture, shape.numel(), component, generator)
+        points = _moved(mixture, _noise(mixture, labels.numel(), bounds, generator), labels)
+    points = points.reshape(mixture._extended_shape(shape))
+    return (points, labels.reshape(*shape, *mixture.batch_shape)) if return_labels else points
+
+
+def _labels(mixture: Mixture, count: int, component: int | None, generator: torch.Generator | None) -> Tensor:
+    """Components of ``count`` points of each mixture (count, number of mixtures)."""
+    batch, K = mixture.batch_shape.numel(), mixture.components
+    if component is not None or count * batch == 0:
+        return torch.full((count, batch), (component or 0) % K, device=mixture.means.device)
+    return categorical(mixture.weights.double().reshape(batch, K), count, generator).T
+
+
+def _noise(mixture: Mixture, count: int, bounds: tuple[float, float], generator: torch.Generator | None) -> Tensor:
+    """Standard normal vectors (count, D) whose norms are within bounds."""
+    device, D = mixture.means.device, mixture.features
+    draws = torch.randn(count, D, generator=generator, dtype=mixture.means.dtype, device=device)
+    if bounds != (0.0, math.inf) and len(draws):
+        uniform = torch.rand(count, 1, generator=generator, dtype=torch.float64, device=device)
+        radius = radii(uniform, *bounds, D)
+        draws = (draws.double() / draws.double().norm(dim=1, keepdim=True) * radius).to(draws.dtype)
+    return draws
+
+
+def _moved(mixture: Mixture, draws: Tensor, labels: Tensor) -> Tensor:
+    """Points (S · number of mixtures, D) from whitened ones and their components (S, number of mixtures), in place."""
+    count, batch = labels.shape
+    K, D, leading = mixture.components, mixture.features, mixture.factor.leading
+    first = torch.arange(batch, device=labels.device)
+    index = (labels + K * first).reshape(-1)
+    factor = mixture.factor.replace(**{n: t.flatten(0, -2) for n, t in mixture.factor.tensors.items()})
+    which = index if leading == K else first.expand_as(labels).reshape(-1)
+    means, rows = mixture.means.reshape(-1, D), max(1, CHUNK // (D * D))
+    # The batch is processed in blocks, because factors are turned into matrices.
+    order = torch.arange(count * batch, device=labels.device).view(count, batch)
+    for block in order.split(max(1, rows // K), 1) if len(draws) else ():
+        begin = int(block[0, 0]) * leading
+        mine = slice(begin, begin + block.shape[1] * leading)
+        own = factor.replace(**{name: tensor[mine] for name, tensor in factor.tensors.items()})
+        for part in block.reshape(-1).split(rows):
+            draws[part] = means[index[part]] + own.unwhiten(draws[part], which[part] - begin)
+    return draws

@@ -1,0 +1,112 @@
+"""Points at which mixtures are evaluated: their shapes, and the range in which squared distances are accurate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.components import as_tensor, check_finite, concrete
+from gmmkeops.data import table_of
+from gmmkeops.reductions import recordable
+
+if TYPE_CHECKING:
+    from gmmkeops.models.mixture import Mixture
+
+__all__ = ["as_points_of", "as_rows_of", "broadcast", "check_finite_points", "check_range", "widened"]
+
+# Whitened distances below which exponents are far from the limits of their dtype, and the smallest log-densities of each dtype.
+_NEAR = 1e4
+
+_LEAST = {torch.float32: -2.9e38, torch.float64: -9e299}
+
+
+def as_points_of(mixture: Mixture, value: Any) -> Tensor:
+    """Points (*S, D), or (*S, *B, D) for a batch of mixtures, from any container of numbers; values are not checked.
+
+    Raises:
+        TypeError: The points are not numeric.
+        ValueError: The shape does not match the mixture, or the points are on another device.
+    """
+    x = recordable(as_tensor(table_of(value, mixture.columns), name="x"))
+    if x.ndim == 0 or x.shape[-1] != mixture.features:
+        raise ValueError(
+            f"x must have {mixture.features} columns, shape (*, {mixture.features}), got {tuple(x.shape)}; "
+            "pass the same columns as the model has."
+        )
+    if x.device != mixture.means.device:
+        raise ValueError(f"x is on {x.device} but the mixture on {mixture.means.device}; move one with .to().")
+    broadcast(mixture, x[..., 0], x, "points")
+    return x
+
+
+def as_rows_of(mixture: Mixture, value: Any) -> tuple[Tensor, Tensor]:
+    """Points (*S, D) of one mixture, and the same points as rows (N, D).
+
+    Raises:
+        TypeError, ValueError: As :func:`as_points_of`; or this is a batch of mixtures.
+    """
+    if mixture.batch_shape:
+        raise ValueError(
+            f"this method needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; "
+            "index it first, for example mixture[0]."
+        )
+    x = as_points_of(mixture, value)
+    return x, x.reshape(-1, mixture.features)
+
+
+def broadcast(mixture: Mixture, leading: Tensor, given: Tensor, name: str) -> Tensor:
+    """A tensor ``leading`` of the leading dimensions of ``given``, broadcast with the batch of mixtures to (*S, *B)."""
+    if not mixture.batch_shape:
+        return leading
+    # torch.broadcast_shapes imports SymPy, which takes a second and 50 MB.
+    try:
+        return torch.broadcast_tensors(leading, mixture.logits[..., 0])[0]
+    except RuntimeError:
+        raise ValueError(
+            f"{name} of shape {tuple(given.shape)} do not fit a batch of mixtures of shape {tuple(mixture.batch_shape)}; "
+            "their leading dimensions must broadcast."
+        ) from None
+
+
+def check_finite_points(mixture: Mixture, x: Tensor) -> None:
+    """Raise a ValueError if an entry of the points is not finite, unless the mixture does not validate values."""
+    if mixture._validate_args:
+        check_finite(x.reshape(-1, mixture.features), name="x")
+
+
+def widened(mixture: Mixture, x: Tensor) -> tuple[Tensor, bool]:
+    """The points, in float64 if squared distances might overflow float32; and whether all whitened distances are small."""
+    tensors = (x, mixture.means, *mixture.factor.tensors.values())
+    if not x.numel() or not all(concrete(tensor) for tensor in tensors):
+        return x, True
+    with torch.no_grad():
+        means = mixture.means.detach()
+        # A difference is at most the sum of two lengths, and a factor's norm at most D times its largest entry.
+        low, high = means.flatten(0, -2).aminmax(dim=0)
+        center = 0.5 * low.double() + 0.5 * high.double()
+        least, most = x.detach().reshape(-1, mixture.features).aminmax(dim=0)
+        reach = torch.maximum(most.double() - center, center - least.double()).amax()
+        reach = reach + 0.5 * (high.double() - low.double()).amax()
+        largest = float(mixture.features * reach * mixture.factor.detach().largest())
+    if largest < _NEAR:
+        return x, True
+    return (x.double() if largest > 1e18 else x), False
+
+
+def check_range(mixture: Mixture, values: Tensor, x: Tensor) -> None:
+    """Raise a ValueError if log-densities (*S, *B) of points (*S, *B, D) exceed the range of their dtype."""
+    if not mixture._validate_args or not concrete(values):
+        return
+    bad = ~(values.detach() > _LEAST[values.dtype])
+    if bool(bad.any()):
+        place = bad.nonzero()[0].tolist()
+        points = x.detach().expand(*bad.shape, mixture.features)
+        largest, name = float(points[tuple(place)].abs().amax()), str(values.dtype).removeprefix("torch.")
+        row = place[0] if len(place) == 1 else tuple(place)
+        remedy = "pass float64, or rescale the columns" if name == "float32" else "rescale the columns"
+        raise ValueError(
+            f"x reaches {largest:.3g} in row {row if place else 0}, so far from all components that squared distances "
+            f"overflow {name}; {remedy}."
+        )

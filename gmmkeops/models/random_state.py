@@ -1,0 +1,35 @@
+"""Random number generators of torch from the ``random_state`` of scikit-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from gmmkeops.data import DEFAULT_SEED
+
+__all__ = ["generator_of"]
+
+
+def generator_of(random_state: Any, device: torch.device, call: int = 0) -> torch.Generator:
+    """Create a generator from a ``random_state`` as in scikit-learn.
+
+    Args:
+        random_state: None (a fixed seed plus the number of the ``call``), an int, or a numpy ``RandomState`` or ``Generator``.
+        device: Device of the random numbers.
+        call: Number of the call, with which successive calls without a ``random_state`` differ.
+
+    Raises:
+        TypeError: ``random_state`` is none of these.
+    """
+    generator = torch.Generator(device)
+    if random_state is None:
+        return generator.manual_seed(DEFAULT_SEED + call)
+    if isinstance(random_state, (int, np.integer)):
+        return generator.manual_seed(int(random_state) % (1 << 63))
+    if isinstance(random_state, np.random.Generator):
+        return generator.manual_seed(int(random_state.integers(1 << 62)))
+    if isinstance(random_state, np.random.RandomState):
+        return generator.manual_seed(int(random_state.randint(1 << 31)))
+    raise TypeError(f"random_state must be None, an int or a numpy generator, got {type(random_state).__name__}.")
