@@ -328,7 +328,7 @@ def adam(family):
 
 @each(["sum", "mean", "floor"])
 def adam_penalty(name):
-    return of_fit(fitted(gk.Adam(lr=0.1), penalty=PENALTIES[name](), weights=masses()))
+    return of_fit(fitted(gk.Adam(lr=0.1), penalty=PENALTIES[name](), sample_weight=masses()))
 
 
 @case
@@ -364,7 +364,7 @@ def network(D, C, family, x, c):
 def conditional(family):
     x, c = cloud(400), cloud(400, 1, seed=5)
     model = network(2, 1, family, x, c)
-    result = fitted(gk.Adam(lr=0.02), model, x, context=c, max_iter=5, weights=masses(400))
+    result = fitted(gk.Adam(lr=0.02), model, x, context=c, max_iter=5, sample_weight=masses(400))
     batch = model(c[:3])
     found = {"mean": batch.mean, "covariance": batch.covariance_matrix, "density": batch.log_prob(x[:3])}
     return found | {"history": result.history["objective"], "objective": result.objective}
@@ -646,8 +646,8 @@ def selected():
 def criteria(family):
     mixture, x, found = start(family), cloud(), {}
     for name in ("score", "bic", "aic", "icl"):
-        function = getattr(gk.selection, name)
-        found |= {name: function(mixture, x), f"{name}_weighted": function(mixture, x, weights=masses())}
+        function = getattr(gk.analysis, name)
+        found |= {name: function(mixture, x), f"{name}_weighted": function(mixture, x, sample_weight=masses())}
     return found | {"threshold": gk.analysis.anomaly_threshold(mixture, x, 7.5), "count": mixture.parameter_count}
 
 
@@ -662,7 +662,7 @@ def silhouettes():
 def compared():
     p, q, found = start(), start("diag", 4), {}
     for name in ("kl_divergence", "jensen_shannon", "total_variation"):
-        estimate = getattr(gk.compare, name)(p, q, samples=2000, generator=seeded(3))
+        estimate = getattr(gk.analysis, name)(p, q, samples=2000, generator=seeded(3))
         found |= {name: estimate.value, f"{name}_error": estimate.error}
     ones = [m.select(torch.tensor([1])) for m in (p, q)]
     return found | {"closed": torch.distributions.kl_divergence(*ones)}
@@ -678,7 +678,12 @@ def errors(family):
     """Standard errors, of a fit and of its parameters one component at a time."""
     first = gk.initialize(cloud(), 3, covariance_type=family, generator=seeded(1))
     mixture, found = fitted(gk.EM(tol=0), first, max_iter=12).mixture, {}
-    ways = {"joint": {}, "alone": {"joint": False}, "simple": {"robust": False}, "weighted": {"weights": masses()}}
+    ways = {
+        "joint": {},
+        "alone": {"joint": False},
+        "simple": {"robust": False},
+        "weighted": {"sample_weight": masses()},
+    }
     for way, options in ways.items():
         result = gk.standard_errors(mixture, cloud(), **options)
         found |= {f"{way}_{name}": few(getattr(result, name)) for name in ("weights", "means", "covariances")}
