@@ -158,12 +158,12 @@ x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.
 mixture = gk.fit(gk.initialise(x.detach(), 2), x.detach(), gk.EM(), max_iter=3).mixture
 mixture.log_prob(x).sum().backward()
 mixture.predict(x.detach()), mixture.responsibilities(x.detach()), mixture.sample((3,))
-gk.GMM(2, components=2).initialize(x.detach())().log_prob(x.detach().float()).sum().backward()
+gk.GMM(2, n_components=2).initialize(x.detach())().log_prob(x.detach().float()).sum().backward()
 for kind in (gk.GaussianMixture, gk.BayesianGaussianMixture):
     kind(n_components=2).fit(x.detach().numpy()).predict(x.detach().numpy())
 gk.analysis.select(x.detach(), [1, 2], max_iter=2)
 gk.Adam(), gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.1))
-batch = gk.GMM(8, context=2, components=32)
+batch = gk.GMM(8, context=2, n_components=32)
 with torch.no_grad():
     batch(torch.randn(8000, 2)).log_prob(torch.randn(8000, 8))
 print("torch._dynamo" in sys.modules, "sympy" in sys.modules)

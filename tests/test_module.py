@@ -25,7 +25,7 @@ def blobs(N=3000, seed=0):
 
 @pytest.mark.parametrize(("family", "tied"), ZUKO)
 def test_parameters_are_real(family, tied):
-    model = gk.GMM(3, components=4, covariance_type=family, tied=tied)
+    model = gk.GMM(3, n_components=4, covariance_type=family, tied=tied)
     names = {"logits", "means", "log_diagonal"} | ({"upper"} if family == "full" else set())
     assert set(model.state_dict()) == names
     twin = copy.deepcopy(model)
@@ -52,7 +52,7 @@ def test_initialised_density_is_not_below_a_baseline(family, tied, strategy):
     """Three clusters explain the blobs better than one Gaussian; a square root lost would cost whole nats."""
     x = blobs()
     torch.manual_seed(0)
-    model = gk.GMM(2, components=3, covariance_type=family, tied=tied).initialize(x, strategy)
+    model = gk.GMM(2, n_components=3, covariance_type=family, tied=tied).initialize(x, strategy)
     single = gk.initialise(x, 1, covariance_type="full").log_prob(x).mean()
     assert model().log_prob(x).mean().item() > single.item() - (0.2 if strategy == "random" else -0.3)
     weights = model().weights
@@ -123,12 +123,12 @@ def test_initialise_is_reproducible_and_leaves_torch_alone():
 
 def test_epsilon_is_a_least_variance():
     for family in ("diagonal", "spherical"):
-        model = gk.GMM(2, components=1, covariance_type=family, epsilon=0.25)
+        model = gk.GMM(2, n_components=1, covariance_type=family, epsilon=0.25)
         with torch.no_grad():
             model.log_diagonal.zero_()
         assert torch.allclose(model().factor.covariances(), 1.25 * torch.eye(2))
     mixture = random_mixture("full", K=2, dtype=torch.float32)
-    model = gk.GMM(2, components=2).assign(mixture)
+    model = gk.GMM(2, n_components=2).assign(mixture)
     x = mixture.sample(20)
     assert torch.allclose(model().log_prob(x), mixture.log_prob(x), atol=1e-4)
 
@@ -137,7 +137,7 @@ def test_zuko_page_as_typed():
     """The page's snippets, with its documented names (two of which its own class lacks)."""
     torch.manual_seed(0)
     x = blobs(1000)
-    gmm = gk.GMM(features=2, components=3, covariance_type="full", epsilon=1e-6)
+    gmm = gk.GMM(features=2, n_components=3, covariance_type="full", epsilon=1e-6)
     gmm.initialize(x, strategy="kmeans")
     optimizer = torch.optim.Adam(gmm.parameters(), lr=1e-2)
     losses = []
@@ -159,7 +159,7 @@ def test_zuko_page_as_typed():
 
 def test_conditional_gmm():
     torch.manual_seed(0)
-    model = gk.GMM(features=2, context=5, components=3, hidden_features=[128, 128])
+    model = gk.GMM(features=2, context=5, n_components=3, hidden_features=[128, 128])
     assert model(torch.randn(5)).sample((100,)).shape == (100, 2)
     y = blobs(64)
     model.initialize(y, "kmeans")
@@ -178,14 +178,21 @@ def test_conditional_gmm():
     ("make", "kind", "message"),
     [
         (lambda: gk.GMM(0), ValueError, "features must be an integer of at least 1, got 0"),
-        (lambda: gk.GMM(2, components=1.5), ValueError, "components must be an integer"),
+        (lambda: gk.GMM(2, n_components=1.5), ValueError, "components must be an integer"),
+        (lambda: gk.GMM(2, 3), TypeError, "got 2; pass n_components= for the number of components, and context= for"),
+        (lambda: gk.GMM(2, n_mixtures=3), TypeError, "GMM has no argument n_mixtures; pass n_components="),
+        (lambda: gk.GMM(2, num_components=3), TypeError, "no argument num_components; pass n_components="),
+        (lambda: gk.GMM(2, n_clusters=3), TypeError, "no argument n_clusters; pass n_components="),
+        (lambda: gk.GMM(2, k=3), TypeError, "no argument k; pass n_components="),
+        (lambda: gk.GMM(2, n_components=3, components=3), TypeError, "got both n_components and components"),
+        (lambda: gk.GMM(2, components=1.5), ValueError, "^components must be an integer"),
         (lambda: gk.GMM(2, covariance_type="foo"), ValueError, "covariance_type must be one of"),
         (lambda: gk.GMM(2, epsilon=-1), ValueError, "epsilon must be finite"),
         (lambda: gk.GMM(2)(torch.zeros(3)), ValueError, "made without a context"),
         (lambda: gk.GMM(2, context=3)(), ValueError, "needs a context of 3 columns"),
         (lambda: gk.GMM(2, context=3)(torch.zeros(2)), ValueError, r"shape \(\*, 3\), got \(2,\)"),
         (
-            lambda: gk.GMM(2, components=5).initialize(torch.zeros(4, 2)),
+            lambda: gk.GMM(2, n_components=5).initialize(torch.zeros(4, 2)),
             ValueError,
             "x has 4 rows, expected at least 5",
         ),
@@ -203,8 +210,22 @@ def test_bad_input_gets_one_sentence(make, kind, message):
 
 
 def test_refused_initialisation_leaves_the_module_as_it_was():
-    model = gk.GMM(2, components=3, activation=nn.Tanh)
+    model = gk.GMM(2, n_components=3, activation=nn.Tanh)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="finite"):
         model.initialize(torch.full((9, 2), math.inf))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_aliases_of_the_module():
+    x, g = blobs(300), torch.rand(300, generator=torch.Generator().manual_seed(0))
+    model, old = gk.GMM(2, n_components=3), gk.GMM(2, components=3)
+    assert (model.n_components, old.n_components, old.components) == (3, 3, 3)
+    model.initialize(x, sample_weight=g, random_state=5)
+    old.initialize(x, weights=g, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(model.means, old.means)
+    assert repr(model) == "GMM(features=2, context=0, n_components=3, covariance_type='full', tied=False)"
+    with pytest.raises(TypeError, match=r"GMM.initialize got both sample_weight and weights"):
+        model.initialize(x, sample_weight=g, weights=g)
+    with pytest.raises(TypeError, match=r"random_state must be a torch\.Generator or None, got str"):
+        model.initialize(x, random_state="x")

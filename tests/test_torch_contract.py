@@ -61,7 +61,7 @@ def test_empty_shapes(family, batch, sample_shape):
 
 
 def test_a_context_without_rows():
-    model = gk.GMM(2, context=3, components=2)
+    model = gk.GMM(2, context=3, n_components=2)
     mixtures = model(torch.zeros(0, 3))
     assert mixtures.batch_shape == (0,)
     assert mixtures.sample((5,)).shape == (5, 0, 2)
@@ -203,8 +203,8 @@ def test_compiled(family, dynamo):
     m = random_mixture(family)
     compiled = torch.compile(m.log_prob, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x.double()), m.log_prob(x.double()), rtol=1e-12)
-    model = gk.GMM(2, components=3, covariance_type=family)
-    conditional = gk.GMM(2, context=3, components=3, covariance_type=family)
+    model = gk.GMM(2, n_components=3, covariance_type=family)
+    conditional = gk.GMM(2, context=3, n_components=3, covariance_type=family)
     c = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     for net, arguments in ((model, (x,)), (conditional, (x, c))):
         gradients = []
@@ -225,13 +225,13 @@ def test_exported(family, validate_args, dynamo):
     more = torch.randn(17, 2, generator=torch.Generator().manual_seed(2))
     rows = torch.export.Dim("rows")
     for module in (
-        Density(gk.GMM(2, components=3, covariance_type=family)),
+        Density(gk.GMM(2, n_components=3, covariance_type=family)),
         Built(random_mixture(family), validate_args),
     ):
         points = x.to(next(module.parameters()).dtype)
         program = torch.export.export(module, (points,), dynamic_shapes=({0: rows},))
         assert torch.allclose(program.module()(more.to(points)), module(more.to(points)), rtol=1e-4, atol=1e-4)
-    conditional = Density(gk.GMM(2, context=3, components=3, covariance_type=family))
+    conditional = Density(gk.GMM(2, context=3, n_components=3, covariance_type=family))
     for strict in (False, True):
         program = torch.export.export(conditional, (x, c), dynamic_shapes=({0: rows}, ({0: rows},)), strict=strict)
         for n in (5, 2):
@@ -246,8 +246,8 @@ def test_the_module_itself_is_exported_and_compiled(family, strict, dynamo, tmp_
     c = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
     dynamic = ({0: torch.export.Dim("rows")},)
     for model, context in (
-        (gk.GMM(2, components=3, covariance_type=family), ()),
-        (gk.GMM(2, context=3, components=3, covariance_type=family), (c,)),
+        (gk.GMM(2, n_components=3, covariance_type=family), ()),
+        (gk.GMM(2, context=3, n_components=3, covariance_type=family), (c,)),
     ):
         example = tuple(part[:5] for part in context)
         program = torch.export.export(model, example, dynamic_shapes=dynamic if context else None, strict=strict)
@@ -275,7 +275,7 @@ def test_mixtures_are_containers_of_tensors(family):
 
 
 def test_exported_without_default_checks(unchecked, dynamo):
-    module, x = Density(gk.GMM(2, components=3)), torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    module, x = Density(gk.GMM(2, n_components=3)), torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(torch.export.export(module, (x,), strict=True).module()(x), module(x), rtol=1e-4, atol=1e-4)
     compiled = torch.compile(Built(random_mixture("full"), None), fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x.double()), random_mixture("full").log_prob(x.double()), rtol=1e-12)
