@@ -16,7 +16,7 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.mixture import GaussianMixture as Theirs
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -253,7 +253,8 @@ def test_metadata_routing_brings_weights_through_a_pipeline_and_a_search(X):
         Z = StandardScaler().fit_transform(X)
         weighted = gk.GaussianMixture(3, random_state=0).fit(Z, sample_weight=counts)
         assert np.array_equal(pipeline[-1].means_, weighted.means_)
-        search = GridSearchCV(pipeline, {"gaussianmixture__n_components": [1, 3]}, cv=3)
+        folds = KFold(3, shuffle=True, random_state=0)
+        search = GridSearchCV(pipeline, {"gaussianmixture__n_components": [1, 3]}, cv=folds)
         search.fit(X, sample_weight=counts)
         assert np.array_equal(search.best_estimator_[-1].means_, weighted.means_)
         with pytest.raises(sklearn.exceptions.UnsetMetadataPassedError):
