@@ -204,7 +204,7 @@ def test_gradients_are_the_same_in_stretches(monkeypatch):
         return torch.cat([p.grad.reshape(-1) for p in model.parameters()])
 
     whole = slopes()
-    monkeypatch.setattr("gmmkeops.models.mixture._CHUNK", 2000)
+    monkeypatch.setattr("gmmkeops.models.densities.CHUNK", 2000)
     assert torch.allclose(slopes(), whole, rtol=1e-12)
 
 

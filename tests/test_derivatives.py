@@ -176,7 +176,7 @@ def test_a_batch_of_mixtures_has_second_derivatives():
     got = second(lambda *t: batch(*t).log_prob(x), tensors, torch.Generator().manual_seed(1))
     assert close(got, right, 1e-9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gmmkeops.models.mixture._CHUNK", 40)
+        patch.setattr("gmmkeops.models.densities.CHUNK", 40)
         got = second(lambda *t: batch(*t).log_prob(x), tensors, torch.Generator().manual_seed(1))
     assert close(got, right, 1e-9)
 

@@ -11,11 +11,12 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.mixture import GaussianMixture as Theirs
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
@@ -235,6 +236,49 @@ def test_verbose_speaks_in_sentences(X, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "start 1 of 1, iteration 0: mean log-likelihood" in shown.err
+
+
+def test_metadata_routing_brings_weights_through_a_pipeline_and_a_search(X):
+    counts = np.random.RandomState(1).randint(0, 3, len(X)).astype(float)
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = gk.GaussianMixture(3, random_state=0).set_fit_request(sample_weight=True)
+        assert model.get_metadata_routing().fit.requests == {"sample_weight": True}
+        assert clone(model).get_metadata_routing().fit.requests == {"sample_weight": True}
+        assert model.get_metadata_routing().partial_fit.requests == {"sample_weight": None}
+        model.set_partial_fit_request(sample_weight=False).set_score_request(sample_weight="counts")
+        assert model.get_metadata_routing().score.requests == {"sample_weight": "counts"}
+        model.set_score_request(sample_weight=True)
+        scaler = StandardScaler().set_fit_request(sample_weight=False)
+        pipeline = make_pipeline(scaler, model).fit(X, sample_weight=counts)
+        Z = StandardScaler().fit_transform(X)
+        weighted = gk.GaussianMixture(3, random_state=0).fit(Z, sample_weight=counts)
+        assert np.array_equal(pipeline[-1].means_, weighted.means_)
+        folds = KFold(3, shuffle=True, random_state=0)
+        search = GridSearchCV(pipeline, {"gaussianmixture__n_components": [1, 3]}, cv=folds)
+        search.fit(X, sample_weight=counts)
+        assert np.array_equal(search.best_estimator_[-1].means_, weighted.means_)
+        with pytest.raises(sklearn.exceptions.UnsetMetadataPassedError):
+            make_pipeline(scaler, gk.GaussianMixture(3)).fit(X, sample_weight=counts)
+        bayes = gk.BayesianGaussianMixture(n_components=2).set_fit_request(sample_weight=True)
+        assert bayes.get_metadata_routing().fit.requests == {"sample_weight": True}
+    with pytest.raises(RuntimeError, match="enable_metadata_routing=True"):
+        gk.GaussianMixture().set_fit_request(sample_weight=True)
+
+
+def test_requests_are_not_written_to_files(X, tmp_path):
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = gk.GaussianMixture(2, random_state=0).set_fit_request(sample_weight=True).fit(X)
+    model.save(tmp_path / "model.safetensors")
+    assert np.array_equal(gk.GaussianMixture.load(tmp_path / "model.safetensors").means_, model.means_)
+
+
+def test_diagram_of_a_notebook(X, monkeypatch):
+    for model in (gk.GaussianMixture(2, tol=0.5), gk.BayesianGaussianMixture(n_components=2)):
+        for found in (model, model.fit(X)):
+            assert "sk-estimator" in found._repr_html_()
+            assert type(model).__name__ in found._repr_html_()
+    monkeypatch.setitem(sys.modules, "sklearn.utils", None)
+    assert gk.GaussianMixture(2)._repr_html_() == "<code>GaussianMixture(n_components=2)</code>"
 
 
 def test_scikit_learn_is_not_imported():

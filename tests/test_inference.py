@@ -283,3 +283,78 @@ print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 500
+
+
+def test_sample_weight_and_random_state_beside_the_older_names():
+    mixture = random_mixture("full")
+    x = mixture.sample(60, generator=torch.Generator().manual_seed(0))
+    g = torch.rand(60, generator=torch.Generator().manual_seed(1)).double()
+    for function in (gk.analysis.score, gk.analysis.bic, gk.analysis.aic, gk.analysis.icl):
+        assert function(mixture, x, sample_weight=g) == function(mixture, x, weights=g) != function(mixture, x)
+    errors = [
+        gk.standard_errors(mixture, x, robust=False, joint=False, **{name: g}) for name in ("sample_weight", "weights")
+    ]
+    assert torch.equal(errors[0].means, errors[1].means)
+    other = random_mixture("full", seed=1)
+    for function in (gk.analysis.kl_divergence, gk.analysis.jensen_shannon, gk.analysis.total_variation):
+        given = function(mixture, other, samples=50, generator=torch.Generator().manual_seed(3))
+        for seed in (3, np.int64(3)):
+            assert function(mixture, other, samples=50, random_state=seed) == given
+        assert function(mixture, other, samples=50, random_state=4) != given
+    tables = [
+        gk.analysis.select(x, [1, 2], sample_weight=g, random_state=3, max_iter=3),
+        gk.analysis.select(
+            x, n_components=[1, 2], sample_weight=g, generator=torch.Generator().manual_seed(3), max_iter=3
+        ),
+        gk.analysis.select(x, n_components=[1, 2], sample_weight=g, generator=3, max_iter=3),
+    ]
+    assert len({tuple(row["bic"] for row in table.rows) for table in tables}) == 1
+    labels = mixture.predict(x)
+    assert gk.analysis.silhouette(x, labels, samples=20, random_state=3) == gk.analysis.silhouette(
+        x, labels, samples=20, generator=torch.Generator().manual_seed(3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda m, x: gk.analysis.bic(m, x, sample_weight=-x[:, 0].abs()), ValueError, "^weights must"),
+        (lambda m, x: gk.analysis.bic(m, x, sample_weight=-x[:, 0].abs()), ValueError, "^sample_weight must"),
+        (lambda m, x: gk.standard_errors(m, x, sample_weight=[1.0]), ValueError, "^sample_weight must"),
+        (lambda m, x: gk.analysis.select(x, [1], sample_weight=[1.0]), ValueError, "^sample_weight must"),
+        (lambda m, x: gk.analysis.select(x, [1], sample_weight=[1.0]), ValueError, "^weights must"),
+        (lambda m, x: gk.analysis.select(x, n_clusters=[1]), TypeError, "no argument n_clusters; pass n_components="),
+        (lambda m, x: gk.analysis.select(x, k=[1]), TypeError, "select has no argument k; pass n_components="),
+        (
+            lambda m, x: gk.analysis.select(x, [1], covariance_type="full"),
+            TypeError,
+            "pass covariance_types=, a list",
+        ),
+        (lambda m, x: gk.analysis.kl_divergence(m, m, n_samples=9), TypeError, "no argument n_samples; pass samples="),
+        (
+            lambda m, x: gk.analysis.bic(m, x, sample_weight=x, weights=x),
+            TypeError,
+            "both sample_weight and weights",
+        ),
+    ],
+)
+def test_names_of_other_libraries_get_the_right_one(call, kind, message):
+    mixture = random_mixture("full")
+    with pytest.raises(kind, match=message):
+        call(mixture, mixture.sample(30, generator=torch.Generator().manual_seed(0)))
+
+
+def test_results_in_one_line_and_as_tables():
+    mixture = gk.Mixture(weights=[1.0], means=[[0.0]], covariances=[1.0], covariance_type="spherical")
+    x = mixture.sample(100, generator=torch.Generator().manual_seed(0))
+    assert repr(gk.standard_errors(mixture, x)) == "StandardErrors(components=1, features=1, joint=True, points=100)"
+    assert repr(gk.analysis.kl_divergence(mixture, mixture)) == "Estimate(value=0.0, error=0.0)"
+    table = gk.analysis.select(x, [1, 2], ["diag"], max_iter=2)
+    best = min(table.rows, key=lambda row: row["bic"])
+    assert repr(table) == (
+        f"Selection(models=2, criterion='bic', best: components={best['components']}, covariance_type='diag')"
+    )
+    shown = table._repr_html_()
+    assert shown.count("<tr>") == 3
+    assert f"<th>diag</th><th>{best['components']}</th>" in shown
+    assert len(str(table).splitlines()) == 3

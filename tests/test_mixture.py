@@ -217,3 +217,146 @@ def test_a_batch_refuses_what_it_cannot_do(settings):
     with pytest.raises(ValueError, match="backend must be one of"):
         mixture.log_prob(x, backend="dens")
     assert torch.equal(mixture.log_prob(x, truncate=0, backend="dense"), mixture.log_prob(x))
+
+
+def sizes(family, K=3, D=2, batch=()):
+    """Shape of covariances in scikit-learn's convention."""
+    leading = () if family.startswith("tied") else (K,)
+    return (*batch, *leading, *{"full": (D, D), "diag": (D,), "spherical": ()}[family.removeprefix("tied_")])
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_covariances_and_back(family, batch):
+    """The properties have scikit-learn's shapes, and the constructor accepts them."""
+    mixture = random_mixture(family, K=3).expand(batch)
+    assert (mixture.n_components, mixture.n_features) == (3, 2)
+    assert mixture.covariances.shape == mixture.precisions.shape == sizes(family, batch=batch)
+    names = {"weights": mixture.weights, "means": mixture.means, "covariances": mixture.covariances}
+    again = gk.Mixture(**names, covariance_type=mixture.covariance_type)
+    assert again.covariance_type == mixture.covariance_type
+    x = mixture.sample(7, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(again.log_prob(x), mixture.log_prob(x), rtol=1e-10)
+    dense = mixture.factor.covariances()
+    assert torch.allclose(mixture.factor.precisions() @ dense, torch.eye(2).double().expand_as(dense), atol=1e-9)
+    if family in ("full", "tied_full"):
+        assert torch.allclose(torch.linalg.inv(mixture.covariances), mixture.precisions, rtol=1e-8)
+    else:
+        assert torch.allclose(1 / mixture.covariances, mixture.precisions)
+
+
+def test_covariance_types_are_those_of_scikit_learn():
+    found = [random_mixture(family).covariance_type for family in ("full", "tied_full", "diag", "spherical")]
+    assert found == ["full", "tied", "diag", "spherical"]
+    assert random_mixture("tied_diag", K=1).covariance_type == "diag"
+
+
+def test_logits_and_factors_combine_with_covariances_and_weights():
+    means, C = [[0.0], [2.0]], [1.0, 4.0]
+    right = gk.Mixture.from_parameters([0.25, 0.75], means, C, "spherical")
+    factor = gk.SphericalFactor.from_covariances(torch.tensor(C).double(), 1)
+    logits = torch.tensor([1.0, 3.0]).log().double()
+    for other in (
+        gk.Mixture(weights=[0.25, 0.75], means=means, factor=factor),
+        gk.Mixture(logits=logits, means=means, covariances=C, covariance_type="spherical"),
+    ):
+        assert torch.allclose(other.log_prob([[0.5]]), right.log_prob([[0.5]]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_components_by_index(family):
+    mixture = random_mixture(family).named(["a", "b"])
+    assert len(mixture) == 4
+    x = mixture.sample(5, generator=torch.Generator().manual_seed(0))
+    whole = mixture.log_joint(x)
+    for index, components in (
+        (2, [2]),
+        (-1, [3]),
+        (slice(1, 3), [1, 2]),
+        ([3, 0], [3, 0]),
+        (np.array([False, True, False, True]), [1, 3]),
+        (torch.tensor([0, 1]), [0, 1]),
+    ):
+        part = mixture[index]
+        expected = whole[:, components] - mixture.log_weights[components].logsumexp(0)
+        assert torch.allclose(part.log_joint(x), expected)
+        assert part.columns == ("a", "b")
+    assert [part.n_components for part in mixture] == [1, 1, 1, 1]
+    for index, kind in ((4, IndexError), ([0, 9], IndexError), ([], IndexError), ("a", TypeError), (None, IndexError)):
+        with pytest.raises(kind, match=r"mixture|list of components"):
+            mixture[index]
+
+
+def test_a_component_without_weight_by_index():
+    mixture = gk.Mixture.from_parameters([0.0, 1.0], [[0.0], [1.0]], [1.0, 1.0], "spherical")
+    assert mixture[0].weights.tolist() == [1.0]
+    assert float(mixture[0].log_prob([[0.0]])[0]) == pytest.approx(-0.5 * math.log(2 * math.pi))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_entries_of_a_batch_by_index(family):
+    mixture = random_mixture(family)
+    shifts = torch.randn(2, 3, 1, 2, generator=torch.Generator().manual_seed(0)).double()
+    batch = mixture.expand((2, 3))
+    batch = gk.Mixture(batch.logits, batch.means + shifts, batch.factor)
+    x = mixture.sample(5, generator=torch.Generator().manual_seed(0))
+    whole = batch.log_prob(x[:, None, None])
+    assert len(batch) == 4
+    assert torch.allclose(batch[1, 2].log_prob(x), whole[:, 1, 2])
+    assert torch.allclose(batch[1].log_prob(x[:, None]), whole[:, 1])
+    assert torch.allclose(batch[..., ::2].log_prob(x[:, None, None]), whole[..., ::2])
+    with pytest.raises(IndexError, match=r"does not fit a mixture of a batch of shape \(2, 3\)"):
+        batch[2]
+
+
+def test_a_mixture_is_no_array():
+    with pytest.raises(TypeError, match="x must be an array of numbers, got a Mixture"):
+        random_mixture("full").log_prob(random_mixture("full"))
+
+
+def test_criteria_and_files_by_methods(tmp_path):
+    mixture = random_mixture("full")
+    x, g = mixture.sample(50), torch.arange(50).double()
+    assert mixture.score(x, sample_weight=g) == gk.analysis.score(mixture, x, sample_weight=g)
+    assert mixture.bic(x) == gk.analysis.bic(mixture, x)
+    assert mixture.aic(x) == gk.analysis.aic(mixture, x)
+    mixture.save(tmp_path / "m.safetensors")
+    assert torch.equal(gk.load(tmp_path / "m.safetensors").means, mixture.means)
+
+
+def test_table_of_a_notebook():
+    mixture = random_mixture("diag", K=12, D=9).named([f"<{d}>" for d in range(9)])
+    table = mixture._repr_html_()
+    assert table.count("<tr>") == 11
+    assert "the 10 components with the largest weights" in table
+    assert "mean &lt;0&gt;" in table
+    assert "…" in table
+    one = gk.Mixture(weights=[0.3, 0.7], means=[[1.0], [2.5]], covariances=[4.0, 0.25], covariance_type="spherical")
+    assert "<td>1</td><td>0.7</td><td>2.5</td><td>0.5</td>" in one._repr_html_()
+    assert "largest weights" not in one._repr_html_()
+    assert one.expand((3,))._repr_html_() == f"<code>{one.expand((3,))!r}</code>"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gk.Mixture(), "Mixture needs means="),
+        (lambda: gk.Mixture(means=EYE, covariances=EYE), "either weights= or logits="),
+        (
+            lambda: gk.Mixture(weights=[0.5, 0.5], means=EYE, covariances=EYE, factor=gk.DiagonalFactor(EYE)),
+            "either covariances= .* or factor=",
+        ),
+        (
+            lambda: gk.Mixture(torch.zeros(2), EYE, gk.DiagonalFactor(EYE), covariance_type="diag"),
+            "covariance_type describes covariances",
+        ),
+        (lambda: gk.Mixture(probs=[1.0], means=EYE), "no argument probs; pass weights="),
+        (lambda: gk.Mixture(weights=[1.0], locs=EYE), "no argument locs; pass means="),
+        (lambda: gk.Mixture(covariance_matrix=EYE), "no argument covariance_matrix; pass covariances="),
+        (lambda: gk.Mixture(n_components=3), "no argument n_components; pass weights=, means= and covariances="),
+        (lambda: gk.Mixture(torch.ones(2) / 2, EYE, EYE), r"pass Mixture\(weights=..., means=..., covariances=..."),
+    ],
+)
+def test_wrong_names_get_the_right_one(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

@@ -179,6 +179,13 @@ def test_conditional_gmm():
     [
         (lambda: gk.GMM(0), ValueError, "features must be an integer of at least 1, got 0"),
         (lambda: gk.GMM(2, n_components=1.5), ValueError, "components must be an integer"),
+        (lambda: gk.GMM(2, 3), TypeError, "got 2; pass n_components= for the number of components, and context= for"),
+        (lambda: gk.GMM(2, n_mixtures=3), TypeError, "GMM has no argument n_mixtures; pass n_components="),
+        (lambda: gk.GMM(2, num_components=3), TypeError, "no argument num_components; pass n_components="),
+        (lambda: gk.GMM(2, n_clusters=3), TypeError, "no argument n_clusters; pass n_components="),
+        (lambda: gk.GMM(2, k=3), TypeError, "no argument k; pass n_components="),
+        (lambda: gk.GMM(2, n_components=3, components=3), TypeError, "got both n_components and components"),
+        (lambda: gk.GMM(2, n_components=1.5), ValueError, "^n_components must be an integer"),
         (lambda: gk.GMM(2, covariance_type="foo"), ValueError, "covariance_type must be one of"),
         (lambda: gk.GMM(2, epsilon=-1), ValueError, "epsilon must be finite"),
         (lambda: gk.GMM(2)(torch.zeros(3)), ValueError, "made without a context"),
@@ -206,9 +213,23 @@ def test_bad_input_gets_one_sentence(make, kind, message):
         make()
 
 
-def test_refused_initialization_leaves_the_module_as_it_was():
+def test_refused_initialisation_leaves_the_module_as_it_was():
     model = gk.GMM(2, n_components=3, activation=nn.Tanh)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="finite"):
         model.initialize(torch.full((9, 2), math.inf))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_aliases_of_the_module():
+    x, g = blobs(300), torch.rand(300, generator=torch.Generator().manual_seed(0))
+    model, old = gk.GMM(2, n_components=3), gk.GMM(2, n_components=3)
+    assert (model.n_components, old.n_components, old.components) == (3, 3, 3)
+    model.initialize(x, sample_weight=g, random_state=5)
+    old.initialize(x, sample_weight=g, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(model.means, old.means)
+    assert repr(model) == "GMM(features=2, context=0, n_components=3, covariance_type='full', tied=False)"
+    with pytest.raises(TypeError, match=r"GMM.initialize got both sample_weight and weights"):
+        model.initialize(x, sample_weight=g, weights=g)
+    with pytest.raises(TypeError, match=r"random_state must be a torch\.Generator or None, got str"):
+        model.initialize(x, random_state="x")

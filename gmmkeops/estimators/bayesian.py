@@ -12,6 +12,7 @@ from gmmkeops._checks import as_choice, as_integer, as_number, renamed
 from gmmkeops.bayes import NormalWishart, VariationalBayes
 from gmmkeops.components import as_tensor, check_finite, factor_class
 from gmmkeops.data import Source
+from gmmkeops.estimators.arrays import as_array
 from gmmkeops.estimators.base import MixtureEstimator
 from gmmkeops.fitting import FitResult, Method
 from gmmkeops.models import Mixture
@@ -226,22 +227,20 @@ class BayesianGaussianMixture(MixtureEstimator):
 
         def shown(posterior: NormalWishart, name: str) -> Any:
             values = getattr(posterior, name)
-            return self._out(values[0] if tied else values, tensors)
+            return as_array(values[0] if tied else values, tensors)
 
         a = q.concentration
-        self.weight_concentration_ = (
-            tuple(self._out(part, tensors) for part in a) if q.sticks else self._out(a, tensors)
-        )
-        self.mean_precision_ = self._out(q.mean_precision, tensors)
-        self.degrees_of_freedom_ = float(q.degrees[0]) if tied else self._out(q.degrees, tensors)
+        self.weight_concentration_ = tuple(as_array(part, tensors) for part in a) if q.sticks else as_array(a, tensors)
+        self.mean_precision_ = as_array(q.mean_precision, tensors)
+        self.degrees_of_freedom_ = float(q.degrees[0]) if tied else as_array(q.degrees, tensors)
         prior = q.prior
         self.weight_concentration_prior_ = float(prior.concentration.reshape(-1)[-1])
         self.mean_precision_prior_, self.degrees_of_freedom_prior_ = (
             float(prior.mean_precision[0]),
             float(prior.degrees[0]),
         )
-        self.mean_prior_ = self._out(prior.mixture.means[0], tensors)
-        self.covariance_prior_ = self._out(prior.covariances[0] * prior.degrees[0], tensors)
+        self.mean_prior_ = as_array(prior.mixture.means[0], tensors)
+        self.covariance_prior_ = as_array(prior.covariances[0] * prior.degrees[0], tensors)
         mass = best.report.mass
         constant = float(prior.normalizer()) + 0.5 * math.log(2 * math.pi) * mass * q.mixture.features
         self.lower_bounds_ = [constant - mass * value for value in best.history["objective"]]

@@ -1,11 +1,12 @@
-r"""What scikit-learn asks of an estimator, by duck typing: parameters, tags, feature names, errors it recognises.
+"""The interface of a scikit-learn estimator by duck typing: parameters, tags, feature names, metadata routing and errors.
 
-scikit-learn itself is imported only where the user already has. Reference: scikit-learn's developer guide, *Developing
-scikit-learn estimators*.
+scikit-learn is not required, and it is imported only if the user has imported it or calls a method that is about it. Reference:
+scikit-learn's developer guide, *Developing scikit-learn estimators*.
 """
 
 from __future__ import annotations
 
+import html
 import inspect
 import sys
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from gmmkeops._checks import ConvergenceWarning
+from gmmkeops.estimators import routing
 
 __all__ = ["Estimator", "NotFittedError", "column_names", "convergence_warning"]
 
@@ -23,11 +25,11 @@ Self = TypeVar("Self", bound="Estimator")
 
 
 class NotFittedError(ValueError, AttributeError):
-    """The model has no parameters yet."""
+    """The estimator is not fitted."""
 
 
 def _not_fitted(message: str) -> Exception:
-    """scikit-learn's own class where the user has it, so that its callers recognise it."""
+    """An error of scikit-learn's class if the user has imported scikit-learn, so that callers recognize it."""
     if "sklearn" in sys.modules:
         from sklearn.exceptions import NotFittedError as Theirs
 
@@ -36,27 +38,32 @@ def _not_fitted(message: str) -> Exception:
 
 
 class Estimator:
-    """Parameters are the constructor's arguments, kept under their own names; fitted once there is a ``mixture_``."""
+    """An estimator whose parameters are the arguments of its constructor; it is fitted if it has a ``mixture_``."""
 
     @classmethod
     def _names(cls) -> list[str]:
+        """Names of the parameters."""
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
     @classmethod
     def _default(cls, name: str) -> Any:
-        """The constructor's default of an argument; None where a subclass has no such argument."""
+        """Default of a parameter; None if a subclass has no such parameter."""
         parameter = inspect.signature(cls.__init__).parameters.get(name)
         return None if parameter is None else parameter.default
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The constructor's arguments by name."""
+        """Return the parameters by name.
+
+        Args:
+            deep: Ignored, since no parameter is an estimator.
+        """
         return {name: getattr(self, name) for name in self._names()}
 
     def set_params(self: Self, **params: Any) -> Self:
-        """Sets arguments of the constructor by name.
+        """Set parameters by name, and return the estimator.
 
         Raises:
-            ValueError: There is no such argument.
+            ValueError: There is no such parameter.
         """
         names = self._names()
         for name in params:
@@ -77,6 +84,37 @@ class Estimator:
         ]
         return f"{type(self).__name__}({', '.join(changed)})"
 
+    def _repr_html_(self) -> str:
+        """The diagram of scikit-learn if it is installed, else the one-line representation."""
+        try:
+            from sklearn.utils import estimator_html_repr
+        except ImportError:
+            return f"<code>{html.escape(repr(self))}</code>"
+        return estimator_html_repr(self)
+
+    def get_metadata_routing(self) -> Any:
+        """Return the metadata that the methods request, as a ``sklearn.utils.metadata_routing.MetadataRequest``."""
+        return routing.requests(self)
+
+    def set_fit_request(self: Self, *, sample_weight: bool | str | None = routing.UNCHANGED) -> Self:
+        """Set whether ``fit`` requests ``sample_weight`` when scikit-learn routes metadata.
+
+        Args:
+            sample_weight: True to request it, False to ignore it, None to raise an error if it is given, or a text for the name
+                under which it is given.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            RuntimeError: Metadata routing is not enabled in scikit-learn.
+        """
+        return routing.request(self, "fit", sample_weight)
+
+    def set_score_request(self: Self, *, sample_weight: bool | str | None = routing.UNCHANGED) -> Self:
+        """Set whether ``score`` requests ``sample_weight``; arguments and errors as for :meth:`set_fit_request`."""
+        return routing.request(self, "score", sample_weight)
+
     def __sklearn_tags__(self) -> Any:
         from sklearn.utils import InputTags, Tags, TargetTags
 
@@ -93,6 +131,7 @@ class Estimator:
         return hasattr(self, "mixture_")
 
     def _check_names(self, names: np.ndarray | None) -> None:
+        """Compare the names of columns with those of the fit, with the messages of scikit-learn."""
         fitted = getattr(self, "feature_names_in_", None)
         if names is None and fitted is not None:
             warnings.warn(
@@ -120,6 +159,7 @@ class Estimator:
             raise ValueError(message)
 
     def _require_fitted(self) -> None:
+        """Raise a NotFittedError if the estimator is not fitted."""
         if not self.__sklearn_is_fitted__():
             raise _not_fitted(
                 f"This {type(self).__name__} instance is not fitted yet. Call 'fit' with appropriate arguments before using "
@@ -128,7 +168,7 @@ class Estimator:
 
 
 def convergence_warning() -> type[Warning]:
-    """Ours, which is scikit-learn's too where the user has that."""
+    """The warning of this package; also a subclass of scikit-learn's if the user has imported scikit-learn."""
     if "sklearn" not in sys.modules:
         return ConvergenceWarning
     from sklearn.exceptions import ConvergenceWarning as Theirs
@@ -138,11 +178,16 @@ def convergence_warning() -> type[Warning]:
 
 @cache
 def _both(theirs: type[Warning]) -> type[Warning]:
+    """A warning class that derives from both libraries' classes."""
     return type("ConvergenceWarning", (ConvergenceWarning, theirs), {})
 
 
 def column_names(X: Any) -> np.ndarray | None:
-    """Names of the columns of a table, as scikit-learn reads them, or None."""
+    """Names of the columns of a table by the rules of scikit-learn, or None.
+
+    Raises:
+        TypeError: Only some of the names are strings.
+    """
     columns = getattr(X, "columns", None)
     if columns is None or isinstance(X, (np.ndarray, Tensor)):
         return None

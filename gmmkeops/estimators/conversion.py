@@ -1,4 +1,4 @@
-r"""To and from scikit-learn's fitted mixtures: the same parameters under the same names.
+r"""Conversion from and to the fitted mixtures of scikit-learn, which have the same attributes.
 
 .. math:: \Sigma_k^{-1} = U_k U_k^\top, \qquad U_k = \text{precisions\_cholesky\_}_k
 """
@@ -17,7 +17,10 @@ __all__ = ["from_sklearn", "to_sklearn"]
 
 
 def from_sklearn(model: Any) -> GaussianMixture:
-    """An estimator with the parameters of a fitted ``sklearn.mixture.GaussianMixture``.
+    """Create an estimator with the parameters of a fitted ``sklearn.mixture.GaussianMixture``.
+
+    Args:
+        model: The fitted estimator of scikit-learn.
 
     Raises:
         ValueError: The model is not fitted.
@@ -43,14 +46,16 @@ def from_sklearn(model: Any) -> GaussianMixture:
 
 
 def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
-    """A fitted ``sklearn.mixture.GaussianMixture`` with these parameters (tied diagonal and spherical become tied full).
+    """Create a fitted ``sklearn.mixture.GaussianMixture`` with the parameters of a mixture.
+
+    Tied diagonal and tied spherical covariances become tied full covariances, because scikit-learn has no others.
 
     Args:
         mixture: One mixture, or a fitted estimator.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: A batch of mixtures.
+        TypeError, ValueError: The argument is not one mixture, or the estimator is not fitted.
 
     Example:
         >>> import gmmkeops as gk
@@ -72,7 +77,7 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     theirs.weights_, theirs.means_ = fitted.weights.numpy(), fitted.means.numpy()
     theirs.covariances_, theirs.precisions_ = covariances.numpy(), precisions.numpy()
     theirs.precisions_cholesky_ = factors.numpy()
-    # scikit-learn's warm start goes on from a model only where it finds these.
+    # A warm start of scikit-learn needs these attributes.
     theirs.converged_, theirs.n_iter_ = bool(getattr(ours, "converged_", False)), int(getattr(ours, "n_iter_", 0))
     theirs.n_features_in_ = fitted.features
     if fitted.columns is not None:

@@ -20,15 +20,20 @@ from gmmkeops import analysis, models
 from gmmkeops._checks import renamed
 from gmmkeops.components import Factor, Moments, as_tensor, check_finite, factor_class
 from gmmkeops.data import Source, as_weights, readable
-from gmmkeops.estimators.base import MixtureEstimator, Trace, generator_of, in_own_words
+from gmmkeops.estimators import routing
+from gmmkeops.estimators.arrays import scikit_learn_names, validated_points
+from gmmkeops.estimators.base import MixtureEstimator
 from gmmkeops.estimators.saved import packed, unpacked
+from gmmkeops.estimators.settings import combined_method
+from gmmkeops.estimators.warm_start import Trace
 from gmmkeops.fitting import EM, Adam, FitResult, Method
-from gmmkeops.models import Mixture, as_mixture
+from gmmkeops.models import Mixture, as_mixture, generator_of
 
 __all__ = ["GaussianMixture"]
 
-# Attributes that follow from the mixture.
-_OF_THE_MIXTURE = (
+# Attributes that follow from the mixture, and the requests of scikit-learn's metadata routing.
+_NOT_STORED = (
+    "_metadata_request",
     "mixture_",
     "weights_",
     "means_",
@@ -177,14 +182,15 @@ class GaussianMixture(MixtureEstimator):
             raise AttributeError('partial_fit is a step of EM; construct the estimator with solver="em".')
         return self._partial_fit
 
-    @in_own_words()
+    @scikit_learn_names()
     def _partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
         self._check()
-        method, goes_on = cast(EM, self._method(False)), self._same_model()
-        x, names = self._points(X, fitting=not goes_on, minimum=1 if goes_on else max(self.n_components, 2))
+        method, resumes = cast(EM, self._method(False)), self._same_model()
+        minimum = 1 if resumes else max(self.n_components, 2)
+        x, names = validated_points(self, X, fitting=not resumes, minimum=minimum)
         self._check_columns(x.shape[1])
         g = as_weights(sample_weight, x, name="sample_weight")
-        if goes_on:
+        if resumes:
             start, memory = self.mixture_.to(x.device), self._memory
             columns = self.mixture_.columns
         else:
@@ -198,6 +204,10 @@ class GaussianMixture(MixtureEstimator):
         self._adopt(mixture.named(columns), torch.is_tensor(X))
         self._memory, self.n_iter_, self.converged_ = memory, memory[1], False
         return self
+
+    def set_partial_fit_request(self, *, sample_weight: bool | str | None = routing.UNCHANGED) -> GaussianMixture:
+        """Set whether ``partial_fit`` requests ``sample_weight``; arguments and errors as for :meth:`set_fit_request`."""
+        return routing.request(self, "partial_fit", sample_weight)
 
     @classmethod
     def from_mixture(cls, mixture: Mixture, **params: Any) -> GaussianMixture:
@@ -213,8 +223,7 @@ class GaussianMixture(MixtureEstimator):
             TypeError, ValueError: The argument is not one mixture, or ``covariance_type`` is not that of the mixture.
         """
         as_mixture(mixture)
-        tied = mixture.factor.leading == 1 and mixture.components > 1
-        name = mixture.factor.type_name(tied)
+        tied, name = mixture.tied, mixture.covariance_type
         params.setdefault("covariance_type", name)
         kind, shared = factor_class(params["covariance_type"])
         if kind is not type(mixture.factor) or (mixture.components > 1 and shared != tied):
@@ -276,7 +285,7 @@ class GaussianMixture(MixtureEstimator):
         params = {name: packed(value, tensors, name) for name, value in self.get_params().items()}
         attributes = {}
         for name, value in vars(self).items():
-            if name in params or name in _OF_THE_MIXTURE or (name == "result_" and value.answer is not None):
+            if name in params or name in _NOT_STORED or (name == "result_" and value.answer is not None):
                 continue
             attributes[name] = packed(value, tensors, name, (Trace,))
         # Dictionaries, as ``packed`` writes them.
@@ -287,7 +296,7 @@ class GaussianMixture(MixtureEstimator):
 
     def _method(self, warm: bool) -> Method[Any]:
         if isinstance(self.solver, Method):
-            return self._combined(self.solver)
+            return combined_method(self, self.solver)
         if isinstance(self.solver, str) and self.solver == "em":
             return EM(reg_covar=float(self.reg_covar), max_iter=self.max_iter, tol=float(self.tol))
         if isinstance(self.solver, str) and self.solver == "adam":
@@ -330,6 +339,7 @@ class GaussianMixture(MixtureEstimator):
         return Mixture(logits, means, factor)
 
     def _given_factor(self, precisions: Tensor, K: int, D: int) -> Factor:
+        """Precision factors of ``precisions_init``."""
         kind, tied = factor_class(self.covariance_type)
         leading = () if tied else (K,)
         shape = (*leading, *kind.spread_shape(D))
@@ -339,21 +349,21 @@ class GaussianMixture(MixtureEstimator):
             return kind.from_precisions(precisions[None] if tied else precisions, features=D)
 
     def bic(self, X: Any) -> float:
-        """Bayesian information criterion, the lower the better: -2 N score + parameters · log N."""
+        """Bayesian information criterion of points (N, D), the lower the better; see :func:`gmmkeops.analysis.bic`."""
         return self._criterion(X, analysis.bic)
 
     def aic(self, X: Any) -> float:
-        """Akaike information criterion, the lower the better: -2 N score + 2 parameters."""
+        """Akaike information criterion of points (N, D), the lower the better; see :func:`gmmkeops.analysis.aic`."""
         return self._criterion(X, analysis.aic)
 
     def icl(self, X: Any) -> float:
-        """Integrated completed likelihood, the lower the better: BIC + 2 entropy of the assignments."""
+        """Integrated completed likelihood of points (N, D), the lower the better; see :func:`gmmkeops.analysis.icl`."""
         return self._criterion(X, analysis.icl)
 
     def _criterion(self, X: Any, function: Callable[[Mixture, Any], float]) -> float:
+        """An information criterion of the fitted mixture on points."""
         self._require_fitted()
         if readable(X):
             return function(self.mixture_, X)
-
-        x, _ = self._points(X)
+        x, _ = validated_points(self, X)
         return float(function(self.mixture_.to(x.device), x))

@@ -1,4 +1,4 @@
-"""Parameters and fitted attributes of an estimator as JSON and tensors, in the form in which a file holds them; never pickle."""
+"""Conversion of the parameters and fitted attributes of an estimator to JSON and tensors for files; pickle is never used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _known(extra: tuple[type, ...]) -> dict[str, type]:
-    """The classes whose instances are written field by field, by name."""
+    """Dataclasses whose instances are written field by field, by their names."""
     found: list[type] = [Checkpoint, Moments, Report, type(Adam().optimizer), *extra]
     waiting: list[type] = [Method, Penalty]
     while waiting:
@@ -32,16 +32,16 @@ def _known(extra: tuple[type, ...]) -> dict[str, type]:
 
 
 def packed(value: Any, tensors: list[Tensor], name: str, classes: tuple[type, ...] = ()) -> Any:
-    """A value as JSON has it; its tensors are appended to a list, and named by their number.
+    """Convert a value to JSON. Its tensors are appended to a list, and the JSON holds their numbers.
 
     Args:
-        value: Numbers, text, arrays, tensors, settings of torch and numpy, methods, penalties, and containers of these.
-        tensors: The list.
-        name: How the message calls the value.
-        classes: Further dataclasses.
+        value: A number, text, array, tensor, dtype, device, method or penalty, or a container of these.
+        tensors: The list to which tensors are appended.
+        name: Name of the value in messages.
+        classes: Further dataclasses that are allowed.
 
     Raises:
-        ValueError: The value is of another kind.
+        ValueError: The value has another type.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -85,16 +85,16 @@ def packed(value: Any, tensors: list[Tensor], name: str, classes: tuple[type, ..
 
 
 def unpacked(plain: Any, tensors: dict[int, Tensor], mixture: Any, classes: tuple[type, ...] = ()) -> Any:
-    """The value that :func:`packed` made JSON of.
+    """Convert JSON back to the value that :func:`packed` was called with.
 
     Args:
         plain: The JSON.
         tensors: The tensors by number.
         mixture: The mixture of results.
-        classes: Further dataclasses, as there.
+        classes: Further dataclasses that are allowed.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError, IndexError: The JSON is none that :func:`packed` makes.
+        ValueError, TypeError, KeyError, AttributeError, IndexError: The JSON was not written by :func:`packed`.
     """
     if isinstance(plain, _PLAIN):
         return plain

@@ -1,0 +1,89 @@
+"""Points that users pass to an estimator, validated with the messages that scikit-learn's checks expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import as_device, renamed
+from gmmkeops.components import as_tensor
+from gmmkeops.data import Source, World, as_points, as_weights, readable
+from gmmkeops.estimators.contract import column_names
+
+if TYPE_CHECKING:
+    from gmmkeops.estimators.base import MixtureEstimator
+
+__all__ = ["as_array", "scikit_learn_names", "training_data", "validated_points"]
+
+
+@contextmanager
+def scikit_learn_names() -> Iterator[None]:
+    """Context in which errors name the arguments X and sample_weight of an estimator, instead of x and weights."""
+    with renamed("x", "X"), renamed("weights", "sample_weight"):
+        yield
+
+
+def training_data(
+    estimator: MixtureEstimator, X: Any, sample_weight: Any
+) -> tuple[Tensor | Source, Any, Sequence[str] | None, torch.device]:
+    """Validated points (or a source) and weights, the names of the columns, and the device of the computation."""
+    if readable(X):
+        with scikit_learn_names():
+            source = Source.of(X, weights=sample_weight)
+        return source, None, source.columns, as_device(estimator.device) or torch.device("cpu")
+    minimum = max(estimator.n_components, 2) if World().size == 1 else 0
+    x, names = validated_points(estimator, X, fitting=True, minimum=minimum)
+    g = as_weights(sample_weight, x, name="sample_weight")
+    return x, g, None if names is None else tuple(names), x.device
+
+
+def validated_points(
+    estimator: MixtureEstimator, X: Any, *, fitting: bool = False, minimum: int = 1
+) -> tuple[Tensor, np.ndarray | None]:
+    """Points (N, D) as a tensor, and the names of their columns.
+
+    Args:
+        estimator: The estimator, whose columns the points must have unless they are for a new fit.
+        X: Points in any container of numbers.
+        fitting: Whether the points are for a new fit.
+        minimum: Smallest number of points.
+
+    Raises:
+        TypeError, ValueError: The points are not numeric, not finite, not two-dimensional, or have other columns.
+    """
+    if hasattr(X, "toarray") and hasattr(X, "nnz"):
+        raise TypeError("Sparse data was passed, but dense data is required; use X.toarray().")
+    if np.iscomplexobj(X) if isinstance(X, np.ndarray) else torch.is_tensor(X) and X.is_complex():
+        raise ValueError("Complex data not supported: X has complex numbers; pass real and imaginary parts.")
+    x = as_tensor(X, name="X", device=estimator.device)
+    names = column_names(X)
+    if not fitting:
+        estimator._check_names(names)
+    if x.ndim != 2:
+        raise ValueError(
+            f"Expected 2D array, got {x.ndim}D array instead: X has shape {tuple(x.shape)}. Reshape your data with "
+            "X.reshape(-1, 1) if it has a single feature, or X.reshape(1, -1) if it is a single sample."
+        )
+    if x.shape[1] == 0:
+        raise ValueError(f"0 feature(s) (shape={tuple(x.shape)}) while a minimum of 1 is required.")
+    if not fitting and x.shape[1] != estimator.n_features_in_:
+        raise ValueError(
+            f"X has {x.shape[1]} features, but {type(estimator).__name__} is expecting {estimator.n_features_in_} features "
+            "as input"
+        )
+    if x.shape[0] < minimum:
+        raise ValueError(
+            f"Found array with {x.shape[0]} sample(s) (shape={tuple(x.shape)}) while a minimum of {minimum} is required; "
+            f"n_samples={x.shape[0]}."
+        )
+    return as_points(x, name="X", minimum=minimum), names
+
+
+def as_array(values: Tensor, tensors: bool) -> Any:
+    """Values as a tensor, or as a numpy array."""
+    return values if tensors else values.cpu().numpy()

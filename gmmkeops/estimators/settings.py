@@ -1,0 +1,92 @@
+"""Parameters of an estimator: their validation, and the method that they stand for."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from gmmkeops._checks import as_choice, as_device, as_fraction, as_integer, as_number
+from gmmkeops.components import factor_class
+from gmmkeops.data import as_dtype
+from gmmkeops.estimators.initialization import STRATEGIES
+from gmmkeops.fitting import Method, as_bytes, describe
+from gmmkeops.reductions import BACKENDS
+
+if TYPE_CHECKING:
+    from gmmkeops.estimators.base import MixtureEstimator
+
+__all__ = ["canonical_type", "check_settings", "combined_method", "described_settings"]
+
+
+def check_settings(estimator: MixtureEstimator) -> None:
+    """Raise an error if a parameter that all estimators have is invalid.
+
+    Raises:
+        TypeError, ValueError: A parameter has the wrong type or value.
+    """
+    e = estimator
+    for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1), ("verbose_interval", 1)):
+        as_integer(getattr(e, name), name, least)
+    as_integer(int(e.verbose) if isinstance(e.verbose, bool) else e.verbose, "verbose", 0)
+    for name in ("tol", "reg_covar"):
+        as_number(getattr(e, name), name, 0, clause="must be a finite number and not negative")
+    as_fraction(e.truncate, "truncate")
+    as_choice(e.backend, "backend", BACKENDS)
+    as_device(e.device)
+    as_dtype(e.dtype)
+    if e.max_memory is not None:
+        as_bytes(e.max_memory)
+    if e.checkpoint is not None and e.n_init > 1:
+        raise ValueError(f"checkpoint stores a single fit, got n_init={e.n_init}; set n_init=1.")
+    factor_class(e.covariance_type)
+    as_choice(e.init_params, "init_params", list(STRATEGIES))
+
+
+def combined_method(estimator: MixtureEstimator, solver: Method[Any]) -> Method[Any]:
+    """The solver with the settings of the estimator that are not defaults.
+
+    Raises:
+        ValueError: A setting is given to both with different values, or the solver has no such setting.
+    """
+    theirs: dict[str, Any] = {field.name: field.default for field in fields(solver)} if is_dataclass(solver) else {}
+    changed: dict[str, Any] = {}
+    for name in ("max_iter", "tol", "reg_covar"):
+        mine, own = getattr(estimator, name), getattr(solver, name, None)
+        if mine == estimator._default(name):
+            continue
+        if own is None:
+            raise ValueError(
+                f"{name}={mine!r} has no effect on solver={type(solver).__name__}, which has no such setting; leave it out, "
+                'or pass solver="em".'
+            )
+        if own not in (mine, theirs.get(name)):
+            raise ValueError(
+                f"{name} is given twice: {name}={mine!r} and {name}={own!r} of the solver {type(solver).__name__}; give "
+                "it in one of the two places."
+            )
+        changed[name] = mine
+    return _changed(solver, **changed) if changed else solver
+
+
+def described_settings(method: Method[Any], penalty: Any) -> str:
+    """A description of the method and the penalty without iterations and tolerance, or "" if they cannot be described."""
+    try:
+        return describe([_changed(method, max_iter=0, tol=0.0), penalty])
+    except ValueError:
+        return ""
+
+
+def canonical_type(covariance_type: str) -> str:
+    """Canonical name of a covariance type, such as "tied_full" for "tied"."""
+    kind, tied = factor_class(covariance_type)
+    return ("tied_" if tied else "") + kind.family
+
+
+def _changed(method: Method[Any], **settings: Any) -> Method[Any]:
+    """The method with other settings."""
+    if is_dataclass(method):
+        return cast(Method[Any], replace(cast(Any, method), **settings))
+    other = copy.copy(method)
+    vars(other).update(settings)
+    return other
