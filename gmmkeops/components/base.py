@@ -120,7 +120,7 @@ class Factor(ABC):
 
     @staticmethod
     def times(U: Tensor, z: Tensor) -> Tensor:
-        """Uᵀ z for factors in the form of :attr:`U` and vectors z (*, D)."""
+        """Uᵀ z for factors in the form of :attr:`U` and vectors z (..., D)."""
         return z * U
 
     def whiten(self, residuals: Tensor) -> Tensor:
@@ -212,27 +212,27 @@ class Factor(ABC):
 
     @classmethod
     def second_moments(cls, matrices: Tensor) -> Tensor:
-        """The part of matrices (*, D, D) that S2 keeps: all, the diagonal, or the trace."""
+        """The part of matrices (..., D, D) that S2 keeps: all, the diagonal, or the trace."""
         return matrices.diagonal(dim1=-2, dim2=-1)
 
     @classmethod
     def outer(cls, z: Tensor) -> Tensor:
-        """Second moments z zᵀ of vectors (*, D), as S2 keeps them."""
+        """Second moments z zᵀ of vectors (..., D), as S2 keeps them."""
         return z.square()
 
     @classmethod
     def compact(cls, matrices: Tensor) -> Tensor:
-        """Covariances of this family that are nearest to matrices (*, D, D), in the shape that ``from_covariances`` takes."""
+        """Covariances of this family that are nearest to matrices (..., D, D), in the shape that ``from_covariances`` takes."""
         return cls.second_moments(matrices)
 
     @classmethod
     def variances(cls, covariances: Tensor) -> Tensor:
-        """Variances of the columns (*, D), or (*, 1) if they are equal, from covariances in the shape of ``from_covariances``."""
+        """Variances of the columns (..., D), or (..., 1) if they are equal, from covariances in the shape of ``from_covariances``."""
         return covariances
 
     @classmethod
     def mean_scatter(cls, scatter: Tensor, features: int) -> Tensor:
-        """Second moments (*, ...) as covariances: those that sum over the columns are divided by their number."""
+        """Second moments (..., ...) as covariances: those that sum over the columns are divided by their number."""
         return scatter
 
     @classmethod
@@ -242,7 +242,7 @@ class Factor(ABC):
 
     @classmethod
     def quadratics(cls, y: Tensor) -> Tensor:
-        """Quadratic forms yᵀ E y (*, q) of vectors (*, D) with the matrices of :meth:`directions`."""
+        """Quadratic forms yᵀ E y (..., q) of vectors (..., D) with the matrices of :meth:`directions`."""
         return y.square()
 
     def trace(self, spreads: Tensor) -> Tensor:

@@ -292,7 +292,7 @@ def _cholesky(matrices: Tensor, name: str) -> Tensor:
 
 
 def bartlett(degrees: Tensor, features: int, generator: torch.Generator | None) -> Tensor:
-    """Draw lower-triangular matrices A (*, D, D) for which A Aᵀ has the distribution Wishart(I, degrees).
+    """Draw lower-triangular matrices A (..., D, D) for which A Aᵀ has the distribution Wishart(I, degrees).
 
     Reference: Bartlett 1933, *On the theory of statistical regression*.
     """

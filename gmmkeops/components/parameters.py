@@ -21,7 +21,7 @@ def stored(value: Any, name: str) -> Tensor:
 
 
 def positive(values: Tensor, name: str) -> Tensor:
-    """Check that the values (*, K or 1, ...) of components are positive and finite."""
+    """Check that the values (..., K or 1, ...) of components are positive and finite."""
     good = torch.isfinite(values) & (values > 0)
     if concrete(values) and not bool(good.all()):
         where = [int(i) for i in (~good).nonzero()[0]]
