@@ -290,11 +290,13 @@ def test_sample_weight_and_random_state_beside_the_older_names():
     x = mixture.sample(60, generator=torch.Generator().manual_seed(0))
     g = torch.rand(60, generator=torch.Generator().manual_seed(1)).double()
     for function in (gk.analysis.score, gk.analysis.bic, gk.analysis.aic, gk.analysis.icl):
-        assert function(mixture, x, sample_weight=g) == function(mixture, x, weights=g) != function(mixture, x)
-    errors = [
-        gk.standard_errors(mixture, x, robust=False, joint=False, **{name: g}) for name in ("sample_weight", "weights")
-    ]
-    assert torch.equal(errors[0].means, errors[1].means)
+        with pytest.warns(DeprecationWarning, match="use sample_weight"):
+            older = function(mixture, x, weights=g)
+        assert function(mixture, x, sample_weight=g) == older != function(mixture, x)
+    with pytest.warns(DeprecationWarning, match="use sample_weight"):
+        older = gk.standard_errors(mixture, x, robust=False, joint=False, weights=g)
+    found = gk.standard_errors(mixture, x, robust=False, joint=False, sample_weight=g)
+    assert torch.equal(found.means, older.means)
     other = random_mixture("full", seed=1)
     for function in (gk.analysis.kl_divergence, gk.analysis.jensen_shannon, gk.analysis.total_variation):
         given = function(mixture, other, samples=50, generator=torch.Generator().manual_seed(3))
@@ -318,11 +320,11 @@ def test_sample_weight_and_random_state_beside_the_older_names():
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
-        (lambda m, x: gk.analysis.bic(m, x, sample_weight=-x[:, 0].abs()), ValueError, "^weights must"),
+        (lambda m, x: gk.analysis.bic(m, x, sample_weight=-x[:, 0].abs()), ValueError, "^sample_weight must"),
         (lambda m, x: gk.analysis.bic(m, x, sample_weight=-x[:, 0].abs()), ValueError, "^sample_weight must"),
         (lambda m, x: gk.standard_errors(m, x, sample_weight=[1.0]), ValueError, "^sample_weight must"),
         (lambda m, x: gk.analysis.select(x, [1], sample_weight=[1.0]), ValueError, "^sample_weight must"),
-        (lambda m, x: gk.analysis.select(x, [1], sample_weight=[1.0]), ValueError, "^weights must"),
+        (lambda m, x: gk.analysis.select(x, [1], sample_weight=[1.0]), ValueError, "^sample_weight must"),
         (lambda m, x: gk.analysis.select(x, n_clusters=[1]), TypeError, "no argument n_clusters; pass n_components="),
         (lambda m, x: gk.analysis.select(x, k=[1]), TypeError, "select has no argument k; pass n_components="),
         (

@@ -231,5 +231,5 @@ def test_aliases_of_the_module():
     assert repr(model) == "GMM(features=2, context=0, n_components=3, covariance_type='full', tied=False)"
     with pytest.raises(TypeError, match=r"GMM.initialize got both sample_weight and weights"):
         model.initialize(x, sample_weight=g, weights=g)
-    with pytest.raises(TypeError, match=r"random_state must be a torch\.Generator or None, got str"):
+    with pytest.raises(TypeError, match=r"random_state must be a torch\.Generator, a seed or None, got str"):
         model.initialize(x, random_state="x")

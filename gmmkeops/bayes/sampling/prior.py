@@ -76,7 +76,7 @@ class StickBreaking(Distribution):
 
 
 class _PositiveDefinite:
-    """Symmetric positive-definite matrices (*, D, D) from D(D+1)/2 numbers each: Cholesky factors with a log-diagonal."""
+    """Symmetric positive-definite matrices (..., D, D) from D(D+1)/2 numbers each: Cholesky factors with a log-diagonal."""
 
     def __init__(self, features: int) -> None:
         self.D = features

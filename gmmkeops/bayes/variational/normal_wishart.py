@@ -279,6 +279,6 @@ def _mean_weights(concentration: Tensor) -> Tensor:
 
 
 def stick_weights(sticks: Tensor, *, last: bool = True) -> Tensor:
-    """Weights (*, K) from the shares (*, K) that are broken off; ``last`` takes all that is left."""
+    """Weights (..., K) from the shares (..., K) that are broken off; ``last`` takes all that is left."""
     left = torch.cat([torch.ones_like(sticks[..., :1]), (1 - sticks[..., :-1]).cumprod(-1)], -1)
     return torch.cat([sticks[..., :-1] * left[..., :-1], left[..., -1:]], -1) if last else sticks * left
