@@ -75,7 +75,7 @@ def condition(mixture: Mixture, columns: Sequence[int] | int, values: Any) -> Mi
         )
     x = as_tensor(values, name="values").to(mixture.means)
     if x.ndim == 0 or x.shape[-1] != len(given):
-        raise ValueError(f"values must have shape (..., {len(given)}), one per known column, got {tuple(x.shape)}.")
+        raise ValueError(f"values must have shape (*, {len(given)}), one per known column, got {tuple(x.shape)}.")
     check_finite(x, name="values")
     logits = marginal(mixture, given).log_joint(x)
     batch = x.shape[:-1]

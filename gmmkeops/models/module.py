@@ -152,7 +152,7 @@ class GMM(nn.Module):
             c = table_of(c, None if self.columns is None else self.columns[self.features :], "the context")
             c = as_tensor(c, name="the context", dtype=next(self.network.parameters()).dtype)
             if c.ndim == 0 or c.shape[-1] != self.context:
-                raise ValueError(f"the context must have shape (..., {self.context}), got {tuple(c.shape)}.")
+                raise ValueError(f"the context must have shape (*, {self.context}), got {tuple(c.shape)}.")
             flat = self.network(c).split([a * b for a, b in self.shapes.values()], -1)
             tensors = {n: t.unflatten(-1, s) for t, (n, s) in zip(flat, self.shapes.items(), strict=True)}
             tensors["logits"] = tensors["logits"].squeeze(-2)

@@ -32,7 +32,7 @@ def as_points_of(mixture: Mixture, value: Any) -> Tensor:
     x = recordable(as_tensor(table_of(value, mixture.columns), name="x"))
     if x.ndim == 0 or x.shape[-1] != mixture.features:
         raise ValueError(
-            f"x must have {mixture.features} columns, shape (..., {mixture.features}), got {tuple(x.shape)}; "
+            f"x must have {mixture.features} columns, shape (*, {mixture.features}), got {tuple(x.shape)}; "
             "pass the same columns as the model has."
         )
     if x.device != mixture.means.device:
