@@ -227,7 +227,7 @@ class Factor(ABC):
 
     @classmethod
     def variances(cls, covariances: Tensor) -> Tensor:
-        """Variances of the columns (..., D), or (..., 1) if they are equal; covariances are as ``from_covariances`` takes them."""
+        """Variances of the columns (..., D), or (..., 1) if they are equal, of covariances as ``from_covariances`` takes them."""
         return covariances
 
     @classmethod
