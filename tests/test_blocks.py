@@ -222,7 +222,7 @@ def test_fits_with_truncation_follow_exact_ones(family):
     start = gk.initialize(x, 100, "kmeans++", covariance_type=family)
     penalty = gk.penalties.SqrtWeights(0.01)
     g = torch.rand(len(x), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    options = {"penalty": penalty, "weights": g, "max_iter": 5}
+    options = {"penalty": penalty, "sample_weight": g, "max_iter": 5}
     exact = gk.fit(start, x, gk.EM(tol=0), truncate=0, **options)
     short = gk.fit(start, x, gk.EM(tol=0), truncate=1e-9, **options)
     assert short.report.pairs < 0.6

@@ -70,7 +70,7 @@ class Scene:
 def strategies(scene):
     for strategy in ("random", "kmeans", "kmeans++", "responsibilities"):
         for family in FAMILIES:
-            options = {"covariance_type": family, "weights": scene.weights, "generator": generator(), "refine": 1}
+            options = {"covariance_type": family, "sample_weight": scene.weights, "generator": generator(), "refine": 1}
             assert gk.initialize(scene.x, 3, strategy, **options).means.is_cuda
 
 
@@ -84,7 +84,7 @@ def fits(scene):
             gk.bayes.VariationalBayes(),
             gk.Gradient(lambda p: torch.optim.SGD(p, lr=0.01)),
         ):
-            scene.fit(method, start=start, weights=scene.weights)
+            scene.fit(method, start=start, sample_weight=scene.weights)
 
 
 @path
@@ -98,12 +98,12 @@ def variants_of_em(scene):
         {"temperature": (0.5, 3)},
         {"reg_covar": 0.1, **frozen},
     ):
-        scene.fit(gk.EM(**options), weights=scene.weights)
+        scene.fit(gk.EM(**options), sample_weight=scene.weights)
 
 
 @path
 def minibatches_of_adam(scene):
-    scene.fit(gk.Adam(batch_size=100), weights=scene.weights)
+    scene.fit(gk.Adam(batch_size=100), sample_weight=scene.weights)
 
 
 @path

@@ -240,7 +240,7 @@ def test_torchrun_restarts_a_killed_worker_from_its_checkpoint(folder):
 SHARE = """
 mine = x[rank::size]
 seen = []
-settings = {"checkpoint": folder + "/share.ckpt", "callbacks": lambda step: seen.append(step.iteration) and None}
+settings = {"checkpoint": folder + "/share.ckpt", "callback": lambda step: seen.append(step.iteration) and None}
 for iterations in (4, 6):
     result = gk.fit(start, mine, gk.EM(tol=0), max_iter=iterations, **settings)
 print(json.dumps([seen, result.n_iter, result.mixture.means.tolist()]))
@@ -308,7 +308,7 @@ odd = rank == 1
 P, mine = gk.penalties, x[rank::size]
 em = gk.EM(tol=0)
 def fit(method=em, data=mine, model=start, **options):
-    return gk.fit(model, data, method, **{"max_iter": 3, "progress": False, **options})
+    return gk.fit(model, data, method, **{"max_iter": 3, "verbose": False, **options})
 def interrupt(*who, how="raise"):
     def callback(step):
         if rank in who and step.iteration == 1:
@@ -348,7 +348,7 @@ both("backend", lambda: fit(backend="dense" if odd else "auto"))
 both("start", lambda: fit(model=gk.Mixture(start.logits, start.means + 1e-3 * rank, start.factor)))
 few = torch.arange(4 - rank)
 both("model", lambda: fit(model=gk.Mixture(start.logits[few], start.means[few], gk.FullFactor.from_factors(start.factor.U[few]))))
-both("weights", lambda: fit(weights=g if odd else None))
+both("weights", lambda: fit(sample_weight=g if odd else None))
 both("generator", lambda: fit(generator=torch.Generator() if odd else None))
 both("checkpoint", lambda: fit(checkpoint=folder + "/odd.ckpt" if odd else None))
 both("max_memory", lambda: fit(max_memory="1GB" if odd else None))
@@ -360,16 +360,16 @@ both("covariance_type", lambda: gk.GaussianMixture(4, covariance_type="diag" if 
 both("call initialize fit", lambda: gk.initialize(mine, 3) if odd else fit())
 both("call GaussianMixture", lambda: gk.GaussianMixture(2).fit(mine) if odd else fit())
 for how in ("raise", "signal"):
-    both("rank 1 was interrupted", lambda: fit(max_iter=50, callbacks=interrupt(1, how=how)))
-    both("rank 0 was interrupted", lambda: fit(max_iter=50, callbacks=interrupt(0, how=how)))
+    both("rank 1 was interrupted", lambda: fit(max_iter=50, callback=interrupt(1, how=how)))
+    both("rank 0 was interrupted", lambda: fit(max_iter=50, callback=interrupt(0, how=how)))
 both("rank 1 was interrupted", lambda: between(1))
 both("rank 0 was interrupted", lambda: between(0))
 result = between(0, 1)
 assert result.report.interrupted, result
 for how in ("raise", "signal"):
-    result = fit(max_iter=50, callbacks=interrupt(0, 1, how=how))
+    result = fit(max_iter=50, callback=interrupt(0, 1, how=how))
     print(json.dumps(["together", result.report.interrupted, result.n_iter, result.mixture.means.tolist()]))
-result = fit(max_iter=50, callbacks=lambda step: rank == 1 and step.iteration == 1)
+result = fit(max_iter=50, callback=lambda step: rank == 1 and step.iteration == 1)
 print(json.dumps(["stopped", result.report.interrupted, result.n_iter, result.mixture.means.tolist()]))
 """
 

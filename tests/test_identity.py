@@ -286,8 +286,8 @@ def test_what_makes_no_other_fit_may_change(x, start, tmp_path):
         (5, 1e-300, 0.0, 3, 1),
     ):
         method = gk.Gradient(lambda p: SGD(p, lr=0.1), tol=tol, relative_tol=relative_tol, patience=patience)
-        options = {"penalty": P.SqrtWeights(strength), "generator": torch_generator(3), "progress": False}
-        options |= {"max_iter": max_iter, "callbacks": lambda step: None}
+        options = {"penalty": P.SqrtWeights(strength), "generator": torch_generator(3), "verbose": False}
+        options |= {"max_iter": max_iter, "callback": lambda step: None}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", gk.ConvergenceWarning)
             found = gk.fit(start, x, method, checkpoint=path, **options)

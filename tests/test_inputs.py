@@ -18,7 +18,7 @@ ROWS = 40
 GOOD = np.stack([np.arange(ROWS) % 7 + 0.25 * np.arange(ROWS), (np.arange(ROWS) * 5) % 11], 1).astype(float)
 TENSOR = torch.from_numpy(GOOD)
 MODEL = gk.Mixture.from_parameters([0.3, 0.7], [[2.0, 3.0], [9.0, 6.0]], [[4.0, 1.0], [9.0, 2.0]], "diag")
-FEW = {"max_iter": 1, "tol": 0, "progress": False}
+FEW = {"max_iter": 1, "tol": 0, "verbose": False}
 
 # Words of the libraries underneath, which no user has typed.
 FOREIGN = re.compile(

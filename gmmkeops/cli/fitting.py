@@ -78,7 +78,7 @@ def select(options: Any) -> None:
         max_iter=options.max_iter,
         dtype=options.dtype,
         max_memory=options.max_memory,
-        progress=None if not options.quiet else False,
+        verbose=None if not options.quiet else False,
     )
     if options.out is not None:
         save(found.best, options.out)
