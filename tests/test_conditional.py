@@ -156,7 +156,7 @@ def test_files_checkpoints_weights_and_penalties(tmp_path):
     assert source.objective == pytest.approx(whole.objective, abs=0.3)
     g = torch.randint(0, 3, (2000,), generator=generator).double()
     model = conditional(D=2, K=3)
-    weighted = run(model, y, context=c, weights=g, max_iter=3, batch=None)
+    weighted = run(model, y, context=c, sample_weight=g, max_iter=3, batch=None)
     with torch.no_grad():
         assert weighted.log_likelihood == pytest.approx(float(model(c).log_prob(y).double() @ g / g.sum()), abs=1e-6)
     pulled = run(conditional(D=2, K=3), y, context=c, max_iter=12, penalty=gk.penalties.NormalMean(0.0, 50.0))

@@ -400,7 +400,11 @@ def begun():
             TypeError,
             r"method must be a Method such as gmmkeops.Adam\(lr=0.05\), got str",
         ),
-        (lambda: gk.fit("start", few(), gk.Adam()), TypeError, "start must be a Mixture or a GMM, got str"),
+        (
+            lambda: gk.fit("start", few(), gk.Adam()),
+            TypeError,
+            "start must be a Mixture, a GMM or a number of components, got str",
+        ),
         (
             lambda: gk.fit(begun().expand((2,)), few(), gk.Adam()),
             ValueError,
@@ -420,17 +424,17 @@ def begun():
         (
             lambda: gk.fit(begun(), few(), gk.Adam(), sample_weight=-torch.ones(20)),
             ValueError,
-            "weights must not be negative, got -1.0 at row 0",
+            "sample_weight must not be negative, got -1.0 at row 0",
         ),
         (
             lambda: gk.fit(begun(), few(), gk.Adam(), sample_weight=torch.zeros(20)),
             ValueError,
-            "weights must not all be zero",
+            "sample_weight must not all be zero",
         ),
         (
             lambda: gk.fit(begun(), few(), gk.Adam(), sample_weight=[1.0]),
             ValueError,
-            r"weights must have shape \(20,\)",
+            r"sample_weight must have shape \(20,\)",
         ),
         (
             lambda: gk.fit(begun(), few(), gk.Adam(), penalty=3),

@@ -259,7 +259,7 @@ def settings():
     yield from (("tol", v, lambda v: gk.GaussianMixture(tol=v).fit(GOOD)) for v in NOT_NUMBERS)
     yield from (("reg_covar", v, lambda v: gk.GaussianMixture(reg_covar=v).fit(GOOD)) for v in NOT_NUMBERS)
     yield from (("truncate", v, lambda v: gk.GaussianMixture(truncate=v).fit(GOOD)) for v in (*NOT_NUMBERS, 1.0))
-    yield from (("components", v, lambda v: gk.initialize(GOOD, v)) for v in (*NOT_INTEGERS, 0))
+    yield from (("n_components", v, lambda v: gk.initialize(GOOD, v)) for v in (*NOT_INTEGERS, 0))
     yield from (
         ("max_iter", v, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), max_iter=v)) for v in NOT_INTEGERS if v is not None
     )
@@ -340,9 +340,9 @@ def bad_weights():
 
 
 WEIGHERS = {
-    "fit": ("weights", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), sample_weight=w, **FEW)),
-    "initialize": ("weights", lambda w: gk.initialize(TENSOR, 2, sample_weight=w)),
-    "bic": ("weights", lambda w: gk.analysis.bic(MODEL, TENSOR, sample_weight=w)),
+    "fit": ("sample_weight", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), sample_weight=w, **FEW)),
+    "initialize": ("sample_weight", lambda w: gk.initialize(TENSOR, 2, sample_weight=w)),
+    "bic": ("sample_weight", lambda w: gk.analysis.bic(MODEL, TENSOR, sample_weight=w)),
     "estimator": ("sample_weight", lambda w: gk.GaussianMixture(2, max_iter=1).fit(GOOD, sample_weight=w)),
     "score": ("sample_weight", lambda w: gk.GaussianMixture.from_mixture(MODEL).score(GOOD, sample_weight=w)),
     "Bayesian": ("sample_weight", lambda w: gk.BayesianGaussianMixture(max_iter=1).fit(GOOD, sample_weight=w)),
@@ -388,8 +388,6 @@ def test_priors_are_refused_by_the_names_of_the_estimators_arguments(covariance_
         lambda m: gk.analysis.merge(m, [[0, 1]]),
         lambda m: gk.standard_errors(m, TENSOR),
         lambda m: gk.export.npz(m, "m.npz"),
-        lambda m: gk.plotting.ellipses(m),
-        lambda m: gk.plotting.pairs(m),
         lambda m: gk.GMM(2, n_components=2).assign(m),
         lambda m: gk.EM().update(m, TENSOR),
     ],
