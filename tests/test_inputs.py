@@ -276,12 +276,12 @@ def settings():
     for device in ("gpu", "meta", True, 1.5, [], "cuda:99", 99):
         yield "device", device, lambda v: gk.GaussianMixture(device=v).fit(GOOD)
         yield "device", device, lambda v: gk.GaussianMixture.from_mixture(MODEL, device=v).predict(GOOD)
-    for other in ("seed", 3, [], np.random.default_rng(0)):
+    for other in ("seed", 1.5, [], True):
         yield "generator", other, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), generator=v)
         yield "generator", other, lambda v: gk.initialize(TENSOR, 2, generator=v)
         yield "generator", other, lambda v: MODEL.sample((2,), generator=v)
     for other in ("print", 3, [3], {"a": 1}):
-        yield "callbacks", other, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), callback=v)
+        yield "callback", other, lambda v: gk.fit(MODEL, TENSOR, gk.EM(), callback=v)
     for name in ("best", 3, [], np.ones(2)):
         yield "strategy", name, lambda v: gk.initialize(TENSOR, 2, v)
         yield "init_params", name, lambda v: gk.GaussianMixture(init_params=v).fit(GOOD)

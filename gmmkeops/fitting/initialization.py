@@ -128,7 +128,8 @@ def initialize(
             with renamed("weights", "sample_weight"):
                 x, sample_weight = Source.of(x, weights=sample_weight), None
         names = world.tell(x.columns if isinstance(x, Source) else table_names(x))[0]
-        rows, mass, some, chunks = representatives(x, sample_weight, max(_SAMPLE, 20 * K), world, minimum=K)
+        with renamed("weights", "sample_weight"):
+            rows, mass, some, chunks = representatives(x, sample_weight, max(_SAMPLE, 20 * K), world, minimum=K)
         if some < K:
             raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
         generator = world.generator(generator, rows.device)
