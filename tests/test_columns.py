@@ -198,7 +198,7 @@ def test_weights_by_name_in_files_of_other_orders(rows, tmp_path):
     assert source.columns == orders[0]
     right = float(torch.as_tensor(g) @ oracle(rows)) / g.sum()
     assert gk.analysis.score(model(), source) == pytest.approx(right, abs=1e-9)
-    assert gk.analysis.score(model(), frame(rows, NAMES[::-1]), weights=g) == pytest.approx(right, abs=1e-9)
+    assert gk.analysis.score(model(), frame(rows, NAMES[::-1]), sample_weight=g) == pytest.approx(right, abs=1e-9)
 
 
 def test_laser_scans_bring_the_columns_that_a_model_has(tmp_path):

@@ -261,7 +261,7 @@ def samplers(scene):
 
 @path
 def model_selection(scene):
-    table = gk.analysis.select(scene.x, [1, 2], weights=scene.weights, generator=generator(), max_iter=3)
+    table = gk.analysis.select(scene.x, [1, 2], sample_weight=scene.weights, generator=generator(), max_iter=3)
     assert table.best.means.is_cuda
     labels = scene.mixture.predict(scene.x)
     for source in (generator(), torch.Generator("cuda").manual_seed(0)):
@@ -277,7 +277,7 @@ def comparisons(scene):
         for source in (generator(), torch.Generator("cuda").manual_seed(0), None):
             measure(scene.mixture, other, samples=200, generator=source)
     assert gk.analysis.merge(scene.mixture, [[0, 1]]).means.is_cuda
-    gk.standard_errors(scene.fit(gk.EM(), max_iter=20).mixture, scene.x, weights=scene.weights)
+    gk.standard_errors(scene.fit(gk.EM(), max_iter=20).mixture, scene.x, sample_weight=scene.weights)
 
 
 @path

@@ -166,9 +166,11 @@ def test_only_ratios_of_weights_matter(kind, size):
     models = [gk.GaussianMixture(2, covariance_type=kind, random_state=0).fit(x, sample_weight=h) for h in (g, small)]
     np.testing.assert_allclose(models[0].means_, models[1].means_, rtol=1e-9, atol=1e-9)
     m = fits[0].mixture
-    assert gk.analysis.score(m, x, weights=small) == pytest.approx(gk.analysis.score(m, x, weights=g), rel=1e-9)
+    assert gk.analysis.score(m, x, sample_weight=small) == pytest.approx(
+        gk.analysis.score(m, x, sample_weight=g), rel=1e-9
+    )
     total = math.fsum(float(a) * b for a, b in zip(m.log_prob(torch.as_tensor(x)), g, strict=True))
-    bic = gk.analysis.bic(m, x, weights=small)
+    bic = gk.analysis.bic(m, x, sample_weight=small)
     assert bic == pytest.approx(-2 * total * unit + m.parameter_count * (math.log(g.sum()) + math.log(unit)), rel=1e-6)
     sums = [
         gk.reductions.moments(torch.as_tensor(x), m.offsets, m.means, m.factor, weights=torch.as_tensor(h)).S0

@@ -28,7 +28,7 @@ def conditional(x, w):
 
 
 def unconditional(x, w):
-    model = gk.GMM(2, components=2).initialize(x, weights=w, generator=torch.Generator().manual_seed(0))
+    model = gk.GMM(2, components=2).initialize(x, sample_weight=w, generator=torch.Generator().manual_seed(0))
     return fitted(gk.fit(model, x, gk.Adam(), weights=w, max_iter=3))
 
 
@@ -81,8 +81,8 @@ USES = {
     "estimator by adam": lambda x, w: estimator(gk.GaussianMixture, x, w, solver="adam"),
     "bayesian": lambda x, w: estimator(gk.BayesianGaussianMixture, x, w),
     "partial_fit": lambda x, w: [torch.as_tensor(gk.GaussianMixture(2, random_state=0).partial_fit(x).means_)],
-    "select": lambda x, w: [gk.analysis.select(x, [2], weights=w).best.means],
-    "standard_errors": lambda x, w: [gk.standard_errors(start(), x, weights=w, robust=False).means],
+    "select": lambda x, w: [gk.analysis.select(x, [2], sample_weight=w).best.means],
+    "standard_errors": lambda x, w: [gk.standard_errors(start(), x, sample_weight=w, robust=False).means],
     "silhouette": lambda x, w: [torch.tensor(gk.analysis.silhouette(x, (x[:, 0] > 2).detach()))],
     "moments": lambda x, w: [gk.reductions.moments(x, start().offsets, start().means, start().factor, weights=w).S1],
     "importance": lambda x, w: drawn(gk.bayes.importance, x, w, draws=20, proposal="prior"),

@@ -137,7 +137,9 @@ def test_criteria_and_threshold():
     entropy = scipy.stats.entropy(theirs.predict_proba(x.numpy()), axis=1).sum()
     assert gk.analysis.icl(mixture, x) == pytest.approx(theirs.bic(x.numpy()) + 2 * entropy)
     doubled = torch.full((500,), 2.0)
-    assert gk.analysis.bic(mixture, x, weights=doubled) == pytest.approx(gk.analysis.bic(mixture, torch.cat([x, x])))
+    assert gk.analysis.bic(mixture, x, sample_weight=doubled) == pytest.approx(
+        gk.analysis.bic(mixture, torch.cat([x, x]))
+    )
     cut = gk.analysis.anomaly_threshold(mixture, x, 5)
     assert cut == pytest.approx(np.percentile(theirs.score_samples(x.numpy()), 5))
     with pytest.raises(ValueError, match="percentile must be"):
@@ -283,6 +285,7 @@ print((peak() - before) / 1024)
     assert float(done.stdout) < 500
 
 
+@pytest.mark.filterwarnings("ignore:weights is deprecated:DeprecationWarning")
 def test_sample_weight_and_random_state_beside_the_older_names():
     mixture = random_mixture("full")
     x = mixture.sample(60, generator=torch.Generator().manual_seed(0))
@@ -301,9 +304,11 @@ def test_sample_weight_and_random_state_beside_the_older_names():
         assert function(mixture, other, samples=50, random_state=4) != given
     tables = [
         gk.analysis.select(x, [1, 2], sample_weight=g, random_state=3, max_iter=3),
-        gk.analysis.select(x, components=[1, 2], weights=g, generator=torch.Generator().manual_seed(3), max_iter=3),
+        gk.analysis.select(x, [1, 2], weights=g, generator=torch.Generator().manual_seed(3), max_iter=3),
         gk.analysis.select(x, n_components=[1, 2], sample_weight=g, generator=3, max_iter=3),
     ]
+    with pytest.warns(DeprecationWarning, match="components is deprecated; use n_components"):
+        tables.append(gk.analysis.select(x, components=[1, 2], weights=g, generator=3, max_iter=3))
     assert len({tuple(row["bic"] for row in table.rows) for table in tables}) == 1
     labels = mixture.predict(x)
     assert gk.analysis.silhouette(x, labels, samples=20, random_state=3) == gk.analysis.silhouette(
@@ -311,6 +316,7 @@ def test_sample_weight_and_random_state_beside_the_older_names():
     )
 
 
+@pytest.mark.filterwarnings("ignore:weights is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("call", "kind", "message"),
     [
@@ -334,6 +340,14 @@ def test_names_of_other_libraries_get_the_right_one(call, kind, message):
     mixture = random_mixture("full")
     with pytest.raises(kind, match=message):
         call(mixture, mixture.sample(30, generator=torch.Generator().manual_seed(0)))
+
+
+def test_older_names_warn():
+    mixture = random_mixture("full")
+    x = mixture.sample(30, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(DeprecationWarning, match="weights is deprecated; use sample_weight") as caught:
+        gk.analysis.score(mixture, x, weights=torch.ones(30))
+    assert caught[0].filename == __file__
 
 
 def test_results_in_one_line_and_as_tables():

@@ -342,7 +342,7 @@ def bad_weights():
 WEIGHERS = {
     "fit": ("weights", lambda w: gk.fit(MODEL, TENSOR, gk.EM(), weights=w, **FEW)),
     "initialise": ("weights", lambda w: gk.initialise(TENSOR, 2, weights=w)),
-    "bic": ("weights", lambda w: gk.analysis.bic(MODEL, TENSOR, weights=w)),
+    "bic": ("sample_weight", lambda w: gk.analysis.bic(MODEL, TENSOR, sample_weight=w)),
     "estimator": ("sample_weight", lambda w: gk.GaussianMixture(2, max_iter=1).fit(GOOD, sample_weight=w)),
     "score": ("sample_weight", lambda w: gk.GaussianMixture.from_mixture(MODEL).score(GOOD, sample_weight=w)),
     "Bayesian": ("sample_weight", lambda w: gk.BayesianGaussianMixture(max_iter=1).fit(GOOD, sample_weight=w)),

@@ -222,7 +222,8 @@ def test_aliases_of_the_module():
     model, old = gk.GMM(2, n_components=3), gk.GMM(2, components=3)
     assert (model.n_components, old.n_components, old.components) == (3, 3, 3)
     model.initialize(x, sample_weight=g, random_state=5)
-    old.initialize(x, weights=g, generator=torch.Generator().manual_seed(5))
+    with pytest.warns(DeprecationWarning, match="weights is deprecated; use sample_weight"):
+        old.initialize(x, weights=g, generator=torch.Generator().manual_seed(5))
     assert torch.equal(model.means, old.means)
     assert repr(model) == "GMM(features=2, context=0, n_components=3, covariance_type='full', tied=False)"
     with pytest.raises(TypeError, match=r"GMM.initialize got both sample_weight and weights"):

@@ -105,7 +105,7 @@ def test_files_weights_blocks_and_units(tmp_path):
     source = gk.standard_errors(mixture, gk.Source.of(tmp_path / "x.npy", chunk_rows=700))
     for name in ("weights", "means", "covariances"):
         assert torch.allclose(getattr(source, name), getattr(whole, name), rtol=1e-9)
-    four = gk.standard_errors(mixture, x, weights=torch.full((4000,), 4.0))
+    four = gk.standard_errors(mixture, x, sample_weight=torch.full((4000,), 4.0))
     assert torch.allclose(four.means, whole.means / 2)
     block = gk.standard_errors(mixture, x, joint=False)
     assert not block.joint

@@ -50,7 +50,7 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
     return total, mass, disorder, unit or 1.0
 
 
-@accepts(also={"weights": "sample_weight"})
+@accepts(old={"weights": "sample_weight"})
 def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
     r"""Mean log-density :math:`\sum_n g_n \log p(x_n) / \sum_n g_n`, nats per point; arguments and errors as for :func:`bic`.
 
@@ -64,7 +64,7 @@ def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
     return total / mass
 
 
-@accepts(also={"weights": "sample_weight"})
+@accepts(old={"weights": "sample_weight"})
 def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
     r"""Bayesian information criterion :math:`-2 \sum_n g_n \log p(x_n) + P \log \sum_n g_n`, the lower the better.
 
@@ -93,7 +93,7 @@ def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
     return -2 * total * unit + mixture.parameter_count * (math.log(mass) + math.log(unit))
 
 
-@accepts(also={"weights": "sample_weight"})
+@accepts(old={"weights": "sample_weight"})
 def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
     r"""Akaike information criterion :math:`-2 \sum_n g_n \log p(x_n) + 2 P`; arguments, units and errors as for :func:`bic`.
 
@@ -110,7 +110,7 @@ def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
     return -2 * total * unit + 2 * mixture.parameter_count
 
 
-@accepts(also={"weights": "sample_weight"})
+@accepts(old={"weights": "sample_weight"})
 def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
     """Integrated completed likelihood, the lower the better: BIC plus twice the entropy of the responsibilities.
 

@@ -62,6 +62,7 @@ class Selection:
         return self.results[self._place()].mixture
 
     def _place(self) -> int:
+        """Number of the row with the lowest criterion."""
         values = [row[self.criterion] for row in self.rows]
         return values.index(min(values))
 
@@ -90,7 +91,8 @@ def _cell(value: Any) -> str:
 
 
 @accepts(
-    also={"components": "n_components", "weights": "sample_weight", "random_state": "generator"},
+    old={"components": "n_components", "weights": "sample_weight"},
+    also={"random_state": "generator"},
     wrong=_WRONG,
 )
 def select(

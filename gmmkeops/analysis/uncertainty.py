@@ -71,7 +71,7 @@ class StandardErrors:
         return f"StandardErrors(components={K}, features={D}, joint={self.joint}, points={self.points:g})"
 
 
-@accepts(also={"weights": "sample_weight"})
+@accepts(old={"weights": "sample_weight"})
 @torch.no_grad()
 def standard_errors(
     mixture: Mixture, x: Any, *, sample_weight: Any = None, joint: bool | None = None, robust: bool = True

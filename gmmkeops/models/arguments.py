@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, TypeVar, cast
@@ -35,34 +36,42 @@ MIXTURE |= dict.fromkeys(
 )
 
 
-def accepts(also: Mapping[str, str] | None = None, wrong: Mapping[str, str] | None = None) -> Callable[[F], F]:
+def accepts(
+    old: Mapping[str, str] | None = None,
+    also: Mapping[str, str] | None = None,
+    wrong: Mapping[str, str] | None = None,
+) -> Callable[[F], F]:
     """Decorate a function so that it recognizes further names of its keyword arguments.
 
     Args:
-        also: Aliases by the name of the argument, for example ``{"weights": "sample_weight"}``.
-        wrong: Names in other libraries and the remedy that the error states, for example ``{"k": "n_components="}``.
+        old: Names of version 0.1 by the new one, which cause a DeprecationWarning: ``{"components": "n_components"}``.
+        also: Names that are accepted without a warning: ``{"random_state": "generator"}``.
+        wrong: Names in other libraries and the remedy that the error states: ``{"n_clusters": "n_components="}``.
 
     Returns:
         The decorator. The decorated function raises a TypeError if an argument is given by two names, or by a wrong name.
     """
-    also, wrong = dict(also or {}), dict(wrong or {})
+    old, wrong = dict(old or {}), dict(wrong or {})
+    names = old | dict(also or {})
 
     def decorate(function: F) -> F:
         shown = function.__qualname__.removesuffix(".__init__")
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            aliases = [name for name in kwargs if name in also]
             for name in kwargs:
                 if name in wrong:
                     raise TypeError(f"{shown} has no argument {name}; pass {wrong[name]}.")
+            aliases = [name for name in kwargs if name in names]
             if not aliases:
                 return function(*args, **kwargs)
             with ExitStack() as errors:
                 for name in aliases:
-                    new = also[name]
+                    new = names[name]
                     if new in kwargs:
                         raise TypeError(f"{shown} got both {new} and {name}, which mean the same; pass {new} alone.")
+                    if name in old:
+                        warnings.warn(f"{name} is deprecated; use {new}.", DeprecationWarning, stacklevel=2)
                     kwargs[new] = kwargs.pop(name)
                     # Errors name the argument that the user has typed.
                     errors.enter_context(renamed(new, name))

@@ -224,7 +224,7 @@ class GMM(nn.Module):
         self.columns = None if self.context else mixture.columns
         return self
 
-    @accepts(also={"weights": "sample_weight", "random_state": "generator"})
+    @accepts(old={"weights": "sample_weight"}, also={"random_state": "generator"})
     def initialize(
         self,
         x: Any,
