@@ -60,7 +60,7 @@ def test_confidence_component_and_twenty_points_beyond_five_sigma():
         ({"std_range": (2.0, 1.0)}, "std_range must be"),
         ({"confidence": 1.5}, "confidence must be above 0"),
         ({"component": 9}, "component must be an integer from -4 to 3, got 9"),
-        ({"std_range": (60.0, math.inf)}, "no mass that float64 can tell"),
+        ({"std_range": (60.0, math.inf)}, "contains less probability than float64 can represent"),
         ({"std_range": (4.0, 5.0), "confidence": 0.5}, "ends at 1.177 standard deviations, below 4"),
     ):
         with pytest.raises(ValueError, match=message):
