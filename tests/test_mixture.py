@@ -309,9 +309,13 @@ def test_entries_of_a_batch_by_index(family):
         batch[2]
 
 
-def test_a_mixture_is_no_array():
+def test_a_mixture_is_one_object_for_numpy_and_pandas():
+    mixtures = [random_mixture("full"), random_mixture("diag", K=2)]
+    assert np.asarray(mixtures[0]).shape == ()
+    assert np.array(mixtures).shape == (2,)
+    assert pd.Series(mixtures)[1] is mixtures[1]
     with pytest.raises(TypeError, match="x must be an array of numbers, got a Mixture"):
-        random_mixture("full").log_prob(random_mixture("full"))
+        mixtures[0].log_prob(mixtures[0])
 
 
 def test_criteria_and_files_by_methods(tmp_path):

@@ -168,8 +168,21 @@ def test_what_is_no_generator_is_refused_in_one_sentence(generator):
     for call in (
         lambda: gk.initialize(x, 2, generator=generator),
         lambda: gk.fit(mixture, x, gk.EM(), generator=generator),
-        lambda: gk.analysis.select(x, [1], generator=generator),
-        lambda: gk.analysis.kl_divergence(mixture, mixture, generator=generator),
     ):
         with pytest.raises(TypeError, match=r"^generator must be a torch.Generator, a seed or None, got .*\.$"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["generator", "random_state"])
+@pytest.mark.parametrize("value", ["seed", 0.5, True])
+def test_what_is_neither_generator_nor_seed_is_refused_by_analysis(name, value):
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    mixture = gk.initialize(x, 2)
+    for call in (
+        lambda: gk.analysis.select(x, [1], **{name: value}),
+        lambda: gk.analysis.kl_divergence(mixture, mixture, **{name: value}),
+        lambda: gk.analysis.silhouette(x, x[:, 0] > 0, samples=9, **{name: value}),
+        lambda: gk.GMM(1).initialize(x, **{name: value}),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} must be a torch.Generator or None, got .*\.$"):
             call()

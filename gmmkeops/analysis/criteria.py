@@ -34,7 +34,7 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
     The sums are divided by the unit, the order of magnitude of the weights, so that very large and small weights do not overflow.
     """
     as_mixture(mixture)
-    total = mass = disorder = unit = 0.0
+    total = count = entropies = unit = 0.0
     for chunk in chunked(x, weights, features=mixture.features, columns=mixture.columns):
         with torch.no_grad():
             values, g = mixture.log_prob(chunk.points).double(), chunk.weights
@@ -42,12 +42,12 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
                 unit = unit or weight_unit(float(g.max()))
                 g = g / unit
             total += float(values.sum() if g is None else values @ g)
-            mass += float(len(values) if g is None else g.sum())
+            count += float(len(values) if g is None else g.sum())
             rows = max(1, _CHUNK // mixture.components)
             for first in range(0, len(values) if entropy else 0, rows):
                 h = torch.special.entr(mixture.responsibilities(chunk.points[first : first + rows])).sum(1).double()
-                disorder += float(h.sum() if g is None else h @ g[first : first + rows])
-    return total, mass, disorder, unit or 1.0
+                entropies += float(h.sum() if g is None else h @ g[first : first + rows])
+    return total, count, entropies, unit or 1.0
 
 
 @accepts(old={"weights": "sample_weight"})
@@ -60,8 +60,8 @@ def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         >>> round(gk.analysis.score(m, [[0.0], [1.0]]), 4)  # -log(2π)/2 - 1/4
         -1.1689
     """
-    total, mass, _, _ = _sums(mixture, x, sample_weight)
-    return total / mass
+    total, count, _, _ = _sums(mixture, x, sample_weight)
+    return total / count
 
 
 @accepts(old={"weights": "sample_weight"})
@@ -89,8 +89,8 @@ def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         >>> gk.analysis.bic(m, x) == -6 * gk.analysis.score(m, x) + 2 * math.log(3)
         True
     """
-    total, mass, _, unit = _sums(mixture, x, sample_weight)
-    return -2 * total * unit + mixture.parameter_count * (math.log(mass) + math.log(unit))
+    total, count, _, unit = _sums(mixture, x, sample_weight)
+    return -2 * total * unit + mixture.parameter_count * (math.log(count) + math.log(unit))
 
 
 @accepts(old={"weights": "sample_weight"})
@@ -127,8 +127,8 @@ def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         >>> round(gk.analysis.icl(m, x) - gk.analysis.bic(m, x), 6) == round(2 * 3 * math.log(2), 6)
         True
     """
-    total, mass, disorder, unit = _sums(mixture, x, sample_weight, entropy=True)
-    return 2 * (disorder - total) * unit + mixture.parameter_count * (math.log(mass) + math.log(unit))
+    total, count, entropies, unit = _sums(mixture, x, sample_weight, entropy=True)
+    return 2 * (entropies - total) * unit + mixture.parameter_count * (math.log(count) + math.log(unit))
 
 
 def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> float:

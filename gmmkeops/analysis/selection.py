@@ -62,6 +62,7 @@ class Selection:
         return self.results[self._place()].mixture
 
     def _place(self) -> int:
+        """Number of the row with the lowest criterion."""
         values = [row[self.criterion] for row in self.rows]
         return values.index(min(values))
 

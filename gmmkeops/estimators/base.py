@@ -71,7 +71,7 @@ class MixtureEstimator(Estimator, ABC):
         """The method of the fit with its final ``tol`` and ``max_iter``, for a warm start or a new fit."""
 
     @abstractmethod
-    def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
         """Initial mixture of a new fit."""
 
     @abstractmethod
@@ -79,12 +79,12 @@ class MixtureEstimator(Estimator, ABC):
         """Mixture of the last fit if its means have this shape (K, D), else None."""
 
     @abstractmethod
-    def _conclude(self, best: FitResult) -> None:
+    def _set_results(self, best: FitResult) -> None:
         """Set the fitted attributes that only this estimator has."""
 
     @abstractmethod
-    def _judge(self) -> tuple[Mixture, float]:
-        """The mixture that labels and scores points, and a constant to add to its log-densities, nats."""
+    def _predictive(self) -> tuple[Mixture, float]:
+        """The mixture with which points are labeled and scored, and a constant to add to its log-densities, nats."""
 
     @property
     def fitted_(self) -> bool:
@@ -136,7 +136,7 @@ class MixtureEstimator(Estimator, ABC):
         self._adopt(best.mixture.named(names), torch.is_tensor(X))
         self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
         self._trace = Trace([*continuation.objectives, *best.history["objective"]], best.log_likelihood, settings)
-        self._conclude(best)
+        self._set_results(best)
         return self
 
     def _continued(self, features: int, names: Sequence[str] | None) -> Mixture | None:
@@ -171,7 +171,7 @@ class MixtureEstimator(Estimator, ABC):
             # Only the convergence of the best fit matters, for which ``fit`` issues its own warning.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
             for run in range(1 if last is not None else self.n_init):
-                start = self._start(x, g, generator, device) if last is None else last.to(device)
+                start = self._initial(x, g, generator, device) if last is None else last.to(device)
                 result = fit(
                     start if isinstance(x, Source) else start.named(names),
                     x,
@@ -184,7 +184,7 @@ class MixtureEstimator(Estimator, ABC):
                     dtype=self.dtype,
                     checkpoint=self.checkpoint,
                     max_memory=self.max_memory,
-                    callback=(*self._talk(run), continuation),
+                    callback=(*self._verbose_callbacks(run), continuation),
                     verbose=None if self.verbose > 1 else False,
                     generator=generator,
                 )
@@ -206,7 +206,7 @@ class MixtureEstimator(Estimator, ABC):
         """Raise an error if a parameter of the constructor is invalid."""
         check_settings(self)
 
-    def _found_start(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
+    def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
         """Initial mixture by ``init_params``; only its shapes are used if all initial parameters are ``given``."""
         return initial_mixture(
             x,
@@ -220,7 +220,7 @@ class MixtureEstimator(Estimator, ABC):
             given=given,
         )
 
-    def _talk(self, run: int) -> tuple[Callable[[Step], None], ...]:
+    def _verbose_callbacks(self, run: int) -> tuple[Callable[[Step], None], ...]:
         """Callbacks that write the lines of ``verbose`` to stderr."""
         if not self.verbose or (self.verbose > 1 and sys.stderr.isatty()):
             return ()
@@ -305,7 +305,7 @@ class MixtureEstimator(Estimator, ABC):
             sklearn.exceptions.NotFittedError: The estimator is not fitted.
         """
         self._require_fitted()
-        return self._apply(X, lambda mixture, x: mixture.predict(x, **self._engine()), self._judge()[0])
+        return self._apply(X, lambda mixture, x: mixture.predict(x, **self._engine()), self._predictive()[0])
 
     def predict_proba(self, X: Any) -> Any:
         """Responsibilities (posterior probabilities) of all components; errors as for :meth:`predict`.
@@ -319,7 +319,7 @@ class MixtureEstimator(Estimator, ABC):
             (N, K), each row with a sum of one.
         """
         self._require_fitted()
-        return self._apply(X, lambda mixture, x: mixture.responsibilities(x), self._judge()[0])
+        return self._apply(X, lambda mixture, x: mixture.responsibilities(x), self._predictive()[0])
 
     def score_samples(self, X: Any) -> Any:
         """Log-density of each point; errors as for :meth:`predict`.
@@ -331,8 +331,8 @@ class MixtureEstimator(Estimator, ABC):
             (N,), nats.
         """
         self._require_fitted()
-        judge, lack = self._judge()
-        return self._apply(X, lambda mixture, x: mixture.log_prob(x, **self._engine()) + lack, judge)
+        predictive, constant = self._predictive()
+        return self._apply(X, lambda mixture, x: mixture.log_prob(x, **self._engine()) + constant, predictive)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """Mean log-density of points; errors as for :meth:`predict`.
@@ -350,9 +350,9 @@ class MixtureEstimator(Estimator, ABC):
             g = as_weights(sample_weight, values, name="sample_weight")
             return float(values.mean() if g is None else g.to(values) @ values / g.sum().to(values))
         self._require_fitted()
-        judge, lack = self._judge()
+        predictive, constant = self._predictive()
         with scikit_learn_names():
-            return analysis.score(judge.named(self.mixture_.columns), X, sample_weight=sample_weight) + lack
+            return analysis.score(predictive.named(self.mixture_.columns), X, sample_weight=sample_weight) + constant
 
     def sample(
         self,

@@ -191,8 +191,8 @@ class BayesianGaussianMixture(MixtureEstimator):
             tol=float(self.tol),
         )
 
-    def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
-        return self._found_start(x, g, generator).to(device)
+    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+        return self._by_init_params(x, g, generator).to(device)
 
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
         if not all(hasattr(self, name) for name in _POSTERIOR) or tuple(self.means_.shape) != shape:
@@ -221,7 +221,7 @@ class BayesianGaussianMixture(MixtureEstimator):
             covariances[None] if tied else covariances,
         )
 
-    def _conclude(self, best: FitResult) -> None:
+    def _set_results(self, best: FitResult) -> None:
         q, tensors = best.posterior, self._tensors
         tied = factor_class(self.covariance_type)[1]
 
@@ -248,5 +248,5 @@ class BayesianGaussianMixture(MixtureEstimator):
         self.lower_bound_ = self.lower_bounds_[-1] if self.lower_bounds_ else constant + self.evidence_bound_
         self.posterior_ = q
 
-    def _judge(self) -> tuple[Mixture, float]:
+    def _predictive(self) -> tuple[Mixture, float]:
         return self.posterior_.expectation()

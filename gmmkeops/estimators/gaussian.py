@@ -194,7 +194,7 @@ class GaussianMixture(MixtureEstimator):
             start, memory = self.mixture_.to(x.device), self._memory
             columns = self.mixture_.columns
         else:
-            start, memory = self._start(x, g, generator_of(self.random_state, x.device), x.device), None
+            start, memory = self._initial(x, g, generator_of(self.random_state, x.device), x.device), None
             columns = None if names is None else tuple(names)
         if memory is not None:
             sums = memory[0]
@@ -311,16 +311,16 @@ class GaussianMixture(MixtureEstimator):
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
         return self.mixture_ if self._same_model() and self.mixture_.means.shape == shape else None
 
-    def _conclude(self, best: FitResult) -> None:
+    def _set_results(self, best: FitResult) -> None:
         self.lower_bound_ = -best.objective
         self.lower_bounds_ = [-value for value in best.history["objective"]]
 
-    def _judge(self) -> tuple[Mixture, float]:
+    def _predictive(self) -> tuple[Mixture, float]:
         return self.mixture_, 0.0
 
-    def _start(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
         given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
-        start = self._found_start(x, g, generator, given).to(device)
+        start = self._by_init_params(x, g, generator, given).to(device)
         wide: Any = {"dtype": torch.float64, "device": device}
         K, D = start.components, start.features
         logits, means, factor = start.logits, start.means, start.factor

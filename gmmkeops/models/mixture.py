@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
@@ -39,11 +40,12 @@ def as_mixture(value: Any, name: str = "mixture") -> Mixture:
     if not isinstance(value, Mixture):
         remedy = f"pass its {'mixture_' if hasattr(value, 'mixture_') else 'mixture'}"
         if not hasattr(value, "mixture_") and not hasattr(value, "mixture"):
-            remedy = "make one with Mixture.from_parameters"
+            remedy = "make one with Mixture(weights=..., means=..., covariances=...)"
         raise TypeError(f"{name} must be a Mixture, got {type(value).__name__}; {remedy}.")
     if value.batch_shape:
         raise ValueError(
-            f"{name} must be one mixture, got a batch of shape {tuple(value.batch_shape)}; pass one of them."
+            f"{name} must be one mixture, got a batch of shape {tuple(value.batch_shape)}; pass one of them, such as "
+            f"{name}[0]."
         )
     return value
 
@@ -332,8 +334,11 @@ class Mixture(Distribution):
         """
         return indexed(self, index)
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("a Mixture is not an array; use its parameters weights, means and covariances.")
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # For numpy a mixture is one object, not a sequence of its components.
+        whole = np.empty((), dtype=object)
+        whole[()] = self
+        return whole
 
     def to(self, *args: Any, **kwargs: Any) -> Mixture:
         """Move or cast the parameters, as :meth:`torch.Tensor.to`.

@@ -12,13 +12,14 @@ import torch
 from torch.distributions import Distribution
 from torch.utils._pytree import register_pytree_node
 
-from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
+from gmmkeops.components import Factor, families
 from gmmkeops.models.mixture import Mixture
 
 __all__: list[str] = []
 
 
 def _mixture_parts(mixture: Mixture) -> tuple[list[Any], list[Any]]:
+    """The tensors of a mixture, and its constants."""
     return [mixture.logits, mixture.means, mixture.factor], [mixture.columns, vars(mixture).get("_validate_args")]
 
 
@@ -33,10 +34,13 @@ def _mixture(parts: Iterable[Any], constants: list[Any]) -> Mixture:
 
 
 def _factor_parts(factor: Factor) -> tuple[list[Any], list[Any]]:
+    """The tensors of a factor, and its constants."""
     return list(factor.tensors.values()), [list(factor.tensors), factor.features]
 
 
 def _factor_of(kind: type[Factor]) -> Callable[[Iterable[Any], list[Any]], Factor]:
+    """The function that creates a factor of a family from its parts, without checks."""
+
     def factor(parts: Iterable[Any], constants: list[Any]) -> Factor:
         made, (names, features) = object.__new__(kind), constants
         vars(made).update(zip(names, parts, strict=True), features=features)
@@ -47,5 +51,5 @@ def _factor_of(kind: type[Factor]) -> Callable[[Iterable[Any], list[Any]], Facto
 
 register_pytree_node(Mixture, _mixture_parts, _mixture, serialized_type_name="gmmkeops.Mixture")
 
-for _kind in (FullFactor, DiagonalFactor, SphericalFactor):
+for _kind in families().values():
     register_pytree_node(_kind, _factor_parts, _factor_of(_kind), serialized_type_name=f"gmmkeops.{_kind.__name__}")

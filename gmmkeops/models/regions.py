@@ -42,11 +42,11 @@ def shell(confidence: float | None, std_range: tuple[float, float] | None, featu
     return low, high
 
 
-def radii(share: Tensor, low: float, high: float, features: int) -> Tensor:
+def radii(tail: Tensor, low: float, high: float, features: int) -> Tensor:
     """Quantiles of the chi distribution with D degrees of freedom, truncated to [low, high], from the upper end.
 
     Args:
-        share: Probabilities (n, 1), float64, of a radius above the quantile.
+        tail: Probabilities (n, 1), float64, of a radius above the quantile.
         low, high: Bounds in standard deviations; ``high`` may be infinite.
         features: Number of columns D.
 
@@ -56,18 +56,21 @@ def radii(share: Tensor, low: float, high: float, features: int) -> Tensor:
     Raises:
         ValueError: The region contains less probability than float64 can represent.
     """
-    half = torch.full_like(share, features / 2)
+    half = torch.full_like(tail, features / 2)
 
     def beyond(radius: Tensor) -> Tensor:
         return torch.special.gammaincc(half, 0.5 * radius.square())
 
-    near = torch.full_like(share, low)
+    near = torch.full_like(tail, low)
     # Beyond this radius the tail probability underflows.
-    far = torch.full_like(share, min(high, math.sqrt(features) + 40.0 + low))
-    top, bottom = beyond(near), beyond(far) if high < math.inf else torch.zeros_like(share)
+    far = torch.full_like(tail, min(high, math.sqrt(features) + 40.0 + low))
+    top, bottom = beyond(near), beyond(far) if high < math.inf else torch.zeros_like(tail)
     if not float((top - bottom).min()) > 1e-290:
-        raise ValueError(f"no mass that float64 can tell lies between {low:g} and {high:g} standard deviations.")
-    target = bottom + share * (top - bottom)
+        raise ValueError(
+            f"the region between {low:g} and {high:g} standard deviations contains less probability than float64 can represent; "
+            "pass a region nearer to the mean."
+        )
+    target = bottom + tail * (top - bottom)
     for _ in range(80):
         middle = 0.5 * (near + far)
         outside = beyond(middle) > target
