@@ -352,7 +352,7 @@ def test_older_names_warn():
     mixture = random_mixture("full")
     x = mixture.sample(30, generator=torch.Generator().manual_seed(0))
     with pytest.warns(DeprecationWarning, match="weights is deprecated; use sample_weight") as caught:
-        gk.analysis.score(mixture, x, sample_weight=torch.ones(30))
+        gk.analysis.score(mixture, x, weights=torch.ones(30))
     assert caught[0].filename == __file__
 
 

@@ -184,5 +184,5 @@ def test_what_is_neither_generator_nor_seed_is_refused_by_analysis(name, value):
         lambda: gk.analysis.silhouette(x, x[:, 0] > 0, samples=9, **{name: value}),
         lambda: gk.GMM(1).initialize(x, **{name: value}),
     ):
-        with pytest.raises(TypeError, match=rf"^{name} must be a torch.Generator or None, got .*\.$"):
+        with pytest.raises(TypeError, match=rf"^{name} must be a torch.Generator, a seed or None, got .*\.$"):
             call()
