@@ -295,7 +295,7 @@ def test_sample_weight_and_random_state_beside_the_older_names():
             older = function(mixture, x, weights=g)
         assert function(mixture, x, sample_weight=g) == older != function(mixture, x)
     with pytest.warns(DeprecationWarning, match="use sample_weight"):
-        older = gk.standard_errors(mixture, x, robust=False, joint=False, sample_weight=g)
+        older = gk.standard_errors(mixture, x, robust=False, joint=False, weights=g)
     found = gk.standard_errors(mixture, x, robust=False, joint=False, sample_weight=g)
     assert torch.equal(found.means, older.means)
     other = random_mixture("full", seed=1)
