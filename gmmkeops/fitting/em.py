@@ -32,10 +32,8 @@ __all__ = ["EM"]
 # A reg_covar of more than so many times the variance of every column is probably in other units than the data.
 _DROWNING = 30.0
 
-# Fraction of DEAD_POINTS below which EM prunes a component. EM's weights decrease geometrically, so it can wait until pruning
-# changes the objective by no more than rounding.
+# Fraction of DEAD_POINTS below which EM prunes a component; pruning then changes the objective by no more than rounding.
 DEAD_SHARE = 1e-3
-
 
 _FROZEN = ("frozen_weights", "frozen_means", "frozen_covariances")
 
@@ -147,9 +145,8 @@ class EM(Method[EMState]):
 
     def _active(self, objective: Objective, state: EMState) -> Mixture:
         """The mixture of the active components; of the averaged moments, if those are asked for."""
-        if self.average and state.average is not None:
-            return self._m_step(objective, state, state.average).mixture
-        return state.mixture
+        average = state.average if self.average else None
+        return state.mixture if average is None else self._m_step(objective, state, average).mixture
 
     def evaluate(self, objective: Objective, state: EMState) -> Evaluation:
         return evaluation(objective, state.population, self._active(objective, state), state.floored)
@@ -163,9 +160,8 @@ class EM(Method[EMState]):
             return self._pass(objective, state)
         whole = state.population.whole(state.mixture)
         state, sums, value, likelihood = self._look(objective, state)
-        now = Evaluation(
-            whole, value, likelihood, state.population.live, state.floored, exact=self.assignment != "hard"
-        )
+        exact = self.assignment != "hard"
+        now = Evaluation(whole, value, likelihood, state.population.live, state.floored, exact)
         heated = self._beta(state) < 1
         state = self._move(objective, state, sums)
         if heated:
@@ -301,8 +297,10 @@ class EM(Method[EMState]):
             return self._move(objective, state, state.memory), total + float(sums.total), seen + float(sums.mass)
 
         state, total, seen = objective.fold(self.batch_size, (state, 0.0, 0.0), update)
-        whole = state.population.whole(state.mixture)
-        likelihood = total / max(seen, 1e-300) - objective.frame.log_volume
+        whole, likelihood = (
+            state.population.whole(state.mixture),
+            total / max(seen, 1e-300) - objective.frame.log_volume,
+        )
         value = float(objective.penalized(whole)) - likelihood
         now = Evaluation(whole, value, likelihood, state.population.live, state.floored, exact=False)
         return replace(state, iteration=state.iteration + 1), now

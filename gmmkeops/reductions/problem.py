@@ -50,7 +50,7 @@ class Exponents:
     @property
     def is_full(self) -> bool:
         """Whether the factors are matrices."""
-        return self.U.ndim == 3
+        return self.U.shape[1:] == (self.x.shape[1], self.x.shape[1])
 
     def rows(self, index: Any) -> Exponents:
         """The exponents of some of the points."""
