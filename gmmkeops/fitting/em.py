@@ -1,8 +1,4 @@
-"""Expectation-maximization (EM) and its variants, computed from the sufficient statistics of the E-step.
-
-References: Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*; Cappé and
-Moulines 2009, *On-line EM algorithm for latent data models*; Ueda and Nakano 1998, *Deterministic annealing EM*.
-"""
+"""Expectation-maximization (EM) and its variants, computed from the sufficient statistics of the E-step."""
 
 from __future__ import annotations
 
@@ -83,7 +79,8 @@ class EM(Method[EMState]):
     Reference:
         Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*, JRSS B 39; stepwise:
         Cappé and Moulines 2009, *On-line expectation-maximization algorithm for latent data models*, JRSS B 71; hard and
-        stochastic: Celeux and Govaert 1992; SQUAREM: Varadhan and Roland 2008, Scandinavian Journal of Statistics 35.
+        stochastic: Celeux and Govaert 1992; SQUAREM: Varadhan and Roland 2008, Scandinavian Journal of Statistics 35;
+        annealed: Ueda and Nakano 1998, Neural Networks 11.
 
     Example:
         >>> import torch, gmmkeops as gk
