@@ -71,6 +71,12 @@ def test_names_of_version_0_1_warn_and_mean_the_same(x, old, new):
     assert torch.equal(before.means, new(x, weights, start).means)
 
 
+def test_warnings_name_the_line_of_the_user(x):
+    with pytest.warns(gk.ConvergenceWarning) as caught:
+        gk.fit(2, x, gk.EM(tol=1e-12), max_iter=2)
+    assert caught[0].filename == __file__
+
+
 def test_one_meaning_of_both_spellings(x):
     for one, other in (("kmeans", "k-means"), ("kmeans++", "k-means++")):
         assert torch.equal(gk.initialize(x, 3, one).means, gk.initialize(x, 3, other).means)

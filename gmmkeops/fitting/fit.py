@@ -175,7 +175,8 @@ def fit(
             _close(bar, run)
         result = _result(best, run)
     if warning := _doubt(run, task.tol, task.max_iter):
-        warnings.warn(warning, ConvergenceWarning, stacklevel=2)
+        # The decorator is one call more between this line and the user's.
+        warnings.warn(warning, ConvergenceWarning, stacklevel=3)
     if isinstance(start, GMM):
         _assign(start, result, run.objective.frame.columns)
     _logger.info("%s", result)
