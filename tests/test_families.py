@@ -75,7 +75,7 @@ def random_spreads(kind, K, D, seed=0):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 class TestFamily:
-    """What every method, file and engine relies on."""
+    """Every method, file and engine relies on these properties of a family."""
 
     def test_is_found_by_its_names(self, kind, tied):
         assert factor_class(kind.type_name(tied)) == (kind, tied)

@@ -67,7 +67,7 @@ def data():
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.filterwarnings("ignore::gmmkeops.ConvergenceWarning")
 class TestMethod:
-    """What the loop, checkpoints and estimators rely on."""
+    """The loop, checkpoints and estimators rely on these properties of a method."""
 
     def test_reports_the_objective_of_its_mixtures(self, name, data):
         start, x = data

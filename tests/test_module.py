@@ -213,7 +213,7 @@ def test_bad_input_gets_one_sentence(make, kind, message):
         make()
 
 
-def test_refused_initialisation_leaves_the_module_as_it_was():
+def test_refused_initialization_leaves_the_module_as_it_was():
     model = gk.GMM(2, n_components=3, activation=nn.Tanh)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="finite"):

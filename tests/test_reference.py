@@ -131,7 +131,7 @@ def of_fit(result):
 
 
 def fitted(method, first=None, x=None, *, max_iter=8, **options):
-    """What a short fit gives; it need not converge."""
+    """Return the results of a short fit, which need not converge."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gk.ConvergenceWarning)
         first, x = start() if first is None else first, cloud() if x is None else x
@@ -255,7 +255,7 @@ def em_pruned():
 
 @each(PENALTIES)
 def penalty_value(name):
-    """Of a mixture, and the slopes in its parameters."""
+    """Return the results of a mixture and its slopes in the parameters."""
     penalty, mixture = PENALTIES[name](), start()
     logits, means = mixture.logits.clone().requires_grad_(), mixture.means.clone().requires_grad_()
     value = penalty(gk.Mixture(logits, means, mixture.factor), 600)
@@ -522,7 +522,7 @@ def bayesian_warm_start():
 
 
 @each(["random", "kmeans", "kmeans++", "responsibilities"])
-def initialised(strategy):
+def initialized(strategy):
     found, x = {}, cloud()
     for family in ("full", "tied_diag"):
         found |= named(family, of_mixture(gk.initialize(x, 3, strategy, covariance_type=family, generator=seeded(2))))
@@ -533,7 +533,7 @@ def initialised(strategy):
 
 
 @case
-def initialised_by_chunks():
+def initialized_by_chunks():
     parts = cloud(1500, 3).numpy().reshape(5, 300, 3)
     return of_mixture(gk.initialize(lambda: iter(parts), 5, generator=seeded(4)))
 

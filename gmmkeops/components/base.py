@@ -389,11 +389,11 @@ class Factor(ABC):
         return self.replace(**{name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
 
     def detach(self) -> Factor:
-        """The same factor outside any autograd graph, in its own memory."""
+        """Copy the factor out of any autograd graph, into memory of its own."""
         return self.replace(**{name: tensor.detach().clone() for name, tensor in self.tensors.items()})
 
     def expand(self, batch_shape: Any) -> Factor:
-        """The same factor for a larger batch, without a copy."""
+        """Expand the factor to a larger batch, without a copy."""
         return self.replace(**{name: t.expand(*batch_shape, *t.shape[-2:]) for name, t in self.tensors.items()})
 
     def __repr__(self) -> str:

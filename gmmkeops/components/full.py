@@ -274,7 +274,7 @@ def _square(value: Any, name: str) -> Tensor:
 def _cholesky(matrices: Tensor, name: str) -> Tensor:
     asymmetry = (matrices - matrices.mT).detach().abs().amax((-1, -2))
     size = matrices.detach().abs().amax((-1, -2))
-    # What float32 arithmetic leaves of a symmetric matrix, also where it has been cast to float64 since.
+    # A symmetric matrix computed in float32 is asymmetric by up to this much, also after a cast to float64.
     skew = asymmetry > 1e-5 * size
     known = concrete(matrices)
     if known and bool(skew.any()):

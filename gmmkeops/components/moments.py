@@ -83,7 +83,7 @@ class Moments:
         return self.recenter(centers)
 
     def recenter(self, centers: Tensor) -> Moments:
-        """The same sums about other centers (K, D), by the parallel-axis theorem."""
+        """Move the sums to other centers (K, D), by the parallel-axis theorem."""
         centers = centers.to(self.centers)
         if centers.shape != self.centers.shape:
             raise ValueError(f"centers must have shape {tuple(self.centers.shape)}, got {tuple(centers.shape)}.")

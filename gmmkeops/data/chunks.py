@@ -59,7 +59,7 @@ def joined(chunks: list[Chunk]) -> Chunk:
 
 
 def resized(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
-    """The same rows, numbered, in chunks of about ``size`` rows: large chunks are split and small ones joined."""
+    """Number the rows and split or join their chunks, so that each holds about ``size`` rows."""
     few: list[Chunk] = []
     first = rows = 0
     for chunk in chunks:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gmmkeops.data import DEFAULT_SEED
+from gmmkeops.data import DEFAULT_SEED, as_generator
 
 __all__ = ["generator_of"]
 
@@ -23,13 +23,10 @@ def generator_of(random_state: Any, device: torch.device, call: int = 0) -> torc
     Raises:
         TypeError: ``random_state`` is none of these.
     """
-    generator = torch.Generator(device)
     if random_state is None:
-        return generator.manual_seed(DEFAULT_SEED + call)
+        return as_generator(DEFAULT_SEED + call, device)
     if isinstance(random_state, (int, np.integer)):
-        return generator.manual_seed(int(random_state) % (1 << 63))
-    if isinstance(random_state, np.random.Generator):
-        return generator.manual_seed(int(random_state.integers(1 << 62)))
-    if isinstance(random_state, np.random.RandomState):
-        return generator.manual_seed(int(random_state.randint(1 << 31)))
+        return as_generator(int(random_state), device)
+    if isinstance(random_state, (np.random.Generator, np.random.RandomState)):
+        return as_generator(random_state, device)
     raise TypeError(f"random_state must be None, an int or a numpy generator, got {type(random_state).__name__}.")

@@ -1,10 +1,11 @@
 r"""
-Can a fit leave out what nobody feels?
-======================================
+Which components can a fit leave out?
+=====================================
 
-Of ten thousand components, a point on a surface feels a few dozen. Points are put into boxes of near ones; for a box with center
-b and extent r, component k contributes at most :math:`u_k = c_k - \frac12 (\lVert U_k^\top(b - \mu_k) \rVert - \lVert U_k^\top r
-\rVert)_+^2`, and the components whose :math:`\sum \exp u_k` is below ε of any point's density are not looked at,
+Of ten thousand components, a few dozen have non-negligible density at a given point. Nearby points are grouped into boxes;
+for a box with center b and extent r, component k contributes at most :math:`u_k = c_k - \frac12 (\lVert U_k^\top(b - \mu_k)
+\rVert - \lVert U_k^\top r \rVert)_+^2`. Components are skipped where their :math:`\sum \exp u_k` is below ε of the density of
+every point of the box, so that
 
 .. math:: 0 \le \ell_n - \ell_n^{\text{kept}} \le -\log(1 - \varepsilon) \quad \text{for every point } n.
 

@@ -1,14 +1,13 @@
 r"""
-What are the colors of a photograph?
-=====================================
+A palette for a photograph
+==========================
 
-Each pixel is a point in the cube of red, green and blue, so a photograph is a cloud; here of 273 280 points. A mixture of
-64 full Gaussians, fitted by Adam under the √-weight prior, is a palette whose entries know their own spread. Recoloring
-each pixel by the mean of its most probable component,
+Each pixel is a point in the cube of red, green and blue, so this photograph is a cloud of 273 280 points. A mixture of 64 full
+Gaussians, fitted by Adam under the √-weight prior, gives a palette: each mean is a color, and each covariance its spread. The
+recolored picture replaces each pixel by the mean of its most probable component,
 
 .. math:: \hat x_n = \mu_{k(n)}, \qquad k(n) = \arg\max_k W_k\, \mathcal N(x_n; \mu_k, \Sigma_k),
 
-shows what the palette has understood.
 """
 
 import matplotlib.pyplot as plt

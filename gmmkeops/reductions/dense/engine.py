@@ -166,7 +166,7 @@ def _whole(problem: Exponents, halvings: int = 0) -> list[_RowRange]:
     """Tiles of all components."""
     N, size = problem.shape[0], _tile_rows(problem, halvings)
     if size < N and not problem.x.is_cuda:
-        # The same number of tiles for each thread, all of about the same size.
+        # Each thread gets the same number of tiles, and all tiles have about the same size.
         threads = torch.get_num_threads()
         size = -(-N // (-(-N // (size * threads)) * threads))
     return [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]

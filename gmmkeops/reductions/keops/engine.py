@@ -121,7 +121,7 @@ class _Evaluation:
 
 
 def _accurate(problem: Exponents) -> Exponents:
-    """The same problem, in float64 if float32 residuals are not accurate enough.
+    """Cast the problem to float64 if float32 residuals are not accurate enough.
 
     Rounding x - μ to float32 changes an exponent by a multiple of the factor's condition number, at any scale.
     """
