@@ -7,7 +7,8 @@
 # make bench   every case by every peer that is installed (~10 minutes with scikit-learn alone), tables and plots
 # make bench-gpu  the same on CUDA, and which engine is faster in which dimension
 #
-# Each target makes .venv and installs into it first, and again only when pyproject.toml or constraints.txt change.
+# Each target makes .venv and installs into it first, and again only when pyproject.toml, constraints.txt or the sources
+# of the native engine change. GMMKEOPS_REQUIRE_NATIVE=1 makes a failed compilation an error.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +17,9 @@ READY := .venv/.ready
 .PHONY: demo gallery test test-slow check gpu bench bench-gpu clean
 .DEFAULT_GOAL := test
 
-$(READY): pyproject.toml constraints.txt
+NATIVE := $(wildcard setup.py gmmkeops/reductions/native/source/*)
+
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gallery,bench,test]"

@@ -21,7 +21,10 @@ FAMILIES = [f"{tied}{family}" for tied in ("", "tied_") for family in ("full", "
 
 needs_keops = [pytest.mark.keops, pytest.mark.skipif(not HAS_KEOPS, reason="pykeops is not installed")]
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+HAS_NATIVE = gk.reductions.native_unavailable() is None
+needs_native = [pytest.mark.skipif(not HAS_NATIVE, reason="the native engine has not been compiled")]
 ENGINES = [
+    pytest.param(("native", "cpu"), id="native-cpu", marks=needs_native),
     pytest.param(("dense", "cpu"), id="dense-cpu"),
     pytest.param(("keops", "cpu"), id="keops-cpu", marks=needs_keops),
     pytest.param(("dense", "cuda"), id="dense-cuda", marks=needs_cuda),

@@ -5,8 +5,8 @@ r"""Reductions of the exponents over points or components: log-sum-exps, labels 
     e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
     \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
 
-Two engines with the same interface (:mod:`gmmkeops.reductions.protocol`) give equal results, ``dense`` and ``keops``; neither
-stores an N x K array. The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
+Three engines with the same interface (:mod:`gmmkeops.reductions.protocol`) give equal results: ``native``, the default on CPUs,
+``keops`` and ``dense``. None of them stores an N x K array. The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
 
 .. math::
 
@@ -23,6 +23,8 @@ from gmmkeops.reductions.derivatives import recording as recording
 from gmmkeops.reductions.dispatch import ASSIGNMENTS
 from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, topk, total
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
+from gmmkeops.reductions.native.library import describe as native_description  # noqa: F401
+from gmmkeops.reductions.native.library import reason as native_unavailable  # noqa: F401
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

@@ -14,6 +14,7 @@ from gmmkeops._checks import as_choice, as_fraction, as_integer
 from gmmkeops.data import Batch, as_points
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import keops
+from gmmkeops.reductions.native import native
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Engine, Request
 from gmmkeops.reductions.truncation.tree import Cloud
@@ -22,7 +23,7 @@ from gmmkeops.reductions.truncation.truncation import Truncation
 __all__ = ["BACKENDS", "ENGINES", "arrange", "choose", "engine", "may_arrange"]
 
 # Engines by name; the dense one computes what another one cannot.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (keops, dense)}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (native, keops, dense)}
 
 BACKENDS = ("auto", *ENGINES)
 
@@ -86,7 +87,9 @@ def _chosen(backend: str, device: torch.device, features: int, full: bool) -> En
     """The engine of a name, or the fastest one on a device if the name is ``"auto"``."""
     if as_choice(backend, "backend", ("auto", *ENGINES)) != "auto":
         return ENGINES[backend]
-    return keops if device.type == "cuda" and features <= (6 if full else 16) else dense
+    if device.type == "cuda":
+        return keops if features <= (6 if full else 16) else dense
+    return native if native.unavailable(device) is None else dense
 
 
 def _runs(engine: Engine, device: torch.device, backend: str, stacklevel: int = 4) -> bool:

@@ -1,0 +1,93 @@
+"""Loading the compiled library, and the choice of the instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+__all__ = ["Call", "describe", "load", "reason"]
+
+# Must equal the number in source/interface.hpp.
+_ABI = 1
+
+_FOLDER = Path(__file__).parent
+
+# Instruction sets by the names that GMMKEOPS_ISA accepts, and their numbers in the library.
+_SETS = {"avx512": 2, "avx2": 1, "base": 0}
+
+
+class Call(ctypes.Structure):
+    """The arguments of one evaluation; source/interface.hpp describes the fields."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("request", "family", "double_points", "double_arithmetic", "top", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "components", "dimensions")),
+        *((name, ctypes.c_void_p) for name in ("points", "offsets", "means", "factor", "center")),
+        ("factor_stride", ctypes.c_int64),
+        ("weights", ctypes.c_void_p),
+        ("unit", ctypes.c_double),
+        ("seed", ctypes.c_uint64),
+        ("ranges", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("range", "owner", "pointer", "index", "floor", "minima")),
+        *((name, ctypes.c_void_p) for name in ("values", "labels", "gradient", "S0", "S1", "S2", "total", "odd", "doubles")),
+        ("interrupted", ctypes.c_void_p),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or one clause that says why it cannot be used."""
+    path = _FOLDER / "_native.so"
+    if not path.exists():
+        log = _FOLDER / "unbuilt.txt"
+        why = log.read_text(encoding="utf-8").strip() if log.exists() else "no C++ compiler was found at installation"
+        return f"its library has not been compiled ({why})"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"its library cannot be loaded ({error})"
+    if library.gmmkeops_abi() != _ABI or library.gmmkeops_call_size() != ctypes.sizeof(Call):
+        return "its library belongs to another version; install gmmkeops again"
+    return library
+
+
+@cache
+def _chosen(wanted: str | None) -> int | str:
+    """The number of the instruction set, or one clause that says why there is none."""
+    library = _library()
+    if isinstance(library, str):
+        return library
+    if wanted is not None and wanted not in _SETS:
+        return f"GMMKEOPS_ISA is {wanted!r}, expected one of {', '.join(_SETS)}"
+    for name, number in _SETS.items():
+        if wanted in (None, name) and library.gmmkeops_supports(number):
+            return number
+    return f"this machine lacks the instruction set {wanted} that GMMKEOPS_ISA names"
+
+
+def reason() -> str | None:
+    """None, or one clause that says why the library cannot be used."""
+    chosen = _chosen(os.environ.get("GMMKEOPS_ISA"))
+    return chosen if isinstance(chosen, str) else None
+
+
+def load() -> tuple[ctypes.CDLL, int]:
+    """The library and the number of the instruction set.
+
+    Raises:
+        RuntimeError: The library cannot be used.
+    """
+    library, chosen = _library(), _chosen(os.environ.get("GMMKEOPS_ISA"))
+    if isinstance(library, str) or isinstance(chosen, str):
+        raise RuntimeError(f"The native engine cannot be used: {reason()}.")
+    return library, chosen
+
+
+def describe() -> str:
+    """One line about the library for ``gmmkeops doctor``: the instruction set, or why there is none."""
+    why = reason()
+    if why is not None:
+        return f"unavailable: {why}"
+    return f"available, instruction set {next(name for name, number in _SETS.items() if number == load()[1])}"

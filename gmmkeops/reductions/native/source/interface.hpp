@@ -1,0 +1,77 @@
+// The call that Python passes to the driver, and the parts of it that the driver passes to the kernels.
+//
+// All structures are plain data. The first one is filled by library.py, which declares the same fields in the same order;
+// change ABI whenever they change.
+#pragma once
+#include <cstdint>
+
+constexpr int32_t ABI = 1;
+
+enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
+enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
+enum Status : int32_t { DONE = 0, OUT_OF_MEMORY = 1, INTERRUPTED = 2 };
+
+struct Call {
+  int32_t request, family;
+  int32_t double_points;      // whether points, values and gradients are float64 instead of float32
+  int32_t double_arithmetic;  // whether exponents are computed in float64 for all components
+  int32_t top, threads;       // number of largest exponents; largest number of threads
+  int64_t rows, components, dimensions;
+  const void* points;                                   // (N, D)
+  const double *offsets, *means, *factor, *center;      // (K,), (K, D) relative to the center, (K, D, D) or (K, D or 1), (D,)
+  int64_t factor_stride;                                // numbers from one component's factor to the next; 0 if tied
+  const double* weights;                                // (N,), or null for ones
+  double unit;                                          // power of two by which the weights have been divided
+  uint64_t seed;
+  // Row ranges and their candidate lists; no row ranges for every pair.
+  int64_t ranges;
+  const int64_t *range, *owner, *pointer, *index;       // (S, 2), (S,), (T + 1,), all lists
+  const double* floor;                                  // (S,), smallest minimum for which a list is long enough
+  double* minima;                                       // (S,)
+  // Results; null where the request has none.
+  void* values;                                         // (N,) log-sum-exps or largest exponents, (N, top) for the top ones
+  int64_t* labels;                                      // (N,) or (N, top)
+  void* gradient;                                       // (N, D)
+  double *S0, *S1, *S2, *total;
+  int64_t *odd, *doubles;                               // rows whose values are not finite; components evaluated in float64
+  int32_t (*interrupted)();                             // called about ten times a second; nonzero ends the call
+};
+
+// Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:
+//   full:      the rounded mean (D), the remainder U'(rounded mean - mean) (D), U scaled, and the offset
+//   diagonal:  the rounded mean (D), the remainder (D), the factor (D) and the offset
+// Factors are scaled by sqrt(log2(e) / 2) and offsets by log2(e), so that exponents are in bits.
+template <class F> struct Packed {
+  F* numbers;
+  int64_t stride;
+};
+
+struct Parameters {
+  Packed<float> single;
+  Packed<double> wide;
+  uint8_t* is_wide;  // (K,) whether a component is evaluated in float64 though points are float32
+  bool any_wide;
+  double deepest;    // smallest log-sum-exp or largest exponent (nats) of a row that is evaluated
+  bool expanded;     // whether the remainders of diagonal components hold -mu u, see Diagonal::expanded
+};
+
+// Sums of one group of rows. A component has ``sums`` numbers in ``moments``, in an order that the kernel defines.
+struct Group {
+  int64_t first, last;  // rows, or row ranges of the schedule
+  double* moments;
+  double total;
+  int64_t odd;  // rows whose values are not finite
+};
+
+// State that the threads of one call share.
+struct Shared {
+  volatile int32_t stop;
+};
+
+struct Kernel {
+  // Numbers in Group::moments for one component.
+  int64_t (*sums)(const Call&);
+  // Position in a component's sums of the product of residuals i >= j, where i = D stands for one; diagonal families: i == j.
+  int64_t (*place)(const Call&, int64_t i, int64_t j);
+  Status (*run)(const Call&, const Parameters&, Group&, Shared&, bool (*interrupted)(const Call&, Shared&));
+};

@@ -1,0 +1,69 @@
+// The kernels of one instruction set; compiled once for each of them, with KERNELS as the name of their namespace.
+#include "tile.hpp"
+
+namespace KERNELS {
+
+// Rows of a tile: more of them save overhead, fewer keep the exponents of all components in cache.
+static int64_t tile_rows(const Call& call, bool wide) {
+  constexpr int64_t step = BLOCK * LANES<float>;
+  const int64_t most = (wide ? 1 << 17 : 1 << 18) / (call.components + call.dimensions);
+  const int64_t rows = most / step * step;
+  return rows < step ? step : rows > 512 ? 512 : rows;
+}
+
+template <class F, class Kind, int DS> static Status sweep(const Call& call, const Parameters& parameters, Group& group, Shared& shared, bool (*interrupted)(const Call&, Shared&)) {
+  FlushDenormals flushed;
+  const bool whole = call.ranges == 0;
+  int64_t rows = tile_rows(call, sizeof(F) == 8), longest = call.components;
+  if (!whole) {
+    rows = longest = 1;
+    for (int64_t s = group.first; s < group.last; s++) {
+      const int64_t owner = call.owner[s], size = call.range[2 * s + 1] - call.range[2 * s];
+      const int64_t length = call.pointer[owner + 1] - call.pointer[owner];
+      rows = size > rows ? size : rows, longest = length > longest ? length : longest;
+    }
+  }
+  Tile<F, Kind, DS> tile(call, parameters, group, rows, longest);
+  if (!tile.ready) return OUT_OF_MEMORY;
+  if (whole) {
+    for (int64_t first = group.first; first < group.last; first += rows) {
+      if (interrupted(call, shared)) return INTERRUPTED;
+      tile.evaluate(first, first + rows < group.last ? first + rows : group.last, nullptr, call.components);
+      tile.add();
+    }
+    return DONE;
+  }
+  for (int64_t s = group.first; s < group.last; s++) {
+    if (interrupted(call, shared)) return INTERRUPTED;
+    const int64_t owner = call.owner[s], begin = call.pointer[owner];
+    const double least = tile.evaluate(call.range[2 * s], call.range[2 * s + 1], call.index + begin, call.pointer[owner + 1] - begin);
+    call.minima[s] = least;
+    if (least >= call.floor[s] || call.floor[s] == -INFINITY) tile.add();
+  }
+  return DONE;
+}
+
+template <class F> static Status of_type(const Call& call, const Parameters& parameters, Group& group, Shared& shared, bool (*interrupted)(const Call&, Shared&)) {
+  if (call.family != FULL) return sweep<F, Diagonal, 0>(call, parameters, group, shared, interrupted);
+  switch (call.dimensions) {
+    case 1: return sweep<F, Full, 1>(call, parameters, group, shared, interrupted);
+    case 2: return sweep<F, Full, 2>(call, parameters, group, shared, interrupted);
+    case 3: return sweep<F, Full, 3>(call, parameters, group, shared, interrupted);
+    case 4: return sweep<F, Full, 4>(call, parameters, group, shared, interrupted);
+    default: return sweep<F, Full, 0>(call, parameters, group, shared, interrupted);
+  }
+}
+
+static Status run(const Call& call, const Parameters& parameters, Group& group, Shared& shared, bool (*interrupted)(const Call&, Shared&)) {
+  const bool doubles = call.double_points || call.double_arithmetic;
+  return doubles ? of_type<double>(call, parameters, group, shared, interrupted) : of_type<float>(call, parameters, group, shared, interrupted);
+}
+static int64_t sums(const Call& call) { return call.family == FULL ? Full::sums(call.dimensions) : Diagonal::sums(call.dimensions); }
+static int64_t place(const Call& call, int64_t i, int64_t j) {
+  return call.family == FULL ? Full::place(call.dimensions, i, j) : Diagonal::place(call.dimensions, i, j);
+}
+
+extern const Kernel kernel;
+const Kernel kernel = {sums, place, run};
+
+}  // namespace KERNELS

@@ -1,0 +1,390 @@
+// The driver: packs the components, shares groups of rows between threads, and adds their sums in order.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "interface.hpp"
+
+#if defined(__x86_64__)
+namespace avx512 { extern const Kernel kernel; }
+namespace avx2 { extern const Kernel kernel; }
+#endif
+namespace base { extern const Kernel kernel; }
+
+namespace {
+
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+// Numbers whose squares, and products of squares with weights, stay in the range of float32.
+constexpr double SMALLEST = 1e-12, LARGEST = 1e12;
+
+// Largest factor by which a component may magnify the rounding errors of float32: the error of an exponent e stays below about
+// 1e-5 max(1, |e|) nats.
+constexpr double MAGNIFICATION = 16;
+
+// Largest error of -mu u by one rounding, in bits of an exponent at a typical point.
+constexpr double EXPANDED = 32;
+
+// Rows of a group, its largest number of groups, and the numbers in their sums together.
+constexpr int64_t GROUP_ROWS = 16384, GROUPS = 64, SUMS = int64_t(1) << 22;
+
+// Multiplications for which another thread saves time, and seconds between two questions whether the user has interrupted.
+constexpr double WORK = 2e6, PATIENCE = 0.1;
+
+// Scratch memory of ``pack`` for one thread.
+struct Packing {
+  std::vector<double> U, inverse;
+};
+
+// Upper-triangular U with the same |U'z| as a matrix, by Householder reflections of the columns; ``U`` is overwritten.
+void triangular(double* U, int64_t D) {
+  bool done = true;
+  for (int64_t i = 1; i < D; i++) for (int64_t j = 0; j < i; j++) done &= U[i * D + j] == 0;
+  if (done) return;
+  // |U'z| is kept by U Q. Rows are reduced from the last one on, so that entries left of the diagonal vanish.
+  std::vector<double> v(D);
+  for (int64_t i = D - 1; i > 0; i--) {
+    double largest = 0;
+    for (int64_t j = 0; j <= i; j++) largest = std::max(largest, std::abs(U[i * D + j]));
+    if (!(largest > 0) || !std::isfinite(largest)) continue;
+    double norm = 0;
+    for (int64_t j = 0; j <= i; j++) v[j] = U[i * D + j] / largest, norm += v[j] * v[j];
+    norm = std::sqrt(norm);
+    v[i] += v[i] > 0 ? norm : -norm;
+    double length = 0;
+    for (int64_t j = 0; j <= i; j++) length += v[j] * v[j];
+    if (!(length > 0)) continue;
+    for (int64_t r = 0; r <= i; r++) {
+      double along = 0;
+      for (int64_t j = 0; j <= i; j++) along += U[r * D + j] * v[j];
+      along *= 2 / length;
+      for (int64_t j = 0; j <= i; j++) U[r * D + j] -= along * v[j];
+    }
+    for (int64_t j = 0; j < i; j++) U[i * D + j] = 0;
+  }
+}
+
+// How much a component magnifies relative rounding errors: the largest over the whitened coordinates y_r of the norm over j of
+// U_jr s_j, where s_j is the standard deviation of coordinate j. NaN or infinite where U is singular.
+double magnification(const double* U, int64_t D, std::vector<double>& inverse) {
+  // Standard deviations are the norms of the columns of U^-1; U is upper triangular.
+  inverse.assign(D * D, 0.0);
+  for (int64_t j = 0; j < D; j++) {
+    inverse[j * D + j] = 1 / U[j * D + j];
+    for (int64_t i = j - 1; i >= 0; i--) {
+      double sum = 0;
+      for (int64_t l = i + 1; l <= j; l++) sum += U[i * D + l] * inverse[l * D + j];
+      inverse[i * D + j] = -sum / U[i * D + i];
+    }
+  }
+  double most = 0;
+  std::vector<double> deviation(D);
+  // Covariance = (U U')^-1 = U^-T U^-1: its diagonal holds the squared norms of the columns of U^-1.
+  for (int64_t j = 0; j < D; j++) {
+    double sum = 0;
+    for (int64_t i = 0; i <= j; i++) sum += inverse[i * D + j] * inverse[i * D + j];
+    deviation[j] = std::sqrt(sum);
+  }
+  for (int64_t r = 0; r < D; r++) {
+    double sum = 0;
+    for (int64_t j = 0; j <= r; j++) sum += U[j * D + r] * deviation[j] * (U[j * D + r] * deviation[j]);
+    if (!(sum <= most)) most = sum;
+  }
+  return std::sqrt(most);
+}
+
+struct Driver {
+  const Call& call;
+  const Kernel& kernel;
+  const int64_t N, K, D;
+  const bool full, doubles;
+  Parameters parameters{};
+  std::vector<double> center;       // rounded to the numbers of the arithmetic
+  std::unique_ptr<float[]> single;
+  std::unique_ptr<double[]> wide;
+  std::vector<uint8_t> is_wide;
+  int64_t stride;
+
+  explicit Driver(const Call& call, const Kernel& kernel)
+      : call(call), kernel(kernel), N(call.rows), K(call.components), D(call.dimensions), full(call.family == FULL),
+        doubles(call.double_points || call.double_arithmetic), center(call.center, call.center + call.dimensions),
+        stride(full ? 2 * D + D * (D + 1) / 2 + 1 : 3 * D + 1) {
+    if (!doubles) for (double& c : center) c = float(c);
+  }
+
+  double mean(int64_t k, int64_t d) const { return call.means[k * D + d] + (call.center[d] - center[d]); }
+  // The mean that residuals are taken about.
+  double rounded(int64_t k, int64_t d) const {
+    const double m = mean(k, d);
+    return doubles || is_wide[k] ? m : double(float(m));
+  }
+
+  void pack() {
+    is_wide.assign(K, 0);
+    if (!doubles) single.reset(new float[K * stride]);
+    Packing space;
+    std::vector<double> packed(stride);
+    bool expanded = !full && call.request != POINT_GRADIENT;
+    if (doubles) wide.reset(new double[K * stride]);
+    // Pass 1: which components need float64, and whether the others allow for expanded products.
+    std::vector<double> U(full ? D * D : D);
+    for (int64_t k = 0; k < K; k++) {
+      const bool repeated = k > 0 && call.factor_stride == 0;
+      if (!repeated) load(k, U);
+      if (!doubles) is_wide[k] = needs_doubles(k, U, repeated ? &last_magnification : nullptr, space.inverse);
+      if (doubles || !is_wide[k]) {
+        if (expanded) {
+          double error = 0;
+          for (int64_t d = 0; d < D; d++) { const double e = mean(k, d) * U[d]; error += e * e; }
+          if (!(error <= EXPANDED * EXPANDED)) expanded = false;
+        }
+        write(k, U, packed);
+        if (doubles) std::copy(packed.begin(), packed.end(), &wide[k * stride]);
+        else for (int64_t i = 0; i < stride; i++) single[k * stride + i] = float(packed[i]);
+      } else {
+        if (!wide) wide.reset(new double[K * stride]);
+        write(k, U, packed);
+        std::copy(packed.begin(), packed.end(), &wide[k * stride]);
+        parameters.any_wide = true;
+      }
+    }
+    if (expanded) expand();
+    parameters = {{single.get(), stride}, {wide.get(), stride}, is_wide.data(), parameters.any_wide, deepest(), expanded};
+  }
+  double last_magnification = 1;
+
+  // Below the largest offset by more than this, float32 exponents have errors of 1e-5 nats and more.
+  double deepest() const {
+    if (doubles) return call.double_points ? -std::numeric_limits<double>::max() : -double(std::numeric_limits<float>::max());
+    return std::max(*std::max_element(call.offsets, call.offsets + K) - (300.0 + 4.0 * D), -1e38);
+  }
+  void load(int64_t k, std::vector<double>& U) const {
+    const double* from = call.factor + k * call.factor_stride;
+    for (int64_t i = 0; i < int64_t(U.size()); i++) U[i] = call.family == SPHERICAL ? from[0] : from[i];
+    if (full) triangular(U.data(), D);
+  }
+  bool needs_doubles(int64_t k, const std::vector<double>& U, const double* known, std::vector<double>& inverse) {
+    last_magnification = !full ? 1 : known ? *known : magnification(U.data(), D, inverse);
+    bool fine = last_magnification <= MAGNIFICATION;
+    for (int64_t d = 0; d < D; d++) {
+      const double u = std::abs(U[full ? d * D + d : d]), m = std::abs(mean(k, d));
+      fine = fine && u >= SMALLEST && u <= LARGEST && m <= LARGEST;
+    }
+    return !fine;
+  }
+  // The numbers of a component, as described at Packed.
+  void write(int64_t k, const std::vector<double>& U, std::vector<double>& out) const {
+    const double scale = std::sqrt(0.5 * LOG2E);
+    for (int64_t d = 0; d < D; d++) out[d] = rounded(k, d);
+    double* at = &out[2 * D];
+    if (full) {
+      // The rows r of U' in panels of four: U_jr for j before the panel, then its triangle.
+      for (int64_t p = 0; p < D; p += 4) {
+        const int64_t end = std::min(D, p + 4);
+        for (int64_t j = 0; j < end; j++) for (int64_t r = std::max(p, j); r < end; r++) *at++ = U[j * D + r] * scale;
+      }
+      for (int64_t r = 0; r < D; r++) {
+        double sum = 0;
+        for (int64_t j = 0; j <= r; j++) sum += U[j * D + r] * (rounded(k, j) - mean(k, j));
+        out[D + r] = sum * scale;
+      }
+    } else {
+      for (int64_t d = 0; d < D; d++) at[d] = U[d] * scale, out[D + d] = at[d] * (rounded(k, d) - mean(k, d));
+      if (!doubles && !is_wide[k]) for (int64_t d = 0; d < D; d++) at[d] = float(at[d]);
+      at += D;
+    }
+    *at = call.offsets[k] * LOG2E;
+  }
+  // Lets the remainders of diagonal components hold -mu u.
+  void expand() {
+    for (int64_t k = 0; k < K; k++) for (int64_t d = 0; d < D; d++) {
+      if (doubles || is_wide[k]) { if (doubles) wide[k * stride + D + d] = -mean(k, d) * wide[k * stride + 2 * D + d]; }
+      else single[k * stride + D + d] = float(-mean(k, d) * double(single[k * stride + 2 * D + d]));
+    }
+  }
+};
+
+using Clock = std::chrono::steady_clock;
+thread_local bool asks = false;             // whether this thread is the one that Python called
+thread_local Clock::time_point asked_last;
+
+bool is_interrupted(const Call& call, Shared& shared) {
+  if (__atomic_load_n(&shared.stop, __ATOMIC_RELAXED)) return true;
+  if (!asks || !call.interrupted) return false;
+  const auto now = Clock::now();
+  if (std::chrono::duration<double>(now - asked_last).count() < PATIENCE) return false;
+  asked_last = now;
+  if (!call.interrupted()) return false;
+  __atomic_store_n(&shared.stop, 1, __ATOMIC_RELAXED);
+  return true;
+}
+
+// Cuts the rows, or the row ranges of the schedule, into groups whose sums are added in order, so that results do not depend on
+// the number of threads.
+std::vector<Group> cut(const Call& call, int64_t sums) {
+  const bool whole = call.ranges == 0;
+  const int64_t items = whole ? call.rows : call.ranges;
+  const int64_t rows = whole ? call.rows : call.range[2 * call.ranges - 1];
+  int64_t count = std::clamp<int64_t>((rows + GROUP_ROWS - 1) / GROUP_ROWS, 1, GROUPS);
+  if (call.request >= SOFT && call.request <= STOCHASTIC)
+    count = std::min(count, std::max<int64_t>(8, SUMS / (sums * call.components)));
+  std::vector<Group> groups;
+  double work = 0;
+  auto cost = [&](int64_t s) {
+    const int64_t owner = call.owner[s];
+    return double(call.range[2 * s + 1] - call.range[2 * s]) * (call.pointer[owner + 1] - call.pointer[owner] + 4);
+  };
+  if (!whole) for (int64_t s = 0; s < items; s++) work += cost(s);
+  int64_t first = 0;
+  double done = 0;
+  for (int64_t g = 1; g <= count && first < items; g++) {
+    int64_t last = first;
+    if (whole) last = items * g / count;
+    else while (last < items && (done < work * g / count || last == first)) done += cost(last++);
+    if (g == count) last = items;
+    groups.push_back({first, last, nullptr, 0.0, 0});
+    first = last;
+  }
+  return groups;
+}
+
+double work_of(const Call& call, const std::vector<Group>& groups) {
+  double pairs = double(call.rows) * call.components;
+  if (call.ranges) {
+    pairs = 0;
+    for (int64_t s = 0; s < call.ranges; s++)
+      pairs += double(call.range[2 * s + 1] - call.range[2 * s]) * (call.pointer[call.owner[s] + 1] - call.pointer[call.owner[s]]);
+  }
+  (void)groups;
+  return pairs * call.dimensions * (call.family == FULL ? 0.5 * call.dimensions + 4 : 4);
+}
+
+// Adds the sums of all groups in order, and converts them to moments about the means.
+void merge(const Driver& driver, std::vector<Group>& groups, int64_t sums, int64_t first, int64_t last) {
+  const Call& call = driver.call;
+  const int64_t D = driver.D;
+  const Kernel& kernel = driver.kernel;
+  std::vector<double> total(sums), shift(D), s1(D);
+  std::vector<int64_t> linear(D), square(driver.full ? D * (D + 1) / 2 : D);
+  const int64_t last_place = kernel.place(call, D, D);
+  for (int64_t i = 0, n = 0; i < D; i++) {
+    linear[i] = kernel.place(call, D, i);
+    if (!driver.full) square[i] = kernel.place(call, i, i);
+    else for (int64_t j = 0; j <= i; j++) square[n++] = kernel.place(call, i, j);
+  }
+  for (int64_t k = first; k < last; k++) {
+    std::fill(total.begin(), total.end(), 0.0);
+    for (const Group& group : groups) for (int64_t i = 0; i < sums; i++) total[i] += group.moments[k * sums + i];
+    for (double& value : total) value *= call.unit;
+    const double s0 = call.S0[k] = total[last_place];
+    for (int64_t d = 0; d < D; d++) {
+      shift[d] = driver.rounded(k, d) - driver.mean(k, d);
+      s1[d] = total[linear[d]];
+      call.S1[k * D + d] = s1[d] + s0 * shift[d];
+    }
+    if (driver.full)
+      for (int64_t i = 0, n = 0; i < D; i++) for (int64_t j = 0; j <= i; j++)
+        call.S2[(k * D + i) * D + j] = call.S2[(k * D + j) * D + i] =
+            total[square[n++]] + shift[i] * s1[j] + s1[i] * shift[j] + s0 * shift[i] * shift[j];
+    else {
+      double sum = 0;
+      for (int64_t d = 0; d < D; d++) {
+        const double value = total[square[d]] + shift[d] * (2 * s1[d] + s0 * shift[d]);
+        if (call.family == DIAGONAL) call.S2[k * D + d] = value;
+        sum += value;
+      }
+      if (call.family == SPHERICAL) call.S2[k] = sum;
+    }
+  }
+}
+
+Status evaluate(const Call& given, const Kernel& kernel) {
+  Driver driver(given, kernel);
+  driver.pack();
+  // Points are relative to the rounded center.
+  Call call = given;
+  call.center = driver.center.data();
+  const int64_t sums = kernel.sums(call);
+  std::vector<Group> groups = cut(call, sums);
+  const bool moments = call.request >= SOFT && call.request <= STOCHASTIC;
+  std::unique_ptr<double[]> space;
+  if (moments) {
+    space.reset(new double[groups.size() * sums * call.components]());
+    for (size_t g = 0; g < groups.size(); g++) groups[g].moments = &space[g * sums * call.components];
+  }
+  const int threads = int(std::clamp<double>(work_of(call, groups) / WORK, 1, std::min<double>(call.threads, groups.size())));
+  Shared shared{0};
+  std::atomic<size_t> next{0};
+  std::atomic<int> status{DONE};
+  auto work = [&](bool first) {
+    asks = first;
+    asked_last = Clock::now();
+    try {
+      for (size_t g; status == DONE && (g = next++) < groups.size();) {
+        const Status found = kernel.run(call, driver.parameters, groups[g], shared, is_interrupted);
+        if (found != DONE) status = found;
+      }
+    } catch (const std::bad_alloc&) {
+      status = OUT_OF_MEMORY;
+    }
+    asks = false;
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) {
+    try {
+      others.emplace_back(work, false);
+    } catch (const std::exception&) {
+      break;  // the system has no more threads: those that it has do the work
+    }
+  }
+  work(true);
+  for (std::thread& other : others) other.join();
+  if (status != DONE) return Status(int(status));
+  double total = 0;
+  *call.odd = 0;
+  for (const Group& group : groups) total += group.total, *call.odd += group.odd;
+  if (call.total) *call.total = total * call.unit;
+  if (moments) {
+    Driver& merged = driver;
+    Driver* const self = &merged;
+    merge(*self, groups, sums, 0, call.components);
+  }
+  *call.doubles = std::count(driver.is_wide.begin(), driver.is_wide.end(), 1);
+  return DONE;
+}
+
+const Kernel* kernel_of(int isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) return &avx512::kernel;
+  if (isa == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2::kernel;
+#endif
+  return isa == 0 ? &base::kernel : nullptr;
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int32_t gmmkeops_abi() { return ABI; }
+
+EXPORT int64_t gmmkeops_call_size() { return sizeof(Call); }
+
+// Whether this machine has an instruction set: 0 base, 1 AVX2, 2 AVX-512.
+EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
+
+EXPORT int32_t gmmkeops_evaluate(const Call* call, int32_t isa) {
+  try {
+    return evaluate(*call, *kernel_of(isa));
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
