@@ -19,6 +19,7 @@ import torch
 
 __all__ = [
     "ConvergenceWarning",
+    "FormerName",
     "PrecisionWarning",
     "accepts",
     "as_choice",
@@ -96,6 +97,27 @@ def accepts(
         return cast(F, wrapper)
 
     return decorate
+
+
+class FormerName:
+    """Descriptor of an attribute or a method under its name of version 0.1, which causes a DeprecationWarning.
+
+    Args:
+        new: The present name.
+    """
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+        self.__doc__ = f"The name of ``{new}`` in version 0.1, which causes a DeprecationWarning."
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        warnings.warn(f"{self.name} is deprecated; use {self.new}.", DeprecationWarning, stacklevel=2)
+        return getattr(instance, self.new)
 
 
 def as_integer(

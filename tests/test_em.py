@@ -523,7 +523,7 @@ def test_a_component_that_dies_is_named_and_finite():
     start = gk.Mixture.from_parameters([0.5, 0.3, 0.2], [[0.0, 0.0], [1.0, 1.0], [1e4, 1e4]], [[1.0, 1.0]] * 3, "diag")
     result = gk.fit(start, x, gk.EM(tol=1e-6))
     assert result.report.dead_components == (2,)
-    assert result.mixture.components == 3
+    assert result.mixture.n_components == 3
     assert bool(torch.isfinite(result.mixture.log_prob(x)).all())
 
 

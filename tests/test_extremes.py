@@ -35,9 +35,9 @@ def mixture(kind="full", D=2):
 def oracle(m, point):
     """log p(x, k) of one point, with 400 digits."""
     with mpmath.workdps(400):
-        values, D = [], m.features
+        values, D = [], m.n_features
         covariances = m.component_distribution.covariance_matrix if m.factor.family == "full" else None
-        for k in range(m.components):
+        for k in range(m.n_components):
             if covariances is None:
                 S = mpmath.diag([mpmath.mpf(v) for v in m.component_distribution.variance[k].tolist()])
             else:

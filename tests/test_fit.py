@@ -67,7 +67,7 @@ def test_tutorial_ends_with_a_handful():
     assert int((result.mixture.weights > 0.01).sum()) <= 8
     assert 3 <= result.report.live_components <= 15
     assert len(result.report.dead_components) == 30 - result.report.live_components
-    assert result.mixture.components == 30
+    assert result.mixture.n_components == 30
     assert bool(torch.isfinite(result.mixture.means).all())
     # The dead are out of the work, and what they still hold does not change what is reported.
     dense = -result.mixture.log_prob(x).double().mean() + SqrtWeights(20)(result.mixture)

@@ -211,7 +211,7 @@ def test_bad_input_gets_one_sentence(make, kind, message):
 def test_a_batch_refuses_what_it_cannot_do(settings):
     """Its log-densities come from torch operations at all components."""
     mixture = random_mixture("full").expand([2])
-    x = torch.zeros(5, 1, mixture.features, dtype=torch.float64)
+    x = torch.zeros(5, 1, mixture.n_features, dtype=torch.float64)
     with pytest.raises(ValueError, match="a batch of mixtures is evaluated by torch operations"):
         mixture.log_prob(x, **settings)
     with pytest.raises(ValueError, match="backend must be one of"):

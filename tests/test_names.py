@@ -71,6 +71,35 @@ def test_names_of_version_0_1_warn_and_mean_the_same(x, old, new):
     assert torch.equal(before.means, new(x, weights, start).means)
 
 
+@pytest.mark.parametrize(
+    ("value", "old", "new"),
+    [
+        (lambda s, x: s, "components", "n_components"),
+        (lambda s, x: s, "features", "n_features"),
+        (lambda s, x: gk.GMM(2, n_components=3), "components", "n_components"),
+        (lambda s, x: gk.GMM(2, n_components=3), "carried", "rescaled"),
+        (lambda s, x: gk.reductions.moments(x, s.offsets, s.means, s.factor), "centres", "centers"),
+        (lambda s, x: gk.reductions.moments(x, s.offsets, s.means, s.factor), "recentre", "recenter"),
+        (lambda s, x: gk.data, "Chunk", "Batch"),
+    ],
+)
+def test_attributes_of_version_0_1_warn_and_mean_the_same(x, value, old, new):
+    value = value(gk.initialize(x, 2), x)
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated; use {new}") as caught:
+        before = getattr(value, old)
+    assert [w.filename for w in caught] == [__file__]
+    assert before is getattr(value, new) or before == getattr(value, new)
+
+
+def test_second_moments_of_version_0_1_warn(x):
+    z = x[:4]
+    for ndim, kind in ((3, gk.FullFactor), (2, gk.DiagonalFactor), (1, gk.SphericalFactor)):
+        with pytest.warns(DeprecationWarning, match="outer is deprecated"):
+            assert torch.equal(gk.components.moments.outer(z, ndim), kind.outer(z))
+        with pytest.warns(DeprecationWarning, match="like is deprecated"):
+            assert torch.equal(gk.components.moments.like(z[:2], ndim), kind.second_moments(z[:2]))
+
+
 def test_warnings_name_the_line_of_the_user(x):
     with pytest.warns(gk.ConvergenceWarning) as caught:
         gk.fit(2, x, gk.EM(tol=1e-12), max_iter=2)

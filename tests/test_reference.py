@@ -764,7 +764,7 @@ def reduced(family):
 @each(["full", "diag"])
 def reduced_by_truncation(family):
     x, mixture = chain(family)
-    points = gk.reductions.arrange(x, mixture.components, 1e-4)
+    points = gk.reductions.arrange(x, mixture.n_components, 1e-4)
     arguments = (points, mixture.offsets, mixture.means, mixture.factor)
     sums = gk.reductions.moments(*arguments, weights=masses(len(x)), backend="dense")
     found = {"S0": few(sums.S0), "S1": few(sums.S1), "S2": few(sums.S2), "total": sums.total, "share": points.share}

@@ -259,7 +259,7 @@ class MixtureEstimator(Estimator, ABC):
         self.covariances_ = shaped(factor.covariances())
         self.precisions_ = shaped(factor.precisions())
         self.precisions_cholesky_ = shaped(factor.matrices())
-        self.n_features_in_ = mixture.features
+        self.n_features_in_ = mixture.n_features
         if mixture.columns is not None:
             self.feature_names_in_ = np.array(mixture.columns, dtype=object)
 
@@ -267,7 +267,7 @@ class MixtureEstimator(Estimator, ABC):
         """Whether there is a fitted mixture with the ``n_components`` and ``covariance_type`` of the parameters."""
         return (
             self.fitted_
-            and self.mixture_.components == self.n_components
+            and self.mixture_.n_components == self.n_components
             and self._fitted_type == canonical_type(self.covariance_type)
         )
 

@@ -217,7 +217,7 @@ def _result(best: Evaluation, run: Run) -> FitResult:
     statistics = objective.passes.statistics.of_all(objective.passes.world)
     engine = reductions.engine(data.device, objective.backend, features=data.features, full=best.mixture.factor.coupled)
     report = Report(
-        dead_components=tuple(k for k in range(best.mixture.components) if k not in active),
+        dead_components=tuple(k for k in range(best.mixture.n_components) if k not in active),
         live_components=len(active),
         floors_hit=() if best.floored is None else tuple(best.floored.nonzero()[:, 0].tolist()),
         engine=engine,

@@ -157,7 +157,7 @@ class Gradient(Method[_State]):
             return found
         frame = objective.frame
         model = NetworkParameters.unpacked(objective, found).model
-        return model.carried(-frame.shift / frame.scale, 1 / frame.scale)
+        return model.rescaled(-frame.shift / frame.scale, 1 / frame.scale)
 
     def _update(self, objective: Objective, state: _State, batch: list[Batch] | None) -> tuple[float, float]:
         """Perform a step of the optimizer; return the objective and log-likelihood before it, NaN after divergence."""

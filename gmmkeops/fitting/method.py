@@ -55,7 +55,7 @@ class Evaluation:
         """Indices of the active components."""
         if self.live is not None:
             return self.live
-        return torch.arange(self.mixture.components, device=self.mixture.means.device)
+        return torch.arange(self.mixture.n_components, device=self.mixture.means.device)
 
 
 class Method(ABC, Generic[S]):

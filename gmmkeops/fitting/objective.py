@@ -144,7 +144,7 @@ class Objective:
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """Project a mixture (standardized) onto the bounds of covariances; return it and a mask (K,) of changed components."""
         factor, low = mixture.factor.floored(FLOOR)
-        hit = low.expand(mixture.components)
+        hit = low.expand(mixture.n_components)
         if bool(low.any()):
             mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
         if self.penalty is None or not self.penalty.bounds:

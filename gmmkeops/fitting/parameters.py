@@ -188,7 +188,7 @@ class NetworkParameters(Parameters):
     def of(cls, objective: Objective) -> NetworkParameters:
         """A copy of the network of the objective, in standardized coordinates."""
         assert objective.model is not None, "the objective of a conditional fit has a network"
-        found = cls(objective.model.carried(objective.frame.shift, objective.frame.scale))
+        found = cls(objective.model.rescaled(objective.frame.shift, objective.frame.scale))
         first = cast(nn.Linear, found.model.network[0])
         # Distance from the center of the contexts at which each unit bends, in their standard deviations.
         bends = first.bias.detach().abs() / first.weight.detach().norm(dim=1).clamp(min=1e-30)
@@ -205,7 +205,7 @@ class NetworkParameters(Parameters):
     def unpacked(cls, objective: Objective, packed: dict[str, Tensor]) -> NetworkParameters:
         """The parameters from the result of :meth:`pack`."""
         assert objective.model is not None, "the objective of a conditional fit has a network"
-        found = cls(objective.model.carried(objective.frame.shift, objective.frame.scale))
+        found = cls(objective.model.rescaled(objective.frame.shift, objective.frame.scale))
         found.model.load_state_dict(packed)
         return found
 
@@ -238,7 +238,7 @@ def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backwa
     D, parameters = model.features, list(model.parameters())
     kind: Any = {"dtype": parameters[0].dtype, "device": parameters[0].device}
     loss, total, mass = 0.0, 0.0, 0.0
-    rows = max(1, _CHUNK // (model.components * D * (D + 2)))
+    rows = max(1, _CHUNK // (model.n_components * D * (D + 2)))
     for part in objective.data.batches() if batch is None else batch:
         assert part.context is not None, "a conditional fit has contexts"
         g = part.points.new_ones(len(part), dtype=torch.float64) if part.weights is None else part.weights
@@ -267,7 +267,7 @@ def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backwa
 
 def _penalties(objective: Objective, batch: Mixture) -> Tensor:
     """The penalty of each mixture of a batch (B,), nats per point."""
-    kind, features = type(batch.factor), batch.features
+    kind, features = type(batch.factor), batch.n_features
 
     def one(logits: Tensor, means: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         return objective.penalized(Mixture(logits, means, kind.of(tensors, features), validate_args=False))

@@ -136,7 +136,7 @@ class FitResult:
         )
 
     def __str__(self) -> str:
-        r, K = self.report, self.mixture.components
+        r, K = self.report, self.mixture.n_components
         return (
             f"{_ENDED[self.ending]} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
             f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "

@@ -125,7 +125,7 @@ class VariationalBayes(Method[_State]):
             )
         prior = self._prior(objective, mixture)
         if self.begin is not None:
-            given = self.begin.carried(objective.frame.enter)
+            given = self.begin.mapped(objective.frame.enter)
             if given.mixture.means.shape != mixture.means.shape:
                 raise ValueError("begin is a posterior of another number of components or columns than the start.")
             return _State(replace(given, prior=prior))
@@ -138,7 +138,7 @@ class VariationalBayes(Method[_State]):
 
     def _prior(self, objective: Objective, mixture: Mixture) -> NormalWishart:
         """The prior, in the frame."""
-        K, D, kind = mixture.components, mixture.features, type(mixture.factor)
+        K, D, kind = mixture.n_components, mixture.n_features, type(mixture.factor)
         leading, frame = mixture.factor.leading, objective.frame
         wide: Any = {"dtype": torch.float64, "device": mixture.means.device}
         nu = float(D if self.degrees is None else self.degrees)
@@ -231,7 +231,7 @@ class VariationalBayes(Method[_State]):
         return self._still(objectives, 1, self._tolerance(objectives, tol / objective.mass))
 
     def answer(self, objective: Objective, found: Any) -> NormalWishart:
-        return found.carried(objective.frame.leave)
+        return found.mapped(objective.frame.leave)
 
     def current(self, objective: Objective, state: _State) -> Mixture:
         return state.posterior.mixture
@@ -239,7 +239,7 @@ class VariationalBayes(Method[_State]):
 
 def _of_data(objective: Objective, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """The data's mean (D,) and unbiased covariance as the family keeps it, in the frame."""
-    D, kind = mixture.features, type(mixture.factor)
+    D, kind = mixture.n_features, type(mixture.factor)
     center = mixture.means.new_zeros(1, D)
     unit = kind.from_covariances(kind.compact(torch.eye(D).to(center))[None], features=D)
     sums = objective.moments(center.new_zeros(1), center, unit)
