@@ -19,6 +19,7 @@ import torch
 
 __all__ = [
     "ConvergenceWarning",
+    "FormerKeys",
     "FormerName",
     "PrecisionWarning",
     "accepts",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+V = TypeVar("V")
 
 
 class ConvergenceWarning(UserWarning):
@@ -118,6 +120,25 @@ class FormerName:
             return self
         warnings.warn(f"{self.name} is deprecated; use {self.new}.", DeprecationWarning, stacklevel=2)
         return getattr(instance, self.new)
+
+
+class FormerKeys(dict[str, V]):
+    """A dict that can be read by the keys of version 0.1 too, which causes a DeprecationWarning.
+
+    Args:
+        values: The items. Those under keys of version 0.1 are stored under the present keys.
+        former: Present keys by those of version 0.1.
+    """
+
+    def __init__(self, values: Mapping[str, V], former: Mapping[str, str]) -> None:
+        super().__init__({former.get(key, key): value for key, value in values.items()})
+        self.former = former
+
+    def __missing__(self, key: str) -> V:
+        if key not in self.former:
+            raise KeyError(key)
+        warnings.warn(f"{key!r} is deprecated; use {self.former[key]!r}.", DeprecationWarning, stacklevel=2)
+        return self[self.former[key]]
 
 
 def as_integer(

@@ -364,9 +364,9 @@ def test_results_in_one_line_and_as_tables():
     table = gk.analysis.select(x, [1, 2], ["diag"], max_iter=2)
     best = min(table.rows, key=lambda row: row["bic"])
     assert repr(table) == (
-        f"Selection(models=2, criterion='bic', best: components={best['components']}, covariance_type='diag')"
+        f"Selection(models=2, criterion='bic', best: n_components={best['n_components']}, covariance_type='diag')"
     )
     shown = table._repr_html_()
     assert shown.count("<tr>") == 3
-    assert f"<th>diag</th><th>{best['components']}</th>" in shown
+    assert f"<th>diag</th><th>{best['n_components']}</th>" in shown
     assert len(str(table).splitlines()) == 3

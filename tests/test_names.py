@@ -81,6 +81,11 @@ def test_names_of_version_0_1_warn_and_mean_the_same(x, old, new):
         (lambda s, x: gk.reductions.moments(x, s.offsets, s.means, s.factor), "centres", "centers"),
         (lambda s, x: gk.reductions.moments(x, s.offsets, s.means, s.factor), "recentre", "recenter"),
         (lambda s, x: gk.data, "Chunk", "Batch"),
+        (lambda s, x: gk.fit(s, x).report, "dead_components", "pruned_components"),
+        (lambda s, x: gk.fit(s, x).report, "live_components", "n_active_components"),
+        (lambda s, x: gk.fit(s, x).report, "floors_hit", "regularized_components"),
+        (lambda s, x: gk.fit(s, x).report, "mass", "total_weight"),
+        (lambda s, x: gk.fit(s, x).report, "pairs", "evaluated_fraction"),
     ],
 )
 def test_attributes_of_version_0_1_warn_and_mean_the_same(x, value, old, new):
@@ -98,6 +103,25 @@ def test_second_moments_of_version_0_1_warn(x):
             assert torch.equal(gk.components.moments.outer(z, ndim), kind.outer(z))
         with pytest.warns(DeprecationWarning, match="like is deprecated"):
             assert torch.equal(gk.components.moments.like(z[:2], ndim), kind.second_moments(z[:2]))
+
+
+def test_keys_of_version_0_1_warn_and_mean_the_same(x):
+    steps = []
+    table = gk.analysis.select(x, [1, 2], callback=steps.append)
+    row, history = table.rows[1], table.results[1].history
+    pairs = [(row, "components", "n_components"), (row, "parameters", "n_parameters"), (row, "iterations", "n_iter")]
+    pairs += [(history, "live", "active"), (steps[-1].history, "live", "active")]
+    for values, old, new in pairs:
+        assert old not in values
+        with pytest.warns(DeprecationWarning, match=f"'{old}' is deprecated; use '{new}'") as caught:
+            assert values[old] == values[new]
+        assert caught[0].filename == __file__
+    for values in (row, copy.deepcopy(row), pickle.loads(pickle.dumps(row))):
+        assert values == dict(row)
+        with pytest.raises(KeyError, match="nonsense"):
+            values["nonsense"]
+    with pytest.warns(DeprecationWarning, match="live is deprecated; use active"):
+        assert steps[-1].live is steps[-1].active
 
 
 def test_warnings_name_the_line_of_the_user(x):

@@ -229,7 +229,7 @@ class MixtureEstimator(Estimator, ABC):
             if step.iteration % self.verbose_interval == 0:
                 sys.stderr.write(
                     f"start {run + 1} of {self.n_init}, iteration {step.iteration}: mean log-likelihood "
-                    f"{step.log_likelihood:.5f} nats per point, objective {step.objective:.5f}, {len(step.live)} active, "
+                    f"{step.log_likelihood:.5f} nats per point, objective {step.objective:.5f}, {len(step.active)} active, "
                     f"{step.history['seconds'][-1]:.1f} s\n"
                 )
 

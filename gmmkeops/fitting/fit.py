@@ -217,16 +217,16 @@ def _result(best: Evaluation, run: Run) -> FitResult:
     statistics = objective.passes.statistics.of_all(objective.passes.world)
     engine = reductions.engine(data.device, objective.backend, features=data.features, full=best.mixture.factor.coupled)
     report = Report(
-        dead_components=tuple(k for k in range(best.mixture.n_components) if k not in active),
-        live_components=len(active),
-        floors_hit=() if best.floored is None else tuple(best.floored.nonzero()[:, 0].tolist()),
+        pruned_components=tuple(k for k in range(best.mixture.n_components) if k not in active),
+        n_active_components=len(active),
+        regularized_components=() if best.floored is None else tuple(best.floored.nonzero()[:, 0].tolist()),
         engine=engine,
         device=str(data.device),
         dtype="float64" if statistics.wide else str(data.dtype).removeprefix("torch."),
-        mass=objective.mass * objective.unit,
+        total_weight=objective.mass * objective.unit,
         truncate=statistics.epsilon,
         certificate=statistics.certificate,
-        pairs=statistics.evaluated / statistics.pairs if statistics.pairs else 1.0,
+        evaluated_fraction=statistics.evaluated / statistics.pairs if statistics.pairs else 1.0,
         seconds=time.perf_counter() - run.began,
         interrupted=run.ending is Ending.INTERRUPTED,
     )
