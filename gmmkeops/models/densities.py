@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from gmmkeops import reductions
 from gmmkeops._checks import as_choice, as_fraction
 from gmmkeops.components import concrete
+from gmmkeops.data import Batch
 from gmmkeops.models.points import as_points_of, broadcast, check_finite_points, check_range, widened
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _finite_log_prob(mixture: Mixture, x: Tensor, backend: str, truncate: float 
         return _batch_log_prob(mixture, x)
     if x.numel() == 0:
         return torch.logsumexp(joint(mixture, x), -1)
-    arguments = (x.reshape(-1, mixture.n_features), mixture.offsets, mixture.means, mixture.factor)
+    arguments = (Batch(x.reshape(-1, mixture.n_features)), mixture.offsets, mixture.means, mixture.factor)
     values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
     return values.reshape(x.shape[:-1])
 

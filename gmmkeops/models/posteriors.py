@@ -18,6 +18,7 @@ from torch import Tensor
 from gmmkeops import reductions
 from gmmkeops._checks import as_integer
 from gmmkeops.components import concrete
+from gmmkeops.data import Batch
 from gmmkeops.models.densities import CHUNK, joint
 from gmmkeops.models.points import as_points_of, as_rows_of, check_finite_points, check_range, widened
 
@@ -70,7 +71,8 @@ def responsibilities(
         return torch.softmax(joint(mixture, x), -1).topk(k)
     flat, _ = widened(mixture, flat)
     arranged = reductions.arrange(flat, mixture.n_components, truncate, sweeps=2)
-    arguments = (arranged, mixture.offsets.detach(), mixture.means.detach(), mixture.factor)
+    points = Batch(arranged) if isinstance(arranged, Tensor) else arranged
+    arguments = (points, mixture.offsets.detach(), mixture.means.detach(), mixture.factor)
     exponents, indices = reductions.topk(*arguments, k, backend=backend)
     values = reductions.logsumexp(*arguments, backend=backend).detach()
     largest = (exponents - values[:, None]).exp()
