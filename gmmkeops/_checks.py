@@ -5,13 +5,17 @@ Each check returns its argument in plain types, or raises an error that says wha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import numbers
 import operator
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -32,10 +36,18 @@ __all__ = [
     "as_shape",
     "renamed",
     "shown",
+    "warn",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
 V = TypeVar("V")
+
+# Code between a warning and the line of the user: this package, and what its functions are decorated with or called by.
+_INSIDE = (
+    *(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)),
+    contextlib.__file__,
+    functools.__file__,
+)
 
 
 class ConvergenceWarning(UserWarning):
@@ -60,6 +72,14 @@ class PrecisionWarning(UserWarning):
         >>> with pytest.warns(gk.PrecisionWarning):
         ...     result = gk.fit(gk.initialize(x, 1), x.float(), gk.EM())
     """
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Issue a warning that names the line of the user: the innermost one outside of this package and the libraries below it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def accepts(

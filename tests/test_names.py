@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import matplotlib
 import numpy as np
@@ -124,10 +125,44 @@ def test_keys_of_version_0_1_warn_and_mean_the_same(x):
         assert steps[-1].live is steps[-1].active
 
 
-def test_warnings_name_the_line_of_the_user(x):
-    with pytest.warns(gk.ConvergenceWarning) as caught:
-        gk.fit(2, x, gk.EM(tol=1e-12), max_iter=2)
-    assert caught[0].filename == __file__
+def rough_products():
+    """The log-density of float32 points for which float32 products are not accurate enough."""
+    means = torch.tensor([[-1e4, 0, 0], [0, 0, 0], [1e4, 1e4, 1e4]])
+    x = torch.randn(9000, 3, generator=torch.Generator().manual_seed(0)) + means.repeat(3000, 1)
+    m = gk.Mixture.from_parameters([0.5, 0.3, 0.2], means.double(), [1.0, 2.0, 0.5], "spherical")
+    torch.set_float32_matmul_precision("high")
+    try:
+        m.log_prob(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("call", "category"),
+    [
+        (lambda x: gk.fit(2, x, gk.EM(tol=1e-12), max_iter=2), gk.ConvergenceWarning),
+        (lambda x: gk.fit(2, x, max_iter=2, random_state=0), gk.ConvergenceWarning),
+        (lambda x: gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=2, tol=1e-12), gk.ConvergenceWarning),
+        (lambda x: gk.GaussianMixture(3, max_iter=2, tol=1e-12).fit(x.numpy()), gk.ConvergenceWarning),
+        (lambda x: gk.GaussianMixture(3, max_iter=2, tol=1e-12).fit_predict(x.numpy()), gk.ConvergenceWarning),
+        (
+            lambda x: gk.BayesianGaussianMixture(n_components=3, max_iter=2, tol=1e-12).fit(x.numpy()),
+            gk.ConvergenceWarning,
+        ),
+        (lambda x: gk.fit(1, x, gk.EM(reg_covar=1e9)), gk.PrecisionWarning),
+        (lambda x: gk.fit(1, (x + 5e6).float()), gk.PrecisionWarning),
+        (lambda x: gk.fit(1, (x + 5e6).float(), gk.Adam(), max_iter=2), gk.PrecisionWarning),
+        (lambda x: gk.GaussianMixture(1).fit((x + 5e6).float().numpy()), gk.PrecisionWarning),
+        (lambda x: gk.GaussianMixture(1, reg_covar=1e9).fit(x.numpy()), gk.PrecisionWarning),
+        (lambda x: rough_products(), gk.PrecisionWarning),
+    ],
+)
+def test_warnings_name_the_line_of_the_user(x, call, category):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(x)
+    assert any(issubclass(warning.category, category) for warning in caught)
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_one_meaning_of_both_spellings(x):

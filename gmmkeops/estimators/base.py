@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import analysis
-from gmmkeops._checks import ConvergenceWarning, as_device
+from gmmkeops._checks import ConvergenceWarning, as_device, warn
 from gmmkeops.components import as_tensor
 from gmmkeops.data import Source, World, as_dtype, as_weights, chunked, readable
 from gmmkeops.estimators.arrays import as_array, scikit_learn_names, training_data, validated_points
@@ -125,11 +125,10 @@ class MixtureEstimator(Estimator, ABC):
             generator = world.generator(generator_of(self.random_state, device), device)
         best = self._best_fit(x, g, names, last, method, continuation, generator, device)
         if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
-            warnings.warn(
+            warn(
                 f"The best of {self.n_init} starts did not converge to tol={method.tol:g} within {method.max_iter} "
                 "iterations; raise max_iter or tol, or check for degenerate data.",
                 convergence_warning(),
-                stacklevel=2,
             )
         # All ranks read their sources with the columns of rank 0, which the result has.
         names = best.mixture.columns if isinstance(x, Source) and names is not None else names

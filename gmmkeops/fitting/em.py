@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import FormerName, PrecisionWarning, accepts, as_choice, as_number
+from gmmkeops._checks import FormerName, PrecisionWarning, accepts, as_choice, as_number, warn
 from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tied, mask_of, shaken
@@ -124,11 +123,10 @@ class EM(Method[EMState]):
             mask_of(getattr(self, name), mixture, name)
         largest = float(objective.frame.scale.max()) ** 2
         if self.reg_covar > _DROWNING * largest:
-            warnings.warn(
+            warn(
                 f"reg_covar={self.reg_covar:g} is much larger than the variance of every column (about {largest:.2g}), so "
                 "that it alone determines the covariances; pass a reg_covar in the squared units of the data.",
                 PrecisionWarning,
-                stacklevel=3,
             )
         mixture, floored = objective.project(mixture)
         population = Population.of(mixture)

@@ -6,14 +6,13 @@ import logging
 import numbers
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, accepts
+from gmmkeops._checks import ConvergenceWarning, accepts, warn
 from gmmkeops.components import mind_fork
 from gmmkeops.data import (
     World,
@@ -175,8 +174,7 @@ def fit(
             _close(bar, run)
         result = _result(best, run)
     if warning := _doubt(run, task.tol, task.max_iter):
-        # The decorator is one call more between this line and the user's.
-        warnings.warn(warning, ConvergenceWarning, stacklevel=3)
+        warn(warning, ConvergenceWarning)
     if isinstance(start, GMM):
         _assign(start, result, run.objective.frame.columns)
     _logger.info("%s", result)

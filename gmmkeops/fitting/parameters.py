@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gmmkeops._checks import PrecisionWarning
+from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.data import Batch
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import Objective
@@ -193,11 +192,10 @@ class NetworkParameters(Parameters):
         # Distance from the center of the contexts at which each unit bends, in their standard deviations.
         bends = first.bias.detach().abs() / first.weight.detach().norm(dim=1).clamp(min=1e-30)
         if float((bends > 10).double().mean()) > 0.5:
-            warnings.warn(
+            warn(
                 "most units of the network's first layer bend far outside the contexts, where they cannot learn; call "
                 "model.initialize(x, context=c) before fit, or standardize the contexts.",
                 PrecisionWarning,
-                stacklevel=6,
             )
         return found
 
