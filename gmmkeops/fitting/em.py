@@ -291,7 +291,7 @@ class EM(Method[EMState]):
             assert state.memory is not None, "just blended"
             return self._move(objective, state, state.memory), total + float(sums.total), seen + float(sums.mass)
 
-        state, total, seen = objective.fold(self.batch_size, (state, 0.0, 0.0), update)
+        state, total, seen = objective.passes.fold(objective.data, self.batch_size, (state, 0.0, 0.0), update)
         whole, likelihood = (
             state.population.whole(state.mixture),
             total / max(seen, 1e-300) - objective.frame.log_volume,

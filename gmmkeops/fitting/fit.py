@@ -140,18 +140,18 @@ def fit(
             begin = initialize(x, int(start), sample_weight=sample_weight, generator=generator)
         task = Task(
             begin,
-            method,
-            penalty,
-            context,
-            max_iter,
-            tol,
-            callback,
-            checkpoint,
-            generator,
-            truncate,
-            backend,
-            dtype,
-            max_memory,
+            method=method,
+            penalty=penalty,
+            context=context,
+            max_iter=max_iter,
+            tol=tol,
+            callback=callback,
+            checkpoint=checkpoint,
+            generator=generator,
+            truncate=truncate,
+            backend=backend,
+            dtype=dtype,
+            max_memory=max_memory,
         )
         x, columns = task.points(x)
         settings = task.agreed(world, x, sample_weight, columns)

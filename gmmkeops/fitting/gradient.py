@@ -113,7 +113,8 @@ class Gradient(Method[_State]):
             def update(reached: tuple[_State, list[Any]], batch: list[Batch]) -> tuple[_State, list[Any]]:
                 return reached[0], [*reached[1], self._update(objective, reached[0], batch)]
 
-            state, found = objective.fold(
+            state, found = objective.passes.fold(
+                objective.data,
                 self.batch_size,
                 (state, found),
                 update,

@@ -41,6 +41,7 @@ class Task:
     def __init__(
         self,
         start: Any,
+        *,
         method: Any,
         penalty: Any,
         context: Any,

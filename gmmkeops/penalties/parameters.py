@@ -131,10 +131,8 @@ class NormalInverseWishart(Penalty):
         + \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m)
 
     Args:
-        mean: m (D,) or (K, D), data units.
-        mean_precision: κ >= 0, in points.
-        scale: Ψ (D, D), squared data units; a number means that multiple of the identity.
-        degrees_of_freedom: ν > D - 1.
+        mean, mean_precision: m and κ, as for :class:`NormalMean`.
+        scale, degrees_of_freedom: Ψ and ν, as for :class:`InverseWishart`.
 
     Reference:
         Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.

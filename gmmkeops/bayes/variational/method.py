@@ -213,7 +213,7 @@ class VariationalBayes(Method[_State]):
             return _State(posterior, state.batches + 1, memory), values
 
         values: list[Any] = []
-        state, values = objective.fold(self.batch_size, (state, values), update)
+        state, values = objective.passes.fold(objective.data, self.batch_size, (state, values), update)
         bounds, totals, masses = zip(*values, strict=True)
         seen = Moments.nothing(state.posterior.mixture.means, type(state.posterior.mixture.factor))
         seen = replace(seen, total=seen.total + sum(totals), mass=seen.mass + sum(masses))
