@@ -76,7 +76,7 @@ class Selection:
 
     def __str__(self) -> str:
         least = min(row[self.criterion] for row in self.rows)
-        cells = [[_cell(row[name]) for name in _SHOWN] for row in self.rows]
+        cells = self._cells()
         widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(_SHOWN)]
         lines = ["  ".join(name.rjust(width) for name, width in zip(_SHOWN, widths, strict=True))]
         for row, line in zip(self.rows, cells, strict=True):
@@ -85,12 +85,11 @@ class Selection:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        cells = [[_cell(row[name]) for name in _SHOWN] for row in self.rows]
-        return html_table(repr(self), _SHOWN, cells, bold=self._place())
+        return html_table(repr(self), _SHOWN, self._cells(), bold=self._place())
 
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    def _cells(self) -> list[list[str]]:
+        values = ([row[name] for name in _SHOWN] for row in self.rows)
+        return [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row] for row in values]
 
 
 @accepts(

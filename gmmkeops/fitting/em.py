@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import FormerName, PrecisionWarning, accepts, as_choice, as_number, warn
+from gmmkeops._checks import FormerName, PrecisionWarning, accepts, as_choice, warn
 from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tied, mask_of, shaken
@@ -111,10 +111,6 @@ class EM(Method[EMState]):
     def __post_init__(self) -> None:
         as_choice(self.assignment, "assignment", reductions.ASSIGNMENTS)
         check_settings(self)
-        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
-            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
-        as_number(self.step_offset, "step_offset", 0, above=True)
-        as_number(self.reg_covar, "reg_covar", 0)
         check_temperature(self.temperature)
 
     def init(self, objective: Objective, mixture: Mixture) -> EMState:

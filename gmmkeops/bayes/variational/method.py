@@ -106,10 +106,6 @@ class VariationalBayes(Method[_State]):
             if value is not None or name == "mean_precision":
                 as_number(value, name, 0, above=True)
         check_settings(self)
-        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
-            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
-        as_number(self.step_offset, "step_offset", 0, above=True)
-        as_number(self.reg_covar, "reg_covar", 0)
         if self.begin is not None and not isinstance(self.begin, NormalWishart):
             raise TypeError(
                 f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a result."
