@@ -44,7 +44,7 @@ def ours(precision: str = "highest", **options: Any) -> Callable[..., Any]:
         def run(iterations: int) -> Any:
             result = gk.fit(mixture, points, gk.EM(tol=0), max_iter=iterations, verbose=False, **options)
             fitted, report = result.mixture.to("cpu"), result.report
-            note = {"engine": report.engine, "pairs": report.pairs, "certificate": report.certificate}
+            note = {"engine": report.engine, "pairs": report.evaluated_fraction, "certificate": report.certificate}
             return fitted.weights, fitted.means, fitted.factor.covariances(), note
 
         return run

@@ -113,7 +113,7 @@ def truncations() -> Iterator[dict[str, Any]]:
         yield {
             "name": "None" if epsilon is None else f"{epsilon:g}",
             "seconds": pace(result),
-            "pairs": result.report.pairs,
+            "pairs": result.report.evaluated_fraction,
             "certificate": result.report.certificate,
             "lost": lost,
             "log_likelihood": result.log_likelihood,

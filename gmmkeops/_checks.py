@@ -5,13 +5,17 @@ Each check returns its argument in plain types, or raises an error that says wha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import numbers
 import operator
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -19,6 +23,8 @@ import torch
 
 __all__ = [
     "ConvergenceWarning",
+    "FormerKeys",
+    "FormerName",
     "PrecisionWarning",
     "accepts",
     "as_choice",
@@ -30,9 +36,18 @@ __all__ = [
     "as_shape",
     "renamed",
     "shown",
+    "warn",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+V = TypeVar("V")
+
+# Code between a warning and the line of the user: this package, and what its functions are decorated with or called by.
+_INSIDE = (
+    *(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)),
+    contextlib.__file__,
+    functools.__file__,
+)
 
 
 class ConvergenceWarning(UserWarning):
@@ -57,6 +72,14 @@ class PrecisionWarning(UserWarning):
         >>> with pytest.warns(gk.PrecisionWarning):
         ...     result = gk.fit(gk.initialize(x, 1), x.float(), gk.EM())
     """
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Issue a warning that names the line of the user: the innermost one outside of this package and the libraries below it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def accepts(
@@ -96,6 +119,46 @@ def accepts(
         return cast(F, wrapper)
 
     return decorate
+
+
+class FormerName:
+    """Descriptor of an attribute or a method under its name of version 0.1, which causes a DeprecationWarning.
+
+    Args:
+        new: The present name.
+    """
+
+    def __init__(self, new: str) -> None:
+        self.new = new
+        self.__doc__ = f"The name of ``{new}`` in version 0.1, which causes a DeprecationWarning."
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        warnings.warn(f"{self.name} is deprecated; use {self.new}.", DeprecationWarning, stacklevel=2)
+        return getattr(instance, self.new)
+
+
+class FormerKeys(dict[str, V]):
+    """A dict that can be read by the keys of version 0.1 too, which causes a DeprecationWarning.
+
+    Args:
+        values: The items. Those under keys of version 0.1 are stored under the present keys.
+        former: Present keys by those of version 0.1.
+    """
+
+    def __init__(self, values: Mapping[str, V], former: Mapping[str, str]) -> None:
+        super().__init__({former.get(key, key): value for key, value in values.items()})
+        self.former = former
+
+    def __missing__(self, key: str) -> V:
+        if key not in self.former:
+            raise KeyError(key)
+        warnings.warn(f"{key!r} is deprecated; use {self.former[key]!r}.", DeprecationWarning, stacklevel=2)
+        return self[self.former[key]]
 
 
 def as_integer(

@@ -128,7 +128,7 @@ def test_select_writes_the_best(scene, capsys):
     code, said = run(capsys, "select", folder / "x.npy", "-k", "2:4", "--out", folder / "b.safetensors", "--quiet")
     assert code == 0
     assert "<- best" in said.out
-    assert gk.load(folder / "b.safetensors").components == 3
+    assert gk.load(folder / "b.safetensors").n_components == 3
 
 
 def test_errors_are_one_sentence_and_a_code(scene, capsys):
@@ -314,7 +314,7 @@ def test_savers_refuse_suffixes_of_other_formats(tmp_path):
         gk.save(m, tmp_path / "link.safetensors")
     gk.save(m, tmp_path / "M.SAFETENSORS")
     gk.export.npz(m, tmp_path / "M.NPZ")
-    assert gk.load(tmp_path / "M.SAFETENSORS").features == 3
+    assert gk.load(tmp_path / "M.SAFETENSORS").n_features == 3
 
 
 def test_classes_are_numbers(scene, capsys):

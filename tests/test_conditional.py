@@ -72,10 +72,10 @@ def test_a_network_in_other_units_is_the_same_density(family, tied, hidden):
     c, x = torch.randn(50, 2).double(), torch.randn(50, 3).double()
     shift = torch.tensor([1.0, 2, 3, 4, 5]).double()
     scale = torch.tensor([2.0, 2, 2, 0.5, 8] if family == "spherical" else [2.0, 0.5, 4, 0.5, 8]).double()
-    other = model.carried(shift, scale)
+    other = model.rescaled(shift, scale)
     logs = other((c - shift[3:]) / scale[3:]).log_prob((x - shift[:3]) / scale[:3]) - scale[:3].log().sum()
     assert torch.allclose(logs, model(c).log_prob(x), atol=1e-12)
-    back = other.carried(-shift / scale, 1 / scale)
+    back = other.rescaled(-shift / scale, 1 / scale)
     assert torch.allclose(back(c).log_prob(x), model(c).log_prob(x), atol=1e-12)
 
 

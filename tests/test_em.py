@@ -239,9 +239,9 @@ def test_annealing_spares_components_until_it_is_over():
     for penalty in (P.SqrtWeights(20), P.Dirichlet(0.1)):
         cold = gk.fit(start, x, gk.EM(tol=0), penalty=penalty, max_iter=200)
         warm = gk.fit(start, x, method, penalty=penalty, max_iter=200)
-        assert set(warm.history["live"][:20]) == {30}
+        assert set(warm.history["active"][:20]) == {30}
         assert warm.objective < cold.objective + 0.01
-    assert 1 < gk.fit(start, x, method, penalty=P.SqrtWeights(20), max_iter=200).report.live_components < 30
+    assert 1 < gk.fit(start, x, method, penalty=P.SqrtWeights(20), max_iter=200).report.n_active_components < 30
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -281,7 +281,7 @@ def test_penalties_are_monotone_and_end_where_the_gradient_is_zero(penalty, fami
     start = gk.initialize(x, 3, covariance_type=family)
     result = gk.fit(start, x, gk.EM(tol=0, reg_covar=0), penalty=penalty, max_iter=1000)
     assert rises(result) < 1e-9
-    if penalty.bounds or result.report.dead_components:
+    if penalty.bounds or result.report.pruned_components:
         return
     mixture = result.mixture
     leaves = [t.clone().requires_grad_() for t in (mixture.logits, mixture.means, *mixture.factor.tensors.values())]
@@ -320,8 +320,8 @@ def test_sqrt_prior_empties_components_like_adam():
     start = gk.initialize(x, 12)
     em = gk.fit(start, x, gk.EM(tol=1e-9), penalty=P.SqrtWeights(5.0), max_iter=2000)
     adam = gk.fit(start, x, gk.Adam(lr=0.05), penalty=P.SqrtWeights(5.0), max_iter=1500)
-    assert em.report.live_components < 12
-    assert em.report.dead_components
+    assert em.report.n_active_components < 12
+    assert em.report.pruned_components
     assert em.objective < adam.objective + 0.02
 
 
@@ -522,8 +522,8 @@ def test_a_component_that_dies_is_named_and_finite():
     x = cloud(11)
     start = gk.Mixture.from_parameters([0.5, 0.3, 0.2], [[0.0, 0.0], [1.0, 1.0], [1e4, 1e4]], [[1.0, 1.0]] * 3, "diag")
     result = gk.fit(start, x, gk.EM(tol=1e-6))
-    assert result.report.dead_components == (2,)
-    assert result.mixture.components == 3
+    assert result.report.pruned_components == (2,)
+    assert result.mixture.n_components == 3
     assert bool(torch.isfinite(result.mixture.log_prob(x)).all())
 
 

@@ -209,7 +209,7 @@ def test_solvers_and_penalties(X):
     sparse = gk.GaussianMixture(8, penalty=gk.penalties.SqrtWeights(5.0), random_state=0, tol=1e-7, max_iter=3000).fit(
         X
     )
-    assert (sparse.weights_ > 1e-6).sum() == sparse.result_.report.live_components < 8
+    assert (sparse.weights_ > 1e-6).sum() == sparse.result_.report.n_active_components < 8
     assert np.isfinite(sparse.score(X))
 
 

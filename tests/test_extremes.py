@@ -35,9 +35,9 @@ def mixture(kind="full", D=2):
 def oracle(m, point):
     """log p(x, k) of one point, with 400 digits."""
     with mpmath.workdps(400):
-        values, D = [], m.features
+        values, D = [], m.n_features
         covariances = m.component_distribution.covariance_matrix if m.factor.family == "full" else None
-        for k in range(m.components):
+        for k in range(m.n_components):
             if covariances is None:
                 S = mpmath.diag([mpmath.mpf(v) for v in m.component_distribution.variance[k].tolist()])
             else:
@@ -159,7 +159,7 @@ def test_only_ratios_of_weights_matter(kind, size):
     fits = [gk.fit(starts[0], x, gk.EM(), sample_weight=h) for h in (g, small)]
     torch.testing.assert_close(fits[0].mixture.means, fits[1].mixture.means, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fits[0].mixture.weights, fits[1].mixture.weights, rtol=1e-9, atol=1e-9)
-    assert fits[1].report.mass == pytest.approx(g.sum() * unit, rel=1e-6)
+    assert fits[1].report.total_weight == pytest.approx(g.sum() * unit, rel=1e-6)
     source = gk.Source.of(x, weights=small, chunk_rows=30)
     streamed = gk.fit(starts[0], source, gk.EM()).mixture
     torch.testing.assert_close(fits[0].mixture.means, streamed.means, rtol=1e-9, atol=1e-9)

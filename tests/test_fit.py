@@ -65,9 +65,9 @@ def test_tutorial_ends_with_a_handful():
     assert result.objective <= -0.38
     assert result.objective <= min(result.history["objective"]) + 1e-6
     assert int((result.mixture.weights > 0.01).sum()) <= 8
-    assert 3 <= result.report.live_components <= 15
-    assert len(result.report.dead_components) == 30 - result.report.live_components
-    assert result.mixture.components == 30
+    assert 3 <= result.report.n_active_components <= 15
+    assert len(result.report.pruned_components) == 30 - result.report.n_active_components
+    assert result.mixture.n_components == 30
     assert bool(torch.isfinite(result.mixture.means).all())
     # The dead are out of the work, and what they still hold does not change what is reported.
     dense = -result.mixture.log_prob(x).double().mean() + SqrtWeights(20)(result.mixture)
@@ -81,7 +81,7 @@ def test_pruning_changes_nothing_but_the_work(monkeypatch):
     for points in (1e-3, 1e-300):
         monkeypatch.setattr("gmmkeops.fitting.parameters.DEAD_POINTS", points)
         runs.append(gk.fit(start, x.double(), gk.Adam(lr=0.1), penalty=SqrtWeights(20), max_iter=300))
-    assert runs[0].report.live_components < runs[1].report.live_components == 30
+    assert runs[0].report.n_active_components < runs[1].report.n_active_components == 30
     # Without pruning the dying still pay for the root of what little weight they have left.
     assert -5e-3 < runs[0].objective - runs[1].objective < 1e-4
 
@@ -326,7 +326,7 @@ def test_components_do_not_collapse_onto_a_point():
     start = gk.Mixture.from_parameters([0.8, 0.2], [[2.0, 2.0], [20.0, 20.0]], [[9.0, 9.0], [1e-33, 1.0]], "diag")
     result = gk.fit(start, x, gk.Adam(lr=1e-3), max_iter=3)
     assert math.isfinite(result.objective)
-    assert result.report.floors_hit == (1,)
+    assert result.report.regularized_components == (1,)
     variance = float(result.mixture.factor.covariances()[1, 0, 0])
     # In units of a power of two near the column's deviation.
     assert 0.4e-28 < variance / float(x[:, 0].var()) < 2.5e-28
@@ -344,7 +344,7 @@ def test_bounds_hold_after_every_step():
         callback=lambda step: least.append(float(torch.linalg.eigvalsh(step.mixture.factor.covariances()).min())),
     )
     assert min(least) >= 0.8 * (1 - 1e-9)
-    assert result.report.floors_hit
+    assert result.report.regularized_components
 
 
 def test_no_iterations_look_at_the_start():
@@ -375,7 +375,7 @@ def test_progress_bar(capsys):
     gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=3, verbose=True)
     shown = capsys.readouterr().err
     assert "objective=" in shown
-    assert "live=2" in shown
+    assert "active=2" in shown
     assert "3/3" in shown
     gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=3)
     captured = capsys.readouterr()

@@ -158,7 +158,7 @@ def test_results_of_inference_mode_can_be_trained_later():
 
 def without(mixture, component):
     """The mixture without a component."""
-    rest = torch.tensor([k for k in range(mixture.components) if k != component])
+    rest = torch.tensor([k for k in range(mixture.n_components) if k != component])
     return mixture.select(rest), rest
 
 
@@ -187,7 +187,7 @@ def test_gradients_with_a_weight_of_zero_are_those_without_the_component(family)
         gk.penalties.WeightEntropy(2.0),
         gk.penalties.WeightEntropy(-1.0),
         # An average over the components, of which there are two instead of three.
-        lambda m: gk.penalties.SqrtWeights(float(m.components))(m),
+        lambda m: gk.penalties.SqrtWeights(float(m.n_components))(m),
         gk.penalties.Dirichlet(1.0),
     ):
         value, right = function(whole).sum(), function(part).sum()

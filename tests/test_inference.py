@@ -24,7 +24,7 @@ def seeded(seed=0):
 
 
 def distances(mixture, x, labels):
-    z = (x - mixture.means[labels])[:, None, :].expand(-1, mixture.components, -1)
+    z = (x - mixture.means[labels])[:, None, :].expand(-1, mixture.n_components, -1)
     return mixture.factor.whiten(z)[torch.arange(len(x)), labels].norm(dim=1)
 
 
@@ -120,7 +120,7 @@ def test_distances_between_mixtures():
 def test_merging_keeps_the_moments(family):
     mixture = random_mixture(family, K=5)
     merged = gk.analysis.merge(mixture, [[0, 3], [1, 4]])
-    assert merged.components == 3
+    assert merged.n_components == 3
     assert torch.allclose(merged.mean, mixture.mean)
     assert torch.allclose(merged.covariance_matrix, mixture.covariance_matrix)
     assert torch.allclose(merged.means[2], mixture.means[2])
@@ -167,7 +167,7 @@ def test_selection_finds_three_full_components():
     x = gk.Mixture.from_parameters([0.3, 0.3, 0.4], means, C).sample(3000, generator=seeded())
     table = gk.analysis.select(x, range(1, 6), ["full", "tied", "diag", "spherical"])
     assert len(table.rows) == len(table.results) == 20
-    assert table.best.components == 3
+    assert table.best.n_components == 3
     assert table.best.factor.family == "full"
     text = str(table)
     assert text.count("\n") == 20
@@ -364,9 +364,9 @@ def test_results_in_one_line_and_as_tables():
     table = gk.analysis.select(x, [1, 2], ["diag"], max_iter=2)
     best = min(table.rows, key=lambda row: row["bic"])
     assert repr(table) == (
-        f"Selection(models=2, criterion='bic', best: components={best['components']}, covariance_type='diag')"
+        f"Selection(models=2, criterion='bic', best: n_components={best['n_components']}, covariance_type='diag')"
     )
     shown = table._repr_html_()
     assert shown.count("<tr>") == 3
-    assert f"<th>diag</th><th>{best['components']}</th>" in shown
+    assert f"<th>diag</th><th>{best['n_components']}</th>" in shown
     assert len(str(table).splitlines()) == 3

@@ -15,6 +15,7 @@ from conftest import FAMILIES, random_mixture
 from torch.distributions import MixtureSameFamily
 
 import gmmkeops as gk
+from gmmkeops.components import check_finite
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,7 +212,7 @@ def test_bad_input_gets_one_sentence(make, kind, message):
 def test_a_batch_refuses_what_it_cannot_do(settings):
     """Its log-densities come from torch operations at all components."""
     mixture = random_mixture("full").expand([2])
-    x = torch.zeros(5, 1, mixture.features, dtype=torch.float64)
+    x = torch.zeros(5, 1, mixture.n_features, dtype=torch.float64)
     with pytest.raises(ValueError, match="a batch of mixtures is evaluated by torch operations"):
         mixture.log_prob(x, **settings)
     with pytest.raises(ValueError, match="backend must be one of"):
@@ -364,3 +365,30 @@ def test_table_of_a_notebook():
 def test_wrong_names_get_the_right_one(make, message):
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda m, x: m.log_prob(x),
+        lambda m, x: m.log_prob(x, truncate=1e-3),
+        lambda m, x: m.log_prob(x.float()),
+        lambda m, x: m.log_joint(x),
+        lambda m, x: m.predict(x),
+        lambda m, x: m.responsibilities(x),
+        lambda m, x: m.responsibilities(x, k=2),
+    ],
+)
+def test_points_are_checked_once(monkeypatch, evaluate):
+    checked = []
+
+    def count(tensor, *, name, **options):
+        checked.append(name)
+        check_finite(tensor, name=name, **options)
+
+    for module in ("gmmkeops.models.points", "gmmkeops.data.points"):
+        monkeypatch.setattr(f"{module}.check_finite", count)
+    means = torch.arange(6, dtype=torch.float64).reshape(3, 2)
+    m = gk.Mixture(weights=[0.5, 0.3, 0.2], means=means, covariances=torch.ones(3), covariance_type="spherical")
+    evaluate(m, torch.zeros(50, 2, dtype=torch.float64))
+    assert checked == ["x"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import matplotlib
 import numpy as np
@@ -71,10 +72,97 @@ def test_names_of_version_0_1_warn_and_mean_the_same(x, old, new):
     assert torch.equal(before.means, new(x, weights, start).means)
 
 
-def test_warnings_name_the_line_of_the_user(x):
-    with pytest.warns(gk.ConvergenceWarning) as caught:
-        gk.fit(2, x, gk.EM(tol=1e-12), max_iter=2)
-    assert caught[0].filename == __file__
+@pytest.mark.parametrize(
+    ("value", "old", "new"),
+    [
+        (lambda s, x: s, "components", "n_components"),
+        (lambda s, x: s, "features", "n_features"),
+        (lambda s, x: gk.GMM(2, n_components=3), "components", "n_components"),
+        (lambda s, x: gk.GMM(2, n_components=3), "carried", "rescaled"),
+        (lambda s, x: gk.reductions.moments(x, s.offsets, s.means, s.factor), "centres", "centers"),
+        (lambda s, x: gk.reductions.moments(x, s.offsets, s.means, s.factor), "recentre", "recenter"),
+        (lambda s, x: gk.data, "Chunk", "Batch"),
+        (lambda s, x: gk.fit(s, x).report, "dead_components", "pruned_components"),
+        (lambda s, x: gk.fit(s, x).report, "live_components", "n_active_components"),
+        (lambda s, x: gk.fit(s, x).report, "floors_hit", "regularized_components"),
+        (lambda s, x: gk.fit(s, x).report, "mass", "total_weight"),
+        (lambda s, x: gk.fit(s, x).report, "pairs", "evaluated_fraction"),
+    ],
+)
+def test_attributes_of_version_0_1_warn_and_mean_the_same(x, value, old, new):
+    value = value(gk.initialize(x, 2), x)
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated; use {new}") as caught:
+        before = getattr(value, old)
+    assert [w.filename for w in caught] == [__file__]
+    assert before is getattr(value, new) or before == getattr(value, new)
+
+
+def test_second_moments_of_version_0_1_warn(x):
+    z = x[:4]
+    for ndim, kind in ((3, gk.FullFactor), (2, gk.DiagonalFactor), (1, gk.SphericalFactor)):
+        with pytest.warns(DeprecationWarning, match="outer is deprecated"):
+            assert torch.equal(gk.components.moments.outer(z, ndim), kind.outer(z))
+        with pytest.warns(DeprecationWarning, match="like is deprecated"):
+            assert torch.equal(gk.components.moments.like(z[:2], ndim), kind.second_moments(z[:2]))
+
+
+def test_keys_of_version_0_1_warn_and_mean_the_same(x):
+    steps = []
+    table = gk.analysis.select(x, [1, 2], callback=steps.append)
+    row, history = table.rows[1], table.results[1].history
+    pairs = [(row, "components", "n_components"), (row, "parameters", "n_parameters"), (row, "iterations", "n_iter")]
+    pairs += [(history, "live", "active"), (steps[-1].history, "live", "active")]
+    for values, old, new in pairs:
+        assert old not in values
+        with pytest.warns(DeprecationWarning, match=f"'{old}' is deprecated; use '{new}'") as caught:
+            assert values[old] == values[new]
+        assert caught[0].filename == __file__
+    for values in (row, copy.deepcopy(row), pickle.loads(pickle.dumps(row))):
+        assert values == dict(row)
+        with pytest.raises(KeyError, match="nonsense"):
+            values["nonsense"]
+    with pytest.warns(DeprecationWarning, match="live is deprecated; use active"):
+        assert steps[-1].live is steps[-1].active
+
+
+def rough_products():
+    """The log-density of float32 points for which float32 products are not accurate enough."""
+    means = torch.tensor([[-1e4, 0, 0], [0, 0, 0], [1e4, 1e4, 1e4]])
+    x = torch.randn(9000, 3, generator=torch.Generator().manual_seed(0)) + means.repeat(3000, 1)
+    m = gk.Mixture.from_parameters([0.5, 0.3, 0.2], means.double(), [1.0, 2.0, 0.5], "spherical")
+    torch.set_float32_matmul_precision("high")
+    try:
+        m.log_prob(x)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("call", "category"),
+    [
+        (lambda x: gk.fit(2, x, gk.EM(tol=1e-12), max_iter=2), gk.ConvergenceWarning),
+        (lambda x: gk.fit(2, x, max_iter=2, random_state=0), gk.ConvergenceWarning),
+        (lambda x: gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=2, tol=1e-12), gk.ConvergenceWarning),
+        (lambda x: gk.GaussianMixture(3, max_iter=2, tol=1e-12).fit(x.numpy()), gk.ConvergenceWarning),
+        (lambda x: gk.GaussianMixture(3, max_iter=2, tol=1e-12).fit_predict(x.numpy()), gk.ConvergenceWarning),
+        (
+            lambda x: gk.BayesianGaussianMixture(n_components=3, max_iter=2, tol=1e-12).fit(x.numpy()),
+            gk.ConvergenceWarning,
+        ),
+        (lambda x: gk.fit(1, x, gk.EM(reg_covar=1e9)), gk.PrecisionWarning),
+        (lambda x: gk.fit(1, (x + 5e6).float()), gk.PrecisionWarning),
+        (lambda x: gk.fit(1, (x + 5e6).float(), gk.Adam(), max_iter=2), gk.PrecisionWarning),
+        (lambda x: gk.GaussianMixture(1).fit((x + 5e6).float().numpy()), gk.PrecisionWarning),
+        (lambda x: gk.GaussianMixture(1, reg_covar=1e9).fit(x.numpy()), gk.PrecisionWarning),
+        (lambda x: rough_products(), gk.PrecisionWarning),
+    ],
+)
+def test_warnings_name_the_line_of_the_user(x, call, category):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(x)
+    assert any(issubclass(warning.category, category) for warning in caught)
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 def test_one_meaning_of_both_spellings(x):

@@ -70,7 +70,7 @@ def mixture_of(scene, family, D, dtype):
 
 def oracle(x, mixture):
     """Exponents (N, K), residuals (N, K, D) and dense factors (K, D, D), from differences alone, float64."""
-    U = mixture.factor.matrices().double().expand(mixture.components, -1, -1)
+    U = mixture.factor.matrices().double().expand(mixture.n_components, -1, -1)
     z = x.detach().double()[:, None] - mixture.means.detach().double()
     y = torch.einsum("kde,nkd->nke", U, z)
     return mixture.offsets.double() - 0.5 * y.square().sum(-1), z, U

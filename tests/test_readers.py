@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import gmmkeops as gk
-from gmmkeops.data.chunks import Chunk, Unit
+from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Unit
 from gmmkeops.data.readers import formats
 from gmmkeops.data.readers.base import ColumnError, Reader
 
@@ -266,7 +267,7 @@ def test_the_contract_sees_a_reader_that_is_wrong(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(Lines, "load", lambda self, unit: load(self, Unit(unit.first + 1, unit.rows - 1)))
     with pytest.raises(AssertionError):
         test_points_and_weights(lines, rows, tmp_path)
-    swapped = lambda self, unit: Chunk(load(self, unit).points[:, [1, 0, 2]], load(self, unit).weights)  # noqa: E731
+    swapped = lambda self, unit: Batch(load(self, unit).points[:, [1, 0, 2]], load(self, unit).weights)  # noqa: E731
     monkeypatch.setattr(Lines, "load", swapped)
     with pytest.raises(AssertionError):
         test_units_in_any_order(lines, 64, rows, tmp_path)

@@ -127,7 +127,7 @@ def of_mixture(mixture):
 def of_fit(result):
     found = of_mixture(result.mixture)
     found |= {name: getattr(result, name) for name in ("objective", "log_likelihood", "n_iter", "converged")}
-    return found | {"history": few(result.history["objective"] or [0.0]), "live": result.report.live_components}
+    return found | {"history": few(result.history["objective"] or [0.0]), "live": result.report.n_active_components}
 
 
 def fitted(method, first=None, x=None, *, max_iter=8, **options):
@@ -270,7 +270,7 @@ def penalty_value(name):
 def em_truncated(family):
     x, first = chain(family)
     result = fitted(gk.EM(tol=0), first, x, max_iter=4, truncate=1e-6)
-    return of_fit(result) | {"pairs": result.report.pairs}
+    return of_fit(result) | {"pairs": result.report.evaluated_fraction}
 
 
 @case
@@ -640,8 +640,11 @@ def selected():
     table = gk.analysis.select(
         cloud(), [1, 2, 3], ["full", "tied_diag"], method=gk.EM(tol=0), generator=seeded(1), max_iter=4, backend="dense"
     )
-    names = ("log_likelihood", "parameters", "bic", "aic", "icl", "iterations")
-    return {name: [row[name] for row in table.rows] for name in names} | named("best", of_mixture(table.best))
+    names = ("log_likelihood", "n_parameters", "bic", "aic", "icl", "n_iter")
+    former = {"n_parameters": "parameters", "n_iter": "iterations"}
+    return {former.get(name, name): [row[name] for row in table.rows] for name in names} | named(
+        "best", of_mixture(table.best)
+    )
 
 
 @each(FAMILIES)
@@ -766,7 +769,7 @@ def reduced(family):
 @each(["full", "diag"])
 def reduced_by_truncation(family):
     x, mixture = chain(family)
-    points = gk.reductions.arrange(x, mixture.components, 1e-4)
+    points = gk.reductions.arrange(x, mixture.n_components, 1e-4)
     arguments = (points, mixture.offsets, mixture.means, mixture.factor)
     sums = gk.reductions.moments(*arguments, weights=masses(len(x)), backend="dense")
     found = {"S0": few(sums.S0), "S1": few(sums.S1), "S2": few(sums.S2), "total": sums.total, "share": points.share}

@@ -74,7 +74,7 @@ def test_selection_with_one_distant_value(value):
         warnings.simplefilter("ignore")
         theirs = [Theirs(K, max_iter=300, random_state=0).fit(x).bic(x) for K in numbers]
         ours = gk.analysis.select(x, numbers, max_iter=300)
-    assert ours.best.components == numbers[int(np.argmin(theirs))] == 4
+    assert ours.best.n_components == numbers[int(np.argmin(theirs))] == 4
 
 
 @pytest.mark.parametrize("family", [family for family in TYPES if family != "tied"])

@@ -152,7 +152,7 @@ def test_starts_and_estimators_read_sources(x, tmp_path):
     for name in ("bic", "aic", "icl"):
         assert getattr(model, name)(path) == pytest.approx(getattr(same, name)(x), rel=1e-7)
     table = gk.analysis.select(path, [3, 4], generator=torch.Generator().manual_seed(0))
-    assert table.best.components == 4
+    assert table.best.n_components == 4
     low = gk.analysis.anomaly_threshold(same.mixture_, path)
     assert low == pytest.approx(gk.analysis.anomaly_threshold(same.mixture_, x), abs=1e-5)
 

@@ -52,7 +52,7 @@ def whole(covariances, kind, K, D):
 
 def check(model, kind, X, trained):
     """Everything that is said of the mixture, against densities that are written out."""
-    K, D = model.mixture_.components, 2
+    K, D = model.mixture_.n_components, 2
     weights, means = np.asarray(model.weights_), np.asarray(model.means_)
     covariances, precisions = np.asarray(model.covariances_), np.asarray(model.precisions_)
     assert weights.shape == (K,)
@@ -168,7 +168,7 @@ def run(calls, X, batch, folder):
         model = history.model
         assert model.fitted_ == (history.kind is not None), calls
         if model.fitted_:
-            assert model.mixture_.components == history.K, calls
+            assert model.mixture_.n_components == history.K, calls
             assert hasattr(model, "lower_bound_") == history.trained, calls
             check(model, history.kind, X, history.trained)
 

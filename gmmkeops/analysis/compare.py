@@ -50,9 +50,9 @@ def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generato
     """log p - log q (samples,), nats, at draws from p."""
     for name, mixture in (("p", p), ("q", q)):
         as_mixture(mixture, name)
-    if p.features != q.features:
+    if p.n_features != q.n_features:
         raise ValueError(
-            f"the mixtures have {p.features} and {q.features} features; both mixtures must have the same number of features."
+            f"the mixtures have {p.n_features} and {q.n_features} features; both mixtures must have the same number of features."
         )
     if p.columns is not None and q.columns is not None and p.columns != q.columns:
         raise ValueError(
@@ -184,9 +184,9 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
     if not isinstance(groups, Iterable) or not all(isinstance(group, (list, tuple, range)) for group in groups):
         raise TypeError("groups must be a list of lists of components, got something else; pass for example [[0, 1]].")
     named = [as_integer(k, "each component in groups") for group in groups for k in group]
-    if len(set(named)) < len(named) or not all(0 <= k < mixture.components for k in named) or not all(groups):
-        raise ValueError(f"groups must be disjoint, not empty, and below {mixture.components}, got {groups}.")
-    parts = [list(group) for group in groups] + [[k] for k in range(mixture.components) if k not in named]
+    if len(set(named)) < len(named) or not all(0 <= k < mixture.n_components for k in named) or not all(groups):
+        raise ValueError(f"groups must be disjoint, not empty, and below {mixture.n_components}, got {groups}.")
+    parts = [list(group) for group in groups] + [[k] for k in range(mixture.n_components) if k not in named]
     one = [mixture[part] for part in parts]
     weights = torch.stack([mixture.weights[part].sum() for part in parts])
     return Mixture(
@@ -203,9 +203,9 @@ def _gaussian(p: Distribution) -> Mixture:
         NotImplementedError: The distribution is a mixture of several components, or not a Gaussian in D dimensions.
     """
     if isinstance(p, Mixture):
-        if p.components > 1:
+        if p.n_components > 1:
             raise NotImplementedError(
-                f"the divergence from or to a mixture of {p.components} components has no closed form; estimate it with "
+                f"the divergence from or to a mixture of {p.n_components} components has no closed form; estimate it with "
                 "gmmkeops.analysis.kl_divergence(p, q), which samples."
             )
         return p
@@ -240,9 +240,9 @@ def _closed_form(p: Distribution, q: Distribution) -> Tensor:
         ValueError: The numbers of features differ, or the batches do not broadcast.
     """
     p, q = _gaussian(p), _gaussian(q)
-    if p.features != q.features:
+    if p.n_features != q.n_features:
         raise ValueError(
-            f"the distributions have {p.features} and {q.features} features; both must have the same number."
+            f"the distributions have {p.n_features} and {q.n_features} features; both must have the same number."
         )
     try:
         torch.broadcast_tensors(p.logits, q.logits)
@@ -257,4 +257,4 @@ def _closed_form(p: Distribution, q: Distribution) -> Tensor:
     shift = q.factor.whiten(p.means - q.means)
     squares = (U.mT @ L).square().sum((-1, -2)) + shift.square().sum((-1, -2))
     log_ratio = p.factor.log_determinant()[..., 0] - q.factor.log_determinant()[..., 0]
-    return log_ratio + 0.5 * (squares - p.features)
+    return log_ratio + 0.5 * (squares - p.n_features)

@@ -35,7 +35,7 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
     """
     as_mixture(mixture)
     total = count = entropies = unit = 0.0
-    for chunk in chunked(x, weights, features=mixture.features, columns=mixture.columns):
+    for chunk in chunked(x, weights, features=mixture.n_features, columns=mixture.columns):
         with torch.no_grad():
             values, g = mixture.log_prob(chunk.points).double(), chunk.weights
             if g is not None and len(g):
@@ -43,7 +43,7 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
                 g = g / unit
             total += float(values.sum() if g is None else values @ g)
             count += float(len(values) if g is None else g.sum())
-            rows = max(1, _CHUNK // mixture.components)
+            rows = max(1, _CHUNK // mixture.n_components)
             for first in range(0, len(values) if entropy else 0, rows):
                 h = torch.special.entr(mixture.responsibilities(chunk.points[first : first + rows])).sum(1).double()
                 entropies += float(h.sum() if g is None else h @ g[first : first + rows])
@@ -158,7 +158,7 @@ def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> floa
     with torch.no_grad():
         parts = [
             mixture.log_prob(chunk.points).double()
-            for chunk in chunked(x, features=mixture.features, columns=mixture.columns)
+            for chunk in chunked(x, features=mixture.n_features, columns=mixture.columns)
         ]
     values = torch.cat(parts).sort().values
     place = percentile / 100 * (len(values) - 1)

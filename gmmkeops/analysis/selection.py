@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import ConvergenceWarning, accepts, as_choice, as_integer, renamed
+from gmmkeops._checks import ConvergenceWarning, FormerKeys, accepts, as_choice, as_integer, renamed
 from gmmkeops.analysis.criteria import CRITERIA, aic, anomaly_threshold, bic, icl, score
 from gmmkeops.analysis.silhouette import silhouette
 from gmmkeops.data import Source, as_generator, as_points, readable, table_names
@@ -21,7 +21,10 @@ from gmmkeops.models import COMPONENTS, Mixture, html_table
 __all__ = ["CRITERIA", "Selection", "aic", "anomaly_threshold", "bic", "icl", "score", "select", "silhouette"]
 
 # Columns of the table that a selection prints.
-_SHOWN = ("covariance_type", "components", "parameters", "log_likelihood", "bic", "aic", "icl", "iterations", "seconds")
+_SHOWN = ("covariance_type", "n_components", "n_parameters", "log_likelihood", "bic", "aic", "icl", "n_iter", "seconds")
+
+# Keys of the rows by those of version 0.1.
+_FORMER = {"components": "n_components", "parameters": "n_parameters", "iterations": "n_iter"}
 
 # Names of arguments in other libraries, and the remedy.
 _WRONG = COMPONENTS | {
@@ -37,8 +40,8 @@ class Selection:
     """Fitted models with their information criteria. ``print`` shows them as a table.
 
     Args:
-        rows: One dict for each model: "covariance_type", "components", "log_likelihood" (mean, nats per point), "parameters",
-            "bic", "aic", "icl", "iterations", "seconds", "converged".
+        rows: One dict for each model: "covariance_type", "n_components", "log_likelihood" (mean, nats per point), "n_parameters",
+            "bic", "aic", "icl", "n_iter", "seconds", "converged".
         criterion: Name of the criterion that defines the best model.
         results: Results of the fits, in the order of the rows.
 
@@ -47,8 +50,8 @@ class Selection:
         >>> x = torch.cat([torch.linspace(-1, 1, 99), torch.linspace(9, 11, 99)]).double()[:, None]
         >>> table = gk.analysis.select(x, [1, 2], ["spherical"])
         >>> table
-        Selection(models=2, criterion='bic', best: components=2, covariance_type='spherical')
-        >>> table.best.n_components, [row["components"] for row in table.rows]
+        Selection(models=2, criterion='bic', best: n_components=2, covariance_type='spherical')
+        >>> table.best.n_components, [row["n_components"] for row in table.rows]
         (2, [1, 2])
     """
 
@@ -68,12 +71,12 @@ class Selection:
 
     def __repr__(self) -> str:
         row = self.rows[self._place()]
-        best = f"components={row['components']}, covariance_type={row['covariance_type']!r}"
+        best = f"n_components={row['n_components']}, covariance_type={row['covariance_type']!r}"
         return f"Selection(models={len(self.rows)}, criterion={self.criterion!r}, best: {best})"
 
     def __str__(self) -> str:
         least = min(row[self.criterion] for row in self.rows)
-        cells = [[_cell(row[name]) for name in _SHOWN] for row in self.rows]
+        cells = self._cells()
         widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(_SHOWN)]
         lines = ["  ".join(name.rjust(width) for name, width in zip(_SHOWN, widths, strict=True))]
         for row, line in zip(self.rows, cells, strict=True):
@@ -82,12 +85,11 @@ class Selection:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        cells = [[_cell(row[name]) for name in _SHOWN] for row in self.rows]
-        return html_table(repr(self), _SHOWN, cells, bold=self._place())
+        return html_table(repr(self), _SHOWN, self._cells(), bold=self._place())
 
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    def _cells(self) -> list[list[str]]:
+        values = ([row[name] for name in _SHOWN] for row in self.rows)
+        return [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row] for row in values]
 
 
 @accepts(
@@ -145,7 +147,8 @@ def select(
     device = points.device if isinstance(points, Tensor) else torch.device("cpu")
     generator = as_generator(generator, device)
     options = options if {"verbose", "progress"} & set(options) else options | {"verbose": False}
-    rows, results = [], []
+    rows: list[dict[str, Any]] = []
+    results = []
     for K in numbers:
         seed = int(torch.randint(1 << 62, (1,), generator=generator, device=device))
         for kind in types:
@@ -159,7 +162,7 @@ def select(
                 start = start.named(names)
                 result = fit(start, points, method or EM(), sample_weight=g, **options)
             results.append(result)
-            rows.append({"covariance_type": kind, "components": K, **_row(result, points, g)})
+            rows.append(FormerKeys({"covariance_type": kind, "n_components": K, **_row(result, points, g)}, _FORMER))
     return Selection(rows, criterion, results)
 
 
@@ -190,11 +193,11 @@ def _row(result: FitResult, points: Any, weights: Any) -> dict[str, Any]:
     mixture = result.mixture
     return {
         "log_likelihood": result.log_likelihood,
-        "parameters": mixture.parameter_count,
+        "n_parameters": mixture.parameter_count,
         "bic": bic(mixture, points, sample_weight=weights),
         "aic": aic(mixture, points, sample_weight=weights),
         "icl": icl(mixture, points, sample_weight=weights),
-        "iterations": result.n_iter,
+        "n_iter": result.n_iter,
         "seconds": result.report.seconds,
         "converged": result.converged,
     }

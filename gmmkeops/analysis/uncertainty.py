@@ -108,9 +108,9 @@ def standard_errors(
     joint = layout.size <= _JOINT if joint is None else bool(joint)
     tally = _Tally(layout, joint)
     with renamed("weights", "sample_weight"):
-        chunks = chunked(x, sample_weight, features=m.features, columns=m.columns)
+        chunks = chunked(x, sample_weight, features=m.n_features, columns=m.columns)
     for chunk in chunks:
-        rows = max(1, _CHUNK // (m.components * (m.features + 1) ** 2))
+        rows = max(1, _CHUNK // (m.n_components * (m.n_features + 1) ** 2))
         g = chunk.points.new_ones(len(chunk.points), dtype=torch.float64) if chunk.weights is None else chunk.weights
         for part, own in zip(chunk.points.to(m.means.device).split(rows), g.split(rows), strict=True):
             tally.add(part.double(), own.to(m.means))
@@ -151,7 +151,7 @@ class _Layout:
             S0: Expected count of each component (K,).
             T: Weighted sums of the scores (K, D + spreads), which determine the second moments of y.
         """
-        D, E = self.m.features, self.basis
+        D, E = self.m.n_features, self.basis
         traces = E.diagonal(dim1=1, dim2=2).sum(1)
         # Sums of yᵀ E y, and the second moments of y that belong to them.
         squares = 2 * T[:, D:] + S0[:, None] * traces
@@ -165,7 +165,7 @@ class _Layout:
 
     def errors(self, inverses: list[Tensor], joint: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Standard errors of weights, means and covariances from the covariance matrices of the scaled parameters."""
-        m, D, K, own = self.m, self.m.features, self.m.components, self.own
+        m, D, K, own = self.m, self.m.n_features, self.m.n_components, self.own
         W = m.weights
         if joint:
             C = inverses[0][0]
@@ -190,7 +190,7 @@ class _Layout:
         moved = L[:, None] @ self.basis @ L[:, None].mT
         J = self.m.factor.compact(moved).reshape(len(L), self.spreads, -1)
         variances = (J * (C @ J)).sum(1)
-        return variances.clamp(min=0).sqrt().reshape(len(L), *self.m.factor.spread_shape(self.m.features))
+        return variances.clamp(min=0).sqrt().reshape(len(L), *self.m.factor.spread_shape(self.m.n_features))
 
 
 class _Tally:
@@ -266,7 +266,7 @@ class _Tally:
         free = torch.zeros_like(B)
         if self.joint:
             v = B.new_zeros(self.layout.size)
-            v[: self.layout.m.components * self.layout.own : self.layout.own] = 1
+            v[: self.layout.m.n_components * self.layout.own : self.layout.own] = 1
             free = (v[:, None] * v)[None] * B.diagonal(dim1=1, dim2=2).amax() / len(v)
         if not robust:
             return _inverse(B + free)

@@ -26,9 +26,9 @@ def _evaluate(options: Any, function: Callable[[Mixture, Tensor], Tensor], see: 
     source = source_of(options).matched(mixture.columns)
     if options.out is not None:
         check_output(options.out, TABLES, inputs=source.paths)
-    if source.features != mixture.features:
+    if source.features != mixture.n_features:
         raise ValueError(
-            f"{source.name} has {source.features} columns, the model {mixture.features}; choose --columns."
+            f"{source.name} has {source.features} columns, the model {mixture.n_features}; choose --columns."
         )
     kept, rows, began = [], 0, time.perf_counter()
     for chunk in source.chunks():
@@ -76,7 +76,7 @@ def predict(options: Any) -> None:
     mixture = _evaluate(options, lambda mixture, x: mixture.predict(x), see)
     rows, used = sum(counts.values()), len(counts)
     facts = {"out": str(options.out), "rows": rows, "components_used": used}
-    report(options, facts, f"{rows} points in {used} of {mixture.components} components; written to {options.out}")
+    report(options, facts, f"{rows} points in {used} of {mixture.n_components} components; written to {options.out}")
 
 
 def sample(options: Any) -> None:
@@ -96,11 +96,11 @@ def info(options: Any) -> None:
     weights, means = mixture.weights.double(), mixture.means.double()
     largest = weights.argsort(descending=True)[:5]
     facts = {
-        "components": mixture.components,
-        "features": mixture.features,
+        "components": mixture.n_components,
+        "features": mixture.n_features,
         "columns": None if mixture.columns is None else list(mixture.columns),
         "family": mixture.factor.family,
-        "tied": mixture.factor.leading == 1 and mixture.components > 1,
+        "tied": mixture.factor.leading == 1 and mixture.n_components > 1,
         "parameters": mixture.parameter_count,
         "components_above_a_millionth": int((weights > 1e-6).sum()),
         "mean": mixture.mean.tolist(),
@@ -120,8 +120,8 @@ def convert(options: Any) -> None:
 
     check_output(options.out, (".npz", ".ply"), inputs=[options.model])
     mixture, out = load(options.model), options.out
-    facts: dict[str, Any] = {"out": str(out), "components": mixture.components}
-    text = f"{mixture.components} components written to {out}"
+    facts: dict[str, Any] = {"out": str(out), "components": mixture.n_components}
+    text = f"{mixture.n_components} components written to {out}"
     if out.suffix.lower() == ".npz":
         export.npz(mixture, out)
     elif options.kind == "ellipsoids":

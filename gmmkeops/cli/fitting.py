@@ -53,7 +53,7 @@ def fit(options: Any) -> int:
         "log_likelihood": result.log_likelihood,
         "converged": model.converged_,
         "iterations": model.n_iter_,
-        "live_components": result.report.live_components,
+        "n_active_components": result.report.n_active_components,
         "certificate": result.report.certificate,
         "seconds": time.perf_counter() - began,
     }

@@ -60,7 +60,7 @@ class Surrogate:
     @classmethod
     def none(cls, mixture: Any) -> Surrogate:
         """No additional terms, for a :class:`~gmmkeops.Mixture`."""
-        zeros = mixture.means.new_zeros(mixture.components)
+        zeros = mixture.means.new_zeros(mixture.n_components)
         return cls(zeros, zeros)
 
     def select(self, index: Tensor) -> Surrogate:

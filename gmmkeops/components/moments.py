@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import FormerName
+
 if TYPE_CHECKING:
     from gmmkeops.components.base import Factor
 
@@ -71,16 +73,8 @@ class Moments:
                 f"or (K,), got {tuple(self.S0.shape)}, {tuple(self.S1.shape)} and {tuple(self.S2.shape)}."
             )
 
-    @property
-    def centres(self) -> Tensor:
-        """The name of ``centers`` in version 0.1, which causes a DeprecationWarning."""
-        warnings.warn("centres is deprecated; use centers.", DeprecationWarning, stacklevel=2)
-        return self.centers
-
-    def recentre(self, centers: Tensor) -> Moments:
-        """The name of :meth:`recenter` in version 0.1, which causes a DeprecationWarning."""
-        warnings.warn("recentre is deprecated; use recenter.", DeprecationWarning, stacklevel=2)
-        return self.recenter(centers)
+    centres = FormerName("centers")
+    recentre = FormerName("recenter")
 
     def recenter(self, centers: Tensor) -> Moments:
         """Move the sums to other centers (K, D), by the parallel-axis theorem."""
@@ -193,6 +187,7 @@ def _safe(mass: Tensor) -> Tensor:
 
 def outer(z: Tensor, ndim: int) -> Tensor:
     """Second moments of vectors z (K, D), as those of ``ndim`` dimensions; kept for code that was written for version 0.1."""
+    warnings.warn("outer is deprecated; use Factor.outer of a family.", DeprecationWarning, stacklevel=2)
     if ndim == 3:
         return z[:, :, None] * z[:, None, :]
     return z.square() if ndim == 2 else z.square().sum(-1)
@@ -200,6 +195,7 @@ def outer(z: Tensor, ndim: int) -> Tensor:
 
 def like(matrix: Tensor, ndim: int, *, mean: bool = False) -> Tensor:
     """A matrix (D, D) as second moments of ``ndim`` dimensions; kept for code that was written for version 0.1."""
+    warnings.warn("like is deprecated; use Factor.second_moments of a family.", DeprecationWarning, stacklevel=2)
     if ndim == 3:
         return matrix
     diagonal = matrix.diagonal()

@@ -4,8 +4,12 @@ A :class:`Source` reads points chunk by chunk with a reader for each format. Eve
 it enters; :mod:`gmmkeops.data.distributed` adds sums over the ranks of ``torch.distributed``.
 """
 
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
 from gmmkeops.data.batch import Batch
-from gmmkeops.data.chunks import Chunk
 from gmmkeops.data.columns import listed, table_names, table_of
 from gmmkeops.data.distributed import RankError, World, difference, join
 from gmmkeops.data.generators import DEFAULT_SEED, as_generator, categorical, generator_on, running_sum
@@ -21,7 +25,6 @@ __all__ = [
     "NUMBERS",
     "SAMPLE",
     "Batch",
-    "Chunk",
     "RankError",
     "Source",
     "World",
@@ -48,3 +51,10 @@ __all__ = [
     "warn_if_coarse",
     "weight_unit",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Chunk":
+        warnings.warn("Chunk is deprecated; use Batch.", DeprecationWarning, stacklevel=2)
+        return Batch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,11 +9,7 @@ import torch
 
 from gmmkeops.data.batch import Batch
 
-__all__ = ["Chunk", "Unit", "cut", "grouped", "joined", "resized"]
-
-
-# The name of version 0.1.
-Chunk = Batch
+__all__ = ["Unit", "cut", "grouped", "joined", "resized"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def grouped(units: list[Unit], size: int) -> list[list[Unit]]:
     return groups
 
 
-def joined(chunks: list[Chunk]) -> Chunk:
+def joined(chunks: list[Batch]) -> Batch:
     """One chunk of the rows of all chunks, numbered from the first row of the first chunk."""
     if len(chunks) == 1:
         return chunks[0]
@@ -55,17 +51,17 @@ def joined(chunks: list[Chunk]) -> Chunk:
     if any(chunk.weights is not None for chunk in chunks):
         one = torch.ones((), dtype=torch.float64)
         weights = torch.cat([one.expand(len(c.points)) if c.weights is None else c.weights for c in chunks])
-    return Chunk(torch.cat([chunk.points for chunk in chunks]), weights, chunks[0].first)
+    return Batch(torch.cat([chunk.points for chunk in chunks]), weights, chunks[0].first)
 
 
-def resized(chunks: Iterator[Chunk], size: int) -> Iterator[Chunk]:
+def resized(chunks: Iterator[Batch], size: int) -> Iterator[Batch]:
     """Number the rows and split or join their chunks, so that each holds about ``size`` rows."""
-    few: list[Chunk] = []
+    few: list[Batch] = []
     first = rows = 0
     for chunk in chunks:
         for start in range(0, len(chunk.points), size):
             part = slice(start, start + size)
-            few.append(Chunk(chunk.points[part], None if chunk.weights is None else chunk.weights[part]))
+            few.append(Batch(chunk.points[part], None if chunk.weights is None else chunk.weights[part]))
             rows += len(few[-1].points)
             if rows >= size:
                 yield replace(joined(few), first=first)

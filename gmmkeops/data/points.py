@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import PrecisionWarning
+from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.components import as_tensor, check_finite
 
 __all__ = ["as_dtype", "as_points", "as_weights", "shape_hint", "warn_if_coarse", "weight_unit"]
@@ -152,10 +151,9 @@ def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
     coarse = (step > 1e-3 * spread) & (spread > 0)
     if bool(coarse.any()):
         column = int(coarse.nonzero()[0, 0])
-        warnings.warn(
+        warn(
             f"x is float32 and around {float(magnitude[column]):.3g} in column {column}, where float32 steps by "
             f"{float(step[column]):.2g}: that is coarse against its spread of {float(spread[column]):.2g}. "
             "Pass float64, or subtract an offset before casting.",
             PrecisionWarning,
-            stacklevel=4,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.data.chunks import Chunk
+from gmmkeops.data.batch import Batch
 from gmmkeops.data.distributed import World
 from gmmkeops.data.points import as_points, as_weights, weight_unit
 from gmmkeops.data.source import Source, readable
@@ -21,7 +21,7 @@ __all__ = ["representatives", "stratified_rows"]
 
 def representatives(
     x: Any, weights: Any, size: int, world: World, minimum: int = 1
-) -> tuple[Tensor, Tensor | None, int, Callable[[], Iterable[Chunk]]]:
+) -> tuple[Tensor, Tensor | None, int, Callable[[], Iterable[Batch]]]:
     """Draw a weighted sample (n, D) of the points on all ranks.
 
     Args:
@@ -41,7 +41,7 @@ def representatives(
         rows, mass = survey.reservoir.sample()
         unit = weight_unit(survey.mass / max(survey.rows, 1))
 
-        def chunks() -> Iterable[Chunk]:
+        def chunks() -> Iterable[Batch]:
             for chunk in source.chunks():
                 yield chunk if chunk.weights is None else replace(chunk, weights=chunk.weights / unit)
 
@@ -52,7 +52,7 @@ def representatives(
     if g is not None:
         g = g / weight_unit(float(g.max()))
     rows, masses = sample(x, g, size)
-    return rows, masses, len(x) if g is None else int((g > 0).sum()), lambda: [Chunk(x, g)]
+    return rows, masses, len(x) if g is None else int((g > 0).sum()), lambda: [Batch(x, g)]
 
 
 def stratified_rows(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 
 from gmmkeops._checks import as_integer
 from gmmkeops.components import as_tensor, check_finite, mind_fork
-from gmmkeops.data.chunks import Chunk, Unit, grouped, joined, resized
+from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Unit, grouped, joined, resized
 from gmmkeops.data.columns import table_of
 from gmmkeops.data.points import as_points, as_weights
 from gmmkeops.data.readers.base import ColumnError, Damage, Reader, reason
@@ -221,7 +222,7 @@ class Source:
         return grouped([units[i] for i in order], self.size) if units else self.units()
 
     def chunks(
-        self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Chunk], Any] | None = None
+        self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Batch], Any] | None = None
     ) -> Iterator[Any]:
         """Iterate over the chunks of one pass. Each chunk is validated, and loaded while the previous one is in use.
 
@@ -254,20 +255,20 @@ class Source:
         if skip == 0 and self._survey is not None:
             tally.compare(self._survey, self.name)
 
-    def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Chunk]:
+    def _loaded(self, units: list[list[Unit]] | None, skip: int) -> Iterator[Batch]:
         if isinstance(self.reader, Streams):
-            pieces: Iterator[Chunk] = islice(resized(self.reader.chunks(), self.size), skip, None)
+            pieces: Iterator[Batch] = islice(resized(self.reader.chunks(), self.size), skip, None)
         else:
             pieces = (joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
         # A loop variable would keep the last chunk in memory while the next one is read.
         return map(self._checked, pieces)
 
-    def _checked(self, chunk: Chunk) -> Chunk:
+    def _checked(self, chunk: Batch) -> Batch:
         check_finite(chunk.points, name=self.name, first=chunk.first)
         name = f"weights of {self.name}"
         return replace(chunk, weights=as_weights(chunk.weights, chunk.points, name=name, some=False, first=chunk.first))
 
-    def _load(self, unit: Unit) -> Chunk:
+    def _load(self, unit: Unit) -> Batch:
         assert isinstance(self.reader, Reader), "units are loaded by a reader"
         try:
             if self.reader.paths:
@@ -355,7 +356,7 @@ def readable(x: Any) -> bool:
 
 def chunked(
     x: Any, weights: Any = None, *, features: int | None = None, columns: Sequence[str] | None = None
-) -> Iterator[Chunk]:
+) -> Iterator[Batch]:
     """Validated chunks: points in memory as one chunk, or the chunks of a source.
 
     Args:
@@ -369,7 +370,7 @@ def chunked(
     """
     if not readable(x):
         points = as_points(table_of(x, columns), features=features)
-        return iter([Chunk(points, as_weights(weights, points))])
+        return iter([Batch(points, as_weights(weights, points))])
     source = Source.of(x, weights=weights).matched(columns)
     if features not in (None, source.features):
         raise ValueError(
@@ -378,7 +379,7 @@ def chunked(
     return _some(source)
 
 
-def _some(source: Source) -> Iterator[Chunk]:
+def _some(source: Source) -> Iterator[Batch]:
     """Nonempty chunks of a source; raises if no row has positive weight."""
     rows, mass = 0, 0.0
     for chunk in source.chunks():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmmkeops.data.chunks import Chunk
+from gmmkeops.data.batch import Batch
 
 __all__ = ["SAMPLE", "Reservoir", "Survey", "Tally", "fingerprint", "sample"]
 
@@ -192,7 +192,7 @@ class Tally:
     def __init__(self) -> None:
         self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: Batch) -> None:
         """Add the rows of a chunk."""
         self.rows += len(chunk.points)
         self.mass += chunk.mass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import analysis
-from gmmkeops._checks import ConvergenceWarning, as_device
+from gmmkeops._checks import ConvergenceWarning, as_device, warn
 from gmmkeops.components import as_tensor
 from gmmkeops.data import Source, World, as_dtype, as_weights, chunked, readable
 from gmmkeops.estimators.arrays import as_array, scikit_learn_names, training_data, validated_points
@@ -125,11 +125,10 @@ class MixtureEstimator(Estimator, ABC):
             generator = world.generator(generator_of(self.random_state, device), device)
         best = self._best_fit(x, g, names, last, method, continuation, generator, device)
         if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
-            warnings.warn(
+            warn(
                 f"The best of {self.n_init} starts did not converge to tol={method.tol:g} within {method.max_iter} "
                 "iterations; raise max_iter or tol, or check for degenerate data.",
                 convergence_warning(),
-                stacklevel=2,
             )
         # All ranks read their sources with the columns of rank 0, which the result has.
         names = best.mixture.columns if isinstance(x, Source) and names is not None else names
@@ -229,7 +228,7 @@ class MixtureEstimator(Estimator, ABC):
             if step.iteration % self.verbose_interval == 0:
                 sys.stderr.write(
                     f"start {run + 1} of {self.n_init}, iteration {step.iteration}: mean log-likelihood "
-                    f"{step.log_likelihood:.5f} nats per point, objective {step.objective:.5f}, {len(step.live)} active, "
+                    f"{step.log_likelihood:.5f} nats per point, objective {step.objective:.5f}, {len(step.active)} active, "
                     f"{step.history['seconds'][-1]:.1f} s\n"
                 )
 
@@ -259,7 +258,7 @@ class MixtureEstimator(Estimator, ABC):
         self.covariances_ = shaped(factor.covariances())
         self.precisions_ = shaped(factor.precisions())
         self.precisions_cholesky_ = shaped(factor.matrices())
-        self.n_features_in_ = mixture.features
+        self.n_features_in_ = mixture.n_features
         if mixture.columns is not None:
             self.feature_names_in_ = np.array(mixture.columns, dtype=object)
 
@@ -267,7 +266,7 @@ class MixtureEstimator(Estimator, ABC):
         """Whether there is a fitted mixture with the ``n_components`` and ``covariance_type`` of the parameters."""
         return (
             self.fitted_
-            and self.mixture_.components == self.n_components
+            and self.mixture_.n_components == self.n_components
             and self._fitted_type == canonical_type(self.covariance_type)
         )
 

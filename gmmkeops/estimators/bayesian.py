@@ -241,8 +241,8 @@ class BayesianGaussianMixture(MixtureEstimator):
         )
         self.mean_prior_ = as_array(prior.mixture.means[0], tensors)
         self.covariance_prior_ = as_array(prior.covariances[0] * prior.degrees[0], tensors)
-        mass = best.report.mass
-        constant = float(prior.normalizer()) + 0.5 * math.log(2 * math.pi) * mass * q.mixture.features
+        mass = best.report.total_weight
+        constant = float(prior.normalizer()) + 0.5 * math.log(2 * math.pi) * mass * q.mixture.n_features
         self.lower_bounds_ = [constant - mass * value for value in best.history["objective"]]
         self.evidence_bound_ = -mass * best.objective
         self.lower_bound_ = self.lower_bounds_[-1] if self.lower_bounds_ else constant + self.evidence_bound_

@@ -9,14 +9,13 @@ from __future__ import annotations
 import html
 import inspect
 import sys
-import warnings
 from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from gmmkeops._checks import ConvergenceWarning
+from gmmkeops._checks import ConvergenceWarning, warn
 from gmmkeops.estimators import routing
 
 __all__ = ["Estimator", "NotFittedError", "column_names", "convergence_warning"]
@@ -134,16 +133,14 @@ class Estimator:
         """Compare the names of columns with those of the fit, with the messages of scikit-learn."""
         fitted = getattr(self, "feature_names_in_", None)
         if names is None and fitted is not None:
-            warnings.warn(
+            warn(
                 f"X does not have valid feature names, but {type(self).__name__} was fitted with feature names",
                 UserWarning,
-                stacklevel=4,
             )
         elif names is not None and fitted is None:
-            warnings.warn(
+            warn(
                 f"X has feature names, but {type(self).__name__} was fitted without feature names",
                 UserWarning,
-                stacklevel=4,
             )
         elif names is not None and fitted is not None and list(names) != list(fitted):
             message = "The feature names should match those that were passed during fit.\n"

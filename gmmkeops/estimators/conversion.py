@@ -71,7 +71,7 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     fitted = ours.mixture_.detach().to(device="cpu", dtype=torch.float64)
     tied, factor = ours._fitted_type.startswith("tied_"), fitted.factor
     # scikit-learn ties full covariances only.
-    theirs = Theirs(fitted.components, covariance_type="tied" if tied else factor.type_name())
+    theirs = Theirs(fitted.n_components, covariance_type="tied" if tied else factor.type_name())
     matrices = factor.covariances(), factor.precisions(), factor.matrices()
     covariances, precisions, factors = (m[0] if tied else factor.compact(m) for m in matrices)
     theirs.weights_, theirs.means_ = fitted.weights.numpy(), fitted.means.numpy()
@@ -79,7 +79,7 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     theirs.precisions_cholesky_ = factors.numpy()
     # A warm start of scikit-learn needs these attributes.
     theirs.converged_, theirs.n_iter_ = bool(getattr(ours, "converged_", False)), int(getattr(ours, "n_iter_", 0))
-    theirs.n_features_in_ = fitted.features
+    theirs.n_features_in_ = fitted.n_features
     if fitted.columns is not None:
         theirs.feature_names_in_ = np.array(fitted.columns, dtype=object)
     theirs.lower_bound_ = getattr(ours, "lower_bound_", -float("inf"))

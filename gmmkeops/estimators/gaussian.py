@@ -226,11 +226,11 @@ class GaussianMixture(MixtureEstimator):
         tied, name = mixture.tied, mixture.covariance_type
         params.setdefault("covariance_type", name)
         kind, shared = factor_class(params["covariance_type"])
-        if kind is not type(mixture.factor) or (mixture.components > 1 and shared != tied):
+        if kind is not type(mixture.factor) or (mixture.n_components > 1 and shared != tied):
             raise ValueError(
                 f"covariance_type={params['covariance_type']!r} is not that of the mixture, {name!r}; leave it out."
             )
-        model = cls(mixture.components, **params)
+        model = cls(mixture.n_components, **params)
         model._adopt(mixture.detach().to(torch.float64), False)
         return model
 
@@ -271,7 +271,7 @@ class GaussianMixture(MixtureEstimator):
             model = cls(**found["params"])
             attributes = found["attributes"]
             kind, tied = factor_class(attributes["_fitted_type"])
-            if (kind, 1 if tied else mixture.components) != (type(mixture.factor), mixture.factor.leading):
+            if (kind, 1 if tied else mixture.n_components) != (type(mixture.factor), mixture.factor.leading):
                 raise ValueError("the mixture is of another covariance type")
             model._adopt(mixture, attributes["_tensors"], attributes["_fitted_type"])
             vars(model).update(attributes)
@@ -322,7 +322,7 @@ class GaussianMixture(MixtureEstimator):
         given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
         start = self._by_init_params(x, g, generator, given).to(device)
         wide: Any = {"dtype": torch.float64, "device": device}
-        K, D = start.components, start.features
+        K, D = start.n_components, start.n_features
         logits, means, factor = start.logits, start.means, start.factor
         if self.weights_init is not None:
             weights = as_tensor(self.weights_init, name="weights_init", **wide)

@@ -58,7 +58,7 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
     model: Any = GaussianMixture.from_mixture(as_mixture(mixture).detach().to("cpu"))
     kind = model.covariance_type
     if kind in ("tied_diag", "tied_spherical"):
-        K, D, C = mixture.components, mixture.features, mixture.factor.covariances().detach().cpu().numpy()
+        K, D, C = mixture.n_components, mixture.n_features, mixture.factor.covariances().detach().cpu().numpy()
         full = np.broadcast_to(C, (K, D, D))[0]
         arrays = {"covariances_": full, "precisions_cholesky_": np.diag(1 / np.sqrt(np.diag(full)))}
         kind = "tied"

@@ -134,7 +134,7 @@ class Memory(Data):
 
         if not len(self.x):
             return self
-        found = reductions.arrange(self.x, mixture.components, truncate, sweeps=sweeps, labels=labels)
+        found = reductions.arrange(self.x, mixture.n_components, truncate, sweeps=sweeps, labels=labels)
         return replace(self, truncate=truncate, cloud=None if isinstance(found, Tensor) else found, by=mixture)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import PrecisionWarning, accepts, as_choice, as_number
+from gmmkeops._checks import FormerName, PrecisionWarning, accepts, as_choice, warn
 from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tied, mask_of, shaken
@@ -112,10 +111,6 @@ class EM(Method[EMState]):
     def __post_init__(self) -> None:
         as_choice(self.assignment, "assignment", reductions.ASSIGNMENTS)
         check_settings(self)
-        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
-            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
-        as_number(self.step_offset, "step_offset", 0, above=True)
-        as_number(self.reg_covar, "reg_covar", 0)
         check_temperature(self.temperature)
 
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
@@ -124,11 +119,10 @@ class EM(Method[EMState]):
             mask_of(getattr(self, name), mixture, name)
         largest = float(objective.frame.scale.max()) ** 2
         if self.reg_covar > _DROWNING * largest:
-            warnings.warn(
+            warn(
                 f"reg_covar={self.reg_covar:g} is much larger than the variance of every column (about {largest:.2g}), so "
                 "that it alone determines the covariances; pass a reg_covar in the squared units of the data.",
                 PrecisionWarning,
-                stacklevel=3,
             )
         mixture, floored = objective.project(mixture)
         population = Population.of(mixture)
@@ -227,15 +221,15 @@ class EM(Method[EMState]):
             # During annealing all components share the points, so that a concave penalty would prune some of them.
             prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
         tied, pruned = is_tied(state), None
-        if tied and len(live) < whole.components:
+        if tied and len(live) < whole.n_components:
             # Pruned components have no data, but their means still contribute to the prior of the tied covariance.
-            rest = torch.ones(whole.components, dtype=torch.bool, device=live.device)
+            rest = torch.ones(whole.n_components, dtype=torch.bool, device=live.device)
             rest[live] = False
             index = rest.nonzero()[:, 0]
             spread = prior.select(index).spread_about(whole.means[index], type(whole.factor))
             pruned = len(index) * prior.degrees_per_component, spread.sum(0, keepdim=True)
         frozen = Frozen(*(mask_of(getattr(self, name), whole, name) for name in _FROZEN))
-        if len(live) < whole.components:
+        if len(live) < whole.n_components:
             prior, frozen = prior.select(live), frozen.select(live)
         new = m_step(
             sums,
@@ -293,7 +287,7 @@ class EM(Method[EMState]):
             assert state.memory is not None, "just blended"
             return self._move(objective, state, state.memory), total + float(sums.total), seen + float(sums.mass)
 
-        state, total, seen = objective.fold(self.batch_size, (state, 0.0, 0.0), update)
+        state, total, seen = objective.passes.fold(objective.data, self.batch_size, (state, 0.0, 0.0), update)
         whole, likelihood = (
             state.population.whole(state.mixture),
             total / max(seen, 1e-300) - objective.frame.log_volume,
@@ -345,10 +339,7 @@ class EM(Method[EMState]):
         new = self._m_step(objective, state, frame.enter_moments(moments)).mixture
         return frame.leave(new).named(mixture.columns)
 
-    def maximise(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
-        """The name of :meth:`maximize` in version 0.1, which causes a DeprecationWarning."""
-        warnings.warn("maximise is deprecated; use maximize.", DeprecationWarning, stacklevel=2)
-        return self.maximize(mixture, moments, penalty=penalty)
+    maximise = FormerName("maximize")
 
     @accepts(old={"weights": "sample_weight"})
     def update(
@@ -377,7 +368,7 @@ class EM(Method[EMState]):
         Raises:
             TypeError, ValueError: Invalid points or weights.
         """
-        x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.features)
+        x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.n_features)
         # The random numbers depend on the number of the batch only, so that they are the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
         g = as_weights(sample_weight, x, name="sample_weight")

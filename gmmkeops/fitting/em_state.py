@@ -55,19 +55,19 @@ class EMStep(NamedTuple):
 def is_tied(state: EMState) -> bool:
     """Whether all components share one covariance."""
     whole = state.population.parked
-    return whole.factor.leading == 1 and whole.components > 1
+    return whole.factor.leading == 1 and whole.n_components > 1
 
 
 def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
     """One truth value per component (K,) from True, False or a sequence."""
     mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got other numbers.")
+        raise ValueError(f"{name} must be True, False or {mixture.n_components} truth values, got other numbers.")
     mask = mask.bool()
     if mask.ndim == 0:
-        return mask.expand(mixture.components)
-    if mask.shape != (mixture.components,):
-        raise ValueError(f"{name} must be True, False or {mixture.components} truth values, got {tuple(mask.shape)}.")
+        return mask.expand(mixture.n_components)
+    if mask.shape != (mixture.n_components,):
+        raise ValueError(f"{name} must be True, False or {mixture.n_components} truth values, got {tuple(mask.shape)}.")
     if name == "frozen_covariances" and mixture.factor.leading == 1 and bool(mask.any()) and not bool(mask.all()):
         raise ValueError("a tied covariance is frozen for all components or for none; pass True or False.")
     return mask

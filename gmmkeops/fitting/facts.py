@@ -25,7 +25,7 @@ def described(
     """Return descriptions of the settings, which must be equal on all ranks and when a fit is resumed."""
     network = "" if model is None else f", {describe([str(model), model.epsilon])}"
     return {
-        "model": f"{mixture.components} components in {mixture.features} dimensions, {mixture.factor.family}, "
+        "model": f"{mixture.n_components} components in {mixture.n_features} dimensions, {mixture.factor.family}, "
         f"{mixture.factor.leading} factors{network}",
         "method": facts_of(method, "method", skip=LIMITS),
         "penalty": facts_of(penalty, "penalty") if isinstance(penalty, Penalty) else describe(penalty, "penalty"),
@@ -38,7 +38,7 @@ def facts(objective: Objective, mixture: Mixture, settings: dict[str, Any]) -> d
     """Return descriptions of the data and of the initial mixture beside the settings, after comparing them on all ranks."""
     frame, passes = objective.frame, objective.passes
     if objective.model is not None:
-        start = tensors_of(objective.model.carried(frame.shift, frame.scale).state_dict())
+        start = tensors_of(objective.model.rescaled(frame.shift, frame.scale).state_dict())
     else:
         start = tensors_of(frame.enter(mixture.detach().to(torch.float64)))
     found = settings | {

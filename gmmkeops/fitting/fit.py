@@ -6,14 +6,13 @@ import logging
 import numbers
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, accepts
+from gmmkeops._checks import ConvergenceWarning, accepts, warn
 from gmmkeops.components import mind_fork
 from gmmkeops.data import (
     World,
@@ -141,18 +140,18 @@ def fit(
             begin = initialize(x, int(start), sample_weight=sample_weight, generator=generator)
         task = Task(
             begin,
-            method,
-            penalty,
-            context,
-            max_iter,
-            tol,
-            callback,
-            checkpoint,
-            generator,
-            truncate,
-            backend,
-            dtype,
-            max_memory,
+            method=method,
+            penalty=penalty,
+            context=context,
+            max_iter=max_iter,
+            tol=tol,
+            callback=callback,
+            checkpoint=checkpoint,
+            generator=generator,
+            truncate=truncate,
+            backend=backend,
+            dtype=dtype,
+            max_memory=max_memory,
         )
         x, columns = task.points(x)
         settings = task.agreed(world, x, sample_weight, columns)
@@ -175,8 +174,7 @@ def fit(
             _close(bar, run)
         result = _result(best, run)
     if warning := _doubt(run, task.tol, task.max_iter):
-        # The decorator is one call more between this line and the user's.
-        warnings.warn(warning, ConvergenceWarning, stacklevel=3)
+        warn(warning, ConvergenceWarning)
     if isinstance(start, GMM):
         _assign(start, result, run.objective.frame.columns)
     _logger.info("%s", result)
@@ -217,16 +215,16 @@ def _result(best: Evaluation, run: Run) -> FitResult:
     statistics = objective.passes.statistics.of_all(objective.passes.world)
     engine = reductions.engine(data.device, objective.backend, features=data.features, full=best.mixture.factor.coupled)
     report = Report(
-        dead_components=tuple(k for k in range(best.mixture.components) if k not in active),
-        live_components=len(active),
-        floors_hit=() if best.floored is None else tuple(best.floored.nonzero()[:, 0].tolist()),
+        pruned_components=tuple(k for k in range(best.mixture.n_components) if k not in active),
+        n_active_components=len(active),
+        regularized_components=() if best.floored is None else tuple(best.floored.nonzero()[:, 0].tolist()),
         engine=engine,
         device=str(data.device),
         dtype="float64" if statistics.wide else str(data.dtype).removeprefix("torch."),
-        mass=objective.mass * objective.unit,
+        total_weight=objective.mass * objective.unit,
         truncate=statistics.epsilon,
         certificate=statistics.certificate,
-        pairs=statistics.evaluated / statistics.pairs if statistics.pairs else 1.0,
+        evaluated_fraction=statistics.evaluated / statistics.pairs if statistics.pairs else 1.0,
         seconds=time.perf_counter() - run.began,
         interrupted=run.ending is Ending.INTERRUPTED,
     )

@@ -117,7 +117,7 @@ class Frame:
         shift, scale = self._own(self.shift), self._own(self.scale)
         factor = mixture.factor.rescale(1 / scale)
         names = None if self.columns is None else self.columns[: len(scale)]
-        return Mixture._unchecked(mixture.logits, mixture.means * scale + shift, factor).named(names)
+        return Mixture.from_valid(mixture.logits, mixture.means * scale + shift, factor).named(names)
 
 
 def _largest(values: Tensor) -> Tensor:

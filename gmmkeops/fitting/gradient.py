@@ -113,7 +113,8 @@ class Gradient(Method[_State]):
             def update(reached: tuple[_State, list[Any]], batch: list[Batch]) -> tuple[_State, list[Any]]:
                 return reached[0], [*reached[1], self._update(objective, reached[0], batch)]
 
-            state, found = objective.fold(
+            state, found = objective.passes.fold(
+                objective.data,
                 self.batch_size,
                 (state, found),
                 update,
@@ -157,7 +158,7 @@ class Gradient(Method[_State]):
             return found
         frame = objective.frame
         model = NetworkParameters.unpacked(objective, found).model
-        return model.carried(-frame.shift / frame.scale, 1 / frame.scale)
+        return model.rescaled(-frame.shift / frame.scale, 1 / frame.scale)
 
     def _update(self, objective: Objective, state: _State, batch: list[Batch] | None) -> tuple[float, float]:
         """Perform a step of the optimizer; return the objective and log-likelihood before it, NaN after divergence."""

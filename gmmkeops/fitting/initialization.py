@@ -19,7 +19,7 @@ from gmmkeops._checks import accepts, as_choice, as_integer, renamed
 from gmmkeops.components import Moments, SphericalFactor, factor_class, mind_fork
 from gmmkeops.data import (
     NOISE,
-    Chunk,
+    Batch,
     Source,
     World,
     readable,
@@ -250,7 +250,7 @@ def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Gen
     return Moments(sums[0], sums[1], kind.second_moments(sums[2]), center.expand(K, D), torch.zeros_like(mass), mass)
 
 
-def _clusters(chunks: Iterable[Chunk], centers: Tensor, kind: Any, backend: str) -> Moments:
+def _clusters(chunks: Iterable[Batch], centers: Tensor, kind: Any, backend: str) -> Moments:
     """Moments of the clusters: each point belongs to its nearest center."""
     K, D = centers.shape
     factor = kind.from_covariances(kind.compact(torch.eye(D).to(centers))[None], features=D)
@@ -263,7 +263,7 @@ def _clusters(chunks: Iterable[Chunk], centers: Tensor, kind: Any, backend: str)
     return sums
 
 
-def _shares(chunks: Iterable[Chunk], mixture: Mixture, backend: str) -> Moments:
+def _shares(chunks: Iterable[Batch], mixture: Mixture, backend: str) -> Moments:
     """Moments for the responsibilities of a mixture (an E-step)."""
     sums = Moments.nothing(mixture.means, type(mixture.factor))
     for chunk in chunks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gmmkeops._checks import warn
 from gmmkeops.components import Moments
 from gmmkeops.data import World
 from gmmkeops.fitting.checkpoint import Checkpoint
@@ -124,11 +124,10 @@ class Journal:
         except OSError as error:
             if error.errno not in self.causes:
                 self.causes.add(error.errno)
-                warnings.warn(
+                warn(
                     f"the checkpoint {path} could not be written ({error.strerror or error}); the fit goes on, and tries again "
                     "at each further checkpoint.",
                     UserWarning,
-                    stacklevel=4,
                 )
             return False
         return True

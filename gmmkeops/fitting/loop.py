@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from gmmkeops._checks import FormerKeys
 from gmmkeops.data import difference
 from gmmkeops.fitting.data import Memory
 from gmmkeops.fitting.facts import tensors_of
 from gmmkeops.fitting.identity import marks
 from gmmkeops.fitting.method import Evaluation, Method
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.result import Ending, Step
+from gmmkeops.fitting.result import FORMER, Ending, Step
 
 __all__ = ["Run"]
 
@@ -55,7 +56,7 @@ class Run:
         self.objective, self.method, self.tol, self.callbacks, self.began = objective, method, tol, callbacks, began
         self.facts, self.single = facts, single
         self.best: Evaluation | None = None
-        self.history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "live": []}
+        self.history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "active": []}
         self.ending = Ending.MAX_ITER
         # Random identifier of this fit, by which its checkpoint files are recognized.
         self.mark = objective.passes.world.tell(os.urandom(8).hex())[0]
@@ -104,7 +105,8 @@ class Run:
             )
         # The saved facts remain valid: the mixture that the fit had reached is no other start.
         self.facts = saved["facts"]
-        self.history, self.best, self.mark = saved["history"], saved["best"], saved["mark"]
+        self.history = FormerKeys(saved["history"], FORMER)
+        self.best, self.mark = saved["best"], saved["mark"]
         self.began -= saved["seconds"]
         if isinstance(objective.data, Memory) and saved["dtype"] == str(torch.float64):
             objective.data.refine()
@@ -188,13 +190,13 @@ class Run:
             ("objective", now.objective),
             ("log_likelihood", now.log_likelihood),
             ("seconds", time.perf_counter() - self.began),
-            ("live", len(now.active)),
+            ("active", len(now.active)),
         ):
             self.history[name].append(value)
         if bar is not None:
-            bar.set_postfix(objective=f"{now.objective:.4f}", live=len(now.active), refresh=False)
+            bar.set_postfix(objective=f"{now.objective:.4f}", active=len(now.active), refresh=False)
             bar.update()
-        history, world = self.history, self.objective.passes.world
+        history, world = FormerKeys(self.history, FORMER), self.objective.passes.world
         step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.active, history, now, self.objective)
         with world.callback():
             stops = [callback(step) is True for callback in self.callbacks]

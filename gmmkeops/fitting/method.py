@@ -55,7 +55,7 @@ class Evaluation:
         """Indices of the active components."""
         if self.live is not None:
             return self.live
-        return torch.arange(self.mixture.components, device=self.mixture.means.device)
+        return torch.arange(self.mixture.n_components, device=self.mixture.means.device)
 
 
 class Method(ABC, Generic[S]):
@@ -168,7 +168,7 @@ def _changes(value: Any) -> list[str]:
 
 
 def check_settings(method: Any) -> None:
-    """Check the settings that all methods have.
+    """Check the settings that all methods have, and those of methods with an M-step.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -180,3 +180,8 @@ def check_settings(method: Any) -> None:
     as_integer(method.patience, "patience", 1)
     as_number(method.tol, "tol", 0)
     as_number(method.relative_tol, "relative_tol", 0)
+    if hasattr(method, "step_exponent"):
+        if not 0.5 < as_number(method.step_exponent, "step_exponent") <= 1:
+            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {method.step_exponent}.")
+        as_number(method.step_offset, "step_offset", 0, above=True)
+        as_number(method.reg_covar, "reg_covar", 0)

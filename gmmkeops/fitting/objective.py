@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from gmmkeops.penalties import Penalty, as_penalty
 
 __all__ = ["FLOOR", "Objective"]
 
-S = TypeVar("S")
 
 # Smallest eigenvalue of a covariance in standardized coordinates, about the square of the rounding error there. A component that
 # collapses to a single point keeps a finite density, and no covariance that the points determine is changed: two sites that are
@@ -111,17 +109,6 @@ class Objective:
         parts = [sums_of(batch)[2] for batch in batches if len(batch)]
         return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing)
 
-    def fold(
-        self,
-        size: int,
-        state: S,
-        update: Callable[[S, list[Batch]], S],
-        pack: Callable[[S], Any] = lambda state: state,
-        unpack: Callable[[Any], S] = lambda packed: packed,
-    ) -> S:
-        """Update a state by each batch of about ``size`` points of one shuffled pass (:meth:`Passes.fold`)."""
-        return self.passes.fold(self.data, size, state, update, pack, unpack)
-
     def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
         """Mean negative log-likelihood of all points or of batches, nats per point in data units; float64, differentiable."""
         sums = self.moments(mixture.offsets, mixture.means, mixture.factor, batches)
@@ -144,7 +131,7 @@ class Objective:
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """Project a mixture (standardized) onto the bounds of covariances; return it and a mask (K,) of changed components."""
         factor, low = mixture.factor.floored(FLOOR)
-        hit = low.expand(mixture.components)
+        hit = low.expand(mixture.n_components)
         if bool(low.any()):
             mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
         if self.penalty is None or not self.penalty.bounds:

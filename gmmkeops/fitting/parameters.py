@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from gmmkeops._checks import PrecisionWarning
+from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.data import Batch
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import Objective
@@ -188,16 +187,15 @@ class NetworkParameters(Parameters):
     def of(cls, objective: Objective) -> NetworkParameters:
         """A copy of the network of the objective, in standardized coordinates."""
         assert objective.model is not None, "the objective of a conditional fit has a network"
-        found = cls(objective.model.carried(objective.frame.shift, objective.frame.scale))
+        found = cls(objective.model.rescaled(objective.frame.shift, objective.frame.scale))
         first = cast(nn.Linear, found.model.network[0])
         # Distance from the center of the contexts at which each unit bends, in their standard deviations.
         bends = first.bias.detach().abs() / first.weight.detach().norm(dim=1).clamp(min=1e-30)
         if float((bends > 10).double().mean()) > 0.5:
-            warnings.warn(
+            warn(
                 "most units of the network's first layer bend far outside the contexts, where they cannot learn; call "
                 "model.initialize(x, context=c) before fit, or standardize the contexts.",
                 PrecisionWarning,
-                stacklevel=6,
             )
         return found
 
@@ -205,7 +203,7 @@ class NetworkParameters(Parameters):
     def unpacked(cls, objective: Objective, packed: dict[str, Tensor]) -> NetworkParameters:
         """The parameters from the result of :meth:`pack`."""
         assert objective.model is not None, "the objective of a conditional fit has a network"
-        found = cls(objective.model.carried(objective.frame.shift, objective.frame.scale))
+        found = cls(objective.model.rescaled(objective.frame.shift, objective.frame.scale))
         found.model.load_state_dict(packed)
         return found
 
@@ -238,7 +236,7 @@ def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backwa
     D, parameters = model.features, list(model.parameters())
     kind: Any = {"dtype": parameters[0].dtype, "device": parameters[0].device}
     loss, total, mass = 0.0, 0.0, 0.0
-    rows = max(1, _CHUNK // (model.components * D * (D + 2)))
+    rows = max(1, _CHUNK // (model.n_components * D * (D + 2)))
     for part in objective.data.batches() if batch is None else batch:
         assert part.context is not None, "a conditional fit has contexts"
         g = part.points.new_ones(len(part), dtype=torch.float64) if part.weights is None else part.weights
@@ -267,7 +265,7 @@ def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backwa
 
 def _penalties(objective: Objective, batch: Mixture) -> Tensor:
     """The penalty of each mixture of a batch (B,), nats per point."""
-    kind, features = type(batch.factor), batch.features
+    kind, features = type(batch.factor), batch.n_features
 
     def one(logits: Tensor, means: Tensor, tensors: dict[str, Tensor]) -> Tensor:
         return objective.penalized(Mixture(logits, means, kind.of(tensors, features), validate_args=False))

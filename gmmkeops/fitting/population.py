@@ -35,11 +35,11 @@ class Population:
     @classmethod
     def of(cls, mixture: Mixture) -> Population:
         """A population in which all components are active."""
-        return cls(mixture, torch.arange(mixture.components, device=mixture.means.device))
+        return cls(mixture, torch.arange(mixture.n_components, device=mixture.means.device))
 
     def whole(self, live: Mixture) -> Mixture:
         """The mixture of all K components, with the active ones from ``live`` and the pruned ones from ``parked``."""
-        if len(self.live) == self.parked.components:
+        if len(self.live) == self.parked.n_components:
             return live
         return Mixture(
             self.parked.logits.index_copy(0, self.live, live.log_weights),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gmmkeops._checks import FormerKeys, FormerName
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.models import Mixture
@@ -34,6 +35,9 @@ class Ending(enum.StrEnum):
     INTERRUPTED = "interrupted"
 
 
+# Keys of the history by those of version 0.1.
+FORMER = {"live": "active"}
+
 _ENDED = {
     Ending.CONVERGED: "converged",
     Ending.MAX_ITER: "stopped at max_iter",
@@ -48,33 +52,39 @@ class Report:
     """Report of a fit: engine, precision, error bounds, pruned and regularized components.
 
     Args:
-        dead_components: Indices of components that were pruned because their expected count became negligible.
-        live_components: Number of active components.
-        floors_hit: Indices of components whose covariance was regularized at least once.
+        pruned_components: Indices of components that were pruned because their expected count became negligible.
+        n_active_components: Number of active components.
+        regularized_components: Indices of components whose covariance was regularized at least once.
         engine: ``"dense"`` or ``"keops"``.
         device: Device of the computation.
         dtype: Precision of the points (parameters are float64).
-        mass: Total weight of the points.
+        total_weight: Total weight of the points.
         truncate: ε of the truncation; 0 if every pair of point and component was evaluated.
         certificate: Upper bound on the error of any point's log-density by truncation, nats; truncation only decreases
             log-densities.
-        pairs: Fraction of all pairs of point and component that the last pass evaluated.
+        evaluated_fraction: Fraction of all pairs of point and component that the last pass evaluated.
         seconds: Wall time, including validation and standardization of the data.
         interrupted: Whether Ctrl-C ended the fit.
     """
 
-    dead_components: tuple[int, ...]
-    live_components: int
-    floors_hit: tuple[int, ...]
+    pruned_components: tuple[int, ...]
+    n_active_components: int
+    regularized_components: tuple[int, ...]
     engine: str
     device: str
     dtype: str
-    mass: float
+    total_weight: float
     truncate: float
     certificate: float
-    pairs: float
+    evaluated_fraction: float
     seconds: float
     interrupted: bool
+
+    dead_components = FormerName("pruned_components")
+    live_components = FormerName("n_active_components")
+    floors_hit = FormerName("regularized_components")
+    mass = FormerName("total_weight")
+    pairs = FormerName("evaluated_fraction")
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,7 +99,7 @@ class FitResult:
         ending: The reason why the fit ended, an :class:`Ending`.
         n_iter: Number of iterations performed.
         history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
-            the iteration started from; with minibatches a running mean), "seconds" since the start, "live" (the number of
+            the iteration started from; with minibatches a running mean), "seconds" since the start, "active" (the number of
             active components). For EM "objective" includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
         report: Engine, dtype, error bounds, pruned and regularized components.
         answer: The full result of methods that fit more than a mixture: the :class:`gmmkeops.bayes.NormalWishart` posterior,
@@ -100,7 +110,7 @@ class FitResult:
         >>> import torch, gmmkeops as gk
         >>> x = torch.linspace(-1, 1, 100).double()[:, None]
         >>> result = gk.fit(gk.initialize(x, 1), x, gk.EM())
-        >>> result.converged, result.mixture, result.report.live_components
+        >>> result.converged, result.mixture, result.report.n_active_components
         (True, Mixture(components=1, features=1, factor=full), 1)
         >>> len(result.history["objective"]) == result.n_iter
         True
@@ -118,6 +128,7 @@ class FitResult:
     def __post_init__(self) -> None:
         # Files hold the value of the reason.
         object.__setattr__(self, "ending", Ending(self.ending))
+        object.__setattr__(self, "history", FormerKeys(self.history, FORMER))
 
     @property
     def converged(self) -> bool:
@@ -136,12 +147,13 @@ class FitResult:
         )
 
     def __str__(self) -> str:
-        r, K = self.report, self.mixture.components
+        r, K = self.report, self.mixture.n_components
+        fraction, bound = r.evaluated_fraction, r.certificate
         return (
             f"{_ENDED[self.ending]} after {self.n_iter} iterations in {r.seconds:.2f} s on {r.device} ({r.engine}, {r.dtype}): "
             f"objective {self.objective:.4f}, mean log-likelihood {self.log_likelihood:.4f} nats per point, "
-            f"{r.live_components} of {K} components active"
-        ) + (f"; {r.pairs:.2%} of all pairs evaluated, error at most {r.certificate:.0e} nats" if r.pairs < 1 else "")
+            f"{r.n_active_components} of {K} components active"
+        ) + (f"; {fraction:.2%} of all pairs evaluated, error at most {bound:.0e} nats" if fraction < 1 else "")
 
 
 @dataclass(frozen=True)
@@ -152,17 +164,19 @@ class Step:
         iteration: Number of the iteration, from 0.
         objective: Objective of ``mixture``, nats per point.
         log_likelihood: Mean log-likelihood of ``mixture``, nats per point.
-        live: Indices of the active components, int64.
+        active: Indices of the active components, int64.
         history: As in :class:`FitResult`, up to this iteration.
     """
 
     iteration: int
     objective: float
     log_likelihood: float
-    live: torch.Tensor
+    active: torch.Tensor
     history: dict[str, list[float]]
     _evaluation: Evaluation = field(repr=False)
     _objective: Objective = field(repr=False)
+
+    live = FormerName("active")
 
     @cached_property
     def mixture(self) -> Mixture:

@@ -90,7 +90,7 @@ def _plain(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, dict):
         return {"dict": [[_plain(key, tensors), _plain(item, tensors)] for key, item in value.items()]}
     if isinstance(value, Mixture):
-        name, features = value.factor.family, value.features
+        name, features = value.factor.family, value.n_features
         parts = {"logits": value.logits, "means": value.means, **value.factor.tensors}
         return {"Mixture": [name, features, _plain(parts, tensors)]}
     for name, cls in _CLASSES.items():

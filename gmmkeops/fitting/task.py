@@ -41,6 +41,7 @@ class Task:
     def __init__(
         self,
         start: Any,
+        *,
         method: Any,
         penalty: Any,
         context: Any,
@@ -105,7 +106,7 @@ class Task:
         mixture, model, dtype = self.mixture, self.model, as_dtype(self.dtype)
         limit = None if self.max_memory is None else as_bytes(self.max_memory)
         world, extra = journal.world, 0 if model is None else model.context
-        K, D, device, name = mixture.components, mixture.features + extra, mixture.means.device, "x"
+        K, D, device, name = mixture.n_components, mixture.n_features + extra, mixture.means.device, "x"
         x, columns = _matched(x, sample_weight, columns, world)
         if isinstance(x, Source):
             name, g = x.name, None
@@ -209,7 +210,7 @@ def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World
 
 def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None, world: World) -> tuple[Any, Any]:
     """Points and weights, as a source with small enough chunks if a fit in memory would exceed the limit (bytes)."""
-    K, D = mixture.components, mixture.features
+    K, D = mixture.n_components, mixture.n_features
     kind = mixture.factor.type_name(tied=mixture.factor.leading == 1 and K > 1)
     if isinstance(x, Source):
         return x.in_chunks(chunk_rows(limit, K, D, kind, torch.float64, x.reader.stored)), g

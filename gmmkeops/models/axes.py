@@ -19,10 +19,12 @@ def principal_axes(mixture: Mixture) -> tuple[np.ndarray, np.ndarray, np.ndarray
     Raises:
         ValueError: The argument is not one mixture in three dimensions.
     """
-    if as_mixture(mixture).features != 3:
-        raise ValueError(f"only one mixture in 3 dimensions can be drawn in space, got {mixture.features} dimensions.")
+    if as_mixture(mixture).n_features != 3:
+        raise ValueError(
+            f"only one mixture in 3 dimensions can be drawn in space, got {mixture.n_features} dimensions."
+        )
     mixture = mixture.detach().to("cpu")
-    C = mixture.factor.covariances().expand(mixture.components, 3, 3).double().numpy()
+    C = mixture.factor.covariances().expand(mixture.n_components, 3, 3).double().numpy()
     values, R = np.linalg.eigh(C)
     # A reflection becomes a rotation by a change of sign.
     R = R * np.where(np.linalg.det(R) < 0, -1.0, 1.0)[:, None, None]

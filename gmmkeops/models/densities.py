@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from gmmkeops import reductions
 from gmmkeops._checks import as_choice, as_fraction
 from gmmkeops.components import concrete
+from gmmkeops.data import Batch
 from gmmkeops.models.points import as_points_of, broadcast, check_finite_points, check_range, widened
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _finite_log_prob(mixture: Mixture, x: Tensor, backend: str, truncate: float 
         return _batch_log_prob(mixture, x)
     if x.numel() == 0:
         return torch.logsumexp(joint(mixture, x), -1)
-    arguments = (x.reshape(-1, mixture.features), mixture.offsets, mixture.means, mixture.factor)
+    arguments = (Batch(x.reshape(-1, mixture.n_features)), mixture.offsets, mixture.means, mixture.factor)
     values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
     return values.reshape(x.shape[:-1])
 
@@ -79,10 +80,10 @@ def _batch_log_prob(mixture: Mixture, x: Tensor) -> Tensor:
     batch = broadcast(mixture, x[..., 0], x, "points").shape
     lead = batch[: len(batch) - len(mixture.batch_shape)]
     # The matrix of one factor takes as much memory as the residuals of D points.
-    room = max(1, CHUNK // (mixture.components * mixture.features * (mixture.features + 1)))
+    room = max(1, CHUNK // (mixture.n_components * mixture.n_features * (mixture.n_features + 1)))
     if _fits(batch, room):
         return torch.logsumexp(joint(mixture, x), -1)
-    flat = x.expand(*batch, mixture.features).reshape(lead.numel(), -1, mixture.features)
+    flat = x.expand(*batch, mixture.n_features).reshape(lead.numel(), -1, mixture.n_features)
     tensors = {name: tensor.flatten(0, -3) for name, tensor in mixture.factor.tensors.items()}
 
     def block(points: Tensor, logits: Tensor, means: Tensor, *parts: Tensor) -> Tensor:
@@ -134,12 +135,12 @@ def entropy(mixture: Mixture) -> Tensor:
     Raises:
         NotImplementedError: The mixture has several components; its entropy has no closed form.
     """
-    if mixture.components > 1:
+    if mixture.n_components > 1:
         raise NotImplementedError(
-            f"the entropy of a mixture of {mixture.components} components has no closed form; average -log_prob over a "
+            f"the entropy of a mixture of {mixture.n_components} components has no closed form; average -log_prob over a "
             "sample, or compare mixtures by sampling with gmmkeops.analysis (gk.analysis.kl_divergence)."
         )
-    return 0.5 * mixture.features * math.log(2 * math.pi * math.e) - mixture.factor.log_determinant()[..., 0]
+    return 0.5 * mixture.n_features * math.log(2 * math.pi * math.e) - mixture.factor.log_determinant()[..., 0]
 
 
 def joint(mixture: Mixture, x: Tensor) -> Tensor:
@@ -156,8 +157,8 @@ def joint(mixture: Mixture, x: Tensor) -> Tensor:
     rows = max(1, CHUNK // max(1, mixture.means.numel()))
     if mixture.batch_shape or x.ndim < 2 or _fits(x.shape[:-1], rows):
         return exponents(x)
-    flat = x.reshape(-1, mixture.features)
-    return torch.cat([exponents(part) for part in flat.split(rows)]).reshape(*x.shape[:-1], mixture.components)
+    flat = x.reshape(-1, mixture.n_features)
+    return torch.cat([exponents(part) for part in flat.split(rows)]).reshape(*x.shape[:-1], mixture.n_components)
 
 
 def _fits(shape: torch.Size, rows: int) -> bool:

@@ -63,8 +63,8 @@ def sample(
     mind_fork()
     shape = as_shape(sample_shape)
     if component is not None:
-        component = as_integer(component, "component", -mixture.components, mixture.components - 1)
-    bounds = shell(confidence, std_range, mixture.features)
+        component = as_integer(component, "component", -mixture.n_components, mixture.n_components - 1)
+    bounds = shell(confidence, std_range, mixture.n_features)
     generator = generator_on(generator, mixture.means.device)
     with torch.no_grad():
         labels = _labels(mixture, shape.numel(), component, generator)
@@ -75,7 +75,7 @@ def sample(
 
 def _labels(mixture: Mixture, count: int, component: int | None, generator: torch.Generator | None) -> Tensor:
     """Components of ``count`` points of each mixture (count, number of mixtures)."""
-    batch, K = mixture.batch_shape.numel(), mixture.components
+    batch, K = mixture.batch_shape.numel(), mixture.n_components
     if component is not None or count * batch == 0:
         return torch.full((count, batch), (component or 0) % K, device=mixture.means.device)
     return categorical(mixture.weights.double().reshape(batch, K), count, generator).T
@@ -83,7 +83,7 @@ def _labels(mixture: Mixture, count: int, component: int | None, generator: torc
 
 def _noise(mixture: Mixture, count: int, bounds: tuple[float, float], generator: torch.Generator | None) -> Tensor:
     """Standard normal vectors (count, D) whose norms are within bounds."""
-    device, D = mixture.means.device, mixture.features
+    device, D = mixture.means.device, mixture.n_features
     draws = torch.randn(count, D, generator=generator, dtype=mixture.means.dtype, device=device)
     if bounds != (0.0, math.inf) and len(draws):
         uniform = torch.rand(count, 1, generator=generator, dtype=torch.float64, device=device)
@@ -95,7 +95,7 @@ def _noise(mixture: Mixture, count: int, bounds: tuple[float, float], generator:
 def _moved(mixture: Mixture, draws: Tensor, labels: Tensor) -> Tensor:
     """Points (S · number of mixtures, D) from whitened ones and their components (S, number of mixtures), in place."""
     count, batch = labels.shape
-    K, D, leading = mixture.components, mixture.features, mixture.factor.leading
+    K, D, leading = mixture.n_components, mixture.n_features, mixture.factor.leading
     first = torch.arange(batch, device=labels.device)
     index = (labels + K * first).reshape(-1)
     factor = mixture.factor.replace(**{n: t.flatten(0, -2) for n, t in mixture.factor.tensors.items()})

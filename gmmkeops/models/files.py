@@ -93,8 +93,8 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
         "format": _FORMAT,
         "version": _VERSION,
         "family": mixture.factor.family,
-        "features": mixture.features,
-        "components": mixture.components,
+        "features": mixture.n_features,
+        "components": mixture.n_components,
     }
     if mixture.columns is not None:
         header["columns"] = list(mixture.columns)

@@ -65,7 +65,7 @@ def condition(mixture: Mixture, columns: Sequence[int] | int, values: Any) -> Mi
         [1.0]
     """
     given = _indices(mixture, columns)
-    rest = [d for d in range(mixture.features) if d not in given]
+    rest = [d for d in range(mixture.n_features) if d not in given]
     if not rest:
         raise ValueError("condition must leave at least one column free; use log_prob for all of them.")
     if mixture.batch_shape:
@@ -92,7 +92,7 @@ def _indices(mixture: Mixture, columns: Sequence[int] | int) -> list[int]:
     one = not isinstance(columns, Iterable) or isinstance(columns, (str, bytes))
     wanted: Any = [columns] if one else columns
     chosen = [as_integer(column, "each column") for column in wanted]
-    chosen = [column + mixture.features if column < 0 else column for column in chosen]
-    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= c < mixture.features for c in chosen):
-        raise ValueError(f"columns must be distinct and among the {mixture.features} of the mixture, got {columns}.")
+    chosen = [column + mixture.n_features if column < 0 else column for column in chosen]
+    if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= c < mixture.n_features for c in chosen):
+        raise ValueError(f"columns must be distinct and among the {mixture.n_features} of the mixture, got {columns}.")
     return chosen

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, constraints
 
-from gmmkeops._checks import accepts, as_device
+from gmmkeops._checks import FormerName, accepts, as_device
 from gmmkeops.components import Factor, as_tensor
 from gmmkeops.models import densities, draws, marginals, posteriors, quantiles
 from gmmkeops.models.arguments import MIXTURE
@@ -147,8 +147,6 @@ class Mixture(Distribution):
             mixture._validate_args = validate_args
         return mixture
 
-    _unchecked = from_valid
-
     def _like(self, logits: Tensor, means: Tensor, factor: Factor) -> Mixture:
         """A mixture with parameters computed from those of this one, and the same ``validate_args``."""
         return self.from_valid(logits, means, factor, vars(self).get("_validate_args"))
@@ -192,9 +190,9 @@ class Mixture(Distribution):
             return self
         names = tuple(columns) if isinstance(columns, Iterable) and not isinstance(columns, str) else ()
         strings = all(isinstance(name, str) for name in names)
-        if columns is not None and (len(set(names)) != self.features or len(names) != self.features or not strings):
+        if columns is not None and (len(set(names)) != self.n_features or len(names) != self.n_features or not strings):
             raise ValueError(
-                f"columns must be {self.features} different strings, one for each column, got {columns!r}."
+                f"columns must be {self.n_features} different strings, one for each column, got {columns!r}."
             )
         mixture = copy.copy(self)
         mixture.columns = None if columns is None else tuple(map(str, names))
@@ -224,8 +222,8 @@ class Mixture(Distribution):
         """Number of columns D."""
         return self.means.shape[-1]
 
-    components = n_components
-    features = n_features
+    components = FormerName("n_components")
+    features = FormerName("n_features")
 
     @property
     def tied(self) -> bool:
@@ -272,7 +270,7 @@ class Mixture(Distribution):
     @property
     def offsets(self) -> Tensor:
         """Offsets log W + log |det U| - D/2 log 2π (*B, K) that the reductions add to each exponent, nats."""
-        return self.log_weights + self.factor.log_determinant() - 0.5 * self.features * math.log(2 * math.pi)
+        return self.log_weights + self.factor.log_determinant() - 0.5 * self.n_features * math.log(2 * math.pi)
 
     @property
     def parameter_count(self) -> int:
@@ -311,8 +309,8 @@ class Mixture(Distribution):
         """Expand the batch shape to ``batch_shape``, as all torch distributions; parameters are not copied."""
         batch_shape = torch.Size(batch_shape)
         return self._like(
-            self.logits.expand(*batch_shape, self.components),
-            self.means.expand(*batch_shape, self.components, self.features),
+            self.logits.expand(*batch_shape, self.n_components),
+            self.means.expand(*batch_shape, self.n_components, self.n_features),
             self.factor.expand(batch_shape),
         ).named(self.columns)
 
@@ -385,7 +383,7 @@ class Mixture(Distribution):
     def __repr__(self) -> str:
         batch = f"batch={tuple(self.batch_shape)}, " if self.batch_shape else ""
         family = ("tied " if self.tied else "") + self.factor.family
-        return f"Mixture({batch}components={self.components}, features={self.features}, factor={family})"
+        return f"Mixture({batch}components={self.n_components}, features={self.n_features}, factor={family})"
 
     def _repr_html_(self) -> str:
         return mixture_table(self)

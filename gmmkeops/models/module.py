@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gmmkeops._checks import accepts, as_integer, as_number
+from gmmkeops._checks import FormerName, accepts, as_integer, as_number
 from gmmkeops.components import as_tensor, factor_class
 from gmmkeops.data import as_generator, as_points, table_names, table_of
 from gmmkeops.models.arguments import COMPONENTS
@@ -131,10 +131,7 @@ class GMM(nn.Module):
             for name, shape in factor_shapes.items():
                 setattr(self, name, nn.Parameter(torch.zeros(shape)))
 
-    @property
-    def components(self) -> int:
-        """Number of components K; the same as ``n_components``."""
-        return self.n_components
+    components = FormerName("n_components")
 
     def forward(self, c: Any = None) -> Mixture:
         """Return the mixture, or the batch of mixtures of contexts c (*B, C).
@@ -188,7 +185,7 @@ class GMM(nn.Module):
         model.epsilon = self.epsilon / (s[:1] if self.kind.isotropic else s).square()
         return model
 
-    carried = rescaled
+    carried = FormerName("rescaled")
 
     @torch.no_grad()
     def assign(self, mixture: Mixture) -> GMM:

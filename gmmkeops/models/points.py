@@ -30,9 +30,9 @@ def as_points_of(mixture: Mixture, value: Any) -> Tensor:
         ValueError: The shape does not match the mixture, or the points are on another device.
     """
     x = recordable(as_tensor(table_of(value, mixture.columns), name="x"))
-    if x.ndim == 0 or x.shape[-1] != mixture.features:
+    if x.ndim == 0 or x.shape[-1] != mixture.n_features:
         raise ValueError(
-            f"x must have {mixture.features} columns, shape (*, {mixture.features}), got {tuple(x.shape)}; "
+            f"x must have {mixture.n_features} columns, shape (*, {mixture.n_features}), got {tuple(x.shape)}; "
             "pass the same columns as the model has."
         )
     if x.device != mixture.means.device:
@@ -53,7 +53,7 @@ def as_rows_of(mixture: Mixture, value: Any) -> tuple[Tensor, Tensor]:
             "index it first, for example mixture[0]."
         )
     x = as_points_of(mixture, value)
-    return x, x.reshape(-1, mixture.features)
+    return x, x.reshape(-1, mixture.n_features)
 
 
 def broadcast(mixture: Mixture, leading: Tensor, given: Tensor, name: str) -> Tensor:
@@ -73,7 +73,7 @@ def broadcast(mixture: Mixture, leading: Tensor, given: Tensor, name: str) -> Te
 def check_finite_points(mixture: Mixture, x: Tensor) -> None:
     """Raise a ValueError if an entry of the points is not finite, unless the mixture does not validate values."""
     if mixture._validate_args:
-        check_finite(x.reshape(-1, mixture.features), name="x")
+        check_finite(x.reshape(-1, mixture.n_features), name="x")
 
 
 def widened(mixture: Mixture, x: Tensor) -> tuple[Tensor, bool]:
@@ -86,10 +86,10 @@ def widened(mixture: Mixture, x: Tensor) -> tuple[Tensor, bool]:
         # A difference is at most the sum of two lengths, and a factor's norm at most D times its largest entry.
         low, high = means.flatten(0, -2).aminmax(dim=0)
         center = 0.5 * low.double() + 0.5 * high.double()
-        least, most = x.detach().reshape(-1, mixture.features).aminmax(dim=0)
+        least, most = x.detach().reshape(-1, mixture.n_features).aminmax(dim=0)
         reach = torch.maximum(most.double() - center, center - least.double()).amax()
         reach = reach + 0.5 * (high.double() - low.double()).amax()
-        largest = float(mixture.features * reach * mixture.factor.detach().largest())
+        largest = float(mixture.n_features * reach * mixture.factor.detach().largest())
     if largest < _NEAR:
         return x, True
     return (x.double() if largest > 1e18 else x), False
@@ -102,7 +102,7 @@ def check_range(mixture: Mixture, values: Tensor, x: Tensor) -> None:
     bad = ~(values.detach() > _LEAST[values.dtype])
     if bool(bad.any()):
         place = bad.nonzero()[0].tolist()
-        points = x.detach().expand(*bad.shape, mixture.features)
+        points = x.detach().expand(*bad.shape, mixture.n_features)
         largest, name = float(points[tuple(place)].abs().amax()), str(values.dtype).removeprefix("torch.")
         row = place[0] if len(place) == 1 else tuple(place)
         remedy = "pass float64, or rescale the columns" if name == "float32" else "rescale the columns"

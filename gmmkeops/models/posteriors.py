@@ -18,6 +18,7 @@ from torch import Tensor
 from gmmkeops import reductions
 from gmmkeops._checks import as_integer
 from gmmkeops.components import concrete
+from gmmkeops.data import Batch
 from gmmkeops.models.densities import CHUNK, joint
 from gmmkeops.models.points import as_points_of, as_rows_of, check_finite_points, check_range, widened
 
@@ -62,13 +63,16 @@ def responsibilities(
         if not is_near:
             check_range(mixture, values.amax(-1), x)
         return _log_posterior(mixture, values, near).exp().to(x.dtype)
-    k = as_integer(k, "k", 1, mixture.components, clause=f"must be between 1 and the {mixture.components} components")
+    k = as_integer(
+        k, "k", 1, mixture.n_components, clause=f"must be between 1 and the {mixture.n_components} components"
+    )
     x, flat = as_rows_of(mixture, value)
     if not len(flat):
         return torch.softmax(joint(mixture, x), -1).topk(k)
     flat, _ = widened(mixture, flat)
-    arranged = reductions.arrange(flat, mixture.components, truncate, sweeps=2)
-    arguments = (arranged, mixture.offsets.detach(), mixture.means.detach(), mixture.factor)
+    arranged = reductions.arrange(flat, mixture.n_components, truncate, sweeps=2)
+    points = Batch(arranged) if isinstance(arranged, Tensor) else arranged
+    arguments = (points, mixture.offsets.detach(), mixture.means.detach(), mixture.factor)
     exponents, indices = reductions.topk(*arguments, k, backend=backend)
     values = reductions.logsumexp(*arguments, backend=backend).detach()
     largest = (exponents - values[:, None]).exp()
@@ -115,7 +119,7 @@ def predict(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: fl
 
 def _far(mixture: Mixture, values: Tensor) -> Tensor:
     """Mask of log-densities that are so low that differences of exponents lose digits."""
-    return values < -_DEPTH[values.dtype] * mixture.features
+    return values < -_DEPTH[values.dtype] * mixture.n_features
 
 
 def _far_rows(mixture: Mixture, flat: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,8 +142,8 @@ def _log_posterior(mixture: Mixture, values: Tensor, x: Tensor) -> Tensor:
     if not len(rows):
         return posterior
     flat = posterior.reshape(*far.shape, -1)
-    points = x.expand(*values.shape[:-1], mixture.features).reshape(*far.shape, -1)
-    parts = rows.split(max(1, CHUNK // (mixture.means.numel() * mixture.features)))
+    points = x.expand(*values.shape[:-1], mixture.n_features).reshape(*far.shape, -1)
+    parts = rows.split(max(1, CHUNK // (mixture.means.numel() * mixture.n_features)))
     odds = torch.cat([_log_odds(mixture, points[part], flat[part].detach().argmax(-1)) for part in parts])
     return flat.index_copy(0, rows, torch.log_softmax(odds, -1).to(flat.dtype)).reshape(posterior.shape)
 

@@ -119,9 +119,9 @@ def _of_mixture(mixture: Mixture, probabilities: Tensor) -> Tensor:
 
 
 def _check_one_column(mixture: Mixture) -> None:
-    if mixture.features > 1:
+    if mixture.n_features > 1:
         raise ValueError(
-            f"a distribution function needs a mixture with one column, got {mixture.features} columns; take a marginal first."
+            f"a distribution function needs a mixture with one column, got {mixture.n_features} columns; take a marginal first."
         )
 
 

@@ -41,7 +41,7 @@ def mixture_table(mixture: Mixture) -> str:
     """
     if mixture.batch_shape:
         return f"<code>{html.escape(repr(mixture))}</code>"
-    K, D = mixture.components, mixture.features
+    K, D = mixture.n_components, mixture.n_features
     with torch.no_grad():
         weights = mixture.weights.double()
         # In the order of the mixture; components of equal weight count from the first one.

@@ -48,7 +48,7 @@ class NormalMean(Penalty):
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         residuals = (mixture.means - self._center(mixture)).expand_as(mixture.means)
         pull = 0.5 * self.mean_precision * mixture.factor.whiten(residuals).square().sum()
-        return (pull - mixture.factor.log_determinant().expand(mixture.components).sum()) / points
+        return (pull - mixture.factor.log_determinant().expand(mixture.n_components).sum()) / points
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
         pair = (float(self.mean_precision), self._center(mixture))
@@ -56,7 +56,7 @@ class NormalMean(Penalty):
 
     def _center(self, mixture: Mixture) -> Tensor:
         center = as_tensor(self.mean, name="mean").to(mixture.means)
-        K, D = mixture.components, mixture.features
+        K, D = mixture.n_components, mixture.n_features
         if tuple(center.shape) not in {(), (D,), (K, D)}:
             raise ValueError(f"the prior's mean must have shape ({D},) or ({K}, {D}), got {tuple(center.shape)}.")
         return center
@@ -108,14 +108,14 @@ class InverseWishart(Penalty):
         return replace(Surrogate.none(mixture), scatter=self._psi(mixture), degrees=self._degrees(mixture))
 
     def _degrees(self, mixture: Mixture) -> float:
-        D = mixture.features
+        D = mixture.n_features
         if self.degrees_of_freedom <= D - 1:
             raise ValueError(f"degrees_of_freedom must exceed D - 1 = {D - 1}, got {self.degrees_of_freedom}.")
         return self.degrees_of_freedom + D + 1
 
     def _psi(self, mixture: Mixture) -> Tensor:
         psi = as_tensor(self.scale, name="scale").to(mixture.means)
-        D = mixture.features
+        D = mixture.n_features
         if psi.ndim == 2 and psi.shape != (D, D):
             raise ValueError(f"the prior's scale must have shape ({D}, {D}), got {tuple(psi.shape)}.")
         return psi * torch.eye(D).to(psi) if psi.ndim == 0 else psi
@@ -131,10 +131,8 @@ class NormalInverseWishart(Penalty):
         + \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m)
 
     Args:
-        mean: m (D,) or (K, D), data units.
-        mean_precision: κ >= 0, in points.
-        scale: Ψ (D, D), squared data units; a number means that multiple of the identity.
-        degrees_of_freedom: ν > D - 1.
+        mean, mean_precision: m and κ, as for :class:`NormalMean`.
+        scale, degrees_of_freedom: Ψ and ν, as for :class:`InverseWishart`.
 
     Reference:
         Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.
@@ -195,7 +193,7 @@ class PrecisionRidge(Penalty):
         return self.strength * mixture.factor.matrices().square().sum((-1, -2)).mean()
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
-        eye = torch.eye(mixture.features).to(mixture.means)
+        eye = torch.eye(mixture.n_features).to(mixture.means)
         return replace(Surrogate.none(mixture), scatter=2 * points * self.strength / mixture.factor.leading * eye)
 
 
@@ -241,5 +239,5 @@ class EigenvalueFloor(Penalty):
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         factor, low = mixture.factor.floored(self.minimum)
         if not bool(low.any()):
-            return mixture, low.expand(mixture.components)
-        return Mixture(mixture.logits, mixture.means, factor, validate_args=False), low.expand(mixture.components)
+            return mixture, low.expand(mixture.n_components)
+        return Mixture(mixture.logits, mixture.means, factor, validate_args=False), low.expand(mixture.n_components)

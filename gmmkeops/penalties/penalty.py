@@ -72,7 +72,7 @@ class Penalty(ABC):
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """The nearest mixture within this penalty's bounds, and which components (K,) had to move; most have none."""
-        return mixture, torch.zeros(mixture.components, dtype=torch.bool, device=mixture.means.device)
+        return mixture, torch.zeros(mixture.n_components, dtype=torch.bool, device=mixture.means.device)
 
     def __add__(self, other: Any) -> Penalty:
         if isinstance(other, int) and other == 0:
@@ -132,7 +132,7 @@ class _Sum(Penalty):
         return sum((part.m_step(mixture, points) for part in self.parts), Surrogate.none(mixture))
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
-        moved = torch.zeros(mixture.components, dtype=torch.bool, device=mixture.means.device)
+        moved = torch.zeros(mixture.n_components, dtype=torch.bool, device=mixture.means.device)
         for part in self.parts:
             mixture, hit = part.project(mixture)
             moved |= hit

@@ -60,7 +60,7 @@ class SqrtWeights(Penalty):
         return self.strength * (0.5 * mixture.log_weights).exp().mean()
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
-        slopes = 0.5 * self.strength / mixture.components * (-0.5 * mixture.log_weights).exp()
+        slopes = 0.5 * self.strength / mixture.n_components * (-0.5 * mixture.log_weights).exp()
         return replace(Surrogate.none(mixture), slopes=slopes)
 
 
@@ -150,8 +150,8 @@ class Dirichlet(Penalty):
 
     def _alpha(self, mixture: Mixture) -> Tensor:
         alpha = as_tensor(self.concentration, name="concentration").to(mixture.logits)
-        if alpha.ndim == 1 and alpha.shape[0] != mixture.components:
+        if alpha.ndim == 1 and alpha.shape[0] != mixture.n_components:
             raise ValueError(
-                f"concentration has {alpha.shape[0]} entries, the mixture {mixture.components} components."
+                f"concentration has {alpha.shape[0]} entries, the mixture {mixture.n_components} components."
             )
         return alpha

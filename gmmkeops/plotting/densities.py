@@ -26,7 +26,7 @@ __all__ = ["density", "ellipses", "pairs", "points"]
 def _in_the_plane(value: Any) -> Mixture:
     """The mixture in two dimensions that a picture shows."""
     mixture = mixture_of(value)
-    if mixture.features != 2:
+    if mixture.n_features != 2:
         raise ValueError(f"this picture needs one mixture in 2 dimensions, got {mixture}; plot a marginal of it.")
     return mixture
 
@@ -216,7 +216,7 @@ def pairs(
         (2, 2)
     """
     mixture = mixture_of(mixture)
-    D = mixture.features
+    D = mixture.n_features
     if D < 2:
         raise ValueError(f"pairs needs one mixture in at least 2 dimensions, got {mixture}.")
     limit, deviations = as_integer(limit, "limit", 1), as_number(deviations, "deviations", 0, above=True)

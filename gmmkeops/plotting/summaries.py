@@ -83,12 +83,14 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
     kinds = list(dict.fromkeys(row["covariance_type"] for row in table.rows))
     drawn: list[Any] = []
     for kind, marker in zip(kinds, "os^Dv*" * len(kinds), strict=False):
-        rows = sorted((row for row in table.rows if row["covariance_type"] == kind), key=lambda row: row["components"])
+        rows = sorted(
+            (row for row in table.rows if row["covariance_type"] == kind), key=lambda row: row["n_components"]
+        )
         look = {"marker": marker, "label": kind} | style
-        drawn += ax.plot([row["components"] for row in rows], [row[criterion] for row in rows], **look)
+        drawn += ax.plot([row["n_components"] for row in rows], [row[criterion] for row in rows], **look)
     best = min(table.rows, key=lambda row: row[criterion])
     drawn.append(
-        ax.scatter([best["components"]], [best[criterion]], s=160, facecolors="none", edgecolors="k", zorder=3)
+        ax.scatter([best["n_components"]], [best[criterion]], s=160, facecolors="none", edgecolors="k", zorder=3)
     )
     ax.set_xlabel("components")
     ax.set_ylabel(f"{criterion.upper()} (lower is better)")

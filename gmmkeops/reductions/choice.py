@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_choice, as_fraction, as_integer
+from gmmkeops._checks import as_choice, as_fraction, as_integer, warn
 from gmmkeops.data import Batch, as_points
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import keops
@@ -66,7 +65,7 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
     if isinstance(problem, Tensor):
         problem, features = problem.device, problem.shape[1]
     chosen = _chosen(backend, problem, features, full)
-    return chosen.name if _runs(chosen, problem, backend, stacklevel=3) else dense.name
+    return chosen.name if _runs(chosen, problem, backend) else dense.name
 
 
 def choose(problem: Exponents, request: Request, backend: str) -> Engine:
@@ -92,15 +91,13 @@ def _chosen(backend: str, device: torch.device, features: int, full: bool) -> En
     return native if native.unavailable(device) is None else dense
 
 
-def _runs(engine: Engine, device: torch.device, backend: str, stacklevel: int = 4) -> bool:
+def _runs(engine: Engine, device: torch.device, backend: str) -> bool:
     """Whether an engine can run on a device; the user is warned once for each reason why it cannot."""
     reason = engine.unavailable(device)
     if reason is not None and reason not in _warned:
         _warned.add(reason)
         wanted = "is the faster engine here" if backend == "auto" else "was asked for"
-        warnings.warn(
-            f"{engine.title} {wanted} but {reason}; using the dense engine.", UserWarning, stacklevel=stacklevel
-        )
+        warn(f"{engine.title} {wanted} but {reason}; using the dense engine.", UserWarning)
     return reason is None
 
 

@@ -65,8 +65,9 @@ class Sweep(Protocol):
         """Gradient of Σ g ℓ in the points (N, D)."""
 
 
-def _refuse(order: str) -> Any:
-    raise NotImplementedError(
+def _refused(order: str) -> str:
+    """The message of the error about derivatives that are not implemented."""
+    return (
         f"{order} derivatives of this log-density are not implemented; differentiate "
         "torch.logsumexp(mixture.log_joint(x), -1) instead, which holds an N x K array and has derivatives of every order."
     )
@@ -98,6 +99,30 @@ def _one_by_one(function: Any, info: Any, in_dims: Sequence[int | None], argumen
 def _lead(argument: Tensor, dim: int | None, size: int) -> Tensor:
     """An argument (B, ...) whose batch dimension comes first."""
     return argument.unsqueeze(0).expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+
+
+class _EntryByEntry(Function):
+    """An autograd function that ``vmap`` calls once for each entry of the batch."""
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _one_by_one(cls, info, in_dims, arguments)
+
+
+class _Last(_EntryByEntry):
+    """An autograd function without derivatives."""
+
+    refusal: str
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @classmethod
+    def backward(cls, ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(cls.refusal)
+
+    jvp = backward
 
 
 class LogSumExp(Function):
@@ -136,7 +161,7 @@ class LogSumExp(Function):
         return values.unflatten(0, (info.batch_size, -1) if len(flat) else (info.batch_size, 0)), 0
 
 
-class Total(Function):
+class Total(_EntryByEntry):
     """Σ g ℓ, and (not differentiable) its gradients in the offsets, means and factors, from the same pass."""
 
     parameters = slice(0, 4)
@@ -167,10 +192,6 @@ class Total(Function):
         x, offsets, means, U, weights, *_ = ctx.saved_tensors
         slopes = _Slope.apply(x, offsets, means, U, *directions[:4], ctx.sweep)
         return (slopes if weights is None else weights * slopes).sum(), None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(Total, info, in_dims, arguments)
 
 
 class _Gradient(Function):
@@ -246,7 +267,7 @@ class _Gradient(Function):
         return (found.unflatten(0, (info.batch_size, len(found) // info.batch_size)),), (0,)
 
 
-class _Slope(Function):
+class _Slope(_EntryByEntry):
     """Derivatives of ℓ (N,) along directions of the points, offsets, means and factors, float64."""
 
     parameters = slice(0, 4)
@@ -271,17 +292,14 @@ class _Slope(Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
-        _refuse("Second forward-mode (forward over forward)")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(_Slope, info, in_dims, arguments)
+        raise NotImplementedError(_refused("Second forward-mode (forward over forward)"))
 
 
-class _Curvature(Function):
+class _Curvature(_Last):
     """Gradients of Σ g ℓ' in g, points, offsets, means and factors, as far as they are needed; ℓ' as in :class:`_Slope`."""
 
     parameters = slice(1, 5)
+    refusal = _refused("Third")
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
@@ -290,24 +308,8 @@ class _Curvature(Function):
         found = _plain.curvature(g, (sweep.unordered(x), *others[:3]), others[3:], needed)
         return tuple(part.to(to.dtype) for part, to in zip(found, like, strict=True) if part is not None)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
 
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        _refuse("Third")
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        _refuse("Third")
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(_Curvature, info, in_dims, arguments)
-
-
-class Attached(Function):
+class Attached(_EntryByEntry):
     """A value as a function of parameters, with known gradients and without further derivatives."""
 
     parameters = slice(0, 0)
@@ -332,36 +334,17 @@ class Attached(Function):
         terms = [(a * b).sum() for a, b in zip(slopes, directions[4:], strict=True) if b is not None]
         return torch.stack(terms).sum().to(one)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(Attached, info, in_dims, arguments)
 
-
-class _Known(Function):
+class _Known(_Last):
     """Known gradients times a number; they have no derivatives."""
 
     parameters = slice(0, 0)
+    refusal = (
+        "sums that were attached to parameters have first derivatives only; use gmmkeops.reductions.total of the points for "
+        "second derivatives."
+    )
 
     @staticmethod
     def forward(scale: Tensor, *arguments: Tensor) -> Any:
         pairs = zip(arguments[:3], arguments[3:], strict=True)
         return tuple((scale * slope).sum_to_size(like.shape).to(like.dtype) for slope, like in pairs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise NotImplementedError(
-            "sums that were attached to parameters have first derivatives only; use gmmkeops.reductions.total of the "
-            "points for second derivatives."
-        )
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        _Known.backward(ctx)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
-        return _one_by_one(_Known, info, in_dims, arguments)

@@ -106,13 +106,20 @@ class Dispatch:
     Args:
         blocks: The sorted points that the user passed, or None.
         backend, truncate: As for :func:`logsumexp`.
+        valid: Whether the points have been validated.
         setup: The exponents and their truncation, after they have been computed.
     """
 
     blocks: Truncation | None
     backend: str
     truncate: float | None
+    valid: bool = False
     setup: _Setup | None = None
+
+    @classmethod
+    def of(cls, x: Any, backend: str, truncate: float | None) -> Dispatch:
+        """The requests for points as a public function takes them; those of a batch have been validated."""
+        return cls(x if isinstance(x, Truncation) else None, backend, truncate, isinstance(x, Batch))
 
     def anew(self) -> Dispatch:
         return replace(self, setup=None)
@@ -122,7 +129,7 @@ class Dispatch:
 
     def _problem(self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> _Setup:
         if self.setup is None:
-            points = x if self.blocks is None else self.blocks
+            points = self.blocks if self.blocks is not None else Batch(x) if self.valid else x
             self.setup = setup(points, offsets, means, U, self.truncate)
         return self.setup
 

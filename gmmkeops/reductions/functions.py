@@ -66,7 +66,7 @@ def _compiled(sweep: Dispatch, x: Tensor, offsets: Tensor, means: Tensor, U: Ten
 
 
 def logsumexp(
-    x: Tensor | Truncation,
+    x: Tensor | Truncation | Batch,
     offsets: Tensor,
     means: Tensor,
     factor: Factor | Tensor,
@@ -107,7 +107,7 @@ def logsumexp(
         tensor([2.])
     """
     arguments = as_arguments(x, offsets, means, factor)
-    sweep = Dispatch(x if isinstance(x, Truncation) else None, backend, truncate)
+    sweep = Dispatch.of(x, backend, truncate)
     if torch.compiler.is_compiling():
         return _compiled(sweep, *arguments)
     return LogSumExp.apply(*arguments, sweep)
@@ -145,7 +145,7 @@ def total(
         tensor([[5., 5.]])
     """
     arguments = as_arguments(x, offsets, means, factor)
-    sweep = Dispatch(x if isinstance(x, Truncation) else None, backend, truncate)
+    sweep = Dispatch.of(x, backend, truncate)
     g = _weights(weights, arguments[0] if sweep.blocks is None else sweep.blocks)
     if torch.compiler.is_compiling():
         values = _compiled(sweep, *arguments).double()
@@ -160,7 +160,7 @@ def _weights(weights: Any, x: Any) -> Tensor | None:
 
 
 def argmax(
-    x: Tensor | Truncation,
+    x: Tensor | Truncation | Batch,
     offsets: Tensor,
     means: Tensor,
     factor: Factor | Tensor,
@@ -190,7 +190,7 @@ def argmax(
 
 
 def topk(
-    x: Tensor | Truncation,
+    x: Tensor | Truncation | Batch,
     offsets: Tensor,
     means: Tensor,
     factor: Factor | Tensor,

@@ -46,7 +46,7 @@ snapshots = {}
 
 def keep(step):
     if step.iteration in (0, 10, 100, 150, 250, 500):
-        snapshots[step.iteration] = step.mixture, step.objective, len(step.live)
+        snapshots[step.iteration] = step.mixture, step.objective, len(step.active)
 
 
 result = gk.fit(start, x, gk.Adam(lr=0.1), penalty=gk.penalties.SqrtWeights(20), max_iter=501, callback=keep)
@@ -69,7 +69,7 @@ for ax, (iteration, (mixture, objective, live)) in zip(axes.flat, snapshots.item
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 plotting.objective(result, ax=left)
 left.set_title("penalized negative log-likelihood")
-right.plot(result.history["live"], color="C1")
+right.plot(result.history["active"], color="C1")
 right.set(xlabel="iteration", ylabel="live components", ylim=(0, K + 1), title="components that own a point")
 plt.show()
 

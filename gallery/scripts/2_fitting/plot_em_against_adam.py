@@ -61,7 +61,7 @@ for ax, name in zip(axes[1:], ("EM, accelerated", "Adam, lr 0.05"), strict=True)
         xlabel="x (sides of the square)",
         ylabel="y (sides)",
         aspect="equal",
-        title=f"{name}: {result.report.live_components} live",
+        title=f"{name}: {result.report.n_active_components} live",
     )
 plt.show()
 

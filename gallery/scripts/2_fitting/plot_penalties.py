@@ -47,14 +47,17 @@ fits = {
 }
 for name, result in fits.items():
     W = result.mixture.weights
-    print(f"penalties: {name}: {result.report.live_components} live, log-likelihood {result.log_likelihood:.3f}")
+    print(f"penalties: {name}: {result.report.n_active_components} live, log-likelihood {result.log_likelihood:.3f}")
 
 figure, axes = plt.subplots(2, 3, figsize=(11, 7.4), layout="constrained", sharex=True, sharey=True)
 for ax, (name, result) in zip(axes.flat, fits.items(), strict=True):
     plotting.points(x, ax=ax, limit=1000, color="0.6")
     plotting.ellipses(result.mixture, ax=ax)
     ax.set(
-        title=f"{name}: {result.report.live_components} live", aspect="equal", xlabel="x (radii)", ylabel="y (radii)"
+        title=f"{name}: {result.report.n_active_components} live",
+        aspect="equal",
+        xlabel="x (radii)",
+        ylabel="y (radii)",
     )
     ax.label_outer()
 plt.show()

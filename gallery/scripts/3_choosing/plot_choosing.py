@@ -44,7 +44,7 @@ x, kind = truth.sample(40_000, return_labels=True, generator=generator)
 table = selection.select(x, range(1, 10), ["full", "tied", "diag", "spherical"], generator=generator)
 print(table)
 best = table.best
-print(f"choosing: {best.components} components, {best.factor.family} covariances")
+print(f"choosing: {best.n_components} components, {best.factor.family} covariances")
 
 # %%
 # The criterion against the number of components. It counts twice the nats of the whole sample, so its differences are huge
@@ -71,7 +71,7 @@ irises = load_iris()
 small = selection.select(irises.data, range(1, 7), ["full", "tied", "diag"], generator=generator, max_iter=500)
 chosen = small.best
 agree = contingency_matrix(irises.target, chosen.predict(irises.data).numpy())
-print(f"choosing: irises: {chosen.components} components, {chosen.factor.family} covariances; species by component:")
+print(f"choosing: irises: {chosen.n_components} components, {chosen.factor.family} covariances; species by component:")
 print(agree)
 
 # %%

@@ -50,7 +50,7 @@ for K in counts:
             result = gk.fit(start, x, gk.EM(tol=0), max_iter=iterations, truncate=epsilon)
             seconds[iterations] = time.perf_counter() - began
         table[name].append((seconds[4] - seconds[1]) / 3)
-    shares.append(result.report.pairs)
+    shares.append(result.report.evaluated_fraction)
     certificates.append(result.report.certificate)
 
 # %%

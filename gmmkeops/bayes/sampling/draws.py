@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import warn
 from gmmkeops.bayes.sampling.prior import Prior, Values
 from gmmkeops.data import as_points, categorical, generator_on
 from gmmkeops.models import Mixture
@@ -221,11 +222,10 @@ class Draws:
         within, between = parts.var(1).mean(0), parts.mean(1).var(0)
         worst = float((1 + between / within.clamp(min=1e-300)).sqrt().max())
         if worst > _MIXED:
-            warnings.warn(
+            warn(
                 f"the chains of {self.method} have not met (split R̂ up to {worst:.2f}): they have not seen the whole "
                 "posterior; draw longer, or narrow the prior.",
                 SamplingWarning,
-                stacklevel=4,
             )
         return self
 

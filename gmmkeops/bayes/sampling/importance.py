@@ -9,14 +9,13 @@ Methods*, §3.3; Kucukelbir, Tran, Ranganath, Gelman and Blei 2017, *Automatic d
 from __future__ import annotations
 
 import math
-import warnings
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_choice, as_integer
+from gmmkeops._checks import as_choice, as_integer, warn
 from gmmkeops.bayes.sampling.draws import Draws, SamplingWarning
 from gmmkeops.bayes.sampling.pareto import smoothed
 from gmmkeops.bayes.sampling.prior import Prior, Values
@@ -114,11 +113,10 @@ def importance(
     log_weights, k = smoothed(ratios)
     ess = float(torch.exp(-torch.logsumexp(2 * log_weights, 0)))
     if not (ess >= _LEAST_ESS and k < _LARGEST_K):
-        warnings.warn(
+        warn(
             f"the importance weights have collapsed (effective sample size {ess:.1f} of {draws} draws, Pareto k {k:.2f}): the "
             "answer is not to be trusted; take another proposal, or gibbs or nuts.",
             SamplingWarning,
-            stacklevel=3,
         )
     values = {name: value.detach() for name, value in values.items()}
     found = {"ess": ess, "pareto_k": k, "log_evidence": evidence}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import warn
 from gmmkeops.bayes.sampling.draws import Draws, SamplingWarning
 from gmmkeops.bayes.sampling.prior import Prior, Values
 from gmmkeops.bayes.sampling.target import Target, check_counts
@@ -119,11 +120,10 @@ def nuts(
     values = {name: value.detach() for name, value in prior.values(torch.cat(places))[0].items()}
     values, log_weights = _reordered(target, values, generator)
     if divergences:
-        warnings.warn(
+        warn(
             f"{divergences} of {chains * draws} trajectories diverged: the draws miss a part of the posterior; pass "
             "target_accept_prob=0.95, or narrow the prior.",
             SamplingWarning,
-            stacklevel=3,
         )
     facts = {"divergences": float(divergences), "acceptance": accepted}
     found = Draws.of(prior, values, "NUTS", log_weights=log_weights, chains=chains, diagnostics=facts)

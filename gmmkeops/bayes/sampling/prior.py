@@ -253,7 +253,7 @@ class Prior:
     def mixtures(self, values: Values) -> Mixture:
         """The batch of mixtures (S,) of parameters."""
         logits = values["weights"].clamp(min=1e-300).log()
-        return Mixture._unchecked(logits, values["means"], self._factor(values[self.spread]))
+        return Mixture.from_valid(logits, values["means"], self._factor(values[self.spread]))
 
     def _factor(self, value: Tensor) -> Factor:
         if self.kind.coupled:

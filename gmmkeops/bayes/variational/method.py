@@ -106,10 +106,6 @@ class VariationalBayes(Method[_State]):
             if value is not None or name == "mean_precision":
                 as_number(value, name, 0, above=True)
         check_settings(self)
-        if not 0.5 < as_number(self.step_exponent, "step_exponent") <= 1:
-            raise ValueError(f"step_exponent must be above 0.5 and at most 1, got {self.step_exponent}.")
-        as_number(self.step_offset, "step_offset", 0, above=True)
-        as_number(self.reg_covar, "reg_covar", 0)
         if self.begin is not None and not isinstance(self.begin, NormalWishart):
             raise TypeError(
                 f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a result."
@@ -125,7 +121,7 @@ class VariationalBayes(Method[_State]):
             )
         prior = self._prior(objective, mixture)
         if self.begin is not None:
-            given = self.begin.carried(objective.frame.enter)
+            given = self.begin.mapped(objective.frame.enter)
             if given.mixture.means.shape != mixture.means.shape:
                 raise ValueError("begin is a posterior of another number of components or columns than the start.")
             return _State(replace(given, prior=prior))
@@ -138,7 +134,7 @@ class VariationalBayes(Method[_State]):
 
     def _prior(self, objective: Objective, mixture: Mixture) -> NormalWishart:
         """The prior, in the frame."""
-        K, D, kind = mixture.components, mixture.features, type(mixture.factor)
+        K, D, kind = mixture.n_components, mixture.n_features, type(mixture.factor)
         leading, frame = mixture.factor.leading, objective.frame
         wide: Any = {"dtype": torch.float64, "device": mixture.means.device}
         nu = float(D if self.degrees is None else self.degrees)
@@ -213,7 +209,7 @@ class VariationalBayes(Method[_State]):
             return _State(posterior, state.batches + 1, memory), values
 
         values: list[Any] = []
-        state, values = objective.fold(self.batch_size, (state, values), update)
+        state, values = objective.passes.fold(objective.data, self.batch_size, (state, values), update)
         bounds, totals, masses = zip(*values, strict=True)
         seen = Moments.nothing(state.posterior.mixture.means, type(state.posterior.mixture.factor))
         seen = replace(seen, total=seen.total + sum(totals), mass=seen.mass + sum(masses))
@@ -231,7 +227,7 @@ class VariationalBayes(Method[_State]):
         return self._still(objectives, 1, self._tolerance(objectives, tol / objective.mass))
 
     def answer(self, objective: Objective, found: Any) -> NormalWishart:
-        return found.carried(objective.frame.leave)
+        return found.mapped(objective.frame.leave)
 
     def current(self, objective: Objective, state: _State) -> Mixture:
         return state.posterior.mixture
@@ -239,7 +235,7 @@ class VariationalBayes(Method[_State]):
 
 def _of_data(objective: Objective, mixture: Mixture) -> tuple[Tensor, Tensor]:
     """The data's mean (D,) and unbiased covariance as the family keeps it, in the frame."""
-    D, kind = mixture.features, type(mixture.factor)
+    D, kind = mixture.n_features, type(mixture.factor)
     center = mixture.means.new_zeros(1, D)
     unit = kind.from_covariances(kind.compact(torch.eye(D).to(center))[None], features=D)
     sums = objective.moments(center.new_zeros(1), center, unit)

@@ -13,13 +13,13 @@ Learning*, §10.2; Blei and Jordan 2006, *Variational inference for Dirichlet pr
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import FormerName
 from gmmkeops.bayes.variational.student import StudentMixture
 from gmmkeops.components import Factor, Moments, gamma
 from gmmkeops.data import generator_on, running_sum
@@ -80,7 +80,7 @@ class NormalWishart:
         """
         factor, _ = kind.nearest(covariances, means.shape[1], _FLOOR * kind.variances(covariances).amax(1))
         weights = _mean_weights(concentration)
-        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), means, factor)
+        mixture = Mixture.from_valid(weights.clamp(min=1e-300).log(), means, factor)
         return cls(mixture, concentration, mean_precision, degrees, prior)
 
     @property
@@ -100,7 +100,7 @@ class NormalWishart:
             sums: About any centers, in the shape of the family.
             ridge: Added to each column's variance (D,), squared data units.
         """
-        kind, K, D = type(self.mixture.factor), self.mixture.components, self.mixture.features
+        kind, K, D = type(self.mixture.factor), self.mixture.n_components, self.mixture.n_features
         own = sums.recenter(sums.means)
         n, spread = own.S0, own.S2
         column = (-1, *[1] * (spread.ndim - 1))
@@ -133,7 +133,7 @@ class NormalWishart:
 
     def expected_log_determinants(self) -> Tensor:
         """E log |Λ| (K or 1,), in the logarithm of 1 / squared data units."""
-        D = self.mixture.features
+        D = self.mixture.n_features
         return (
             2 * self.mixture.factor.log_determinant()
             + D * (2 / self.degrees).log()
@@ -147,40 +147,37 @@ class NormalWishart:
     @property
     def offsets(self) -> Tensor:
         """What the reductions add to the exponents (K,) so that they are the expected log-joint densities, nats."""
-        D = self.mixture.features
+        D = self.mixture.n_features
         inner = self.expected_log_determinants() - D / self.mean_precision - D * math.log(2 * math.pi)
         return self.expected_log_weights() + 0.5 * inner
 
     def expectation(self) -> tuple[Mixture, float]:
         """A mixture whose log-joint densities are the expected ones but for a constant, and that constant, nats."""
-        D = self.mixture.features
+        D = self.mixture.n_features
         logits = self.offsets - self.mixture.factor.log_determinant()
         mixture = Mixture(logits, self.mixture.means, self.mixture.factor, validate_args=False).named(
             self.mixture.columns
         )
         return mixture, float(torch.logsumexp(logits, 0)) + 0.5 * D * math.log(2 * math.pi)
 
-    def normaliser(self) -> Tensor:
-        """The name of :meth:`normalizer` in version 0.1, which causes a DeprecationWarning."""
-        warnings.warn("normaliser is deprecated; use normalizer.", DeprecationWarning, stacklevel=2)
-        return self.normalizer()
+    normaliser = FormerName("normalizer")
 
     def normalizer(self) -> Tensor:
         """Logarithm of what the density is divided by, as a function of its natural parameters, nats."""
-        D, tied = self.mixture.features, len(self.degrees) == 1 and self.mixture.components > 1
+        D, tied = self.mixture.n_features, len(self.degrees) == 1 and self.mixture.n_components > 1
         nu = self.degrees
         roots = self.mixture.factor.log_determinant() - 0.5 * D * nu.log()
         wishart = nu * roots + 0.5 * nu * D * math.log(2) + torch.lgamma(0.5 * self._ladder(nu, D)).sum(-1)
         a = self.concentration
         weights = (torch.lgamma(a).sum(0) - torch.lgamma(a.sum(0))).sum()
-        copies = self.mixture.components if tied else 1
+        copies = self.mixture.n_components if tied else 1
         return copies * wishart.sum() + weights - 0.5 * D * self.mean_precision.log().sum()
 
     def divergence(self) -> Tensor:
         """Kullback-Leibler divergence of this posterior from its prior, nats."""
         if self.prior is None:
             return self.concentration.new_zeros(())
-        prior, D, K = self.prior, self.mixture.features, self.mixture.components
+        prior, D, K = self.prior, self.mixture.n_features, self.mixture.n_components
         n = self.mean_precision - prior.mean_precision
         if self.sticks:
             logs = torch.digamma(self.concentration) - torch.digamma(self.concentration.sum(0))
@@ -202,7 +199,7 @@ class NormalWishart:
         """Expected log-joint density of points and assignments of such moments, nats."""
         about = sums.recenter(self.mixture.means)
         factor = self.mixture.factor
-        S2 = factor.mean_scatter(about.S2, self.mixture.features)
+        S2 = factor.mean_scatter(about.S2, self.mixture.n_features)
         S2 = S2.sum(0, keepdim=True) if factor.leading == 1 else S2
         return (self.offsets * about.S0).sum() - 0.5 * factor.trace(S2)
 
@@ -219,12 +216,14 @@ class NormalWishart:
         assert self.prior is not None, "a prior has no bound"
         entropy = sums.total - self.energy(sums)
         new = self.prior.updated(sums, ridge)
-        constant = 0.5 * self.mixture.features * math.log(2 * math.pi) * sums.mass
+        constant = 0.5 * self.mixture.n_features * math.log(2 * math.pi) * sums.mass
         return new, entropy + new.normalizer() - self.prior.normalizer() - constant
 
-    def carried(self, way: Callable[[Mixture], Mixture]) -> NormalWishart:
+    carried = FormerName("mapped")
+
+    def mapped(self, way: Callable[[Mixture], Mixture]) -> NormalWishart:
         """The same in other coordinates, by what carries a mixture there."""
-        prior = None if self.prior is None else self.prior.carried(way)
+        prior = None if self.prior is None else self.prior.mapped(way)
         return replace(self, mixture=way(self.mixture), prior=prior)
 
     def predictive(self) -> StudentMixture:
@@ -234,7 +233,7 @@ class NormalWishart:
 
         Reference: Bishop 2006, eq. 10.81. Diagonal precisions give a product of one-dimensional ones.
         """
-        D, K = self.mixture.features, self.mixture.components
+        D, K = self.mixture.n_features, self.mixture.n_components
         factor = self.mixture.factor
         nu = self.degrees * (K if len(self.degrees) == 1 else 1)
         # U Uᵀ = ν W holds for the sum over tied components as well.
@@ -250,7 +249,7 @@ class NormalWishart:
 
         Without a generator torch's global one is used, as by all distributions of torch: two calls draw different mixtures.
         """
-        K, D, factor = self.mixture.components, self.mixture.features, self.mixture.factor
+        K, D, factor = self.mixture.n_components, self.mixture.n_features, self.mixture.factor
         generator = generator_on(generator, self.concentration.device)
         a = self.concentration.expand(count, *self.concentration.shape)
         draws = gamma(a, generator)
@@ -264,7 +263,7 @@ class NormalWishart:
         noise = torch.randn(count, K, D, generator=generator, dtype=torch.float64, device=a.device)
         noise = noise / self.mean_precision.sqrt()[:, None]
         means = self.mixture.means + drawn.unwhiten_all(noise)
-        mixture = Mixture._unchecked(weights.clamp(min=1e-300).log(), means, drawn)
+        mixture = Mixture.from_valid(weights.clamp(min=1e-300).log(), means, drawn)
         return mixture.named(self.mixture.columns)
 
 

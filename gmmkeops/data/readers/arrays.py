@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from gmmkeops.components import as_tensor, check_dense, check_unmasked
-from gmmkeops.data.chunks import Chunk, Unit
+from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Unit
 from gmmkeops.data.columns import places, table_names, table_of
 from gmmkeops.data.points import shape_hint
 from gmmkeops.data.readers.base import Columns, Reader, Weights, stack
@@ -80,13 +81,13 @@ class Arrays(Reader):
         if isinstance(self.x, Place):
             self.x = self.x.placeholder() if self.place else self.x.array()
 
-    def load(self, unit: Unit) -> Chunk:
+    def load(self, unit: Unit) -> Batch:
         part = self.place.rows(unit) if self.place else self.x[unit.first : unit.first + unit.rows]
         if self.fields:
             chunk = self.assembled(lambda column: part[column])
         else:
             points = as_tensor(part if self.all else part[:, self.columns], name=self.name)
-            chunk = Chunk(points, None if self.weights is None else as_tensor(part[:, self.weights], name="weights"))
+            chunk = Batch(points, None if self.weights is None else as_tensor(part[:, self.weights], name="weights"))
         if isinstance(part, np.memmap):
             if np.shares_memory(chunk.points.numpy(), part):
                 chunk = replace(chunk, points=chunk.points.clone())
@@ -115,7 +116,7 @@ class Table(Reader):
         places(columns, self.known or (), self.name)
         return Table(self.table, self.name, columns, self.weights)
 
-    def load(self, unit: Unit) -> Chunk:
+    def load(self, unit: Unit) -> Batch:
         return self.numbers.load(unit)
 
 

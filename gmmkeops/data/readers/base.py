@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops.components import as_tensor, check_unmasked
-from gmmkeops.data.chunks import Chunk, Unit, cut
+from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Unit, cut
 from gmmkeops.data.columns import listed, places
 
 __all__ = ["ColumnError", "Columns", "Damage", "Reader", "Tabular", "Weights", "reason", "stack"]
@@ -107,15 +108,15 @@ class Reader(Tabular):
         return cut(0, self.rows, size)
 
     @abstractmethod
-    def load(self, unit: Unit) -> Chunk:
+    def load(self, unit: Unit) -> Batch:
         """The rows of a unit."""
 
-    def assembled(self, column: Callable[[Any], Any]) -> Chunk:
+    def assembled(self, column: Callable[[Any], Any]) -> Batch:
         """A chunk of the chosen columns, each of which ``column`` returns as an array (n,)."""
         points = stack([column(name) for name in self.columns], self.name)
         if self.weights is None:
-            return Chunk(points)
-        return Chunk(points, as_tensor(np.array(column(self.weights)), name="weights"))
+            return Batch(points)
+        return Batch(points, as_tensor(np.array(column(self.weights)), name="weights"))
 
 
 def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: Weights) -> tuple[list[Any], Any]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gmmkeops.data.chunks import Chunk, Unit
+from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Unit
 from gmmkeops.data.columns import listed, named_alike
 from gmmkeops.data.readers.base import ColumnError, Damage, Reader, reason
 
@@ -57,7 +58,7 @@ class Files(Reader):
     def path(self, unit: Unit) -> int:
         return bisect_right(self.starts, unit.first) - 1
 
-    def load(self, unit: Unit) -> Chunk:
+    def load(self, unit: Unit) -> Batch:
         which = self.path(unit)
         reader = self.readers[which]
         try:

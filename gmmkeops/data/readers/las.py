@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gmmkeops.data.chunks import Chunk, Unit, cut
+from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Unit, cut
 from gmmkeops.data.readers.base import Columns, Damage, Reader, Weights
 from gmmkeops.data.readers.las_layout import check_las
 
@@ -88,7 +89,7 @@ class Las(Reader):
         array = array[unit.first - first :][: unit.rows]
         return ScaleAwarePointRecord(array, self.header.point_format, self.header.scales, self.header.offsets)
 
-    def load(self, unit: Unit) -> Chunk:
+    def load(self, unit: Unit) -> Batch:
         try:
             found = self._points(unit)
         except BaseException as error:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gmmkeops.data.chunks import Chunk, Unit, cut
+from gmmkeops.data.batch import Batch
+from gmmkeops.data.chunks import Unit, cut
 from gmmkeops.data.readers.base import Columns, Damage, Reader, Weights
 
 __all__ = ["Parquet"]
@@ -51,7 +52,7 @@ class Parquet(Reader):
         groups = zip(self.starts[:-1], self.starts[1:], strict=True)
         return [unit for a, b in groups for unit in cut(a, b, b - a if 4 * (b - a) <= 5 * size else size)]
 
-    def load(self, unit: Unit) -> Chunk:
+    def load(self, unit: Unit) -> Batch:
         group = bisect_right(self.starts, unit.first) - 1
         first, stop = self.starts[group : group + 2]
         if unit.rows == stop - first:

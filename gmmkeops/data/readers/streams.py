@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from gmmkeops.components import as_tensor, check_unmasked
-from gmmkeops.data.chunks import Chunk
+from gmmkeops.data.batch import Batch
 from gmmkeops.data.columns import listed, named_alike, table_names, table_of
 from gmmkeops.data.readers.base import Tabular
 
@@ -53,11 +53,11 @@ class Streams(Tabular):
             )
         return iter(found)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Batch]:
         """Iterate over all chunks, from the beginning."""
         return map(self._chunk, self._begin())
 
-    def _chunk(self, item: Any) -> Chunk:
+    def _chunk(self, item: Any) -> Batch:
         item, weights = self._parts(item)
         if self.known is not None:
             own = table_names(item)
@@ -74,7 +74,7 @@ class Streams(Tabular):
             raise ValueError(f"{self.name} must give arrays of shape (n, D), got {tuple(points.shape)}.")
         if self.features not in (0, points.shape[1]):
             raise ValueError(f"{self.name} gave {points.shape[1]} columns, {self.features} before; give the same ones.")
-        return Chunk(points, None if weights is None else self._weights(weights, points))
+        return Batch(points, None if weights is None else self._weights(weights, points))
 
     def _parts(self, item: Any) -> tuple[Any, Any]:
         """Split an item of the iterator into points and weights (or None)."""

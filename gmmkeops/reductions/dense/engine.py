@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from itertools import chain, pairwise
@@ -15,7 +14,7 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import PrecisionWarning
+from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.reductions.cores import on_cores
 from gmmkeops.reductions.dense.bodies import body_of
 from gmmkeops.reductions.dense.products import asked
@@ -152,11 +151,10 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
         own = (sizes.lengths[label] * (few.x - problem.center).abs()).sum(1) + sizes.own[label]
         # The median, since a sample may contain points that are far from all components.
         return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / max(error, 1e-300)))
-    warnings.warn(
+    warn(
         "torch.set_float32_matmul_precision asks for float32 products, which are not accurate enough here: log-densities l "
         f"would change by more than {_IMPRECISE / 2:g} * max(1, |l|) nats; float64 products are used.",
         PrecisionWarning,
-        stacklevel=2,
     )
     _logger.info("float32 products would change log-densities l by %.1g * max(1, |l|) nats", error)
     return None
