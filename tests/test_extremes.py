@@ -196,7 +196,7 @@ def test_a_prior_sees_the_size_of_weights():
         ([0.0, 0.0, 0.0], "must not all be zero"),
         ([1.0, math.inf, 1.0], "must be finite"),
         ([1.0, math.nan, 1.0], "must be finite"),
-        ([10**400, 1, 1], "fit into float64"),
+        ([10**400, 1, 1], "within the range of float64"),
     ],
 )
 def test_weights_that_are_refused(weights, message):
