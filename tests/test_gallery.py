@@ -44,7 +44,7 @@ def choosing(output):
 
 
 def anomalies(output):
-    caught, false = map(float, re.search(r"([\d.]+) % of the strays caught, ([\d.]+) % false", output).groups())
+    caught, false = map(float, re.search(r"([\d.]+) % of the anomalies detected, ([\d.]+) % false", output).groups())
     assert caught > 70
     assert false < 5
 
@@ -154,7 +154,7 @@ def town(output):
 
 
 def penalties(output):
-    live = {name: int(count) for name, count in re.findall(r"penalties: (.*?): (\d+) live", output)}
+    live = {name: int(count) for name, count in re.findall(r"penalties: (.*?): (\d+) active", output)}
     assert live["none"] >= 18
     assert live["SqrtWeights(3)"] < live["none"]
     assert live["Dirichlet(50)"] == 20
