@@ -239,7 +239,7 @@ def test_figures_are_checked(monkeypatch):
     ax.set(xlabel="time (s)", ylabel="height")
     ax.plot([0, 1], color="#D00000", label="red")
     ax.plot([1, 0], color="#7F7F00", label="olive")
-    with pytest.raises(ValueError, match="names no unit"):
+    with pytest.raises(ValueError, match="has no unit"):
         look.check(figure)
     ax.set_ylabel("height (m)")
     look.check(figure)

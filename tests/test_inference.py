@@ -61,7 +61,7 @@ def test_confidence_component_and_twenty_points_beyond_five_sigma():
         ({"confidence": 1.5}, "confidence must be above 0"),
         ({"component": 9}, "component must be an integer from -4 to 3, got 9"),
         ({"std_range": (60.0, math.inf)}, "contains less probability than float64 can represent"),
-        ({"std_range": (4.0, 5.0), "confidence": 0.5}, "corresponds to 1.177 standard deviations"),
+        ({"std_range": (4.0, 5.0), "confidence": 0.5}, "is 1.177 standard deviations"),
     ):
         with pytest.raises(ValueError, match=message):
             mixture.sample(3, **bad)

@@ -311,7 +311,7 @@ def test_a_cuda_device_that_is_not_there_is_refused(tmp_path):
         lambda: MODEL.to("cuda"),
     )
     for call in calls:
-        sentence(call, "no CUDA device here", kind=ValueError)
+        sentence(call, "no CUDA device is available", kind=ValueError)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "torch.float32", torch.float32, np.float32, np.dtype("f4")])

@@ -63,9 +63,7 @@ def check_dense(tensor: Tensor, *, name: str, abstract: bool = False) -> None:
             f"{name} must be floats or integers, got a quantized tensor; convert it with .dequantize() first."
         )
     if tensor.device.type == "meta" and not abstract:
-        raise TypeError(
-            f"{name} must contain numbers, got a tensor on the meta device, which has no values; pass the data."
-        )
+        raise TypeError(f"{name} must contain numbers, got a tensor on the meta device; pass the data itself.")
     if tensor.is_complex():
         raise TypeError(_COMPLEX.format(name=name, dtype=str(tensor.dtype).removeprefix("torch.")))
 
@@ -131,9 +129,7 @@ def _check_container(value: Any, name: str) -> None:
     elif isinstance(value, (str, bytes, bytearray)):
         message = f"an array of numbers, got text ({value[:40]!r}); pass the numbers themselves."
     elif isinstance(value, torch.utils.data.Dataset):
-        message = (
-            f"an array of numbers, got a {kind}; pass its tensor, or a DataLoader if the argument accepts a Source."
-        )
+        message = f"an array of numbers, got a {kind}; pass its tensor, or a DataLoader of it."
     if message:
         raise TypeError(f"{name} must be {message}")
     if isinstance(value, (list, tuple)):

@@ -31,9 +31,7 @@ class SphericalFactor(Factor):
     def __init__(self, log_diagonal: Tensor, features: int) -> None:
         log_diagonal = stored(log_diagonal, "log_diagonal")
         if log_diagonal.shape[-1:] != (1,):
-            raise ValueError(
-                f"log_diagonal of a spherical factor must have shape (*, 1), got {tuple(log_diagonal.shape)}."
-            )
+            raise ValueError(f"log_diagonal must have shape (*, 1), got {tuple(log_diagonal.shape)}.")
         self.log_diagonal = log_diagonal
         self.features = int(features)
 

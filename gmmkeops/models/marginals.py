@@ -67,9 +67,7 @@ def condition(mixture: Mixture, columns: Sequence[int] | int, values: Any) -> Mi
     given = _indices(mixture, columns)
     rest = [d for d in range(mixture.features) if d not in given]
     if not rest:
-        raise ValueError(
-            "condition needs at least one column that is not given; use log_prob for the density of all columns."
-        )
+        raise ValueError("condition needs at least one column that is not given; or use log_prob.")
     if mixture.batch_shape:
         raise ValueError(
             f"condition needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; "
@@ -96,7 +94,5 @@ def _indices(mixture: Mixture, columns: Sequence[int] | int) -> list[int]:
     chosen = [as_integer(column, "each column") for column in wanted]
     chosen = [column + mixture.features if column < 0 else column for column in chosen]
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= c < mixture.features for c in chosen):
-        raise ValueError(
-            f"columns must be distinct indices below D={mixture.features}, got {columns}; pass each column once."
-        )
+        raise ValueError(f"columns must be distinct indices below D={mixture.features}, got {columns}.")
     return chosen

@@ -37,9 +37,7 @@ def as_points_of(mixture: Mixture, value: Any) -> Tensor:
             "pass the same columns as the model has."
         )
     if x.device != mixture.means.device:
-        raise ValueError(
-            f"x is on {x.device}, but the mixture is on {mixture.means.device}; move one of them with .to()."
-        )
+        raise ValueError(f"x is on {x.device}, the mixture on {mixture.means.device}; move one of them with .to().")
     broadcast(mixture, x[..., 0], x, "points")
     return x
 

@@ -38,9 +38,7 @@ def shell(confidence: float | None, std_range: tuple[float, float] | None, featu
         outside = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)
         high = min(high, float(radii(outside, 0.0, math.inf, features)) if confidence < 1 else math.inf)
         if not low < high:
-            raise ValueError(
-                f"confidence={confidence} corresponds to {high:.4g} standard deviations, expected above {low:.4g}."
-            )
+            raise ValueError(f"confidence={confidence} is {high:.4g} standard deviations, expected above {low:.4g}.")
     return low, high
 
 

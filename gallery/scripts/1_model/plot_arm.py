@@ -2,9 +2,8 @@ r"""
 Conditional distributions of a robot arm
 ========================================
 
-Can one model predict outputs from inputs and inputs from outputs? A regression predicts in one direction only. A
-mixture that is fitted to all columns predicts in every direction: the conditional distribution of some columns given
-the others is a mixture in closed form,
+Can one model predict outputs from inputs and inputs from outputs? A regression predicts in one direction only. A mixture of all
+columns predicts in every direction: the conditional distribution of some columns given the others is a mixture in closed form,
 
 .. math::
 
@@ -12,9 +11,9 @@ the others is a mixture in closed form,
           \Sigma_k^{yy} - \Sigma_k^{yx} (\Sigma_k^{xx})^{-1} \Sigma_k^{xy}\bigr), \\
     W_k(x) &\propto W_k\, \mathcal N(x; \mu_k^x, \Sigma_k^{xx}).
 
-The example is a robot arm with two links. The forward problem is to predict the position of the hand from the angles
-of the joints, and the inverse problem is to find the angles for a position. The inverse problem has two solutions
-(elbow up and elbow down), and their average is not a solution.
+The example is a robot arm with two links. The forward problem is to predict the position of the hand from the angles of the
+joints, and the inverse problem is to find the angles for a position. The inverse problem has two solutions (elbow up and elbow
+down), and their average is not a solution.
 """
 
 import matplotlib.pyplot as plt
@@ -24,8 +23,7 @@ import torch
 import gmmkeops as gk
 
 # %%
-# The data are 40 000 poses: two angles in degrees, and the position of the hand in meters, measured with an error of
-# 5 mm.
+# The data are 40 000 poses: two angles in degrees, and the position of the hand in meters, measured with an error of 5 mm.
 
 LINKS = 0.5, 0.4
 
@@ -51,9 +49,8 @@ print("arm:", result)
 mixture = result.mixture
 
 # %%
-# The forward prediction is the mean of the mixture conditioned on the angles. For the inverse problem, the mixture is
-# conditioned on the position of the hand. The prediction is the mean of the most probable component or, as in
-# least-squares regression, the conditional mean.
+# The forward prediction is the mean given the angles. The inverse prediction, given the position of the hand, is the mean of
+# the most probable component or, as in least-squares regression, the conditional mean.
 
 new = rng.uniform([10, -140], [170, 140], (2000, 2))
 hand = joints(new)[1]
@@ -72,8 +69,7 @@ print(
 )
 
 # %%
-# For one target, the angles that lead to its x coordinate form a curve (left). Two points of the curve also lead to
-# its y coordinate.
+# The angles that lead to the x coordinate of one target form a curve (left). Two points of it also lead to its y coordinate.
 
 target = [0.35, 0.55]
 curve = mixture.condition(2, target[:1]).marginal([0, 1])
@@ -99,6 +95,5 @@ right.legend(loc="lower left")
 plt.show()
 
 # %%
-# The same mixture solves the forward and the inverse problem. It returns both solutions of the inverse problem with
-# their probabilities and covariances. The average of the two solutions, to which least squares converges, misses the
-# target.
+# The same mixture solves the forward and the inverse problem. It returns both solutions of the inverse problem with their
+# probabilities and covariances. The average of the two solutions, to which least squares converges, misses the target.

@@ -3,13 +3,12 @@ Mixture density networks
 ========================
 
 How can a regression predict several outputs for one input? In the example, one reading of a sensor corresponds to two
-temperatures. Least squares predicts their average, which may be neither of them. A mixture whose parameters depend on
-the input,
+temperatures. Least squares predicts their average, which may be neither of them. A mixture with parameters that depend on c,
 
 .. math:: p(y \mid c) = \sum_k W_k(c)\, \mathcal N\bigl(y; \mu_k(c), \sigma_k^2(c)\bigr),
 
-predicts all of them with their probabilities. Two methods are compared: a neural network that predicts the parameters
-from c (Bishop 1994), and a joint mixture of both columns that is conditioned on the first one in closed form.
+predicts all of them with their probabilities. Two methods are compared: a neural network that predicts the parameters from c
+(Bishop 1994), and a joint mixture of both columns that is conditioned on the first one in closed form.
 """
 
 import math
@@ -20,8 +19,7 @@ import torch
 import gmmkeops as gk
 
 # %%
-# The readings c are near 1000, far from the standardized inputs that networks need. Each reading corresponds to two
-# temperatures.
+# The readings c are near 1000, not standardized as networks require. Each reading corresponds to two temperatures.
 
 
 def readings(count, seed):
@@ -35,8 +33,8 @@ c, y = readings(4000, 0)
 new_c, new_y = readings(4000, 1)
 
 # %%
-# ``initialize`` sets the mixture to the clusters of y and initializes the first layer for the mean and the standard
-# deviation of c. ``fit`` trains the network on minibatches in standardized coordinates.
+# ``initialize`` sets the mixture to the clusters of y and initializes the first layer for the mean and the standard deviation
+# of c. ``fit`` trains the network on minibatches in standardized coordinates.
 
 torch.manual_seed(0)
 model = gk.GMM(1, context=1, n_components=4)
@@ -91,6 +89,6 @@ axes[0].legend()
 plt.show()
 
 # %%
-# Least squares predicts values between the branches, where there are no data. Both mixtures represent the branches,
-# their crossing and their probabilities. The network needs gradient training but scales to many inputs. The
-# conditioned mixture needs EM only, but also models the distribution of the readings.
+# Least squares predicts values between the branches, where there are no data. Both mixtures represent the branches, their
+# crossing and their probabilities. The network needs gradient training but scales to many inputs. The conditioned mixture needs
+# EM only, but also models the distribution of the readings.

@@ -2,17 +2,16 @@ r"""
 A spiral with a sparsity penalty
 ================================
 
-How many components does a spiral need? The KeOps tutorial fits thirty Gaussians to a spiral, with a sparsity penalty
-on the square roots of the weights that determines how many components remain,
+How many components does a spiral need? The KeOps tutorial fits thirty Gaussians to a spiral, with a sparsity penalty on the
+square roots of the weights that determines how many components remain,
 
 .. math::
 
     \min_\theta \; -\frac1N \sum_n \log \sum_k W_k\, \mathcal N\bigl(x_n; \mu_k, (A_k A_k^\top)^{-1}\bigr)
     + \frac{s}{K} \sum_k \sqrt{W_k}, \qquad s = 20, \quad K = 30.
 
-The slope of the square root is infinite at zero, so the weight of a component that explains few points decreases at
-an increasing rate. This example repeats the experiment with the same data, initial mixture, optimizer and number of
-steps.
+The slope of the square root is infinite at zero, so the weight of a component that explains few points decreases at an
+increasing rate. This example repeats the experiment with the same data, initial mixture, optimizer and number of steps.
 """
 
 import math
@@ -24,8 +23,8 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# The data are 10 000 points of a noisy spiral in the unit square. The initial mixture is that of the tutorial: means
-# that are uniform in the square, factors A = 15 I, and equal weights.
+# The data are 10 000 points of a noisy spiral in the unit square. The initial mixture is that of the tutorial: means that are
+# uniform in the square, factors A = 15 I, and equal weights.
 
 generator = torch.Generator().manual_seed(0)
 N, K = 10_000, 30
@@ -65,8 +64,7 @@ for ax, (iteration, (mixture, objective, live)) in zip(axes.flat, snapshots.item
     ax.set_title(f"iteration {iteration}: {objective:.3f} nats, {live} active", fontsize=10)
 
 # %%
-# The left plot shows the loss. The loss in the tutorial omits the constant :math:`\tfrac D2 \log \pi` of the
-# log-likelihood.
+# The left plot shows the loss. The loss in the tutorial omits the constant :math:`\tfrac D2 \log \pi` of the log-likelihood.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 plotting.objective(result, ax=left)
@@ -76,5 +74,5 @@ right.set(xlabel="iteration", ylabel="active components", ylim=(0, K + 1), title
 plt.show()
 
 # %%
-# Four components with large weights represent the spiral, and a few more have very small weights. The others have
-# been pruned. With a smaller strength than 20, more components remain.
+# Four components with large weights represent the spiral, and a few more have very small weights. The others have been pruned.
+# With a smaller strength than 20, more components remain.

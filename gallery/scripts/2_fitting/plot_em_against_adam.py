@@ -2,14 +2,13 @@ r"""
 EM and Adam for a penalized likelihood
 ======================================
 
-Can EM minimize the penalized objective for which the KeOps tutorial uses Adam? The penalty on the square roots of the
-weights is concave, so it is bounded by its tangent at the current weights. With the tangent in place of the penalty,
-the M-step is
+Can EM minimize the penalized objective for which the KeOps tutorial uses Adam? The penalty on the square roots of the weights
+is concave, so it is bounded by its tangent at the current weights. With the tangent in place of the penalty, the M-step is
 
 .. math:: W_k = \frac{S^0_k}{\lambda + N c_k}, \qquad c_k = \frac{s}{2 K \sqrt{W_k}},
 
-where λ is determined by :math:`\sum_k W_k = 1`. A step never increases the penalized objective
-(majorization-minimization). This example compares EM, accelerated EM and Adam by computing time.
+where λ is determined by :math:`\sum_k W_k = 1`. A step never increases the penalized objective (majorization-minimization).
+This example compares EM, accelerated EM and Adam by computing time.
 """
 
 import math
@@ -67,6 +66,5 @@ for ax, name in zip(axes[1:], ("EM, accelerated", "Adam, lr 0.05"), strict=True)
 plt.show()
 
 # %%
-# The objective of EM decreases monotonically, without a learning rate. The objective of Adam is not monotone, and
-# Adam can leave a local minimum to which EM converges. The method with the lower final objective depends on the
-# initial mixture.
+# The objective of EM decreases monotonically, without a learning rate. The objective of Adam is not monotone, and Adam can
+# leave a local minimum to which EM converges. The method with the lower final objective depends on the initial mixture.

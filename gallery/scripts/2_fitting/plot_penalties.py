@@ -2,14 +2,13 @@ r"""
 Comparison of penalties
 =======================
 
-How does a penalty change a fitted mixture? A fit minimizes the mean negative log-likelihood plus a penalty, in nats
-per point,
+How does a penalty change a fitted mixture? A fit minimizes the mean negative log-likelihood plus a penalty, in nats per point,
 
 .. math:: -\frac1N \sum_n \log p(x_n) + \text{penalty}(\theta).
 
-A penalty on the square roots of the weights removes components, a Dirichlet prior with a concentration above one
-keeps them, and an inverse-Wishart prior makes covariances more isotropic. Any function of a mixture can be a penalty.
-The function below is smallest if all components have the same distance from the center of a ring.
+A penalty on the square roots of the weights removes components, a Dirichlet prior with a concentration above one keeps them,
+and an inverse-Wishart prior makes covariances more isotropic. Any function of a mixture can be a penalty. The function below is
+smallest if all components have the same distance from the center of a ring.
 """
 
 import matplotlib.pyplot as plt
@@ -36,8 +35,7 @@ def round_ring(mixture):
 
 
 # %%
-# EM supports the penalties with an M-step and never increases the objective. User-defined functions need a gradient
-# method such as Adam.
+# EM supports all built-in penalties and never increases the objective. User-defined functions need a method such as Adam.
 
 em, adam = gk.EM(tol=1e-6), gk.Adam(lr=0.03)
 fits = {
@@ -46,9 +44,7 @@ fits = {
     "Dirichlet(50)": gk.fit(start, x, em, penalty=gk.penalties.Dirichlet(50.0), max_iter=500),
     "InverseWishart": gk.fit(start, x, em, penalty=gk.penalties.InverseWishart(0.05, 3.0), max_iter=500),
     "round_ring": gk.fit(start, x, adam, penalty=round_ring, max_iter=250),
-    "SqrtWeights + round_ring": gk.fit(
-        start, x, adam, penalty=gk.penalties.SqrtWeights(3.0) + round_ring, max_iter=250
-    ),
+    "SqrtWeights + ring": gk.fit(start, x, adam, penalty=gk.penalties.SqrtWeights(3.0) + round_ring, max_iter=250),
 }
 for name, result in fits.items():
     W = result.mixture.weights

@@ -2,8 +2,8 @@ r"""
 Anomaly detection
 =================
 
-Which points are anomalies? A mixture is fitted to data that are mostly normal. A point is classified as an anomaly if
-its log-density is below a threshold,
+Which points are anomalies? A mixture is fitted to data that are mostly normal. A point is classified as an anomaly if its
+log-density is below a threshold,
 
 .. math:: \log p(x) < t, \qquad t = \text{the 5th percentile of } \log p(x_n),
 
@@ -32,8 +32,7 @@ strays = torch.rand(300, 2, generator=generator) * torch.tensor([4.0, 3.0]) - to
 x = torch.cat([normal, strays])
 
 # %%
-# The mixture is fitted to all points. The anomalies are too few and too widely spread to have a component of their
-# own.
+# The mixture is fitted to all points. The anomalies are too few and too widely spread to have a component of their own.
 
 model = gk.GaussianMixture(12, random_state=0, tol=1e-4).fit(x)
 threshold = selection.anomaly_threshold(model.mixture_, x, percentile=5)
@@ -68,5 +67,5 @@ left.legend()
 plt.show()
 
 # %%
-# Most anomalies have log-densities far below the threshold. The undetected ones are on the arcs, where they do not
-# differ from normal points.
+# Most anomalies have log-densities far below the threshold. The undetected ones are on the arcs, where they do not differ from
+# normal points.

@@ -2,14 +2,13 @@ r"""
 The number of cell populations in a sample
 ==========================================
 
-How many kinds of cells are in a sample? A flow cytometer measures the light of each cell in several channels, on a
-logarithmic scale, and cells of one kind form a cluster. The number of clusters is estimated by minimizing the
-Bayesian information criterion,
+How many kinds of cells are in a sample? A flow cytometer measures the light of each cell in several channels, and cells of one
+kind form a cluster. The number of clusters is estimated by minimizing the Bayesian information criterion,
 
 .. math:: \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N,
 
-where P is the number of free parameters. The criterion increases if a further component improves the likelihood by
-less than the penalty for its parameters. Several numbers of components and covariance types are compared.
+where P is the number of free parameters. The criterion increases if a further component improves the likelihood by less than
+the penalty for its parameters. Several numbers of components and covariance types are compared.
 """
 
 import matplotlib.pyplot as plt
@@ -22,8 +21,7 @@ from gmmkeops import plotting
 from gmmkeops.analysis import selection
 
 # %%
-# The data are 40 000 simulated cells in three channels from five known populations. Two populations are close, and
-# one is rare.
+# The data are 40 000 simulated cells in three channels from five known populations. Two populations are close, and one is rare.
 
 truth = gk.Mixture.from_parameters(
     weights=[0.34, 0.28, 0.2, 0.14, 0.04],
@@ -40,8 +38,8 @@ generator = torch.Generator().manual_seed(0)
 x, kind = truth.sample(40_000, return_labels=True, generator=generator)
 
 # %%
-# Models with one to nine components and four covariance types are compared. For each number of components, all
-# covariance types use the same initialization.
+# Models with one to nine components and four covariance types are compared. For each number of components, all covariance types
+# use the same initialization.
 
 table = selection.select(x, range(1, 10), ["full", "tied", "diag", "spherical"], generator=generator)
 print(table)
@@ -49,8 +47,8 @@ best = table.best
 print(f"choosing: {best.components} components, {best.factor.family} covariances")
 
 # %%
-# The plots show the criteria against the number of components. A difference of 10 in the BIC corresponds to a
-# likelihood ratio of e⁵, so the differences here are decisive.
+# The plots show the criteria against the number of components. A difference of 10 in the BIC corresponds to a likelihood ratio
+# of e⁵, so the differences here are decisive.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 plotting.selection(table, ax=left)
@@ -59,8 +57,8 @@ plotting.selection(table, ax=right, criterion="icl")
 right.set_title("integrated completed likelihood")
 
 # %%
-# The best model is shown for each pair of channels: marginal densities on the diagonal, ellipses at two standard
-# deviations below it.
+# The best model is shown for each pair of channels: marginal densities on the diagonal, ellipses at two standard deviations
+# below it.
 
 axes = plotting.pairs(best, x, names=["channel 1 (decades)", "channel 2 (decades)", "channel 3 (decades)"])
 exact, centroid = selection.silhouette(x, best.predict(x), samples=4000, generator=generator)
@@ -78,7 +76,6 @@ print(f"choosing: irises: {chosen.components} components, {chosen.factor.family}
 print(agree)
 
 # %%
-# With full covariances, the criterion finds exactly five populations; the other covariance types need more
-# components. The silhouette is only moderate, because it depends on distances and not on the shapes of clusters, and
-# two populations are close. For the iris data, the criterion selects two components: 150 flowers are too few to
-# separate versicolor from virginica.
+# With full covariances, the criterion finds exactly five populations; the other covariance types need more components. The
+# silhouette is only moderate, because it depends on distances and not on the shapes of clusters, and two populations are close.
+# For the iris data, the criterion selects two components: 150 flowers are too few to separate versicolor from virginica.

@@ -2,14 +2,13 @@ r"""
 Numerical accuracy for large coordinates
 ========================================
 
-Why do map coordinates cause large numerical errors? Map coordinates are millions of meters, while the details of a
-scan are centimeters. A variance computed as
+Why do map coordinates cause large numerical errors? Map coordinates are millions of meters, while the details of a scan are
+centimeters. A variance computed as
 
 .. math:: \frac1N \sum_n x_n^2 - \Bigl(\frac1N \sum_n x_n\Bigr)^2
 
-is a difference of two numbers of size :math:`10^{13}` with a result of size :math:`10^{-4}`, but float64 has only
-sixteen digits. In this package every fit runs in standardized coordinates, which are computed in float64. The seven
-digits of float32 are then sufficient.
+is a difference of two numbers of size :math:`10^{13}` with a result of size :math:`10^{-4}`, but float64 has only 16 digits.
+This package fits in standardized coordinates, computed in float64, for which the seven digits of float32 are sufficient.
 """
 
 import matplotlib.pyplot as plt
@@ -20,8 +19,8 @@ from sklearn.mixture import GaussianMixture as Theirs
 import gmmkeops as gk
 
 # %%
-# The data are two curbs, 2 cm wide and 40 cm apart, at increasing distances from the origin. The variances of fits
-# with diagonal covariances are compared with the true variances.
+# The data are two curbs, 2 cm wide and 40 cm apart, at increasing distances from the origin. Fitted variances are compared with
+# the true variances.
 
 rng = np.random.default_rng(0)
 shape = rng.normal(size=(20_000, 2)) * [0.02, 1.0]
@@ -69,13 +68,13 @@ ax.legend()
 plt.show()
 
 # %%
-# If the input itself is float32, its millimeters are already lost: at 5·10⁶ the spacing of float32 numbers is half a
-# meter. The package then issues a warning.
+# If the input itself is float32, its millimeters are already lost: at 5·10⁶ the spacing of float32 numbers is half a meter. The
+# package then issues a warning.
 
 coarse = torch.from_numpy(X[:, :1]).float()
 steps = float(torch.nextafter(coarse[:1], coarse[:1] + 1e9) - coarse[:1])
 print(f"map coordinates: float32 steps at 2e7: {steps:.0f} m")
 
 # %%
-# With standardized coordinates, which take one pass over the data, the error does not depend on the distance, except
-# for the rounding errors of the coordinates themselves.
+# With standardized coordinates, which take one pass over the data, the error does not depend on the distance, except for the
+# rounding errors of the coordinates themselves.

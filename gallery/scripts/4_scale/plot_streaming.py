@@ -2,9 +2,8 @@ r"""
 A file larger than memory
 =========================
 
-How can a mixture be fitted to a file that is larger than memory? The file is read in chunks. EM adds the sufficient
-statistics of all chunks in every pass. Stepwise EM updates the mixture after every chunk t with a running average M
-of the statistics,
+How can a mixture be fitted to a file that is larger than memory? The file is read in chunks. EM adds the sufficient statistics
+of all chunks in every pass. Stepwise EM updates the mixture after every chunk t with a running average M of the statistics,
 
 .. math:: M \leftarrow (1 - \rho_t) M + \rho_t M_t, \qquad \rho_t = (t + 2)^{-0.6},
 
@@ -67,5 +66,5 @@ plt.show()
 folder.cleanup()
 
 # %%
-# One pass of stepwise EM corresponds to several passes of EM. Since each batch combines rows from several parts of
-# the file, this holds although the file is sorted. Memory use is that of a few chunks, for any number of rows.
+# One pass of stepwise EM corresponds to several passes of EM. Since each batch combines rows from several parts of the file,
+# this holds although the file is sorted. Memory use is that of a few chunks, for any number of rows.

@@ -3,10 +3,10 @@ Pruning negligible components with a guaranteed error bound
 ===========================================================
 
 How much time does truncation save, and is its error bound valid? Of ten thousand components, only a few dozen have a
-non-negligible density at a given point. Points are grouped into kd-tree leaves. In a leaf with center b and extent r,
-the exponent of component k is at most :math:`u_k = c_k - \frac12 (\lVert U_k^\top(b - \mu_k) \rVert - \lVert U_k^\top
-r \rVert)_+^2`. A set of components is skipped if its :math:`\sum \exp u_k` is at most a fraction ε of the density of
-every point in the leaf, so that
+non-negligible density at a given point. Points are grouped into kd-tree leaves. In a leaf with center b and extent r, the
+exponent of component k is at most :math:`u_k = c_k - \frac12 (\lVert U_k^\top(b - \mu_k) \rVert - \lVert U_k^\top r
+\rVert)_+^2`. A set of components is skipped if its :math:`\sum \exp u_k` is at most a fraction ε of the density of every point
+in the leaf, so that
 
 .. math:: 0 \le \ell_n - \ell_n^{\text{kept}} \le -\log(1 - \varepsilon) \quad \text{for every point } n.
 
@@ -32,8 +32,8 @@ x = torch.stack([width * torch.cos(u), width * torch.sin(u), R / 2 * torch.sin(v
 x += 0.005 * torch.randn(N, 3, generator=generator)
 
 # %%
-# The time per EM iteration is measured for increasing numbers of components, with ε = 10⁻⁴ and with all
-# point-component pairs (up to 1000 components).
+# The time per EM iteration is measured for increasing numbers of components, with ε = 10⁻⁴ and with all point-component pairs
+# (up to 1000 components).
 
 counts = (100, 300, 1000, 3000, 10_000)
 table: dict[str, list[float]] = {"every pair": [], "certified": []}
@@ -81,6 +81,6 @@ right.legend()
 plt.show()
 
 # %%
-# Without truncation the time is proportional to the number of components K. With truncation it grows about as √K
-# while each component has some hundred points, because components become smaller as their number increases. The
-# errors are below the bound at every point, here by a large margin, because the bounds are conservative.
+# Without truncation the time is proportional to the number of components K. With truncation it grows about as √K while each
+# component has some hundred points, because components become smaller as their number increases. The errors are below the bound
+# at every point, here by a large margin, because the bounds are conservative.

@@ -2,8 +2,8 @@ r"""
 An airborne laser scan of a town
 ================================
 
-How well do three thousand Gaussians describe the laser scan of a town? A component is a flat plate on roofs and
-streets, a needle along a ridge, and a ball in a tree. The eigenvalues of the covariances define these shapes,
+How well do three thousand Gaussians describe the laser scan of a town? A component is a flat plate on roofs and streets, a
+needle along a ridge, and a ball in a tree. The eigenvalues of the covariances define these shapes,
 
 .. math:: \lambda_1 \ge \lambda_2 \ge \lambda_3: \qquad \text{ball if } \lambda_3 > 0.1 \lambda_1, \qquad
           \text{else needle if } \lambda_2 < 0.1 \lambda_1, \qquad \text{else plate.}
@@ -23,9 +23,9 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# The environment variable ``SCAN=town.laz`` selects a scan of your own. The default is an ISPRS test town (published
-# in PDAL/data under CC-BY-4.0) if its file exists beside the checkout; otherwise 400 000 returns of ground, gabled
-# houses and trees are simulated. Coordinates are map coordinates in meters.
+# The environment variable ``SCAN=town.laz`` selects a scan of your own. The default is an ISPRS test town (published in
+# PDAL/data under CC-BY-4.0) if its file exists beside the checkout; otherwise 400 000 returns of ground, gabled houses and
+# trees are simulated. Coordinates are map coordinates in meters.
 
 
 def made_town():
@@ -99,5 +99,5 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"town: a splat file of {path.stat().st_size / 1024:.0f} kB for {len(x)} returns")
 
 # %%
-# Most components on roofs and streets are plates, and most components in trees are balls. Three thousand components
-# thus summarize a scan of more than 400 000 points.
+# Most components on roofs and streets are plates, and most components in trees are balls. Three thousand components thus
+# summarize a scan of more than 400 000 points.

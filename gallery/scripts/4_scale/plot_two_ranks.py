@@ -2,13 +2,13 @@ r"""
 Two ranks, one model
 ====================
 
-Do fits with one and with two processes give the same model? Each process reads its shard of the data. The sufficient
-statistics are added over all ranks, and every process performs the same M-step,
+Do fits with one and with two processes give the same model? Each process reads its shard of the data. The sufficient statistics
+are added over all ranks, and every process performs the same M-step,
 
 .. math:: S = \sum_{\text{ranks}} \sum_{n \in \text{shard}} r_n\, (1, x_n, x_n x_n^\top).
 
-The model therefore does not depend on the number of processes. Compared with the script of a single process, a
-distributed script has one additional line.
+The model therefore does not depend on the number of processes. Compared with the script of a single process, a distributed
+script has one additional line.
 """
 
 import os

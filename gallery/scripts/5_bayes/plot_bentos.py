@@ -2,18 +2,18 @@ r"""
 Posterior of two means
 ======================
 
-How well do samplers approximate a known posterior? Twenty lunches were weighed. A shop sells two kinds of lunches,
-one near 350 g and one near 500 g, each with a standard deviation of 2 g. What are the mean weights of the two kinds,
-and which kind is a lunch of 425 g? The means have normal priors, and the labels are marginalized,
+How well do samplers approximate a known posterior? Twenty lunches were weighed. A shop sells two kinds of lunches, one near 350
+g and one near 500 g, each with a standard deviation of 2 g. What are the mean weights of the two kinds, and which kind is a
+lunch of 425 g? The means have normal priors, and the labels are marginalized,
 
 .. math::
 
     \mu_0, \mu_1 \sim \mathcal N(400, 50^2), \qquad
     p(x_n \mid \mu) = \tfrac12 \mathcal N(x_n; \mu_0, 2^2) + \tfrac12 \mathcal N(x_n; \mu_1, 2^2),
 
-Only the two means are unknown, so four sampling methods can be compared with numerical integration on a grid. The
-example is that of the mixture chapter of *A probability introduction* (josephausterweil/probintro), where importance
-sampling with 1000 draws from the prior fails.
+Only the two means are unknown, so four sampling methods can be compared with numerical integration on a grid. The example is
+that of the mixture chapter of *A probability introduction* (josephausterweil/probintro), where importance sampling with 1000
+draws from the prior fails.
 """
 
 import math
@@ -26,8 +26,8 @@ from torch.distributions import Normal
 import gmmkeops as gk
 
 # %%
-# The prior is the same for both components, so the posterior is symmetric under their exchange. The components of
-# every draw are sorted by their means.
+# The prior is the same for both components, so the posterior is symmetric under their exchange. The components of every draw
+# are sorted by their means.
 
 generator = torch.Generator().manual_seed(5)
 noise = torch.randn(20, generator=generator, dtype=torch.float64)
@@ -49,8 +49,7 @@ means = [float((share * m).sum()) for m in (light, heavy)]
 sds = [float((share * (m - mean) ** 2).sum()) ** 0.5 for m, mean in zip((light, heavy), means, strict=True)]
 
 # %%
-# Four samplers are compared. The first one draws from the prior, as in the chapter, and warns that its result is
-# unreliable.
+# Four samplers are compared. The first one draws from the prior, as in the chapter, and warns that its result is unreliable.
 
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
@@ -67,8 +66,8 @@ for name, draws in found.items():
     print(f"bentos: {name} means {mean[0]:.2f} {mean[1]:.2f} sd {sd[0]:.3f} {sd[1]:.3f}")
 
 # %%
-# The probability of the heavy kind is computed for each weight of a lunch. Each draw has a sharp decision boundary,
-# but the boundaries of the draws differ. The posterior probability is their average, which is near one half at 425 g.
+# The probability of the heavy kind is computed for each weight of a lunch. Each draw has a sharp decision boundary, but the
+# boundaries of the draws differ. The posterior probability is their average, which is near one half at 425 g.
 
 weights = torch.linspace(422, 428, 601, dtype=torch.float64)
 heavier = found["Gibbs"].responsibilities(weights)[:, 1]
@@ -96,6 +95,6 @@ right.legend(loc="upper left")
 plt.show()
 
 # %%
-# The last three samplers reproduce the means and standard deviations of the grid. Importance sampling from the prior
-# does not, and issues a warning. With a point estimate of the means, the lunch of 425 g would be classified with near
-# certainty. The posterior shows that its kind is uncertain.
+# The last three samplers reproduce the means and standard deviations of the grid. Importance sampling from the prior does not,
+# and issues a warning. With a point estimate of the means, the lunch of 425 g would be classified with near certainty. The
+# posterior shows that its kind is uncertain.

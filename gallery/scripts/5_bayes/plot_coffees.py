@@ -2,17 +2,17 @@ r"""
 Informative priors for three components
 =======================================
 
-How can prior knowledge be included in a mixture? A coffee machine has three buttons. The caffeine of thirty cups is
-measured with an error of 5 mg, but the buttons were not recorded. According to the manufacturer, the contents are 80,
-120 and 160 mg, with a standard deviation of 20 mg,
+How can prior knowledge be included in a mixture? A coffee machine has three buttons. The caffeine of thirty cups is measured
+with an error of 5 mg, but the buttons were not recorded. According to the manufacturer, the contents are 80, 120 and 160 mg,
+with a standard deviation of 20 mg,
 
 .. math::
 
     \mu_k \sim \mathcal N(m_k, 20^2), \quad m = (80, 120, 160), \qquad \pi \sim \mathrm{Dirichlet}(1, 1, 1), \qquad
     x_n \sim \textstyle\sum_k \pi_k\, \mathcal N(\mu_k, 5^2).
 
-The prior means differ, so the prior identifies the components. The posterior of the means, the weights and the
-standard deviation of the measurements is estimated.
+The prior means differ, so the prior identifies the components. The posterior of the means, the weights and the standard
+deviation of the measurements is estimated.
 """
 
 import matplotlib.pyplot as plt
@@ -34,8 +34,8 @@ draws = gk.bayes.gibbs(prior, x, draws=1500, warmup=200, chains=2, generator=gen
 print("coffees:", draws)
 
 # %%
-# In the second model the standard deviation is unknown, with a half-normal prior of scale 10 mg. This prior is not
-# conjugate, so Gibbs sampling is not possible, and the no-U-turn sampler (NUTS) is used.
+# In the second model the standard deviation is unknown, with a half-normal prior of scale 10 mg. This prior is not conjugate,
+# so Gibbs sampling is not possible, and the no-U-turn sampler (NUTS) is used.
 
 open_prior = gk.bayes.Prior(
     3, weights=Dirichlet(torch.ones(3)), means=promised, scales=HalfNormal(10.0), covariance_type="tied_spherical"
@@ -63,7 +63,7 @@ right.legend()
 plt.show()
 
 # %%
-# The posterior means differ from the prior means by a few milligrams, and the weights have standard deviations of
-# about 0.1. In about one draw in thirty, two neighboring components are exchanged, because the priors overlap. This
-# causes the small second peaks of the histograms and increases the standard deviations of the means. The estimated
-# standard deviation of the measurements is near the true value of 5 mg.
+# The posterior means differ from the prior means by a few milligrams, and the weights have standard deviations of about 0.1. In
+# about one draw in thirty, two neighboring components are exchanged, because the priors overlap. This causes the small second
+# peaks of the histograms and increases the standard deviations of the means. The estimated standard deviation of the
+# measurements is near the true value of 5 mg.

@@ -2,14 +2,13 @@ r"""
 Dirichlet process mixture of colors
 ===================================
 
-How many components does a Dirichlet process mixture use? The number of components is not fixed in advance. The
-weights are defined by stick-breaking,
+How many components does a Dirichlet process mixture use? The number of components is not fixed in advance. The weights are
+defined by stick-breaking,
 
 .. math:: \pi_k = v_k \prod_{j<k} (1 - v_j), \qquad v_k \sim \mathrm{Beta}(1, \alpha),
 
-and the posterior determines how many components have a non-negligible weight. Variational Bayes approximates the
-posterior; an iteration takes as long as an iteration of EM, but more iterations are needed. The data are the 273 280
-pixels of a photograph.
+and the posterior determines how many components have a non-negligible weight. Variational Bayes approximates the posterior; an
+iteration takes as long as an iteration of EM, but more iterations are needed. The data are the 273 280 pixels of a photograph.
 """
 
 import matplotlib.pyplot as plt
@@ -42,8 +41,7 @@ for alpha, counts in used.items():
     print(f"process: concentration {alpha:g}: components with more than one pixel of {sizes}: {counts}")
 
 # %%
-# The plots show the number of used components, and the photograph with each pixel replaced by the mean of its
-# component.
+# The plots show the number of used components, and the photograph with each pixel replaced by the mean of its component.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
 for (alpha, counts), marker in zip(used.items(), "o^", strict=True):
@@ -57,8 +55,8 @@ right.set_title(f"each pixel by its component's mean, {used[0.01][-1]} colors")
 right.set_axis_off()
 
 # %%
-# The predictive density is a mixture of Student's t distributions. It is wider than the plug-in mixture for
-# components with few pixels; with this many pixels the two densities hardly differ.
+# The predictive density is a mixture of Student's t distributions. It is wider than the plug-in mixture for components with few
+# pixels; with this many pixels the two densities hardly differ.
 
 few = x[:: len(x) // 2000].double()
 gap = float((model.posterior_.predictive().log_prob(few) - model.mixture_.log_prob(few)).abs().mean())
@@ -66,7 +64,7 @@ print(f"process: predictive and plug-in densities differ by {gap:.4f} nats on av
 plt.show()
 
 # %%
-# The number of used components grows with the number of pixels and hardly depends on the prior. It is not an estimate
-# of a true number of colors. Even if the data come from a finite mixture, the posterior of a Dirichlet process
-# mixture is not consistent for the number of components (Miller and Harrison 2014, *Inconsistency of Pitman-Yor
-# process mixtures for the number of components*, JMLR 15).
+# The number of used components grows with the number of pixels and hardly depends on the prior. It is not an estimate of a true
+# number of colors. Even if the data come from a finite mixture, the posterior of a Dirichlet process mixture is not consistent
+# for the number of components (Miller and Harrison 2014, *Inconsistency of Pitman-Yor process mixtures for the number of
+# components*, JMLR 15).

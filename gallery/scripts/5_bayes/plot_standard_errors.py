@@ -7,8 +7,7 @@ How accurate are the parameters of a fit? The asymptotic covariance of maximum-l
 .. math:: A^{-1} B A^{-1}, \qquad A = -\nabla^2 \sum_n \log p(x_n), \qquad B = \sum_n s_n s_n^\top,
           \quad s_n = \nabla \log p(x_n),
 
-and computing it takes one pass over the data. The bootstrap needs hundreds of fits but fewer assumptions. Both are
-compared.
+and computing it takes one pass over the data. The bootstrap needs hundreds of fits but fewer assumptions. Both are compared.
 """
 
 import matplotlib.pyplot as plt
@@ -84,5 +83,5 @@ right.legend()
 plt.show()
 
 # %%
-# The standard errors from the joint information matrix agree with the bootstrap. Those computed for one component at
-# a time are too small if clusters overlap, because they ignore the uncertainty of the labels.
+# The standard errors from the joint information matrix agree with the bootstrap. Those computed for one component at a time are
+# too small if clusters overlap, because they ignore the uncertainty of the labels.

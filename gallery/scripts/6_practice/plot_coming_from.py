@@ -2,8 +2,8 @@ r"""
 Coming from scikit-learn, tgmm, Zuko or GenJAX
 ==============================================
 
-What are the equivalents of functions in other packages? Four short programs show them. The log-densities are compared
-with those of scikit-learn,
+What are the equivalents of functions in other packages? Four short programs show them. The log-densities are compared with
+those of scikit-learn,
 
 .. math:: \log p(x) = \log \sum_k W_k\, \mathcal N(x; \mu_k, \Sigma_k).
 """
@@ -21,8 +21,8 @@ rng = np.random.default_rng(0)
 X = np.r_[rng.normal(size=(4000, 2)), rng.normal(size=(3000, 2)) * [0.4, 1.5] + [5, 2]]
 
 # %%
-# **From scikit-learn**: change the import. ``sample_weight`` and ``penalty`` are additional arguments. Models can be
-# converted in both directions.
+# **From scikit-learn**: change the import. ``sample_weight`` and ``penalty`` are additional arguments. Models can be converted
+# in both directions.
 
 model = gk.GaussianMixture(n_components=2, covariance_type="full", random_state=0, tol=1e-8, max_iter=500).fit(X)
 theirs = Theirs(n_components=2, random_state=0, tol=1e-8, max_iter=500).fit(X)
@@ -31,9 +31,8 @@ assert np.allclose(gk.from_sklearn(theirs).score_samples(X), theirs.score_sample
 labels, chances, criterion = model.predict(X), model.predict_proba(X), model.bic(X)
 
 # %%
-# **From tgmm**: use ``init_params`` for ``init_means``, penalties for priors, and ``solver=gk.EM(assignment="hard")``
-# for ``cem=True``. Samples can be restricted to a component, a confidence region, a shell or the tail, without
-# rejection.
+# **From tgmm**: use ``init_params`` for ``init_means``, penalties for priors, and ``solver=gk.EM(assignment="hard")`` for
+# ``cem=True``. Samples can be restricted to a component, a confidence region, a shell or the tail, without rejection.
 
 prior = gk.penalties.Dirichlet(2.0) + gk.penalties.NormalInverseWishart(X.mean(0), 0.01, np.eye(2), 4.0)
 mapped = gk.GaussianMixture(2, covariance_type="tied_full", penalty=prior, n_init=3, random_state=42).fit(X)
@@ -56,10 +55,10 @@ for _ in range(50):
 print(f"coming from: Zuko's loop ends at {-loss.item():.4f} nats per point")
 
 # %%
-# **From GenJAX**: a generative function that draws means, labels and values corresponds to a ``Prior``, and
-# ``simulate`` to its method ``sample``. Weighted particles under a choice map correspond to ``importance``, where the
-# labels are marginalized and the proposal is adapted to the posterior. The choices of a trace are ``draws.values``.
-# If the parameters are known, use a ``Mixture``.
+# **From GenJAX**: a generative function that draws means, labels and values corresponds to a ``Prior``, and ``simulate`` to its
+# method ``sample``. Weighted particles under a choice map correspond to ``importance``, where the labels are marginalized and
+# the proposal is adapted to the posterior. The choices of a trace are ``draws.values``. If the parameters are known, use a
+# ``Mixture``.
 
 lunches = np.r_[rng.normal(350, 2, 14), rng.normal(500, 2, 6)]  # grams
 shares = torch.tensor([0.7, 0.3])
@@ -86,5 +85,4 @@ ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncol=3, fontsize=9)
 plt.show()
 
 # %%
-# The scores of this package and scikit-learn are equal to all printed digits, because both fits converge to the same
-# optimum.
+# The scores of this package and scikit-learn are equal to all printed digits, because both fits converge to the same optimum.

@@ -2,10 +2,9 @@ r"""
 A palette for a photograph
 ==========================
 
-How can the colors of a photograph be reduced to a palette? Each of the 273 280 pixels is a point with the coordinates
-red, green and blue. A mixture of 64 Gaussians with full covariances is fitted by Adam, with a penalty on the square
-roots of the weights. Its means are the colors of the palette. Each pixel is replaced by the mean of its most probable
-component,
+How can the colors of a photograph be reduced to a palette? Each of the 273 280 pixels is a point with the coordinates red,
+green and blue. A mixture of 64 Gaussians with full covariances is fitted by Adam, with a penalty on the square roots of the
+weights. Its means are the colors of the palette. Each pixel is replaced by the mean of its most probable component,
 
 .. math:: \hat x_n = \mu_{k(n)}, \qquad k(n) = \arg\max_k W_k\, \mathcal N(x_n; \mu_k, \Sigma_k).
 """
@@ -19,8 +18,8 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# The photograph is part of scikit-learn. Uniform noise spreads its 8-bit colors over their bins; otherwise thousands
-# of equal points would lead to components with singular covariances.
+# The photograph is part of scikit-learn. Uniform noise spreads its 8-bit colors over their bins; otherwise thousands of equal
+# points would lead to components with singular covariances.
 
 image = load_sample_image("china.jpg")
 pixels = torch.from_numpy(image.reshape(-1, 3).astype(np.float32))
@@ -68,5 +67,5 @@ plotting.objective(result, ax=right)
 plt.show()
 
 # %%
-# Each component is shown by its mean only, so areas with many similar colors, such as leaves, look flatter than in
-# the photograph. The mean log-likelihood is in nats per pixel, for colors between 0 and 1.
+# Each component is shown by its mean only, so areas with many similar colors, such as leaves, look flatter than in the
+# photograph. The mean log-likelihood is in nats per pixel, for colors between 0 and 1.
