@@ -84,7 +84,7 @@ def accepts(
                         raise TypeError(f"{shown} has no argument {name}; pass {wrong[name]}.")
                     new = old.get(name) or also[name]
                     if new in kwargs:
-                        raise TypeError(f"{shown} got both {new} and its alias {name}; pass only {new}.")
+                        raise TypeError(f"{shown} got both {new} and {name}, which are aliases; pass only {new}.")
                     if name in old:
                         warnings.warn(f"{name} is deprecated; use {new}.", DeprecationWarning, stacklevel=2)
                     kwargs[new] = kwargs.pop(name)

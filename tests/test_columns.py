@@ -159,7 +159,7 @@ def test_shards_with_other_columns_are_refused_by_their_name(rows, tmp_path):
         gk.Source.of([first, tmp_path / "4.npy"])
     with pytest.raises(ValueError, match=r"a chunk of the function .* lacks gain"):
         gk.analysis.score(model(), lambda: iter([frame(rows), frame(rows, ("blue", "red"))]))
-    with pytest.raises(ValueError, match="chunk without names of columns"):
+    with pytest.raises(ValueError, match="chunk without column names"):
         gk.analysis.score(model(), lambda: iter([frame(rows), rows]))
 
 
@@ -386,7 +386,7 @@ def test_the_command_line_matches_by_name(rows, tmp_path, capsys):
     code, said = run("fit", path, "-k", 2, "--columns", "rde,blue", "--out", fitted)
     assert (code, said.err.count("\n")) == (1, 1)
     assert "has no column 'rde'" in said.err
-    assert said.err.rstrip().endswith("it has the columns red, blue, gain.")
+    assert said.err.rstrip().endswith("choose from its columns red, blue, gain.")
     assert (
         run("fit", path, "-k", 2, "--weights", "wieght", "--out", fitted)[1].err.rstrip().endswith("red, blue, gain.")
     )
@@ -411,7 +411,7 @@ def test_names_of_digits_are_names(rows, tmp_path, capsys):
 
 def test_columns_are_named_once(rows, tmp_path):
     path = parquet(rows, tmp_path / "p.parquet")
-    with pytest.raises(ValueError, match="each column once"):
+    with pytest.raises(ValueError, match="columns must be distinct"):
         gk.Source.of(path, columns=["red", "red"])
     table = frame(rows)
     table.columns = ["red", "blue", "red"]

@@ -227,7 +227,7 @@ def test_demo(tmp_path):
 @pytest.mark.gallery
 def test_town_without_a_scan(tmp_path):
     output = run("4_scale/plot_town.py", tmp_path, SCAN="nowhere.laz")
-    assert "400000 returns of a made town" in output
+    assert "400000 returns of a simulated town" in output
     town(output)
 
 

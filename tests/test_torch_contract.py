@@ -439,12 +439,12 @@ def test_entropy_and_divergence_that_have_no_closed_form():
         many.entropy()
     for p, q in ((many, one), (one, many), (many, many)):
         with pytest.raises(
-            NotImplementedError, match=r"no closed form; estimate it with gmmkeops\.analysis\.kl_divergence"
+            NotImplementedError, match=r"no closed form; estimate it by sampling with gmmkeops\.analysis\.kl_divergence"
         ):
             torch.distributions.kl_divergence(p, q)
-    with pytest.raises(ValueError, match="have 2 and 3 features"):
+    with pytest.raises(ValueError, match="got 2 and 3"):
         torch.distributions.kl_divergence(one, random_mixture("full", K=1, D=3))
-    with pytest.raises(ValueError, match=r"batches of shapes \(2,\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"got \(2,\) and \(3,\)"):
         torch.distributions.kl_divergence(one.expand((2,)), one.expand((3,)))
     poisson = Independent(torch.distributions.Poisson(torch.ones(2)), 1)
     with pytest.raises(NotImplementedError, match="MultivariateNormal"):
