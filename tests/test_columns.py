@@ -247,7 +247,7 @@ def test_names_stay_with_a_mixture(tmp_path):
     for wrong in (["a", "b"], ["a", "b", "a"], "abc", [1, 2, 3]):
         with pytest.raises(ValueError, match="columns must be"):
             mixture.named(wrong)
-    with pytest.raises(ValueError, match="compare mixtures of the same columns"):
+    with pytest.raises(ValueError, match="both mixtures must have the same columns"):
         gk.analysis.kl_divergence(mixture, mixture.marginal([1, 0, 2]))
     seen = []
     gk.fit(

@@ -52,7 +52,9 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
 
 @accepts(old={"weights": "sample_weight"})
 def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
-    r"""Compute the mean log-density :math:`\sum_n g_n \log p(x_n) / \sum_n g_n`, nats per point; see :func:`bic`.
+    r"""Compute the mean log-density :math:`\sum_n g_n \log p(x_n) / \sum_n g_n`, nats per point.
+
+    Arguments and errors are as for :func:`bic`.
 
     Example:
         >>> import gmmkeops as gk
@@ -95,7 +97,9 @@ def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
 
 @accepts(old={"weights": "sample_weight"})
 def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
-    r"""Compute the Akaike information criterion :math:`-2 \sum_n g_n \log p(x_n) + 2 P` (lower is better); see :func:`bic`.
+    r"""Compute the Akaike information criterion :math:`-2 \sum_n g_n \log p(x_n) + 2 P` (lower is better).
+
+    Arguments, units and errors are as for :func:`bic`.
 
     Reference:
         Akaike 1974, *A new look at the statistical model identification*, IEEE Transactions on Automatic Control 19.
