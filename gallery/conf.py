@@ -1,4 +1,4 @@
-"""The documentation: pages from this folder, the gallery from ``scripts``, the reference from the docstrings."""
+"""Configuration of the documentation: pages from this folder, examples from ``scripts``, the reference from docstrings."""
 
 import os
 import re
@@ -104,7 +104,7 @@ _MARKS = (
 
 
 def escape(app, what, name, obj, options, lines):
-    """Takes the markup out of a docstring's plain text: not out of formulas, literals, roles and examples."""
+    """Escape markup in the plain text of a docstring, but not in formulas, literals, roles and examples."""
     formula, example = None, False
     for number, line in enumerate(lines):
         indent = len(line) - len(line.lstrip())
@@ -123,6 +123,6 @@ def escape(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    # After the scripts have run.
+    # Called after the scripts have run.
     app.connect("builder-inited", look.hang, priority=900)
     app.connect("autodoc-process-docstring", escape, priority=100)

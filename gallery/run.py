@@ -1,4 +1,4 @@
-"""Runs gallery scripts without a display and saves each figure they make: ``python run.py OUT SCRIPT...``."""
+"""Run gallery scripts without a display and save their figures: ``python run.py OUT SCRIPT...``."""
 
 import runpy
 import sys
@@ -26,7 +26,7 @@ def main(out: str, *scripts: str) -> None:
             check(plt.figure(number))
             plt.figure(number).savefig(path)
             print(f"saved {path}")
-        print(f"{Path(script).name}: {time.perf_counter() - began:.1f} s in all\n")
+        print(f"{Path(script).name}: {time.perf_counter() - began:.1f} s in total\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Gaussian mixture models for data sets that are too large for other libraries."""
+"""Gaussian mixture models for very large data sets."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ __all__ = [
     "to_sklearn",
 ]
 
-# The public modules, and where they are.
+# Public modules, and their full names.
 _MODULES = {
     **{name: name for name in ("analysis", "bayes", "components", "export", "penalties", "plotting", "reductions")},
     "distributed": "data.distributed",
 }
-# The folders that the other public names come from. They are imported together, with torch, when the first of these names is
-# used, so that the command line can report a usage error without the second or two that torch takes.
+# Packages of the other public names. They are imported together when the first of these names is used, because importing torch
+# takes one or two seconds, and the command line should report usage errors without this delay.
 _HOMES = {
     "_checks": ("ConvergenceWarning", "PrecisionWarning"),
     "analysis": ("StandardErrors", "standard_errors"),
@@ -72,7 +72,7 @@ _HOMES = {
     "fitting": ("EM", "Adam", "Checkpoint", "FitResult", "Gradient", "estimate_memory", "fit", "initialize"),
     "models": ("GMM", "Mixture", "load", "save"),
 }
-# Modules of version 0.1, and where their names are now.
+# Modules of version 0.1, and the modules that replace them.
 _OLD_MODULES = {
     "compare": "analysis.compare",
     "doctor": "cli.doctor",
@@ -90,7 +90,7 @@ _OLD_MODULES = {
 }
 
 
-# Names of version 0.1 with another spelling.
+# Names of version 0.1, and their current spelling.
 _OLD_NAMES = {"initialise": "initialize"}
 
 

@@ -1,6 +1,6 @@
-"""Validation of settings, further names of arguments, and the warnings of the package.
+"""Validation of arguments, aliases of argument names, and the warnings of the package.
 
-Each check returns its argument in plain types, or raises an error that says what was got, what was expected and one remedy.
+Each check returns its argument as a built-in type, or raises an error with the value, the expectation and a remedy.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _INSIDE = (
 
 
 class ConvergenceWarning(UserWarning):
-    """A fit stopped at ``max_iter`` before its tolerance was met, or its objective became infinite or NaN.
+    """Warning that a fit did not converge within ``max_iter`` iterations, or that its objective became infinite or NaN.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk
@@ -64,7 +64,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class PrecisionWarning(UserWarning):
-    """The numerical precision is too low for the data, for example float32 coordinates that are coarser than their structure.
+    """Warning that the numerical precision is too low for the data, for example if float32 cannot resolve them.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk
@@ -87,12 +87,12 @@ def accepts(
     also: Mapping[str, str] | None = None,
     wrong: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
-    """Decorator of a function that accepts further names for its keyword arguments.
+    """Return a decorator for functions that accept further names of their keyword arguments.
 
     Args:
-        old: Names of version 0.1 by new ones, which cause a DeprecationWarning: ``{"weights": "sample_weight"}``.
-        also: Names that are accepted without a warning: ``{"random_state": "generator"}``.
-        wrong: Names in other libraries, for which the TypeError names the right one: ``{"n_clusters": "n_components"}``.
+        old: Deprecated names and their replacements, for example ``{"weights": "sample_weight"}``.
+        also: Aliases, for example ``{"random_state": "generator"}``.
+        wrong: Names in other libraries, and the names that the TypeError recommends: ``{"n_clusters": "n_components"}``.
     """
     old, also, wrong = old or {}, also or {}, wrong or {}
 
@@ -107,11 +107,11 @@ def accepts(
                         raise TypeError(f"{shown} has no argument {name}; pass {wrong[name]}.")
                     new = old.get(name) or also[name]
                     if new in kwargs:
-                        raise TypeError(f"{shown} got both {new} and {name}, which mean the same; pass {new} alone.")
+                        raise TypeError(f"{shown} got both {new} and {name}, which are aliases; pass only {new}.")
                     if name in old:
                         warnings.warn(f"{name} is deprecated; use {new}.", DeprecationWarning, stacklevel=2)
                     kwargs[new] = kwargs.pop(name)
-                    # Errors name the argument that the user has typed.
+                    # Error messages use the name that the user has typed.
                     errors.enter_context(renamed(new, name))
                 return function(*args, **kwargs)
 
@@ -167,13 +167,13 @@ def as_integer(
     """Return an integer within bounds.
 
     Args:
-        value: An ``int``, or an integer of numpy or torch. Booleans and floats are refused.
-        name: The name of the argument in error messages.
-        least, most: The bounds, both included.
-        clause: Text of the message that replaces "must be an integer of at least ...".
+        value: An ``int``, or an integer of numpy or torch, but not a bool or a float.
+        name: Name of the argument in error messages.
+        least, most: Inclusive bounds.
+        clause: Text that replaces "must be an integer of at least ..." in the message.
 
     Raises:
-        ValueError: The value is not such an integer.
+        ValueError: The value is not an integer within the bounds.
     """
     boolean = isinstance(value, (bool, np.bool_)) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
     try:
@@ -192,7 +192,7 @@ def as_integer(
 
 
 def as_shape(value: Any, name: str = "sample_shape") -> torch.Size:
-    """Return a shape, from an integer or a sequence of integers.
+    """Convert an integer or a sequence of integers to a shape.
 
     Raises:
         ValueError: An entry is not an integer, or is negative.
@@ -208,14 +208,14 @@ def as_number(
     """Return a finite number that is not below a bound.
 
     Args:
-        value: A number of Python, numpy or torch. Booleans and text are refused.
-        name: The name of the argument in error messages.
-        least: The lower bound.
-        above: Whether the bound itself is refused.
-        clause: Text of the message that replaces "must be finite and ...".
+        value: A number of Python, numpy or torch, but not a bool or a string.
+        name: Name of the argument in error messages.
+        least: Lower bound.
+        above: Whether the bound is exclusive.
+        clause: Text that replaces "must be finite and ..." in the message.
 
     Raises:
-        ValueError: The value is not such a number.
+        ValueError: The value is not a finite number within the bound.
     """
     found = _real(value)
     if found is not None and math.isfinite(found) and (found > least or (found == least and not above)):
@@ -231,7 +231,7 @@ def as_fraction(value: Any, name: str) -> float | None:
     """Return a number from 0 to below 1; None stays None.
 
     Raises:
-        ValueError: The value is not such a number.
+        ValueError: The value is not a number in [0, 1).
     """
     found = 0.0 if value is None else _real(value)
     if found is None or not 0 <= found < 1:
@@ -240,7 +240,7 @@ def as_fraction(value: Any, name: str) -> float | None:
 
 
 def _real(value: Any) -> float | None:
-    """The value as a float if it is a single real number, else None."""
+    """Return the value as a float if it is a single real number, else None."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         plain = value.ndim == 0 and (value.dtype.kind in "fiu" if isinstance(value, np.ndarray) else True)
         if not plain or (isinstance(value, torch.Tensor) and (value.is_complex() or value.dtype == torch.bool)):
@@ -255,10 +255,10 @@ def _real(value: Any) -> float | None:
 
 
 def as_choice(value: Any, name: str, options: Sequence[str]) -> str:
-    """Return one of several names.
+    """Check that a value is one of several names, and return it.
 
     Raises:
-        ValueError: The value is none of them.
+        ValueError: The value is not among the options.
     """
     if not isinstance(value, str) or value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {shown(value)}.")
@@ -266,7 +266,7 @@ def as_choice(value: Any, name: str, options: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A short description of a value for an error message."""
+    """Return a short description of a value for an error message."""
     if isinstance(value, (np.number, np.bool_)):
         value = value.item()
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
@@ -277,10 +277,10 @@ def shown(value: Any) -> str:
 
 
 def as_device(device: Any) -> torch.device | None:
-    """Return a device of this machine from its name, its number or a ``torch.device``; None stays None.
+    """Convert a name, a number or a ``torch.device`` to an available device; None stays None.
 
     Raises:
-        ValueError: This machine has no such device.
+        ValueError: The device is not available on this machine.
     """
     if device is None:
         return None
@@ -296,24 +296,24 @@ def as_device(device: Any) -> torch.device | None:
     except Exception:
         pass
     raise ValueError(
-        f"device must name a device of this machine such as 'cpu'{_accelerators()}, got {str(device)!r}; leave it out to "
-        "compute where the data are."
+        f"device must be an available device such as 'cpu'{_accelerators()}, got {str(device)!r}; omit device to use that "
+        "of the data."
     )
 
 
 def _accelerators() -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return f" or 'cuda' (of which there are {count})" if count else " (there is no CUDA device here)"
+    return f" or 'cuda' ({count} available)" if count else " (no CUDA device is available)"
 
 
 @contextmanager
 def renamed(name: str, argument: str) -> Iterator[None]:
-    """Context in which errors about ``name`` are raised as errors about ``argument``, which the user has typed."""
+    """Replace ``name`` in errors that are raised within this context by ``argument``, the argument of the user."""
     try:
         yield
     except (TypeError, ValueError) as error:
         text = str(error)
-        # "weights of scan.npy" are the weights in a file, not the argument.
+        # In "weights of scan.npy", the word does not refer to the argument.
         named = text.startswith(f"{name} ") and not text.startswith(f"{name} of ")
         if type(error) not in (TypeError, ValueError) or not named:
             raise
@@ -321,10 +321,10 @@ def renamed(name: str, argument: str) -> Iterator[None]:
 
 
 def as_functions(value: Any, name: str) -> tuple[Callable[..., Any], ...]:
-    """Functions, from one of them or several; None stands for none.
+    """Convert a function or a sequence of functions to a tuple; None becomes an empty tuple.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The value is neither a function nor a sequence of functions.
     """
     if value is None or callable(value):
         return () if value is None else (value,)

@@ -191,7 +191,7 @@ def test_a_real_scan_with_too_many_chunks(tmp_path):
     struct.pack_into("<I", data, laszip(data)[2] + 4, 2**32 - 1)
     path = tmp_path / "scan.laz"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"scan\.laz cannot be read as laz \(it promises 4294967295 chunks"):
+    with pytest.raises(ValueError, match=r"scan\.laz cannot be read as laz \(it declares 4294967295 chunks"):
         gk.Source.of(path)
 
 
@@ -243,7 +243,7 @@ def test_text_of_other_libraries_stays_away(valid, tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(data[:-60] + b"\xff" * 52 + data[-8:])
     with pytest.raises(
-        ValueError, match=r"^\S*x\.parquet cannot be read as parquet; it may be cut short, damaged"
+        ValueError, match=r"^\S*x\.parquet cannot be read as parquet; it may be truncated, damaged"
     ) as caught:
         gk.Source.of(path)
     assert "thrift" not in str(caught.value)

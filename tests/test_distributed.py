@@ -180,7 +180,7 @@ def test_a_rank_that_disagrees_or_fails_is_named_on_all(folder):
     expected = [
         "components rank 1 disagrees with rank 0 on the model",
         "method rank 1 disagrees with rank 0 on the method",
-        "start rank 1 is at another mixture than rank 0",
+        "start rank 1 has another mixture than rank 0",
         "x must be finite, got NaN at row 5, column 1",
     ]
     for rank, (_, text, errors) in enumerate(outputs(launch(3, DISAGREE, folder))):

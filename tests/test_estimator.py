@@ -235,7 +235,7 @@ def test_verbose_speaks_in_sentences(X, capsys):
     gk.GaussianMixture(2, random_state=0, verbose=1, verbose_interval=1).fit(X)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "start 1 of 1, iteration 0: mean log-likelihood" in shown.err
+    assert "fit 1 of 1, iteration 0: mean log-likelihood" in shown.err
 
 
 def test_metadata_routing_brings_weights_through_a_pipeline_and_a_search(X):

@@ -94,6 +94,6 @@ def test_scikit_learn_reads_the_arrays(kind, tmp_path):
 
 def test_only_space_has_splats(tmp_path):
     for function in (gk.export.splats, gk.export.ellipsoids):
-        with pytest.raises(ValueError, match="3 dimensions"):
+        with pytest.raises(ValueError, match="3 columns"):
             function(mixture("full", D=4), tmp_path / "m.ply")
     assert not list(tmp_path.iterdir())

@@ -366,7 +366,7 @@ def test_any_callable_is_a_penalty():
 
 def test_coarse_input_is_called_coarse():
     x = blobs() + 5.4e6
-    with pytest.warns(gk.PrecisionWarning, match=r"x is float32 and around 5\.4e\+06 in column 0"):
+    with pytest.warns(gk.PrecisionWarning, match=r"x is float32 with values near 5\.4e\+06 in column 0"):
         gk.fit(gk.initialize(x, 2), x, gk.Adam(), max_iter=1)
 
 

@@ -44,7 +44,7 @@ def choosing(output):
 
 
 def anomalies(output):
-    caught, false = map(float, re.search(r"([\d.]+) % of the strays caught, ([\d.]+) % false", output).groups())
+    caught, false = map(float, re.search(r"([\d.]+) % of the anomalies detected, ([\d.]+) % false", output).groups())
     assert caught > 70
     assert false < 5
 
@@ -154,7 +154,7 @@ def town(output):
 
 
 def penalties(output):
-    live = {name: int(count) for name, count in re.findall(r"penalties: (.*?): (\d+) live", output)}
+    live = {name: int(count) for name, count in re.findall(r"penalties: (.*?): (\d+) active", output)}
     assert live["none"] >= 18
     assert live["SqrtWeights(3)"] < live["none"]
     assert live["Dirichlet(50)"] == 20
@@ -227,7 +227,7 @@ def test_demo(tmp_path):
 @pytest.mark.gallery
 def test_town_without_a_scan(tmp_path):
     output = run("4_scale/plot_town.py", tmp_path, SCAN="nowhere.laz")
-    assert "400000 returns of a made town" in output
+    assert "400000 returns of a simulated town" in output
     town(output)
 
 
@@ -239,7 +239,7 @@ def test_figures_are_checked(monkeypatch):
     ax.set(xlabel="time (s)", ylabel="height")
     ax.plot([0, 1], color="#D00000", label="red")
     ax.plot([1, 0], color="#7F7F00", label="olive")
-    with pytest.raises(ValueError, match="names no unit"):
+    with pytest.raises(ValueError, match="has no unit"):
         look.check(figure)
     ax.set_ylabel("height (m)")
     look.check(figure)

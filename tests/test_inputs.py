@@ -85,10 +85,10 @@ BAD = {
     "meta": (lambda: TENSOR.to("meta"), "meta device"),
     "nested": (lambda: torch.nested.nested_tensor([TENSOR[:3], TENSOR[3:9]]), "nested"),
     "quantized": (lambda: torch.quantize_per_tensor(TENSOR.float(), 0.1, 0, torch.qint8), "quantized"),
-    "table": (Table, "table of the columns 'a', 'b'"),
-    "ragged": (lambda: [[1.0, 2.0], [3.0]] * 20, "differ in length"),
-    "points and weights": (lambda: [GOOD, np.ones(ROWS)], "weights by their own argument"),
-    "points and a column": (lambda: (GOOD, np.ones((ROWS, 1))), "weights by their own argument"),
+    "table": (Table, "structured array with the columns 'a', 'b'"),
+    "ragged": (lambda: [[1.0, 2.0], [3.0]] * 20, "rows of different lengths"),
+    "points and weights": (lambda: [GOOD, np.ones(ROWS)], "weights as sample_weight"),
+    "points and a column": (lambda: (GOOD, np.ones((ROWS, 1))), "weights as sample_weight"),
     "dict": (lambda: {"a": GOOD[:, 0]}, "dict"),
     "set": (lambda: {1.0, 2.0}, "set"),
     "None": (lambda: None, "NoneType"),
@@ -311,7 +311,7 @@ def test_a_cuda_device_that_is_not_there_is_refused(tmp_path):
         lambda: MODEL.to("cuda"),
     )
     for call in calls:
-        sentence(call, "no CUDA device here", kind=ValueError)
+        sentence(call, "no CUDA device is available", kind=ValueError)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "torch.float32", torch.float32, np.float32, np.dtype("f4")])

@@ -198,7 +198,7 @@ EYE = torch.eye(2).double()
         (
             lambda: random_mixture("full").log_prob(torch.zeros(1, 2, device="meta")),
             TypeError,
-            "x must hold numbers, got a tensor on the meta device",
+            "x must contain numbers, got a tensor on the meta device",
         ),
         (lambda: random_mixture("full").expand((2,)).predict(torch.zeros(1, 2)), ValueError, "needs one mixture"),
     ],
@@ -213,7 +213,7 @@ def test_a_batch_refuses_what_it_cannot_do(settings):
     """Its log-densities come from torch operations at all components."""
     mixture = random_mixture("full").expand([2])
     x = torch.zeros(5, 1, mixture.n_features, dtype=torch.float64)
-    with pytest.raises(ValueError, match="a batch of mixtures is evaluated by torch operations"):
+    with pytest.raises(ValueError, match="a batch of mixtures supports neither"):
         mixture.log_prob(x, **settings)
     with pytest.raises(ValueError, match="backend must be one of"):
         mixture.log_prob(x, backend="dens")
@@ -284,7 +284,7 @@ def test_components_by_index(family):
         assert part.columns == ("a", "b")
     assert [part.n_components for part in mixture] == [1, 1, 1, 1]
     for index, kind in ((4, IndexError), ([0, 9], IndexError), ([], IndexError), ("a", TypeError), (None, IndexError)):
-        with pytest.raises(kind, match=r"mixture|list of components"):
+        with pytest.raises(kind, match=r"mixture|select one or more|out of range"):
             mixture[index]
 
 
@@ -306,7 +306,7 @@ def test_entries_of_a_batch_by_index(family):
     assert torch.allclose(batch[1, 2].log_prob(x), whole[:, 1, 2])
     assert torch.allclose(batch[1].log_prob(x[:, None]), whole[:, 1])
     assert torch.allclose(batch[..., ::2].log_prob(x[:, None, None]), whole[..., ::2])
-    with pytest.raises(IndexError, match=r"does not fit a mixture of a batch of shape \(2, 3\)"):
+    with pytest.raises(IndexError, match=r"is out of range for a batch of shape \(2, 3\)"):
         batch[2]
 
 
@@ -353,7 +353,7 @@ def test_table_of_a_notebook():
         ),
         (
             lambda: gk.Mixture(torch.zeros(2), EYE, gk.DiagonalFactor(EYE), covariance_type="diag"),
-            "covariance_type describes covariances",
+            "covariance_type can only be given with covariances=",
         ),
         (lambda: gk.Mixture(probs=[1.0], means=EYE), "no argument probs; pass weights="),
         (lambda: gk.Mixture(weights=[1.0], locs=EYE), "no argument locs; pass means="),

@@ -188,7 +188,7 @@ def test_conditional_gmm():
         (lambda: gk.GMM(2, n_components=1.5), ValueError, "^n_components must be an integer"),
         (lambda: gk.GMM(2, covariance_type="foo"), ValueError, "covariance_type must be one of"),
         (lambda: gk.GMM(2, epsilon=-1), ValueError, "epsilon must be finite"),
-        (lambda: gk.GMM(2)(torch.zeros(3)), ValueError, "made without a context"),
+        (lambda: gk.GMM(2)(torch.zeros(3)), ValueError, "this GMM has no context"),
         (lambda: gk.GMM(2, context=3)(), ValueError, "needs a context of 3 columns"),
         (lambda: gk.GMM(2, context=3)(torch.zeros(2)), ValueError, r"shape \(\*, 3\), got \(2,\)"),
         (
@@ -198,7 +198,11 @@ def test_conditional_gmm():
         ),
         (lambda: gk.GMM(2).initialize(torch.zeros(9, 2), "best"), ValueError, "strategy must be one of 'random'"),
         (lambda: gk.GMM(2).initialize(torch.zeros(9, 3)), ValueError, "x has 3 columns, expected 2"),
-        (lambda: gk.GMM(2).assign(random_mixture("full", K=3)), ValueError, "the mixture's parameters have shapes"),
+        (
+            lambda: gk.GMM(2).assign(random_mixture("full", K=3)),
+            ValueError,
+            "the mixture must have parameters of shapes",
+        ),
         (lambda: gk.initialize(torch.zeros(9, 2), 0), ValueError, "components must be at least 1"),
         (lambda: gk.initialize(torch.full((9, 2), math.nan), 2), ValueError, "x must be finite"),
         (

@@ -125,7 +125,7 @@ def test_ellipsoids_without_thickness_are_drawn(ax):
 
 
 def test_ellipsoids_need_three_dimensions(ax):
-    with pytest.raises(ValueError, match="3 dimensions"):
+    with pytest.raises(ValueError, match="3 columns"):
         plotting.ellipsoids(random_mixture("full", K=2, D=2), ax=ax)
     with pytest.raises(ValueError, match="left < right"):
         plotting.ellipsoids(random_mixture("full", K=2, D=3), ax=ax, extent=(0, 0, 1, 2))

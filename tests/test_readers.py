@@ -248,7 +248,7 @@ def test_columns_are_chosen_by_name_or_index(make, rows, tmp_path):
     found = gk.Source.of(data, columns=wanted, **options)
     assert np.array_equal(contents(found.chunks())[:, :2], rows[:, [2, 0]])
     assert found.columns == (("z", "x") if names else None)
-    with pytest.raises(ColumnError, match="there is no column 'q'"):
+    with pytest.raises(ColumnError, match="has no column 'q'"):
         gk.Source.of(data, columns=["x", "q"] if names else [0, "q"], **options)
     if names:
         matched = found.matched(["x", "z"])

@@ -239,7 +239,7 @@ def test_a_file_that_changes_under_a_fit_is_an_error(change, x, start, tmp_path)
             else:
                 path.unlink()
 
-    with pytest.raises(ValueError, match=r"changed while it was read|is gone"):
+    with pytest.raises(ValueError, match=r"changed while it was read|no longer exists"):
         gk.fit(start, gk.Source.of(path, chunk_rows=9000), gk.EM(tol=0), callback=spoil)
 
 
@@ -269,9 +269,9 @@ def test_refusals(x, start, tmp_path):
         gk.Source.of(tmp_path / "none.npy")
     with pytest.raises(FileNotFoundError, match="no file matches"):
         gk.Source.of(str(tmp_path / "*.laz"))
-    with pytest.raises(ValueError, match=r"none of \.npy"):
+    with pytest.raises(ValueError, match=r"one of the suffixes \.npy"):
         gk.Source.of("points.xyz")
-    with pytest.raises(ValueError, match="there is no column 'a'"):
+    with pytest.raises(ValueError, match="has no column 'a'"):
         gk.Source.of(path, columns=["a"])
     with pytest.raises(ValueError, match="expected 3"):
         gk.fit(start, gk.Source.of(path, columns=[0, 1]), gk.EM())

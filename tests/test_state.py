@@ -278,9 +278,7 @@ def test_files_of_mixtures_know_of_no_fit(X, tmp_path):
         check(model, "tied", X, trained=False)
         for name in ("converged_", "n_iter_", "lower_bound_", "lower_bounds_", "result_"):
             assert not hasattr(model, name)
-    with pytest.raises(
-        ValueError, match=r"^covariance_type='full' is not that of the mixture, 'tied'; leave it out\.$"
-    ):
+    with pytest.raises(ValueError, match=r"^covariance_type must be 'tied' as in the mixture, got 'full'; omit it\.$"):
         gk.GaussianMixture.from_mixture(fitted.mixture_, covariance_type="full")
 
 
@@ -294,7 +292,7 @@ def test_files_of_mixtures_know_of_no_fit(X, tmp_path):
 )
 def test_what_a_file_cannot_hold_is_named(X, tmp_path, params, name):
     model = gk.GaussianMixture(2, **params).fit(X)
-    with pytest.raises(ValueError, match=rf"^save cannot write {name}, which holds a \w+; .*\.$"):
+    with pytest.raises(ValueError, match=rf"^save cannot write {name}, which contains a \w+; .*\.$"):
         model.save(tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
     gk.save(model.mixture_, tmp_path / "m.safetensors")

@@ -123,5 +123,5 @@ def test_files_weights_blocks_and_units(tmp_path):
 
 def test_more_parameters_than_points_are_refused():
     x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).double()
-    with pytest.raises(ValueError, match="do not tell all parameters apart"):
+    with pytest.raises(ValueError, match="the information matrix is singular"):
         gk.standard_errors(gk.initialize(x, 4), x, robust=False)

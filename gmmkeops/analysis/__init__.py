@@ -1,7 +1,7 @@
 """Analysis of fitted mixtures: model selection, comparison, and standard errors.
 
-Information criteria and :func:`select` choose the number of components, the functions of :mod:`gmmkeops.analysis.compare` compare
-mixtures, and :func:`standard_errors` gives the uncertainty of their parameters.
+:func:`select` chooses the number of components by information criteria, :mod:`gmmkeops.analysis.compare` contains divergences
+between mixtures, and :func:`standard_errors` computes standard errors of the parameters.
 """
 
 from gmmkeops.analysis.compare import Estimate, jensen_shannon, kl_divergence, merge, total_variation

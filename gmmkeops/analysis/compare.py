@@ -1,9 +1,8 @@
-r"""Divergences between mixtures by Monte Carlo with their standard errors, and merging of components by moment matching.
+r"""Monte Carlo estimates of divergences between mixtures, and merging of components by moment matching.
 
-Divergences between mixtures of several components have no closed form; a sample of p gives an unbiased estimate with a standard
-error. The Kullback-Leibler divergence between two Gaussians has a closed form, which ``torch.distributions.kl_divergence``
-computes. Reference: Hershey and Olsen 2007, *Approximating the Kullback Leibler divergence between Gaussian mixture models*,
-ICASSP.
+Divergences between mixtures of several components have no closed form; a sample from p gives an unbiased estimate and its
+standard error. The closed form for two Gaussians is registered for ``torch.distributions.kl_divergence``. Reference:
+Hershey and Olsen 2007, *Approximating the Kullback Leibler divergence between Gaussian mixture models*, ICASSP.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Estimate(NamedTuple):
 
     Args:
         value: The estimate.
-        error: Standard error: the standard deviation of the samples, divided by the square root of their number.
+        error: Standard error of the estimate.
 
     Example:
         >>> import gmmkeops as gk
@@ -47,17 +46,15 @@ class Estimate(NamedTuple):
 
 
 def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generator) -> Tensor:
-    """log p - log q (samples,), nats, at draws from p."""
+    """Draw from p and return log p - log q at the draws (samples,), nats."""
     for name, mixture in (("p", p), ("q", q)):
         as_mixture(mixture, name)
     if p.n_features != q.n_features:
-        raise ValueError(
-            f"the mixtures have {p.n_features} and {q.n_features} features; both mixtures must have the same number of features."
-        )
+        raise ValueError(f"both mixtures must have the same number of features, got {p.n_features} and {q.n_features}.")
     if p.columns is not None and q.columns is not None and p.columns != q.columns:
         raise ValueError(
-            f"the mixtures have the columns {listed(p.columns)} and {listed(q.columns)}; compare mixtures of the same columns "
-            "in the same order, which marginal gives."
+            f"both mixtures must have the same columns, got {listed(p.columns)} and {listed(q.columns)}; use marginal to select "
+            "and reorder columns."
         )
     samples = as_integer(samples, "samples", 2)
     with torch.no_grad():
@@ -66,7 +63,7 @@ def _differences(p: Mixture, q: Mixture, samples: int, generator: torch.Generato
 
 
 def _estimate(values: Tensor) -> Estimate:
-    """Mean of samples and its standard error."""
+    """Compute the mean of samples and its standard error."""
     return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))))
 
 
@@ -74,20 +71,19 @@ def _estimate(values: Tensor) -> Estimate:
 def kl_divergence(
     p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | int | None = None
 ) -> Estimate:
-    r"""Kullback-Leibler divergence :math:`\mathbb E_p[\log p - \log q]`, nats.
+    r"""Estimate the Kullback-Leibler divergence :math:`\mathbb E_p[\log p - \log q]`, nats.
 
     Args:
-        p, q: Mixtures of the same number of features.
+        p, q: Mixtures with the same number of features.
         samples: Number of draws from p.
-        generator: Random number generator, or a seed. None uses a fixed seed, so that the same call gives the same estimate
-            in every process.
+        generator: Random number generator, or a seed. None uses a fixed seed, so that results are reproducible.
 
     Returns:
         The estimate and its standard error, nats.
 
     Raises:
         TypeError: An argument is not a mixture.
-        ValueError: The mixtures have different numbers or names of columns, or there are fewer than two samples.
+        ValueError: The mixtures have different columns, or there are fewer than two samples.
 
     Reference:
         Hershey and Olsen 2007, *Approximating the Kullback Leibler divergence between Gaussian mixture models*, ICASSP.
@@ -107,7 +103,7 @@ def kl_divergence(
 def jensen_shannon(
     p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | int | None = None
 ) -> Estimate:
-    r"""Jensen-Shannon divergence, from 0 to log 2 nats.
+    r"""Estimate the Jensen-Shannon divergence, from 0 to log 2 nats.
 
     .. math:: \tfrac12 \mathbb E_p\Bigl[\log \frac{2p}{p + q}\Bigr] + \tfrac12 \mathbb E_q\Bigl[\log \frac{2q}{p + q}\Bigr]
 
@@ -139,7 +135,7 @@ def jensen_shannon(
 def total_variation(
     p: Mixture, q: Mixture, *, samples: int = 100_000, generator: torch.Generator | int | None = None
 ) -> Estimate:
-    r"""Total variation distance :math:`\mathbb E_p[\max(0, 1 - q/p)]`, from 0 to 1.
+    r"""Estimate the total variation distance :math:`\mathbb E_p[\max(0, 1 - q/p)]`, from 0 to 1.
 
     Arguments, result and errors are as for :func:`kl_divergence`; the distance has no unit.
 
@@ -161,11 +157,11 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
               \Sigma = \sum_k \tfrac{W_k}{W} (\Sigma_k + (\mu_k - \mu)(\mu_k - \mu)^\top)
 
     Args:
-        mixture: One mixture.
-        groups: Disjoint lists of components. Components in no list stay unchanged and come after the groups.
+        mixture: A single mixture.
+        groups: Disjoint lists of component indices. Other components are unchanged and follow the merged ones.
 
     Returns:
-        A mixture with full covariances and the same mean and covariance as the given one.
+        A mixture with full covariances that has the same mean and covariance as ``mixture``.
 
     Raises:
         TypeError: The argument is not a mixture, or ``groups`` is not a list of lists.
@@ -182,10 +178,12 @@ def merge(mixture: Mixture, groups: Sequence[Sequence[int]]) -> Mixture:
     """
     as_mixture(mixture)
     if not isinstance(groups, Iterable) or not all(isinstance(group, (list, tuple, range)) for group in groups):
-        raise TypeError("groups must be a list of lists of components, got something else; pass for example [[0, 1]].")
+        raise TypeError(f"groups must be a list of lists of components, got {groups!r}; pass for example [[0, 1]].")
     named = [as_integer(k, "each component in groups") for group in groups for k in group]
     if len(set(named)) < len(named) or not all(0 <= k < mixture.n_components for k in named) or not all(groups):
-        raise ValueError(f"groups must be disjoint, not empty, and below {mixture.n_components}, got {groups}.")
+        raise ValueError(
+            f"groups must be disjoint and not empty, with indices below {mixture.n_components}, got {groups}."
+        )
     parts = [list(group) for group in groups] + [[k] for k in range(mixture.n_components) if k not in named]
     one = [mixture[part] for part in parts]
     weights = torch.stack([mixture.weights[part].sum() for part in parts])
@@ -200,13 +198,13 @@ def _gaussian(p: Distribution) -> Mixture:
     """Convert a Gaussian to a mixture of one component.
 
     Raises:
-        NotImplementedError: The distribution is a mixture of several components, or not a Gaussian in D dimensions.
+        NotImplementedError: The distribution is not a multivariate Gaussian, or is a mixture of several components.
     """
     if isinstance(p, Mixture):
         if p.n_components > 1:
             raise NotImplementedError(
-                f"the divergence from or to a mixture of {p.n_components} components has no closed form; estimate it with "
-                "gmmkeops.analysis.kl_divergence(p, q), which samples."
+                f"the divergence of a mixture of {p.n_components} components has no closed form; estimate it by sampling with "
+                "gmmkeops.analysis.kl_divergence(p, q)."
             )
         return p
     if isinstance(p, (MultivariateNormal, LowRankMultivariateNormal)):
@@ -215,8 +213,8 @@ def _gaussian(p: Distribution) -> Mixture:
         mean, factor = p.base_dist.loc, DiagonalFactor(-p.base_dist.scale.log().unsqueeze(-2))
     else:
         raise NotImplementedError(
-            "the divergence has a closed form between a mixture of one component and another one, a MultivariateNormal or an "
-            f"Independent(Normal(...), 1), got {p}; estimate others by sampling, as gmmkeops.analysis (gk.analysis) does."
+            "the divergence has a closed form only between mixtures of one component, MultivariateNormal and "
+            f"Independent(Normal(...), 1), got {p}; estimate others by sampling with gmmkeops.analysis (gk.analysis)."
         )
     return Mixture(torch.zeros_like(mean[..., :1]), mean.unsqueeze(-2), factor, validate_args=False)
 
@@ -229,7 +227,7 @@ def _gaussian(p: Distribution) -> Mixture:
 @register_kl(Mixture, Independent)
 @register_kl(Independent, Mixture)
 def _closed_form(p: Distribution, q: Distribution) -> Tensor:
-    r"""Kullback-Leibler divergence (*B) between Gaussians, nats.
+    r"""Compute the Kullback-Leibler divergence (*B) between Gaussians, nats.
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \log \frac{|U_p|}{|U_q|}
               + \tfrac12 \bigl(\lVert U_q^\top L_p \rVert^2 + \lVert U_q^\top (\mu_p - \mu_q) \rVert^2 - D\bigr),
@@ -242,14 +240,13 @@ def _closed_form(p: Distribution, q: Distribution) -> Tensor:
     p, q = _gaussian(p), _gaussian(q)
     if p.n_features != q.n_features:
         raise ValueError(
-            f"the distributions have {p.n_features} and {q.n_features} features; both must have the same number."
+            f"both distributions must have the same number of features, got {p.n_features} and {q.n_features}."
         )
     try:
         torch.broadcast_tensors(p.logits, q.logits)
     except RuntimeError:
         raise ValueError(
-            f"the distributions have batches of shapes {tuple(p.batch_shape)} and {tuple(q.batch_shape)}; pass shapes that "
-            "broadcast."
+            f"batch shapes must broadcast, got {tuple(p.batch_shape)} and {tuple(q.batch_shape)}; expand one of them."
         ) from None
     wide = torch.promote_types(p.means.dtype, q.means.dtype)
     p, q = p.to(wide), q.to(wide)

@@ -23,15 +23,15 @@ __all__ = ["CRITERIA", "aic", "anomaly_threshold", "bic", "icl", "score"]
 
 CRITERIA = ("bic", "aic", "icl")
 
-# Numbers of responsibilities (rows, K) that are in memory at a time.
+# Maximum number of responsibilities (rows, K) in memory.
 _CHUNK = 1 << 22
 
 
 @renamed("weights", "sample_weight")
 def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float, float]:
-    """Weighted sums over the points: log-densities, weights, entropies of responsibilities if requested; and the unit.
+    """Sum log-densities, weights and (if requested) entropies of responsibilities over the points; also return the unit.
 
-    The sums are divided by the unit, the order of magnitude of the weights, so that very large and small weights do not overflow.
+    The sums are divided by the unit, a power of two near the largest weight, so that extreme weights do not overflow.
     """
     as_mixture(mixture)
     total = count = entropies = unit = 0.0
@@ -52,7 +52,9 @@ def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> t
 
 @accepts(old={"weights": "sample_weight"})
 def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
-    r"""Mean log-density :math:`\sum_n g_n \log p(x_n) / \sum_n g_n`, nats per point; arguments and errors as for :func:`bic`.
+    r"""Compute the mean log-density :math:`\sum_n g_n \log p(x_n) / \sum_n g_n`, nats per point.
+
+    Arguments and errors are as for :func:`bic`.
 
     Example:
         >>> import gmmkeops as gk
@@ -66,15 +68,15 @@ def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
 
 @accepts(old={"weights": "sample_weight"})
 def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
-    r"""Bayesian information criterion :math:`-2 \sum_n g_n \log p(x_n) + P \log \sum_n g_n`, the lower the better.
+    r"""Compute the Bayesian information criterion :math:`-2 \sum_n g_n \log p(x_n) + P \log \sum_n g_n` (lower is better).
 
     Args:
-        mixture: One mixture, with P free parameters.
-        x: Points (N, D), data units; or any source that :meth:`gmmkeops.Source.of` accepts, as in all functions of this module.
-        sample_weight: Weight g of each point (N,), or None. The sum of the weights takes the place of N.
+        mixture: A single mixture, with P free parameters.
+        x: Points (N, D), data units; or any data that :meth:`gmmkeops.Source.of` accepts.
+        sample_weight: Weight g of each point (N,), or None. The sum of the weights replaces N.
 
     Returns:
-        The criterion of all points together, on the scale of twice the log-likelihood in nats.
+        The criterion, nats, summed over all points.
 
     Raises:
         TypeError, ValueError: Points or weights are not numeric, not finite, or have the wrong shape.
@@ -95,7 +97,9 @@ def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
 
 @accepts(old={"weights": "sample_weight"})
 def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
-    r"""Akaike information criterion :math:`-2 \sum_n g_n \log p(x_n) + 2 P`; arguments, units and errors as for :func:`bic`.
+    r"""Compute the Akaike information criterion :math:`-2 \sum_n g_n \log p(x_n) + 2 P` (lower is better).
+
+    Arguments, units and errors are as for :func:`bic`.
 
     Reference:
         Akaike 1974, *A new look at the statistical model identification*, IEEE Transactions on Automatic Control 19.
@@ -112,7 +116,7 @@ def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
 
 @accepts(old={"weights": "sample_weight"})
 def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
-    """Integrated completed likelihood, the lower the better: BIC plus twice the entropy of the responsibilities.
+    """Compute the integrated completed likelihood criterion (lower is better): BIC plus twice the entropy of responsibilities.
 
     Arguments, units and errors are as for :func:`bic`.
 
@@ -132,15 +136,15 @@ def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
 
 
 def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> float:
-    """Log-density (nats) below which ``percentile`` percent of the points lie; points with lower densities are anomalies.
+    """Compute the log-density below which ``percentile`` percent of the points lie, as a threshold for anomalies.
 
     Args:
-        mixture: One mixture.
-        x: Points (N, D), data units, of which most are not anomalies.
-        percentile: A number from 0 to 100.
+        mixture: A single mixture.
+        x: Points (N, D), data units, most of which are not anomalies.
+        percentile: Number from 0 to 100.
 
     Returns:
-        The percentile of the log-densities, nats.
+        The threshold, nats. Points with a lower log-density are considered anomalies.
 
     Raises:
         TypeError, ValueError: Points are invalid, or the percentile is out of range.

@@ -20,13 +20,13 @@ from gmmkeops.models import COMPONENTS, Mixture, html_table
 
 __all__ = ["CRITERIA", "Selection", "aic", "anomaly_threshold", "bic", "icl", "score", "select", "silhouette"]
 
-# Columns of the table that a selection prints.
+# Columns of the printed table.
 _SHOWN = ("covariance_type", "n_components", "n_parameters", "log_likelihood", "bic", "aic", "icl", "n_iter", "seconds")
 
 # Keys of the rows by those of version 0.1.
 _FORMER = {"components": "n_components", "parameters": "n_parameters", "iterations": "n_iter"}
 
-# Names of arguments in other libraries, and the remedy.
+# Names of arguments in other libraries, and the arguments that error messages recommend instead.
 _WRONG = COMPONENTS | {
     "n_components_range": "n_components=",
     "covariance_type": "covariance_types=, a list",
@@ -37,11 +37,11 @@ _WRONG = COMPONENTS | {
 
 @dataclass(frozen=True, repr=False)
 class Selection:
-    """Fitted models with their information criteria. ``print`` shows them as a table.
+    """Fitted models with their information criteria, printed as a table.
 
     Args:
-        rows: One dict for each model: "covariance_type", "n_components", "log_likelihood" (mean, nats per point), "n_parameters",
-            "bic", "aic", "icl", "n_iter", "seconds", "converged".
+        rows: One dict for each model with the keys "covariance_type", "n_components", "log_likelihood" (mean, nats per point),
+            "n_parameters", "bic", "aic", "icl", "n_iter", "seconds", "converged".
         criterion: Name of the criterion that defines the best model.
         results: Results of the fits, in the order of the rows.
 
@@ -61,11 +61,11 @@ class Selection:
 
     @property
     def best(self) -> Mixture:
-        """The mixture with the lowest criterion."""
+        """Mixture with the lowest criterion."""
         return self.results[self._place()].mixture
 
     def _place(self) -> int:
-        """Number of the row with the lowest criterion."""
+        """Return the index of the row with the lowest criterion."""
         values = [row[self.criterion] for row in self.rows]
         return values.index(min(values))
 
@@ -111,25 +111,24 @@ def select(
 ) -> Selection:
     """Fit all combinations of numbers of components and covariance types, and compute their information criteria.
 
-    The k-means centers of each number of components are computed once, on a sample, for all covariance types.
+    For each number of components, the k-means centers are computed once on a sample and used for all covariance types.
 
     Args:
-        x: Points (N, D), data units; or any source that :meth:`gmmkeops.Source.of` accepts.
+        x: Points (N, D), data units; or any data that :meth:`gmmkeops.Source.of` accepts.
         n_components: List of numbers of components.
         covariance_types: List of covariance types.
         method: Fitting method; ``gmmkeops.EM()`` by default.
         criterion: ``"bic"``, ``"aic"`` or ``"icl"``.
         sample_weight: Weight of each point (N,), or None.
         runs: Number of runs of k-means for each initial mixture.
-        generator: Random number generator, or a seed. None uses a fixed seed, so that the same call gives the same result in
-            every process.
+        generator: Random number generator, or a seed. None uses a fixed seed, so that results are reproducible.
         **options: Further arguments of :func:`gmmkeops.fit`.
 
     Returns:
-        A :class:`Selection`, which prints as a table; :func:`gmmkeops.plotting.selection` plots it.
+        A :class:`Selection`, which :func:`gmmkeops.plotting.selection` plots.
 
     Raises:
-        TypeError: An argument is unknown or of the wrong type.
+        TypeError: An argument is unknown or has the wrong type.
         ValueError: The criterion is unknown, a list is empty, or points are invalid.
 
     Example:
@@ -154,7 +153,7 @@ def select(
         for kind in types:
             same = torch.Generator(device).manual_seed(seed)
             with warnings.catch_warnings(), renamed("weights", "sample_weight"):
-                # The rows state which fits did not converge.
+                # The entry "converged" of the rows replaces the warnings.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 start = initialize(
                     points, K, "kmeans", covariance_type=kind, sample_weight=g, n_init=runs, generator=same
@@ -169,7 +168,7 @@ def select(
 def _checked(
     numbers: Iterable[int], types: Sequence[str], criterion: str, method: Any, options: dict[str, Any]
 ) -> tuple[list[int], list[str]]:
-    """The numbers of components and the covariance types as lists, after validation of all settings of a selection."""
+    """Validate the arguments of a selection; return the numbers of components and the covariance types as lists."""
     as_choice(criterion, "criterion", CRITERIA)
     if not isinstance(numbers, Iterable) or isinstance(numbers, (str, bytes)):
         raise TypeError(
@@ -181,7 +180,7 @@ def _checked(
         raise TypeError(f"method must be a Method such as gmmkeops.EM(), got {type(method).__name__}.")
     unknown = sorted(set(options) - set(inspect.signature(fit).parameters) - set(getattr(fit, "accepted", ())))
     if unknown:
-        raise TypeError(f"select has no argument {unknown[0]!r}, and gmmkeops.fit has none; see their documentation.")
+        raise TypeError(f"select and gmmkeops.fit have no argument {unknown[0]!r}; see help(gmmkeops.fit).")
     whole, names = [as_integer(number, "each of n_components", 1) for number in numbers], list(types)
     if not whole or not names:
         raise ValueError("n_components and covariance_types must not be empty; pass at least one of each.")
@@ -189,7 +188,7 @@ def _checked(
 
 
 def _row(result: FitResult, points: Any, weights: Any) -> dict[str, Any]:
-    """Criteria and convergence of a fit."""
+    """Compute the entries of a row: criteria and convergence of a fit."""
     mixture = result.mixture
     return {
         "log_likelihood": result.log_likelihood,

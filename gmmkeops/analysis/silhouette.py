@@ -1,4 +1,4 @@
-"""Silhouettes of a clustering, from all distances of a sample and from the distances to the centroids."""
+"""Silhouette of a clustering: exact on a sample, and approximate with distances to centroids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gmmkeops.data import as_generator, as_points
 
 __all__ = ["silhouette"]
 
-# Numbers of rows whose distances to the centroids, and to all points of the sample, are in memory at a time.
+# Numbers of rows for which distances to the centroids, and to all points of the sample, are computed at a time.
 _ROWS, _EXACT_ROWS = 1 << 16, 1024
 
 
@@ -22,7 +22,7 @@ _ROWS, _EXACT_ROWS = 1 << 16, 1024
 def silhouette(
     x: Any, labels: Any, *, samples: int | None = 10_000, generator: torch.Generator | int | None = None
 ) -> tuple[float, float]:
-    r"""Mean silhouette :math:`(b - a) / \max(a, b)` of a clustering, from -1 to 1.
+    r"""Compute the mean silhouette :math:`(b - a) / \max(a, b)` of a clustering, from -1 to 1.
 
     Args:
         x: Points (N, D), data units.
@@ -57,7 +57,7 @@ def silhouette(
     clusters, label = label.unique(return_inverse=True)
     K = len(clusters)
     if K < 2:
-        raise ValueError(f"a silhouette needs at least two clusters, got {K}.")
+        raise ValueError(f"labels must have at least two clusters, got {K}; use more components.")
     counts = torch.bincount(label, minlength=K).double()
     means = torch.zeros(K, points.shape[1], dtype=torch.float64, device=points.device)
     means = means.index_add(0, label, points) / counts[:, None]
@@ -74,7 +74,7 @@ def silhouette(
 
 
 def _exact(points: Tensor, label: Tensor, K: int) -> float:
-    """Mean silhouette from all distances. A point that is alone in its cluster counts as zero."""
+    """Compute the mean silhouette from all distances; it is zero for a point that is alone in its cluster."""
     onehot = torch.nn.functional.one_hot(label, K).double()
     counts = onehot.sum(0)
     values = []

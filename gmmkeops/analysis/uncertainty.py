@@ -4,10 +4,11 @@ r"""Standard errors of maximum-likelihood estimates, from the score vectors of t
           A = -\nabla^2_\theta \sum_n g_n \log p(x_n), \qquad
           \mathrm{cov}(f(\hat\theta)) \approx J_f\, A^{-1} B A^{-1} J_f^\top
 
-B is the empirical Fisher information. A is the observed information: the information of the complete data minus the missing
-information about the labels (Louis 1982). The parameters are scaled so that scores are of the order of one: with
-:math:`y = U_k^\top(x - \mu_k)`, logits :math:`\eta_k`, and directions :math:`E_m` in which a covariance can change, component k
-has the parameters :math:`\mu_k + L_k a_k` and :math:`L_k (1 + \textstyle\sum_m b_{km} E_m) L_k^\top`, and the scores
+B is the empirical Fisher information. A is the observed information: the complete-data information minus the missing information
+of the labels (Louis 1982). The parameters are scaled so that scores are of the order of one. Let
+:math:`y = U_k^\top(x - \mu_k)`, let :math:`\eta_k` be the logits, and let the matrices :math:`E_m` be a basis of the
+covariances. Component k has the mean :math:`\mu_k + L_k a_k`, the covariance
+:math:`L_k (1 + \textstyle\sum_m b_{km} E_m) L_k^\top`, and the scores
 
 .. math::
 
@@ -32,25 +33,25 @@ from gmmkeops.models import Mixture, as_mixture
 
 __all__ = ["StandardErrors", "standard_errors"]
 
-# Largest number of parameters for which the joint information matrix is computed by default.
+# Maximum number of parameters for which the joint information matrix is computed by default.
 _JOINT = 2000
 
-# Numbers that an intermediate array (rows, K, D + 1, D + 1) may hold.
+# Maximum number of elements of an intermediate array (rows, K, D + 1, D + 1).
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, repr=False)
 class StandardErrors:
-    r"""Standard errors of the parameters of a mixture, as :func:`standard_errors` computes them.
+    r"""Standard errors of the parameters of a mixture, the result of :func:`standard_errors`.
 
     Args:
         weights: Standard errors of the weights (K,).
         means: Standard errors of the means (K, D), data units.
         covariances: Standard errors of the covariances in scikit-learn's shapes: (K, D, D) full, (K, D) diagonal, (K,) spherical,
-            without K when tied; squared data units.
-        joint: Whether the information matrix of all parameters was inverted. Otherwise each component was treated as if the
-            others were known, which underestimates the errors of overlapping components.
-        points: Total weight Σ g of the points.
+            without the dimension K when tied; squared data units.
+        joint: Whether the information matrix of all parameters was inverted. Otherwise the parameters of the other components
+            were treated as known, which underestimates the errors of overlapping components.
+        points: Total weight of the points.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -83,11 +84,11 @@ def standard_errors(
 
     Args:
         mixture: A maximum-likelihood fit to these points.
-        x: Points (N, D), data units, or any source that :meth:`gmmkeops.Source.of` accepts.
+        x: Points (N, D), data units, or any data that :meth:`gmmkeops.Source.of` accepts.
         sample_weight: Weight g of each point (N,), a number of repetitions; or None.
         joint: Whether to invert the information matrix of all parameters; by default for up to 2000 parameters.
-        robust: Whether the errors also hold for misspecified models (the sandwich estimator :math:`A^{-1} B A^{-1}`), as those of
-            the bootstrap do. Otherwise they follow from the empirical information alone (:math:`B^{-1}`).
+        robust: Whether to use the sandwich estimator :math:`A^{-1} B A^{-1}`, which is also valid for misspecified models;
+            otherwise the inverse :math:`B^{-1}` of the empirical information is used.
 
     Returns:
         The standard errors, float64.
@@ -129,15 +130,15 @@ class _Layout:
         self.m, factor = mixture, mixture.factor
         K, D = mixture.means.shape
         self.tied = factor.leading == 1 and K > 1
-        #: E (spreads, D, D), the directions in which a covariance can change.
+        #: Matrices E (spreads, D, D), a basis of the covariances.
         self.basis = factor.directions(D).to(mixture.means)
         self.spreads = len(self.basis)
-        # Parameters of one component: its logit, its mean, and its covariance unless that is tied.
+        # Parameters of one component: its logit, its mean, and, unless tied, its covariance.
         self.own = 1 + D + (0 if self.tied else self.spreads)
         self.size = K * self.own + (self.spreads if self.tied else 0)
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Responsibilities (n, K), and scores (n, K, D) and (n, K, spreads) for responsibilities of one."""
+        """Compute responsibilities (n, K), and scores (n, K, D) and (n, K, spreads) for responsibilities of one."""
         m = self.m
         r = torch.softmax(m.log_joint(x), -1)
         y = m.factor.whiten(x[:, None, :] - m.means)
@@ -145,15 +146,15 @@ class _Layout:
         return r, y, 0.5 * (m.factor.quadratics(y) - traces)
 
     def complete(self, S0: Tensor, T: Tensor) -> Tensor:
-        """Complete-data information (K, D + spreads, D + spreads) of means and covariances.
+        """Compute the complete-data information (K, D + spreads, D + spreads) of means and covariances.
 
         Args:
             S0: Expected count of each component (K,).
-            T: Weighted sums of the scores (K, D + spreads), which determine the second moments of y.
+            T: Weighted sums of the scores (K, D + spreads), from which the second moments of y are computed.
         """
         D, E = self.m.n_features, self.basis
         traces = E.diagonal(dim1=1, dim2=2).sum(1)
-        # Sums of yᵀ E y, and the second moments of y that belong to them.
+        # Sums of yᵀ E y, and the corresponding second moments of y.
         squares = 2 * T[:, D:] + S0[:, None] * traces
         S2 = torch.einsum("km,mij->kij", squares / (E.square().sum((1, 2))), E)
         products = torch.einsum("mij,njl->mnil", E, E)
@@ -164,7 +165,7 @@ class _Layout:
         return torch.cat([torch.cat([eye, cross], 2), torch.cat([cross.mT, H], 2)], 1)
 
     def errors(self, inverses: list[Tensor], joint: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Standard errors of weights, means and covariances from the covariance matrices of the scaled parameters."""
+        """Convert covariance matrices of the scaled parameters to standard errors of weights, means and covariances."""
         m, D, K, own = self.m, self.m.n_features, self.m.n_components, self.own
         W = m.weights
         if joint:
@@ -185,8 +186,8 @@ class _Layout:
         return weights.clamp(min=0).sqrt(), means.clamp(min=0).sqrt(), covariances[0] if self.tied else covariances
 
     def _covariance_errors(self, C: Tensor, L: Tensor) -> Tensor:
-        """Standard errors of covariances from the covariance matrices C of their scaled parameters."""
-        # dΣ = L E Lᵀ for each direction E.
+        """Convert covariance matrices C of the scaled parameters to standard errors of the covariances."""
+        # The derivative of Σ with respect to b_m is L E_m Lᵀ.
         moved = L[:, None] @ self.basis @ L[:, None].mT
         J = self.m.factor.compact(moved).reshape(len(L), self.spreads, -1)
         variances = (J * (C @ J)).sum(1)
@@ -198,7 +199,7 @@ class _Tally:
 
     Args:
         layout: Order of the parameters.
-        joint: Whether all parameters form one block. Otherwise each component is a block, and a tied covariance another one.
+        joint: Whether all parameters form one block. Otherwise each component and a tied covariance form blocks of their own.
     """
 
     def __init__(self, layout: _Layout, joint: bool) -> None:
@@ -232,7 +233,7 @@ class _Tally:
             self.B[1][0] += (g[:, None] * shared).T @ shared
 
     def _curvature(self) -> list[Tensor]:
-        """Observed information A, in the same blocks as B."""
+        """Compute the observed information A, in the same blocks as B."""
         layout, W, N = self.layout, self.layout.m.weights, self.mass
         K, D = layout.m.means.shape
         lost = layout.complete(self.S0, self.T) - self.M
@@ -260,9 +261,9 @@ class _Tally:
         return [A[None] + self.B[0]]
 
     def covariance(self, block: int, robust: bool) -> Tensor:
-        """Covariance matrices of the parameters of a block."""
+        """Compute the covariance matrices of the parameters of a block."""
         B = self.B[block]
-        # The sum of the logits has no effect on the weights; any positive information in this direction gives the same errors.
+        # The weights do not depend on the sum of the logits, so any positive information of this sum gives the same errors.
         free = torch.zeros_like(B)
         if self.joint:
             v = B.new_zeros(self.layout.size)
@@ -275,7 +276,7 @@ class _Tally:
 
 
 def _inverse(information: Tensor) -> Tensor:
-    """Inverse of information matrices (blocks, P, P), scaled to a diagonal of one.
+    """Invert information matrices (blocks, P, P), scaled to a unit diagonal.
 
     Raises:
         ValueError: A matrix is singular.
@@ -285,8 +286,8 @@ def _inverse(information: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(scaled)
     if bool((values[:, 0] < 1e-12 * values[:, -1]).any()):
         raise ValueError(
-            "the information matrix is singular: the points do not tell all parameters apart (the model is not identifiable), or "
-            "the fit has not converged; fit to convergence, use fewer components or more points, or pass joint=False."
+            "the information matrix is singular: the model is not identifiable from these points, or the fit has not converged; "
+            "fit to convergence, use fewer components or more points, or pass joint=False."
         )
     inverse = (vectors / values[:, None, :]) @ vectors.mT
     return scale[:, :, None] * inverse * scale[:, None, :]

@@ -1,4 +1,4 @@
-"""The command line ``gmmkeops``: fit, evaluate and convert mixtures without writing Python."""
+"""Command line ``gmmkeops``, which fits, evaluates and converts mixtures."""
 
 from gmmkeops.cli.main import main
 

@@ -1,4 +1,4 @@
-"""``python -m gmmkeops.cli``: the command line, for launchers such as torchrun."""
+"""Entry point ``python -m gmmkeops.cli`` of the command line, for launchers such as torchrun."""
 
 import sys
 

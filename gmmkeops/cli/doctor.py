@@ -29,7 +29,7 @@ class Finding:
 
     Args:
         what: Name of the item that was checked.
-        ok: Whether it works; None if this machine does not need it.
+        ok: Whether the item works; None if this machine does not need it.
         says: Result of the check, in one sentence.
         remedy: Command that fixes the failure; empty if there is none.
     """
@@ -41,10 +41,10 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Check everything that fits and scores may use. This compiles KeOps formulas that have not been compiled before.
+    """Check the compiler, KeOps, CUDA and all engines; KeOps formulas are compiled if necessary.
 
     Returns:
-        Results of the checks, from the general to the particular.
+        Results of the checks.
 
     Example:
         >>> from gmmkeops.cli import doctor
@@ -65,11 +65,11 @@ def examine() -> list[Finding]:
 def _compiler() -> Finding:
     for name in ("g++", "c++", "clang++"):
         if path := shutil.which(name):
-            return Finding("compiler", True, f"{path} is there, which KeOps needs.")
+            return Finding("compiler", True, f"{path} was found, which KeOps needs.")
     return Finding(
         "compiler",
         False,
-        "no C++ compiler was found, so KeOps cannot compile its formulas; the dense engine runs without.",
+        "no C++ compiler was found, so KeOps cannot compile its formulas; the dense engine does not need it.",
         "sudo apt install g++   (or: conda install gxx)",
     )
 
@@ -78,25 +78,25 @@ def _cuda() -> list[Finding]:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") is None:
             return [Finding("CUDA", None, "no NVIDIA driver was found; everything runs on the CPU.")]
-        says = f"there is an NVIDIA driver, but torch {torch.__version__} is a build for the CPU."
+        says = f"an NVIDIA driver was found, but torch {torch.__version__} is a CPU build."
         remedy = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
         if torch.version.cuda is not None:
-            says = f"torch is built for CUDA {torch.version.cuda} but sees no device; "
-            says += "the driver may be too old or the device hidden."
+            says = f"torch is built for CUDA {torch.version.cuda} but finds no device; "
+            says += "the driver may be too old, or the device hidden."
             remedy = "nvidia-smi; echo $CUDA_VISIBLE_DEVICES"
         return [Finding("CUDA", False, says, remedy)]
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     size = properties.total_memory / 2**30
-    found = [Finding("CUDA", True, f"{properties.name}, {size:.0f} GiB, seen by torch (CUDA {torch.version.cuda}).")]
+    found = [Finding("CUDA", True, f"{properties.name}, {size:.0f} GiB, found by torch (CUDA {torch.version.cuda}).")]
     return [*found, _engine("dense on CUDA", "dense", device), _engine("KeOps on CUDA", "keops", device)]
 
 
 def _toolkit(version: str) -> str:
-    """Commands that let KeOps find nvrtc and the CUDA headers, for torch's version of CUDA.
+    """Return the commands that make nvrtc and the CUDA headers available to KeOps, for the CUDA version of torch.
 
-    The wheels that torch installs lack the file name ``libnvrtc.so`` that a linker needs, and those of CUDA 12 have their headers
-    in several folders; adding a folder to ``LD_LIBRARY_PATH`` does not change that.
+    The CUDA wheels of torch do not contain the file name ``libnvrtc.so``, which the linker needs, and those of CUDA 12 have their
+    headers in several folders. Setting ``LD_LIBRARY_PATH`` alone is therefore not sufficient.
     """
     major, _, minor = version.partition(".")
     package = "-".join(["cuda-toolkit", *filter(None, (major, minor))])
@@ -117,7 +117,7 @@ def _engine(what: str, backend: str, device: torch.device) -> Finding:
         remedy = "pip install pykeops" if "not installed" in reason else ""
         if "does not see CUDA" in reason:
             remedy = _toolkit(torch.version.cuda or "")
-        return Finding(what, False, f"{reason}; the dense engine runs instead.", remedy)
+        return Finding(what, False, f"{reason}; the dense engine is used instead.", remedy)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 2, generator=generator)
     means, offsets = torch.randn(5, 2, generator=generator), torch.zeros(5)
@@ -135,5 +135,5 @@ def _engine(what: str, backend: str, device: torch.device) -> Finding:
     worst = max(float((values - truth).abs().max()), float((found - sums).abs().max()) / 500)
     right = worst < _TOLERANCE and torch.equal(labels, reductions.argmax(x, offsets, means, torch.ones(1, 2)))
     if not right:
-        return Finding(what, False, f"is wrong by {worst:.1e} nats.", "pip install --force-reinstall pykeops keopscore")
-    return Finding(what, True, f"works, within {worst:.0e} nats of float64 ({seconds:.1f} s for its first calls).")
+        return Finding(what, False, f"error of {worst:.1e} nats.", "pip install --force-reinstall pykeops keopscore")
+    return Finding(what, True, f"works, with an error of {worst:.0e} nats ({seconds:.1f} s for the first calls).")

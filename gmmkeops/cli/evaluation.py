@@ -19,7 +19,7 @@ __all__ = ["convert", "info", "predict", "sample", "score"]
 
 
 def _evaluate(options: Any, function: Callable[[Mixture, Tensor], Tensor], see: Callable[..., None]) -> Mixture:
-    """Call ``see`` with the value of each point and its weight, chunk by chunk; write the values if ``--out`` is given."""
+    """Call ``see`` with the values and weights of each chunk of points; write the values if ``--out`` is given."""
     if options.out is not None:
         check_output(options.out, TABLES, inputs=[options.model])
     mixture = load(options.model)
@@ -28,7 +28,7 @@ def _evaluate(options: Any, function: Callable[[Mixture, Tensor], Tensor], see: 
         check_output(options.out, TABLES, inputs=source.paths)
     if source.features != mixture.n_features:
         raise ValueError(
-            f"{source.name} has {source.features} columns, the model {mixture.n_features}; choose --columns."
+            f"{source.name} has {source.features} columns, expected {mixture.n_features} as in the model; select --columns."
         )
     kept, rows, began = [], 0, time.perf_counter()
     for chunk in source.chunks():
@@ -46,7 +46,7 @@ def _evaluate(options: Any, function: Callable[[Mixture, Tensor], Tensor], see: 
 
 
 def score(options: Any) -> None:
-    """Print the mean log-density of points; write that of each point if ``--out`` is given."""
+    """Print the mean log-density of points; write the log-density of each point if ``--out`` is given."""
     total = mass = rows = 0.0
 
     def see(values: Tensor, weights: Tensor) -> None:
@@ -66,7 +66,7 @@ def score(options: Any) -> None:
 
 
 def predict(options: Any) -> None:
-    """Write the most likely component of each point."""
+    """Write the most probable component of each point."""
     counts: dict[int, int] = {}
 
     def see(labels: Tensor, weights: Tensor) -> None:
@@ -115,7 +115,7 @@ def info(options: Any) -> None:
 
 
 def convert(options: Any) -> None:
-    """Write a mixture for other programs."""
+    """Export a mixture for other programs."""
     from gmmkeops import export
 
     check_output(options.out, (".npz", ".ply"), inputs=[options.model])

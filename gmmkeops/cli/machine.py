@@ -1,4 +1,4 @@
-"""Commands that concern this machine: ``doctor`` and ``warmup``."""
+"""Commands for the installation: ``doctor`` and ``warmup``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def warmup(options: Any) -> int:
                 unit = torch.eye(D) if factor_class(kind)[0].family == "full" else torch.ones(D)
                 factor = unit.expand(2, *unit.shape).double().to(device)
                 if reductions.engine(x, "keops") != "keops":
-                    raise ValueError("KeOps cannot run here; gmmkeops doctor says why.")
+                    raise ValueError("KeOps cannot run on this machine; run gmmkeops doctor to find the cause.")
                 arguments = (x, means[:, 0], means, factor)
                 reductions.logsumexp(*arguments, backend="keops").sum().backward()
                 reductions.moments(x.detach(), *arguments[1:], backend="keops")

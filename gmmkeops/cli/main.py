@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code.
 
     Args:
-        arguments: Arguments of the command line without the name of the program; None for those of this process.
+        arguments: Command-line arguments without the name of the program; None for ``sys.argv``.
     """
     options = parser().parse_args(arguments)
     module, name = options.run

@@ -13,7 +13,7 @@ _TYPES = ("full", "tied", "diag", "spherical", "tied_diag", "tied_spherical")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands. Option ``run`` is the module in this folder and the function that runs the command."""
+    """Build the parser of all commands; ``run`` names the module in this folder and the function of a command."""
     made = argparse.ArgumentParser(prog="gmmkeops", description="Gaussian mixture models for large data sets.")
     made.add_argument("--version", action="version", version=f"gmmkeops {version('gmmkeops')}")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
@@ -70,7 +70,7 @@ def _add_evaluation(commands: Any) -> None:
     predict = _command(
         commands,
         "evaluation.predict",
-        "most likely component of each point",
+        "most probable component of each point",
         "  gmmkeops predict scan.safetensors other.laz --out labels.npy",
     )
     for made, needed in ((score, False), (predict, True)):
@@ -111,7 +111,7 @@ def _add_files(commands: Any) -> None:
     convert = _command(
         commands,
         "evaluation.convert",
-        "write a mixture for other programs",
+        "export a mixture for other programs",
         "  gmmkeops convert scan.safetensors scan.npz                    arrays under scikit-learn's names\n"
         "  gmmkeops convert scan.safetensors scan.ply --as splats        Gaussian splats (three dimensions)\n"
         "  gmmkeops convert scan.safetensors mesh.ply --as ellipsoids    a mesh of ellipsoids (three dimensions)",
@@ -132,7 +132,7 @@ def _add_machine(commands: Any) -> None:
     warmup = _command(
         commands,
         "machine.warmup",
-        "compile the KeOps formulas that later runs will need",
+        "compile KeOps formulas in advance",
         "  gmmkeops warmup -d 3\n  gmmkeops warmup -d 2,3 --covariance full,diag --dtype float32,float64 --device cuda",
     )
     warmup.add_argument("-d", "--dimensions", required=True, help="numbers of features: 3, or 2,3")
@@ -146,8 +146,8 @@ def _add_model(made: argparse.ArgumentParser) -> None:
 
 
 def _add_points(made: argparse.ArgumentParser) -> None:
-    made.add_argument("input", nargs="+", help="files of points (.npy .parquet .las .laz .ply), folders or patterns")
-    made.add_argument("--columns", help="names of the coordinates (or their indices), separated by commas")
+    made.add_argument("input", nargs="+", help="files (.npy .parquet .las .laz .ply), folders or glob patterns")
+    made.add_argument("--columns", help="names or indices of the columns to read, separated by commas")
     made.add_argument("--classes", help="classes of points to read from LAS files, separated by commas")
     made.add_argument("--weights", help="name or index of the column of weights")
 
@@ -156,6 +156,8 @@ def _add_limits(made: argparse.ArgumentParser) -> None:
     made.add_argument("--covariance", default="full", help=f"one of {', '.join(_TYPES)} (default: full)")
     made.add_argument("--max-iter", type=int, default=100, help="maximum number of iterations (default: 100)")
     made.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
-    made.add_argument("--dtype", choices=("float32", "float64"), help="dtype of the computation (default: of the data)")
+    made.add_argument(
+        "--dtype", choices=("float32", "float64"), help="dtype of the computation (default: dtype of the data)"
+    )
     made.add_argument("--max-memory", help="memory limit for the fit, e.g. 1.5GB")
-    made.add_argument("--quiet", action="store_true", help="show no progress")
+    made.add_argument("--quiet", action="store_true", help="do not show progress")

@@ -23,33 +23,33 @@ def report(options: Any, facts: dict[str, Any], text: str) -> None:
 
 
 def listed(text: str) -> list[str]:
-    """The parts of a list that is separated by commas."""
+    """Split a comma-separated list."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def column(text: str) -> str | int:
-    """The name of a column, or its index if the text is an integer."""
+    """Convert the name or index of a column; text that is an integer becomes an index."""
     return int(text) if text.lstrip("-").isdigit() else text
 
 
 def integers(text: str) -> list[int]:
-    """The integers of a list such as 2,4,8, or of a range with both ends such as 1:10 or 10:100:10."""
+    """Parse a list of integers such as 2,4,8, or an inclusive range such as 1:10 or 10:100:10."""
     try:
         if ":" not in text:
             return [int(part) for part in listed(text)]
         first, last, *step = [int(part) for part in text.split(":")]
         return list(range(first, last + 1, *step))
     except ValueError:
-        raise ValueError(f"numbers of components look like 2,4,8 or 1:10 or 10:100:10, got {text!r}.") from None
+        raise ValueError(f"--components must be a list such as 2,4,8 or 1:10 or 10:100:10, got {text!r}.") from None
 
 
 def source_of(options: Any) -> Source:
-    """The source that the options ``input``, ``columns``, ``classes`` and ``weights`` describe."""
+    """Create the source for the options ``input``, ``columns``, ``classes`` and ``weights``."""
     from gmmkeops.data import Source
 
     classes = None if options.classes is None else listed(options.classes)
     if classes is not None and not all(part.isdigit() for part in classes):
-        raise ValueError(f"--classes takes numbers of classes with commas, such as 2,6, got {options.classes!r}.")
+        raise ValueError(f"--classes must be comma-separated integers such as 2,6, got {options.classes!r}.")
     return Source.of(
         options.input,
         columns=None if options.columns is None else [column(part) for part in listed(options.columns)],

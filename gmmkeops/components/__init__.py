@@ -1,6 +1,6 @@
-"""Component families: what one component of a mixture is, its sufficient statistics, and the M-step.
+"""Component families (full, diagonal, spherical), sufficient statistics, and the M-step.
 
-A family (:class:`Factor`) owns the parameterization of its precision factors and everything that depends on it.
+A family (:class:`Factor`) defines the parameterization of its precision factors and all operations that depend on it.
 :class:`Moments` are the additive sufficient statistics of all families.
 """
 

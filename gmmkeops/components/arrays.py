@@ -31,7 +31,7 @@ def as_tensor(
         name: The name of the argument in error messages.
         dtype: Dtype of the result; by default float32 stays float32 and everything else becomes float64.
         device: Device of the result; by default that of the value.
-        abstract: Whether tensors on the meta device, which have a shape but no numbers, are accepted.
+        abstract: Whether to accept tensors on the meta device, which have a shape but no values.
 
     Raises:
         TypeError: The value is not numeric, is complex, or is not a dense array.
@@ -51,10 +51,10 @@ def as_tensor(
 
 
 def check_dense(tensor: Tensor, *, name: str, abstract: bool = False) -> None:
-    """Raise a TypeError unless a tensor is a dense array of real numbers (or would be, on the meta device, if ``abstract``)."""
+    """Raise a TypeError unless a tensor is dense and real; if ``abstract``, tensors on the meta device are accepted."""
     if tensor.is_nested:
         raise TypeError(
-            f"{name} must be one dense array, got a nested tensor; join its parts to one array (N, D) first."
+            f"{name} must be one dense array, got a nested tensor; stack its parts to one array (N, D) first."
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be dense, got a sparse tensor; convert it with .to_dense() first.")
@@ -63,7 +63,7 @@ def check_dense(tensor: Tensor, *, name: str, abstract: bool = False) -> None:
             f"{name} must be floats or integers, got a quantized tensor; convert it with .dequantize() first."
         )
     if tensor.device.type == "meta" and not abstract:
-        raise TypeError(f"{name} must hold numbers, got a tensor on the meta device, which has none; pass the data.")
+        raise TypeError(f"{name} must contain numbers, got a tensor on the meta device; pass the data itself.")
     if tensor.is_complex():
         raise TypeError(_COMPLEX.format(name=name, dtype=str(tensor.dtype).removeprefix("torch.")))
 
@@ -84,7 +84,7 @@ def check_unmasked(value: np.ma.MaskedArray[Any, Any], *, name: str) -> np.ndarr
 
 
 def _as_array(value: Any, name: str) -> np.ndarray:
-    """Numbers in any container except a tensor, as an array of floats, integers or booleans in native byte order."""
+    """Return numbers from any container except a tensor as an array of floats, integers or booleans in native byte order."""
     _check_container(value, name)
     if isinstance(value, np.ma.MaskedArray):
         value = check_unmasked(value, name=name)
@@ -101,8 +101,9 @@ def _as_array(value: Any, name: str) -> np.ndarray:
         raise TypeError(_COMPLEX.format(name=name, dtype=array.dtype))
     if kind == "V" and array.dtype.names:
         raise TypeError(
-            f"{name} must be an array of numbers, got a table of the columns {', '.join(map(repr, array.dtype.names))}; "
-            "stack them side by side as an array (N, D) first."
+            f"{name} must be an array of numbers, got a structured array with the columns "
+            f"{', '.join(map(repr, array.dtype.names))}; "
+            "stack them to an array (N, D) first."
         )
     if kind not in "fiub":
         what = {"U": "text", "S": "text", "M": "dates", "m": "durations"}.get(kind, str(array.dtype))
@@ -128,7 +129,7 @@ def _check_container(value: Any, name: str) -> None:
     elif isinstance(value, (str, bytes, bytearray)):
         message = f"an array of numbers, got text ({value[:40]!r}); pass the numbers themselves."
     elif isinstance(value, torch.utils.data.Dataset):
-        message = f"an array of numbers, got a {kind}; pass its tensor, or where data may be read in parts a DataLoader of it."
+        message = f"an array of numbers, got a {kind}; pass its tensor, or a DataLoader of it."
     if message:
         raise TypeError(f"{name} must be {message}")
     if isinstance(value, (list, tuple)):
@@ -140,15 +141,15 @@ def _check_container(value: Any, name: str) -> None:
 
 
 def _from_table(value: Any, name: str) -> Any:
-    """The numbers of a DataFrame, a Series or a similar table, whose columns have dtypes of their own."""
+    """Return the numbers of a DataFrame, a Series or a similar table, whose columns may have different dtypes."""
     dtypes: Any = getattr(value, "dtypes", None)
     columns: Any = dtypes.items() if hasattr(dtypes, "items") else [(None, getattr(value, "dtype", None))]
     for column, dtype in columns:
-        # Columns of Python objects may consist of numbers; this is checked later.
+        # Columns of Python objects may contain numbers; this is checked later.
         if getattr(dtype, "kind", "f") in "fiubc" or dtype == np.dtype(object):
             continue
         place = name if column is None else f"column {column!r} of {name}"
-        raise TypeError(f"{place} must be numeric, got values of kind {dtype}; convert them to numbers first.")
+        raise TypeError(f"{place} must be numeric, got dtype {dtype}; convert them to numbers first.")
     try:
         return value.to_numpy()
     except Exception:
@@ -156,20 +157,20 @@ def _from_table(value: Any, name: str) -> Any:
 
 
 def _unreadable(value: Any, name: str) -> str:
-    """Error message for a value that is not an array."""
+    """Return the error message for a value that is not an array."""
     if isinstance(value, (list, tuple)) and any(np.ndim(part) > 1 for part in value if hasattr(part, "shape")):
         shapes = " and ".join(str(tuple(getattr(part, "shape", ()))) for part in value[:3])
         return (
             f"{name} must be one array, got a {type(value).__name__} of {len(value)} arrays of shapes {shapes}; pass the "
-            "points alone, and weights by their own argument."
+            "points alone, and weights as sample_weight."
         )
     if isinstance(value, (list, tuple)):
-        return f"{name} must be one array, got a {type(value).__name__} of rows that differ in length; make them equal."
+        return f"{name} must be one array, got a {type(value).__name__} of rows of different lengths; pass rows of equal length."
     return f"{name} must be an array of numbers, got a {type(value).__name__}; pass a two-dimensional array of numbers."
 
 
 def _from_objects(array: np.ndarray, value: Any, name: str) -> np.ndarray:
-    """The numbers in an array of Python objects, all of which must be numbers."""
+    """Convert an array of Python objects to an array of numbers; all objects must be numbers."""
     if array.ndim == 0:
         raise TypeError(_unreadable(value, name))
     numeric = (numbers.Real, decimal.Decimal, np.bool_)
@@ -200,14 +201,14 @@ def _from_objects(array: np.ndarray, value: Any, name: str) -> np.ndarray:
         return array.astype(np.float64)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(
-            f"{name} must hold numbers that fit into float64, got some that do not; rescale them first."
+            f"{name} must contain numbers within the range of float64, got larger ones; rescale them first."
         ) from None
 
 
 def concrete(tensor: Tensor) -> bool:
-    """Whether the values of a tensor are available for decisions in Python.
+    """Return whether Python code can read the values of a tensor, for example in an ``if`` statement.
 
-    They are not available while torch compiles or exports, and in a function that ``torch.func.vmap`` maps over a batch.
+    The values are not available while torch compiles or exports, and within ``torch.func.vmap``.
     """
     if torch.compiler.is_compiling():
         return False
@@ -220,12 +221,12 @@ def concrete(tensor: Tensor) -> bool:
 
 
 def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0) -> None:
-    """Raise a ValueError that names the first entry that is not finite; rows are counted from ``first``."""
+    """Raise a ValueError if an entry is not finite. The message gives its row, counted from ``first``, and its column."""
     if not concrete(tensor):
         return
     mind_fork()
     detached = tensor.detach()
-    # If the sum is finite, all entries are. Otherwise the sum may have overflowed.
+    # A finite sum proves that all entries are finite. A sum that is not finite may be due to overflow.
     if bool(torch.isfinite(detached.sum())):
         return
     bad = ~torch.isfinite(detached)
@@ -254,7 +255,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def mind_fork() -> None:
-    """Restrict torch to one thread in a process that was forked after this package was imported; called again, do nothing."""
+    """Limit torch to one thread if this process was forked after the package was imported; later calls do nothing."""
     global _forked
     if _forked:
         _forked = False

@@ -1,7 +1,7 @@
 r"""The component family: precision factors :math:`U_k` with :math:`\Sigma_k^{-1} = U_k U_k^\top`.
 
-A family is a subclass of :class:`Factor`. It owns its names, the stored parameters, conversions from and to covariances, the
-layout of second moments, and the M-step of its covariances. No other code distinguishes families.
+A family is a subclass of :class:`Factor`. It defines its names, the stored parameters, conversions from and to covariances, the
+shape of second moments, and the M-step of its covariances. No other code distinguishes families.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from gmmkeops.components.parameters import gamma, positive
 
 __all__ = ["FAMILIES", "Factor"]
 
-# The families by ``covariance_type``, and whether it ties the covariances of all components.
+# Component family of each ``covariance_type``, and whether all components share one covariance (tied).
 FAMILIES: dict[str, tuple[type[Factor], bool]] = {}
 
 
 class Factor(ABC):
-    r"""A component family: a precision factor U for each component, :math:`\Sigma_k^{-1} = U_k U_k^\top`, or one for all (tied).
+    r"""Base class of component families: precision factors :math:`U_k` with :math:`\Sigma_k^{-1} = U_k U_k^\top`.
 
-    U is upper triangular, in 1 / data units. The leading dimension is K, or 1 when all components share one covariance; any
-    number of batch dimensions may come before it. A subclass with ``names`` is registered under them: a mixture of its factors
-    can be fitted by every method, saved and loaded. The methods of this class are those of a family whose columns are
-    independent within a component; a subclass states at least ``family``, ``names``, :meth:`shapes` and :meth:`count`.
+    U is upper triangular, in 1 / data units. The leading dimension is K, or 1 when all components share one covariance (tied);
+    any number of batch dimensions may come before it. A subclass defines at least ``family``, ``names``, :meth:`shapes` and
+    :meth:`count`; it is then registered under its names and can be fitted, saved and loaded. The methods of this class
+    implement families whose columns are independent within a component; other families override them.
 
     Reference:
-        The KeOps mixture tutorial stores factors of the precisions, :math:`\Sigma^{-1} = AA^\top`; scikit-learn's
-        ``precisions_cholesky_`` is the same upper factor.
+        The factor A of the KeOps mixture tutorial, :math:`\Sigma^{-1} = AA^\top`, and ``precisions_cholesky_`` of scikit-learn.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -46,14 +45,15 @@ class Factor(ABC):
 
     #: Name of the family in files and reports.
     family: ClassVar[str]
-    #: Names as ``covariance_type``; the first one is that of scikit-learn. Tied ones begin with ``tied_``.
+    #: Values of ``covariance_type``; the first one is scikit-learn's. The tied covariances add the prefix ``tied_``.
     names: ClassVar[tuple[str, ...]]
-    #: Whether all columns must have the same unit, so that standardized coordinates divide them by one number.
+    #: Whether standardized coordinates must divide all columns by the same scale.
     isotropic: ClassVar[bool] = False
-    #: Whether U holds matrices, because columns are correlated within a component.
+    #: Whether U is a matrix, because columns may be correlated within a component.
     coupled: ClassVar[bool] = False
-    #: Number of columns D, and the stored parameter that every family has.
+    #: Number of columns D.
     features: int
+    #: Logarithms of the diagonal of U, the stored parameter that all families have.
     log_diagonal: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -63,13 +63,13 @@ class Factor(ABC):
 
     @classmethod
     def type_name(cls, tied: bool = False) -> str:
-        """The ``covariance_type`` of this family."""
+        """Return the ``covariance_type`` of this family."""
         return ("tied_" if tied else "") + cls.names[0]
 
     @classmethod
     @abstractmethod
     def shapes(cls, leading: int, features: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the stored, unconstrained parameters by name, for K or 1 factors of D columns.
+        """Return the shapes of the stored, unconstrained parameters by name, for K factors or one (tied) of D columns.
 
         One of them is ``log_diagonal``; adding to it multiplies U by a number.
         """
@@ -77,11 +77,11 @@ class Factor(ABC):
     @classmethod
     @abstractmethod
     def count(cls, components: int, features: int, tied: bool = False) -> int:
-        """Number of free parameters."""
+        """Count the free parameters of the covariances."""
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], features: int | None) -> Factor:
-        """The factor with given stored parameters and number of columns."""
+        """Create a factor from its stored parameters and the number of columns."""
         return cls(**tensors)
 
     @property
@@ -90,21 +90,21 @@ class Factor(ABC):
         return {name: getattr(self, name) for name in self.shapes(1, 1)}
 
     def replace(self, **tensors: Tensor) -> Factor:
-        """A factor of the same family with other stored parameters."""
+        """Return a factor of the same family in which some stored parameters are replaced."""
         return self.of(tensors, self.features)
 
     @classmethod
     def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Factors and shifts of each stored parameter that convert it to coordinates x / scale, with scale (D,)."""
+        """Return the factor a and shift b with which each stored parameter t becomes a t + b in coordinates x / scale (D,)."""
         return {"log_diagonal": (torch.ones_like(scale[:1]), scale.log())}
 
     def rescale(self, scale: Tensor) -> Factor:
-        """The factor in coordinates x / scale, with scale (D,); an isotropic family needs equal entries."""
+        """Convert the factor to coordinates x / scale, with scale (D,); isotropic families need equal scales."""
         change = self.rescaling(scale)
         return self.replace(**{name: t * change[name][0] + change[name][1] for name, t in self.tensors.items()})
 
     def scaled(self, scale: Tensor) -> Factor:
-        """The factors scale_k U_k for positive numbers (K or 1,)."""
+        """Multiply the factor U_k of each component by a positive number scale_k, (K or 1,)."""
         tensors = self.tensors
         return self.replace(**tensors | {"log_diagonal": tensors["log_diagonal"] + scale.log().unsqueeze(-1)})
 
@@ -115,63 +115,63 @@ class Factor(ABC):
 
     @property
     def U(self) -> Tensor:
-        """The factor itself, (*B, K or 1, D, D) full, (*B, K or 1, D) diagonal, (*B, K or 1, 1) spherical; 1 / data units."""
+        """Factor U: full (*B, K or 1, D, D), diagonal (*B, K or 1, D) or spherical (*B, K or 1, 1); 1 / data units."""
         return self.log_scales.exp()
 
     @staticmethod
     def times(U: Tensor, z: Tensor) -> Tensor:
-        """Uᵀ z for factors in the form of :attr:`U` and vectors z (..., D)."""
+        """Compute Uᵀ z for factors U in the shape of :attr:`U` and vectors z (..., D)."""
         return z * U
 
     def whiten(self, residuals: Tensor) -> Tensor:
-        """U_kᵀ z for residuals z (*B, K, D), data units; returns (*B, K, D), unitless."""
+        """Compute the whitened residuals U_kᵀ z (*B, K, D), unitless, of residuals z = x - μ_k (*B, K, D), data units."""
         return self.U * residuals
 
     def unwhiten_all(self, noise: Tensor) -> Tensor:
-        """U_kᵀ⁻¹ y (*B, K, D), data units, for vectors y (*B, K, D); the inverse of :meth:`whiten`."""
+        """Compute U_kᵀ⁻¹ y (*B, K, D), data units, for whitened vectors y (*B, K, D): the inverse of :meth:`whiten`."""
         return noise / self.U
 
     def unwhiten(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """U_kᵀ⁻¹ y for rows y (S, D) that belong to components ``labels`` (S,); returns (S, D), data units."""
+        """Compute U_kᵀ⁻¹ y (S, D), data units, for whitened rows y (S, D) of the components k in ``labels`` (S,)."""
         sigma = (-self.log_scales).exp()
         return noise * (sigma if self.leading == 1 else sigma[labels])
 
     def log_determinant(self) -> Tensor:
-        """log |det U_k| (*B, K or 1), nats."""
+        """Compute log |det U_k| (*B, K or 1), nats."""
         logs = self.log_scales.sum(-1)
         return logs if self.log_scales.shape[-1] == self.features else self.features * logs
 
     def largest(self) -> Tensor:
-        """The largest absolute value of an entry of any factor, a scalar; 1 / data units."""
+        """Return the largest absolute value of the entries of all factors, a scalar, 1 / data units."""
         return self.log_scales.amax().exp()
 
     def row_norms(self) -> Tensor:
-        """Norms of the rows of U (*B, K or 1, D): how far a whitened residual moves with each column; 1 / data units."""
+        """Compute the Euclidean norms of the rows of U (*B, K or 1, D), 1 / data units."""
         return self._wide(self.U)
 
     def matrices(self) -> Tensor:
-        """The factor in dense form (*B, K or 1, D, D), 1 / data units."""
+        """Return the factors as dense matrices (*B, K or 1, D, D), 1 / data units."""
         return torch.diag_embed(self._wide(self.U))
 
     def covariances(self) -> Tensor:
-        """Covariance matrices in dense form (*B, K or 1, D, D), squared data units."""
+        """Compute the covariances as dense matrices (*B, K or 1, D, D), squared data units."""
         return torch.diag_embed(self._wide((-2 * self.log_scales).exp()))
 
     def compact_covariances(self) -> Tensor:
-        """Covariances in the shape that ``from_covariances`` takes."""
+        """Compute the covariances in the shape that ``from_covariances`` accepts."""
         return self.compact(self.covariances())
 
     def cholesky(self) -> Tensor:
-        """Dense lower-triangular Cholesky factors of the covariances (*B, K or 1, D, D), data units."""
+        """Compute the lower Cholesky factors of the covariances as dense matrices (*B, K or 1, D, D), data units."""
         return torch.diag_embed(self._wide(1 / self.U))
 
     def precisions(self) -> Tensor:
-        """Precision matrices in dense form (*B, K or 1, D, D), 1 / squared data units."""
+        """Compute the precisions as dense matrices (*B, K or 1, D, D), 1 / squared data units."""
         U = self.matrices()
         return U @ U.mT
 
     def precision_diagonals(self) -> Tensor:
-        """Diagonals of the precision matrices (*B, K or 1, D), 1 / squared data units."""
+        """Compute the diagonals of the precision matrices (*B, K or 1, D), 1 / squared data units."""
         return self._wide(self.U.square())
 
     def _wide(self, columns: Tensor) -> Tensor:
@@ -179,91 +179,91 @@ class Factor(ABC):
 
     @classmethod
     def from_scales(cls, logs: Tensor, features: int | None) -> Factor:
-        """From logarithms of the diagonal of U (*B, K or 1, D or 1)."""
+        """Create a factor from the logarithms of the diagonal of U (*B, K or 1, D or 1)."""
         return cls.of({"log_diagonal": logs}, features)
 
     @classmethod
     def from_factors(cls, factors: Any, features: int | None = None) -> Factor:
-        """From any A with Σ⁻¹ = A Aᵀ, in the shapes that ``U`` returns."""
+        """Create a factor from any A with Σ⁻¹ = A Aᵀ, in the shape of :attr:`U`."""
         return cls.from_scales(positive(as_tensor(factors, name="factors"), "factors").log(), features)
 
     @classmethod
     def from_covariances(cls, covariances: Any, features: int | None = None) -> Factor:
-        """From covariances: (*B, K or 1, D, D) full, variances (*B, K or 1, D) diagonal, (*B, K or 1) spherical."""
+        """Create a factor from covariances: full (*B, K or 1, D, D), diagonal (*B, K or 1, D) or spherical (*B, K or 1)."""
         variances = positive(as_tensor(covariances, name="covariances"), "covariances")
         return cls.from_scales(-0.5 * cls.variances(variances).log(), features)
 
     @classmethod
     def from_precisions(cls, precisions: Any, features: int | None = None) -> Factor:
-        """From precisions (inverse covariances), in the shapes of :meth:`from_covariances`."""
+        """Create a factor from precisions (inverse covariances), in the shapes of :meth:`from_covariances`."""
         given = positive(as_tensor(precisions, name="precisions"), "precisions")
         return cls.from_scales(0.5 * cls.variances(given).log(), features)
 
     @classmethod
     def from_cholesky(cls, cholesky: Any, features: int | None = None) -> Factor:
-        """From lower Cholesky factors of the covariances (full), or standard deviations (diagonal, spherical)."""
+        """Create a factor from lower Cholesky factors of covariances (full) or standard deviations (diagonal, spherical)."""
         given = positive(as_tensor(cholesky, name="cholesky"), "cholesky")
         return cls.from_scales(-cls.variances(given).log(), features)
 
     @classmethod
     def spread_shape(cls, features: int) -> tuple[int, ...]:
-        """Shape of the covariance of one component as scikit-learn stores it, and of its second moments S2."""
+        """Return the shape of one component's covariance in scikit-learn, which is also the shape of its second moment S2."""
         return (features,)
 
     @classmethod
     def second_moments(cls, matrices: Tensor) -> Tensor:
-        """The part of matrices (..., D, D) that S2 keeps: all, the diagonal, or the trace."""
+        """Reduce matrices (..., D, D) to the shape of S2: the whole matrix, its diagonal, or its trace."""
         return matrices.diagonal(dim1=-2, dim2=-1)
 
     @classmethod
     def outer(cls, z: Tensor) -> Tensor:
-        """Second moments z zᵀ of vectors (..., D), as S2 keeps them."""
+        """Compute the outer products z zᵀ of vectors (..., D), reduced to the shape of S2."""
         return z.square()
 
     @classmethod
     def compact(cls, matrices: Tensor) -> Tensor:
-        """Covariances of this family that are nearest to matrices (..., D, D), in the shape that ``from_covariances`` takes."""
+        """Project matrices (..., D, D) to covariances of this family, in the shape that ``from_covariances`` accepts."""
         return cls.second_moments(matrices)
 
     @classmethod
     def variances(cls, covariances: Tensor) -> Tensor:
-        """Variances of the columns (..., D), or (..., 1) if they are equal, of covariances as ``from_covariances`` takes them."""
+        """Return the variances of the columns (..., D), or (..., 1) if equal, of covariances in the shape of :meth:`compact`."""
         return covariances
 
     @classmethod
     def mean_scatter(cls, scatter: Tensor, features: int) -> Tensor:
-        """Second moments (..., ...) as covariances: those that sum over the columns are divided by their number."""
+        """Convert second moments (..., ...) to the scale of covariances: a trace is divided by the number of columns."""
         return scatter
 
     @classmethod
     def directions(cls, features: int) -> Tensor:
-        """Symmetric matrices E (q, D, D), float64, along which a covariance of this family can change, one per parameter."""
+        """Return a basis of symmetric matrices E (q, D, D), float64, for the covariances of this family; q parameters."""
         return torch.diag_embed(torch.eye(features, dtype=torch.float64))
 
     @classmethod
     def quadratics(cls, y: Tensor) -> Tensor:
-        """Quadratic forms yᵀ E y (..., q) of vectors (..., D) with the matrices of :meth:`directions`."""
+        """Compute the quadratic forms yᵀ E y (..., q) of vectors y (..., D) with the matrices E of :meth:`directions`."""
         return y.square()
 
     def trace(self, spreads: Tensor) -> Tensor:
-        """Σ_k tr(U_k U_kᵀ S_k) of matrices S in the shape of covariances, a scalar."""
+        """Compute the scalar Σ_k tr(U_k U_kᵀ S_k) for matrices S in the shape of covariances."""
         return (self.precision_diagonals() * self.variances(spreads)).sum()
 
     @classmethod
     def maximize(
         cls, scatter: Tensor, counts: Tensor, features: int, *, ridge: Tensor, floor: float | Tensor
     ) -> tuple[Factor, Tensor]:
-        """M-step of the covariances: factors of the mean scatter plus a ridge.
+        """Perform the M-step of the covariances: mean scatter plus a ridge, converted to precision factors.
 
         Args:
-            scatter: Second moments S2 about the means (K or 1, ...), as :meth:`second_moments` keeps them.
+            scatter: Second moments S2 about the means (K or 1, ...), in the shape of :meth:`second_moments`.
             counts: Expected counts (K or 1,).
             features: Number of columns D.
-            ridge: Added to the variance of each column (D,).
+            ridge: Constants (D,) that are added to the variances of the columns.
             floor: Smallest variance: a number, or one per covariance (K or 1,).
 
         Returns:
-            The factors, and a Boolean mask (K or 1,) of singular covariances that were repaired.
+            The factors, and a Boolean mask (K or 1,) of singular covariances that were regularized.
         """
         counts = counts.clamp(min=1e-300).reshape(-1, *[1] * (scatter.ndim - 1))
         covariances = cls.mean_scatter(scatter, features) / counts + cls.compact(torch.diag(ridge))
@@ -271,10 +271,10 @@ class Factor(ABC):
 
     @classmethod
     def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[Factor, Tensor]:
-        """Precision factors of covariances that may not be positive definite because of rounding.
+        """Compute precision factors of covariances that may not be positive definite because of rounding errors.
 
-        Only where that is so are variances of columns raised to ``floor``, and eigenvalues of the correlation matrix to the
-        rounding error.
+        In covariances that are not positive definite, variances of columns are raised to ``floor``, and eigenvalues of the
+        correlation matrix to the size of rounding errors. All others are unchanged.
 
         Args:
             covariances: (K, D, D), (K, D) or (K,), with K = 1 when tied; not batched.
@@ -304,30 +304,34 @@ class Factor(ABC):
         return (self.from_scales(logs.clamp(max=limit), self.features) if bool(low.any()) else self), low
 
     def distribution(self, means: Tensor) -> Distribution:
-        """The Gaussians of these factors and of means (*B, K, D), as a torch distribution of batch shape (*B, K)."""
+        """Return the K Gaussians with these factors and means (*B, K, D) as a torch distribution of batch shape (*B, K)."""
         return Independent(Normal(means, (1 / self.U).expand_as(means)), 1)
 
     def marginal(self, columns: list[int]) -> Factor:
-        """The factors of the marginal distribution of some columns.
+        """Return the factors of the marginal distribution of some columns.
 
         Raises:
-            NotImplementedError: Marginal distributions are not of this family.
+            NotImplementedError: Marginal distributions do not belong to this family.
         """
-        raise NotImplementedError(f"{self.family} components have no marginal distributions of their family.")
+        raise NotImplementedError(f"marginal distributions are not implemented for {self.family} components.")
 
     def conditional(self, given: list[int], rest: list[int]) -> tuple[Factor, Tensor | None]:
-        r"""The factors of the columns ``rest`` given the others, and the gain :math:`P_{aa}^{-1} P_{ab}` (K or 1, ...) or None.
+        r"""Return the factors of the columns ``rest`` given the others, and the gain :math:`P_{aa}^{-1} P_{ab}` (K or 1, ...).
 
-        None is for families in which columns are independent within a component.
+        The gain is None for families whose columns are independent within a component.
         """
         return self.marginal(rest), None
 
     @classmethod
     def student(cls, degrees: Tensor, features: int) -> tuple[Tensor, Tensor]:
-        """Degrees of freedom of the predictive Student's t distribution under a Wishart distribution of such degrees (K,).
+        """Compute the degrees of freedom of the predictive Student's t distribution for a Wishart distribution of precisions.
+
+        Args:
+            degrees: Degrees of freedom of the Wishart distributions (K,).
+            features: Number of columns D.
 
         Returns:
-            The degrees (K,), and the factors (K,) by which the predictive precision differs from the expected one.
+            The degrees of freedom (K,), and the ratios (K,) of the predictive precision to the expected precision.
 
         Reference:
             Bishop 2006, eq. 10.81. Independent columns have one-dimensional Student's t distributions.
@@ -336,18 +340,18 @@ class Factor(ABC):
 
     @classmethod
     def student_width(cls, features: int) -> int:
-        """Number of columns that share one Student's t distribution."""
+        """Return the number of columns that share one Student's t distribution."""
         return 1
 
     def wishart(self, degrees: Tensor, generator: torch.Generator | None) -> Factor:
-        """Draw precisions from Wishart distributions of the expectation U Uᵀ.
+        """Draw precisions from the Wishart distributions with expectation U Uᵀ.
 
         Args:
             degrees: Degrees of freedom (count, K or 1).
-            generator: Random number generator; None uses torch's global one.
+            generator: Random number generator; None uses torch's global generator.
 
         Returns:
-            Factors of batch shape (count,).
+            Factors of the drawn precisions, with batch shape (count,).
         """
         own = self.log_scales
         shape = (0.5 * degrees[..., None] * (self.features / own.shape[-1])).expand(len(degrees), *own.shape)
@@ -355,7 +359,7 @@ class Factor(ABC):
 
     @property
     def leading(self) -> int:
-        """K, or 1 when tied."""
+        """Leading dimension: K, or 1 when tied."""
         return self.log_diagonal.shape[-2]
 
     @property
@@ -372,13 +376,13 @@ class Factor(ABC):
         return self.log_diagonal.device
 
     def select(self, index: Tensor) -> Factor:
-        """The factors of some components (a tied factor stays as it is)."""
+        """Select the factors of some components; a tied factor is returned unchanged."""
         if self.leading == 1:
             return self
         return self.replace(**{name: tensor[..., index, :] for name, tensor in self.tensors.items()})
 
     def scatter(self, index: Tensor, source: Factor) -> Factor:
-        """This factor with the components ``index`` taken from ``source`` (differentiable in the source)."""
+        """Replace the factors of the components ``index`` by those of ``source`` (differentiable in the source)."""
         if self.leading == 1:
             return source
         mine, theirs = self.tensors, source.tensors
@@ -389,7 +393,7 @@ class Factor(ABC):
         return self.replace(**{name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
 
     def detach(self) -> Factor:
-        """Copy the factor out of any autograd graph, into memory of its own."""
+        """Return a copy that is detached from the autograd graph and does not share memory."""
         return self.replace(**{name: tensor.detach().clone() for name, tensor in self.tensors.items()})
 
     def expand(self, batch_shape: Any) -> Factor:

@@ -11,7 +11,7 @@ __all__ = ["DiagonalFactor"]
 
 
 class DiagonalFactor(Factor):
-    r"""Diagonal factors, :math:`U_k = \mathrm{diag}(1/\sigma_{k1}, \dots, 1/\sigma_{kD})`.
+    r"""Diagonal precision factors, :math:`U_k = \mathrm{diag}(1/\sigma_{k1}, \dots, 1/\sigma_{kD})`.
 
     Args:
         log_diagonal: :math:`-\log \sigma` (*B, K or 1, D).

@@ -1,4 +1,4 @@
-"""The covariance families by name."""
+"""Lookup of component families by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["factor_class", "families"]
 
 
 def factor_class(covariance_type: str) -> tuple[type[Factor], bool]:
-    """The family, and whether its covariance is tied, for the name of a covariance type.
+    """Return the family of a covariance type, and whether its covariance is tied.
 
     Raises:
         ValueError: The name is unknown.
@@ -22,5 +22,5 @@ def factor_class(covariance_type: str) -> tuple[type[Factor], bool]:
 
 
 def families() -> dict[str, type[Factor]]:
-    """All families by their names in files."""
+    """Return all families, by their names in files."""
     return {kind.family: kind for kind, _ in FAMILIES.values()}

@@ -1,4 +1,4 @@
-r"""Full precision factors: any covariance."""
+r"""Full precision factors, for unrestricted covariances."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["FullFactor", "bartlett"]
 
 
 class FullFactor(Factor):
-    r"""Upper-triangular factors, :math:`\Sigma_k^{-1} = U_k U_k^\top`, any covariance.
+    r"""Upper-triangular precision factors, :math:`\Sigma_k^{-1} = U_k U_k^\top`, for unrestricted covariances.
 
     Args:
         log_diagonal: Logarithm of the diagonal of U (*B, K or 1, D).
-        upper: Entries above the diagonal, row by row (*B, K or 1, D(D-1)/2), 1 / data units; zeros if left out.
+        upper: Entries above the diagonal, row by row (*B, K or 1, D(D-1)/2), 1 / data units; zeros by default.
 
     Raises:
-        ValueError: By ``from_covariances`` and the like: shapes that do not fit, matrices that are not positive definite.
+        ValueError: The shapes do not match; in ``from_covariances`` and similar, a matrix is not positive definite.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -171,7 +171,7 @@ class FullFactor(Factor):
     @torch.no_grad()
     def floored(self, minimum: float) -> tuple[Factor, Tensor]:
         ceiling = minimum**-0.5
-        # Only factors whose Frobenius norm allows a large singular value are decomposed.
+        # The Frobenius norm bounds the singular values, so only factors with a large norm need a decomposition.
         U = self.U
         low = U.square().sum((-1, -2)) > ceiling**2
         if not bool(low.any()):
@@ -190,7 +190,7 @@ class FullFactor(Factor):
     def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[FullFactor, Tensor]:
         floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))
         covariances = 0.5 * (covariances + covariances.mT)
-        # Columns without variance are treated separately: in a joint decomposition they would get the rounding errors of others.
+        # Columns without variance are treated separately, because a joint decomposition would add rounding errors to them.
         variances = covariances.diagonal(dim1=1, dim2=2)
         flat = variances < floor[:, None]
         if bool(flat.any()):
@@ -198,13 +198,13 @@ class FullFactor(Factor):
             covariances = covariances + torch.diag_embed(floor[:, None] * flat)
             variances = covariances.diagonal(dim1=1, dim2=2)
         L, info = torch.linalg.cholesky_ex(covariances)
-        # A pivot is the variance of a column given those before it; a tiny fraction of the column's variance is rounding error.
+        # A pivot is the variance of a column given the columns before it. A tiny fraction of the variance is rounding error.
         noise = 4 * features * torch.finfo(covariances.dtype).eps
         broken = (info > 0) | (L.diagonal(dim1=1, dim2=2).square() <= noise * variances).any(1)
         hit = broken | flat.any(1)
         if not bool(broken.any()):
             return cls.from_covariances(covariances), hit
-        # Columns may have any units, so the correlation matrix is decomposed.
+        # The columns may have different units, so the correlation matrix is decomposed.
         unit = variances[broken].clamp(min=1e-300).sqrt()
         values, vectors = torch.linalg.eigh(covariances[broken] / (unit[:, :, None] * unit[:, None, :]))
         fixed = cls.from_factors(vectors / unit[:, :, None] * values.clamp(min=noise).rsqrt()[:, None, :])
@@ -228,7 +228,7 @@ class FullFactor(Factor):
     @classmethod
     def from_covariances(cls, covariances: Any, features: int | None = None) -> FullFactor:
         given = _square(covariances, "covariances")
-        # In float64 throughout: the errors of a Cholesky factorization grow with the condition number.
+        # All steps are in float64, since the errors of a Cholesky factorization grow with the condition number.
         return cls._of_cholesky(_cholesky(given.double(), "covariances"), given.dtype)
 
     @classmethod

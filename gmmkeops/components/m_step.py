@@ -6,7 +6,7 @@ r"""The M-step: parameters that maximize the expected log-likelihood for given s
     \mu_k = \frac{S^0_k m_k + \sum_i \kappa_i \mu_i}{S^0_k + \sum_i \kappa_i}, \qquad
     \Sigma_k = \frac{S^2_k + \Psi}{S^0_k + \nu} + \mathrm{ridge}
 
-with the pseudo-counts of a :class:`Surrogate`. EM, k-means and initialization all use this function.
+with the pseudo-counts of a :class:`Surrogate`. EM, k-means and initialization all call :func:`m_step`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ __all__ = ["Frozen", "MStep", "Surrogate", "m_step", "solve_weights"]
 
 @dataclass(frozen=True)
 class Surrogate:
-    r"""Terms that penalties add to an M-step: N times an upper bound of each penalty, which is tight at the current mixture.
+    r"""Terms that penalties add to an M-step.
 
-    Conjugate priors are pseudo-counts. Concave functions of the weights are replaced by their tangent at the current weights,
-    with slopes :math:`c_k` (majorization-minimization), so that the new weights solve
-
-    .. math:: W_k = \frac{S^0_k + a_k}{\lambda + N c_k}, \qquad \sum_k W_k = 1.
+    The terms are N times an upper bound of each penalty that is equal to the penalty at the current mixture. Conjugate priors
+    are pseudo-counts. Concave functions of the weights are bounded by their tangent at the current weights, with slopes
+    :math:`c_k` (majorization-minimization).
 
     Args:
         counts: a (K,), pseudo-counts of the weights.
         slopes: c (K,), nats per point.
-        means: Pairs of a pseudo-count κ and the mean (D,) or (K, D) of these pseudo-points, data units.
-        scatter: Sum of squares (D, D) that is added to each covariance, squared data units; or None.
-        degrees: Pseudo-counts in the denominator of each covariance.
-        degrees_per_component: Pseudo-counts for each component; they differ from those of a covariance when it is tied.
+        means: Pairs (κ, μ) of a pseudo-count and the mean (D,) or (K, D) of its pseudo-points, data units.
+        scatter: Scatter matrix Ψ (D, D) that is added to S2 of each covariance, squared data units; or None.
+        degrees: Pseudo-count ν in the denominator of each covariance.
+        degrees_per_component: Pseudo-count of each component; for a tied covariance, the denominator contains K of them.
 
     Reference:
         Hunter and Lange 2004, *A tutorial on MM algorithms*, The American Statistician 58.
@@ -59,12 +58,12 @@ class Surrogate:
 
     @classmethod
     def none(cls, mixture: Any) -> Surrogate:
-        """No additional terms, for a :class:`~gmmkeops.Mixture`."""
+        """Return a surrogate without additional terms for the components of a :class:`~gmmkeops.Mixture`."""
         zeros = mixture.means.new_zeros(mixture.n_components)
         return cls(zeros, zeros)
 
     def select(self, index: Tensor) -> Surrogate:
-        """The terms of some components."""
+        """Select the terms of some components."""
         return replace(
             self,
             counts=self.counts[index],
@@ -73,12 +72,12 @@ class Surrogate:
         )
 
     def spread_about(self, means: Tensor, kind: type[Factor]) -> Tensor:
-        """Second moments Σ κ (μ - μ₀)(μ - μ₀)ᵀ (K, ...) of the pseudo-points about means (K, D)."""
+        """Compute the second moments Σ_i κ_i (μ - μ_i)(μ - μ_i)ᵀ (K, ...) of the pseudo-points about means μ (K, D)."""
         zero = means.new_zeros(len(means), *kind.spread_shape(means.shape[1]))
         return sum((points * kind.outer(means - mean) for points, mean in self.means), zero)
 
     def counted_in(self, unit: float) -> Surrogate:
-        """Convert numbers of points to multiples of a unit; slopes are per point and stay."""
+        """Convert pseudo-counts from points to multiples of a unit; slopes, which are per point, are unchanged."""
         return replace(self * (1 / unit), slopes=self.slopes)
 
     def __add__(self, other: Surrogate) -> Surrogate:
@@ -107,14 +106,14 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Boolean masks (K,) of components whose weight, mean or covariance an M-step keeps."""
+    """Boolean masks (K,) of the components whose weight, mean or covariance an M-step does not change."""
 
     weights: Tensor
     means: Tensor
     covariances: Tensor
 
     def select(self, index: Tensor) -> Frozen:
-        """The masks of some components."""
+        """Select the masks of some components."""
         return Frozen(self.weights[index], self.means[index], self.covariances[index])
 
 
@@ -126,7 +125,7 @@ class MStep:
         log_weights: Log-weights (K,), nats.
         means: Means (K, D).
         factor: Precision factors of the covariances.
-        repaired: Boolean mask (K,) of components whose covariance was singular.
+        repaired: Boolean mask (K,) of components whose singular covariance was regularized.
         counts: Expected count of each covariance (K,), or (1,) when tied, pseudo-counts included.
     """
 
@@ -151,16 +150,16 @@ def m_step(
     tied: bool = False,
     pruned: tuple[float, Tensor] | None = None,
 ) -> MStep:
-    """Maximize the expected log-likelihood of moments, with pseudo-counts, frozen parts and floors.
+    """Maximize the expected log-likelihood for given sufficient statistics and pseudo-counts.
 
     Args:
-        sums: Moments of the components about any centers; sums over part of the points are scaled to ``mass``.
-        log_weights, means, factor: Current parameters (K,), (K, D), K or 1, which frozen and empty components keep.
+        sums: Moments of the components about any centers. Moments of a part of the points are scaled to ``mass``.
+        log_weights, means, factor: Current parameters (K,), (K, D), K or 1. Frozen and empty components keep them.
         prior: Pseudo-counts.
         mass: Total weight N of all points.
-        frozen: Parts that are kept.
-        ridge: Added to the variance of each column (D,).
-        floor: Smallest variance.
+        frozen: Parameters that do not change.
+        ridge: Constants (D,) that are added to the variances of the columns, squared data units.
+        floor: Smallest variance, squared data units.
         tied: Whether all components share one covariance.
         pruned: Pseudo-count and second moments (1, ...) that pruned components contribute to a tied covariance, or None.
 
@@ -200,7 +199,7 @@ def m_step(
 
 
 def solve_weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:
-    """Log-weights (K,) that solve W = counts / (λ + slopes), where the sum of all weights is one and frozen ones stay fixed.
+    """Solve W_k = counts_k / (λ + slopes_k) for log-weights (K,), where all weights sum to one and frozen ones are fixed.
 
     Args:
         counts: Expected counts (K,); negative ones count as zero.
@@ -219,7 +218,7 @@ def solve_weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -
     if bool((c == c[0]).all()):
         W = left * a / a.sum()
     else:
-        # Bracket of λ: every term is at most the sum, and at least its value at the smallest slope.
+        # Bracket of λ: each term is at most the sum, and at least its value at the smallest slope.
         low, high = float((a / left - c)[a > 0].max()), float(a.sum() / left - c[a > 0].min())
         for _ in range(200):
             middle = 0.5 * (low + high)

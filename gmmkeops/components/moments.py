@@ -6,8 +6,8 @@ r"""Sufficient statistics of the components, which are additive over data.
     S^1_k = \sum_n r_{nk}\,(x_n - m_k) \qquad
     S^2_k = \sum_n r_{nk}\,(x_n - m_k)(x_n - m_k)^\top, \qquad r_{nk} = g_n\, p(k \mid x_n)
 
-Minibatches, streams and processes contribute partial sums. Sums about different centers :math:`m_k` are added by the
-parallel-axis theorem.
+Sums over minibatches, chunks and processes can be added. Sums about different centers :math:`m_k` are first converted to
+common centers by the parallel-axis theorem.
 """
 
 from __future__ import annotations
@@ -29,19 +29,18 @@ __all__ = ["Moments", "like", "outer"]
 
 @dataclass(frozen=True)
 class Moments:
-    """Responsibility-weighted sums about one center per component, in float64.
+    """Sufficient statistics: responsibility-weighted sums, about one center per component, in float64.
 
     Args:
-        S0: Mass of each component (K,).
+        S0: Expected counts of the components (K,).
         S1: First moments (K, D), data units.
         S2: Second moments: (K, D, D) full, (K, D) their diagonal, or (K,) their trace; squared data units.
-        centers: What S1 and S2 are about (K, D), data units.
+        centers: Centers of S1 and S2 (K, D), data units.
         total: Weighted log-likelihood :math:`\\sum_n g_n \\ell_n`, nats, scalar.
-        mass: Sum of the weights :math:`\\sum_n g_n`, scalar.
+        mass: Total weight of the points :math:`\\sum_n g_n`, scalar.
 
     Reference:
-        About different centers they add by the parallel-axis theorem: Chan, Golub and LeVeque 1983, *Algorithms for computing
-        the sample variance*, The American Statistician 37.
+        Chan, Golub and LeVeque 1983, *Algorithms for computing the sample variance*, The American Statistician 37.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -77,7 +76,7 @@ class Moments:
     recentre = FormerName("recenter")
 
     def recenter(self, centers: Tensor) -> Moments:
-        """Move the sums to other centers (K, D), by the parallel-axis theorem."""
+        """Convert the moments to other centers (K, D) by the parallel-axis theorem."""
         centers = centers.to(self.centers)
         if centers.shape != self.centers.shape:
             raise ValueError(f"centers must have shape {tuple(self.centers.shape)}, got {tuple(centers.shape)}.")
@@ -95,7 +94,7 @@ class Moments:
 
     @classmethod
     def nothing(cls, centers: Tensor, kind: type[Factor]) -> Moments:
-        """The moments of no points about some centers (K, D), for components of a family."""
+        """Return the moments of an empty data set about centers (K, D), for components of a family."""
         K, D = centers.shape
         zero = torch.zeros((), dtype=torch.float64, device=centers.device)
         S2 = zero.expand(K, *kind.spread_shape(D))
@@ -103,14 +102,14 @@ class Moments:
 
     @classmethod
     def expected(cls, weights: Tensor, means: Tensor, factor: Factor) -> Moments:
-        """The expected moments of one point of a mixture with given weights (K,), means (K, D) and factors."""
+        """Compute the expected moments of one point of a mixture with weights (K,), means (K, D) and precision factors."""
         K, zero = len(weights), means.new_zeros(())
         S2 = factor.second_moments(factor.covariances().expand(K, -1, -1))
         S2 = weights.reshape(-1, *[1] * (S2.ndim - 1)) * S2
         return cls(weights, torch.zeros_like(means), S2, means, zero, zero + 1)
 
     def blended(self, sums: Moments, rate: float) -> Moments:
-        r"""Running average of the moments of one point, which the moments of a batch enter with a rate.
+        r"""Update a running average of the moments per point with the moments of a batch.
 
         .. math:: M \leftarrow (1 - \rho)\, M + \rho\, \bar M_{batch}, \qquad \rho_t = (t + t_0)^{-\kappa}
 
@@ -121,25 +120,25 @@ class Moments:
         return self * (1 - rate) + sums * (rate / float(sums.mass))
 
     def scaled(self, centers: Tensor, scale: Tensor) -> Moments:
-        """The moments in other coordinates, in which column d is multiplied by scale_d (D,) and the centers are ``centers``.
+        """Convert the moments to coordinates in which column d is multiplied by scale_d (D,) and the centers are ``centers``.
 
-        Moments that sum over the columns need equal scales.
+        Spherical moments, which are summed over the columns, need equal scales.
         """
         square = {3: scale[:, None] * scale, 2: scale**2, 1: scale[0] ** 2}[self.S2.ndim]
         return replace(self, S1=self.S1 * scale, S2=self.S2 * square, centers=centers)
 
     def select(self, index: Tensor) -> Moments:
-        """The moments of some components, in the order of an index."""
+        """Select the moments of some components, in the order of an index."""
         return replace(self, S0=self.S0[index], S1=self.S1[index], S2=self.S2[index], centers=self.centers[index])
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both sets of points together, about this one's centers."""
+        """Add the moments of two data sets, about the centers of the first."""
         if not isinstance(other, Moments):
             return NotImplemented
         if other.S2.ndim != self.S2.ndim or other.centers.shape != self.centers.shape:
             raise ValueError(
-                f"moments of different kinds do not add: S2 {tuple(self.S2.shape)} and {tuple(other.S2.shape)}; "
-                "sum moments of one model."
+                f"moments must have S2 of one shape to be added, got {tuple(self.S2.shape)} and {tuple(other.S2.shape)}; "
+                "add moments of one model only."
             )
         if not torch.equal(other.centers, self.centers):
             other = other.recenter(self.centers)
@@ -153,11 +152,11 @@ class Moments:
         )
 
     def __radd__(self, other: Any) -> Moments:
-        """So that ``sum`` adds moments."""
+        """Support the built-in ``sum``, which starts from 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __mul__(self, factor: float) -> Moments:
-        """The moments of points that each weigh ``factor`` times as much (a decayed sum)."""
+        """Multiply the weight of every point by ``factor``."""
         return Moments(
             factor * self.S0,
             factor * self.S1,
@@ -171,12 +170,12 @@ class Moments:
 
     @property
     def means(self) -> Tensor:
-        """Weighted mean of each component (K, D), data units; a component without mass keeps its center."""
+        """Weighted mean of each component (K, D), data units; the center of a component with an expected count of zero."""
         return self.centers + self.S1 / _safe(self.S0)[:, None]
 
     @property
     def scatters(self) -> Tensor:
-        """Weighted covariance of each component about its own mean, in S2's shape; zero without mass."""
+        """Weighted covariance of each component about its mean, in the shape of S2; zero for an expected count of zero."""
         about = self.recenter(self.means)
         return about.S2 / _safe(about.S0).reshape(-1, *[1] * (about.S2.ndim - 1))
 
@@ -186,7 +185,7 @@ def _safe(mass: Tensor) -> Tensor:
 
 
 def outer(z: Tensor, ndim: int) -> Tensor:
-    """Second moments of vectors z (K, D), as those of ``ndim`` dimensions; kept for code that was written for version 0.1."""
+    """Compute outer products of vectors z (K, D) as second moments of ``ndim`` dimensions; kept for code of version 0.1."""
     warnings.warn("outer is deprecated; use Factor.outer of a family.", DeprecationWarning, stacklevel=2)
     if ndim == 3:
         return z[:, :, None] * z[:, None, :]
@@ -194,7 +193,7 @@ def outer(z: Tensor, ndim: int) -> Tensor:
 
 
 def like(matrix: Tensor, ndim: int, *, mean: bool = False) -> Tensor:
-    """A matrix (D, D) as second moments of ``ndim`` dimensions; kept for code that was written for version 0.1."""
+    """Reduce a matrix (D, D) to second moments of ``ndim`` dimensions; kept for code of version 0.1."""
     warnings.warn("like is deprecated; use Factor.second_moments of a family.", DeprecationWarning, stacklevel=2)
     if ndim == 3:
         return matrix

@@ -1,4 +1,4 @@
-"""Checks of the stored parameters of components, and draws of positive ones."""
+"""Validation of the stored parameters of components, and positive gamma random variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["gamma", "positive", "stored"]
 
 
 def stored(value: Any, name: str) -> Tensor:
-    """A stored parameter, with a leading dimension for the components."""
+    """Convert a stored parameter to a tensor, and check that it has a leading dimension for the components."""
     tensor = value if isinstance(value, Tensor) else as_tensor(value, name=name)
     if tensor.ndim < 2:
         raise ValueError(f"{name} must have shape (K, ...), or (1, ...) when tied, got {tuple(tensor.shape)}.")
@@ -21,7 +21,7 @@ def stored(value: Any, name: str) -> Tensor:
 
 
 def positive(values: Tensor, name: str) -> Tensor:
-    """Check that the values (..., K or 1, ...) of components are positive and finite."""
+    """Check that values (..., K or 1, ...) of components are positive and finite, and return them."""
     good = torch.isfinite(values) & (values > 0)
     if concrete(values) and not bool(good.all()):
         where = [int(i) for i in (~good).nonzero()[0]]

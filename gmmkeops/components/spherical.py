@@ -12,7 +12,7 @@ __all__ = ["SphericalFactor"]
 
 
 class SphericalFactor(Factor):
-    r"""Spherical factors, :math:`U_k = I/\sigma_k`.
+    r"""Spherical precision factors, :math:`U_k = I/\sigma_k`.
 
     Args:
         log_diagonal: :math:`-\log \sigma` (*B, K or 1, 1).
@@ -31,7 +31,7 @@ class SphericalFactor(Factor):
     def __init__(self, log_diagonal: Tensor, features: int) -> None:
         log_diagonal = stored(log_diagonal, "log_diagonal")
         if log_diagonal.shape[-1:] != (1,):
-            raise ValueError(f"a spherical log_diagonal must end in one column, got {tuple(log_diagonal.shape)}.")
+            raise ValueError(f"log_diagonal must have shape (*, 1), got {tuple(log_diagonal.shape)}.")
         self.log_diagonal = log_diagonal
         self.features = int(features)
 

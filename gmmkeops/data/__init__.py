@@ -1,7 +1,7 @@
 """Data: points and weights from arrays, files, functions and several processes.
 
-A :class:`Source` reads points chunk by chunk with a reader for each format. Everything that users pass is validated here, where
-it enters; :mod:`gmmkeops.data.distributed` adds sums over the ranks of ``torch.distributed``.
+A :class:`Source` reads points chunk by chunk, with a reader for each format. The data that users pass are validated here.
+:mod:`gmmkeops.data.distributed` implements sums over the ranks of ``torch.distributed``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The batch: rows as they travel from a source through standardized coordinates to the engines."""
+"""The batch: a block of rows that is passed from a source to the engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["Batch"]
 
-# Largest change of a whitened residual by rounding the points to float32: 3e-5 is about 1e-4 nats at three deviations.
+# Largest change of a whitened residual due to float32 rounding of the points: 3e-5 is 1e-4 nats at three standard deviations.
 _ROUNDING = 3e-5
 
 
@@ -21,13 +21,13 @@ class Batch:
     """A block of rows.
 
     Args:
-        points: Points (n, D), float32 or float64; or points that are sorted into a kd-tree for truncation.
+        points: Points (n, D), float32 or float64; or points sorted into kd-tree leaves for truncation.
         weights: Weights (n,) float64, or None for weights of one.
         first: Index of the first row among all rows.
         context: Contexts (n, C) of the points, or None.
-        truncate: ε as for :func:`gmmkeops.fit`, for points that are not sorted yet.
+        truncate: Truncation as for :func:`gmmkeops.fit`, for points that are not sorted.
         rounding: Largest rounding error of each column by conversion to float32 (D,); None if nothing was rounded.
-        exact: Returns the batch in float64, if rounding has changed it.
+        exact: Function that returns the batch in float64, if the points were rounded.
     """
 
     points: Any
@@ -47,21 +47,21 @@ class Batch:
         return len(self.points)
 
     def accurate(self, norms: Callable[[], Tensor]) -> Batch:
-        """The batch itself, or its float64 version if rounding may change log-densities by more than about 1e-4 nats.
+        """Return the batch, in float64 if rounding to float32 may change log-densities by more than about 1e-4 nats.
 
         Args:
-            norms: Returns the norms of the rows of the precision factors (K or 1, D), 1 / units of the points.
+            norms: Function that returns the norms of the rows of the precision factors (K or 1, D), 1 / units of the points.
         """
         if self.rounding is None or self.exact is None:
             return self
         return self if bool((norms().double() @ self.rounding).amax() <= _ROUNDING) else self.exact()
 
     def in_float64(self) -> Batch:
-        """The batch in float64; a batch without rounding errors is cast."""
+        """Return the batch in float64."""
         return replace(self, points=self.points.double()) if self.exact is None else self.exact()
 
     def rows(self, index: Tensor) -> Batch:
-        """Some rows of points that are not sorted."""
+        """Select rows of points that are not sorted."""
         return replace(
             self,
             points=self.points[index],
@@ -71,7 +71,7 @@ class Batch:
         )
 
     def joined(self, after: Batch) -> Batch:
-        """The rows of this batch and those of one after it."""
+        """Concatenate the rows of this batch and of a later one."""
         parts = (self, after)
         weights = context = exact = None
         if any(part.weights is not None for part in parts):

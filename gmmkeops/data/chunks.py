@@ -14,7 +14,7 @@ __all__ = ["Unit", "cut", "grouped", "joined", "resized"]
 
 @dataclass(frozen=True)
 class Unit:
-    """A row range that is loaded at once.
+    """Row range that is loaded in one step.
 
     Args:
         first: Index of the first row among all rows of the reader.
@@ -26,12 +26,12 @@ class Unit:
 
 
 def cut(first: int, stop: int, size: int) -> list[Unit]:
-    """The rows from ``first`` to ``stop`` in units of at most ``size`` rows."""
+    """Split the rows from ``first`` to ``stop`` into units of at most ``size`` rows."""
     return [Unit(start, min(size, stop - start)) for start in range(first, stop, size)]
 
 
 def grouped(units: list[Unit], size: int) -> list[list[Unit]]:
-    """Units that are read together, in order, so that each group has about ``size`` rows."""
+    """Group consecutive units that are read together, so that each group has about ``size`` rows."""
     groups: list[list[Unit]] = []
     room = 0
     for unit in units:
@@ -44,7 +44,7 @@ def grouped(units: list[Unit], size: int) -> list[list[Unit]]:
 
 
 def joined(chunks: list[Batch]) -> Batch:
-    """One chunk of the rows of all chunks, numbered from the first row of the first chunk."""
+    """Concatenate chunks to one chunk, which starts at the first row of the first chunk."""
     if len(chunks) == 1:
         return chunks[0]
     weights = None
@@ -55,7 +55,7 @@ def joined(chunks: list[Batch]) -> Batch:
 
 
 def resized(chunks: Iterator[Batch], size: int) -> Iterator[Batch]:
-    """Number the rows and split or join their chunks, so that each holds about ``size`` rows."""
+    """Number the rows, and split or join chunks so that each has about ``size`` rows."""
     few: list[Batch] = []
     first = rows = 0
     for chunk in chunks:

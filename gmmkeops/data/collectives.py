@@ -1,4 +1,4 @@
-"""Collective operations of ``torch.distributed`` that name the rank that fails, hangs, is interrupted or is at another step.
+"""Collective operations of ``torch.distributed`` that report which rank fails, hangs, is interrupted or runs other operations.
 
 Before every collective operation the ranks compare which operation each is about to perform, so that two different operations are
 never combined. The same comparison transmits a Ctrl-C, so that all ranks stop at the same iteration.
@@ -23,10 +23,10 @@ from gmmkeops.data import heartbeat
 
 __all__ = ["REMEDY", "Collectives", "RankError"]
 
-# Seconds in which a Ctrl-C reaches all ranks, and for which an interrupted rank waits for the others.
+# Seconds for which an interrupted rank waits for the interruption of the others.
 _PRESS, _PATIENCE = 1.0, 10.0
 
-# Collective operations that ranks perform together, and their names in messages.
+# Collective operations, and their descriptions in messages.
 _OPERATIONS = {"sum": "adds numbers", "gather": "exchanges rows", "interrupt": "was interrupted"}
 
 REMEDY = "; a fit with checkpoint= resumes from its last checkpoint when it is started again."
@@ -35,7 +35,7 @@ _calls = itertools.count()
 
 
 class RankError(RuntimeError):
-    """A rank failed, does not respond, or runs with other settings; the message names it and a remedy.
+    """Error that a rank failed, does not respond, or runs with other settings. The message names the rank and a remedy.
 
     Example:
         >>> import gmmkeops as gk
@@ -63,21 +63,21 @@ class Collectives:
         self.heartbeat = heartbeat.Heartbeat.current(self.rank, self.size)
         # Seconds without a heartbeat after which a rank counts as failed.
         self.patience = heartbeat.GONE
-        # Error text about a failed rank that all ranks share, and the one that this rank reports.
+        # Error text about a failed rank, which all ranks receive, and the error text of this rank.
         self.failure, self.reported = "", ""
-        # Time since which this rank has waited for others, and has been in a callback; or None.
+        # Start times of waiting for other ranks, and of a user callback; or None.
         self.waiting: float | None = None
         self.calling: float | None = None
         # Whether a collective operation is running; time of a Ctrl-C during one; whether all ranks have been interrupted.
         self.busy, self.pressed, self.left = False, 0.0, False
-        # Whether this object handles SIGINT, and the handler that it replaces. The lock keeps the heartbeat thread from sending
-        # the signal after the callback has returned.
+        # Whether this object handles SIGINT, and the handler that it replaces. The lock ensures that the heartbeat thread does
+        # not send the signal after the callback has returned.
         self.signals, self.lock = False, threading.Lock()
         self.before: Any = None
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Context of a call on all ranks: failures of other ranks are raised here, and an exception here is reported to them."""
+        """Run a call on all ranks; this context raises failures of other ranks and reports exceptions to them."""
         if Collectives.outer is not None:
             yield
             return
@@ -86,7 +86,7 @@ class Collectives:
         self.pressed, self.left = 0.0, False
         Collectives.outer = self
         self.heartbeat.calls.append(self)
-        # Handlers that were not set from Python (None) could not be set again.
+        # A handler that was not set from Python (None) cannot be restored.
         self.before = signal.getsignal(signal.SIGINT)
         self.signals = threading.current_thread() is threading.main_thread() and self.before is not None
         if self.signals:
@@ -96,7 +96,7 @@ class Collectives:
         except RankError:
             self.calling = None
             if self.rank == 0:
-                # Other ranks may still have to read the error text from the store of this rank, or to finish an operation.
+                # Other ranks may still need the store of this process, to read the error text or to finish an operation.
                 time.sleep(heartbeat.NAMING if self.failure or heartbeat.unfinished else heartbeat.INTERVAL)
             raise
         except KeyboardInterrupt:
@@ -114,7 +114,7 @@ class Collectives:
             Collectives.outer = None
 
     def _report(self, failure: str) -> None:
-        """Report an error text about this rank to the others."""
+        """Send an error text about this rank to the other ranks."""
         self.reported = failure
         # Wait for two rounds of the heartbeat, since the first one may have begun before.
         rounds, end = self.heartbeat.rounds + 2, time.monotonic() + heartbeat.NAMING
@@ -122,11 +122,10 @@ class Collectives:
             time.sleep(heartbeat.INTERVAL / 5)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        """Handle SIGINT: end a callback for which the others no longer wait, or do what Ctrl-C does in this process.
+        """Handle SIGINT: end a callback for which the others no longer wait, or handle Ctrl-C.
 
-        A process that ignores Ctrl-C (as a background job of a shell script does) or has a handler of its own keeps that
-        behavior. Otherwise KeyboardInterrupt is raised: at once, or after the collective operation that this rank is executing,
-        so that none remains unfinished.
+        If the process ignores Ctrl-C (like a background job of a shell script) or has its own handler, this behavior is kept.
+        Otherwise KeyboardInterrupt is raised, after a collective operation that this rank is executing.
         """
         if self.failure:
             self.check()
@@ -143,14 +142,14 @@ class Collectives:
             raise KeyboardInterrupt
 
     def wake(self) -> None:
-        """Interrupt a callback for which the others no longer wait, as far as Python can."""
+        """Interrupt a user callback for which the other ranks have stopped waiting, as far as Python can."""
         with self.lock:
             if self.calling is not None and self.signals and hasattr(signal, "pthread_kill"):
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     @contextmanager
     def callback(self) -> Iterator[None]:
-        """Context of a callback of the user, for whose end other ranks wait for a limited time."""
+        """Run a user callback: the other ranks wait for the end of this context for a limited time."""
         self.calling = time.monotonic()
         try:
             yield
@@ -188,7 +187,7 @@ class Collectives:
         length, shape = (*sizes, 0, 0)[:2]
         all_ranks = self._gather_integers([self.number, codes.index(operation), length, shape])
         if any(codes[row[1]] == "interrupt" for row in all_ranks):
-            # Ctrl-C may be about to reach the other ranks as well.
+            # The other ranks may receive the Ctrl-C a moment later.
             time.sleep(_PRESS)
             pressed = self._gather_integers([int(self.pressed > 0)])
             self.pressed = 0.0
@@ -202,7 +201,7 @@ class Collectives:
         for rank, row in enumerate(all_ranks):
             if row[:2] != first[:2] or row[3] != first[3] or (operation == "sum" and row[2] != first[2]):
                 raise RankError(
-                    f"rank {rank} is at another step than rank 0: in its call number {row[0]} it {_OPERATIONS[codes[row[1]]]} "
+                    f"rank {rank} runs another operation than rank 0: in call number {row[0]} it {_OPERATIONS[codes[row[1]]]} "
                     f"({row[2]}), rank 0 in call number {first[0]} {_OPERATIONS[codes[first[1]]]} ({first[2]}); "
                     "run the same script with the same settings on all ranks."
                 )
@@ -217,10 +216,10 @@ class Collectives:
 
     @contextmanager
     def _operation(self, name: str, *sizes: int) -> Iterator[Tensor]:
-        """Context of a collective operation, after a comparison between the ranks; yield the first size of each rank.
+        """Run a collective operation after a comparison between the ranks; yield the first size of each rank.
 
-        A Ctrl-C is raised after the operation, never between the comparison and the operation. Otherwise this rank would
-        start the next comparison while the others wait in the operation.
+        A Ctrl-C is raised after the operation, never between the comparison and the operation: this rank would start the next
+        comparison while the others wait in the operation.
         """
         self.busy = True
         try:
@@ -234,9 +233,9 @@ class Collectives:
         """Raise a RankError if another rank has failed, or if the store does not answer."""
         if self.failure:
             raise RankError(self.failure + REMEDY)
-        holder = "rank 0, or the process that holds the store of the group, "
+        holder = "rank 0, or the process with the store of the group, "
         if self.heartbeat.lost:
-            raise RankError(holder + "is gone" + REMEDY)
+            raise RankError(holder + "has ended" + REMEDY)
         if time.monotonic() - self.heartbeat.heard > self.patience:
             raise RankError(holder + "does not answer" + REMEDY)
 
@@ -257,7 +256,7 @@ class Collectives:
             heartbeat.unfinished.append(self.rank)
             raise
         except RuntimeError as error:
-            # A connection has broken. The failed rank is known soon, by its error text or by a missing heartbeat.
+            # A connection is broken. The error text or a missing heartbeat soon identifies the failed rank.
             self.patience = heartbeat.NAMING
             end = time.monotonic() + 3 * heartbeat.NAMING
             while time.monotonic() < end:
@@ -268,14 +267,14 @@ class Collectives:
             self.waiting = None
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a float64 tensor over all ranks."""
+        """Sum a float64 tensor over all ranks."""
         with self._operation("sum", values.numel()):
             out = values.detach().to(self.device, copy=True)
             self._wait(lambda: dist.all_reduce(out, async_op=True))
         return out.to(values.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Gather a tensor from each rank; they may differ in their first dimension."""
+        """Gather a tensor from each rank; the tensors may differ in their first dimension."""
         kind = zlib.crc32(repr((values.dtype, tuple(values.shape[1:]))).encode())
         with self._operation("gather", len(values), kind) as sizes:
             padded = torch.zeros(int(sizes.max()), *values.shape[1:], dtype=values.dtype, device=self.device)

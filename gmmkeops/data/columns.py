@@ -1,4 +1,4 @@
-"""Names of columns: the names in tables in memory, and the indices of named columns in data."""
+"""Column names of tables in memory, and matching of the columns of data to those of a model by name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 __all__ = ["listed", "named_alike", "places", "table_names", "table_of"]
 
-# Largest number of names that a message lists.
+# Maximum number of names in a message.
 _LISTED = 40
 
 
 def table_names(x: Any) -> tuple[str, ...] | None:
-    """Names of the columns of a table in memory (pandas, polars, pyarrow), or None if they have no names.
+    """Return the column names of a table in memory (pandas, polars, pyarrow), or None if it has no names.
 
-    Only strings are names; pandas numbers columns without names.
+    Only strings are names, since pandas numbers unnamed columns.
     """
     if isinstance(x, (np.ndarray, Tensor)):
         return None
@@ -31,7 +31,7 @@ def table_names(x: Any) -> tuple[str, ...] | None:
 
 
 def listed(names: Sequence[Any]) -> str:
-    """Names of columns for a message: all names, or the first ones and the number of the others."""
+    """Format column names for a message; a long list is shortened."""
     if len(names) > 2 and list(names) == list(range(len(names))):
         return f"0 to {len(names) - 1}"
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -39,18 +39,18 @@ def listed(names: Sequence[Any]) -> str:
 
 
 def places(wanted: Sequence[str], known: Sequence[str] | None, name: str) -> list[int]:
-    """Indices of the columns of a model among those of data.
+    """Return the indices of the columns of a model among the columns of data.
 
     Args:
-        wanted: Names of the model's columns.
-        known: Names of the data's columns, or None if they have no names.
+        wanted: Column names of the model.
+        known: Column names of the data, or None if they have no names.
         name: Name of the data in messages.
 
     Raises:
         ValueError: The columns have no names, one is missing, or two have the same name; the message lists the existing columns.
     """
     if known is None:
-        raise ValueError(f"{name} has no names of columns, expected {listed(wanted)}.")
+        raise ValueError(f"{name} has no column names, expected {listed(wanted)}; pass a table, or name the columns.")
     missing = [column for column in wanted if column not in known]
     if missing:
         noun = "column" if len(missing) == 1 else "columns"
@@ -60,7 +60,7 @@ def places(wanted: Sequence[str], known: Sequence[str] | None, name: str) -> lis
         )
     for column in wanted:
         if list(known).count(column) > 1:
-            raise ValueError(f"{name} has {list(known).count(column)} columns named {column}; give each its own name.")
+            raise ValueError(f"{name} has {list(known).count(column)} columns named {column}; rename them.")
     return [list(known).index(column) for column in wanted]
 
 
@@ -87,8 +87,8 @@ def named_alike(columns: Sequence[str], first: Sequence[str], name: str, first_n
         return
     only = [column for column in columns if column not in first]
     missing = [column for column in first if column not in columns]
-    differences = [f"lacks {listed(missing)}"] * bool(missing) + [f"has {listed(only)} beside them"] * bool(only)
+    differences = [f"lacks {listed(missing)}"] * bool(missing) + [f"has the additional {listed(only)}"] * bool(only)
     raise ValueError(
         f"{name} has other columns than {first_name}, which has {listed(first)}: it "
-        f"{' and '.join(differences) or 'names a column twice'}; choose columns that all have with columns=."
+        f"{' and '.join(differences) or 'has a column twice'}; select common columns with columns=."
     )

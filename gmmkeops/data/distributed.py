@@ -1,8 +1,8 @@
 """Fits on several processes: sufficient statistics are added over all ranks of ``torch.distributed``, and failures are detected.
 
-Used only if a process group is initialized. Each rank computes the E-step of its shard of the points; moments and counts are
-all-reduced, so that all ranks make the same step from the same sums. If a rank fails, hangs or runs with other settings, all
-ranks raise an error that names it.
+This module is used only if a process group is initialized. Each rank computes the E-step of its shard of the points. Moments and
+counts are all-reduced, so that all ranks compute the same M-step. If a rank fails, hangs or runs with other settings, all ranks
+raise an error that names it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["RankError", "World", "join"]
 def join(backend: str | None = None) -> None:
     """Initialize the process group of ``torchrun``; without torchrun, do nothing.
 
-    Each restart of killed workers uses a store prefix of its own. (Otherwise restarted ranks of torch 2.13 try to connect to the
-    addresses of their predecessors.)
+    Each restart of the workers uses a new store prefix, because restarted ranks of torch 2.13 would otherwise try to connect to
+    the addresses of the previous ones.
 
     Args:
         backend: ``"gloo"`` or ``"nccl"``; None for ``"nccl"`` if CUDA is available, else ``"gloo"``.
 
     Raises:
-        RuntimeError, ValueError: The group cannot be joined; the message is that of :mod:`torch.distributed`.
+        RuntimeError, ValueError: Raised by :mod:`torch.distributed` if the group cannot be joined.
 
     Example:
         >>> import gmmkeops as gk
@@ -54,7 +54,7 @@ def join(backend: str | None = None) -> None:
 
 
 class World:
-    """The ranks that fit one model together; a single rank if there is no process group.
+    """Process group of the ranks that fit one model; a single rank if none is initialized.
 
     Attributes:
         rank: Rank of this process, from 0.
@@ -76,15 +76,15 @@ class World:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > 1:
-            # A part of a running call shares its state.
+            # Nested calls share the state of the outermost call.
             self.collectives = Collectives.outer or Collectives()
 
     def together(self) -> AbstractContextManager[None]:
-        """Context of a call on all ranks: failures of other ranks are raised here, and an exception here is reported to them."""
+        """Run a call on all ranks; this context raises failures of other ranks and reports exceptions to them."""
         return nullcontext() if self.collectives is None else self.collectives.call()
 
     def callback(self) -> AbstractContextManager[None]:
-        """Context of a callback of the user, for whose end other ranks wait for a limited time."""
+        """Run a user callback: the other ranks wait for the end of this context for a limited time."""
         return nullcontext() if self.collectives is None else self.collectives.callback()
 
     def interrupted(self) -> None:
@@ -103,30 +103,30 @@ class World:
 
     @classmethod
     def alone(cls) -> World:
-        """A single rank, independent of any process group."""
+        """Return a single rank that does not belong to a process group."""
         world = cls.__new__(cls)
         world.rank, world.size, world.collectives = 0, 1, None
         return world
 
     def added(self, sums: Moments) -> Moments:
-        """Sum of the moments of all ranks, which must be about the same centers."""
+        """Sum the moments of all ranks, which must have the same centers."""
         if self.size == 1:
             return sums
         parts = [sums.S0, sums.S1, sums.S2, sums.total, sums.mass]
-        # A checksum of the centers has no variance between ranks if they are equal.
+        # If the centers are equal on all ranks, the variance of their checksums is zero.
         place = sums.centers.sum() + (sums.centers * torch.arange(len(sums.centers)).to(sums.centers)[:, None]).mean()
         flat = self.sum(torch.cat([part.reshape(-1) for part in parts] + [place[None], place.square()[None]]))
         mean, square = flat[-2] / self.size, flat[-1] / self.size
         if not float((square - mean.square()).abs()) <= 1e-10 * float(square + 1e-300):
             places = self.tell(float(place))
             odd = next((rank for rank, other in enumerate(places) if other != places[0]), 0)
-            raise RankError(f"rank {odd} is at another mixture than rank 0; all must do the same steps" + REMEDY)
+            raise RankError(f"rank {odd} has another mixture than rank 0; run the same steps on all ranks" + REMEDY)
         pieces = flat[:-2].split([part.numel() for part in parts])
         S0, S1, S2, total, mass = (new.reshape(old.shape) for new, old in zip(pieces, parts, strict=True))
         return Moments(S0, S1, S2, sums.centers, total, mass)
 
     def merged(self, survey: Survey) -> Survey:
-        """The merged surveys of all ranks."""
+        """Merge the surveys of all ranks."""
         if self.size == 1:
             return survey
         rows, numbers = survey.reservoir.parts()
@@ -147,10 +147,10 @@ class World:
         return Survey(sums[0], sums[1], sums[2], (sums[3], sums[4]), sums[5] % (1 << 64), single, reservoir)
 
     def share(self, source: Source) -> Source:
-        """The shard of this rank of a source.
+        """Return the shard of this rank of a source.
 
-        Data that are the same on all ranks (the same files, or equal arrays) are divided among them. Data that differ are the
-        shards themselves, and their columns are matched by name to those of rank 0.
+        Identical inputs (the same files, or equal arrays) are sharded across the ranks. Different inputs are treated as the shard
+        of each rank, and their columns are matched by name to those of rank 0.
         """
         if self.size == 1:
             return source
@@ -161,12 +161,12 @@ class World:
         return source.shared(0, 1, first=sum(rows or 0 for _, rows in said[: self.rank]))
 
     def generator(self, given: torch.Generator | int | None, device: torch.device) -> torch.Generator:
-        """A random number generator in the same state on all ranks: that of the given one on rank 0.
+        """Return a random number generator with the same state on all ranks: that of the generator on rank 0.
 
-        If None is given, a fixed seed is used. Torch's global random state is not used or changed.
+        None uses a fixed seed. Torch's global random state is neither used nor changed.
 
         Raises:
-            TypeError: The argument is not a ``torch.Generator``.
+            TypeError: The argument is neither a generator, a seed nor None.
         """
         generator = as_generator(given, device)
         if self.size > 1:
@@ -175,19 +175,19 @@ class World:
         return generator
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true on any rank."""
+        """Return for each flag whether it is true on any rank."""
         return (self.sum(torch.tensor(flags, dtype=torch.float64)) > 0).tolist()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a float64 tensor over all ranks."""
+        """Sum a float64 tensor over all ranks."""
         return values if self.collectives is None else self.collectives.sum(values)
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Gather a tensor from each rank; they may differ in their first dimension."""
+        """Gather a tensor from each rank; the tensors may differ in their first dimension."""
         return [values] if self.collectives is None else self.collectives.gather(values)
 
     def tell(self, value: Any) -> list[Any]:
-        """Gather a value that JSON can represent from each rank."""
+        """Gather a JSON-serializable value from each rank."""
         if self.size == 1:
             return [value]
         return [json.loads(text) for text in self.gather_bytes(json.dumps(value).encode())]
@@ -200,13 +200,13 @@ class World:
         return [part.numpy().tobytes() for part in self.gather(flat)]
 
     def agree(self, facts: dict[str, Any]) -> None:
-        """Raise a RankError that names the first rank, and the first of its facts, that differ from rank 0."""
+        """Raise a RankError for the first rank with a fact (an entry of the dictionary) that differs from that of rank 0."""
         said = self.tell(facts)
         for rank, other in enumerate(said):
             for name, value in said[0].items():
                 found = difference(other.get(name), value)
                 if found is not None:
-                    at = f"rank {rank} is at another mixture than rank 0: " if name == "start" else ""
+                    at = f"rank {rank} has another mixture than rank 0: " if name == "start" else ""
                     raise RankError(
                         f"{at}rank {rank} disagrees with rank 0 on the {name}: {found[0]} and {found[1]}; "
                         "run the same script with the same settings on all ranks."
@@ -214,11 +214,11 @@ class World:
 
 
 def difference(a: Any, b: Any) -> tuple[str, str] | None:
-    """Return the difference between two facts, each as text, or None where they are equal.
+    """Return descriptions of two facts if they differ, else None.
 
     Args:
-        a, b: Text or numbers; dictionaries of text, whose entry "class" is named beside the first one that differs; or lists
-            of numbers of which the last is a tolerance for the others.
+        a, b: Strings or numbers; dictionaries of strings, described by their entry "class" and the first entry that differs; or
+            lists of numbers, the last of which is the tolerance of the others.
     """
     if a == b:
         return None

@@ -1,6 +1,6 @@
-"""Generators of random numbers, on the device where they are used, and draws that are the same in every run.
+"""Random number generators on the device where they are used, and reproducible random draws.
 
-Calls that were given no generator take one of a fixed seed, so that results repeat in every process.
+The default is a generator with a fixed seed, so that results are reproducible.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["DEFAULT_SEED", "as_generator", "categorical", "generator_on", "running_sum"]
 
-# Scripts hardly ever use this seed for their own data, so that a fit does not use the random numbers that generated its points.
+# An unusual seed, so that a fit does not use the random numbers with which a script has generated its points.
 DEFAULT_SEED = 0x676D6D6B656F7073
 
 
@@ -23,11 +23,11 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
 
     Args:
         generator: A ``torch.Generator``, a seed, a ``RandomState`` or ``Generator`` of numpy, or None for a new generator of a
-            fixed seed. A generator of another device seeds a new one, another one at each call.
+            fixed seed. For a generator on another device, a new generator is seeded by a draw from it.
         device: Device of the random numbers.
 
     Raises:
-        TypeError: ``generator`` is none of these.
+        TypeError: ``generator`` has another type.
     """
     if generator is None:
         return torch.Generator(device).manual_seed(DEFAULT_SEED)
@@ -49,15 +49,15 @@ def as_generator(generator: Any, device: Any = "cpu") -> torch.Generator:
 
 
 def generator_on(generator: Any, device: Any) -> torch.Generator | None:
-    """Return a generator on a device, as :func:`as_generator`; None, which is the global generator of torch, stays None."""
+    """Return a generator on a device, as :func:`as_generator`; None stays None (torch's global generator)."""
     return None if generator is None else as_generator(generator, device)
 
 
 def running_sum(values: Tensor, dim: int = 0) -> Tensor:
-    """Return the cumulative sum along a dimension.
+    """Compute the cumulative sum along a dimension.
 
-    Torch has no deterministic ``cumsum`` of floats on CUDA. With ``torch.use_deterministic_algorithms(True)`` shifted copies are
-    added instead.
+    Since torch has no deterministic ``cumsum`` of floats on CUDA, shifted copies are added if
+    ``torch.use_deterministic_algorithms(True)`` is set.
     Reference: Hillis and Steele 1986, *Data parallel algorithms*, CACM 29.
     """
     if not (values.is_cuda and torch.are_deterministic_algorithms_enabled()):
@@ -76,6 +76,6 @@ def categorical(weights: Tensor, count: int, generator: torch.Generator | None) 
         return torch.multinomial(weights, count, replacement=True, generator=generator)
     total = running_sum(weights, -1)
     u = torch.rand(*weights.shape[:-1], count, generator=generator, dtype=total.dtype, device=total.device)
-    # No draw may be at the right end, whose weight may be zero.
+    # The upper limit is excluded, because the last weight may be zero.
     last = (weights > 0).long().mul(torch.arange(weights.shape[-1], device=weights.device)).amax(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(total, u * total[..., -1:], right=True), last)

@@ -1,6 +1,6 @@
 """Detection of ranks that have failed or hang, by heartbeats that each rank writes to the store of the process group.
 
-A thread with its own connection to the store does this, so that it also works while the main thread computes or waits.
+The heartbeats are sent by a thread with its own connection to the store, independently of the main thread.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GONE", "INTERVAL", "NAMING", "Heartbeat", "unfinished"]
 
-# Seconds between two heartbeats, and seconds without one after which a rank counts as failed.
+# Seconds between two heartbeats, and seconds without a heartbeat after which a rank is considered failed.
 INTERVAL, GONE = 0.5, 40.0
 
 # Seconds for which ranks wait for a callback of another rank.
@@ -28,15 +28,14 @@ _CALLBACK = 30.0
 # Seconds to wait for the name of the failed rank after a connection has broken.
 NAMING = 5.0
 
-# Ranks of this process (at most one) that have left a collective operation which will never end.
+# Ranks of this process (at most one) that have left an unfinished collective operation.
 unfinished: list[int] = []
 
 
 class Heartbeat:
     """Thread that sends heartbeats of this process and checks those of the other ranks, through the store of the process group.
 
-    It has its own connection to the store. Ranks that have not started their first fit have sent no heartbeat, and are
-    waited for without a limit.
+    There is no time limit for the first heartbeat of a rank, which it sends when its first fit starts.
     """
 
     _one: Heartbeat | None = None
@@ -45,7 +44,7 @@ class Heartbeat:
         self.group, self.rank = store, rank
         self.store = store.clone() if hasattr(store, "clone") else store
         self.seen = {other: ("", time.monotonic()) for other in range(size) if other != rank}
-        # Calls of this process that are running; time of the last answer of the store, and whether the store is lost.
+        # Running calls of this process; time of the last response of the store, and whether the connection to it is lost.
         self.calls: list[Collectives] = []
         self.heard, self.lost, self.rounds = time.monotonic(), False, 0
         self.stop = threading.Event()
@@ -54,7 +53,7 @@ class Heartbeat:
 
     @classmethod
     def current(cls, rank: int, size: int) -> Heartbeat:
-        """The heartbeat thread of the current process group."""
+        """Return the heartbeat thread of the current process group."""
         store = dist.distributed_c10d._get_default_store()
         if cls._one is None:
             atexit.register(cls._stop)
@@ -70,7 +69,7 @@ class Heartbeat:
             cls._one.stop.set()
             cls._one.thread.join(INTERVAL)
         if unfinished:
-            # Torch would wait half an hour for the unfinished collective operation.
+            # Torch would otherwise wait half an hour for the unfinished collective operation.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
@@ -87,7 +86,7 @@ class Heartbeat:
 
     def _round(self) -> None:
         now, call = time.monotonic(), self.calls[-1] if self.calls else None
-        # Seconds for which this rank has waited for others, and been in a callback.
+        # Seconds for which this rank has waited for other ranks, and for which its callback has been running.
         times = (None, None) if call is None else (call.waiting, call.calling)
         mine = [0.0 if when is None else now - when for when in times]
         self.store.set(f"gmmkeops/alive {self.rank}", f"{self.rounds} {mine[0]:.1f} {mine[1]:.1f}")
@@ -100,7 +99,7 @@ class Heartbeat:
             for rank, (_, when) in self.seen.items():
                 silent = time.monotonic() - when
                 if silent > call.patience and not call.reported:
-                    call.reported = f"rank {rank} is gone: no sign of life for {silent:.0f} s"
+                    call.reported = f"rank {rank} has failed: no heartbeat for {silent:.0f} s"
             if not call.reported:
                 call.reported = self._callback_failure(mine)
             if call.reported:
@@ -110,7 +109,7 @@ class Heartbeat:
                 call.wake()
 
     def _callback_failure(self, mine: list[float]) -> str:
-        """Error text if ranks have waited too long for a callback of another rank; empty otherwise."""
+        """Return an error text if ranks have waited too long for a callback of another rank, else an empty one."""
         times = {rank: [float(part) for part in sign.split()[1:]] for rank, (sign, _) in self.seen.items() if sign}
         times[self.rank] = mine
         for rank, (_, calling) in times.items():

@@ -16,7 +16,7 @@ __all__ = ["as_dtype", "as_points", "as_weights", "shape_hint", "warn_if_coarse"
 
 
 def as_dtype(dtype: Any) -> torch.dtype | None:
-    """Return a float dtype of torch from its name, or from a dtype of numpy or torch; None stays None.
+    """Convert a name, or a dtype of numpy or torch, to a float dtype of torch; None stays None.
 
     Raises:
         ValueError: The dtype is neither float32 nor float64.
@@ -31,7 +31,7 @@ def as_dtype(dtype: Any) -> torch.dtype | None:
     if name not in ("float32", "float64"):
         shown = getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
         shown = f"a {type(dtype).__name__}" if isinstance(dtype, (list, tuple, np.ndarray, Tensor)) else shown
-        raise ValueError(f"dtype must be float32 or float64, got {shown}; pass one of these two, or leave it out.")
+        raise ValueError(f"dtype must be float32 or float64, got {shown}; pass one of these, or omit dtype.")
     return torch.float32 if name == "float32" else torch.float64
 
 
@@ -53,8 +53,8 @@ def as_points(
         features: Expected D, if known.
         dtype: Dtype of the result (default: float32 stays float32, and everything else becomes float64).
         device: Device of the result (default: that of the points).
-        minimum: Smallest number of rows.
-        differentiable: Whether gradients with respect to the points are kept; the points of a fit are constants.
+        minimum: Smallest admissible number of rows.
+        differentiable: Whether to keep the autograd graph of the points.
 
     Returns:
         A finite tensor (N, D), float32 or float64.
@@ -80,7 +80,7 @@ def as_points(
 
 
 def shape_hint(ndim: int, name: str) -> str:
-    """Advice for an error message on how to reshape an array with ``ndim`` dimensions to points (N, D)."""
+    """Return the remedy of an error message for an array with ``ndim`` dimensions instead of shape (N, D)."""
     if ndim == 1:
         return f"use {name}[:, None] for one column"
     return "pass an array with one row per point" if ndim == 0 else "flatten the leading dimensions"
@@ -89,14 +89,14 @@ def shape_hint(ndim: int, name: str) -> str:
 def as_weights(
     weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False, some: bool = True, first: int = 0
 ) -> Tensor | None:
-    """Validate one weight per point; None, for weights of one, stays None.
+    """Validate the weights of points; None (for weights of one) stays None.
 
     Args:
         weights: Weights (N,), or None.
         points: The points (N, D), on the device of the result.
         name: Name of the argument in messages.
-        signed: Whether negative weights are accepted and gradients are kept (for sums of log-densities, not for fits).
-        some: Whether at least one weight must be positive (for a whole data set, not for a part of it).
+        signed: Whether to accept negative weights and keep gradients (for sums of log-densities, not for fits).
+        some: Whether to require at least one positive weight (for a whole data set, not for a chunk).
         first: Index of the first point among all points.
 
     Raises:
@@ -108,29 +108,29 @@ def as_weights(
     if tensor.shape != points.shape[:1]:
         raise ValueError(
             f"{name} must have shape ({points.shape[0]},), one per point, got {tuple(tensor.shape)}; "
-            "pass a flat array as long as the points."
+            "pass an array with one number per point."
         )
     check_finite(tensor, name=name, first=first)
     if not signed:
         if bool((tensor < 0).any()):
             row = int((tensor < 0).nonzero()[0, 0])
             raise ValueError(
-                f"{name} must not be negative, got {float(tensor[row])} at row {first + row}; clip them at zero."
+                f"{name} must not be negative, got {float(tensor[row])} at row {first + row}; replace negative weights by zero."
             )
         if some and not bool((tensor > 0).any()):
-            raise ValueError(f"{name} must not all be zero; leave {name} out to weigh every point alike.")
+            raise ValueError(f"{name} must not all be zero; omit {name} for equal weights.")
         if not bool(torch.isfinite(tensor.sum())):
             raise ValueError(
-                f"{name} must have a sum within float64, got weights up to {float(tensor.max()):.3g}; divide them by the largest."
+                f"{name} must have a finite sum in float64, got weights up to {float(tensor.max()):.3g}; rescale them."
             )
     return tensor if signed else tensor.detach()
 
 
 def weight_unit(largest: float) -> float:
-    """Return a power of two near the largest weight if it is extremely large or small, otherwise one.
+    """Return a power of two near the largest weight if this weight is extremely large or small, otherwise one.
 
-    A fit only depends on ratios of weights. Weights divided by this unit have squares, and products with squares of coordinates,
-    within the range of float64; the division is exact.
+    A fit depends on ratios of weights only. Dividing the weights by this power of two is exact, and keeps their squares, and
+    their products with squares of coordinates, within the range of float64.
     """
     if 1e-60 <= largest <= 1e60 or not 0 < largest < math.inf:
         return 1.0
@@ -141,7 +141,7 @@ def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
     """Warn if the resolution of float32 points is coarse compared with their spread, because they are far from the origin.
 
     Args:
-        x: The points (N, D) of the user.
+        x: The points (N, D) as passed by the user.
         spread: Standard deviation of each column (D,), data units.
         magnitude: Absolute value of the center of each column (D,), data units.
     """
@@ -152,8 +152,8 @@ def warn_if_coarse(x: Tensor, spread: Tensor, magnitude: Tensor) -> None:
     if bool(coarse.any()):
         column = int(coarse.nonzero()[0, 0])
         warn(
-            f"x is float32 and around {float(magnitude[column]):.3g} in column {column}, where float32 steps by "
-            f"{float(step[column]):.2g}: that is coarse against its spread of {float(spread[column]):.2g}. "
-            "Pass float64, or subtract an offset before casting.",
+            f"x is float32 with values near {float(magnitude[column]):.3g} in column {column}, where the spacing of "
+            f"float32 numbers is {float(step[column]):.2g}, too coarse for the standard deviation "
+            f"{float(spread[column]):.2g}; pass float64, or subtract an offset before casting.",
             PrecisionWarning,
         )

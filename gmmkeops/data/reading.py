@@ -13,9 +13,9 @@ __all__ = ["ReadingThread"]
 
 
 class ReadingThread:
-    """One thread for all passes over a source, since each new thread would keep memory of its own.
+    """Single thread for all passes over a source, since each new thread would retain memory.
 
-    It starts when it is first used. Pickled and deep copies start a thread of their own, as do forked processes.
+    The thread starts on first use. Pickled copies, deep copies and forked processes start their own thread.
     """
 
     def __init__(self) -> None:
@@ -35,16 +35,16 @@ class ReadingThread:
         except RuntimeError as error:
             if "start new thread" not in str(error):
                 raise
-            # Without memory for the stack of a thread, the caller loads the chunk itself.
+            # There is not enough memory for the stack of a thread, so the caller loads the chunk itself.
             self._pool = None
             return load
 
 
 def _share_arenas() -> None:
-    """Limit the number of memory pools of glibc to two (``mallopt``); no effect with other C libraries.
+    """Limit glibc to two memory pools (``mallopt``); other C libraries are not changed.
 
-    Otherwise glibc reserves 64 MB of address space for each thread that allocates memory, which is too much for a process with a
-    limit of one or two gigabytes.
+    By default glibc reserves 64 MB of address space for each thread that allocates memory, which is too much for a process with
+    a limit of one or two gigabytes.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(-8, 2)

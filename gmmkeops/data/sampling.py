@@ -27,13 +27,13 @@ def representatives(
     Args:
         x: Points (N, D), or anything that :meth:`gmmkeops.Source.of` accepts.
         weights: Weight of each point (N,), or None.
-        size: Largest number of rows in the sample.
-        world: The ranks.
+        size: Maximum number of rows in the sample.
+        world: The process group.
         minimum: Smallest admissible number of points.
 
     Returns:
-        The sample (n, D), its weights (n,) or None, the number of points with positive weight, and a function that iterates
-        over the chunks of this rank. Extremely large or small weights are divided by a power of two.
+        The sample (n, D), its weights (n,) or None, the number of points with positive weight, and a function that returns an
+        iterator over the chunks of this rank. Extremely large or small weights are divided by a power of two.
     """
     if readable(x) or world.size > 1:
         source = world.share(Source.of(x, weights=weights))
@@ -56,7 +56,7 @@ def representatives(
 
 
 def stratified_rows(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Sorted indices of at most ``size`` of ``count`` rows, one drawn from each of ``size`` equal ranges."""
+    """Draw one index from each of ``size`` equal ranges of ``count`` rows; all indices if there are no more than ``size``."""
     if count <= size:
         return torch.arange(count, device=device)
     u = torch.rand(size, generator=generator, dtype=torch.float64, device=device)

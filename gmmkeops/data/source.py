@@ -31,34 +31,34 @@ from gmmkeops.data.survey import SAMPLE, Reservoir, Survey, Tally, fingerprint
 
 __all__ = ["NUMBERS", "Source", "chunked", "readable"]
 
-# Entries of a chunk: enough for efficient reductions, few compared with the memory of a process.
+# Number of entries of a chunk: large enough for efficient reductions, small compared with the memory of a process.
 NUMBERS = 1 << 20
 
-# Number of row ranges from which a chunk of a pass in random order is read.
+# In a pass in random order, each chunk combines this number of row ranges.
 _PLACES = 256
 
 
 class Source:
-    """Points (N, D) that can be read repeatedly, chunk by chunk. All functions that fit or score accept a source.
+    """Points (N, D) that can be read repeatedly, chunk by chunk.
 
-    :func:`gmmkeops.fit` and other functions create a source for data that are not in memory.
+    All functions that fit or score accept a source. They create a source themselves for data that are not in memory.
 
     Args:
         x: An array, a tensor or a memory map (N, D); the path of a ``.npy``, Parquet, LAS, LAZ or PLY file, a folder or
-            a pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns a new
-            iterator at each call. Loaders and functions yield arrays (n, D), or pairs (points, weights) with one weight
-            per point, (n,) or (n, 1), as floats. Integers beside the points are refused, since they may be labels.
-        columns: Coordinates to read: names, or indices of the columns of an array. By default all columns except the
-            weights, or x, y and z of LAS and PLY files. Index columns that pandas saves in Parquet files are omitted. Files
-            of one source are matched by column name, in the order of the first file.
-        classes: Classes of points to read from LAS files; None for all.
+            a glob pattern such as ``"scan/*.laz"``, or a list of these; a torch DataLoader; or a function that returns a new
+            iterator at each call. Loaders and functions yield arrays (n, D), or pairs (points, weights) with float weights
+            (n,) or (n, 1). Integer weights are rejected, since they may be labels.
+        columns: Columns to read: names, or indices of the columns of an array. By default all columns except the
+            weights, or x, y and z of LAS and PLY files. Index columns that pandas saves in Parquet files are omitted. The
+            columns of several files are matched by name, in the order of the first file.
+        classes: Classes of the points to read from LAS files; None for all.
         weights: Name or index of the column of weights, or an array of weights (N,).
-        chunk_rows: Number of rows to read at a time; None for chunks of about a million numbers.
+        chunk_rows: Chunk size in rows; None for chunks of about a million numbers.
 
     Attributes:
         name: Name of the data in messages.
         features: Number of columns D.
-        columns: Names of the columns, in the order in which they are read, or None if the data have no names.
+        columns: Column names in the order of reading, or None if the data have no column names.
         paths: The files that are read.
 
     Raises:
@@ -83,7 +83,7 @@ class Source:
         chunk_rows: int | None = None,
     ) -> None:
         if isinstance(x, Source):
-            raise TypeError("x is already a Source; use it as it is.")
+            raise TypeError("x is already a Source; pass it without creating a new Source.")
         if columns is not None and (isinstance(columns, str) or not hasattr(columns, "__len__")):
             raise TypeError(f"columns must be a list of names or numbers, got {columns!r}; pass [{columns!r}].")
         if classes is not None:
@@ -95,7 +95,8 @@ class Source:
         reader = reader_of(x, columns, column, classes)
         if isinstance(reader, Streams) and (columns is not None or column is not None):
             raise ValueError(
-                "columns= and weights= cannot be used with a loader or a function; yield the columns, or pairs (points, weights)."
+                "columns= and weights= cannot be used with a loader or a function; yield only these columns, or pairs "
+                "(points, weights)."
             )
         self.reader, self.name, self.features = reader, reader.name, reader.features
         self.columns, self.paths, self.chunk_rows = reader.names, reader.paths, chunk_rows
@@ -109,12 +110,12 @@ class Source:
         self._stamps: list[tuple[int, int]] | None = None
 
     def _own_weights(self, given: Any) -> np.ndarray:
-        """An array of weights (N,), for data with a known number of rows."""
+        """Validate an array of weights (N,) for data with a known number of rows."""
         weights: np.ndarray = as_tensor(given, name="weights", dtype=torch.float64).detach().cpu().numpy()
         if self.classes is not None or isinstance(self.reader, Streams):
             raise ValueError(
-                "an array of weights needs a known number of rows, which functions and classes= do not have; name a column "
-                "of weights, or yield pairs (points, weights)."
+                "weights can only be an array for data with a known number of rows, not for functions or with classes=; pass the "
+                "name of a column of weights, or yield pairs (points, weights)."
             )
         if weights.shape != (self.reader.rows,):
             raise ValueError(
@@ -128,10 +129,10 @@ class Source:
 
         Args:
             x: As for :class:`Source`, or a source.
-            **choices: The keywords of :class:`Source`.
+            **choices: Keyword arguments of :class:`Source`.
 
         Raises:
-            TypeError, ValueError: As for :class:`Source`; or ``x`` is a source and a keyword is given as well.
+            TypeError, ValueError: As for :class:`Source`; or ``x`` is a source and a keyword argument is given.
         """
         if not isinstance(x, Source):
             return cls(x, **choices)
@@ -144,10 +145,10 @@ class Source:
         return f"Source({self.name}: {rows}{self.features} columns)"
 
     def units(self, places: int = 1) -> list[list[Unit]] | None:
-        """Groups of units that are read together, for the shard of this process; None for loaders and functions.
+        """Return groups of units that are read together, for the shard of this process; None for loaders and functions.
 
         Args:
-            places: Number of row ranges of which each group consists.
+            places: Number of row ranges in each group.
         """
         if isinstance(self.reader, Streams):
             return None
@@ -162,14 +163,14 @@ class Source:
         """Return a source of the same rows with the columns of a model, matched by name.
 
         Args:
-            columns: Names of the model's columns, or None where they are not known.
+            columns: Column names of the model, or None if it has no names.
 
         Returns:
-            A source of these columns in this order; the same source if the model or the data have no names, so that columns are
-            matched by position.
+            A source of these columns in this order; the same source if the model or the data have no column names (columns are
+            then matched by position).
 
         Raises:
-            ValueError: A column is missing; the message names it and lists the existing ones.
+            ValueError: A column is missing; the message lists the existing columns.
 
         Example:
             >>> import numpy as np, gmmkeops as gk
@@ -187,13 +188,13 @@ class Source:
         return part
 
     def in_chunks(self, rows: int) -> Source:
-        """The same source with chunks of at most ``rows`` rows."""
+        """Return the same source with chunks of at most ``rows`` rows."""
         part = copy.copy(self)
         part.size = min(self.size, rows)
         return part
 
     def shared(self, rank: int, count: int, first: int = 0) -> Source:
-        """Shard ``rank`` of ``count`` of the rows, which are numbered from ``first``."""
+        """Return shard ``rank`` of ``count`` shards of the rows, which are numbered from ``first``."""
         part = copy.copy(self)
         part.share, part.first, part._survey = (rank, count), first, None
         return part
@@ -205,7 +206,7 @@ class Source:
         return slice(units[0].first, units[-1].first + units[-1].rows) if units else slice(0, 0)
 
     def identity(self) -> Any:
-        """Identifier for a comparison with other ranks: paths, sizes and times of files, or a hash of an array."""
+        """Return an identifier for a comparison between ranks: paths, sizes and times of files, or a hash of an array."""
         if isinstance(self.reader, Streams):
             return None
         if self.reader.paths:
@@ -216,7 +217,7 @@ class Source:
         return fingerprint(points, weights)
 
     def shuffled(self, generator: torch.Generator) -> list[list[Unit]] | None:
-        """The groups of :meth:`units` in random order, each with rows from several parts of the data."""
+        """Return the groups of :meth:`units` in random order, each with rows from several parts of the data."""
         units = [unit for group in self.units(_PLACES) or [] for unit in group]
         order = torch.randperm(len(units), generator=generator).tolist()
         return grouped([units[i] for i in order], self.size) if units else self.units()
@@ -224,12 +225,12 @@ class Source:
     def chunks(
         self, skip: int = 0, order: list[list[Unit]] | None = None, prepare: Callable[[Batch], Any] | None = None
     ) -> Iterator[Any]:
-        """Iterate over the chunks of one pass. Each chunk is validated, and loaded while the previous one is in use.
+        """Iterate over the validated chunks of one pass; the next chunk is loaded while the current one is in use.
 
         Args:
             skip: Number of chunks to skip at the beginning.
             order: Groups of units in the order of reading; None for the order of the rows.
-            prepare: Function that is applied to each chunk in the loading thread; its results are yielded.
+            prepare: Function that is applied to each chunk in the loading thread, and whose results are yielded.
 
         Raises:
             ValueError: A chunk cannot be read or has entries that are not finite, or the data differ from those of the first
@@ -260,7 +261,7 @@ class Source:
             pieces: Iterator[Batch] = islice(resized(self.reader.chunks(), self.size), skip, None)
         else:
             pieces = (joined([self._load(unit) for unit in group]) for group in (units or [])[skip:])
-        # A loop variable would keep the last chunk in memory while the next one is read.
+        # No loop variable is used, since it would keep the last chunk in memory while the next one is read.
         return map(self._checked, pieces)
 
     def _checked(self, chunk: Batch) -> Batch:
@@ -279,8 +280,8 @@ class Source:
                 raise
             why = f" ({found})" if (found := reason(error)) else ""
             raise ValueError(
-                f"{self.name} cannot be read from row {unit.first} to {unit.first + unit.rows}{why}; "
-                "it may be cut short or damaged, or have changed since it was opened."
+                f"{self.name} cannot be read from row {unit.first} to {unit.first + unit.rows}{why}; the file may be truncated, "
+                "damaged, or have changed since it was opened; write it again."
             ) from error
         if self.weights is not None:
             chunk = replace(chunk, weights=torch.from_numpy(self.weights[unit.first : unit.first + unit.rows]))
@@ -295,14 +296,14 @@ class Source:
             old, new = self._stamps[i], _stamp(paths[i])
             if old != new:
                 what = f"it had {old[0]} bytes and has {new[0]}" if old[0] != new[0] else "it was written to"
-                raise Damage(f"{paths[i]} changed while it was read: {what}; begin again once it is complete.")
+                raise Damage(f"{paths[i]} changed while it was read: {what}; start again when the file is complete.")
 
     def survey(self, size: int = SAMPLE, *, alone: bool = True) -> Survey:
         """Read all rows once; return their number, total weight, checksums and a random sample. The result is cached.
 
         Args:
-            size: Smallest size of the sample, if there are enough rows.
-            alone: Whether these are all points, so that there must be at least one, rather than the shard of a rank.
+            size: Minimum size of the sample, if there are enough rows.
+            alone: Whether these are all points (at least one is required), rather than the shard of a rank.
 
         Raises:
             ValueError: There are no rows of positive weight, or they cannot be read (:meth:`chunks`).
@@ -324,15 +325,13 @@ class Source:
         return self._survey
 
     def nothing(self, rows: int = 0) -> ValueError:
-        """The error for a source without rows, or without rows of positive weight."""
+        """Return the error for a source without rows, or without rows of positive weight."""
         if rows:
-            return ValueError(
-                f"weights of {self.name} must not all be zero; leave weights out to weigh all points alike."
-            )
+            return ValueError(f"weights of {self.name} must not all be zero; omit weights for equal weights.")
         if self.classes is not None:
             return ValueError(
-                f"{self.name} has no points of classes={list(self.classes)}; choose classes that the file has, or leave "
-                "classes out."
+                f"{self.name} has no points of classes={list(self.classes)}; pass classes that the file contains, or omit "
+                "classes."
             )
         return ValueError(f"{self.name} has no rows; pass at least one point.")
 
@@ -341,12 +340,12 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError:
-        raise Damage(f"{path} is gone; put it back and begin again.") from None
+        raise Damage(f"{path} no longer exists; restore the file and start again.") from None
     return status.st_size, status.st_mtime_ns
 
 
 def readable(x: Any) -> bool:
-    """Whether data are read chunk by chunk, rather than given as numbers in memory.
+    """Return whether data are read chunk by chunk, rather than passed as numbers in memory.
 
     Raises:
         TypeError: The data can be read only once (an iterator).
@@ -357,13 +356,13 @@ def readable(x: Any) -> bool:
 def chunked(
     x: Any, weights: Any = None, *, features: int | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[Batch]:
-    """Validated chunks: points in memory as one chunk, or the chunks of a source.
+    """Return validated chunks: points in memory as one chunk, or the chunks of a source.
 
     Args:
         x: Points (N, D), or anything that :meth:`Source.of` accepts.
         weights: Weight of each point (N,), or None.
         features: Expected D, if known.
-        columns: Names of the model's columns, to which data with names are matched; None if they are not known.
+        columns: Column names of the model, to which data with names are matched; None if the model has no names.
 
     Raises:
         TypeError, ValueError: Points or weights are invalid, or a column is missing.
@@ -380,7 +379,7 @@ def chunked(
 
 
 def _some(source: Source) -> Iterator[Batch]:
-    """Nonempty chunks of a source; raises if no row has positive weight."""
+    """Iterate over the nonempty chunks of a source; raise an error if no row has positive weight."""
     rows, mass = 0, 0.0
     for chunk in source.chunks():
         if len(chunk.points):

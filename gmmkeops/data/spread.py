@@ -1,6 +1,6 @@
 """Robust center and scale of each column: mean and standard deviation of trimmed data.
 
-Rows more than three standard deviations from the mean in any column are removed, repeatedly, as long as that reduces the
+Rows that are more than three standard deviations from the mean in any column are removed, repeatedly, as long as this reduces the
 variance of a column to less than a quarter. Reference: Huber and Ronchetti 2009, *Robust statistics*, chapter 3 (trimming, with
 the three-sigma rule as the outlier test).
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 
 __all__ = ["NOISE", "check_range", "trimmed_spread"]
 
-# Rows converted to float64 at a time, and largest number of trimming steps: each removes outliers of another magnitude.
+# Number of rows that are converted to float64 at a time, and maximum number of trimming steps.
 _ROWS, _ROUNDS = 1 << 19, 40
 
-# A column with a smaller spread than this fraction of its distance from the origin is constant up to rounding.
+# A column whose standard deviation is a smaller fraction of its mean is considered constant up to rounding errors.
 NOISE = 1e-14
 
-# Lengths whose squares, and sums of many of them, are within the range of float64.
+# Range of lengths whose squares, and sums of many squares, are within the range of float64.
 _SMALLEST, _LARGEST = 1e-150, 1e150
 
 
@@ -33,17 +33,17 @@ def check_range(x: Tensor) -> None:
 
 
 def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weighted mean and standard deviation of each column without outliers.
+    """Compute the weighted mean and standard deviation of each column without outliers.
 
     Args:
         x: Points (N, D), data units.
-        weights: Weight of each point (N,), not negative, or None.
+        weights: Weight of each point (N,), nonnegative, or None.
 
     Returns:
         Means (D,) and standard deviations (D,), float64, data units.
 
     Raises:
-        ValueError: Squares of the points or of their spread are beyond the range of float64.
+        ValueError: Squares of the points or of their standard deviations overflow or underflow float64.
     """
     check_range(x)
     g = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights
@@ -57,16 +57,16 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     if bool(tiny.any()):
         column = int(tiny.nonzero()[0, 0])
         raise ValueError(
-            f"x has a spread of {float(spread[column]):.3g} in column {column}, whose square underflows float64; rescale the "
-            "columns."
+            f"x has a standard deviation of {float(spread[column]):.3g} in column {column}, whose square underflows float64; "
+            "rescale the columns."
         )
     return center, spread
 
 
 def _moments(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each column (D,), of all points or of those within some distance of a center.
+    """Compute mean and standard deviation of each column (D,), for all points or those within a distance of a center.
 
-    The mean is computed first, and squares are taken about it, so that no digits are lost at 10⁷ from the origin.
+    The mean is computed first and subtracted before squaring, so that no digits are lost far from the origin.
     """
     parts = list(zip(x.split(_ROWS), g.split(_ROWS), strict=True))
     if within is not None:
@@ -74,7 +74,7 @@ def _moments(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) 
         parts = [(part, h * ((part.double() - center).abs() <= reach).all(1)) for part, h in parts]
     mass = torch.stack([h.sum() for _, h in parts]).sum().clamp(min=1e-300)
     mean = torch.stack([h @ part.double() for part, h in parts]).sum(0) / mass
-    # In units of the largest residual, squares of lengths of any size are within range.
+    # Residuals are divided by the largest one, so that their squares do not overflow or underflow.
     unit = torch.stack([((part.double() - mean).abs() * (h > 0)[:, None]).amax(0) for part, h in parts]).amax(0)
     unit = torch.where(unit > 0, unit, 1.0)
     squares = torch.stack([h @ ((part.double() - mean) / unit).square() for part, h in parts]).sum(0)

@@ -1,9 +1,10 @@
 r"""Statistics of one pass over points: their number, total weight, checksums, and a weighted random sample.
 
-Priority sampling keeps the rows with the largest priorities :math:`g_n / u_n`, each with a weight of :math:`\max(g_n,
-\tau)`, where τ is the largest priority of the other rows; weighted sums over the sample are unbiased. The random
-numbers :math:`u_n` depend only on the row's index, so that the sample does not depend on chunks or ranks. Reference:
-Duffield, Lund and Thorup 2007, *Priority sampling for estimation of arbitrary subset sums*, JACM 54.
+Priority sampling keeps the rows with the largest priorities :math:`g_n / u_n`, where :math:`g_n` are the weights and
+:math:`u_n` uniform random numbers. A kept row gets the weight :math:`\max(g_n, \tau)`, where τ is the largest priority of the
+other rows, so that weighted sums over the sample are unbiased. The numbers :math:`u_n` depend only on the index of the row, so
+the sample does not depend on chunks or ranks. Reference: Duffield, Lund and Thorup 2007, *Priority sampling for estimation of
+arbitrary subset sums*, JACM 54.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ __all__ = ["SAMPLE", "Reservoir", "Survey", "Tally", "fingerprint", "sample"]
 # Default size of the sample.
 SAMPLE = 20_000
 
-# Largest difference between sums of the same numbers in another order, as a fraction of the sum of their absolute values.
+# Largest relative difference between sums of the same numbers in a different order.
 _ROUNDING = 1e-11
 
-# Numbers that are summed at a time.
+# Count of numbers that are summed at a time.
 _SUMMED = 1 << 16
 
-# Rows whose random numbers are computed at a time. On a CPU they fit into the cache and are too few for several threads, whose
-# synchronization would take longer than the computation; a GPU needs long kernels.
+# Number of rows whose random numbers are computed at a time. On a CPU they fit into the cache and are computed by one thread,
+# since synchronizing several threads takes longer; a GPU needs large kernels.
 _ROWS, _ROWS_CUDA = 32_000, 1 << 22
 
 
 def _signed(number: int) -> int:
-    """The int64 with the same bits as an unsigned 64-bit integer; the int64 arithmetic of torch is modulo 2⁶⁴ on every device."""
+    """Return the int64 with the same bits as an unsigned 64-bit integer; int64 arithmetic of torch is modulo 2⁶⁴."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
@@ -42,7 +43,7 @@ _HASH = _FACTORS[0]
 
 
 class _Uniforms:
-    """Random numbers of rows in (0, 1], as integers in units of 2⁻⁵³; they depend only on the index of the row.
+    """Uniform random numbers in (0, 1] as integers in units of 2⁻⁵³; each depends only on the index of its row.
 
     Reference: Steele, Lea and Flood 2014, *Fast splittable pseudorandom number generators* (the finalizer of SplitMix64).
     """
@@ -52,7 +53,7 @@ class _Uniforms:
         self.z, self.shifted = torch.empty_like(self.base), torch.empty_like(self.base)
 
     def __call__(self, first: int, count: int) -> Tensor:
-        """The integers (count,), int64, of the rows from ``first``; the next call overwrites them."""
+        """Return the integers (count,), int64, of the rows from ``first``; the next call overwrites them."""
         z, shifted = self.z[:count], self.shifted[:count]
         torch.add(self.base[:count], _signed(first * _STEP), out=z)
         for shift, factor in zip((30, 27), _FACTORS, strict=True):
@@ -62,21 +63,21 @@ class _Uniforms:
 
 
 def _right(z: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
-    """Logical right shift of 64-bit integers: zeros are shifted in."""
+    """Shift 64-bit integers to the right, inserting zeros (logical shift)."""
     return torch.bitwise_right_shift(z, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 class Reservoir:
-    """Weighted random sample of rows that arrive in any chunks and order; reservoirs of parts can be merged.
+    """Weighted random sample of rows, for any chunks and any order; the reservoirs of parts of the data can be merged.
 
     Args:
-        size: Largest number of rows in the sample.
+        size: Maximum number of rows in the sample.
     """
 
     def __init__(self, size: int) -> None:
         self.size, self.seen = size, 0
-        # Priorities, weights, row indices and rows, on the device of the rows. They are selected by index_select, which runs on
-        # one core of a CPU: synchronizing several threads takes longer (measured: 8 times).
+        # Priorities, weights, row indices and rows, on the device of the rows. They are selected by index_select, which uses one
+        # core of a CPU: with several threads, synchronization makes the selection 8 times slower (measured).
         self._kept: list[tuple[Tensor, ...]] = []
         self._least = 0.0
 
@@ -91,7 +92,7 @@ class Reservoir:
             u = uniforms(first + start, size)
             self.seen += size if g is None else int((g > 0).sum())
             if least > 0:
-                # No row whose number is larger can have a priority above the least one, by any weight here.
+                # Rows with larger random numbers cannot exceed the smallest kept priority, even with the largest weight.
                 limit = (1.0 if g is None else float(g.max())) / least * 2.0**53
                 rows = (u <= int(min(limit * (1 + 1e-9) + 1, 2.0**53))).nonzero()[:, 0]
             else:
@@ -113,12 +114,12 @@ class Reservoir:
             self._cut()
 
     def _cut(self) -> None:
-        """Keep the rows of the largest priorities: ``size`` rows and one more, whose priority is the threshold."""
+        """Keep the ``size`` rows with the largest priorities, and one more row, whose priority is the threshold τ."""
         if self._kept:
             self._kept, self._least = self._largest(self._kept, self._least)
 
     def _largest(self, parts: list[tuple[Tensor, ...]], least: float) -> tuple[list[tuple[Tensor, ...]], float]:
-        """The rows with the largest priorities (the first column), and the smallest priority that a new row needs."""
+        """Select the rows with the largest priorities (first column), and the priority that further rows must exceed."""
         columns = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         if len(columns[0]) <= self.size:
             return [columns], least
@@ -128,7 +129,7 @@ class Reservoir:
         return [columns], float(columns[0].min())
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """Return the kept rows (n, D) and their weights, priorities and row numbers (3, n), float64."""
+        """Return the kept rows (n, D), and their weights, priorities and row indices (3, n), float64."""
         self._cut()
         if not self._kept:
             return torch.empty(0, 0), torch.empty(3, 0, dtype=torch.float64)
@@ -136,13 +137,13 @@ class Reservoir:
         return rows, torch.stack([weights, priorities, numbers.double()])
 
     def merge(self, rows: Tensor, numbers: Tensor, seen: int) -> None:
-        """Add the result of :meth:`parts` of another reservoir that has seen ``seen`` rows of positive weight."""
+        """Add the result of :meth:`parts` of another reservoir that has processed ``seen`` rows of positive weight."""
         self.seen += seen
         weights, priorities, places = numbers
         self._take(priorities, weights, places.long(), rows)
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """Sampled rows (n, D) in the order of their indices, and their weights (n,), float64."""
+        """Return the sampled rows (n, D) in the order of their indices, and their weights (n,), float64."""
         rows, (weights, priorities, numbers) = self.parts()
         order = numbers.argsort(stable=True)
         mass = weights
@@ -154,7 +155,7 @@ class Reservoir:
 
 
 def sample(x: Tensor, weights: Tensor | None, size: int = SAMPLE) -> tuple[Tensor, Tensor | None]:
-    """A weighted sample of at most ``size`` of the points (N, D); all points if there are no more."""
+    """Draw a weighted sample of at most ``size`` of the points (N, D); all points if there are no more."""
     if len(x) <= size:
         return x, weights
     reservoir = Reservoir(size)
@@ -169,11 +170,11 @@ class Survey:
 
     Args:
         rows: Number of rows after filtering.
-        mass: Σ g.
-        squares: Σ g².
+        mass: Sum of the weights.
+        squares: Sum of the squared weights.
         total: Sum of all coordinates, and sum of their absolute values.
         fingerprint: Hash of the rows, independent of their order.
-        single: Whether all rows are float32.
+        single: Whether all rows are float32 (single precision).
         reservoir: The random sample.
     """
 
@@ -187,7 +188,7 @@ class Survey:
 
 
 class Tally:
-    """Number of rows, total weight, sum of all coordinates and sum of their absolute values, added up chunk by chunk."""
+    """Running totals of a pass: number of rows, total weight, sum of all coordinates and sum of their absolute values."""
 
     def __init__(self) -> None:
         self.rows, self.mass, self.total, self.magnitude = 0, 0.0, 0.0, 0.0
@@ -205,20 +206,20 @@ class Tally:
         if self.rows != survey.rows:
             raise ValueError(
                 f"{name} gave {self.rows} rows on this pass and {survey.rows} on the first; "
-                "it must give the same points each time."
+                "every pass must give the same points."
             )
         if abs(self.total - survey.total[0]) > _ROUNDING * max(survey.total[1], self.magnitude):
             raise ValueError(
                 f"{name} gave other numbers on this pass (their sum is {self.total!r}) than on the first "
-                f"({survey.total[0]!r}); it must give the same points each time."
+                f"({survey.total[0]!r}); every pass must give the same points."
             )
 
 
 def fingerprint(points: Tensor, weights: Tensor | None) -> int:
-    """Hash of rows (n, D) and their weights, independent of their order; hashes of parts are added modulo 2⁶⁴."""
+    """Hash rows (n, D) and their weights, independently of their order; hashes of parts are added modulo 2⁶⁴."""
     total, size = 0, _ROWS_CUDA if points.is_cuda else _ROWS
     for start in range(0, len(points), size):
-        # Adding zero makes the two zeros one.
+        # Adding zero converts -0.0 to 0.0.
         part = points[start : start + size].double() + 0.0
         columns = list(part.T) + ([] if weights is None else [weights[start : start + size]])
         mixed = torch.full((len(part),), _STEP, device=part.device)

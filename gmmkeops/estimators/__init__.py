@@ -1,7 +1,7 @@
 """Estimators with scikit-learn's interface, and conversion from and to its mixtures.
 
-:class:`GaussianMixture` and :class:`BayesianGaussianMixture` take scikit-learn's arguments and have its attributes; the
-other folders do their work.
+:class:`GaussianMixture` and :class:`BayesianGaussianMixture` have scikit-learn's arguments and attributes. They call the
+functions of :mod:`gmmkeops.fitting` and :mod:`gmmkeops.bayes`.
 """
 
 from gmmkeops.estimators.bayesian import BayesianGaussianMixture

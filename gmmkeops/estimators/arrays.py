@@ -1,4 +1,4 @@
-"""Points that users pass to an estimator, validated with the messages that scikit-learn's checks expect."""
+"""Validation of the points that are passed to an estimator, with the messages that scikit-learn's checks expect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["as_array", "scikit_learn_names", "training_data", "validated_points"
 
 @contextmanager
 def scikit_learn_names() -> Iterator[None]:
-    """Context in which errors name the arguments X and sample_weight of an estimator, instead of x and weights."""
+    """Name the arguments X and sample_weight in errors within this context, instead of x and weights."""
     with renamed("x", "X"), renamed("weights", "sample_weight"):
         yield
 
@@ -31,7 +31,7 @@ def scikit_learn_names() -> Iterator[None]:
 def training_data(
     estimator: MixtureEstimator, X: Any, sample_weight: Any
 ) -> tuple[Tensor | Source, Any, Sequence[str] | None, torch.device]:
-    """Validated points (or a source) and weights, the names of the columns, and the device of the computation."""
+    """Validate training data; return points (or a source), weights, column names, and the device of the computation."""
     if readable(X):
         with scikit_learn_names():
             source = Source.of(X, weights=sample_weight)
@@ -45,12 +45,12 @@ def training_data(
 def validated_points(
     estimator: MixtureEstimator, X: Any, *, fitting: bool = False, minimum: int = 1
 ) -> tuple[Tensor, np.ndarray | None]:
-    """Points (N, D) as a tensor, and the names of their columns.
+    """Validate points (N, D); return them as a tensor, and the names of their columns.
 
     Args:
-        estimator: The estimator, whose columns the points must have unless they are for a new fit.
+        estimator: The estimator. Unless ``fitting``, the points must have the columns of its fit.
         X: Points in any container of numbers.
-        fitting: Whether the points are for a new fit.
+        fitting: Whether the points are data for a new fit.
         minimum: Smallest number of points.
 
     Raises:
@@ -85,5 +85,5 @@ def validated_points(
 
 
 def as_array(values: Tensor, tensors: bool) -> Any:
-    """Values as a tensor, or as a numpy array."""
+    """Return values as a tensor if ``tensors``, else as a numpy array."""
     return values if tensors else values.cpu().numpy()

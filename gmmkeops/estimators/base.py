@@ -1,7 +1,7 @@
 """Base class of the estimators: repeated fits, fitted attributes, and the methods of scikit-learn.
 
 Subclasses define the fitting method and the mixture that is used for predictions. Names and shapes are those of
-``sklearn.mixture``, with tgmm's names of the tied covariance types.
+``sklearn.mixture``; the names of the tied covariance types are those of tgmm.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = ["MixtureEstimator"]
 
 Self = TypeVar("Self", bound="MixtureEstimator")
 
-# Parameters that may differ between ranks; the random_state of rank 0 is used.
+# Parameters that may differ between ranks. All ranks use the random_state of rank 0.
 _PER_RANK = ("checkpoint", "device", "random_state", "verbose", "verbose_interval")
 
 
 class MixtureEstimator(Estimator, ABC):
-    """Abstract estimator whose predictions are those of a mixture."""
+    """Base class of the estimators, which predict by means of a mixture."""
 
     _estimator_type = "density_estimator"
 
-    # Parameters of the constructor of every estimator.
+    # Constructor parameters that all estimators have.
     n_components: int
     covariance_type: str
     tol: float
@@ -62,21 +62,21 @@ class MixtureEstimator(Estimator, ABC):
     max_memory: Any
 
     mixture_: Mixture
-    # The iterations that a warm start continues, and the running average of moments of partial_fit.
+    # History for warm starts, and the running average of moments for partial_fit.
     _trace: Trace | None = None
     _memory: Any = None
 
     @abstractmethod
     def _method(self, warm: bool) -> Method[Any]:
-        """The method of the fit with its final ``tol`` and ``max_iter``, for a warm start or a new fit."""
+        """Return the method with the final ``tol`` and ``max_iter`` of the fit, for a warm start or a new fit."""
 
     @abstractmethod
     def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
-        """Initial mixture of a new fit."""
+        """Compute the initial mixture of a new fit."""
 
     @abstractmethod
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
-        """Mixture of the last fit if its means have this shape (K, D), else None."""
+        """Return the mixture of the last fit if its means have this shape (K, D), else None."""
 
     @abstractmethod
     def _set_results(self, best: FitResult) -> None:
@@ -84,7 +84,7 @@ class MixtureEstimator(Estimator, ABC):
 
     @abstractmethod
     def _predictive(self) -> tuple[Mixture, float]:
-        """The mixture with which points are labeled and scored, and a constant to add to its log-densities, nats."""
+        """Return the mixture for predictions and scores, and a constant that is added to its log-densities, nats."""
 
     @property
     def fitted_(self) -> bool:
@@ -95,8 +95,8 @@ class MixtureEstimator(Estimator, ABC):
         """Fit the mixture to points.
 
         Args:
-            X: Points (N, D), data units: numpy, torch, DataFrame or lists; or files, memory maps, loaders and functions, which
-                are read chunk by chunk (:meth:`gmmkeops.Source.of`). All methods below accept the same types.
+            X: Points (N, D), data units: a numpy array, tensor, DataFrame or list; or files, memory maps, loaders or functions,
+                which are read chunk by chunk (:meth:`gmmkeops.Source.of`). All methods below accept the same types.
             y: Ignored.
             sample_weight: Weight of each point (N,), or None.
 
@@ -107,7 +107,7 @@ class MixtureEstimator(Estimator, ABC):
             TypeError, ValueError: Parameters or data are invalid; the estimator is then unchanged.
 
         Warns:
-            ConvergenceWarning: The best one of the ``n_init`` fits did not converge.
+            ConvergenceWarning: The best of the ``n_init`` fits did not converge.
         """
         world = World()
         with world.together():
@@ -126,11 +126,11 @@ class MixtureEstimator(Estimator, ABC):
         best = self._best_fit(x, g, names, last, method, continuation, generator, device)
         if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
             warn(
-                f"The best of {self.n_init} starts did not converge to tol={method.tol:g} within {method.max_iter} "
+                f"The best of {self.n_init} fits did not converge to tol={method.tol:g} within {method.max_iter} "
                 "iterations; raise max_iter or tol, or check for degenerate data.",
                 convergence_warning(),
             )
-        # All ranks read their sources with the columns of rank 0, which the result has.
+        # All ranks use the column names of rank 0, which the result contains.
         names = best.mixture.columns if isinstance(x, Source) and names is not None else names
         self._adopt(best.mixture.named(names), torch.is_tensor(X))
         self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
@@ -139,10 +139,10 @@ class MixtureEstimator(Estimator, ABC):
         return self
 
     def _continued(self, features: int, names: Sequence[str] | None) -> Mixture | None:
-        """Mixture of the last fit that a warm start continues, or None for a new fit."""
+        """Return the mixture of the last fit for a warm start, or None for a new fit."""
         last = self._last((self.n_components, features)) if self.warm_start else None
         if last is not None and names is not None and self.mixture_.columns not in (None, tuple(names)):
-            # The parameters of the last fit belong to other columns.
+            # The last fit used other columns.
             return None
         return last
 
@@ -164,10 +164,10 @@ class MixtureEstimator(Estimator, ABC):
         generator: torch.Generator,
         device: torch.device,
     ) -> FitResult:
-        """The best one of ``n_init`` fits, or the fit that continues the mixture ``last``."""
+        """Return the best of ``n_init`` fits, or a warm-started fit if ``last`` is given."""
         best: FitResult | None = None
         with warnings.catch_warnings(), scikit_learn_names():
-            # Only the convergence of the best fit matters, for which ``fit`` issues its own warning.
+            # ``fit`` issues one warning, for the best fit.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
             for run in range(1 if last is not None else self.n_init):
                 start = self._initial(x, g, generator, device) if last is None else last.to(device)
@@ -195,7 +195,7 @@ class MixtureEstimator(Estimator, ABC):
         return best
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """Fit the mixture, and return the component of each point (N,), int64; arguments and errors as for :meth:`fit`."""
+        """Fit the mixture, and return the most probable component of each point (N,), int64; arguments as for :meth:`fit`."""
         return self.fit(X, y, sample_weight).predict(X)
 
     def _check_columns(self, features: int) -> None:
@@ -206,7 +206,7 @@ class MixtureEstimator(Estimator, ABC):
         check_settings(self)
 
     def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
-        """Initial mixture by ``init_params``; only its shapes are used if all initial parameters are ``given``."""
+        """Compute an initial mixture by ``init_params``. If all initial parameters are ``given``, only its shapes matter."""
         return initial_mixture(
             x,
             g,
@@ -220,14 +220,14 @@ class MixtureEstimator(Estimator, ABC):
         )
 
     def _verbose_callbacks(self, run: int) -> tuple[Callable[[Step], None], ...]:
-        """Callbacks that write the lines of ``verbose`` to stderr."""
+        """Return the callbacks that write the lines of ``verbose`` to stderr."""
         if not self.verbose or (self.verbose > 1 and sys.stderr.isatty()):
             return ()
 
         def say(step: Step) -> None:
             if step.iteration % self.verbose_interval == 0:
                 sys.stderr.write(
-                    f"start {run + 1} of {self.n_init}, iteration {step.iteration}: mean log-likelihood "
+                    f"fit {run + 1} of {self.n_init}, iteration {step.iteration}: mean log-likelihood "
                     f"{step.log_likelihood:.5f} nats per point, objective {step.objective:.5f}, {len(step.active)} active, "
                     f"{step.history['seconds'][-1]:.1f} s\n"
                 )
@@ -240,7 +240,7 @@ class MixtureEstimator(Estimator, ABC):
         Args:
             mixture: The mixture.
             tensors: Whether attributes are tensors rather than numpy arrays.
-            fitted_type: Covariance type of the mixture; None for that of the parameter.
+            fitted_type: Covariance type of the mixture; None for the parameter ``covariance_type``.
         """
         for name in [name for name in vars(self) if name.endswith("_") and not name.startswith("_")]:
             delattr(self, name)
@@ -263,7 +263,7 @@ class MixtureEstimator(Estimator, ABC):
             self.feature_names_in_ = np.array(mixture.columns, dtype=object)
 
     def _same_model(self) -> bool:
-        """Whether there is a fitted mixture with the ``n_components`` and ``covariance_type`` of the parameters."""
+        """Return whether the fitted mixture matches the parameters ``n_components`` and ``covariance_type``."""
         return (
             self.fitted_
             and self.mixture_.n_components == self.n_components
@@ -271,7 +271,7 @@ class MixtureEstimator(Estimator, ABC):
         )
 
     def _apply(self, X: Any, function: Callable[[Mixture, Tensor], Tensor], mixture: Mixture) -> Any:
-        """Apply a function of a mixture and points to the data, in the container of the data."""
+        """Apply a function of a mixture and points to data; the result has the type of the data (numpy array or tensor)."""
         with torch.no_grad(), scikit_learn_names():
             if readable(X):
                 device = as_device(self.device) or torch.device("cpu")
@@ -283,15 +283,15 @@ class MixtureEstimator(Estimator, ABC):
             return as_array(self._cast(function(mixture.to(x.device), x)), torch.is_tensor(X))
 
     def _cast(self, found: Tensor) -> Tensor:
-        """Results in the ``dtype`` of the parameters; the points themselves are not rounded."""
+        """Cast results to ``dtype``, if it is set; the points themselves are not rounded."""
         return found.to(as_dtype(self.dtype) or found.dtype) if found.is_floating_point() else found
 
     def _engine(self) -> dict[str, Any]:
-        """Options of the reductions."""
+        """Return the keyword arguments of the reductions."""
         return {"backend": self.backend, "truncate": self.truncate}
 
     def predict(self, X: Any) -> Any:
-        """Most probable component of each point.
+        """Return the most probable component of each point.
 
         Args:
             X: Points (N, D), data units, as for :meth:`fit`.
@@ -307,9 +307,9 @@ class MixtureEstimator(Estimator, ABC):
         return self._apply(X, lambda mixture, x: mixture.predict(x, **self._engine()), self._predictive()[0])
 
     def predict_proba(self, X: Any) -> Any:
-        """Responsibilities (posterior probabilities) of all components; errors as for :meth:`predict`.
+        """Compute the responsibilities (posterior probabilities) of all components; errors as for :meth:`predict`.
 
-        :meth:`Mixture.responsibilities` can return only the largest ones, which large data need.
+        For large data, :meth:`Mixture.responsibilities` can return only the largest ones.
 
         Args:
             X: Points (N, D), data units, as for :meth:`fit`.
@@ -321,7 +321,7 @@ class MixtureEstimator(Estimator, ABC):
         return self._apply(X, lambda mixture, x: mixture.responsibilities(x), self._predictive()[0])
 
     def score_samples(self, X: Any) -> Any:
-        """Log-density of each point; errors as for :meth:`predict`.
+        """Compute the log-density of each point; errors as for :meth:`predict`.
 
         Args:
             X: Points (N, D), data units, as for :meth:`fit`.
@@ -334,7 +334,7 @@ class MixtureEstimator(Estimator, ABC):
         return self._apply(X, lambda mixture, x: mixture.log_prob(x, **self._engine()) + constant, predictive)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Mean log-density of points; errors as for :meth:`predict`.
+        """Compute the mean log-density of points; errors as for :meth:`predict`.
 
         Args:
             X: Points (N, D), data units, as for :meth:`fit`.
@@ -364,7 +364,7 @@ class MixtureEstimator(Estimator, ABC):
         """Draw points and their components.
 
         With an int as ``random_state`` every call draws the same points, as in scikit-learn. With None, successive calls draw
-        different points, and the n-th call after a fit draws the same points in every process.
+        different points, but the n-th call after a fit draws the same points in every process.
 
         Args:
             n_samples: Number of points n.

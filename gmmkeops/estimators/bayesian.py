@@ -32,46 +32,45 @@ class BayesianGaussianMixture(MixtureEstimator):
               \mathcal N(m_k, (\kappa_k \Lambda_k)^{-1}), \quad \Lambda_k \sim \mathcal W(V_k, \nu_k)
 
     As in scikit-learn, ``predict``, ``predict_proba`` and ``score_samples`` use the expected log-densities under the posterior.
-    ``posterior_.predictive()`` is the predictive density, a mixture of Student's t distributions. ``mixture_`` is the plug-in
-    mixture, with the expected weights, means and precisions. ``posterior_.sample(1000)`` draws mixtures. The conventions for
-    diagonal, spherical and tied priors are those of scikit-learn.
+    ``posterior_.predictive()`` returns the predictive density, a mixture of Student's t distributions. ``mixture_`` is the
+    plug-in mixture with the expected weights, means and precisions. ``posterior_.sample(1000)`` draws 1000 mixtures. The
+    conventions for diagonal, spherical and tied priors are those of scikit-learn.
 
     Args:
-        n_components: Largest number of components K.
+        n_components: Maximum number of components K.
         covariance_type: As for :class:`GaussianMixture`.
-        tol: Tolerance of the lower bound of all points together, nats (not per point).
+        tol: Convergence tolerance of the lower bound, summed over all points, nats (not per point).
         reg_covar, max_iter, n_init, init_params, random_state, verbose, verbose_interval: As for :class:`GaussianMixture`.
         weight_concentration_prior_type: "dirichlet_process" (stick-breaking) or "dirichlet_distribution".
-        weight_concentration_prior: Concentration of each stick (process) or weight (distribution); 1 / K if None.
+        weight_concentration_prior: Concentration of the Dirichlet process or distribution; 1 / K if None.
         mean_precision_prior: Prior precision κ of the means, as a number of pseudo-observations; 1 if None.
         mean_prior: Prior mean (D,), data units; the mean of the data if None.
-        degrees_of_freedom_prior: Degrees of freedom of the Wishart prior, above D - 1; D if None.
+        degrees_of_freedom_prior: Degrees of freedom of the Wishart prior, greater than D - 1; D if None.
         covariance_prior: Prior covariance: (D, D) for full and tied, (D,) for diagonal, a number for spherical types, squared
             data units; the covariance of the data if None.
-        warm_start: Start from the fitted posterior, and continue the history of the last fit for the test of convergence. If
-            ``n_components``, ``covariance_type``, ``weight_concentration_prior_type`` or the columns differ from those of the
-            last fit, a new fit starts.
-        batch_size: Points per natural-gradient step, or None for full passes.
+        warm_start: Initialize with the fitted posterior, and include the last fit in the test of convergence. A new fit starts if
+            ``n_components``, ``covariance_type``, ``weight_concentration_prior_type`` or the columns have changed.
+        batch_size: Number of points per natural-gradient step, or None to use all points in each step.
         device, dtype, backend, truncate, checkpoint, max_memory: As for :class:`GaussianMixture`.
 
     Attributes:
-        weight_concentration_: Posterior concentrations (K,), or the pair of Beta parameters of the sticks, (K,) each.
-        mean_precision_: Posterior κ (K,).
-        means_: Posterior m (K, D), data units.
-        degrees_of_freedom_: Posterior ν (K,), or a number when tied.
+        weight_concentration_: Posterior concentrations (K,); for stick-breaking, the pair of Beta parameters, (K,) each.
+        mean_precision_: Posterior precisions κ (K,) of the means.
+        means_: Posterior means m (K, D), data units.
+        degrees_of_freedom_: Posterior degrees of freedom ν (K,), or a number when tied.
         covariances_: Inverses of the expected precisions, in the shapes of :class:`GaussianMixture`, squared data units.
         weights_: Weights (K,) of ``mixture_``.
         precisions_: Precisions of ``mixture_``, as for :class:`GaussianMixture`.
-        precisions_cholesky_: Factors of these precisions.
-        weight_concentration_prior_, mean_precision_prior_, mean_prior_, degrees_of_freedom_prior_, covariance_prior_: The prior
-            that was used, with the defaults filled in.
+        precisions_cholesky_: Precision factors of ``mixture_``.
+        weight_concentration_prior_, mean_precision_prior_, mean_prior_, degrees_of_freedom_prior_, covariance_prior_: Parameters
+            of the prior, including defaults.
         lower_bound_: Lower bound of the log-evidence of all points without constants, nats, as in scikit-learn.
-        lower_bounds_: List of lower bounds, one for each iteration, nats.
-        evidence_bound_: Lower bound of the log-evidence with all constants and optimal responsibilities, nats; use it to compare
-            models.
-        posterior_: The :class:`~gmmkeops.bayes.NormalWishart`.
-        mixture_: The plug-in :class:`~gmmkeops.Mixture`; ``converged_``, ``n_iter_``, ``result_``, ``n_features_in_`` and
-            ``feature_names_in_`` are as for :class:`GaussianMixture`.
+        lower_bounds_: List of the lower bounds of the iterations, nats.
+        evidence_bound_: Lower bound of the log-evidence with all constants and optimal responsibilities, nats, for the
+            comparison of models.
+        posterior_: The posterior, a :class:`~gmmkeops.bayes.NormalWishart`.
+        mixture_: The plug-in :class:`~gmmkeops.Mixture`. The attributes ``converged_``, ``n_iter_``, ``result_``,
+            ``n_features_in_`` and ``feature_names_in_`` are as for :class:`GaussianMixture`.
 
     Reference:
         Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1.
@@ -157,7 +156,7 @@ class BayesianGaussianMixture(MixtureEstimator):
     def _check_columns(self, features: int) -> None:
         D, nu = features, self.degrees_of_freedom_prior
         if nu is not None and not nu > D - 1:
-            raise ValueError(f"degrees_of_freedom_prior must be above {D - 1} for {D} columns, got {nu:g}.")
+            raise ValueError(f"degrees_of_freedom_prior must be greater than {D - 1} for {D} columns, got {nu:g}.")
         shapes: dict[str, tuple[int, ...]] = {
             "mean_prior": (D,),
             "covariance_prior": factor_class(self.covariance_type)[0].spread_shape(D),
@@ -203,7 +202,7 @@ class BayesianGaussianMixture(MixtureEstimator):
         return self._remembered().mixture
 
     def _remembered(self) -> NormalWishart:
-        """The posterior from the fitted attributes."""
+        """Reconstruct the posterior from the fitted attributes."""
         kind, tied = factor_class(self.covariance_type)
 
         def tensor(name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """The interface of a scikit-learn estimator by duck typing: parameters, tags, feature names, metadata routing and errors.
 
-scikit-learn is not required, and it is imported only if the user has imported it or calls a method that is about it. Reference:
+scikit-learn is not required; it is imported only if the user has imported it or calls a method that needs it. Reference:
 scikit-learn's developer guide, *Developing scikit-learn estimators*.
 """
 
@@ -24,11 +24,11 @@ Self = TypeVar("Self", bound="Estimator")
 
 
 class NotFittedError(ValueError, AttributeError):
-    """The estimator is not fitted."""
+    """Error of a method that needs a fitted estimator and is called before ``fit``."""
 
 
 def _not_fitted(message: str) -> Exception:
-    """An error of scikit-learn's class if the user has imported scikit-learn, so that callers recognize it."""
+    """Create a NotFittedError, of scikit-learn's class if the user has imported scikit-learn."""
     if "sklearn" in sys.modules:
         from sklearn.exceptions import NotFittedError as Theirs
 
@@ -37,16 +37,16 @@ def _not_fitted(message: str) -> Exception:
 
 
 class Estimator:
-    """An estimator whose parameters are the arguments of its constructor; it is fitted if it has a ``mixture_``."""
+    """Base class with scikit-learn's parameter interface. An estimator is fitted if it has the attribute ``mixture_``."""
 
     @classmethod
     def _names(cls) -> list[str]:
-        """Names of the parameters."""
+        """Return the names of the parameters."""
         return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
     @classmethod
     def _default(cls, name: str) -> Any:
-        """Default of a parameter; None if a subclass has no such parameter."""
+        """Return the default of a parameter; None if a subclass has no such parameter."""
         parameter = inspect.signature(cls.__init__).parameters.get(name)
         return None if parameter is None else parameter.default
 
@@ -62,7 +62,7 @@ class Estimator:
         """Set parameters by name, and return the estimator.
 
         Raises:
-            ValueError: There is no such parameter.
+            ValueError: A parameter does not exist.
         """
         names = self._names()
         for name in params:
@@ -84,7 +84,7 @@ class Estimator:
         return f"{type(self).__name__}({', '.join(changed)})"
 
     def _repr_html_(self) -> str:
-        """The diagram of scikit-learn if it is installed, else the one-line representation."""
+        """Return scikit-learn's HTML diagram if it is installed, else the one-line representation."""
         try:
             from sklearn.utils import estimator_html_repr
         except ImportError:
@@ -96,11 +96,11 @@ class Estimator:
         return routing.requests(self)
 
     def set_fit_request(self: Self, *, sample_weight: bool | str | None = routing.UNCHANGED) -> Self:
-        """Set whether ``fit`` requests ``sample_weight`` when scikit-learn routes metadata.
+        """Set whether ``fit`` requests ``sample_weight`` in scikit-learn's metadata routing.
 
         Args:
-            sample_weight: True to request it, False to ignore it, None to raise an error if it is given, or a text for the name
-                under which it is given.
+            sample_weight: True to request it, False to ignore it, None to raise an error if it is passed, or a string: the
+                alias under which it is passed.
 
         Returns:
             The estimator itself.
@@ -130,7 +130,7 @@ class Estimator:
         return hasattr(self, "mixture_")
 
     def _check_names(self, names: np.ndarray | None) -> None:
-        """Compare the names of columns with those of the fit, with the messages of scikit-learn."""
+        """Compare column names with those of the fit, and warn or raise with the messages of scikit-learn."""
         fitted = getattr(self, "feature_names_in_", None)
         if names is None and fitted is not None:
             warn(
@@ -165,7 +165,7 @@ class Estimator:
 
 
 def convergence_warning() -> type[Warning]:
-    """The warning of this package; also a subclass of scikit-learn's if the user has imported scikit-learn."""
+    """Return the ConvergenceWarning, as a subclass also of scikit-learn's if the user has imported scikit-learn."""
     if "sklearn" not in sys.modules:
         return ConvergenceWarning
     from sklearn.exceptions import ConvergenceWarning as Theirs
@@ -175,12 +175,12 @@ def convergence_warning() -> type[Warning]:
 
 @cache
 def _both(theirs: type[Warning]) -> type[Warning]:
-    """A warning class that derives from both libraries' classes."""
+    """Create a warning class that derives from the classes of both libraries."""
     return type("ConvergenceWarning", (ConvergenceWarning, theirs), {})
 
 
 def column_names(X: Any) -> np.ndarray | None:
-    """Names of the columns of a table by the rules of scikit-learn, or None.
+    """Return the column names of a table by the rules of scikit-learn, or None.
 
     Raises:
         TypeError: Only some of the names are strings.

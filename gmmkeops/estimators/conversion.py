@@ -1,4 +1,4 @@
-r"""Conversion from and to the fitted mixtures of scikit-learn, which have the same attributes.
+r"""Conversion from and to fitted mixtures of scikit-learn.
 
 .. math:: \Sigma_k^{-1} = U_k U_k^\top, \qquad U_k = \text{precisions\_cholesky\_}_k
 """
@@ -48,14 +48,14 @@ def from_sklearn(model: Any) -> GaussianMixture:
 def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     """Create a fitted ``sklearn.mixture.GaussianMixture`` with the parameters of a mixture.
 
-    Tied diagonal and tied spherical covariances become tied full covariances, because scikit-learn has no others.
+    Tied diagonal and tied spherical covariances are converted to tied full covariances, the only tied type of scikit-learn.
 
     Args:
-        mixture: One mixture, or a fitted estimator.
+        mixture: A single mixture, or a fitted estimator.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        TypeError, ValueError: The argument is not one mixture, or the estimator is not fitted.
+        TypeError, ValueError: The argument is not a single mixture, or the estimator is not fitted.
 
     Example:
         >>> import gmmkeops as gk
@@ -70,14 +70,14 @@ def to_sklearn(mixture: Mixture | GaussianMixture) -> Any:
     ours = mixture if isinstance(mixture, GaussianMixture) else GaussianMixture.from_mixture(mixture)
     fitted = ours.mixture_.detach().to(device="cpu", dtype=torch.float64)
     tied, factor = ours._fitted_type.startswith("tied_"), fitted.factor
-    # scikit-learn ties full covariances only.
+    # The only tied covariances of scikit-learn are full.
     theirs = Theirs(fitted.n_components, covariance_type="tied" if tied else factor.type_name())
     matrices = factor.covariances(), factor.precisions(), factor.matrices()
     covariances, precisions, factors = (m[0] if tied else factor.compact(m) for m in matrices)
     theirs.weights_, theirs.means_ = fitted.weights.numpy(), fitted.means.numpy()
     theirs.covariances_, theirs.precisions_ = covariances.numpy(), precisions.numpy()
     theirs.precisions_cholesky_ = factors.numpy()
-    # A warm start of scikit-learn needs these attributes.
+    # scikit-learn needs these attributes for warm starts.
     theirs.converged_, theirs.n_iter_ = bool(getattr(ours, "converged_", False)), int(getattr(ours, "n_iter_", 0))
     theirs.n_features_in_ = fitted.n_features
     if fitted.columns is not None:

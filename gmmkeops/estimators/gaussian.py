@@ -1,10 +1,7 @@
 r"""Gaussian mixtures with scikit-learn's interface, based on :func:`gmmkeops.fit`.
 
-.. math:: p(x) = \sum_k W_k\, \mathcal N(x; \mu_k, \Sigma_k)
-
-scikit-learn is not required; with it, ``clone``, pipelines and searches work. Reference: Pedregosa et
-al. 2011, *Scikit-learn: machine learning in Python*; names and shapes are those of ``sklearn.mixture``, with tgmm's for the
-tied types.
+scikit-learn is not required; if it is installed, ``clone``, pipelines and parameter searches work. Names and shapes are those
+of ``sklearn.mixture`` (Pedregosa et al. 2011, *Scikit-learn: machine learning in Python*).
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from gmmkeops.models import Mixture, as_mixture, generator_of
 
 __all__ = ["GaussianMixture"]
 
-# Attributes that follow from the mixture, and the requests of scikit-learn's metadata routing.
+# Attributes that are not saved: those computed from the mixture, and the requests of scikit-learn's metadata routing.
 _NOT_STORED = (
     "_metadata_request",
     "mixture_",
@@ -55,53 +52,52 @@ class GaussianMixture(MixtureEstimator):
         n_components: Number of components K.
         covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
         solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``. ``tol``, ``max_iter`` and ``reg_covar``
-            may be set in the method or in the estimator, by a value other than the default. It is an error to set different
-            values in both; a setting that is set in neither has the default of the method.
+            may be set in the method or in the estimator. Different values in both, neither of which is the default, raise an
+            error. An option that is set in neither has the default of the method.
         penalty: A penalty (:mod:`gmmkeops.penalties`) or a function of a mixture, nats per point.
-        tol: Tolerance of the mean log-likelihood (or penalized objective), nats per point; see :class:`gmmkeops.EM`.
-        reg_covar: Added to the diagonal of covariances by EM, squared data units. An error with Adam, which has no such setting.
-        max_iter: Largest number of iterations.
-        n_init: Number of fits from different initializations, of which the best one is kept.
+        tol: Convergence tolerance of the mean log-likelihood (or penalized objective), nats per point; see :class:`gmmkeops.EM`.
+        reg_covar: Constant that EM adds to the diagonals of the covariances, squared data units. Adam does not support it.
+        max_iter: Maximum number of iterations.
+        n_init: Number of fits with different initializations, of which the best one is kept.
         init_params: "kmeans", "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").
         weights_init, means_init, precisions_init: Initial weights (K,), means (K, D), data units, and precisions in the shape of
-            the covariances, 1 / squared data units. Those that are None are computed by ``init_params``.
-        random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. With None a fixed seed is used, so that the
-            same fit gives the same result in every process. Global random states are not used or changed.
-        warm_start: Start from the parameters of the last fit, and continue its history for the test of convergence. If
-            ``n_components``, ``covariance_type`` or the columns differ from those of the last fit, a new fit starts.
+            the covariances, 1 / squared data units. If None, they are computed by ``init_params``.
+        random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. None uses a fixed seed, so that results are
+            reproducible. Global random states are neither used nor changed.
+        warm_start: Initialize with the parameters of the last fit, and include its iterations in the test of convergence. A new
+            fit starts if ``n_components``, ``covariance_type`` or the columns have changed.
         verbose: Write a line to stderr every ``verbose_interval`` iterations; with 2 or more, show a progress bar in a terminal
             instead.
-        verbose_interval: See ``verbose``.
+        verbose_interval: Number of iterations between two lines of output.
         device: Device of the computation, e.g. "cuda"; by default that of the data.
-        dtype: Precision of the computation and of densities and probabilities, "float32" or "float64". By default float32 data
-            are computed in float32 and all others in float64. A fit continues in float64 if float32 is not accurate enough.
+        dtype: Precision of the computation and of densities and probabilities, "float32" or "float64". By default it is float32
+            for float32 data, else float64. A fit switches to float64 if float32 is not accurate enough.
         backend: "auto", "keops" or "dense".
-        truncate: Largest fraction ε of each point's density that may be neglected (:func:`gmmkeops.fit`); 0 evaluates every pair
-            of point and component. None is about the rounding error of the dtype, where this saves time.
+        truncate: Largest fraction of the density of a point that may be neglected (:func:`gmmkeops.fit`); 0 evaluates all
+            point-component pairs; None uses approximately the rounding error of the dtype if this saves time.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state of the fit is written and from which it
-            resumes; needs ``n_init=1``.
-        max_memory: Memory limit of a fit, in bytes or as text such as "1.5GB" (:func:`gmmkeops.fit`).
+            resumes; requires ``n_init=1``.
+        max_memory: Memory limit of a fit, in bytes or as a string such as "1.5GB" (:func:`gmmkeops.fit`).
 
     Attributes:
-        weights_: Weights (K,). These and the following attributes are float64 numpy arrays, or tensors if the data were a tensor.
+        weights_: Weights (K,). All parameters are float64 numpy arrays, or tensors if the data were a tensor.
         means_: Means (K, D), data units.
-        covariances_: Covariances (K, D, D), (K, D) or (K,), without the K when tied; squared data units.
+        covariances_: Covariances (K, D, D), (K, D) or (K,), without the dimension K when tied; squared data units.
         precisions_: Inverses of the covariances, in the same shapes, 1 / squared data units.
         precisions_cholesky_: Upper-triangular factors U of the precisions :math:`U U^\top`, 1 / data units.
-        converged_: Whether the tolerance was met.
-        n_iter_: Number of iterations of the last ``fit``; after ``partial_fit`` the number of batches so far.
+        converged_: Whether the fit converged to the tolerance.
+        n_iter_: Number of iterations of the last ``fit``, or of batches of ``partial_fit``.
         lower_bound_: Mean log-likelihood minus penalty of the fitted parameters, nats per point.
-        lower_bounds_: List of lower bounds of the parameters before each iteration, nats per point.
-        mixture_: The :class:`~gmmkeops.Mixture`.
-        result_: The :class:`~gmmkeops.FitResult` of the best fit. After ``partial_fit`` and ``from_mixture``, the attributes that
-            describe a fit do not exist.
+        lower_bounds_: List of the lower bounds before each iteration, nats per point.
+        mixture_: The fitted :class:`~gmmkeops.Mixture`.
+        result_: The :class:`~gmmkeops.FitResult` of the best fit; exists only after ``fit``.
         n_features_in_: Number of columns D.
         feature_names_in_: Names of the columns; exists only if the data had names.
 
     Raises:
-        TypeError, ValueError: Raised by ``fit`` and methods that take points: parameters are invalid, points are not numeric or
-            not finite, have other columns than the model, or are fewer than the components.
-        sklearn.exceptions.NotFittedError: Raised by methods that need a fitted model, before a fit.
+        TypeError, ValueError: (by ``fit`` and methods with points) Parameters are invalid; points are not numeric, not finite,
+            have other columns than the model, or are fewer than the components.
+        sklearn.exceptions.NotFittedError: (by methods that need a fitted model) The model is not fitted.
 
     Example:
         >>> import numpy as np
@@ -165,21 +161,23 @@ class GaussianMixture(MixtureEstimator):
 
     @property
     def partial_fit(self) -> Callable[..., GaussianMixture]:
-        """Perform one step of stepwise EM on a batch, ``partial_fit(X, y=None, sample_weight=None)``; returns the estimator.
+        """Method ``partial_fit(X, y=None, sample_weight=None)``: one step of stepwise EM on a batch; returns the estimator.
 
         The first call computes the initial mixture from its batch, which needs at least K points. The moments of the t-th batch
-        enter a running average with weight (t + 2)^-0.6, so that old batches are slowly forgotten. After ``fit``,
-        ``from_mixture`` or ``load``, a new running average starts from the fitted mixture; after a change of ``n_components`` or
-        ``covariance_type``, a new mixture is initialized from the batch. ``n_iter_`` is then the number of batches,
-        ``converged_`` is False, and ``lower_bound_``, ``lower_bounds_`` and ``result_`` do not exist, because there is no
-        training set to compute them on.
+        enter a running average with weight (t + 2)^-0.6, so that the influence of old batches decays. After ``fit``,
+        ``from_mixture`` or ``load``, a new running average is initialized with the fitted mixture; after a change of
+        ``n_components`` or ``covariance_type``, a new mixture is initialized with the batch. ``partial_fit`` sets ``n_iter_`` to
+        the number of batches and ``converged_`` to False, and removes ``lower_bound_``, ``lower_bounds_`` and ``result_``,
+        which need a complete training set.
 
         Raises:
             AttributeError: The solver is not EM.
             TypeError, ValueError: Parameters or data are invalid; the estimator is then unchanged.
         """
         if self.solver != "em" and not isinstance(self.solver, EM):
-            raise AttributeError('partial_fit is a step of EM; construct the estimator with solver="em".')
+            raise AttributeError(
+                f'partial_fit requires solver="em", got solver={self.solver!r}; use fit, or change the solver.'
+            )
         return self._partial_fit
 
     @scikit_learn_names()
@@ -213,14 +211,14 @@ class GaussianMixture(MixtureEstimator):
     def from_mixture(cls, mixture: Mixture, **params: Any) -> GaussianMixture:
         """Create an estimator with the parameters of a mixture, which can score, sample and predict without ``fit``.
 
-        It has no ``converged_``, ``n_iter_``, ``lower_bound_``, ``lower_bounds_`` and ``result_``, which describe a fit.
+        The attributes ``converged_``, ``n_iter_``, ``lower_bound_``, ``lower_bounds_`` and ``result_`` are not set.
 
         Args:
-            mixture: One mixture, data units.
+            mixture: A single mixture, data units.
             **params: Further arguments of the constructor; ``covariance_type`` must be that of the mixture.
 
         Raises:
-            TypeError, ValueError: The argument is not one mixture, or ``covariance_type`` is not that of the mixture.
+            TypeError, ValueError: The argument is not a single mixture, or ``covariance_type`` is not that of the mixture.
         """
         as_mixture(mixture)
         tied, name = mixture.tied, mixture.covariance_type
@@ -228,7 +226,7 @@ class GaussianMixture(MixtureEstimator):
         kind, shared = factor_class(params["covariance_type"])
         if kind is not type(mixture.factor) or (mixture.n_components > 1 and shared != tied):
             raise ValueError(
-                f"covariance_type={params['covariance_type']!r} is not that of the mixture, {name!r}; leave it out."
+                f"covariance_type must be {name!r} as in the mixture, got {params['covariance_type']!r}; omit it."
             )
         model = cls(mixture.n_components, **params)
         model._adopt(mixture.detach().to(torch.float64), False)
@@ -248,7 +246,7 @@ class GaussianMixture(MixtureEstimator):
         """Read an estimator from a file; a file of a mixture is read as by :meth:`from_mixture`.
 
         Args:
-            path: A file that :meth:`save` or :func:`gmmkeops.save` has written.
+            path: A file written by :meth:`save` or :func:`gmmkeops.save`.
             device: Device of the parameters.
 
         Raises:
@@ -272,15 +270,15 @@ class GaussianMixture(MixtureEstimator):
             attributes = found["attributes"]
             kind, tied = factor_class(attributes["_fitted_type"])
             if (kind, 1 if tied else mixture.n_components) != (type(mixture.factor), mixture.factor.leading):
-                raise ValueError("the mixture is of another covariance type")
+                raise ValueError("the mixture has another covariance type")
             model._adopt(mixture, attributes["_tensors"], attributes["_fitted_type"])
             vars(model).update(attributes)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is damaged: its entry about the estimator cannot be read.") from error
+            raise ValueError(f"{path} is damaged: its estimator entry cannot be read; save the model again.") from error
         return model
 
     def _saved(self) -> tuple[Any, list[Tensor]]:
-        """Parameters and fitted attributes for :func:`gmmkeops.save`, without those that follow from the mixture."""
+        """Return parameters and fitted attributes for :func:`gmmkeops.save`, except attributes computed from the mixture."""
         tensors: list[Tensor] = []
         params = {name: packed(value, tensors, name) for name, value in self.get_params().items()}
         attributes = {}
@@ -288,7 +286,7 @@ class GaussianMixture(MixtureEstimator):
             if name in params or name in _NOT_STORED or (name == "result_" and value.answer is not None):
                 continue
             attributes[name] = packed(value, tensors, name, (Trace,))
-        # Dictionaries, as ``packed`` writes them.
+        # Converted to dictionaries in the format of ``packed``.
         parts = {"params": params, "attributes": attributes}
         return {
             "dict": [[name, {"dict": [list(item) for item in part.items()]}] for name, part in parts.items()]
@@ -302,8 +300,7 @@ class GaussianMixture(MixtureEstimator):
         if isinstance(self.solver, str) and self.solver == "adam":
             if self.reg_covar != self._default("reg_covar"):
                 raise ValueError(
-                    f'reg_covar={self.reg_covar!r} has no effect on solver="adam", which has no such setting; leave it out, or '
-                    'pass solver="em".'
+                    f'reg_covar={self.reg_covar!r} is not supported by solver="adam"; omit reg_covar, or pass solver="em".'
                 )
             return Adam(max_iter=self.max_iter, tol=float(self.tol))
         raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
@@ -327,7 +324,7 @@ class GaussianMixture(MixtureEstimator):
         if self.weights_init is not None:
             weights = as_tensor(self.weights_init, name="weights_init", **wide)
             if weights.shape != (K,) or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
-                raise ValueError(f"weights_init must have shape ({K},), no negative entry and a sum of one.")
+                raise ValueError(f"weights_init must have shape ({K},), nonnegative entries and a sum of one.")
             logits = weights.log()
         if self.means_init is not None:
             means = as_tensor(self.means_init, name="means_init", **wide)
@@ -339,7 +336,7 @@ class GaussianMixture(MixtureEstimator):
         return Mixture(logits, means, factor)
 
     def _given_factor(self, precisions: Tensor, K: int, D: int) -> Factor:
-        """Precision factors of ``precisions_init``."""
+        """Convert ``precisions_init`` to precision factors."""
         kind, tied = factor_class(self.covariance_type)
         leading = () if tied else (K,)
         shape = (*leading, *kind.spread_shape(D))
@@ -349,19 +346,19 @@ class GaussianMixture(MixtureEstimator):
             return kind.from_precisions(precisions[None] if tied else precisions, features=D)
 
     def bic(self, X: Any) -> float:
-        """Bayesian information criterion of points (N, D), the lower the better; see :func:`gmmkeops.analysis.bic`."""
+        """Compute the Bayesian information criterion (the lower the better); see :func:`gmmkeops.analysis.bic`."""
         return self._criterion(X, analysis.bic)
 
     def aic(self, X: Any) -> float:
-        """Akaike information criterion of points (N, D), the lower the better; see :func:`gmmkeops.analysis.aic`."""
+        """Compute the Akaike information criterion (the lower the better); see :func:`gmmkeops.analysis.aic`."""
         return self._criterion(X, analysis.aic)
 
     def icl(self, X: Any) -> float:
-        """Integrated completed likelihood of points (N, D), the lower the better; see :func:`gmmkeops.analysis.icl`."""
+        """Compute the integrated completed likelihood criterion (the lower the better); see :func:`gmmkeops.analysis.icl`."""
         return self._criterion(X, analysis.icl)
 
     def _criterion(self, X: Any, function: Callable[[Mixture, Any], float]) -> float:
-        """An information criterion of the fitted mixture on points."""
+        """Compute an information criterion of the fitted mixture for points."""
         self._require_fitted()
         if readable(X):
             return function(self.mixture_, X)

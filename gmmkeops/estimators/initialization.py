@@ -1,4 +1,4 @@
-"""Initial mixtures of an estimator by the names of scikit-learn and tgmm."""
+"""Initialization of an estimator by ``init_params``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gmmkeops.models import Mixture
 
 __all__ = ["STRATEGIES", "improves", "initial_mixture"]
 
-# Names of ``init_params``, and of the strategies of gmmkeops.
+# Strategy of :func:`gmmkeops.initialize` for each value of ``init_params`` in scikit-learn and tgmm.
 STRATEGIES = {
     "kmeans": "kmeans",
     "k-means++": "kmeans++",
@@ -26,23 +26,23 @@ STRATEGIES = {
     "points": "random",
 }
 
-# Numbers of k-means initializations that are compared after some steps of EM: more if they run on a sample of a larger data set,
-# fewer if they run on all points, where a trial takes as long as the fit, and at most _MANY / K, since results vary less with
-# many components. Then the size of the sample, and the number of EM steps.
+# Number of k-means initializations that are compared after some EM steps: on a sample of a large data set, and on all points of
+# a small one, where a trial takes as long as the fit. It is at most _MANY / K, since results vary less with many components.
 _CANDIDATES, _FEW = 8, 3
 
 _MANY = 400
 
+# Size of the sample, and number of EM steps.
 _SAMPLE = 20_000
 
 _STEPS = 20
 
-# Relative difference of objectives below which they are equal up to rounding, so that the first one is kept.
+# Relative difference below which two objectives are considered equal, so that the first fit is kept.
 _TIE = 1e-9
 
 
 def improves(found: FitResult, best: FitResult | None) -> bool:
-    """Whether a fit has a lower objective than the best one so far."""
+    """Return whether a fit has a lower objective than the best one so far."""
     return best is None or found.objective < best.objective - _TIE * max(1.0, abs(best.objective))
 
 
@@ -58,7 +58,7 @@ def initial_mixture(
     backend: str,
     given: bool = False,
 ) -> Mixture:
-    """Initial mixture by ``init_params``; of several k-means, the one with the best objective after some EM steps (em-EM).
+    """Compute an initial mixture by ``init_params``; for k-means, the best of several after some EM steps (em-EM).
 
     Args:
         x: Points (N, D), data units, or a source.
@@ -69,7 +69,7 @@ def initial_mixture(
         method: Method of the fit that follows.
         generator: Random number generator.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-        given: Whether all initial parameters are given by the user, so that only the shapes of the result are used.
+        given: Whether the user has given all initial parameters, so that only the shapes of the result are used.
 
     Reference:
         Biernacki, Celeux and Govaert 2003, *Choosing starting values for the EM algorithm*, CSDA 41.

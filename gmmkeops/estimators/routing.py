@@ -1,7 +1,7 @@
 """Metadata routing of scikit-learn: requests of ``sample_weight`` by the methods of an estimator.
 
-Pipelines and searches ask an estimator which metadata its methods take. scikit-learn is imported only when a function is called.
-Reference: scikit-learn's user guide, *Metadata routing*.
+Pipelines and searches query which metadata the methods of an estimator accept. scikit-learn is imported only when a function of
+this module is called. Reference: scikit-learn's user guide, *Metadata routing*.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ __all__ = ["METHODS", "UNCHANGED", "request", "requests"]
 
 E = TypeVar("E")
 
-# Methods that take ``sample_weight``.
+# Methods with the argument ``sample_weight``.
 METHODS = ("fit", "partial_fit", "score")
 
-# The value of scikit-learn for a request that stays as it is.
+# scikit-learn's value for a request that is not changed.
 UNCHANGED = "$UNCHANGED$"
 
 
 def requests(estimator: Any) -> Any:
-    """The requests of an estimator as a ``sklearn.utils.metadata_routing.MetadataRequest``."""
+    """Return the metadata requests of an estimator as a ``sklearn.utils.metadata_routing.MetadataRequest``."""
     from sklearn.utils.metadata_routing import MetadataRequest
 
     own = getattr(estimator, "_metadata_request", None)

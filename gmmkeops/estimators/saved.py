@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _known(extra: tuple[type, ...]) -> dict[str, type]:
-    """Dataclasses whose instances are written field by field, by their names."""
+    """Return the dataclasses whose instances can be written field by field, by name."""
     found: list[type] = [Checkpoint, Moments, Report, type(Adam().optimizer), *extra]
     waiting: list[type] = [Method, Penalty]
     while waiting:
@@ -32,11 +32,11 @@ def _known(extra: tuple[type, ...]) -> dict[str, type]:
 
 
 def packed(value: Any, tensors: list[Tensor], name: str, classes: tuple[type, ...] = ()) -> Any:
-    """Convert a value to JSON. Its tensors are appended to a list, and the JSON holds their numbers.
+    """Convert a value to JSON, in which tensors are represented by their index in a list.
 
     Args:
-        value: A number, text, array, tensor, dtype, device, method or penalty, or a container of these.
-        tensors: The list to which tensors are appended.
+        value: A number, string, array, tensor, dtype, device, method or penalty, or a container of these.
+        tensors: The list, to which the tensors of the value are appended.
         name: Name of the value in messages.
         classes: Further dataclasses that are allowed.
 
@@ -79,18 +79,18 @@ def packed(value: Any, tensors: list[Tensor], name: str, classes: tuple[type, ..
             type(value).__name__: [packed(getattr(value, part.name), tensors, name, classes) for part in fields(value)]
         }
     raise ValueError(
-        f"save cannot write {name}, which holds a {type(value).__name__}; change it with set_params, or save the mixture alone "
-        "by gmmkeops.save(model.mixture_, path)."
+        f"save cannot write {name}, which contains a {type(value).__name__}; change it with set_params, or save only the "
+        "mixture with gmmkeops.save(model.mixture_, path)."
     )
 
 
 def unpacked(plain: Any, tensors: dict[int, Tensor], mixture: Any, classes: tuple[type, ...] = ()) -> Any:
-    """Convert JSON back to the value that :func:`packed` was called with.
+    """Convert JSON written by :func:`packed` back to the value.
 
     Args:
         plain: The JSON.
-        tensors: The tensors by number.
-        mixture: The mixture of results.
+        tensors: The tensors by index.
+        mixture: The mixture that is inserted into results.
         classes: Further dataclasses that are allowed.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Parameters of an estimator: their validation, and the method that they stand for."""
+"""Validation of the parameters of an estimator, and their combination with the solver."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def check_settings(estimator: MixtureEstimator) -> None:
 
 
 def combined_method(estimator: MixtureEstimator, solver: Method[Any]) -> Method[Any]:
-    """The solver with the settings of the estimator that are not defaults.
+    """Return the solver with the settings of the estimator that differ from their defaults.
 
     Raises:
-        ValueError: A setting is given to both with different values, or the solver has no such setting.
+        ValueError: The estimator and the solver have different values, or the solver does not have the setting.
     """
     theirs: dict[str, Any] = {field.name: field.default for field in fields(solver)} if is_dataclass(solver) else {}
     changed: dict[str, Any] = {}
@@ -57,20 +57,19 @@ def combined_method(estimator: MixtureEstimator, solver: Method[Any]) -> Method[
             continue
         if own is None:
             raise ValueError(
-                f"{name}={mine!r} has no effect on solver={type(solver).__name__}, which has no such setting; leave it out, "
-                'or pass solver="em".'
+                f'{name}={mine!r} is not supported by solver={type(solver).__name__}; omit {name}, or pass solver="em".'
             )
         if own not in (mine, theirs.get(name)):
             raise ValueError(
-                f"{name} is given twice: {name}={mine!r} and {name}={own!r} of the solver {type(solver).__name__}; give "
-                "it in one of the two places."
+                f"{name} has two values: {name}={mine!r} of the estimator and {name}={own!r} of the solver "
+                f"{type(solver).__name__}; set only one of them."
             )
         changed[name] = mine
     return _changed(solver, **changed) if changed else solver
 
 
 def described_settings(method: Method[Any], penalty: Any) -> str:
-    """A description of the method and the penalty without iterations and tolerance, or "" if they cannot be described."""
+    """Describe the method and the penalty without iterations and tolerance; "" if they cannot be described."""
     try:
         return describe([_changed(method, max_iter=0, tol=0.0), penalty])
     except ValueError:
@@ -78,13 +77,13 @@ def described_settings(method: Method[Any], penalty: Any) -> str:
 
 
 def canonical_type(covariance_type: str) -> str:
-    """Canonical name of a covariance type, such as "tied_full" for "tied"."""
+    """Return the canonical name of a covariance type, such as "tied_full" for "tied"."""
     kind, tied = factor_class(covariance_type)
     return ("tied_" if tied else "") + kind.family
 
 
 def _changed(method: Method[Any], **settings: Any) -> Method[Any]:
-    """The method with other settings."""
+    """Return the method with changed settings."""
     if is_dataclass(method):
         return cast(Method[Any], replace(cast(Any, method), **settings))
     other = copy.copy(method)

@@ -1,4 +1,4 @@
-"""Warm starts: the iterations that led to a fitted mixture, and the test of convergence that continues them."""
+"""Warm starts: the history of a fitted mixture, and the test of convergence that includes it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gmmkeops.fitting import Method, Step
 
 __all__ = ["Continuation", "Trace"]
 
-# Largest relative difference of mean log-likelihoods of the same mixture and points, also in float32.
+# Relative rounding error of mean log-likelihoods, also in float32.
 _SAME = 1e-5
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The iterations that led to the mixture of an estimator, for warm starts that continue them.
+    """History of the fits of an estimator, which a warm start continues.
 
     Args:
-        objectives: The objective of each iteration, nats per point.
-        log_likelihood: Mean log-likelihood of the mixture that they led to, nats per point.
-        settings: Method and penalty of the fits.
+        objectives: Objectives of the iterations, nats per point.
+        log_likelihood: Mean log-likelihood of the fitted mixture, nats per point.
+        settings: Description of the method and the penalty of the fits.
     """
 
     objectives: list[float]
@@ -29,23 +29,23 @@ class Trace:
 
 
 class Continuation:
-    """Callback that tests a warm start for convergence, together with the iterations that it continues.
+    """Callback that tests a warm start for convergence, including the iterations of the earlier fits.
 
-    Without them, a fit of one iteration could not compare its objective with an earlier one. The tolerance of the fit itself is
-    set to zero.
+    A warm start of one iteration can thus compare its objective with an earlier one. The tolerance of the fit itself is set to
+    zero.
 
     Args:
         method: Method of the fit, with its final tolerance.
-        earlier: The iterations that are continued, or None.
+        earlier: History of the earlier fits, or None.
 
     Attributes:
-        earlier: The fit that is continued; None if there is none, and the fit tests for convergence itself.
+        earlier: History of the earlier fits; None if the fit itself tests for convergence.
         converged: Whether the iterations have converged.
-        objectives: Objectives of the earlier iterations, nats per point; empty if they belong to other points.
+        objectives: Objectives of the earlier iterations, nats per point; empty if the earlier fits used other points.
     """
 
     def __init__(self, method: Method[Any], earlier: Trace | None) -> None:
-        # A warm start of an annealed fit begins with a high temperature again, for which objectives are not comparable.
+        # An annealed fit starts again at a high temperature, where objectives are not comparable with the earlier ones.
         self.earlier = None if getattr(method, "temperature", None) is not None else earlier
         self.method, self.converged = method, False
         self.objectives = [] if self.earlier is None else self.earlier.objectives

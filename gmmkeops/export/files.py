@@ -1,10 +1,10 @@
-r"""Files for other programs: arrays for scikit-learn, ellipsoids for mesh viewers, Gaussian splats for splat viewers.
+r"""Export to files: arrays for scikit-learn, ellipsoids for mesh viewers, Gaussian splats for splat viewers.
 
 .. math:: \Sigma_k = R_k\, \mathrm{diag}(s_k)^2 R_k^\top
 
-A splat consists of the mean, the logarithms of :math:`s_k`, :math:`R_k` as a unit quaternion, the logit of an opacity, and a
-color (the constant term of its spherical harmonics). References: Kerbl, Kopanas, Leimkühler and Drettakis 2023, *3D Gaussian
-splatting for real-time radiance field rendering* (the file layout); Shepperd 1978, *Quaternion from rotation matrix*.
+A splat consists of the mean, the logarithms of :math:`s_k`, the rotation :math:`R_k` as a unit quaternion, the logit of the
+opacity, and a color (the constant term of spherical harmonics). References: Kerbl, Kopanas, Leimkühler and Drettakis 2023, *3D
+Gaussian splatting for real-time radiance field rendering* (the file layout); Shepperd 1978, *Quaternion from rotation matrix*.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gmmkeops.plotting import by_height, surfaces
 
 __all__ = ["ellipsoids", "npz", "splats"]
 
-# Value of the constant spherical harmonic.
+# Value of the constant spherical harmonic function.
 _HARMONIC = 0.28209479177387814
 
 # Number of coefficients of higher harmonics that splat viewers expect: degrees one to three of three colors.
@@ -36,8 +36,8 @@ def npz(mixture: Mixture, path: str | os.PathLike[str]) -> None:
     the covariance type, float64, data units; ``covariance_type``; and ``feature_names_in_`` if the columns have names.
 
     Args:
-        mixture: One mixture. Tied diagonal and tied spherical covariances are written as "tied",
-            since scikit-learn lacks these types.
+        mixture: A single mixture. Tied diagonal and tied spherical covariances, which scikit-learn does not support, are
+            written as "tied".
         path: The ``.npz`` file.
 
     Raises:
@@ -113,16 +113,16 @@ def ellipsoids(mixture: Mixture, path: str | os.PathLike[str], *, radius: float 
 def splats(mixture: Mixture, path: str | os.PathLike[str]) -> np.ndarray:
     """Write the components as Gaussian splats in the PLY layout that splat viewers read.
 
-    Since viewers read float32, an offset near the median of the means, rounded to whole units, is subtracted: map coordinates
-    keep a precision of millimeters. The file also has the offset as a comment, ``offset X Y Z``. Covariances have a relative
-    precision of about 1e-6.
+    Viewers read float32. To keep a precision of millimeters for map coordinates, an integer offset near the median of the
+    means is subtracted. The file contains the offset as a comment, ``offset X Y Z``. Covariances have a relative precision
+    of about 1e-6.
 
     Args:
         mixture: One mixture in three dimensions.
         path: The ``.ply`` file.
 
     Returns:
-        The offset (3,), data units; it must be added to the coordinates in the file.
+        The offset (3,), data units. Adding it to the coordinates in the file gives data coordinates.
 
     Raises:
         ValueError: The mixture is not three-dimensional, or the path has another suffix.
@@ -172,7 +172,7 @@ def _write(data: Any, path: Path) -> None:
 
 
 def _quaternions(R: np.ndarray) -> np.ndarray:
-    """Unit quaternions w, x, y, z (K, 4) of rotations (K, 3, 3), computed from the largest part to avoid cancellation."""
+    """Convert rotations (K, 3, 3) to unit quaternions w, x, y, z (K, 4), from the largest entry to avoid cancellation."""
     diagonal = R.diagonal(axis1=1, axis2=2)
     trace = diagonal.sum(1)
     squares = np.concatenate([1 + trace[:, None], 1 - trace[:, None] + 2 * diagonal], 1)

@@ -1,10 +1,10 @@
-"""Models: the mixture as a distribution, the module that owns trainable parameters, and their files.
+"""Models: the mixture distribution, the module with trainable parameters, and files of mixtures.
 
-A :class:`Mixture` is a ``torch.distributions.Distribution``; a :class:`GMM` is an ``nn.Module`` that returns one. Both evaluate
-their densities by :mod:`gmmkeops.reductions`.
+A :class:`Mixture` is a ``torch.distributions.Distribution``; a :class:`GMM` is an ``nn.Module`` that returns one. Densities are
+computed by :mod:`gmmkeops.reductions`.
 """
 
-import gmmkeops.models.pytrees  # noqa: F401  (torch's pytrees know mixtures and factors)
+import gmmkeops.models.pytrees  # noqa: F401  (registers mixtures and factors as pytrees)
 from gmmkeops.models.arguments import COMPONENTS
 from gmmkeops.models.axes import principal_axes
 from gmmkeops.models.files import (

@@ -1,4 +1,4 @@
-"""Names of keyword arguments in other libraries, and the remedies that errors name."""
+"""Names of keyword arguments in other libraries, and the arguments of this package that error messages recommend instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ COMPONENTS = dict.fromkeys(
     "n_components=",
 )
 
-# Names of the parameters of a mixture in other libraries, and the remedy.
+# Names of the parameters of a mixture in other libraries.
 MIXTURE = dict.fromkeys(("probs", "pi", "weight", "coefficients"), "weights=")
 MIXTURE |= dict.fromkeys(("loc", "locs", "mu", "mus", "mean", "centers"), "means=")
 MIXTURE |= dict.fromkeys(("covariance", "covariance_matrix", "covs", "cov", "sigma", "Sigma"), "covariances=")

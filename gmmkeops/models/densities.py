@@ -1,7 +1,7 @@
 r"""Log-densities of points under a mixture or a batch of mixtures, and the entropy.
 
-One mixture is evaluated by the reductions with offsets :math:`c_k = \log W_k + \log |\det U_k| - \tfrac D2 \log 2\pi`, and a
-batch of mixtures by torch operations in blocks.
+One mixture is evaluated by :mod:`gmmkeops.reductions` with the offsets
+:math:`c_k = \log W_k + \log |\det U_k| - \tfrac D2 \log 2\pi`, a batch of mixtures by torch operations in blocks.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK", "entropy", "joint", "log_joint", "log_prob"]
 
-# Numbers that an intermediate (rows, K, D) or (rows, D, D) array may hold.
+# Maximum number of elements of an intermediate array (rows, K, D) or (rows, D, D).
 CHUNK = 1 << 22
 
 
 def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
-    r"""Log-density log p(x), with the normalizing constant.
+    r"""Compute the log-density log p(x), including the normalizing constant.
 
     Args:
-        value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. Their dtype is that of the result.
+        value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. The result has their dtype.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-        truncate: Largest fraction ε of a point's density that may be neglected; 0 evaluates every component, None is as in
-            :func:`gmmkeops.reductions.arrange`.
+        truncate: Largest fraction of the density of a point that may be neglected; 0 evaluates every component; None is the
+            default of :func:`gmmkeops.reductions.arrange`.
 
     Returns:
         (*S, *B), nats per point, differentiable in points and parameters.
 
     Raises:
-        TypeError, ValueError: The points are not numeric, not finite, or do not have D columns; or their squared distances
-            overflow their dtype; or ``backend="keops"`` or truncation is requested with a batch of mixtures, which is
-            evaluated by torch operations at all components.
+        TypeError, ValueError: The points are not numeric, not finite, or do not have D columns; their squared distances
+            overflow their dtype; or ``backend="keops"`` or truncation is requested for a batch of mixtures.
     """
     x = as_points_of(mixture, value)
     near, is_near = widened(mixture, x)
@@ -61,11 +60,11 @@ def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: f
 
 
 def _finite_log_prob(mixture: Mixture, x: Tensor, backend: str, truncate: float | None) -> Tensor:
-    """Log-densities (*S, *B) of finite points."""
+    """Compute log-densities (*S, *B) of finite points."""
     if mixture.batch_shape:
         if as_choice(backend, "backend", reductions.BACKENDS) == "keops" or as_fraction(truncate, "truncate"):
             raise ValueError(
-                "a batch of mixtures is evaluated by torch operations at all components; leave backend and truncate out."
+                "a batch of mixtures supports neither backend='keops' nor truncation; omit backend and truncate."
             )
         return _batch_log_prob(mixture, x)
     if x.numel() == 0:
@@ -76,10 +75,10 @@ def _finite_log_prob(mixture: Mixture, x: Tensor, backend: str, truncate: float 
 
 
 def _batch_log_prob(mixture: Mixture, x: Tensor) -> Tensor:
-    """Log-densities (*S, *B) of points (*S, *B, D), in blocks of mixtures; blocks are recomputed in the backward pass."""
+    """Compute log-densities (*S, *B) of points (*S, *B, D) in blocks of mixtures, recomputed in the backward pass."""
     batch = broadcast(mixture, x[..., 0], x, "points").shape
     lead = batch[: len(batch) - len(mixture.batch_shape)]
-    # The matrix of one factor takes as much memory as the residuals of D points.
+    # A factor, as a matrix, takes as much memory as the residuals of D points.
     room = max(1, CHUNK // (mixture.n_components * mixture.n_features * (mixture.n_features + 1)))
     if _fits(batch, room):
         return torch.logsumexp(joint(mixture, x), -1)
@@ -94,7 +93,7 @@ def _batch_log_prob(mixture: Mixture, x: Tensor) -> Tensor:
     columns = (mixture.logits.flatten(0, -2), mixture.means.flatten(0, -3), *tensors.values())
     values = []
     for points, *own in zip(flat.split(size, 1), *(tensor.split(size) for tensor in columns), strict=True):
-        # Checkpointing is needed for gradients only, and torch's checkpoint imports its compiler (a second and 50 MB).
+        # Checkpointing is used for gradients only, because it imports torch's compiler, which takes a second and 50 MB.
         if torch.is_grad_enabled():
             parts = [checkpoint(block, part, *own, use_reentrant=False) for part in points.split(rows)]
         else:
@@ -104,7 +103,7 @@ def _batch_log_prob(mixture: Mixture, x: Tensor) -> Tensor:
 
 
 def log_joint(mixture: Mixture, value: Any) -> Tensor:
-    r"""Joint log-densities log p(x, k) = log W_k + log N(x; μ_k, Σ_k) of points and components.
+    r"""Compute the joint log-densities log p(x, k) = log W_k + log N(x; μ_k, Σ_k) of points and components.
 
     Args:
         value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units.
@@ -125,7 +124,7 @@ def log_joint(mixture: Mixture, value: Any) -> Tensor:
 
 
 def entropy(mixture: Mixture) -> Tensor:
-    r"""Differential entropy of a mixture of one component, in closed form.
+    r"""Compute the differential entropy of a mixture of one component, in closed form.
 
     .. math:: H = \tfrac D2 \log(2 \pi e) - \log |\det U|
 
@@ -144,14 +143,14 @@ def entropy(mixture: Mixture) -> Tensor:
 
 
 def joint(mixture: Mixture, x: Tensor) -> Tensor:
-    """Log-densities log p(x, k) (*S, *B, K) of checked points, in their dtype."""
+    """Compute log p(x, k) (*S, *B, K) of validated points, in their dtype."""
     wide = torch.promote_types(x.dtype, mixture.means.dtype)
     offsets, means, factor = mixture.offsets.to(wide), mixture.means.to(wide), mixture.factor
     factor = factor if factor.dtype == wide else factor.to(wide)
 
     def exponents(rows: Tensor) -> Tensor:
         distances = factor.whiten(rows.unsqueeze(-2).to(wide) - means).square().sum(-1)
-        # Products that overflow may cancel to NaN; the distance is then infinite.
+        # Overflowing products can cancel to NaN; the distance is then infinite.
         return (offsets - 0.5 * distances.masked_fill(distances.isnan(), math.inf)).to(rows.dtype)
 
     rows = max(1, CHUNK // max(1, mixture.means.numel()))
@@ -162,5 +161,5 @@ def joint(mixture: Mixture, x: Tensor) -> Tensor:
 
 
 def _fits(shape: torch.Size, rows: int) -> bool:
-    """Whether a shape has at most ``rows`` entries, or torch is compiling (compilers plan the memory themselves)."""
+    """Return whether a shape has at most ``rows`` entries; True while torch compiles, since compilers plan memory themselves."""
     return torch.compiler.is_compiling() or shape.numel() <= rows

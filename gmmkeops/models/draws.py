@@ -34,24 +34,23 @@ def sample(
 
     Points within a region (``confidence`` or ``std_range``) are drawn exactly and without rejection: the whitened point is
     a uniformly distributed direction times a radius from the chi distribution with D degrees of freedom, truncated to the
-    region. A shell at five standard deviations takes no longer than any other region.
+    region. The time does not depend on the probability of the region.
 
     Args:
-        sample_shape: S, an int or a shape.
+        sample_shape: Shape S of the sample: an int, or a sequence of ints.
         return_labels: Whether to return the components as well.
-        generator: Random number generator. If it is on another device than the mixture, a seed for the draws is taken from
-            it. None uses torch's global generator, as all torch distributions do: two calls draw different points, and
+        generator: Random number generator. A generator on another device than the mixture only provides a seed. None uses
+            torch's global generator, as all torch distributions do: two calls draw different points, and
             ``torch.manual_seed`` makes them reproducible.
         component: Draw from this component only.
-        confidence: Draw within the ellipsoid that contains this probability of a component, in (0, 1].
-        std_range: (a, b): draw at Mahalanobis distances from a to b of the component's mean; b may be infinite.
+        confidence: Draw within the ellipsoid that contains this probability of the component, in (0, 1].
+        std_range: Draw at Mahalanobis distances from a to b of the mean of the component, given as (a, b); b may be infinite.
 
     Returns:
         Points (*S, *B, D), data units; with ``return_labels`` also components (*S, *B), int64.
 
     Raises:
-        ValueError: The component does not exist, or the region is empty or so far out that its probability underflows
-            float64.
+        ValueError: The component does not exist, the region is empty, or its probability underflows float64.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -74,7 +73,7 @@ def sample(
 
 
 def _labels(mixture: Mixture, count: int, component: int | None, generator: torch.Generator | None) -> Tensor:
-    """Components of ``count`` points of each mixture (count, number of mixtures)."""
+    """Draw components for ``count`` points of each mixture (count, number of mixtures)."""
     batch, K = mixture.batch_shape.numel(), mixture.n_components
     if component is not None or count * batch == 0:
         return torch.full((count, batch), (component or 0) % K, device=mixture.means.device)
@@ -82,7 +81,7 @@ def _labels(mixture: Mixture, count: int, component: int | None, generator: torc
 
 
 def _noise(mixture: Mixture, count: int, bounds: tuple[float, float], generator: torch.Generator | None) -> Tensor:
-    """Standard normal vectors (count, D) whose norms are within bounds."""
+    """Draw standard normal vectors (count, D) whose norms are within bounds."""
     device, D = mixture.means.device, mixture.n_features
     draws = torch.randn(count, D, generator=generator, dtype=mixture.means.dtype, device=device)
     if bounds != (0.0, math.inf) and len(draws):
@@ -93,7 +92,7 @@ def _noise(mixture: Mixture, count: int, bounds: tuple[float, float], generator:
 
 
 def _moved(mixture: Mixture, draws: Tensor, labels: Tensor) -> Tensor:
-    """Points (S · number of mixtures, D) from whitened ones and their components (S, number of mixtures), in place."""
+    """Transform whitened points, in place, to points (S · number of mixtures, D) of components (S, number of mixtures)."""
     count, batch = labels.shape
     K, D, leading = mixture.n_components, mixture.n_features, mixture.factor.leading
     first = torch.arange(batch, device=labels.device)
@@ -101,7 +100,7 @@ def _moved(mixture: Mixture, draws: Tensor, labels: Tensor) -> Tensor:
     factor = mixture.factor.replace(**{n: t.flatten(0, -2) for n, t in mixture.factor.tensors.items()})
     which = index if leading == K else first.expand_as(labels).reshape(-1)
     means, rows = mixture.means.reshape(-1, D), max(1, CHUNK // (D * D))
-    # The batch is processed in blocks, because factors are turned into matrices.
+    # Blocks limit the memory for the factors, which are converted to matrices.
     order = torch.arange(count * batch, device=labels.device).view(count, batch)
     for block in order.split(max(1, rows // K), 1) if len(draws) else ():
         begin = int(block[0, 0]) * leading

@@ -1,7 +1,7 @@
-r"""Mixtures in files: parameters as safetensors, with a JSON header; pickle is never used.
+r"""Reading and writing of mixtures: parameters in the safetensors format, with a JSON header; pickle is never used.
 
-A file holds a complete :class:`~gmmkeops.Mixture`; the header gives the covariance family and the shapes. All names, shapes and
-numbers are validated when a file is read. Reference: the safetensors format, github.com/huggingface/safetensors.
+The header contains the covariance family and the shapes. All names, shapes and numbers are validated when a file is read.
+Reference: the safetensors format, github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _VERSION = 1
 # Name of the header entry of an estimator, and prefix of the names of its tensors.
 _ESTIMATOR, _PART = "gmmkeops.estimator", "estimator."
 
-# Suffixes of the files. The file of a mixture may have none.
+# Suffixes of the files. The suffix of a mixture may be omitted.
 MIXTURES = (".safetensors", "")
 
 TABLES = (".npy", ".csv")
@@ -55,9 +55,9 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
 
     Args:
         mixture: A :class:`~gmmkeops.Mixture`, also a batch, or a fitted :class:`~gmmkeops.GaussianMixture`, whose parameters
-            and fitted attributes are written as well (:meth:`gmmkeops.GaussianMixture.load`). Column names of the mixture are
-            written if they are known.
-        path: The file, with the suffix ``.safetensors`` or none. An existing file is replaced.
+            and fitted attributes are written as well (see :meth:`gmmkeops.GaussianMixture.load`). Column names of the mixture
+            are written if they are known.
+        path: The file, with the suffix ``.safetensors`` or without a suffix. An existing file is replaced.
 
     Raises:
         TypeError: The argument is neither a mixture nor a fitted estimator.
@@ -76,7 +76,7 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save as serialize
 
     path = check_output(path, MIXTURES, name="a mixture")
-    # Estimators store parameters and attributes beside the mixture.
+    # Estimators store parameters and attributes in addition to the mixture.
     own = getattr(mixture, "_saved", None) if hasattr(mixture, "mixture_") else None
     entry, parts = (None, []) if own is None else own()
     mixture = getattr(mixture, "mixture_", mixture)
@@ -100,7 +100,7 @@ def save(mixture: Any, path: str | os.PathLike[str]) -> None:
         header["columns"] = list(mixture.columns)
     metadata = {_FORMAT: json.dumps(header)} | ({} if entry is None else {_ESTIMATOR: json.dumps(entry)})
     tensors |= {f"{_PART}{number}": part for number, part in enumerate(parts)}
-    # Tensors are copied, since safetensors refuses tensors that share memory.
+    # Tensors are copied, since safetensors rejects tensors that share memory.
     data = serialize({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata)
     write_whole(path, data)
 
@@ -112,7 +112,9 @@ def as_path(path: Any, name: str = "path") -> Path:
         TypeError: The argument is neither a string nor a path.
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"{name} must be the name of a file, got {type(path).__name__}; pass text or a pathlib.Path.")
+        raise TypeError(
+            f"{name} must be the name of a file, got {type(path).__name__}; pass a string or a pathlib.Path."
+        )
     return Path(path)
 
 
@@ -136,12 +138,12 @@ def check_output(
 
     Raises:
         TypeError: The path is neither a string nor a path.
-        ValueError: The suffix belongs to another format, or the file is one of the inputs.
+        ValueError: The suffix is not among the formats, or the file is one of the inputs.
         FileNotFoundError: The folder does not exist.
         IsADirectoryError: The path is a folder.
     """
     path = as_path(path)
-    # Writing to a link replaces the file that it points to.
+    # For a symbolic link, the file that it points to is replaced.
     target = path.resolve() if path.is_symlink() else path
     wrong = [file for file in (path, target) if formats is not None and file.suffix.lower() not in formats]
     if wrong and formats is not None:
@@ -149,24 +151,22 @@ def check_output(
         what = f"a {wrong[0].suffix} file" if wrong[0].suffix else "a file without a suffix"
         raise ValueError(f"{name} is written to a {known} file, got {wrong[0]}, {what}; choose another name.")
     for other in inputs:
-        # Files that exist are compared by their identity, others by their paths.
+        # Existing files are compared by device and inode, others by path.
         same = path.exists() and os.path.exists(other) and os.path.samefile(path, other)
         if same or os.path.abspath(path) == os.path.abspath(other):
-            raise ValueError(
-                f"{name} {path} would overwrite {other}, which is an input of the same call; choose another name."
-            )
+            raise ValueError(f"{name} {path} would overwrite the input {other}; choose another name.")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name a file in it for {name}.")
+        raise IsADirectoryError(f"{path} is a folder; pass the path of a file in it for {name}.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}.")
+        raise FileNotFoundError(f"there is no folder {path.parent} for {path.name}; create it first.")
     return path
 
 
 def write_table(path: str | os.PathLike[str], array: Any) -> None:
-    """Write an array (N,) or (N, D) to a .npy or .csv file, by its suffix, atomically.
+    """Write an array (N,) or (N, D) to a .npy or .csv file atomically; the suffix determines the format.
 
     Raises:
-        ValueError: The suffix belongs to another format.
+        ValueError: The suffix is neither .npy nor .csv.
         OSError: The folder cannot be written to.
     """
     import io
@@ -182,9 +182,9 @@ def write_table(path: str | os.PathLike[str], array: Any) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file atomically: at any time the path has either the old or the new contents, also after a power failure.
+    """Replace a file atomically: at any time the file has either the old or the new contents, also after a power failure.
 
-    The file gets the default permissions of the umask. For a symbolic link, the file that it points to is replaced; devices and
+    The file gets the default permissions (umask). For a symbolic link, the file that it points to is replaced; devices and
     pipes are written to directly.
 
     Raises:
@@ -216,14 +216,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def unused_name(path: Path, create: Callable[[Path], T]) -> tuple[T, Path]:
-    """Create a temporary file in the folder of a path, with a name that is not in use.
+    """Create a temporary file in the folder of a file, with a name that is not in use.
 
     Args:
-        path: The file that the temporary one is for; the new name begins with a part of this file's name.
-        create: A function that creates the file, and raises FileExistsError where the name is taken.
+        path: The file; the temporary name begins with a part of its name.
+        create: A function that creates the temporary file, or raises FileExistsError if it exists.
 
     Returns:
-        The result of ``create``, and the name.
+        The result of ``create``, and the path of the temporary file.
 
     Raises:
         OSError: The folder cannot be written to.
@@ -237,7 +237,7 @@ def unused_name(path: Path, create: Callable[[Path], T]) -> tuple[T, Path]:
 
 
 def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
-    """Read a mixture from a file that :func:`save` has written.
+    """Read a mixture from a file written by :func:`save`.
 
     Args:
         path: The file.
@@ -263,14 +263,14 @@ def load(path: str | os.PathLike[str], *, device: Any = "cpu") -> Mixture:
 
 
 def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture, Any, dict[int, Tensor]]:
-    """Read a mixture, and the entry of an estimator if the file has one.
+    """Read a mixture, and the parameters and attributes of an estimator if the file contains them.
 
     Args:
         path: The file.
         device: Device of the tensors.
 
     Returns:
-        The mixture, the estimator's entry of the header (None where there is none), and its tensors by number.
+        The mixture, the entry of the estimator in the header (None if there is none), and the estimator's tensors by number.
 
     Raises:
         FileNotFoundError, ValueError: As :func:`load`.
@@ -279,7 +279,7 @@ def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture,
 
     path, device = as_path(path), as_device(device)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(f"there is no file {path}; check the path.")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -292,21 +292,21 @@ def read(path: str | os.PathLike[str], *, device: Any = "cpu") -> tuple[Mixture,
         columns = header.get("columns")
         entry = json.loads(metadata[_ESTIMATOR]) if _ESTIMATOR in metadata else None
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-        raise ValueError(f"{path} holds no gmmkeops mixture: its header has no {_FORMAT} entry.") from None
+        raise ValueError(f"{path} does not contain a gmmkeops mixture: its header has no {_FORMAT} entry") from None
     if version != _VERSION:
-        raise ValueError(f"{path} has version {version}, this gmmkeops reads {_VERSION}; upgrade gmmkeops.")
+        raise ValueError(f"{path} has format version {version}, expected {_VERSION}; upgrade gmmkeops.")
     kind = families().get(family)
     if kind is None:
-        raise ValueError(f"{path} names an unknown family {family!r}; expected one of {', '.join(families())}.")
+        raise ValueError(f"{path} contains the unknown family {family!r}; expected one of {', '.join(families())}.")
     parts = {
         name: tensors.pop(name).to(device) for name in list(tensors) if entry is not None and name.startswith(_PART)
     }
     names = {"logits", "means", *kind.shapes(1, features)}
     if set(tensors) != names:
-        raise ValueError(f"{path} holds the tensors {sorted(tensors)}, expected {sorted(names)} for {family}.")
+        raise ValueError(f"{path} contains the tensors {sorted(tensors)}, expected {sorted(names)} for {family}.")
     if not all(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors.values()):
         raise ValueError(
-            f"{path} holds numbers that are neither float32 nor float64; write it again with gmmkeops.save."
+            f"{path} contains numbers that are neither float32 nor float64; write it again with gmmkeops.save."
         )
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     logits, means = moved.pop("logits"), moved.pop("means")

@@ -15,10 +15,10 @@ __all__ = ["condition", "marginal"]
 
 
 def marginal(mixture: Mixture, columns: Sequence[int] | int) -> Mixture:
-    """Marginal distribution of some columns, a mixture in closed form.
+    """Return the marginal distribution of some columns, which is a mixture.
 
     Args:
-        columns: Indices of the columns, in the order of the result; negative ones count from the end.
+        columns: Indices of the columns, in the order of the result; negative indices count from the end.
 
     Raises:
         ValueError: A column does not exist or is given twice.
@@ -35,25 +35,25 @@ def marginal(mixture: Mixture, columns: Sequence[int] | int) -> Mixture:
 
 
 def condition(mixture: Mixture, columns: Sequence[int] | int, values: Any) -> Mixture:
-    r"""Conditional distribution of the other columns given the values of some, a mixture in closed form.
+    r"""Return the conditional distribution of the other columns given the values of some columns, which is a mixture.
 
     .. math::
 
         \mu_{a|b} = \mu_a - P_{aa}^{-1} P_{ab} (x_b - \mu_b), \quad \Sigma_{a|b} = P_{aa}^{-1}, \quad
         W_k \propto W_k\, \mathcal N(x_b; \mu_{k,b}, \Sigma_{k,bb})
 
-    Its mean is Gaussian mixture regression.
+    The mean of this distribution is the prediction of Gaussian mixture regression.
 
     Args:
-        columns: Indices of the columns b that are given.
-        values: Their values x_b, (len(columns),), or (*B, len(columns)) for a batch of mixtures; data units.
+        columns: Indices of the known columns b.
+        values: Values x_b of the known columns: (len(columns),), or (*B, len(columns)) for a batch; data units.
 
     Returns:
         A mixture of the other columns a, in their order; a batch (*B) of mixtures for values of shape (*B, len(columns)).
 
     Raises:
         ValueError: A column does not exist or is given twice, no column is left, values have another shape or are not
-            finite, or this is a batch of mixtures.
+            finite, or the mixture itself is a batch.
 
     Reference:
         Bishop 2006, *Pattern Recognition and Machine Learning*, §2.3.1.
@@ -67,11 +67,11 @@ def condition(mixture: Mixture, columns: Sequence[int] | int, values: Any) -> Mi
     given = _indices(mixture, columns)
     rest = [d for d in range(mixture.n_features) if d not in given]
     if not rest:
-        raise ValueError("condition must leave at least one column free; use log_prob for all of them.")
+        raise ValueError("condition needs at least one column that is not given; or use log_prob.")
     if mixture.batch_shape:
         raise ValueError(
             f"condition needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; "
-            "index it first, for example mixture[0]."
+            "select one of them first, for example mixture[0]."
         )
     x = as_tensor(values, name="values").to(mixture.means)
     if x.ndim == 0 or x.shape[-1] != len(given):
@@ -88,11 +88,11 @@ def condition(mixture: Mixture, columns: Sequence[int] | int, values: Any) -> Mi
 
 
 def _indices(mixture: Mixture, columns: Sequence[int] | int) -> list[int]:
-    """Indices of columns from 0 to D - 1."""
+    """Convert column indices to integers from 0 to D - 1, and check them."""
     one = not isinstance(columns, Iterable) or isinstance(columns, (str, bytes))
     wanted: Any = [columns] if one else columns
     chosen = [as_integer(column, "each column") for column in wanted]
     chosen = [column + mixture.n_features if column < 0 else column for column in chosen]
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= c < mixture.n_features for c in chosen):
-        raise ValueError(f"columns must be distinct and among the {mixture.n_features} of the mixture, got {columns}.")
+        raise ValueError(f"columns must be distinct indices below D={mixture.n_features}, got {columns}.")
     return chosen

@@ -1,8 +1,7 @@
 r"""Gaussian mixtures as torch distributions, parameterized by weights, means and precision factors.
 
-This module defines the class. Its computations are functions of a mixture in modules of their own: ``densities`` (log-densities),
-``posteriors`` (responsibilities and labels), ``quantiles``, ``draws`` (sampling), ``marginals`` and ``parameters`` (conversion
-and validation).
+The methods of the class are implemented in other modules: ``densities`` (log-densities), ``posteriors`` (responsibilities and
+labels), ``quantiles``, ``draws`` (sampling), ``marginals`` and ``parameters`` (conversion and validation).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ __all__ = ["Mixture", "as_mixture", "log_weights"]
 
 
 def as_mixture(value: Any, name: str = "mixture") -> Mixture:
-    """Check that a value is one mixture, and return it.
+    """Check that a value is a single mixture, and return it.
 
     Raises:
         TypeError: The value is not a mixture.
@@ -40,11 +39,11 @@ def as_mixture(value: Any, name: str = "mixture") -> Mixture:
     if not isinstance(value, Mixture):
         remedy = f"pass its {'mixture_' if hasattr(value, 'mixture_') else 'mixture'}"
         if not hasattr(value, "mixture_") and not hasattr(value, "mixture"):
-            remedy = "make one with Mixture(weights=..., means=..., covariances=...)"
+            remedy = "create one with Mixture(weights=..., means=..., covariances=...)"
         raise TypeError(f"{name} must be a Mixture, got {type(value).__name__}; {remedy}.")
     if value.batch_shape:
         raise ValueError(
-            f"{name} must be one mixture, got a batch of shape {tuple(value.batch_shape)}; pass one of them, such as "
+            f"{name} must be one mixture, got a batch of shape {tuple(value.batch_shape)}; select one of them, such as "
             f"{name}[0]."
         )
     return value
@@ -55,30 +54,29 @@ class Mixture(Distribution):
 
     .. math:: p(x) = \sum_k W_k\, \mathcal N(x;\, \mu_k, (U_k U_k^\top)^{-1}), \qquad W = \mathrm{softmax}(\mathrm{logits})
 
-    A mixture is made of ``logits`` or ``weights``, of ``means``, and of a precision ``factor`` or ``covariances``. It is
-    differentiable in all of them, except in weights that are exactly zero, which stay zero.
+    A mixture is defined by ``logits`` or ``weights``, ``means``, and a precision ``factor`` or ``covariances``. It is
+    differentiable with respect to all of them, except weights that are exactly zero, whose gradient is zero.
 
     Args:
         logits: Unnormalized log-weights (*B, K), nats; -inf for a component of weight zero.
         means: Component means (*B, K, D), data units.
         factor: A precision factor with leading dimension K, or 1 when tied, and the same batch dimensions.
-        validate_args: Whether the values of parameters and points are checked; shapes always are. The default is that of
-            all torch distributions: True, unless ``torch.distributions.Distribution.set_default_validate_args`` has been
-            called, as ``torch.compile`` does. Without checks the log-density is NaN at points with NaN and -inf at infinite
-            points. Values are not checked while torch compiles or exports, or within ``torch.func.vmap``, because they are
-            not available there.
-        weights: Weights (*B, K) instead of logits: not negative, with a sum of one.
+        validate_args: Whether to check the values of parameters and points; shapes are always checked. The default is that
+            of all torch distributions: True, unless ``torch.distributions.Distribution.set_default_validate_args`` has been
+            called (as by ``torch.compile``). Without checks the log-density is NaN at points with NaN and -inf at infinite
+            points. Values cannot be checked while torch compiles or exports, or within ``torch.func.vmap``.
+        weights: Weights (*B, K) instead of logits: nonnegative, with a sum of one.
         covariances: Covariances instead of a factor, in the shapes of scikit-learn and tgmm, squared data units: "full"
             (*B, K, D, D), "tied" or "tied_full" (*B, D, D), "diag" (*B, K, D), "spherical" (*B, K), "tied_diag" (*B, D),
             "tied_spherical" (*B).
-        covariance_type: One of these names; "full" by default.
+        covariance_type: Type of the covariances, one of the names above; "full" by default.
 
     Attributes:
-        columns: Names of the D columns, or None if they are not known. Data with column names (tables, files) are matched
-            to them by name, data without names by position; see :meth:`named`.
+        columns: Names of the D columns, or None. Data with column names (tables, files) are matched by name, data without
+            names by position; see :meth:`named`.
 
     Raises:
-        TypeError: An argument is missing or given twice, or the factor is not a :class:`Factor`.
+        TypeError: An argument is missing or redundant, or the factor is not a :class:`Factor`.
         ValueError: Shapes or devices do not match; means or factors are not finite; logits are NaN, +inf, or all -inf;
             weights are negative or do not sum to one; or a covariance is not positive definite.
 
@@ -118,7 +116,7 @@ class Mixture(Distribution):
                 "Mixture needs means=, either weights= or logits=, and either covariances= (with covariance_type=) or factor=."
             )
         if covariance_type is not None and covariances is None:
-            raise TypeError("covariance_type describes covariances, and a factor was given; leave it out.")
+            raise TypeError("covariance_type can only be given with covariances=, got a factor; omit covariance_type.")
         if weights is not None:
             logits, means = as_logits(weights, means)
         if covariances is not None:
@@ -135,11 +133,11 @@ class Mixture(Distribution):
 
     @classmethod
     def from_valid(cls, logits: Tensor, means: Tensor, factor: Factor, validate_args: bool | None = None) -> Mixture:
-        """Create a mixture whose parameters are known to be valid, such as results of this package, without checking values.
+        """Create a mixture without checking the values of its parameters.
 
         Args:
-            logits, means, factor: As for the class.
-            validate_args: Applies to the points at which the mixture is evaluated.
+            logits, means, factor: Valid parameters, as for the class.
+            validate_args: Whether to check the points at which the mixture is evaluated.
         """
         mixture = cls(logits, means, factor, validate_args=False)
         del mixture._validate_args
@@ -148,18 +146,18 @@ class Mixture(Distribution):
         return mixture
 
     def _like(self, logits: Tensor, means: Tensor, factor: Factor) -> Mixture:
-        """A mixture with parameters computed from those of this one, and the same ``validate_args``."""
+        """Create a mixture from parameters that were computed from those of this one, with its ``validate_args``."""
         return self.from_valid(logits, means, factor, vars(self).get("_validate_args"))
 
     @classmethod
     def from_parameters(
         cls, weights: Any, means: Any, covariances: Any, covariance_type: str = "full", *, features: int | None = None
     ) -> Mixture:
-        """Create a mixture from weights, means and covariances: the same as ``Mixture(weights=weights, ...)``.
+        """Create a mixture from weights, means and covariances, like ``Mixture(weights=weights, ...)``.
 
         Args:
             weights, means, covariances, covariance_type: As for the class.
-            features: Not used: D is the number of columns of the means.
+            features: Unused; D is the number of columns of the means.
 
         Raises:
             ValueError: As for the class.
@@ -172,7 +170,7 @@ class Mixture(Distribution):
         return cls(weights=weights, means=means, covariances=covariances, covariance_type=covariance_type)
 
     def named(self, columns: Sequence[str] | None) -> Mixture:
-        """Return the mixture with names for its columns, which :func:`gmmkeops.save` writes to the file.
+        """Return a copy of the mixture with column names, which :func:`gmmkeops.save` stores.
 
         Args:
             columns: D different names, or None to remove the names.
@@ -232,7 +230,7 @@ class Mixture(Distribution):
 
     @property
     def covariance_type(self) -> str:
-        """scikit-learn's name of the covariances, such as "full" or "tied"; or the name of the component family."""
+        """Covariance type as in scikit-learn, such as "full" or "tied"; else the name of the component family."""
         return self.factor.type_name(self.tied)
 
     @property
@@ -247,7 +245,7 @@ class Mixture(Distribution):
 
     @property
     def covariances(self) -> Tensor:
-        """Covariances of the components in scikit-learn's shape for the covariance type, squared data units.
+        """Covariances of the components in the shape of :attr:`covariance_type`, squared data units.
 
         Example:
             >>> import gmmkeops as gk
@@ -259,17 +257,17 @@ class Mixture(Distribution):
 
     @property
     def precisions(self) -> Tensor:
-        """Inverses of the covariances in scikit-learn's shape for the covariance type, 1 / squared data units."""
+        """Inverses of the covariances in the shape of :attr:`covariance_type`, 1 / squared data units."""
         return self._compact(self.factor.precisions())
 
     def _compact(self, matrices: Tensor) -> Tensor:
-        """Matrices (*B, K or 1, D, D) in scikit-learn's shape."""
+        """Convert matrices (*B, K or 1, D, D) to scikit-learn's shape."""
         compact = self.factor.compact(matrices)
         return compact.select(len(self.batch_shape), 0) if self.tied else compact
 
     @property
     def offsets(self) -> Tensor:
-        """Offsets log W + log |det U| - D/2 log 2π (*B, K) that the reductions add to each exponent, nats."""
+        """Offsets log W + log |det U| - D/2 log 2π (*B, K) of the exponents in the reductions, nats."""
         return self.log_weights + self.factor.log_determinant() - 0.5 * self.n_features * math.log(2 * math.pi)
 
     @property
@@ -280,12 +278,12 @@ class Mixture(Distribution):
 
     @property
     def mixture_distribution(self) -> Categorical:
-        """The categorical distribution of the component."""
+        """Categorical distribution of the component index."""
         return Categorical(logits=self.logits)
 
     @property
     def component_distribution(self) -> Distribution:
-        """The K Gaussians, as a torch distribution with batch shape (*B, K)."""
+        """Gaussian components as a torch distribution with batch shape (*B, K)."""
         return self.factor.distribution(self.means)
 
     @property
@@ -295,7 +293,7 @@ class Mixture(Distribution):
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """Covariance of the whole mixture (*B, D, D), within plus between components, squared data units."""
+        """Covariance of the whole mixture (*B, D, D), squared data units."""
         weights = self.weights[..., None, None]
         between = (self.means - self.mean.unsqueeze(-2)).unsqueeze(-1)
         return (weights * (self.factor.covariances() + between @ between.mT)).sum(-3)
@@ -306,7 +304,7 @@ class Mixture(Distribution):
         return self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
-        """Expand the batch shape to ``batch_shape``, as all torch distributions; parameters are not copied."""
+        """Expand the batch shape to ``batch_shape`` without copying the parameters."""
         batch_shape = torch.Size(batch_shape)
         return self._like(
             self.logits.expand(*batch_shape, self.n_components),
@@ -315,25 +313,25 @@ class Mixture(Distribution):
         ).named(self.columns)
 
     def __len__(self) -> int:
-        """Number of components K, also of a batch of mixtures."""
+        """Return the number of components K, also for a batch of mixtures."""
         return self.n_components
 
     def __getitem__(self, index: Any) -> Mixture:
         """Select components of one mixture, or entries of a batch of mixtures.
 
         Args:
-            index: For one mixture, an int, a slice, a list of ints or a Boolean mask along the K components; the weights of the
+            index: For one mixture, an int, a slice, a list of ints or a Boolean mask over the K components; the weights of the
                 selected components are normalized, and an int gives a mixture of one component. For a batch of mixtures, an
-                index along the batch dimensions, as for a tensor of shape ``batch_shape``.
+                index for a tensor of shape ``batch_shape``.
 
         Raises:
-            IndexError: A component or an entry does not exist, or none is selected.
-            TypeError: The argument is not an index.
+            IndexError: An index is out of range, or no component is selected.
+            TypeError: The argument is not a valid index.
         """
         return indexed(self, index)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        # For numpy a mixture is one object, not a sequence of its components.
+        # numpy must treat a mixture as one object, not as a sequence of components.
         whole = np.empty((), dtype=object)
         whole[()] = self
         return whole
@@ -352,30 +350,30 @@ class Mixture(Distribution):
         ).named(self.columns)
 
     def detach(self) -> Mixture:
-        """A copy of the mixture that is detached from the autograd graph."""
+        """Return a copy of the mixture that is detached from the autograd graph."""
         logits, means = self.logits.detach().clone(), self.means.detach().clone()
         return self._like(logits, means, self.factor.detach()).named(self.columns)
 
     def score(self, x: Any, *, sample_weight: Any = None) -> float:
-        """Mean log-density of points, nats per point; see :func:`gmmkeops.analysis.score`."""
+        """Compute the mean log-density of points, nats per point; see :func:`gmmkeops.analysis.score`."""
         from gmmkeops import analysis
 
         return analysis.score(self, x, sample_weight=sample_weight)
 
     def bic(self, x: Any, *, sample_weight: Any = None) -> float:
-        """Bayesian information criterion of points, the lower the better; see :func:`gmmkeops.analysis.bic`."""
+        """Compute the Bayesian information criterion (the lower the better); see :func:`gmmkeops.analysis.bic`."""
         from gmmkeops import analysis
 
         return analysis.bic(self, x, sample_weight=sample_weight)
 
     def aic(self, x: Any, *, sample_weight: Any = None) -> float:
-        """Akaike information criterion of points, the lower the better; see :func:`gmmkeops.analysis.aic`."""
+        """Compute the Akaike information criterion (the lower the better); see :func:`gmmkeops.analysis.aic`."""
         from gmmkeops import analysis
 
         return analysis.aic(self, x, sample_weight=sample_weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the mixture to a file; see :func:`gmmkeops.save`, and :func:`gmmkeops.load` for reading it."""
+        """Write the mixture to a file; see :func:`gmmkeops.save` and :func:`gmmkeops.load`."""
         from gmmkeops.models.files import save
 
         save(self, path)

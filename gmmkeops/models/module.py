@@ -1,8 +1,7 @@
-r"""The trainable parameters of a mixture: an ``nn.Module`` that returns a :class:`~gmmkeops.Mixture` when called.
+r"""Trainable Gaussian mixtures: an ``nn.Module`` that returns a :class:`~gmmkeops.Mixture` when called.
 
-With a context c the parameters are predicted by a multilayer perceptron, :math:`p(x \mid c) = \sum_k W_k(c)\,
-\mathcal N(x; \mu_k(c), \Sigma_k(c))`. References: Bishop 1994, *Mixture density networks*; the interface is that of
-Zuko's ``GMM`` (probabilists/zuko).
+With a context c the parameters are predicted by a multilayer perceptron (MLP), :math:`p(x \mid c) = \sum_k W_k(c)\,
+\mathcal N(x; \mu_k(c), \Sigma_k(c))`. The interface is that of Zuko's ``GMM`` (probabilists/zuko).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from gmmkeops.models.mixture import Mixture, as_mixture
 
 __all__ = ["GMM"]
 
-# Number of EM steps after k-means, so that the likelihood is at least that of its clusters.
+# Number of EM steps after k-means.
 _REFINE = 1
 
 # Number of runs of k-means++.
@@ -40,38 +39,38 @@ _WRONG = COMPONENTS | {
 
 
 class GMM(nn.Module):
-    r"""A trainable Gaussian mixture, unconditional or conditioned on a context.
+    r"""A trainable Gaussian mixture, unconditional or conditional on a context (a mixture density network).
 
-    As in all modules of torch, the first parameters are drawn by torch's global generator; :meth:`initialize` replaces them.
-    ``torch.compile(model, fullgraph=True)`` and ``torch.export.export(model, (c,))`` return mixtures, as the module does.
-    All arguments but ``features`` are passed by name.
+    The constructor draws parameters with torch's global generator; :meth:`initialize` fits them to data.
+    ``torch.compile(model, fullgraph=True)`` and ``torch.export.export(model, (c,))`` are supported. All arguments except
+    ``features`` are keyword-only.
 
     Args:
         features: D, the number of columns of a point.
         n_components: Number of components K.
-        context: C, the number of columns of a context; 0 for none.
-        covariance_type: ``"full"``, ``"diagonal"`` (or ``"diag"``) or ``"spherical"``; ``"tied_..."`` sets ``tied`` too.
+        context: C, the number of columns of a context; 0 for an unconditional mixture.
+        covariance_type: ``"full"``, ``"diagonal"`` (or ``"diag"``) or ``"spherical"``; ``"tied_..."`` also sets ``tied``.
         tied: Whether all components share one covariance.
-        epsilon: Smallest conditional variance of a coordinate given the following ones, squared data units: added to
-            :math:`1/U_{dd}^2`, which for diagonal and spherical factors is the variance itself.
-        hidden_features: Widths of the hidden layers of the perceptron, with a context.
-        activation: Constructor of their activation.
+        epsilon: Constant that is added to :math:`1/U_{dd}^2`, the conditional variance of column d given the following columns
+            (for diagonal and spherical factors the variance itself), squared data units.
+        hidden_features: Widths of the hidden layers of the MLP (conditional models only).
+        activation: Constructor of the activation between the layers.
 
     Attributes:
-        logits: Parameters (K,), without a context.
-        means: Parameters (K, D), without a context.
-        log_diagonal: Parameters (K or 1, D or 1), without a context.
-        upper: Parameters (K or 1, D(D-1)/2) of full factors, without a context.
-        network: The perceptron, with a context.
-        columns: Names of the D columns of the points and of the C columns of the contexts, if the data that the model
-            was initialized with or fitted to had names; else None. They are not part of the state dict.
+        logits: Parameters (K,) of an unconditional model.
+        means: Parameters (K, D) of an unconditional model.
+        log_diagonal: Parameters (K or 1, D or 1) of an unconditional model.
+        upper: Parameters (K or 1, D(D-1)/2) of the full factors of an unconditional model.
+        network: The MLP of a conditional model.
+        columns: Names of the D columns of the points and the C columns of the contexts, if the data of the initialization or
+            the fit had names; else None. They are not part of the state dict.
 
     Raises:
         TypeError: An argument after ``features`` is not passed by name, or is unknown.
         ValueError: A size is below one, or the covariance type is unknown.
 
     Reference:
-        With a context: Bishop 1994, *Mixture density networks*, Aston University.
+        Bishop 1994, *Mixture density networks*, Aston University.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -101,7 +100,7 @@ class GMM(nn.Module):
     ) -> None:
         if positional:
             raise TypeError(
-                f"GMM takes one argument without a name, the number of features, got {1 + len(positional)}; pass "
+                f"GMM takes one positional argument, the number of features, got {1 + len(positional)}; pass "
                 "n_components= for the number of components, and context= for the number of columns of a context."
             )
         super().__init__()
@@ -134,14 +133,16 @@ class GMM(nn.Module):
     components = FormerName("n_components")
 
     def forward(self, c: Any = None) -> Mixture:
-        """Return the mixture, or the batch of mixtures of contexts c (*B, C).
+        """Return the mixture, or a batch (*B) of mixtures for contexts c (*B, C).
 
         Raises:
-            ValueError: A context is missing, not expected, or has another number of columns.
+            ValueError: A context is missing, unexpected, or has another number of columns.
         """
         if not self.context:
             if c is not None:
-                raise ValueError("this GMM was made without a context; call model() or construct it with context=C.")
+                raise ValueError(
+                    "this GMM has no context; call model() without arguments or construct it with context=C."
+                )
             tensors = {name: getattr(self, name) for name in self.shapes}
         else:
             if c is None:
@@ -163,10 +164,10 @@ class GMM(nn.Module):
 
     @torch.no_grad()
     def rescaled(self, shift: Tensor, scale: Tensor) -> GMM:
-        """Return a copy that describes the same conditional density of (x - m) / s given (c - m') / s'.
+        """Return a copy for standardized columns: the conditional density of (x - m) / s given (c - m') / s'.
 
         Args:
-            shift, scale: Location (m, m') and scale (s, s') of the columns of the points, then of the contexts (D + C,), data
+            shift, scale: Shifts (m, m') and scales (s, s') of the columns of the points, then of the contexts (D + C,), data
                 units. For spherical factors, all columns of the points need the same scale.
         """
         model, D = copy.deepcopy(self), self.features
@@ -191,11 +192,11 @@ class GMM(nn.Module):
     def assign(self, mixture: Mixture) -> GMM:
         """Set the parameters in place so that calling the module returns this mixture, in the dtype of the module.
 
-        With a context, the weights of the last layer become zero and its biases the parameters, so that the mixture is the same
-        for every context until the first step of an optimizer.
+        In a conditional model, the weights of the last layer are set to zero and its biases to the parameters. The mixture
+        then does not depend on the context until training continues.
 
         Args:
-            mixture: One mixture with the number of components and columns and the covariance type of the module, data units.
+            mixture: A mixture with the same number of components and columns and the same covariance type, data units.
 
         Returns:
             The module itself.
@@ -207,7 +208,7 @@ class GMM(nn.Module):
         tensors = {"logits": mixture.logits.unsqueeze(-2), "means": mixture.means, **mixture.factor.tensors}
         given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if given != self.shapes or type(mixture.factor) is not self.kind:
-            raise ValueError(f"the mixture's parameters have shapes {given}, this GMM's {self.shapes}.")
+            raise ValueError(f"the mixture must have parameters of shapes {self.shapes} as this GMM, got {given}.")
         used = (self.epsilon * (2 * tensors["log_diagonal"]).exp()).clamp(max=0.999)
         tensors["log_diagonal"] = tensors["log_diagonal"] - 0.5 * torch.log1p(-used)
         if self.context:
@@ -230,17 +231,16 @@ class GMM(nn.Module):
         sample_weight: Any = None,
         generator: torch.Generator | int | None = None,
     ) -> GMM:
-        """Set the parameters to an initial mixture of data; see :func:`gmmkeops.initialize`.
+        """Set the parameters to an initial mixture that is computed from data; see :func:`gmmkeops.initialize`.
 
         Args:
             x: Points (N, D), N >= K, data units.
-            strategy: ``"random"`` (K random points as centers), ``"kmeans"`` (the best of three runs) or ``"kmeans++"`` (the best
-                of ten).
-            context: Contexts of the points (N, C), for which the first layer of the network is initialized. Without them it
-                stays as it is, which suits contexts with means near zero and standard deviations near one.
+            strategy: ``"random"`` (K random points as centers), ``"kmeans"`` (the best of three runs of k-means) or
+                ``"kmeans++"`` (the best of ten runs).
+            context: Contexts of the points (N, C). If given, the first layer of the network is initialized for their means and
+                standard deviations; otherwise it is left unchanged, which suits standardized contexts.
             sample_weight: Weight of each point (N,), or None.
-            generator: Random number generator, or a seed. None uses a fixed seed, so that the same call gives the same
-                parameters in every process.
+            generator: Random number generator, or a seed. None uses a fixed seed, so that results are reproducible.
 
         Returns:
             The module itself.
@@ -255,7 +255,7 @@ class GMM(nn.Module):
             raise ValueError(f"x has {x.shape[1]} columns, expected {self.features} as in the model.")
         if context is not None:
             if not self.context:
-                raise ValueError("this GMM was made without a context; construct it with context=C.")
+                raise ValueError("this GMM has no context; construct it with context=C.")
             c = as_points(context, name="context", features=self.context).to(x.device)
         options: Any = {
             "covariance_type": self.kind.type_name(self.tied),
@@ -264,9 +264,9 @@ class GMM(nn.Module):
             "refine": _REFINE,
         }
         if isinstance(strategy, str) and strategy == "kmeans++":
-            # k-means++ seeds followed by Lloyd's iterations, as "kmeans", but the best of more runs.
+            # As "kmeans" (k-means++ seeds, then Lloyd's algorithm), but the best of more runs.
             strategy, options["n_init"] = "kmeans", _RUNS
-        # Initialization runs EM, in a folder above this one.
+        # Imported here, because the fitting package imports this module.
         from gmmkeops.fitting import initialize
 
         self.assign(initialize(x, self.n_components, strategy, **options).named(columns))
@@ -277,7 +277,7 @@ class GMM(nn.Module):
 
     @torch.no_grad()
     def _initialize_first_layer(self, c: Tensor, generator: torch.Generator) -> None:
-        """Draw the first layer from torch's default distribution for standardized contexts, with the standardization included."""
+        """Draw the first layer from torch's default distribution, combined with a standardization of the contexts c (N, C)."""
         first, mean, spread = cast(nn.Linear, self.network[0]), c.mean(0), c.std(0, correction=0)
         spread = torch.where(spread > 0, spread, torch.ones_like(spread))
         bound = self.context**-0.5

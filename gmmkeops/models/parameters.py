@@ -1,4 +1,4 @@
-"""Parameters of a mixture: weights, means and covariances in scikit-learn's shapes, and the validation of all parameters."""
+"""Conversion of weights, means and covariances in scikit-learn's shapes, and validation of the parameters of a mixture."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["as_logits", "as_means_and_factor", "check_shapes", "check_values", "
 
 
 def log_weights(weights: Tensor) -> Tensor:
-    """Logarithms of weights. Zeros give -inf with a gradient of zero, since the gradient of the logarithm would be infinite."""
+    """Compute the logarithms of weights; a zero gives -inf, with a gradient of zero instead of infinity."""
     none = weights == 0
     return weights.masked_fill(none, 1.0).log().masked_fill(none, -math.inf)
 
 
 def as_logits(weights: Any, means: Any) -> tuple[Tensor, Tensor]:
-    """Log-weights (*B, K) from weights, and the means (*B, K, D) as a tensor of the same device.
+    """Convert weights to log-weights (*B, K), and means to a tensor (*B, K, D) on the same device.
 
     Raises:
         ValueError: Shapes do not match, or weights are negative, not finite, or do not sum to one.
@@ -45,7 +45,7 @@ def as_logits(weights: Any, means: Any) -> tuple[Tensor, Tensor]:
 
 
 def as_means_and_factor(means: Any, covariances: Any, covariance_type: str) -> tuple[Tensor, Factor]:
-    """Means (*B, K, D) and the precision factors of covariances in scikit-learn's shapes for their covariance type.
+    """Convert means to a tensor (*B, K, D), and covariances in scikit-learn's shapes to precision factors.
 
     Raises:
         ValueError: Shapes do not match, or a covariance is not positive definite.

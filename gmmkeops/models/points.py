@@ -1,4 +1,4 @@
-"""Points at which mixtures are evaluated: their shapes, and the range in which squared distances are accurate."""
+"""Validation of the points at which mixtures are evaluated: their shapes, and the range of their squared distances."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["as_points_of", "as_rows_of", "broadcast", "check_finite_points", "check_range", "widened"]
 
-# Whitened distances below which exponents are far from the limits of their dtype, and the smallest log-densities of each dtype.
+# Largest whitened distance for which overflow need not be considered.
 _NEAR = 1e4
 
+# Smallest log-density that each dtype can represent, with a margin.
 _LEAST = {torch.float32: -2.9e38, torch.float64: -9e299}
 
 
 def as_points_of(mixture: Mixture, value: Any) -> Tensor:
-    """Points (*S, D), or (*S, *B, D) for a batch of mixtures, from any container of numbers; values are not checked.
+    """Convert points (*S, D), or (*S, *B, D) for a batch of mixtures, to a tensor; their values are not checked.
 
     Raises:
         TypeError: The points are not numeric.
@@ -36,13 +37,13 @@ def as_points_of(mixture: Mixture, value: Any) -> Tensor:
             "pass the same columns as the model has."
         )
     if x.device != mixture.means.device:
-        raise ValueError(f"x is on {x.device} but the mixture on {mixture.means.device}; move one with .to().")
+        raise ValueError(f"x is on {x.device}, the mixture on {mixture.means.device}; move one of them with .to().")
     broadcast(mixture, x[..., 0], x, "points")
     return x
 
 
 def as_rows_of(mixture: Mixture, value: Any) -> tuple[Tensor, Tensor]:
-    """Points (*S, D) of one mixture, and the same points as rows (N, D).
+    """Return points (*S, D) as a tensor, and reshaped to rows (N, D), for one mixture.
 
     Raises:
         TypeError, ValueError: As :func:`as_points_of`; or this is a batch of mixtures.
@@ -50,14 +51,14 @@ def as_rows_of(mixture: Mixture, value: Any) -> tuple[Tensor, Tensor]:
     if mixture.batch_shape:
         raise ValueError(
             f"this method needs one mixture, got a batch of shape {tuple(mixture.batch_shape)}; "
-            "index it first, for example mixture[0]."
+            "select one of them first, for example mixture[0]."
         )
     x = as_points_of(mixture, value)
     return x, x.reshape(-1, mixture.n_features)
 
 
 def broadcast(mixture: Mixture, leading: Tensor, given: Tensor, name: str) -> Tensor:
-    """A tensor ``leading`` of the leading dimensions of ``given``, broadcast with the batch of mixtures to (*S, *B)."""
+    """Broadcast the leading dimensions ``leading`` of the tensor ``given`` with the batch of mixtures to (*S, *B)."""
     if not mixture.batch_shape:
         return leading
     # torch.broadcast_shapes imports SymPy, which takes a second and 50 MB.
@@ -65,25 +66,25 @@ def broadcast(mixture: Mixture, leading: Tensor, given: Tensor, name: str) -> Te
         return torch.broadcast_tensors(leading, mixture.logits[..., 0])[0]
     except RuntimeError:
         raise ValueError(
-            f"{name} of shape {tuple(given.shape)} do not fit a batch of mixtures of shape {tuple(mixture.batch_shape)}; "
-            "their leading dimensions must broadcast."
+            f"{name} of shape {tuple(given.shape)} do not match a batch of mixtures of shape {tuple(mixture.batch_shape)}; "
+            "pass leading dimensions that broadcast with it."
         ) from None
 
 
 def check_finite_points(mixture: Mixture, x: Tensor) -> None:
-    """Raise a ValueError if an entry of the points is not finite, unless the mixture does not validate values."""
+    """Raise a ValueError if an entry of the points is not finite, if the mixture validates values."""
     if mixture._validate_args:
         check_finite(x.reshape(-1, mixture.n_features), name="x")
 
 
 def widened(mixture: Mixture, x: Tensor) -> tuple[Tensor, bool]:
-    """The points, in float64 if squared distances might overflow float32; and whether all whitened distances are small."""
+    """Convert points to float64 if squared distances might overflow float32; also return whether all distances are small."""
     tensors = (x, mixture.means, *mixture.factor.tensors.values())
     if not x.numel() or not all(concrete(tensor) for tensor in tensors):
         return x, True
     with torch.no_grad():
         means = mixture.means.detach()
-        # A difference is at most the sum of two lengths, and a factor's norm at most D times its largest entry.
+        # A difference is at most the sum of two lengths, and the norm of a factor is at most D times its largest entry.
         low, high = means.flatten(0, -2).aminmax(dim=0)
         center = 0.5 * low.double() + 0.5 * high.double()
         least, most = x.detach().reshape(-1, mixture.n_features).aminmax(dim=0)
@@ -107,6 +108,6 @@ def check_range(mixture: Mixture, values: Tensor, x: Tensor) -> None:
         row = place[0] if len(place) == 1 else tuple(place)
         remedy = "pass float64, or rescale the columns" if name == "float32" else "rescale the columns"
         raise ValueError(
-            f"x reaches {largest:.3g} in row {row if place else 0}, so far from all components that squared distances "
+            f"x reaches {largest:.3g} in row {row if place else 0}; its squared distances to all components "
             f"overflow {name}; {remedy}."
         )

@@ -2,8 +2,8 @@ r"""Posterior probabilities (responsibilities) and labels of points.
 
 .. math:: p(k \mid x) = \exp\bigl(\log p(x, k) - \log p(x)\bigr)
 
-Far from all components the two logarithms are large, and their difference loses digits. There, log-odds of components are
-computed without subtracting squared distances.
+Far from all components the two logarithms are large, and their difference loses significant digits. For such points, the
+log-odds of components are computed without subtracting squared distances.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = ["predict", "responsibilities"]
 
-# Nats per column below zero from which on differences of exponents lose digits that matter.
+# A log-density below minus this number, in nats per column, is so low that differences of exponents lose significant digits.
 _DEPTH = {torch.float32: 1e2, torch.float64: 1e3}
 
 
 def responsibilities(
     mixture: Mixture, value: Any, k: int | None = None, *, backend: str = "auto", truncate: float | None = None
 ) -> Any:
-    """Responsibilities p(k | x): the posterior probabilities of the components.
+    """Compute the responsibilities p(k | x), the posterior probabilities of the components.
 
     Args:
         value: Points (*S, D), data units; without ``k`` also (*S, *B, D) for a batch of mixtures.
-        k: Return only the k largest of each point, without storing the others; None for all K.
+        k: Number of responsibilities per point, the largest ones; None for all K. The others are not stored.
         backend: Used with ``k``: ``"auto"``, ``"keops"`` or ``"dense"``.
         truncate: Used with ``k``, as for :meth:`log_prob`.
 
@@ -84,17 +84,17 @@ def responsibilities(
 
 
 def predict(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
-    """Index of the most probable component of each point.
+    """Return the index of the most probable component of each point.
 
     Args:
         value: Points (*S, D), data units.
-        backend, truncate: As for :meth:`log_prob`; labels are exact with any truncation.
+        backend, truncate: As for :meth:`log_prob`. Truncation does not change the labels.
 
     Returns:
         (*S), int64.
 
     Raises:
-        TypeError, ValueError: As for :meth:`log_prob`; or this is a batch of mixtures.
+        TypeError, ValueError: As for :meth:`log_prob`; or the mixture is a batch.
 
     Example:
         >>> import gmmkeops as gk
@@ -118,12 +118,12 @@ def predict(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: fl
 
 
 def _far(mixture: Mixture, values: Tensor) -> Tensor:
-    """Mask of log-densities that are so low that differences of exponents lose digits."""
+    """Return a mask of the log-densities so low that differences of log-densities lose digits."""
     return values < -_DEPTH[values.dtype] * mixture.n_features
 
 
 def _far_rows(mixture: Mixture, flat: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of rows with such low log-densities (N,), and their log p(k | x), float64."""
+    """Iterate over blocks of rows whose log-densities (N,) are so low, with their log p(k | x), float64."""
     check_range(mixture, values, flat)
     far = _far(mixture, values).nonzero()[:, 0]
     with torch.no_grad():
@@ -133,7 +133,7 @@ def _far_rows(mixture: Mixture, flat: Tensor, values: Tensor) -> Iterator[tuple[
 
 
 def _log_posterior(mixture: Mixture, values: Tensor, x: Tensor) -> Tensor:
-    """log p(k | x) (*S, *B, K) from points and their log p(x, k), accurate also far from all components."""
+    """Compute log p(k | x) (*S, *B, K) of points and their log p(x, k), accurate also far from all components."""
     posterior = torch.log_softmax(values, -1)
     if not posterior.numel() or not concrete(posterior):
         return posterior
@@ -149,10 +149,10 @@ def _log_posterior(mixture: Mixture, values: Tensor, x: Tensor) -> Tensor:
 
 
 def _log_odds(mixture: Mixture, x: Tensor, best: Tensor) -> Tensor:
-    r"""log p(x, k) - log p(x, j) (n, *B, K) of points (n, *B, D) and the components j = best (n, *B), float64.
+    r"""Compute log p(x, k) - log p(x, j) (n, *B, K), float64, of points (n, *B, D) and the components j = best (n, *B).
 
-    The difference is computed without subtracting the squares: with :math:`y_k = U_k^\top (x - \mu_k)` and
-    :math:`\delta = y_j - y_k = (U_j - U_k)^\top (x - \mu_j) + U_k^\top (\mu_k - \mu_j)` it is
+    The squared distances are not subtracted from each other: with :math:`y_k = U_k^\top (x - \mu_k)` and
+    :math:`\delta = y_j - y_k = (U_j - U_k)^\top (x - \mu_j) + U_k^\top (\mu_k - \mu_j)`, half their difference is
 
     .. math:: \tfrac12 (|y_j|^2 - |y_k|^2) = \delta^\top (y_j - \delta / 2).
     """
@@ -168,6 +168,6 @@ def _log_odds(mixture: Mixture, x: Tensor, best: Tensor) -> Tensor:
     z = x.double().unsqueeze(-2) - chosen(means)
     shift = factor.whiten(means - chosen(means))
     y, delta = factor.times(chosen(U), z), factor.times(chosen(U) - U, z) + shift
-    # A sum of products that overflow may be NaN; the component is then infinitely less probable.
+    # A sum of overflowing products can be NaN; the log-odds are then -inf.
     differences = (delta * (y - 0.5 * delta)).sum(-1)
     return offsets - chosen(offsets) + differences.masked_fill(differences.isnan(), -math.inf)

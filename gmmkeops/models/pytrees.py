@@ -1,7 +1,4 @@
-"""Registration of mixtures and factors as pytrees (containers of tensors).
-
-With it, ``torch.export`` can return the mixture of a :class:`~gmmkeops.GMM`, and ``torch.func`` can map over mixtures.
-"""
+"""Registration of mixtures and factors as pytrees (containers of tensors), for ``torch.export`` and ``torch.func``."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ __all__: list[str] = []
 
 
 def _mixture_parts(mixture: Mixture) -> tuple[list[Any], list[Any]]:
-    """The tensors of a mixture, and its constants."""
+    """Return the tensors of a mixture, and its constants."""
     return [mixture.logits, mixture.means, mixture.factor], [mixture.columns, vars(mixture).get("_validate_args")]
 
 
@@ -34,12 +31,12 @@ def _mixture(parts: Iterable[Any], constants: list[Any]) -> Mixture:
 
 
 def _factor_parts(factor: Factor) -> tuple[list[Any], list[Any]]:
-    """The tensors of a factor, and its constants."""
+    """Return the tensors of a factor, and its constants."""
     return list(factor.tensors.values()), [list(factor.tensors), factor.features]
 
 
 def _factor_of(kind: type[Factor]) -> Callable[[Iterable[Any], list[Any]], Factor]:
-    """The function that creates a factor of a family from its parts, without checks."""
+    """Return a function that creates a factor of a family from its parts, without checks."""
 
     def factor(parts: Iterable[Any], constants: list[Any]) -> Factor:
         made, (names, features) = object.__new__(kind), constants

@@ -1,9 +1,9 @@
-r"""Distribution function and quantiles of mixtures in one dimension, from the logarithm of the smaller tail probability.
+r"""Distribution function and quantiles of mixtures in one dimension.
 
 .. math:: F(x) = \sum_k W_k\, \Phi\bigl((x - \mu_k) / \sigma_k\bigr), \qquad \log F(x) = \log q \text{ or }
           \log (1 - F(x)) = \log (1 - q) \text{ where } q > \tfrac12
 
-The logarithm is accurate for probabilities near zero. For probabilities near one, the mixture is reflected at zero.
+Quantiles are computed from the logarithm of the smaller tail probability, which is accurate also near zero and one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["cdf", "icdf", "quantile", "quantiles"]
 
-# Every third step halves a bracket, and after 2200 halvings any two float64 numbers are neighbors.
+# Every third step halves the bracket, and 2200 halvings reduce any interval of float64 to two adjacent numbers.
 _STEPS = 3 * 2200
 
-# Smallest slope that derivatives divide by; its square does not underflow.
+# Lower bound of the slope in the divisions; its square does not underflow.
 _LEAST_SLOPE = 1e-150
 
 
 def cdf(mixture: Mixture, value: Any) -> Tensor:
-    """Cumulative distribution function of a mixture in one dimension.
+    """Compute the cumulative distribution function of a mixture in one dimension.
 
     Args:
         value: Points (*S, 1), or (*S, *B, 1) for a batch of mixtures; data units.
@@ -40,7 +40,7 @@ def cdf(mixture: Mixture, value: Any) -> Tensor:
         Probabilities (*S, *B) in [0, 1], differentiable in points and parameters.
 
     Raises:
-        ValueError: The mixture has more than one column; take a :meth:`marginal`.
+        ValueError: The mixture has more than one column; use :meth:`marginal` first.
 
     Example:
         >>> import gmmkeops as gk
@@ -58,10 +58,10 @@ def cdf(mixture: Mixture, value: Any) -> Tensor:
 
 
 def quantile(mixture: Mixture, q: Any) -> Tensor:
-    """Quantiles of a mixture in one dimension, computed in float64; not differentiable (see :meth:`icdf`).
+    """Compute quantiles of a mixture in one dimension, in float64; not differentiable (see :meth:`icdf`).
 
     Args:
-        q: Probabilities in (0, 1): (*S), the same for all mixtures of a batch.
+        q: Probabilities (*S) in (0, 1), used for all mixtures of a batch.
 
     Returns:
         (*S, *B), data units, in the dtype of the means.
@@ -77,26 +77,26 @@ def quantile(mixture: Mixture, q: Any) -> Tensor:
     """
     q = as_tensor(q, name="q").to(mixture.means)
     if not bool(((q > 0) & (q < 1)).all()):
-        raise ValueError("q must lie inside (0, 1); use icdf for probabilities of 0 and 1.")
+        raise ValueError("q must be greater than 0 and less than 1; use icdf for probabilities of 0 and 1.")
     q = q.reshape((*q.shape, *[1] * len(mixture.batch_shape)))
     return _of_mixture(mixture, q.detach()).detach().to(q.dtype)
 
 
 def icdf(mixture: Mixture, value: Any) -> Tensor:
-    """Inverse cumulative distribution function (quantiles) of a mixture in one dimension.
+    """Compute the inverse cumulative distribution function (quantiles) of a mixture in one dimension.
 
-    The quantiles are computed in float64, also far in the tails, and rounded to the dtype of the result.
+    The quantiles are computed in float64 and rounded to the dtype of the result.
 
     Args:
-        value: Probabilities in [0, 1]: (*S), or (*S, *B) for a batch of mixtures.
+        value: Probabilities in [0, 1], shape (*S), or (*S, *B) for a batch of mixtures.
 
     Returns:
-        Points (*S, *B, 1), data units, with first and second derivatives in probabilities and parameters; -inf for 0, +inf
-        for 1. If values are not checked, those outside of [0, 1] give NaN.
+        Points (*S, *B, 1), data units, twice differentiable in probabilities and parameters; -inf for 0, +inf for 1. Without
+        validation of values, probabilities outside of [0, 1] give NaN.
 
     Raises:
-        ValueError: The mixture has more than one column (take a :meth:`marginal`), a value is not in [0, 1], or the
-            shape does not fit the batch.
+        ValueError: The mixture has more than one column (use :meth:`marginal` first), a value is not in [0, 1], or the
+            shape does not match the batch.
 
     Example:
         >>> import gmmkeops as gk
@@ -106,12 +106,12 @@ def icdf(mixture: Mixture, value: Any) -> Tensor:
     """
     q = recordable(as_tensor(value, name="value", device=mixture.means.device))
     if mixture._validate_args and concrete(q) and not bool(((q >= 0) & (q <= 1)).all()):
-        raise ValueError("value must hold probabilities from 0 to 1 for icdf; pass what cdf returns.")
+        raise ValueError("value must contain probabilities from 0 to 1 for icdf; pass values such as cdf returns.")
     return _of_mixture(mixture, q).unsqueeze(-1).to(torch.promote_types(q.dtype, mixture.means.dtype))
 
 
 def _of_mixture(mixture: Mixture, probabilities: Tensor) -> Tensor:
-    """Quantiles (*S, *B) of a mixture in one dimension, float64."""
+    """Compute quantiles (*S, *B) of a mixture in one dimension, float64."""
     _check_one_column(mixture)
     precisions = mixture.factor.log_determinant().double().exp()
     probabilities = broadcast(mixture, probabilities, probabilities, "probabilities")
@@ -121,12 +121,12 @@ def _of_mixture(mixture: Mixture, probabilities: Tensor) -> Tensor:
 def _check_one_column(mixture: Mixture) -> None:
     if mixture.n_features > 1:
         raise ValueError(
-            f"a distribution function needs a mixture with one column, got {mixture.n_features} columns; take a marginal first."
+            f"distribution functions need a mixture with one column, got {mixture.n_features} columns; use marginal(d) first."
         )
 
 
 def quantiles(log_weights: Tensor, means: Tensor, precisions: Tensor, probabilities: Tensor) -> Tensor:
-    """Quantiles (*S) of mixtures, float64, with first and second derivatives in all arguments.
+    """Compute quantiles (*S) of mixtures, float64, with first and second derivatives in all arguments.
 
     Args:
         log_weights: log W (*S, K), nats.
@@ -146,7 +146,7 @@ def quantiles(log_weights: Tensor, means: Tensor, precisions: Tensor, probabilit
     arguments = (log_weights.double(), sign.unsqueeze(-1) * means.double(), precisions.double())
     with torch.no_grad():
         x = _solve(*arguments, tail)
-    # Newton steps of length zero give the derivatives: one step those of first order, two steps also those of second order.
+    # A Newton step at the solution has length zero but carries derivatives: one step gives first, two give second derivatives.
     for _ in range(2 if torch.is_grad_enabled() else 0):
         value, slope = _log_tail(*arguments, x)
         residual = tail.log() - value
@@ -157,8 +157,8 @@ def quantiles(log_weights: Tensor, means: Tensor, precisions: Tensor, probabilit
 
 
 def _solve(log_weights: Tensor, means: Tensor, precisions: Tensor, tail: Tensor) -> Tensor:
-    """Quantiles (*S) at lower tail probabilities (*S) of at most 1/2, by Newton steps within a bracket."""
-    # A mixture's quantile lies between the smallest and the largest of its components'; the margins are for rounding.
+    """Compute quantiles (*S) at lower tail probabilities (*S) of at most 1/2, by Newton's method within a bracket."""
+    # The quantile of a mixture is between the smallest and the largest of its components. The margins allow for rounding.
     z = torch.special.ndtri(tail).unsqueeze(-1)
     each = means + z / precisions
     margin = 1e-6 * (1 + z.abs()) / precisions + 1e-12 * means.abs()
@@ -182,8 +182,8 @@ def _solve(log_weights: Tensor, means: Tensor, precisions: Tensor, tail: Tensor)
 
 
 def _log_tail(log_weights: Tensor, means: Tensor, precisions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """log F (*S) at points (*S), nats, and its derivative in the points (*S), 1 / data units."""
-    # Beyond 1e6 standard deviations probabilities underflow, and torch's derivative of log_ndtr is infinite far out.
+    """Compute log F (*S), nats, and its derivative (*S), 1 / data units, at points (*S)."""
+    # Beyond 1e6 standard deviations probabilities underflow, and torch's derivative of log_ndtr may be infinite.
     z = ((x.unsqueeze(-1) - means) * precisions).clamp(-1e6, 1e6)
     value = torch.logsumexp(log_weights + torch.special.log_ndtr(z), -1)
     density = torch.logsumexp(log_weights + precisions.log() - 0.5 * z.square(), -1) - 0.5 * math.log(2 * math.pi)

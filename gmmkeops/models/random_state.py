@@ -1,4 +1,4 @@
-"""Random number generators of torch from the ``random_state`` of scikit-learn."""
+"""Conversion of scikit-learn's ``random_state`` to random number generators of torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def generator_of(random_state: Any, device: torch.device, call: int = 0) -> torc
     """Create a generator from a ``random_state`` as in scikit-learn.
 
     Args:
-        random_state: None (a fixed seed plus the number of the ``call``), an int, or a numpy ``RandomState`` or ``Generator``.
+        random_state: None (a fixed seed plus ``call``), an int, or a numpy ``RandomState`` or ``Generator``.
         device: Device of the random numbers.
-        call: Number of the call, with which successive calls without a ``random_state`` differ.
+        call: Number of the call, so that successive calls with ``random_state=None`` differ.
 
     Raises:
-        TypeError: ``random_state`` is none of these.
+        TypeError: ``random_state`` has another type.
     """
     if random_state is None:
         return as_generator(DEFAULT_SEED + call, device)

@@ -1,4 +1,4 @@
-"""Radii of Gaussian draws between two Mahalanobis distances, accurate also far in the tail."""
+"""Radii of Gaussian draws between two Mahalanobis distances."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["radii", "shell"]
 
 
 def shell(confidence: float | None, std_range: tuple[float, float] | None, features: int) -> tuple[float, float]:
-    """Smallest and largest radius of a region, in standard deviations.
+    """Return the smallest and the largest radius of a region, in standard deviations.
 
     Args:
-        confidence: Probability of the ellipsoid that contains the region, or None.
-        std_range: Pair of radii, or None.
+        confidence: Probability of a component within the ellipsoid that bounds the region, or None.
+        std_range: Smallest and largest radius, or None.
         features: Number of columns D.
 
     Raises:
@@ -38,20 +38,20 @@ def shell(confidence: float | None, std_range: tuple[float, float] | None, featu
         outside = torch.tensor([[1 - float(confidence)]], dtype=torch.float64)
         high = min(high, float(radii(outside, 0.0, math.inf, features)) if confidence < 1 else math.inf)
         if not low < high:
-            raise ValueError(f"confidence={confidence} ends at {high:.4g} standard deviations, below {low:.4g}.")
+            raise ValueError(f"confidence={confidence} is {high:.4g} standard deviations, expected above {low:.4g}.")
     return low, high
 
 
 def radii(tail: Tensor, low: float, high: float, features: int) -> Tensor:
-    """Quantiles of the chi distribution with D degrees of freedom, truncated to [low, high], from the upper end.
+    """Compute quantiles of the chi distribution with D degrees of freedom, truncated to [low, high].
 
     Args:
-        tail: Probabilities (n, 1), float64, of a radius above the quantile.
+        tail: Probabilities (n, 1), float64, of a radius greater than the quantile.
         low, high: Bounds in standard deviations; ``high`` may be infinite.
         features: Number of columns D.
 
     Returns:
-        (n, 1), standard deviations, by bisection on the upper tail, which is accurate also far out.
+        (n, 1), standard deviations, computed by bisection on the upper tail probability, which is accurate also in the tail.
 
     Raises:
         ValueError: The region contains less probability than float64 can represent.
@@ -68,7 +68,7 @@ def radii(tail: Tensor, low: float, high: float, features: int) -> Tensor:
     if not float((top - bottom).min()) > 1e-290:
         raise ValueError(
             f"the region between {low:g} and {high:g} standard deviations contains less probability than float64 can represent; "
-            "pass a region nearer to the mean."
+            "pass a region closer to the mean."
         )
     target = bottom + tail * (top - bottom)
     for _ in range(80):

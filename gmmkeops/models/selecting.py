@@ -1,4 +1,4 @@
-"""Components of one mixture, and entries of a batch of mixtures, by an index."""
+"""Selection of components of one mixture, or of entries of a batch of mixtures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["indexed", "select"]
 
 
 def select(mixture: Mixture, index: Tensor) -> Mixture:
-    """The mixture of some components, with their weights normalized. If none of them has weight, they get equal weights.
+    """Return the mixture of some components, with normalized weights; equal weights if all of them are zero.
 
     Args:
         index: Indices of components, or a Boolean mask (K,).
@@ -34,7 +34,7 @@ def select(mixture: Mixture, index: Tensor) -> Mixture:
 
 
 def indexed(mixture: Mixture, index: Any) -> Mixture:
-    """Components of one mixture, or entries of a batch of mixtures; see ``Mixture.__getitem__``."""
+    """Return components of one mixture, or entries of a batch of mixtures; see ``Mixture.__getitem__``."""
     batch = tuple(mixture.batch_shape)
     size = f"a batch of shape {batch}" if batch else f"{mixture.n_components} components"
     shape = batch or (mixture.n_components,)
@@ -42,12 +42,12 @@ def indexed(mixture: Mixture, index: Any) -> Mixture:
     try:
         places = torch.arange(math.prod(shape), device=mixture.means.device).view(shape)[index]
     except IndexError:
-        raise IndexError(f"index {index} does not fit a mixture of {size}; pass a smaller index.") from None
+        raise IndexError(f"index {index} is out of range for {size}; pass a smaller index.") from None
     except TypeError:
         raise TypeError(f"a mixture is indexed by ints, slices, lists or masks, got {type(index).__name__}.") from None
     if not batch:
         if places.ndim > 1 or not places.numel():
-            raise IndexError(f"index {index} selects no list of components of the {size}; pass a list of some of them.")
+            raise IndexError(f"index {index} must select one or more of the {size}; pass a list of component indices.")
         return select(mixture, places.reshape(-1))
     last = len(batch) - 1
     tensors = {name: tensor.flatten(0, last)[places] for name, tensor in mixture.factor.tensors.items()}

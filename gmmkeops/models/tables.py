@@ -1,4 +1,4 @@
-"""Small HTML tables, with which notebooks show mixtures and results."""
+"""HTML tables of mixtures and results for notebooks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 __all__ = ["html_table", "mixture_table"]
 
-# Largest number of components, and of columns, that the table of a mixture shows.
+# Maximum numbers of components and of columns in the table of a mixture.
 _COMPONENTS, _COLUMNS = 10, 8
 
 
 def html_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> str:
-    """A table as HTML.
+    """Format a table as HTML.
 
     Args:
-        caption: One line above the table.
+        caption: Caption, one line.
         header: Names of the columns.
-        rows: Cells of each row.
-        bold: Number of a row that is set in bold, or None.
+        rows: Texts of the cells, row by row.
+        bold: Index of a row that is printed in bold, or None.
     """
 
     def line(cells: Sequence[str], tag: str) -> str:
@@ -35,7 +35,7 @@ def html_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def mixture_table(mixture: Mixture) -> str:
-    """Weights, means and standard deviations of the components with the largest weights, as HTML.
+    """Format weights, means and standard deviations of the components with the largest weights as an HTML table.
 
     A batch of mixtures is shown by its one-line representation.
     """
@@ -44,7 +44,7 @@ def mixture_table(mixture: Mixture) -> str:
     K, D = mixture.n_components, mixture.n_features
     with torch.no_grad():
         weights = mixture.weights.double()
-        # In the order of the mixture; components of equal weight count from the first one.
+        # The selected components stay in the order of the mixture; among equal weights, the first ones are selected.
         shown = weights.sort(descending=True, stable=True).indices[:_COMPONENTS].sort().values
         means = mixture.means[shown].double()
         factor = mixture.factor.select(shown)

@@ -1,6 +1,6 @@
-"""Pictures of mixtures and fits: densities, covariance ellipses, objectives.
+"""Plots of mixtures and fits with matplotlib: densities, covariance ellipses, objectives.
 
-Every function draws into ``ax`` (by default the current axes) and returns the artists. No matplotlib default is changed.
+Every function draws into ``ax`` (by default the current axes) and returns the artists. Matplotlib's defaults are not changed.
 """
 
 from gmmkeops.plotting.densities import density, ellipses, pairs, points

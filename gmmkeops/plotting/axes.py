@@ -1,4 +1,4 @@
-"""Matplotlib axes and the part of the plane that a picture shows."""
+"""Matplotlib axes, and the extent of a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["bounds", "current_axes", "mixture_of", "sides"]
 
 
 def current_axes(ax: Any) -> Any:
-    """The given axes, or the current axes of matplotlib."""
+    """Return the given axes, or the current axes of matplotlib."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -21,10 +21,10 @@ def current_axes(ax: Any) -> Any:
 
 
 def mixture_of(value: Any) -> Mixture:
-    """The mixture that a picture shows: the value itself, or that of a fitted estimator or of the result of a fit.
+    """Return the mixture to plot: the value itself, or that of a fitted estimator or of the result of a fit.
 
     Raises:
-        TypeError, ValueError: There is no mixture, or it is a batch.
+        TypeError, ValueError: The value has no mixture, or a batch of mixtures.
     """
     for name in ("mixture_", "mixture"):
         if not isinstance(value, Mixture) and hasattr(value, name):
@@ -33,7 +33,7 @@ def mixture_of(value: Any) -> Mixture:
 
 
 def sides(extent: Any) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of an extent.
+    """Validate an extent; return its left, right, bottom and top sides.
 
     Raises:
         ValueError: The extent is empty, or not four numbers.
@@ -47,7 +47,7 @@ def sides(extent: Any) -> tuple[float, float, float, float]:
 
 
 def bounds(mixture: Mixture) -> tuple[list[float], list[float]]:
-    """Lowest and highest coordinates (D,) within three standard deviations of the means of components above weight 0.001."""
+    """Return the smallest and largest coordinates (D,) within three standard deviations of components above weight 0.001."""
     means = mixture.means.detach()
     deviation = mixture.factor.covariances().detach().diagonal(dim1=-2, dim2=-1).sqrt()
     heavy = mixture.weights.detach() > 1e-3

@@ -1,7 +1,7 @@
-r"""Pictures in the plane: densities, covariance ellipses, points, and all pairs of columns.
+r"""Two-dimensional plots: densities, covariance ellipses, points, and all pairs of columns.
 
-An ellipse at r standard deviations is :math:`\{\mu + r L u : |u| = 1\}` with :math:`\Sigma = L L^\top`; in two dimensions
-it holds :math:`1 - e^{-r^2/2}` of the probability of its component.
+An ellipse at r standard deviations is :math:`\{\mu + r L u : |u| = 1\}` with :math:`\Sigma = L L^\top`. In two dimensions
+it contains the fraction :math:`1 - e^{-r^2/2}` of the probability of its component.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["density", "ellipses", "pairs", "points"]
 
 
 def _in_the_plane(value: Any) -> Mixture:
-    """The mixture in two dimensions that a picture shows."""
+    """Return the mixture to plot, which must have two dimensions."""
     mixture = mixture_of(value)
     if mixture.n_features != 2:
-        raise ValueError(f"this picture needs one mixture in 2 dimensions, got {mixture}; plot a marginal of it.")
+        raise ValueError(f"this plot needs one mixture in 2 dimensions, got {mixture}; plot a marginal of it.")
     return mixture
 
 
@@ -41,15 +41,15 @@ def density(
     log: bool = False,
     cmap: str = "Blues",
 ) -> dict[str, Any]:
-    """Heat map of a two-dimensional density under contours of its logarithm.
+    """Plot a two-dimensional density as a heat map with contours of its logarithm.
 
     Args:
         mixture: One mixture in two dimensions, or a fitted estimator of one.
         ax: Matplotlib axes; None for the current axes.
         extent: (left, right, bottom, top), data units; by default three standard deviations around all components.
-        resolution: Pixels along each side.
-        levels: Number of contours of the log-density; 0 draws none.
-        log: Color by log-density instead of density.
+        resolution: Number of pixels along each side.
+        levels: Number of contours of the log-density; 0 for no contours.
+        log: Whether colors show the log-density instead of the density.
         cmap: Matplotlib color map.
 
     Returns:
@@ -73,7 +73,7 @@ def density(
         extent = low[0], high[0], low[1], high[1]
     left, right, bottom, top = sides(extent)
     resolution, levels = as_integer(resolution, "resolution", 1), as_integer(levels, "levels", 0)
-    # Pixel centers, so that the image and the contours agree.
+    # The density is evaluated at pixel centers, so that the image and the contours match.
     step = (np.arange(resolution) + 0.5) / resolution
     u, v = left + (right - left) * step, bottom + (top - bottom) * step
     grid = torch.from_numpy(np.stack(np.meshgrid(u, v), -1)).to(mixture.means.device)
@@ -89,7 +89,7 @@ def density(
     )
     contours = None
     if levels:
-        # Further out the log-density falls like a parabola, and its contours would be dense.
+        # The log-density decreases quadratically at larger distances, where contours would be too dense.
         low, high = max(values.min(), values.max() - 20.0), values.max()
         if high > low:
             contours = ax.contour(
@@ -107,7 +107,7 @@ def ellipses(
     color: Any = "#d95f02",
     **style: Any,
 ) -> list[Any]:
-    """One ellipse per component at a given number of standard deviations; ellipses of small weights are fainter.
+    """Plot one covariance ellipse per component; ellipses of small weights are fainter.
 
     Args:
         mixture: One mixture in two dimensions, or a fitted estimator of one.
@@ -115,7 +115,7 @@ def ellipses(
         deviations: Radius of the ellipses, standard deviations.
         minimum_weight: Smallest weight of a component that is drawn.
         color: Edge color.
-        **style: Passed on to :class:`matplotlib.patches.Ellipse`.
+        **style: Further arguments of :class:`matplotlib.patches.Ellipse`.
 
     Returns:
         The ellipses.
@@ -150,17 +150,17 @@ def ellipses(
 
 
 def points(x: Any, *, ax: Axes | None = None, limit: int = 20_000, color: Any = "k", **style: Any) -> Any:
-    """Scatter plot of two-dimensional points, of which at most ``limit`` are drawn.
+    """Plot at most ``limit`` two-dimensional points as a scatter plot.
 
-    The rows are divided into ``limit`` equal ranges, and one row of each is drawn, the same at each call. Dots are
-    smaller if there are more of them.
+    More than ``limit`` points are divided into ``limit`` equal ranges, and one point of each range is drawn, the same in
+    every call. The size of the dots decreases with their number.
 
     Args:
         x: Points (N, 2), data units.
         ax: Matplotlib axes; None for the current axes.
-        limit: Largest number of points that are drawn.
+        limit: Maximum number of points that are drawn.
         color: Color of the dots, one for all or one per point.
-        **style: Passed on to :meth:`matplotlib.axes.Axes.scatter`.
+        **style: Further arguments of :meth:`matplotlib.axes.Axes.scatter`.
 
     Returns:
         The collection of dots.
@@ -192,14 +192,14 @@ def pairs(
     limit: int = 5000,
     deviations: float = 2.0,
 ) -> Any:
-    """Matrix of plots: marginal densities of the columns on the diagonal, ellipses (and points) of their pairs below it.
+    """Plot marginal densities of all columns on the diagonal, and ellipses (and points) of pairs of columns below it.
 
     Args:
         mixture: One mixture in at least two dimensions, or a fitted estimator of one.
-        x: Points (N, D) that are also drawn, data units; None for none.
+        x: Points (N, D) that are also drawn, data units; or None.
         names: Labels of the columns, with their units.
-        axes: A D x D array of axes; None for a new figure.
-        limit: Largest number of points in a panel.
+        axes: Array (D, D) of axes; None for a new figure.
+        limit: Maximum number of points in a panel.
         deviations: Radius of the ellipses, standard deviations.
 
     Returns:
@@ -218,7 +218,9 @@ def pairs(
     mixture = mixture_of(mixture)
     D = mixture.n_features
     if D < 2:
-        raise ValueError(f"pairs needs one mixture in at least 2 dimensions, got {mixture}.")
+        raise ValueError(
+            f"pairs needs one mixture in at least 2 dimensions, got {mixture}; use density for a marginal."
+        )
     limit, deviations = as_integer(limit, "limit", 1), as_number(deviations, "deviations", 0, above=True)
     if names is not None and (isinstance(names, str) or not hasattr(names, "__len__") or len(names) != D):
         raise ValueError(f"names must be a list of {D} names, one per column, got {names!r}.")

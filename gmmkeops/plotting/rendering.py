@@ -9,7 +9,7 @@ import numpy as np
 
 __all__ = ["by_height", "camera", "rendered", "surfaces"]
 
-# Number of bands and of sectors of the mesh of an ellipsoid.
+# Numbers of latitude bands and longitude sectors of the mesh of an ellipsoid.
 _BANDS, _SECTORS = 8, 16
 
 # Direction of the light (from the left, from above, from the viewer), and the fraction of ambient light.
@@ -17,7 +17,7 @@ _LIGHT, _AMBIENT = np.array([-0.45, 0.55, 0.70]), 0.35
 
 
 def surfaces(means: np.ndarray, scales: np.ndarray, R: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices (K, V, 3) of ellipsoids of ``radius`` standard deviations, and vertex indices of their triangles (T, 3)."""
+    """Return vertices (K, V, 3) of ellipsoids of ``radius`` standard deviations, and vertex indices of triangles (T, 3)."""
     bands, sectors = np.linspace(0, np.pi, _BANDS + 1), np.linspace(0, 2 * np.pi, _SECTORS, endpoint=False)
     theta, phi = (grid.ravel() for grid in np.meshgrid(bands, sectors, indexing="ij"))
     sphere = np.stack([np.sin(theta) * np.cos(phi), np.sin(theta) * np.sin(phi), np.cos(theta)], 1)
@@ -25,12 +25,12 @@ def surfaces(means: np.ndarray, scales: np.ndarray, R: np.ndarray, radius: float
     band, sector = (grid.ravel() for grid in np.meshgrid(np.arange(_BANDS), np.arange(_SECTORS), indexing="ij"))
     a, b = band * _SECTORS + sector, band * _SECTORS + (sector + 1) % _SECTORS
     upper, lower = np.stack([a, a + _SECTORS, b], 1), np.stack([b, a + _SECTORS, b + _SECTORS], 1)
-    # At each pole one of the two triangles has no area.
+    # At the poles, one of the two triangles of a cell is degenerate.
     return vertices, np.concatenate([upper[band > 0], lower[band < _BANDS - 1]])
 
 
 def camera(azimuth: float, elevation: float) -> np.ndarray:
-    """Rotation (3, 3) to the axes of a view: to the right, up and towards the viewer; angles in degrees."""
+    """Return the rotation (3, 3) to the axes of a view (right, up, towards the viewer) from angles in degrees."""
     a, e = np.deg2rad([azimuth, elevation])
     return np.array(
         [
@@ -44,13 +44,13 @@ def camera(azimuth: float, elevation: float) -> np.ndarray:
 def rendered(
     means: np.ndarray, covariances: np.ndarray, colors: np.ndarray, radius: float, extent: tuple[float, ...], rows: int
 ) -> np.ndarray:
-    r"""Render shaded ellipsoids to an RGBA image (rows, columns, 4), the nearest in front; it is transparent elsewhere.
+    r"""Render shaded ellipsoids to an RGBA image (rows, columns, 4) with a transparent background.
 
-    At position (u, v) of the view the surface of an ellipsoid of :math:`r` standard deviations is at the depth
+    At position (u, v) of the view, the surface of an ellipsoid of :math:`r` standard deviations has the depth
 
     .. math:: E[w \mid u, v] + \sqrt{\operatorname{var}(w \mid u, v)\, (r^2 - d^2(u, v))},
 
-    where d is the Mahalanobis distance of (u, v), which must be below r.
+    where d < r is the Mahalanobis distance of (u, v).
 
     Args:
         means: Means (K, 3) in the axes of the view: to the right, up and towards the viewer.
@@ -88,7 +88,7 @@ def rendered(
 
 
 def by_height(means: np.ndarray) -> np.ndarray:
-    """Colors (K, 3) from 0 to 1 by the third coordinate, in a color map that color-blind readers can distinguish."""
+    """Return colors (K, 3) from 0 to 1 by the third coordinate, from a color map suitable for color-blind readers."""
     import matplotlib
 
     low, high = np.quantile(means[:, 2], [0.02, 0.98])

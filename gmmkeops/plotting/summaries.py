@@ -1,4 +1,4 @@
-"""Curves that summarize fits: the objective against iterations, and criteria against numbers of components."""
+"""Plots of the objective against iterations, and of information criteria against numbers of components."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ __all__ = ["objective", "selection"]
 
 
 def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iteration", **style: Any) -> list[Any]:
-    """Learning curve of a fit: objective in nats per point, against iterations or seconds.
+    """Plot the objective of a fit, nats per point, against iterations or seconds.
 
     Args:
         result: Result of :func:`gmmkeops.fit`.
         ax: Matplotlib axes; None for the current axes.
         against: Horizontal axis: ``"iteration"`` or ``"seconds"``.
-        **style: Passed on to :meth:`matplotlib.axes.Axes.plot`.
+        **style: Further arguments of :meth:`matplotlib.axes.Axes.plot`.
 
     Returns:
         The lines.
 
     Raises:
-        ValueError: ``against`` is neither.
+        ValueError: ``against`` is neither ``"iteration"`` nor ``"seconds"``.
 
     Example:
         >>> import matplotlib, torch, gmmkeops as gk
@@ -41,7 +41,7 @@ def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iter
     if not isinstance(against, str) or against not in ("iteration", "seconds"):
         raise ValueError(f"against must be 'iteration' or 'seconds', got {against!r}.")
     if not isinstance(result, FitResult):
-        raise TypeError(f"result must be a FitResult, got {type(result).__name__}; pass what gmmkeops.fit returned.")
+        raise TypeError(f"result must be a FitResult, got {type(result).__name__}; pass the result of gmmkeops.fit.")
     ax = current_axes(ax)
     values = result.history["objective"]
     lines = ax.plot(range(len(values)) if against == "iteration" else result.history["seconds"], values, **style)
@@ -51,20 +51,20 @@ def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iter
 
 
 def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None = None, **style: Any) -> list[Any]:
-    """Information criterion against the number of components: one line per covariance type, and a circle at the best model.
+    """Plot an information criterion against the number of components, one line per covariance type.
 
     Args:
         table: Result of :func:`gmmkeops.analysis.select`.
         ax: Matplotlib axes; None for the current axes.
         criterion: "bic", "aic" or "icl"; by default the criterion of the table.
-        **style: Passed on to :meth:`matplotlib.axes.Axes.plot`.
+        **style: Further arguments of :meth:`matplotlib.axes.Axes.plot`.
 
     Returns:
-        The lines, then the circle.
+        The lines, and the circle around the best model.
 
     Raises:
         TypeError: ``table`` is not a Selection.
-        ValueError: The criterion is none of these.
+        ValueError: The criterion is unknown.
 
     Example:
         >>> import matplotlib, torch, gmmkeops as gk
@@ -76,7 +76,7 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
     """
     if not isinstance(table, Selection):
         raise TypeError(
-            f"table must be a Selection, got {type(table).__name__}; pass what gmmkeops.analysis.select returned."
+            f"table must be a Selection, got {type(table).__name__}; pass the result of gmmkeops.analysis.select."
         )
     criterion = table.criterion if criterion is None else as_choice(criterion, "criterion", CRITERIA)
     ax = current_axes(ax)

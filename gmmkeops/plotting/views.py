@@ -1,4 +1,4 @@
-"""Views of three-dimensional mixtures as shaded ellipsoids, and the coordinates of points in such a view."""
+"""Three-dimensional mixtures as shaded ellipsoids, and the coordinates of points in such a view."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ellipsoids(
     extent: Sequence[float] | None = None,
     resolution: int = 600,
 ) -> Any:
-    """Shaded ellipsoids of a three-dimensional mixture, one per component, in orthographic projection.
+    """Plot shaded ellipsoids of a three-dimensional mixture, one per component, in orthographic projection.
 
     Both axes are lengths in the plane of the view, data units. :func:`view` gives the coordinates of points in this plane.
 
@@ -41,9 +41,9 @@ def ellipsoids(
         ax: Matplotlib axes; None for the current axes.
         deviations: Radius of the ellipsoids, standard deviations.
         minimum_weight: Smallest weight of a component that is drawn.
-        color: One color, or K colors, one per component; by default a color map of the third coordinate.
+        color: One color, or one color per component; by default a color map of the third coordinate.
         azimuth, elevation: Direction of the viewer, degrees, as in matplotlib's three-dimensional axes.
-        extent: (left, right, bottom, top) in the plane of the view, data units; by default the whole mixture.
+        extent: (left, right, bottom, top) in the plane of the view, data units; by default the extent of the mixture.
         resolution: Height of the image, pixels.
 
     Returns:
@@ -76,19 +76,19 @@ def ellipsoids(
         low, high = (means - reach).min(0).round(12), (means + reach).max(0).round(12)
         extent = low[0], high[0], low[1], high[1]
     extent = sides(extent)
-    # Supersampling by a factor of two makes borders smooth.
+    # Supersampling by a factor of two smooths the edges.
     picture = rendered(means, covariances, colors, deviations, extent, 2 * resolution)
     rows, columns = (size - size % 2 for size in picture.shape[:2])
     picture = picture[:rows, :columns].reshape(rows // 2, 2, columns // 2, 2, 4).mean((1, 3))
     picture[..., :3] /= np.maximum(picture[..., 3:], 1e-12)
     ax = current_axes(ax)
     drawn = ax.imshow(picture, extent=extent, origin="lower", interpolation="bilinear")
-    ax.set(xlabel="across the view", ylabel="up the view")
+    ax.set(xlabel="horizontal", ylabel="vertical")
     return drawn
 
 
 def view(x: Any, *, azimuth: float = -60.0, elevation: float = 35.0) -> Any:
-    """Coordinates of points in the view that :func:`ellipsoids` draws.
+    """Compute the coordinates of points in the view of :func:`ellipsoids`.
 
     Args:
         x: Points (N, 3), data units.

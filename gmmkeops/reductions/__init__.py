@@ -6,7 +6,8 @@ r"""Reductions of the exponents over points or components: log-sum-exps, labels 
     \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
 
 Three engines with the same interface (:mod:`gmmkeops.reductions.protocol`) give equal results: ``native``, the default on CPUs,
-``keops`` and ``dense``. None of them stores an N x K array. The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
+``keops`` and ``dense``. None of them stores an N x K array. The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of
+r:
 
 .. math::
 

@@ -1,9 +1,9 @@
 r"""
-Can one mixture answer in both directions?
-==========================================
+Conditional distributions of a robot arm
+========================================
 
-A regression is fitted for one question. A mixture of all columns answers every question: fix some columns, and what is left is a
-mixture again, with exact weights, means and covariances,
+Can one model predict outputs from inputs and inputs from outputs? A regression predicts in one direction only. A mixture of all
+columns predicts in every direction: the conditional distribution of some columns given the others is a mixture in closed form,
 
 .. math::
 
@@ -11,8 +11,9 @@ mixture again, with exact weights, means and covariances,
           \Sigma_k^{yy} - \Sigma_k^{yx} (\Sigma_k^{xx})^{-1} \Sigma_k^{xy}\bigr), \\
     W_k(x) &\propto W_k\, \mathcal N(x; \mu_k^x, \Sigma_k^{xx}).
 
-Here a robot's arm of two links: where is the hand at these angles, and which angles bring the hand there? The second question
-has two answers, elbow up and elbow down, and their average is none.
+The example is a robot arm with two links. The forward problem is to predict the position of the hand from the angles of the
+joints, and the inverse problem is to find the angles for a position. The inverse problem has two solutions (elbow up and elbow
+down), and their average is not a solution.
 """
 
 import matplotlib.pyplot as plt
@@ -22,13 +23,13 @@ import torch
 import gmmkeops as gk
 
 # %%
-# Forty thousand poses: two angles in degrees, and where a camera that is exact to 5 mm sees the hand, in metres.
+# The data are 40 000 poses: two angles in degrees, and the position of the hand in meters, measured with an error of 5 mm.
 
 LINKS = 0.5, 0.4
 
 
 def joints(angles):
-    """Elbow and hand (N, 2) of poses (N, 2)."""
+    """Return the positions of elbow and hand, each (N, 2), for poses (N, 2)."""
     shoulder, elbow = np.deg2rad(angles).T
     first = LINKS[0] * np.stack([np.cos(shoulder), np.sin(shoulder)], 1)
     return first, first + LINKS[1] * np.stack([np.cos(shoulder + elbow), np.sin(shoulder + elbow)], 1)
@@ -40,7 +41,7 @@ hands = joints(angles)[1] + 0.005 * rng.normal(size=angles.shape)
 poses = np.concatenate([angles, hands], 1)
 
 # %%
-# One fit, of all four columns together.
+# One mixture is fitted to all four columns.
 
 start = gk.initialize(poses, 150, generator=torch.Generator().manual_seed(0))
 result = gk.fit(start, poses, gk.EM(tol=1e-4), max_iter=200)
@@ -48,8 +49,8 @@ print("arm:", result)
 mixture = result.mixture
 
 # %%
-# Forward: condition on the angles and take the mean. Backward: condition on the hand, and take the most probable component's
-# mean; or, as a least-squares regression would, the mean of all answers.
+# The forward prediction is the mean given the angles. The inverse prediction, given the position of the hand, is the mean of
+# the most probable component or, as in least-squares regression, the conditional mean.
 
 new = rng.uniform([10, -140], [170, 140], (2000, 2))
 hand = joints(new)[1]
@@ -68,7 +69,7 @@ print(
 )
 
 # %%
-# One target: the angles that bring the hand to its x, at any height, are a curve; those that bring it there, two places on it.
+# The angles that lead to the x coordinate of one target form a curve (left). Two points of it also lead to its y coordinate.
 
 target = [0.35, 0.55]
 curve = mixture.condition(2, target[:1]).marginal([0, 1])
@@ -80,7 +81,7 @@ gk.plotting.density(curve, ax=left, extent=(0, 180, -150, 150), levels=0, resolu
 for pose, style, name in (
     (both.means[up].numpy(), "C0o-", f"elbow one way, {float(both.weights[both.means[:, 1] > 0].sum()):.0%}"),
     (both.means[down].numpy(), "C2s-", f"elbow the other way, {float(both.weights[both.means[:, 1] < 0].sum()):.0%}"),
-    (both.mean.numpy(), "C1X--", "mean of all answers"),
+    (both.mean.numpy(), "C1X--", "conditional mean"),
 ):
     elbow, end = joints(pose[None])
     left.plot(*pose, style, ms=9, label=name)
@@ -89,10 +90,10 @@ left.set(xlabel="shoulder (degrees)", ylabel="elbow (degrees)", title="angles th
 right.plot(*target, "o", mfc="none", mec="k", ms=18, mew=1.5)
 right.plot(*hands[::40].T, ".", ms=1, color="0.7", zorder=0)
 right.axvline(target[0], color="0.7", lw=0.8, zorder=0)
-right.set(aspect="equal", xlabel="x (m)", ylabel="y (m)", title="the arm, its target, and where its hand can be")
+right.set(aspect="equal", xlabel="x (m)", ylabel="y (m)", title="the arm, its target, and the reachable positions")
 right.legend(loc="lower left")
 plt.show()
 
 # %%
-# The same mixture that predicts the hand from the angles finds angles for a hand, both kinds of them, with their probabilities
-# and spreads. The average of the two answers, which is what least squares converges to, reaches somewhere else.
+# The same mixture solves the forward and the inverse problem. It returns both solutions of the inverse problem with their
+# probabilities and covariances. The average of the two solutions, to which least squares converges, misses the target.

@@ -1,14 +1,14 @@
 r"""
-What if one input has several answers?
-======================================
+Mixture density networks
+========================
 
-A robot's arm reaches a point with its elbow up or down; a sensor's reading belongs to two temperatures. Least squares answers
-with the average of the answers, which may be none of them. A mixture whose parameters depend on the input,
+How can a regression predict several outputs for one input? In the example, one reading of a sensor corresponds to two
+temperatures. Least squares predicts their average, which may be neither of them. A mixture with parameters that depend on c,
 
 .. math:: p(y \mid c) = \sum_k W_k(c)\, \mathcal N\bigl(y; \mu_k(c), \sigma_k^2(c)\bigr),
 
-answers with all of them, and how likely each is. Two ways to it: a network from c to the parameters (Bishop 1994), trained by
-gradient, and one mixture of both columns, conditioned exactly on the first.
+predicts all of them with their probabilities. Two methods are compared: a neural network that predicts the parameters from c
+(Bishop 1994), and a joint mixture of both columns that is conditioned on the first one in closed form.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 import gmmkeops as gk
 
 # %%
-# Readings c near 1000 with two answers each, in units that no network would choose.
+# The readings c are near 1000, not standardized as networks require. Each reading corresponds to two temperatures.
 
 
 def readings(count, seed):
@@ -33,8 +33,8 @@ c, y = readings(4000, 0)
 new_c, new_y = readings(4000, 1)
 
 # %%
-# The network: ``initialize`` puts its mixtures on the clusters of y and draws its first layer for values like c; ``fit`` trains
-# it on minibatches, in a frame where all columns are of size one.
+# ``initialize`` sets the mixture to the clusters of y and initializes the first layer for the mean and the standard deviation
+# of c. ``fit`` trains the network on minibatches in standardized coordinates.
 
 torch.manual_seed(0)
 model = gk.GMM(1, context=1, n_components=4)
@@ -45,13 +45,13 @@ result = gk.fit(model, y, method, context=c, max_iter=60, generator=torch.Genera
 print("density network:", result)
 
 # %%
-# One mixture of the pairs (c, y), conditioned on c: nothing is trained but by EM.
+# The joint mixture of the pairs (c, y) is fitted by EM and conditioned on c.
 
 pairs = torch.cat([c, y], 1)
 joint = gk.fit(gk.initialize(pairs, 24), pairs, gk.EM(tol=1e-4), max_iter=300).mixture
 
 # %%
-# Least squares on a polynomial of the same reading, with the best constant scatter.
+# The baseline is least-squares regression on a polynomial of the reading, with a constant residual variance.
 
 powers = lambda c: torch.cat([((c - 1010) / 10) ** p for p in range(10)], 1).double()  # noqa: E731
 coefficients = torch.linalg.lstsq(powers(c), y.double()).solution
@@ -67,7 +67,7 @@ print(
 )
 
 # %%
-# The density of y at each c, with exact quantiles of the mixtures.
+# The plots show the density of y for each c, with the 10 %, 50 % and 90 % quantiles of the mixtures.
 
 grid = torch.linspace(1000, 1020, 300)[:, None]
 heights = torch.linspace(-100, 200, 300)
@@ -89,6 +89,6 @@ axes[0].legend()
 plt.show()
 
 # %%
-# Least squares runs between the branches, where nothing is. Both mixtures see the branches, their crossings and their shares;
-# the network costs a training run and then any number of inputs, the conditioned mixture is exact and asks for no training,
-# but pays for modeling the readings themselves.
+# Least squares predicts values between the branches, where there are no data. Both mixtures represent the branches, their
+# crossing and their probabilities. The network needs gradient training but scales to many inputs. The conditioned mixture needs
+# EM only, but also models the distribution of the readings.

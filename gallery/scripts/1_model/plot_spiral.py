@@ -1,17 +1,17 @@
 r"""
-How many Gaussians does a spiral need?
-======================================
+A spiral with a sparsity penalty
+================================
 
-The KeOps tutorial fits thirty Gaussians to a spiral and lets a sparsity prior on the square roots of their weights
-decide how many to keep,
+How many components does a spiral need? The KeOps tutorial fits thirty Gaussians to a spiral, with a sparsity penalty on the
+square roots of the weights that determines how many components remain,
 
 .. math::
 
     \min_\theta \; -\frac1N \sum_n \log \sum_k W_k\, \mathcal N\bigl(x_n; \mu_k, (A_k A_k^\top)^{-1}\bigr)
     + \frac{s}{K} \sum_k \sqrt{W_k}, \qquad s = 20, \quad K = 30.
 
-The slope of the square root is infinite at zero, so a component that explains little loses weight faster and faster.
-Here is the same experiment: the same data, start, optimizer and number of steps.
+The slope of the square root is infinite at zero, so the weight of a component that explains few points decreases at an
+increasing rate. This example repeats the experiment with the same data, initial mixture, optimizer and number of steps.
 """
 
 import math
@@ -23,8 +23,8 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# Ten thousand points on a noisy spiral in the unit square, and the tutorial's start: means uniform in the square,
-# factors A = 15 I, equal weights.
+# The data are 10 000 points of a noisy spiral in the unit square. The initial mixture is that of the tutorial: means that are
+# uniform in the square, factors A = 15 I, and equal weights.
 
 generator = torch.Generator().manual_seed(0)
 N, K = 10_000, 30
@@ -39,7 +39,7 @@ start = gk.Mixture(
 )
 
 # %%
-# Adam with learning rate 0.1 for 501 steps. A callback keeps the mixture at the tutorial's iterations.
+# The optimizer is Adam with learning rate 0.1 and 501 steps. A callback stores the mixtures that the tutorial plots.
 
 snapshots = {}
 
@@ -53,7 +53,7 @@ result = gk.fit(start, x, gk.Adam(lr=0.1), penalty=gk.penalties.SqrtWeights(20),
 print("spiral:", result)
 
 # %%
-# The density, its log-contours and the two-sigma ellipses on the way.
+# The plots show the density, the contours of its logarithm, and ellipses at two standard deviations.
 
 figure, axes = plt.subplots(2, 3, figsize=(11, 7.4), layout="constrained")
 for ax, (iteration, (mixture, objective, live)) in zip(axes.flat, snapshots.items(), strict=True):
@@ -61,18 +61,18 @@ for ax, (iteration, (mixture, objective, live)) in zip(axes.flat, snapshots.item
     plotting.points(x, ax=ax, limit=5000, s=1, alpha=0.4)
     plotting.ellipses(mixture, ax=ax)
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="x (sides of the square)", ylabel="y (sides)", aspect="equal")
-    ax.set_title(f"iteration {iteration}: {objective:.3f} nats, {live} live", fontsize=10)
+    ax.set_title(f"iteration {iteration}: {objective:.3f} nats, {live} active", fontsize=10)
 
 # %%
-# The loss, which the tutorial plots without the constant :math:`\tfrac D2 \log \pi` (its log-likelihood lacks it).
+# The left plot shows the loss. The loss in the tutorial omits the constant :math:`\tfrac D2 \log \pi` of the log-likelihood.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 plotting.objective(result, ax=left)
 left.set_title("penalized negative log-likelihood")
 right.plot(result.history["active"], color="C1")
-right.set(xlabel="iteration", ylabel="live components", ylim=(0, K + 1), title="components that own a point")
+right.set(xlabel="iteration", ylabel="active components", ylim=(0, K + 1), title="number of active components")
 plt.show()
 
 # %%
-# Four Gaussians carry the spiral, one per arm, and a few more hold a trace of weight; the others have left the work on
-# the way. A strength of 20 is a strong opinion: halve it and more components stay.
+# Four components with large weights represent the spiral, and a few more have very small weights. The others have been pruned.
+# With a smaller strength than 20, more components remain.

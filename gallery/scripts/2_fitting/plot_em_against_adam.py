@@ -1,14 +1,14 @@
 r"""
-Can EM do what the tutorial does with Adam?
-===========================================
+EM and Adam for a penalized likelihood
+======================================
 
-The √-weight prior is said to need a gradient. But it is concave in the weights, so it lies below its tangent at the current
-ones, and maximizing the likelihood with the tangent in its place is an M-step,
+Can EM minimize the penalized objective for which the KeOps tutorial uses Adam? The penalty on the square roots of the weights
+is concave, so it is bounded by its tangent at the current weights. With the tangent in place of the penalty, the M-step is
 
 .. math:: W_k = \frac{S^0_k}{\lambda + N c_k}, \qquad c_k = \frac{s}{2 K \sqrt{W_k}},
 
-with one number λ that makes the weights sum to one. Each step can only lower the penalized objective (majorize-minimize). Here
-it runs against Adam on the spiral, on one axis of time, plain and accelerated.
+where λ is determined by :math:`\sum_k W_k = 1`. A step never increases the penalized objective (majorization-minimization).
+This example compares EM, accelerated EM and Adam by computing time.
 """
 
 import math
@@ -20,7 +20,7 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# The tutorial's spiral, from a k-means start.
+# The data are those of the tutorial, and the initial mixture is computed by k-means.
 
 generator = torch.Generator().manual_seed(0)
 N, K, strength = 10_000, 30, 3.0
@@ -31,21 +31,21 @@ start = gk.initialize(x, K, "kmeans", generator=generator)
 penalty = gk.penalties.SqrtWeights(strength)
 
 # %%
-# Three methods, one loop.
+# Three methods are compared.
 
 methods = {
     "EM": (gk.EM(tol=1e-6), 600),
     "EM, accelerated": (gk.EM(tol=1e-6, accelerate=True), 200),
     "Adam, lr 0.05": (gk.Adam(lr=0.05), 600),
 }
-gk.fit(start, x, gk.Adam(), max_iter=1)  # torch.optim's import is not Adam's time
+gk.fit(start, x, gk.Adam(), max_iter=1)  # imports torch.optim before the timing
 results = {}
 for name, (method, iterations) in methods.items():
     results[name] = gk.fit(start, x, method, penalty=penalty, max_iter=iterations)
     print(f"EM against Adam: {name}:", results[name])
 
 # %%
-# Objective against seconds, and what each of the two kinds keeps.
+# The plots show the objective against time, and the mixtures of accelerated EM and Adam.
 
 figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 for (name, result), style in zip(results.items(), ("-", "--", "-."), strict=True):
@@ -61,10 +61,10 @@ for ax, name in zip(axes[1:], ("EM, accelerated", "Adam, lr 0.05"), strict=True)
         xlabel="x (sides of the square)",
         ylabel="y (sides)",
         aspect="equal",
-        title=f"{name}: {result.report.n_active_components} live",
+        title=f"{name}: {result.report.n_active_components} active",
     )
 plt.show()
 
 # %%
-# EM falls without a rise and knows no learning rate; Adam, from the same start, wanders first and can leave a valley that EM
-# settles in. Which ends lower depends on the start: try another seed.
+# The objective of EM decreases monotonically, without a learning rate. The objective of Adam is not monotone, and Adam can
+# leave a local minimum to which EM converges. The method with the lower final objective depends on the initial mixture.

@@ -1,13 +1,13 @@
 r"""
-Which of these points do not belong?
-====================================
+Anomaly detection
+=================
 
-A density is a detector: what it finds improbable is strange. With a mixture fitted to points that are mostly normal, a point
-is called anomalous where
+Which points are anomalies? A mixture is fitted to data that are mostly normal. A point is classified as an anomaly if its
+log-density is below a threshold,
 
 .. math:: \log p(x) < t, \qquad t = \text{the 5th percentile of } \log p(x_n),
 
-and what costs five per cent of false alarms catches what lies between, beside and beyond the clusters.
+so that about 5 % of the normal points are false alarms.
 """
 
 import matplotlib.pyplot as plt
@@ -19,7 +19,7 @@ from gmmkeops import plotting
 from gmmkeops.analysis import selection
 
 # %%
-# Sixty thousand normal points on two arcs, and three hundred strays spread over the square.
+# The data are 60 000 normal points on two arcs, and 300 anomalies with a uniform distribution on the square.
 
 generator = torch.Generator().manual_seed(0)
 angle = torch.pi * torch.rand(60_000, generator=generator)
@@ -32,8 +32,7 @@ strays = torch.rand(300, 2, generator=generator) * torch.tensor([4.0, 3.0]) - to
 x = torch.cat([normal, strays])
 
 # %%
-# Fit, threshold, call. The strays were in the data while fitting, too few to matter: a component would have to grow huge to
-# reach them.
+# The mixture is fitted to all points. The anomalies are too few and too widely spread to have a component of their own.
 
 model = gk.GaussianMixture(12, random_state=0, tol=1e-4).fit(x)
 threshold = selection.anomaly_threshold(model.mixture_, x, percentile=5)
@@ -41,11 +40,11 @@ score = model.score_samples(x)
 caught = float((score[60_000:] < threshold).double().mean())
 false = float((score[:60_000] < threshold).double().mean())
 print(
-    f"anomalies: threshold {threshold:.2f} nats, {100 * caught:.1f} % of the strays caught, {100 * false:.2f} % false alarms"
+    f"anomalies: threshold {threshold:.2f} nats, {100 * caught:.1f} % of the anomalies detected, {100 * false:.2f} % false alarms"
 )
 
 # %%
-# How the scores of both kinds are spread, and the density with the threshold as its contour.
+# The plots show the distribution of the log-densities, and the contour of the density at the threshold.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
 plotting.density(model.mixture_, ax=right, extent=(-1.5, 2.5, -1.25, 1.75), levels=0)
@@ -53,19 +52,20 @@ u, v = np.meshgrid(np.linspace(-1.5, 2.5, 200), np.linspace(-1.25, 1.75, 200))
 right.contour(u, v, model.score_samples(np.stack([u, v], -1).reshape(-1, 2)).reshape(u.shape), [threshold], colors="C1")
 plotting.points(normal, ax=right, s=0.3, limit=8000, color="0.5")
 plotting.points(strays, ax=right, s=6, color="k")
-right.set(xlabel="x (radii of an arc)", ylabel="y (radii of an arc)", title="strays (dots) and the threshold (line)")
+right.set(xlabel="x (radii of an arc)", ylabel="y (radii of an arc)", title="anomalies (dots) and the threshold (line)")
 bins = np.linspace(-30, 2, 80)
-for name, part, color in (("normal", score[:60_000], "C0"), ("strays", score[60_000:], "C1")):
+for name, part, color in (("normal", score[:60_000], "C0"), ("anomalies", score[60_000:], "C1")):
     left.hist(part.clamp(min=-30).numpy(), bins=bins, density=True, alpha=0.6, label=name, color=color)
 left.axvline(threshold, color="k", linewidth=1)
 left.set(
     xlabel="log-density (nats)",
-    ylabel="share of points per nat",
-    title="scores; below the line is called strange",
+    ylabel="fraction of points per nat",
+    title="log-densities and the threshold (line)",
     yscale="log",
 )
 left.legend()
 plt.show()
 
 # %%
-# Most strays fall far below the line; those missed lie on the arcs themselves, where nothing tells them apart.
+# Most anomalies have log-densities far below the threshold. The undetected ones are on the arcs, where they do not differ from
+# normal points.

@@ -1,14 +1,14 @@
 r"""
-How many kinds of cells are in a sample?
-========================================
+The number of cell populations in a sample
+==========================================
 
-A flow cytometer measures each cell's light in several channels, on a logarithmic scale; cells of one kind make a cloud. How
-many clouds there are, the Bayesian information criterion has an opinion on,
+How many kinds of cells are in a sample? A flow cytometer measures the light of each cell in several channels, and cells of one
+kind form a cluster. The number of clusters is estimated by minimizing the Bayesian information criterion,
 
 .. math:: \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N,
 
-with P free parameters: it rises again once a further component explains less than its parameters cost. Each type of
-covariance is another idea of what a cloud looks like, so the sweep tries several.
+where P is the number of free parameters. The criterion increases if a further component improves the likelihood by less than
+the penalty for its parameters. Several numbers of components and covariance types are compared.
 """
 
 import matplotlib.pyplot as plt
@@ -21,8 +21,7 @@ from gmmkeops import plotting
 from gmmkeops.analysis import selection
 
 # %%
-# A sample of 40 000 cells in three channels, drawn from five known populations, so that we can tell whether the answer is
-# right. Two of them are close, and one is rare.
+# The data are 40 000 simulated cells in three channels from five known populations. Two populations are close, and one is rare.
 
 truth = gk.Mixture.from_parameters(
     weights=[0.34, 0.28, 0.2, 0.14, 0.04],
@@ -39,7 +38,8 @@ generator = torch.Generator().manual_seed(0)
 x, kind = truth.sample(40_000, return_labels=True, generator=generator)
 
 # %%
-# The sweep: one to nine components, four types of covariance. Each number of components is seeded once for all types.
+# Models with one to nine components and four covariance types are compared. For each number of components, all covariance types
+# use the same initialization.
 
 table = selection.select(x, range(1, 10), ["full", "tied", "diag", "spherical"], generator=generator)
 print(table)
@@ -47,17 +47,18 @@ best = table.best
 print(f"choosing: {best.n_components} components, {best.factor.family} covariances")
 
 # %%
-# The criterion against the number of components. It counts twice the nats of the whole sample, so its differences are huge
-# against any doubt: models ten apart differ by a likelihood ratio of e⁵.
+# The plots show the criteria against the number of components. A difference of 10 in the BIC corresponds to a likelihood ratio
+# of e⁵, so the differences here are decisive.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 plotting.selection(table, ax=left)
 left.set_title("Bayesian information criterion")
 plotting.selection(table, ax=right, criterion="icl")
-right.set_title("the same, with unclear assignments penalized")
+right.set_title("integrated completed likelihood")
 
 # %%
-# The best model, pair by pair: exact marginal densities on the diagonal, two-sigma ellipses below.
+# The best model is shown for each pair of channels: marginal densities on the diagonal, ellipses at two standard deviations
+# below it.
 
 axes = plotting.pairs(best, x, names=["channel 1 (decades)", "channel 2 (decades)", "channel 3 (decades)"])
 exact, centroid = selection.silhouette(x, best.predict(x), samples=4000, generator=generator)
@@ -65,7 +66,7 @@ print(f"choosing: silhouette {exact:.3f} on 4000 cells, {centroid:.3f} by centro
 plt.show()
 
 # %%
-# The same question to a real cloud, Fisher's 150 irises of three species in four measures (cm).
+# The second data set is Fisher's iris data: 150 flowers of three species, with four measurements (cm).
 
 irises = load_iris()
 small = selection.select(irises.data, range(1, 7), ["full", "tied", "diag"], generator=generator, max_iter=500)
@@ -75,6 +76,6 @@ print(f"choosing: irises: {chosen.n_components} components, {chosen.factor.famil
 print(agree)
 
 # %%
-# Full covariances find the five populations and no sixth; the other types buy their shape with more components. The
-# silhouette, which knows distances but no shapes, gives the same clustering a middling mark: close populations are close.
-# Of the irises it sees two kinds only: 150 flowers are too few to pay for telling versicolor from virginica.
+# With full covariances, the criterion finds exactly five populations; the other covariance types need more components. The
+# silhouette is only moderate, because it depends on distances and not on the shapes of clusters, and two populations are close.
+# For the iris data, the criterion selects two components: 150 flowers are too few to separate versicolor from virginica.

@@ -1,13 +1,14 @@
 r"""
-Why are millimetres lost at map coordinates?
-============================================
+Numerical accuracy for large coordinates
+========================================
 
-Surveyors' coordinates are millions of metres from the origin, and the scan of a kerb is about centimetres. A variance computed as
+Why do map coordinates cause large numerical errors? Map coordinates are millions of meters, while the details of a scan are
+centimeters. A variance computed as
 
 .. math:: \frac1N \sum_n x_n^2 - \Bigl(\frac1N \sum_n x_n\Bigr)^2
 
-subtracts two numbers of size :math:`10^{13}` to find one of size :math:`10^{-4}`. Float64 holds sixteen digits. Here every
-fit runs in a frame that is centered and scaled in float64 first; float32 then has its seven digits where they are needed.
+is a difference of two numbers of size :math:`10^{13}` with a result of size :math:`10^{-4}`, but float64 has only 16 digits.
+This package fits in standardized coordinates, computed in float64, for which the seven digits of float32 are sufficient.
 """
 
 import matplotlib.pyplot as plt
@@ -18,8 +19,8 @@ from sklearn.mixture import GaussianMixture as Theirs
 import gmmkeops as gk
 
 # %%
-# Two kerbs, 2 cm wide and 40 cm apart, at growing distances from the origin; variances of the best of both packages' fits, with
-# diagonal covariances, against the truth.
+# The data are two curbs, 2 cm wide and 40 cm apart, at increasing distances from the origin. Fitted variances are compared with
+# the true variances.
 
 rng = np.random.default_rng(0)
 shape = rng.normal(size=(20_000, 2)) * [0.02, 1.0]
@@ -49,12 +50,12 @@ for far in distances:
         else:
             try:
                 found = model.fit(X).covariances_[:, 0]
-            except ValueError:  # variances that came out negative
+            except ValueError:  # negative variances
                 found = np.full(2, np.nan)
         errors[name].append(float(np.abs(found / true - 1).max()))
 
 # %%
-# The error of the variance, in parts of it.
+# The plot shows the relative error of the variance.
 
 figure, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
 for (name, values), marker in zip(errors.items(), "sox", strict=True):
@@ -62,18 +63,18 @@ for (name, values), marker in zip(errors.items(), "sox", strict=True):
     print(f"map coordinates: {name}: " + " ".join(f"{value:.0e}" for value in values))
 ax.set_yscale("log")
 ax.set_xticks(range(len(distances)), [f"{d:.0e}" if d else "0" for d in distances])
-ax.set(xlabel="distance from the origin (m)", ylabel="relative error of the variance", title="a kerb 2 cm wide")
+ax.set(xlabel="distance from the origin (m)", ylabel="relative error of the variance", title="a curb 2 cm wide")
 ax.legend()
 plt.show()
 
 # %%
-# Points that are stored as float32 at such coordinates have lost their millimetres before any package sees them: at 5·10⁶ the
-# steps of float32 are half a metre. The library warns of that.
+# If the input itself is float32, its millimeters are already lost: at 5·10⁶ the spacing of float32 numbers is half a meter. The
+# package then issues a warning.
 
 coarse = torch.from_numpy(X[:, :1]).float()
 steps = float(torch.nextafter(coarse[:1], coarse[:1] + 1e9) - coarse[:1])
 print(f"map coordinates: float32 steps at 2e7: {steps:.0f} m")
 
 # %%
-# Subtracting the center first costs one pass, and nothing is lost: the same errors at every distance, those of the cloud itself
-# and of the coordinates' own rounding.
+# With standardized coordinates, which take one pass over the data, the error does not depend on the distance, except for the
+# rounding errors of the coordinates themselves.

@@ -1,13 +1,13 @@
 r"""
-What if the file is larger than the memory?
-===========================================
+A file larger than memory
+=========================
 
-Moments add, so a file is fitted a chunk at a time: exact EM is a sum of Moments over chunks, pass after pass, and stepwise
-EM updates after every chunk,
+How can a mixture be fitted to a file that is larger than memory? The file is read in chunks. EM adds the sufficient statistics
+of all chunks in every pass. Stepwise EM updates the mixture after every chunk t with a running average M of the statistics,
 
 .. math:: M \leftarrow (1 - \rho_t) M + \rho_t M_t, \qquad \rho_t = (t + 2)^{-0.6},
 
-and is near the answer after a pass or two. Here a file of 48 MB stands for a larger one, read in chunks of 1 MB.
+and is close to convergence after one or two passes. In this example, a file of 48 MB is read in chunks of 1 MB.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ import torch
 import gmmkeops as gk
 
 # %%
-# Two million stars on a spiral galaxy's two arms, sorted by their distance from its center, written piece by piece.
+# The data are two million stars on the two arms of a spiral galaxy, sorted by their distance from its center.
 
 rng = np.random.default_rng(0)
 folder = tempfile.TemporaryDirectory()
@@ -35,7 +35,7 @@ stars.flush()
 del stars
 
 # %%
-# The start comes from a sample of the first pass. EM reads the file once per iteration; stepwise EM blends chunk after chunk.
+# The initial mixture is computed from a random sample of the file. EM reads the whole file in each iteration.
 
 source = gk.Source.of(path, chunk_rows=90_000)
 start = gk.initialize(source, 30, generator=torch.Generator().manual_seed(0))
@@ -59,12 +59,12 @@ right.plot(*exact.mixture.means[:, :2].T, "o", color="C1", ms=5, label="means")
 right.set(aspect="equal", xlabel="x (kpc)", ylabel="y (kpc)", title="every 400th star, and 30 means")
 right.legend()
 left.plot(range(12), exact.history["log_likelihood"], "o-", label="EM, before each pass")
-left.plot([1, 2, 3], passes, "s--", label="stepwise EM, after so many")
-left.set(xlabel="passes over the file", ylabel="mean log-likelihood (nats per star)", title="how many passes it takes")
+left.plot([1, 2, 3], passes, "s--", label="stepwise EM, after each pass")
+left.set(xlabel="passes over the file", ylabel="mean log-likelihood (nats per star)", title="convergence")
 left.legend()
 plt.show()
 folder.cleanup()
 
 # %%
-# One pass of stepwise EM is worth several of EM, though the file is sorted: chunks are read from several places at a time. Memory
-# is that of a few chunks, whatever the number of rows.
+# One pass of stepwise EM corresponds to several passes of EM. Since each batch combines rows from several parts of the file,
+# this holds although the file is sorted. Memory use is that of a few chunks, for any number of rows.

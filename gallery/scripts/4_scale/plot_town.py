@@ -1,14 +1,14 @@
 r"""
-What does a town look like to three thousand Gaussians?
-=========================================================
+An airborne laser scan of a town
+================================
 
-A laser scanner flies over a town and returns points: flat roofs, streets, the fuzz of trees. A Gaussian is a flat plate where the
-points are a plane, a needle along a ridge, a ball in a tree; the eigenvalues of each covariance tell which,
+How well do three thousand Gaussians describe the laser scan of a town? A component is a flat plate on roofs and streets, a
+needle along a ridge, and a ball in a tree. The eigenvalues of the covariances define these shapes,
 
 .. math:: \lambda_1 \ge \lambda_2 \ge \lambda_3: \qquad \text{ball if } \lambda_3 > 0.1 \lambda_1, \qquad
           \text{else needle if } \lambda_2 < 0.1 \lambda_1, \qquad \text{else plate.}
 
-So three thousand components are a map of the scene, in map coordinates, and a splat file that viewers open.
+The mixture is fitted in map coordinates and exported as a file of Gaussian splats.
 """
 
 import os
@@ -23,9 +23,9 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# A real scan, if there is one: ``SCAN=town.laz`` names your own, by default that of an ISPRS test town (published in PDAL/data
-# under CC-BY-4.0), where it lies beside the checkout. Otherwise a made town of 400 000 returns: ground, gabled houses, trees.
-# Coordinates are in metres on the map.
+# The environment variable ``SCAN=town.laz`` selects a scan of your own. The default is an ISPRS test town (published in
+# PDAL/data under CC-BY-4.0) if its file exists beside the checkout; otherwise 400 000 returns of ground, gabled houses and
+# trees are simulated. Coordinates are map coordinates in meters.
 
 
 def made_town():
@@ -48,11 +48,11 @@ def made_town():
 scan = Path(os.environ.get("SCAN") or Path(gk.__file__).parents[2] / "shared/data/isprs_city2.laz")
 x = np.concatenate([chunk.points for chunk in gk.Source.of(scan).chunks()]) if scan.exists() else made_town()
 low, high = np.quantile(x[:, 2], [0.0005, 0.9995])
-x = x[(x[:, 2] > low - 5) & (x[:, 2] < high + 5)]  # without birds and echoes
-print(f"town: {len(x)} returns of {scan.name if scan.exists() else 'a made town'}")
+x = x[(x[:, 2] > low - 5) & (x[:, 2] < high + 5)]  # removes outliers such as birds and echoes
+print(f"town: {len(x)} returns of {scan.name if scan.exists() else 'a simulated town'}")
 
 # %%
-# Three thousand components, computed in float32; the frame keeps the millimetres of the coordinates.
+# Three thousand components are fitted in float32; in standardized coordinates, this resolves millimeters.
 
 start = gk.initialize(x, 3000, generator=torch.Generator().manual_seed(0))
 result = gk.fit(start, x, gk.EM(tol=0), max_iter=20, dtype="float32")
@@ -67,14 +67,14 @@ shares = [float(mixture.weights[kinds == kind].sum()) for kind in range(3)]
 print("town: plates {:.0%}, needles {:.0%}, balls {:.0%} of the weight".format(*shares))
 
 # %%
-# The returns and the ellipsoids at two standard deviations, both colored by height, from the south.
+# The plots show the returns, and ellipsoids at two standard deviations, from the south; colors show the height.
 
 middle = np.median(x, 0)
 centered = x - middle
 local = gk.Mixture(mixture.logits, mixture.means - torch.from_numpy(middle), mixture.factor)
 look = {"azimuth": -75.0, "elevation": 42.0}
 places = plotting.view(centered, **look)
-order = places[:, 2].argsort()  # the nearest last
+order = places[:, 2].argsort()  # the nearest points are drawn last
 height = centered[order, 2]
 low, high = np.quantile(height, [0.02, 0.98])
 
@@ -85,13 +85,13 @@ colors = drawn.to_rgba(local.means[:, 2])
 plotting.ellipsoids(local, ax=right, minimum_weight=5e-5, color=colors, resolution=1000, **look)
 right.set_title(f"{len(colors)} Gaussians")
 for ax in (left, right):
-    ax.set(xlabel="across the view (m)", ylabel="up the view (m)")
+    ax.set(xlabel="horizontal (m)", ylabel="vertical (m)")
     ax.label_outer()
-figure.colorbar(drawn, ax=right, label="height above the middle (m)", shrink=0.7)
+figure.colorbar(drawn, ax=right, label="height above the mean (m)", shrink=0.7)
 plt.show()
 
 # %%
-# The same as a file of Gaussian splats, with the coordinates' millimetres kept.
+# The mixture is exported as a file of Gaussian splats, which resolves millimeters.
 
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "town.ply"
@@ -99,5 +99,5 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"town: a splat file of {path.stat().st_size / 1024:.0f} kB for {len(x)} returns")
 
 # %%
-# Roofs and streets come out as plates, trees as balls: a scan of some 400 000 points says in three thousand Gaussians what it is
-# made of.
+# Most components on roofs and streets are plates, and most components in trees are balls. Three thousand components thus
+# summarize a scan of more than 400 000 points.

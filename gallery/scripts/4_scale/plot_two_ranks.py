@@ -1,13 +1,14 @@
 r"""
-Do two processes find what one finds?
-=====================================
+Two ranks, one model
+====================
 
-Each process reads its share, Moments are added over all of them, and every process makes the same M-step,
+Do fits with one and with two processes give the same model? Each process reads its shard of the data. The sufficient statistics
+are added over all ranks, and every process performs the same M-step,
 
-.. math:: S = \sum_{\text{ranks}} \sum_{n \in \text{share}} r_n\, (1, x_n, x_n x_n^\top).
+.. math:: S = \sum_{\text{ranks}} \sum_{n \in \text{shard}} r_n\, (1, x_n, x_n x_n^\top).
 
-So the model is that of one process, whatever their number. The script that a cluster would run is the script of one process with
-one more line.
+The model therefore does not depend on the number of processes. Compared with the script of a single process, a distributed
+script has one additional line.
 """
 
 import os
@@ -22,7 +23,7 @@ import numpy as np
 import gmmkeops as gk
 
 # %%
-# A cloud in a file that both processes can see.
+# The data are in a file that both processes can read.
 
 rng = np.random.default_rng(0)
 temporary = tempfile.TemporaryDirectory()
@@ -34,7 +35,7 @@ np.save(folder / "x.npy", x)
 gk.save(gk.initialize(x, 12), folder / "start.safetensors")
 
 # %%
-# The script. ``join`` makes the process one of its group; started alone, it changes nothing.
+# In the script, ``join`` adds the process to its process group; without ``torchrun`` it has no effect.
 
 script = folder / "script.py"
 script.write_text(
@@ -65,15 +66,15 @@ print(f"two ranks: means differ by {gap:.1e} at most; one process {seconds[1]:.2
 
 figure, ax = plt.subplots(figsize=(6.4, 5.4), layout="constrained")
 half = len(x) // 2
-for name, part, color in (("share of rank 0", x[:half:40], "C0"), ("share of rank 1", x[half::40], "C1")):
+for name, part, color in (("shard of rank 0", x[:half:40], "C0"), ("shard of rank 1", x[half::40], "C1")):
     ax.plot(*part.T, ".", ms=1, alpha=0.5, color=color, label=name)
 ax.plot(*one.means.T, "o", mfc="none", mec="k", ms=11, label="means of one process")
-ax.plot(*two.means.T, "x", color="k", ms=7, label="means of two")
+ax.plot(*two.means.T, "x", color="k", ms=7, label="means of two processes")
 ax.set(
     aspect="equal",
     xlabel="x (standard deviations)",
     ylabel="y (standard deviations)",
-    title="one model from two shares",
+    title="one model from two shards",
 )
 for handle in ax.legend(loc="best").legend_handles[:2]:
     handle.set(markersize=8, alpha=1)
@@ -81,5 +82,5 @@ plt.show()
 temporary.cleanup()
 
 # %%
-# The crosses lie in the circles. On a cluster the same script runs under ``torchrun`` on every machine; with ``checkpoint=`` and
-# ``--max-restarts`` it survives the loss of one.
+# The means are equal up to rounding errors. On a cluster, ``torchrun`` starts the same script on every machine. With
+# ``checkpoint=`` and ``--max-restarts`` the fit resumes after the failure of a machine.

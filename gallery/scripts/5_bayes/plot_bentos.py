@@ -1,19 +1,19 @@
 r"""
-Which bento was it?
-===================
+Posterior of two means
+======================
 
-Twenty lunches were weighed, not opened. The shop sells two kinds, one near 350 g and one near 500 g, each packed to within
-two grams. What do the two kinds weigh, and what is a lunch of 425 g? The kinds' means have priors, the labels are summed
-out,
+How well do samplers approximate a known posterior? Twenty lunches were weighed. A shop sells two kinds of lunches, one near 350
+g and one near 500 g, each with a standard deviation of 2 g. What are the mean weights of the two kinds, and which kind is a
+lunch of 425 g? The means have normal priors, and the labels are marginalized,
 
 .. math::
 
     \mu_0, \mu_1 \sim \mathcal N(400, 50^2), \qquad
     p(x_n \mid \mu) = \tfrac12 \mathcal N(x_n; \mu_0, 2^2) + \tfrac12 \mathcal N(x_n; \mu_1, 2^2),
 
-so that two numbers are all that is unknown, and four ways to their posterior can be held against a sum over a grid. The story
-is that of the mixture chapter of *A probability introduction* (josephausterweil/probintro), whose thousand particles from the
-prior do not find it.
+Only the two means are unknown, so four sampling methods can be compared with numerical integration on a grid. The example is
+that of the mixture chapter of *A probability introduction* (josephausterweil/probintro), where importance sampling with 1000
+draws from the prior fails.
 """
 
 import math
@@ -26,8 +26,8 @@ from torch.distributions import Normal
 import gmmkeops as gk
 
 # %%
-# The lunches, and the prior. One of its two components is as good as the other, so the posterior is the same with both
-# exchanged; every draw's components are put in the order of their means.
+# The prior is the same for both components, so the posterior is symmetric under their exchange. The components of every draw
+# are sorted by their means.
 
 generator = torch.Generator().manual_seed(5)
 noise = torch.randn(20, generator=generator, dtype=torch.float64)
@@ -37,7 +37,7 @@ prior = gk.bayes.Prior(
 )
 
 # %%
-# The posterior on a grid around its mode, the standard to which the samplers are held.
+# The posterior on a grid around its mode is the reference for the samplers.
 
 axes = [torch.linspace(c - 4, c + 4, 401, dtype=torch.float64) for c in (350, 500)]
 light, heavy = torch.meshgrid(*axes, indexing="ij")
@@ -49,7 +49,7 @@ means = [float((share * m).sum()) for m in (light, heavy)]
 sds = [float((share * (m - mean) ** 2).sum()) ** 0.5 for m, mean in zip((light, heavy), means, strict=True)]
 
 # %%
-# Four samplers. The first draws from the prior, as the chapter does, and says itself that it is not to be trusted.
+# Four samplers are compared. The first one draws from the prior, as in the chapter, and warns that its result is unreliable.
 
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
@@ -66,8 +66,8 @@ for name, draws in found.items():
     print(f"bentos: {name} means {mean[0]:.2f} {mean[1]:.2f} sd {sd[0]:.3f} {sd[1]:.3f}")
 
 # %%
-# What a lunch of each weight is. Every draw is sure where the border lies, but the draws do not agree: the average over
-# the posterior is what there is to say, and at 425 g it is near one half.
+# The probability of the heavy kind is computed for each weight of a lunch. Each draw has a sharp decision boundary, but the
+# boundaries of the draws differ. The posterior probability is their average, which is near one half at 425 g.
 
 weights = torch.linspace(422, 428, 601, dtype=torch.float64)
 heavier = found["Gibbs"].responsibilities(weights)[:, 1]
@@ -90,10 +90,11 @@ for s in range(0, 2000, 100):
     right.plot(weights, one.responsibilities(weights[:, None])[:, 1], color="0.7", lw=0.8, label=label)
 right.plot(weights, heavier, color="C1", lw=2, label="posterior")
 right.axvline(425, color="k", ls=":", lw=1)
-right.set(xlabel="weight of a lunch (g)", ylabel="probability of the heavy kind", title="what is a lunch of 425 g?")
+right.set(xlabel="weight of a lunch (g)", ylabel="probability of the heavy kind", title="classification of a lunch")
 right.legend(loc="upper left")
 plt.show()
 
 # %%
-# All three samplers land on the grid's means and standard deviations; the prior as a proposal does not, and warns. A point
-# estimate of the means would have called the 425 g lunch with certainty, one way or the other. The posterior does not.
+# The last three samplers reproduce the means and standard deviations of the grid. Importance sampling from the prior does not,
+# and issues a warning. With a point estimate of the means, the lunch of 425 g would be classified with near certainty. The
+# posterior shows that its kind is uncertain.

@@ -1,13 +1,13 @@
 r"""
-How sure is a fit?
-==================
+Standard errors
+===============
 
-A fitted mean of 3.02 says little without the error to it. Maximum-likelihood estimates scatter about the truth with covariance
+How accurate are the parameters of a fit? The asymptotic covariance of maximum-likelihood estimates is
 
 .. math:: A^{-1} B A^{-1}, \qquad A = -\nabla^2 \sum_n \log p(x_n), \qquad B = \sum_n s_n s_n^\top,
           \quad s_n = \nabla \log p(x_n),
 
-which takes one pass over the points. The bootstrap takes hundreds of fits and assumes less. Do they agree?
+and computing it takes one pass over the data. The bootstrap needs hundreds of fits but fewer assumptions. Both are compared.
 """
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ import torch
 import gmmkeops as gk
 
 # %%
-# Three thousand points of two overlapping clusters.
+# The data are 3000 points of two overlapping clusters.
 
 truth = gk.Mixture.from_parameters(
     [0.4, 0.6],
@@ -38,7 +38,7 @@ errors = gk.standard_errors(mixture, x)
 apart = gk.standard_errors(mixture, x, joint=False)
 
 # %%
-# The bootstrap: two hundred clouds drawn from the points with replacement, each fitted anew.
+# For the bootstrap, a mixture is fitted to each of 200 samples that are drawn from the points with replacement.
 
 fits = [fitted(x[torch.randint(len(x), (len(x),), generator=generator)]) for _ in range(200)]
 
@@ -58,11 +58,11 @@ for k in range(2):
     print(f"standard errors: mean {k}: {place}; truth {truth.means[k].tolist()}")
 
 # %%
-# Both kinds of errors against the bootstrap, and the means of all bootstrap fits about the fitted ones.
+# The plots compare both kinds of standard errors with the bootstrap, and show the means of all bootstrap fits.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
 left.plot([0, bootstrap.max() * 1.1], [0, bootstrap.max() * 1.1], color="0.7", lw=1)
-left.plot(bootstrap, joint, "o", label="all parameters together")
+left.plot(bootstrap, joint, "o", label="all parameters jointly")
 left.plot(bootstrap, block, "^", mfc="none", label="one component at a time")
 left.set(
     xlabel="by 200 bootstrap fits (data units)",
@@ -83,5 +83,5 @@ right.legend()
 plt.show()
 
 # %%
-# Taken together, the errors are the bootstrap's; taken one component at a time they are too small where clusters overlap,
-# because a point that may be either's tells less than it seems to.
+# The standard errors from the joint information matrix agree with the bootstrap. Those computed for one component at a time are
+# too small if clusters overlap, because they ignore the uncertainty of the labels.

@@ -1,9 +1,9 @@
 r"""
-Coming from scikit-learn, tgmm, Zuko or GenJAX?
-===============================================
+Coming from scikit-learn, tgmm, Zuko or GenJAX
+==============================================
 
-The names are those you know. Four short programs, each as its own system would have it; and a check that the numbers are the
-same where both sides define them,
+What are the equivalents of functions in other packages? Four short programs show them. The log-densities are compared with
+those of scikit-learn,
 
 .. math:: \log p(x) = \log \sum_k W_k\, \mathcal N(x; \mu_k, \Sigma_k).
 """
@@ -21,8 +21,8 @@ rng = np.random.default_rng(0)
 X = np.r_[rng.normal(size=(4000, 2)), rng.normal(size=(3000, 2)) * [0.4, 1.5] + [5, 2]]
 
 # %%
-# **From scikit-learn**: change the import. ``sample_weight`` and ``penalty`` are new, 10⁶ points are welcome, and models go
-# both ways.
+# **From scikit-learn**: change the import. ``sample_weight`` and ``penalty`` are additional arguments. Models can be converted
+# in both directions.
 
 model = gk.GaussianMixture(n_components=2, covariance_type="full", random_state=0, tol=1e-8, max_iter=500).fit(X)
 theirs = Theirs(n_components=2, random_state=0, tol=1e-8, max_iter=500).fit(X)
@@ -31,8 +31,8 @@ assert np.allclose(gk.from_sklearn(theirs).score_samples(X), theirs.score_sample
 labels, chances, criterion = model.predict(X), model.predict_proba(X), model.bic(X)
 
 # %%
-# **From tgmm**: ``init_means`` is ``init_params``, priors are penalties, ``cem=True`` is ``solver=gk.EM(assignment="hard")``,
-# and samples come from anywhere: one component, a confidence region, a shell, the far tail, always exactly.
+# **From tgmm**: use ``init_params`` for ``init_means``, penalties for priors, and ``solver=gk.EM(assignment="hard")`` for
+# ``cem=True``. Samples can be restricted to a component, a confidence region, a shell or the tail, without rejection.
 
 prior = gk.penalties.Dirichlet(2.0) + gk.penalties.NormalInverseWishart(X.mean(0), 0.01, np.eye(2), 4.0)
 mapped = gk.GaussianMixture(2, covariance_type="tied_full", penalty=prior, n_init=3, random_state=42).fit(X)
@@ -42,8 +42,8 @@ outliers, _ = mapped.sample(60, std_range=(5.0, np.inf))
 print(f"coming from: {len(outliers)} points beyond five sigma, lower bound {mapped.lower_bound_:.4f}")
 
 # %%
-# **From Zuko**: the module has the same signature, ``component_distribution`` and ``mixture_distribution`` exist, and
-# memory does not grow with points times components.
+# **From Zuko**: the module has the same arguments, and the mixture also has ``component_distribution`` and
+# ``mixture_distribution``. Memory use is not proportional to N × K.
 
 module = gk.GMM(features=2, n_components=2, covariance_type="full").initialize(torch.from_numpy(X).float(), "kmeans")
 optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
@@ -55,9 +55,10 @@ for _ in range(50):
 print(f"coming from: Zuko's loop ends at {-loss.item():.4f} nats per point")
 
 # %%
-# **From GenJAX**: a generative function that draws means, labels and values becomes a ``Prior``; ``simulate`` is its ``sample``;
-# weighted particles under a choice map are ``importance``, with the labels summed out and a proposal that finds the posterior;
-# a trace's choices are ``draws.values``. With known parameters there is nothing to infer: a ``Mixture`` answers.
+# **From GenJAX**: a generative function that draws means, labels and values corresponds to a ``Prior``, and ``simulate`` to its
+# method ``sample``. Weighted particles under a choice map correspond to ``importance``, where the labels are marginalized and
+# the proposal is adapted to the posterior. The choices of a trace are ``draws.values``. If the parameters are known, use a
+# ``Mixture``.
 
 lunches = np.r_[rng.normal(350, 2, 14), rng.normal(500, 2, 6)]  # grams
 shares = torch.tensor([0.7, 0.3])
@@ -69,7 +70,7 @@ heavy = float(known.responsibilities([[425.0]])[0, 1])
 print(f"coming from: lunches of {kinds[0]} and {kinds[1]}; known exactly, 425 g is heavy with probability {heavy:.1f}")
 
 # %%
-# What tgmm's sampler draws, on the fitted density.
+# The plot shows restricted samples on the fitted density.
 
 figure, ax = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
 plotting.density(mapped.mixture_, ax=ax, extent=(-7, 10, -8, 11), levels=12)
@@ -84,4 +85,4 @@ ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncol=3, fontsize=9)
 plt.show()
 
 # %%
-# The first two numbers agree to the last digit shown: it is the same model, fitted to the same optimum.
+# The scores of this package and scikit-learn are equal to all printed digits, because both fits converge to the same optimum.

@@ -2,12 +2,11 @@ r"""
 A palette for a photograph
 ==========================
 
-Each pixel is a point in the cube of red, green and blue, so this photograph is a cloud of 273 280 points. A mixture of 64 full
-Gaussians, fitted by Adam under the √-weight prior, gives a palette: each mean is a color, and each covariance its spread. The
-recolored picture replaces each pixel by the mean of its most probable component,
+How can the colors of a photograph be reduced to a palette? Each of the 273 280 pixels is a point with the coordinates red,
+green and blue. A mixture of 64 Gaussians with full covariances is fitted by Adam, with a penalty on the square roots of the
+weights. Its means are the colors of the palette. Each pixel is replaced by the mean of its most probable component,
 
-.. math:: \hat x_n = \mu_{k(n)}, \qquad k(n) = \arg\max_k W_k\, \mathcal N(x_n; \mu_k, \Sigma_k),
-
+.. math:: \hat x_n = \mu_{k(n)}, \qquad k(n) = \arg\max_k W_k\, \mathcal N(x_n; \mu_k, \Sigma_k).
 """
 
 import matplotlib.pyplot as plt
@@ -19,8 +18,8 @@ import gmmkeops as gk
 from gmmkeops import plotting
 
 # %%
-# The photograph that comes with scikit-learn. Colors are 8-bit, so a little uniform noise spreads each value over its
-# bin: without it thousands of equal points would pull components onto themselves.
+# The photograph is part of scikit-learn. Uniform noise spreads its 8-bit colors over their bins; otherwise thousands of equal
+# points would lead to components with singular covariances.
 
 image = load_sample_image("china.jpg")
 pixels = torch.from_numpy(image.reshape(-1, 3).astype(np.float32))
@@ -29,7 +28,7 @@ x = (pixels + torch.rand(pixels.shape, generator=generator)) / 256
 print(f"photograph: {len(x)} pixels, {len(pixels.unique(dim=0))} distinct colors")
 
 # %%
-# k-means++ for the start, then Adam with a learning rate that falls to nothing along a cosine.
+# The initial mixture is computed by k-means++. The learning rate of Adam decreases to zero by cosine annealing.
 
 steps = 150
 method = gk.Adam(lr=0.05, scheduler=lambda adam: torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps))
@@ -38,7 +37,7 @@ result = gk.fit(start, x, method, penalty=gk.penalties.SqrtWeights(2), max_iter=
 print("photograph:", result)
 
 # %%
-# The photograph, and the same with each pixel replaced by its component's mean.
+# The plots show the photograph before and after the replacement.
 
 labels = result.mixture.predict(x)
 palette = result.mixture.means.clamp(0, 1)
@@ -55,7 +54,7 @@ for ax in (left, right):
     ax.axis("off")
 
 # %%
-# The palette, widest where the weight is, and the loss.
+# The plots show the palette, in which the width of a color is its weight, and the loss.
 
 figure, (left, right) = plt.subplots(2, 1, figsize=(9, 4.6), layout="constrained", height_ratios=(1, 2))
 order = palette.sum(1).argsort()
@@ -68,6 +67,5 @@ plotting.objective(result, ax=right)
 plt.show()
 
 # %%
-# A component that covers a whole range of colors is shown by its mean alone, so shaded leaves come out flatter than they
-# are: the mixture knows their spread, the picture does not show it. The mean log-likelihood per pixel is in nats on colors
-# between 0 and 1.
+# Each component is shown by its mean only, so areas with many similar colors, such as leaves, look flatter than in the
+# photograph. The mean log-likelihood is in nats per pixel, for colors between 0 and 1.

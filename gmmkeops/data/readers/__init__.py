@@ -1,1 +1,1 @@
-"""Readers: one file format each."""
+"""Readers of data in memory, files, functions and loaders; one module for each file format."""

@@ -27,10 +27,10 @@ class Arrays(Reader):
     """Reader of an array or tensor in memory, or of a memory map; also of structured arrays.
 
     Args:
-        x: The rows (N, D), or a structured array (N,); or the place of an array in a file, of which only units are mapped.
+        x: The rows (N, D), or a structured array (N,); or the location of an array in a file, which is mapped unit by unit.
         name: Name of the data in messages.
         columns, weights: The columns to read, and the column of weights.
-        path: The file that holds the numbers, if it is not that of a memory map ``x``.
+        path: The file of the numbers, unless ``x`` is a memory map of it.
         default: The columns to read if ``columns`` is None; by default all except the weights.
     """
 
@@ -61,7 +61,7 @@ class Arrays(Reader):
             self.stored = x.dtype.itemsize * math.prod(x.shape[1:])
         self.fields = x.dtype.names if isinstance(x, np.ndarray) else None
         if self.fields and x.ndim != 1:
-            raise ValueError(f"{name} must be one row of named columns per point, got shape {x.shape}.")
+            raise ValueError(f"{name} must have shape (N,) as a structured array, got {x.shape}; flatten it first.")
         if not self.fields:
             if x.ndim != 2:
                 raise ValueError(f"{name} must have shape (N, D), got {tuple(x.shape)}; {shape_hint(x.ndim, name)}.")
@@ -73,7 +73,7 @@ class Arrays(Reader):
             stack([x[column][:0] for column in self.columns], name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes; a memory map is replaced by its location in the file."""
+        """Return all attributes, with a memory map replaced by its location in the file."""
         return {**vars(self), "x": self.place or (Place.of(self.x) if isinstance(self.x, np.memmap) else self.x)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Arrays(Reader):
         if isinstance(part, np.memmap):
             if np.shares_memory(chunk.points.numpy(), part):
                 chunk = replace(chunk, points=chunk.points.clone())
-            # Pages that have been read would otherwise count as memory of the process.
+            # The pages are released; otherwise they would count as memory of the process.
             if part.mode in ("r", "r+") and hasattr(mmap, "MADV_DONTNEED"):
                 cast(Any, part)._mmap.madvise(mmap.MADV_DONTNEED)
         return chunk
@@ -106,7 +106,7 @@ class Table(Reader):
 
     @cached_property
     def numbers(self) -> Arrays:
-        """The columns that are read, as an array; the other columns need not be numeric."""
+        """Array of the columns that are read; the other columns need not be numeric."""
         kept = list(dict.fromkeys([*self.columns, *([] if self.weights is None else [self.weights])]))
         found = as_tensor(table_of(self.table, kept, self.name), name=self.name)
         where = None if self.weights is None else kept.index(self.weights)
@@ -122,12 +122,12 @@ class Table(Reader):
 
 @dataclass(frozen=True)
 class Place:
-    """Location of an array's numbers in a file.
+    """Location of the numbers of an array in a file.
 
     Args:
         path: The file.
         dtype, shape: Type and shape of the array.
-        offset: Bytes before its first number.
+        offset: Position of its first number, bytes.
         mode: Mode of the memory map.
     """
 
@@ -139,11 +139,11 @@ class Place:
 
     @classmethod
     def of(cls, x: np.memmap) -> Place | np.ndarray:
-        """Location of a memory map; a copy of its numbers if it is not a contiguous part of a file."""
+        """Return the location of a memory map, or a copy of its numbers if they are not contiguous in the file."""
         root = x
         while isinstance(root.base, np.memmap):
             root = root.base
-        # Changes to a private memory map are not in the file.
+        # Changes to a copy-on-write memory map are not in the file.
         if root.filename is None or root.mode == "c" or not x.flags.c_contiguous:
             return np.array(x)
         away = x.__array_interface__["data"][0] - root.__array_interface__["data"][0]
@@ -159,5 +159,5 @@ class Place:
         return np.memmap(self.path, self.dtype, self.mode, self.offset, self.shape)  # type: ignore[call-overload]
 
     def placeholder(self) -> np.ndarray:
-        """An array of this type and shape that takes no memory or address space."""
+        """Return an array of this dtype and shape that takes no memory and no address space."""
         return np.broadcast_to(np.zeros((), self.dtype), self.shape)

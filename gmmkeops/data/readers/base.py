@@ -1,4 +1,4 @@
-"""The interface of readers: units of rows that are loaded one by one, in any order, with columns chosen by name or index."""
+"""Interface of readers: units of rows can be loaded in any order, and columns are selected by name or index."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Weights = str | int | None
 
 
 class ColumnError(ValueError):
-    """The requested columns do not exist, or are not numeric."""
+    """Error that requested columns do not exist, or are not numeric."""
 
 
 class Damage(ValueError):
-    """A file is damaged; the message describes the damage without naming the file."""
+    """Error that a file is damaged; the message describes the damage without the name of the file."""
 
 
 class Tabular(ABC):
-    """Rows with columns, which may have names.
+    """Base class of data with rows and columns, which may have names.
 
     Attributes:
         name: Name of the data in messages.
         features: Number of columns D that are read.
         columns: The columns that are read: names, or indices if the columns have no names.
-        known: Names of the columns that can be read; None if the columns have no names.
+        known: Names of all columns of the data; None if the columns have no names.
         paths: The files that are read.
-        stored: Bytes of a row in its file, with unused columns; 0 if only the needed columns are read.
+        stored: Bytes of a row in its file, including unused columns; 0 if only the needed columns are read.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Tabular(ABC):
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Names of the columns in the order in which they are read; None if they have no names."""
+        """Column names in the order of reading; None if the columns have no names."""
         return None if self.known is None else tuple(self.columns)
 
     def chosen(self, columns: Sequence[str]) -> Self:
-        """Return a reader of the same rows with other columns, given by name.
+        """Return a reader of the same rows with the named columns.
 
         Raises:
             ValueError: A column is missing, or the columns have no names.
@@ -69,12 +69,12 @@ class Tabular(ABC):
 
 
 class Reader(Tabular):
-    """Abstract reader of rows, in units. A concrete reader defines ``name``, ``rows``, the columns and :meth:`load`.
+    """Base class of readers that load rows in units. A reader defines ``name``, ``rows``, the columns and :meth:`load`.
 
     Attributes:
         weights: The column of weights, or None.
         rows: Number of rows before filtering.
-        grain: Number of rows below which smaller units take no less time to read.
+        grain: Smallest useful number of rows of a unit; smaller units take as much time to read.
     """
 
     weights: Any
@@ -86,7 +86,7 @@ class Reader(Tabular):
 
         Args:
             known: All columns: names, or indices if the columns have no names.
-            columns: The columns that the user asks for, or None.
+            columns: The columns that the user has requested, or None.
             weights: The column of weights, or None.
             default: The columns to read if ``columns`` is None; by default all columns except the weights.
 
@@ -100,19 +100,19 @@ class Reader(Tabular):
             self.known = tuple(known if columns is None else self.columns)
 
     def path(self, unit: Unit) -> int:
-        """Index of the file that contains a unit."""
+        """Return the index of the file that contains a unit."""
         return 0
 
     def units(self, size: int) -> list[Unit]:
-        """All rows in units of at most about ``size``."""
+        """Split all rows into units of at most about ``size`` rows."""
         return cut(0, self.rows, size)
 
     @abstractmethod
     def load(self, unit: Unit) -> Batch:
-        """The rows of a unit."""
+        """Load the rows of a unit."""
 
     def assembled(self, column: Callable[[Any], Any]) -> Batch:
-        """A chunk of the chosen columns, each of which ``column`` returns as an array (n,)."""
+        """Create a chunk of the chosen columns; ``column`` returns each of them as an array (n,)."""
         points = stack([column(name) for name in self.columns], self.name)
         if self.weights is None:
             return Batch(points)
@@ -120,7 +120,7 @@ class Reader(Tabular):
 
 
 def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: Weights) -> tuple[list[Any], Any]:
-    """Validate the columns to read, and the column of weights, against the known ones."""
+    """Validate the requested columns and the column of weights."""
     # A name that consists of digits may have been parsed as an index.
     written = {str(column): column for column in known if isinstance(column, str)}
     weights = written.get(str(weights), weights) if isinstance(weights, int) else weights
@@ -128,31 +128,31 @@ def _chosen(name: str, known: Sequence[Any], columns: Columns, weights: Weights)
     wanted = [written.get(str(column), column) if isinstance(column, int) else column for column in wanted]
     for column in [*wanted, *([] if weights is None else [weights])]:
         if column not in known:
-            raise ColumnError(f"there is no column {column!r} in {name}; it has the columns {listed(known)}.")
+            raise ColumnError(f"{name} has no column {column!r}; choose from its columns {listed(known)}.")
         if list(known).count(column) > 1:
-            raise ColumnError(f"{name} has {list(known).count(column)} columns named {column}; give each its own name.")
+            raise ColumnError(f"{name} has {list(known).count(column)} columns named {column}; rename them.")
     if len(set(wanted)) < len(wanted):
-        raise ColumnError(f"columns must name each column once, got {listed(wanted)} for {name}.")
+        raise ColumnError(f"columns must be distinct, got {listed(wanted)} for {name}; remove the duplicates.")
     if not wanted:
-        raise ColumnError(f"no columns of {name} are left to read; it has the columns {listed(known)}.")
+        raise ColumnError(f"columns must contain at least one column of {name}, got none; choose from {listed(known)}.")
     return wanted, weights
 
 
 def stack(arrays: Sequence[Any], name: str) -> Tensor:
-    """Stack columns (n,) to points (n, D): float32 if all columns are, else float64."""
+    """Stack columns (n,) to points (n, D), float32 if all columns are float32, else float64."""
     single = all(array.dtype == np.float32 for array in arrays)
     out = np.empty((len(arrays[0]), len(arrays)), np.float32 if single else np.float64)
     for d, array in enumerate(arrays):
         if isinstance(array, np.ma.MaskedArray):
             array = check_unmasked(array, name=name)
         if array.dtype.kind not in "fiub":
-            raise ColumnError(f"{name} must be numeric, got a column of {array.dtype}; choose others with columns=.")
+            raise ColumnError(f"{name} must be numeric, got a column of {array.dtype}; select others with columns=.")
         out[:, d] = array
     return torch.from_numpy(out)
 
 
 def reason(error: Exception) -> str:
-    """Reason why a file cannot be read, in one clause; empty for errors of other libraries, whose texts vary."""
+    """Return the reason why a file cannot be read; empty for errors of other libraries, whose texts vary."""
     if isinstance(error, MemoryError):
-        return "there is not enough memory for what it declares"
+        return "there is not enough memory for the size that it declares"
     return str(error).rstrip(".") if isinstance(error, (Damage, ColumnError)) else ""

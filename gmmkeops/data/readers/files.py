@@ -1,4 +1,4 @@
-"""Reader of several files as one, one after the other, with columns matched by name."""
+"""Reader of several files as one data set, with columns matched by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Files"]
 
 
 class Files(Reader):
-    """Reader of several files or arrays, one after the other."""
+    """Reader of several files or arrays, in the given order."""
 
     def __init__(self, readers: Sequence[Reader]) -> None:
         first = readers[0]
@@ -25,13 +25,13 @@ class Files(Reader):
             if (reader.names is None) is not (first.names is None):
                 with_names, without = (reader, first) if first.names is None else (first, reader)
                 raise ValueError(
-                    f"the columns of {with_names.name} have names ({listed(with_names.columns)}) and those of "
-                    f"{without.name} have none, so they cannot be matched; read these files one by one."
+                    f"the columns of {with_names.name} have names ({listed(with_names.columns)}) but those of "
+                    f"{without.name} do not, so they cannot be matched; pass files of one kind."
                 )
             if reader.features != first.features and reader.names is None:
                 raise ValueError(
                     f"{reader.name} has {reader.features} columns but {first.name} has {first.features}; "
-                    "select the same ones with columns=."
+                    "select the same columns with columns=."
                 )
             if first.names is not None and reader.names is not None and reader.names != first.names:
                 named_alike(reader.names, first.names, reader.name, first.name)

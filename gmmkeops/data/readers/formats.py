@@ -1,6 +1,6 @@
-"""The reader for each kind of data, and the table of file formats by suffix.
+"""Selection of the reader for each kind of data, and the table of file formats by suffix.
 
-A new file format is one reader in a file of its own, and one line in :data:`SUFFIXES`.
+A new file format needs a reader in a module of its own, and an entry in :data:`SUFFIXES`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gmmkeops.data.readers.streams import Streams
 
 __all__ = ["SUFFIXES", "external", "open_file", "reader_of"]
 
-# For each suffix: the reader, called with a path, columns and column of weights; and the extra that installs its library.
+# For each suffix: the reader (called with a path, columns and column of weights), and the extra that installs its library.
 SUFFIXES: dict[str, tuple[Callable[..., Reader], str]] = {
     ".npy": (npy, ""),
     ".parquet": (Parquet, "parquet"),
@@ -39,15 +39,15 @@ SUFFIXES: dict[str, tuple[Callable[..., Reader], str]] = {
 
 
 def external(x: Any) -> bool:
-    """Whether data are read chunk by chunk, rather than given as numbers in memory.
+    """Return whether data are read chunk by chunk, rather than passed as numbers in memory.
 
     Raises:
         TypeError: The data can be read only once (an iterator).
     """
     if isinstance(x, Iterator):
         raise TypeError(
-            f"x is a {type(x).__name__}, which can be read only once, and a fit reads its points many times; "
-            "pass a function that makes a new one at each call."
+            f"x is a {type(x).__name__}, which can be read only once, but a fit reads the data several times; "
+            "pass a function that returns a new iterator at each call."
         )
     if isinstance(x, (str, os.PathLike, np.memmap, torch.utils.data.DataLoader)):
         return True
@@ -57,7 +57,7 @@ def external(x: Any) -> bool:
 
 
 def reader_of(x: Any, columns: Columns = None, weights: Weights = None, classes: Any = None) -> Reader | Streams:
-    """Return the reader for data in memory, for files, for a loader or for a function.
+    """Return the reader of data in memory, files, a loader or a function.
 
     Raises:
         TypeError, ImportError, OSError, ValueError: As for :meth:`gmmkeops.Source.of`.
@@ -77,7 +77,7 @@ def reader_of(x: Any, columns: Columns = None, weights: Weights = None, classes:
 
 @dataclass(frozen=True)
 class _Again:
-    """A function that returns the same iterable at each call.
+    """Callable that returns the same iterable at each call.
 
     Args:
         iterable: An iterable that can be iterated over repeatedly.
@@ -90,12 +90,12 @@ class _Again:
 
 
 def _paths(item: str | os.PathLike[str]) -> list[Path]:
-    """Sorted files of a path, a folder or a pattern."""
+    """Return the sorted files of a path, a folder or a glob pattern."""
     path = Path(item)
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not found:
-            raise FileNotFoundError(f"the folder {path} has no files of {', '.join(SUFFIXES)}.")
+            raise FileNotFoundError(f"the folder {path} contains no files with the suffixes {', '.join(SUFFIXES)}.")
         return found
     if not path.exists() and any(sign in str(item) for sign in "*?["):
         names = sorted(glob.glob(str(item), recursive=True))
@@ -114,23 +114,23 @@ def open_file(path: Path, columns: Columns = None, weights: Weights = None, clas
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(
-            f"{path} has a suffix that is none of {', '.join(SUFFIXES)}; read it yourself and pass an array or a function."
+            f"{path} must have one of the suffixes {', '.join(SUFFIXES)}; load the file and pass an array or a function."
         )
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.")
+        raise FileNotFoundError(f"there is no file {path}; check the path.")
     if classes is not None and suffix not in (".las", ".laz"):
-        raise ValueError(f"classes choose points of LAS and LAZ files, and {path} is neither; leave them out.")
+        raise ValueError(f"classes= is only supported for LAS and LAZ files, got {path}; omit classes.")
     reader, extra = SUFFIXES[suffix]
     try:
         return reader(path, columns, weights, **({} if classes is None else {"classes": classes}))
     except ImportError as error:
         raise ImportError(
-            f'reading {path} needs {error.name}; type: pip install "gmmkeops[{extra}]"', name=error.name
+            f'reading {path} requires {error.name}; run: pip install "gmmkeops[{extra}]"', name=error.name
         ) from None
     except ColumnError:
         raise
     except Exception as error:
         why = reason(error)
         raise ValueError(
-            f"{path} cannot be read as {suffix[1:]}{f' ({why})' if why else ''}; it may be cut short, damaged or of another kind."
+            f"{path} cannot be read as {suffix[1:]}{f' ({why})' if why else ''}; it may be truncated, damaged or another format."
         ) from error

@@ -32,7 +32,7 @@ class Las(Reader):
 
         self.name, self.paths = str(path), (path,)
         layout = check_las(path)
-        # Very large chunks are decompressed point by point, which needs no memory for whole chunks.
+        # Very large chunks are decompressed point by point, to limit the memory.
         backend = None if layout.parallel else (laspy.LazBackend.Lazrs, laspy.LazBackend.Laszip)
         self._open = partial(laspy.open, read_evlrs=False, laz_backend=backend)
         try:
@@ -58,7 +58,7 @@ class Las(Reader):
     def units(self, size: int) -> list[Unit]:
         if self.layout.chunks is None:
             return super().units(size)
-        # Only large chunks are split, since each chunk is decompressed as a whole.
+        # Only very large chunks are split, since other chunks can only be decompressed as a whole.
         found: list[Unit] = []
         for (first, _), (stop, _) in pairwise(self.starts):
             if found and stop - found[-1].first <= size:
@@ -68,12 +68,12 @@ class Las(Reader):
         return found
 
     def _points(self, unit: Unit) -> Any:
-        """The points of a unit, as a laspy record."""
+        """Read the points of a unit as a laspy record."""
         if self.layout.chunks is None:
             with self._open(self.paths[0]) as file:
                 file.seek(unit.first)
                 return file.read_points(unit.rows)
-        # lazrs (0.8.2) seeks to wrong points if chunks have different lengths, so the bytes are located here.
+        # lazrs (0.8.2) seeks to wrong points if chunks have different lengths, so the position is computed here.
         import lazrs
         from laspy.point.record import PackedPointRecord, ScaleAwarePointRecord
 
@@ -98,8 +98,8 @@ class Las(Reader):
                 raise Damage("its compressed points are damaged") from None
             raise
         if len(found) != unit.rows:
-            raise Damage(f"it ends after {unit.first + len(found)} of the {self.rows} points that its header promises")
+            raise Damage(f"it ends after {unit.first + len(found)} of the {self.rows} points that its header declares")
         if self.classes is not None:
             found = found[np.isin(np.asarray(found["classification"]), self.classes)]
-        # Attributes are coordinates with scales and offsets applied.
+        # The attributes of the record apply scales and offsets.
         return self.assembled(lambda name: np.asarray(getattr(found, name) if name in _XYZ else found[name]))

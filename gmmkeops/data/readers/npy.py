@@ -22,9 +22,9 @@ def npy(path: Path, columns: Columns = None, weights: Weights = None) -> Arrays:
     """
     with open(path, "rb") as file:
         if file.read(6) != b"\x93NUMPY":
-            raise Damage("it does not begin as .npy files do")
+            raise Damage("it does not begin with the signature of .npy files")
     with warnings.catch_warnings():
-        # Parsing a damaged header may cause warnings of Python.
+        # Parsing a damaged header can cause Python warnings.
         warnings.simplefilter("ignore")
         whole = np.load(path, mmap_mode="r", allow_pickle=False)
     if whole.dtype.itemsize == 0:
@@ -33,5 +33,5 @@ def npy(path: Path, columns: Columns = None, weights: Weights = None) -> Arrays:
         raise ColumnError(f"{path} must be numeric, got dtype {whole.dtype}; convert its columns to numbers first.")
     if not whole.flags.c_contiguous or whole.ndim != 2:
         return Arrays(whole, str(path), columns, weights, path=path)
-    # Mapped unit by unit, so that the address space does not grow with the file.
+    # The file is mapped unit by unit to limit the address space.
     return Arrays(Place(path, whole.dtype, whole.shape, whole.offset), str(path), columns, weights)

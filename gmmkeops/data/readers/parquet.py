@@ -18,7 +18,7 @@ from gmmkeops.data.readers.base import Columns, Damage, Reader, Weights
 
 __all__ = ["Parquet"]
 
-# Bytes of the buffer for reading a column.
+# Size of the buffer for reading a column, bytes.
 _BUFFER = 1 << 18
 
 
@@ -38,17 +38,17 @@ class Parquet(Reader):
         self.rows = sum(sizes)
         self.starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self.grain = max(sizes, default=1)
-        # Batches of the row group that is being read, the rest of the last batch, and the index of the next row.
+        # Remaining batches of the current row group, remaining rows of the last batch, and index of the next row.
         self._batches: Iterator[Any] = iter(())
         self._left: Any = None
         self._next = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes except the state of reading."""
+        """Return all attributes except the state of reading."""
         return {**vars(self), "_batches": iter(()), "_left": None, "_next": -1}
 
     def units(self, size: int) -> list[Unit]:
-        # A group that is at most a quarter larger than a unit is not split, since the rest would be a small unit.
+        # A group that is at most a quarter larger than a unit is not split, since the remainder would be a small unit.
         groups = zip(self.starts[:-1], self.starts[1:], strict=True)
         return [unit for a, b in groups for unit in cut(a, b, b - a if 4 * (b - a) <= 5 * size else size)]
 
@@ -61,19 +61,19 @@ class Parquet(Reader):
                 batches = file.read_row_group(group, columns=self._names, use_threads=False).to_batches()
         else:
             if unit.first == first or unit.first != self._next:
-                # A group is read from its beginning, unless the unit follows the last one.
+                # Reading starts at the beginning of the group, unless the unit directly follows the previous one.
                 self._batches, self._left, self._next = self._rows(group, unit.rows), None, first
                 self._take(unit.first - first)
             batches = self._take(unit.rows)
         rows = sum(batch.num_rows for batch in batches)
         if rows != unit.rows:
-            raise Damage(f"a row group has {rows} rows and promises {unit.rows}")
+            raise Damage(f"a row group has {rows} rows but declares {unit.rows}")
         return self.assembled(
             lambda name: np.concatenate([batch.column(name).to_numpy(zero_copy_only=False) for batch in batches])
         )
 
     def _take(self, count: int) -> list[Any]:
-        """The next rows of the group, in batches."""
+        """Read the next rows of the row group, in batches."""
         batches = []
         self._next += count
         while count:
@@ -86,7 +86,7 @@ class Parquet(Reader):
         return batches
 
     def _rows(self, group: int, size: int) -> Iterator[Any]:
-        # With a buffer, pages are read one after the other; without one, a whole compressed row group is held in memory.
+        # With a buffer, pages are read one by one; without it, a whole compressed row group is kept in memory.
         with self._open(self.paths[0], pre_buffer=False, buffer_size=_BUFFER) as file:
             yield from file.iter_batches(size, row_groups=[group], columns=self._names, use_threads=False)
 
@@ -96,38 +96,38 @@ class Parquet(Reader):
 
 
 def _saved_index(metadata: dict[bytes, bytes] | None) -> set[str]:
-    """Names of the columns in which pandas has saved its index, from the metadata of the file."""
+    """Return the names of the columns in which pandas has stored the index, from the metadata of the file."""
     noted = json.loads((metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
-    # Entries that are not names describe a range index, which is not stored as a column.
+    # Entries that are not strings describe a range index, which is not stored as a column.
     return {column for column in noted if isinstance(column, str)}
 
 
 def _checked_rows(metadata: Any, size: int) -> list[int]:
-    """The rows of each row group, checked against the values and bytes of its columns.
+    """Return the number of rows of each row group, after a check against the values and bytes of its columns.
 
     Raises:
-        Damage: They do not fit each other, or the file.
+        Damage: The numbers are inconsistent with each other or with the size of the file.
     """
     rows = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         for place in range(group.num_columns):
             column = group.column(place)
-            # A column of lists may hold more values than rows.
+            # A column of lists can contain more values than rows.
             flat = column.path_in_schema.count(".") == 0
             start, stored = column.data_page_offset, column.total_compressed_size
-            # A page holds less than 2³¹ values, behind a header of several bytes.
+            # A page contains less than 2³¹ values, after a header of several bytes.
             fits = 0 <= start < size and 0 <= stored <= size and column.num_values <= (1 + stored // 8) << 31
             if not fits or (flat and column.num_values != group.num_rows):
-                raise Damage(f"row group {number} promises {group.num_rows} rows, which do not fit its columns")
+                raise Damage(f"row group {number} declares {group.num_rows} rows, which do not match its columns")
         if group.num_rows < 0:
-            raise Damage(f"row group {number} promises {group.num_rows} rows")
+            raise Damage(f"row group {number} declares {group.num_rows} rows")
         rows.append(group.num_rows)
     return rows
 
 
 def _parquet_file() -> Any:
-    """Import pyarrow's reader with the system allocator; its own one reserves a gigabyte of address space and frees no memory."""
+    """Import pyarrow's reader with the system allocator, since its default allocator does not release memory."""
     name = "ARROW_DEFAULT_MEMORY_POOL"
     if "pyarrow" in sys.modules or name in os.environ:
         from pyarrow.parquet import ParquetFile

@@ -1,7 +1,7 @@
 """Reader of the vertices of PLY files.
 
-The sizes that the header declares are checked against the size of the file first, since plyfile trusts them: a damaged header
-can ask for gigabytes. Reference: Turk 1994, *The PLY polygon file format*.
+The sizes that the header declares are first checked against the size of the file. plyfile does not check them, so that a
+damaged header could allocate gigabytes. Reference: Turk 1994, *The PLY polygon file format*.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gmmkeops.data.readers.base import Columns, Damage, Weights
 
 __all__ = ["ply"]
 
-# Bytes of the types of PLY properties.
+# Sizes of the types of PLY properties, bytes.
 _TYPES = {
     **dict.fromkeys((b"char", b"uchar", b"int8", b"uint8"), 1),
     **dict.fromkeys((b"short", b"ushort", b"int16", b"uint16"), 2),
@@ -41,7 +41,7 @@ def ply(path: Path, columns: Columns = None, weights: Weights = None) -> Arrays:
 
 
 def _check_header(path: Path) -> None:
-    """Check that the rows which a PLY file declares can be in it.
+    """Check that the file is large enough for the rows that its header declares.
 
     Raises:
         Damage: The header is not that of a PLY file, or a size does not fit the file.
@@ -51,7 +51,7 @@ def _check_header(path: Path) -> None:
         head, end, _ = file.read(_HEADER).partition(b"end_header")
     lines = head.splitlines()
     if not lines or lines[0].split() != [b"ply"]:
-        raise Damage("it does not begin as PLY files do")
+        raise Damage("it does not begin with the signature of PLY files")
     if not end:
         raise Damage("its header does not end")
     for line in lines:
@@ -64,12 +64,12 @@ def _check_header(path: Path) -> None:
                 raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
             count = int(words[2])
         elif words[:1] == [b"property"]:
-            # A list of numbers declares at least its length; in text a number takes two characters.
+            # A list takes at least the bytes of its length; in text files a number takes at least two characters.
             kind = words[2 if words[1:2] == [b"list"] else 1 :][:1]
             if not kind or kind[0] not in _TYPES:
                 raise Damage(f"its header says {line[:60].decode('ascii', 'backslashreplace')!r}")
             least += 2 if text else _TYPES[kind[0]]
     needed += len(head) + len(end) + 1 + count * least
-    # The last number of a text may end the file.
+    # In a text file, the last number needs no separator.
     if needed > size + text:
-        raise Damage(f"it has {size} bytes and its header promises at least {needed}")
+        raise Damage(f"it has {size} bytes and its header declares at least {needed}")

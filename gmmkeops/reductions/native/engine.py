@@ -9,13 +9,12 @@ import ctypes
 import math
 import signal
 import threading
-import warnings
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import PrecisionWarning
+from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.native.library import Call, load, reason
 from gmmkeops.reductions.problem import Exponents
@@ -26,14 +25,14 @@ from gmmkeops.reductions.truncation.passes import evaluate
 __all__ = ["Native"]
 
 # Numbers of requests in source/interface.hpp.
-_LOG_SUM_EXP, _ARGMAX, _TOP_K, _POINT_GRADIENT = 0, 1, 2, 6
+_REQUESTS = {LogSumExp: 0, Argmax: 1, TopK: 2, PointGradient: 6}
 _ASSIGNMENTS = {"soft": 3, "hard": 4, "stochastic": 5}
 
 # Rows of a range of the schedule, and pairs of a row and a component.
 _ROWS, _PAIRS = 512, 1 << 21
 
-# Largest ratio of weights whose products with responsibilities float32 holds.
-_RATIO = 2.0**50
+# Largest ratio of weights whose products with responsibilities float32 holds, and exponent of weights that need no scaling.
+_RATIO, _ORDINARY = 2.0**50, 40
 
 # Rows at which the first evaluation of each kind is compared with the dense engine, and the largest errors relative to
 # max(1, |value|).
@@ -42,7 +41,8 @@ _COMPARED, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
 # Dimensions from which kernels without AVX2 are slower than the dense engine.
 _MANY = 6
 
-_OUT_OF_MEMORY, _INTERRUPTED = 1, 2
+# Status of an evaluation in source/interface.hpp.
+_OUT_OF_MEMORY = 1
 
 _Interrupted = ctypes.CFUNCTYPE(ctypes.c_int32)
 
@@ -62,7 +62,13 @@ class Native:
         return self._mistrusted or reason()
 
     def unsupported(self, problem: Exponents, request: Request) -> str | None:
-        if problem.x.device.type == "cpu" and reason() is None and load()[1] == 0 and problem.is_full and problem.shape[2] >= _MANY:
+        if (
+            problem.x.device.type == "cpu"
+            and reason() is None
+            and load()[1] == 0
+            and problem.is_full
+            and problem.shape[2] >= _MANY
+        ):
             return "the native engine is slower than the dense one without AVX2"
         return None
 
@@ -80,10 +86,10 @@ class Native:
         (own,), (expected,) = _Evaluation(few, LogSumExp()).whole(), evaluate(dense, few, LogSumExp())
         error = float(((own - expected).abs() / expected.abs().clamp(min=1)).max())
         if not error <= _TOLERANCE[problem.x.dtype]:
-            self._mistrusted = f"its results differ from those of the dense engine by {error:.1g} times max(1, |l|) nats"
-            warnings.warn(
-                f"The native engine is not used: {self._mistrusted}. Please report this.", PrecisionWarning, stacklevel=2
+            self._mistrusted = (
+                f"its results differ from those of the dense engine by {error:.1g} times max(1, |l|) nats"
             )
+            warn(f"The native engine is not used: {self._mistrusted}. Please report this.", PrecisionWarning)
 
 
 class _Evaluation:
@@ -91,11 +97,11 @@ class _Evaluation:
 
     def __init__(self, problem: Exponents, request: Request, double: bool = False) -> None:
         self.problem, self.request, self._double = problem, request, double
-        self._sums: list[Tensor] = []
-        N, x = problem.shape[0], problem.x
-        width = (request.k,) if isinstance(request, TopK) else ()
-        self.values = x.new_empty(N, *width)
-        self.labels = torch.empty(N, *width, dtype=torch.int64) if request.rank and not isinstance(request, Statistics) else None
+        self._sums: tuple[Tensor, ...] = ()
+        x, width = problem.x, (request.k,) if isinstance(request, TopK) else ()
+        # Log-sum-exps or exponents of all requests, since their rows without a finite value are evaluated again.
+        self.values = x.new_empty(len(x), *width)
+        self.labels = torch.empty(len(x), *width, dtype=torch.int64) if isinstance(request, Argmax | TopK) else None
         self.gradient = torch.empty_like(x) if isinstance(request, PointGradient) else None
 
     def whole(self) -> Result:
@@ -111,40 +117,37 @@ class _Evaluation:
         return schedule, self._run(schedule)
 
     def result(self) -> Result:
+        return self._sums or tuple(part for part in self._rows() if part is not None)
+
+    def _rows(self) -> tuple[Tensor | None, ...]:
+        """The tensors of the result that have one row for each point."""
         match self.request:
-            case LogSumExp():
-                return (self.values,)
             case Argmax():
-                assert self.labels is not None
                 return (self.labels,)
-            case TopK():
-                assert self.labels is not None
-                return self.values, self.labels
             case PointGradient():
-                assert self.gradient is not None
                 return (self.gradient,)
             case Statistics():
-                return tuple(self._sums)
+                return ()
+        return self.values, self.labels
 
     def _run(self, schedule: Schedule | None) -> Tensor:
         """Evaluate every pair or a schedule; return the minima over its row ranges."""
-        sums, minima, odd = _call(self, schedule, self._double)
+        sums, minima, left = _call(self, schedule, self._double)
         if not self._double and sums and not bool(sums[2].isfinite().all()):
             self._double = True
-            sums, minima, odd = _call(self, schedule, True)
-        if odd:
-            self._left(sums, schedule, minima)
-        if sums:
-            self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+            sums, minima, left = _call(self, schedule, True)
+        if left:
+            sums = self._with_left(sums, schedule, minima)
+        self._sums = tuple(a + b for a, b in zip(self._sums, sums, strict=True)) if self._sums else sums
         return minima
 
-    def _left(self, sums: list[Tensor], schedule: Schedule | None, minima: Tensor) -> None:
+    def _with_left(self, sums: tuple[Tensor, ...], schedule: Schedule | None, minima: Tensor) -> tuple[Tensor, ...]:
         """Evaluate the rows that the library has left out: in float64, or by the dense engine if that does not suffice."""
         values = self.values if self.values.ndim == 1 else self.values[:, 0]
         rows = torch.arange(len(values)) if schedule is None else schedule.only(schedule.good(minima)).rows
         rows = rows[~values[rows].isfinite()]
         if not len(rows):
-            return
+            return sums
         request, few = self.request, self.problem.rows(rows)
         if isinstance(request, Statistics | PointGradient) and request.weights is not None:
             request = replace(request, weights=request.weights[rows])
@@ -152,90 +155,79 @@ class _Evaluation:
             found = evaluate(dense, few, request)
         else:
             found = _Evaluation(few, request, double=True).whole()
-        match request:
-            case Statistics():
-                for own, other in zip(sums, found, strict=True):
-                    own += other
-            case TopK():
-                self.values[rows], self.labels[rows] = found
-            case Argmax():
-                self.labels[rows] = found[0]
-            case PointGradient():
-                self.gradient[rows] = found[0]
-            case LogSumExp():
-                self.values[rows] = found[0]
+        if sums:
+            return tuple(a + b for a, b in zip(sums, found, strict=True))
+        for own, part in zip(self._rows(), found, strict=False):
+            assert own is not None, "only log-sum-exps have no labels"
+            own[rows] = part
+        return sums
 
 
-def _call(evaluation: _Evaluation, schedule: Schedule | None, double: bool = False) -> tuple[list[Tensor], Tensor, int]:
+def _call(
+    evaluation: _Evaluation, schedule: Schedule | None, double: bool = False
+) -> tuple[tuple[Tensor, ...], Tensor, int]:
     """Call the library: the moments and the total if they are requested, the minima, and the number of rows without value."""
     problem, request = evaluation.problem, evaluation.request
     (N, K, D), x = problem.shape, problem.x
-    wide = {"dtype": torch.float64}
-    weights = getattr(request, "weights", None)
-    unit = 1.0
+    weights, unit = getattr(request, "weights", None), 1.0
     if weights is not None:
-        weights = weights.contiguous()
-        unit, ratio = _unit(weights)
+        weights, unit, ratio = _scaled(weights)
         double = double or ratio > _RATIO
-        # Weights of ordinary size need no copy.
-        weights = weights if 2.0**-40 <= unit <= 2.0**40 else weights / unit
-        unit = 1.0 if 2.0**-40 <= unit <= 2.0**40 else unit
-    U = problem.U
-    stride = 0 if K > 1 and U.stride(0) == 0 else U[0].numel()
-    U = U[:1].contiguous() if stride == 0 else U.contiguous()
-    offsets, means, center = problem.offsets.contiguous(), problem.means.contiguous(), problem.center.contiguous()
+    shared = K > 1 and problem.U.stride(0) == 0
+    U = (problem.U[:1] if shared else problem.U).contiguous()
     family = 0 if problem.is_full else 2 if U.shape[1] == 1 else 1
-    sums: list[Tensor] = []
-    match request:
-        case LogSumExp():
-            kind = _LOG_SUM_EXP
-        case Argmax():
-            kind = _ARGMAX
-        case TopK():
-            kind = _TOP_K
-        case PointGradient():
-            kind = _POINT_GRADIENT
-        case Statistics():
-            kind = _ASSIGNMENTS[request.assignment]
-            shape = {0: (K, D, D), 1: (K, D), 2: (K,)}[family]
-            sums = [torch.empty(K, **wide), torch.empty(K, D, **wide), torch.empty(shape, **wide), torch.empty((), **wide)]
-    S0, S1, S2, total = (_pointer(part) for part in (sums or [None] * 4))
-    minima, tensors = torch.empty(0, **wide), []
-    if schedule is not None:
-        minima = torch.empty(len(schedule.spans), **wide)
-        tensors = [part.contiguous() for part in (schedule.spans, schedule.owner, schedule.pointer, schedule.index, schedule.floor)]
-    lists = [_pointer(part) for part in tensors] or [None] * 5
+    sums: tuple[Tensor, ...] = ()
+    if isinstance(request, Statistics):
+        kind = _ASSIGNMENTS[request.assignment]
+        shapes = [(K,), (K, D), {0: (K, D, D), 1: (K, D), 2: (K,)}[family], ()]
+        sums = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
+    else:
+        kind = _REQUESTS[type(request)]
+    parameters = [part.contiguous() for part in (problem.offsets, problem.means, U, problem.center)]
+    lists, minima = _lists(schedule), torch.empty(0 if schedule is None else len(schedule.spans), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
     caught: list[BaseException] = []
     callback = _Interrupted(lambda: _poll(caught))
     call = Call(
         kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), torch.get_num_threads(),
-        N, K, D, x.data_ptr(), offsets.data_ptr(), means.data_ptr(), U.data_ptr(), center.data_ptr(), stride,
-        _pointer(weights), unit, getattr(request, "seed", 0) & (2**64 - 1), len(minima), *lists, _pointer(minima),
-        evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient), S0, S1, S2, total,
-        counts.data_ptr(), counts.data_ptr() + 8, ctypes.cast(callback, ctypes.c_void_p),
+        N, K, D, x.data_ptr(), *map(_pointer, parameters), 0 if shared else U[0].numel(),
+        _pointer(weights), unit, getattr(request, "seed", 0) & (2**64 - 1), len(minima), *map(_pointer, lists), _pointer(minima),
+        evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient),
+        *map(_pointer, sums or (None,) * 4), counts.data_ptr(), counts.data_ptr() + counts.element_size(),
+        ctypes.cast(callback, ctypes.c_void_p),
     )  # fmt: skip
-    library, number = load()
-    status = library.gmmkeops_evaluate(ctypes.byref(call), number)
+    library, instruction_set = load()
+    status = library.gmmkeops_evaluate(ctypes.byref(call), instruction_set)
     if caught:
         raise caught[0]
     if status == _OUT_OF_MEMORY:
-        raise MemoryError(f"The memory does not suffice for sums over {K} components in {D} dimensions.")
+        raise MemoryError(f"There is not enough memory for reductions over {K} components in {D} dimensions.")
     return sums, minima, int(counts[0])
+
+
+def _lists(schedule: Schedule | None) -> list[Tensor] | list[None]:
+    """The row ranges, their owners, the pointers, the components and the floors of a schedule."""
+    if schedule is None:
+        return [None] * 5
+    assert schedule.floor is not None, "a truncation sets the floors of the schedules that it returns"
+    parts = schedule.spans, schedule.owner, schedule.pointer, schedule.index, schedule.floor
+    return [part.contiguous() for part in parts]
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _unit(weights: Tensor) -> tuple[float, float]:
-    """A power of two near the largest weight, and the ratio of the largest to the smallest weight that is not zero."""
+def _scaled(weights: Tensor) -> tuple[Tensor, float, float]:
+    """Weights of ordinary size, the power of two that they have been divided by, and the ratio of the extreme nonzero weights."""
     sizes = weights.abs()
     largest = float(sizes.amax()) if len(sizes) else 0.0
     if largest == 0:
-        return 1.0, 1.0
-    smallest = float(torch.where(sizes > 0, sizes, math.inf).amin())
-    return 2.0 ** max(-1000, min(1000, math.frexp(largest)[1])), largest / smallest
+        return weights.contiguous(), 1.0, 1.0
+    ratio = largest / float(torch.where(sizes > 0, sizes, math.inf).amin())
+    exponent = math.frexp(largest)[1]
+    unit = 1.0 if abs(exponent) <= _ORDINARY else 2.0 ** max(-1000, min(1000, exponent))
+    return (weights.contiguous() if unit == 1 else weights / unit), unit, ratio
 
 
 def _poll(caught: list[BaseException]) -> int:

@@ -22,7 +22,10 @@ class Call(ctypes.Structure):
     """The arguments of one evaluation; source/interface.hpp describes the fields."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("request", "family", "double_points", "double_arithmetic", "top", "threads")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("request", "family", "double_points", "double_arithmetic", "top", "threads")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "components", "dimensions")),
         *((name, ctypes.c_void_p) for name in ("points", "offsets", "means", "factor", "center")),
         ("factor_stride", ctypes.c_int64),
@@ -31,7 +34,10 @@ class Call(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("ranges", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("range", "owner", "pointer", "index", "floor", "minima")),
-        *((name, ctypes.c_void_p) for name in ("values", "labels", "gradient", "S0", "S1", "S2", "total", "odd", "doubles")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("values", "labels", "gradient", "S0", "S1", "S2", "total", "odd", "doubles")
+        ),
         ("interrupted", ctypes.c_void_p),
     )
 

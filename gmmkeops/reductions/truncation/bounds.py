@@ -116,10 +116,10 @@ class Schedule:
         slices = torch.arange(1, len(points) + 1, device=points.device)
         return points, slices, lists[self.owner], lists, slices, points
 
-    def split(self, most: int, rows: int = 1 << 62) -> Schedule:
-        """The schedule with long row ranges split, so that none has more than ``rows`` rows, or than about ``most`` pairs."""
+    def split(self, most: int, longest: int = 1 << 62) -> Schedule:
+        """The schedule with long row ranges split, so that none has more than ``longest`` rows or about ``most`` pairs."""
         first, last = self.spans.T
-        rows = (most // self.lengths.clamp(min=1)).clamp(min=32, max=rows)
+        rows = (most // self.lengths.clamp(min=1)).clamp(min=32, max=longest)
         parts = -((first - last) // rows)
         if not bool((parts > 1).any()):
             return self
