@@ -103,9 +103,7 @@ def as_penalty(penalty: Penalty | Callable[[Mixture], Any]) -> Penalty:
         return penalty
     if callable(penalty):
         return _Function(penalty)
-    raise TypeError(
-        f"penalty must be a Penalty or a function of a mixture, got {type(penalty).__name__}; see gmmkeops.penalties."
-    )
+    raise TypeError(f"penalty must be a Penalty or a function of a mixture, got {type(penalty).__name__}.")
 
 
 @dataclass(frozen=True)

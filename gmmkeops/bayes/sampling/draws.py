@@ -29,9 +29,7 @@ __all__ = ["Draws", "SamplingWarning"]
 
 
 class SamplingWarning(UserWarning):
-    """Warning that posterior draws are unreliable.
-
-    The importance weights are degenerate, trajectories diverged, or the chains have not converged.
+    """Warning of unreliable draws: degenerate weights, divergent trajectories, or chains that have not converged.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk
@@ -131,20 +129,20 @@ class Draws:
         return self.prior.mixtures(self.values)
 
     def expectation(self, function: Callable[[Mixture], Tensor]) -> Tensor:
-        """Posterior mean (...) of a function that maps the batch of mixtures to a tensor (S, ...)."""
+        """Compute the posterior mean (...) of a function that maps the batch of mixtures to a tensor (S, ...)."""
         return torch.tensordot(self.weights, function(self.mixtures).to(self.weights), 1)
 
     def mean(self, name: str) -> Tensor:
-        """Posterior mean of the named parameter, in its shape."""
+        """Compute the posterior mean of the named parameter, in its shape."""
         return torch.tensordot(self.weights, self.values[name], 1)
 
     def sd(self, name: str) -> Tensor:
-        """Posterior standard deviation of the named parameter, in its shape."""
+        """Compute the posterior standard deviation of the named parameter, in its shape."""
         away = (self.values[name] - self.mean(name)).square()
         return torch.tensordot(self.weights, away, 1).sqrt()
 
     def quantile(self, name: str, q: Any) -> Tensor:
-        r"""Posterior quantiles of the named parameter, of shape (\*Q, ...) for probabilities q (\*Q) in (0, 1)."""
+        r"""Compute posterior quantiles (\*Q, ...) of the named parameter for probabilities q (\*Q) in (0, 1)."""
         probabilities = torch.as_tensor(q, dtype=torch.float64)
         values = self.values[name].flatten(1)
         order = values.argsort(0)
@@ -155,7 +153,7 @@ class Draws:
         return found.reshape(*probabilities.shape, *self.values[name].shape[1:])
 
     def interval(self, name: str, share: float = 0.9) -> Tensor:
-        """Central credible interval (2, ...) of the named parameter, with posterior probability ``share``."""
+        """Compute the central credible interval (2, ...) of the named parameter, with posterior probability ``share``."""
         return self.quantile(name, [0.5 - share / 2, 0.5 + share / 2])
 
     def _over(self, x: Any, function: Callable[[Mixture, Tensor], Tensor], width: int) -> Tensor:
@@ -166,7 +164,7 @@ class Draws:
         return torch.cat([function(mixtures, part) for part in x.split(size)])
 
     def log_prob(self, x: Any) -> Tensor:
-        """Posterior predictive log-density of points (N, D) or (N,), nats."""
+        """Compute the posterior predictive log-density (N,) of points (N, D) or (N,), nats."""
 
         def density(mixtures: Mixture, part: Tensor) -> Tensor:
             return torch.logsumexp(mixtures.log_prob(part[:, None, :]) + self.log_weights.to(part.device), 1)
@@ -174,7 +172,7 @@ class Draws:
         return self._over(x, density, self.prior.components * self.prior.features)
 
     def responsibilities(self, x: Any) -> Tensor:
-        """Posterior component probabilities of points (N, D) or (N,), averaged over the draws: (N, K)."""
+        """Compute component probabilities (N, K) of points (N, D) or (N,), averaged over the draws."""
 
         def shares(mixtures: Mixture, part: Tensor) -> Tensor:
             own = torch.softmax(mixtures.log_joint(part[:, None, :]), -1)
@@ -183,17 +181,14 @@ class Draws:
         return self._over(x, shares, self.prior.components * self.prior.features)
 
     def sample(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw points (count, D) from the posterior predictive distribution, data units.
-
-        Without a generator, torch's global random number generator is used, as in torch.distributions.
-        """
+        """Draw points (count, D) from the posterior predictive distribution; by default with torch's global generator."""
         generator = generator_on(generator, self.weights.device)
         rows = categorical(self.weights, count, generator)
         chosen = self.prior.mixtures({name: value[rows] for name, value in self.values.items()})
         return chosen.sample(generator=generator)
 
     def components(self) -> Tensor:
-        """Posterior probabilities (K,) that 1, ..., K components are occupied, that is, have at least one point.
+        """Compute the posterior probabilities (K,) that 1, ..., K components are occupied, that is, have at least one point.
 
         With a Dirichlet process prior the number of occupied components grows without bound with the number of points, even
         if the true number of components is finite. It is therefore not an estimate of the true number (Miller and Harrison
@@ -203,9 +198,7 @@ class Draws:
             ValueError: The draws contain no labels. Only Gibbs sampling draws labels.
         """
         if self.occupied is None:
-            raise ValueError(
-                f"components() requires draws of the labels, and {self.method} draws no labels; use gmmkeops.bayes.gibbs."
-            )
+            raise ValueError(f"{self.method} draws no labels, which components() requires; use gmmkeops.bayes.gibbs.")
         counts = torch.zeros(self.prior.components, dtype=torch.float64)
         return counts.index_add(0, self.occupied.long() - 1, self.weights)
 
@@ -289,7 +282,7 @@ def _arviz() -> Any:
 
 
 def _order(means: Tensor) -> Tensor:
-    """Lexicographic order (S, K) of the means (S, K, D) of each draw."""
+    """Compute the lexicographic order (S, K) of the means (S, K, D) of each draw."""
     order = torch.arange(means.shape[1]).expand(len(means), -1)
     for column in reversed(range(means.shape[2])):
         keys = means[:, :, column].gather(1, order)

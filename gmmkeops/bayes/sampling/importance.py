@@ -123,7 +123,7 @@ def importance(
 
 
 def _orders(target: Target, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Permutations (P, K) of the components that a proposal around a mode includes, and their probabilities (P,)."""
+    """Return the permutations (P, K) of the components that a proposal around a mode includes, and their probabilities (P,)."""
     prior, K = target.prior, target.prior.components
     if prior.exchangeable and K <= _ORDERS:
         orders = torch.tensor(list(permutations(range(K))))
@@ -158,7 +158,7 @@ def _log_student(z: Tensor, center: Tensor, root: Tensor) -> Tensor:
 def _log_proposal(
     prior: Prior, values: Values, z: Tensor, center: Tensor, root: Tensor, orders: Tensor, shares: Tensor
 ) -> Tensor:
-    """Log-density (S,) of a proposal that is a mixture over permutations (P, K) with probabilities (P,)."""
+    """Compute the log-density (S,) of a proposal that is a mixture over permutations (P, K) with probabilities (P,)."""
     # The Jacobian term of the transform to the parameters, on which a permutation acts with determinant one.
     volume = prior.values(z)[1] - prior.log_prob(values)
     found = []

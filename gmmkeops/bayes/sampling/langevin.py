@@ -123,7 +123,7 @@ def _prior_slope(prior: Prior, z: Tensor) -> Tensor:
 
 
 def _batch_slope(target: Target, z: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
-    """Gradient (size,) of the log-likelihood of the points with the given indices."""
+    """Compute the gradient (size,) of the log-likelihood of the points with the given indices."""
     z = z.detach()[None].requires_grad_()
     values, _ = target.prior.values(z)
     mixture = target.prior.mixtures({name: value[0] for name, value in values.items()})

@@ -1,6 +1,4 @@
-r"""Hamiltonian Monte Carlo by Pyro's no-U-turn sampler, with the labels marginalized out.
-
-.. math:: U(z) = -\log p(T(z)) - \log |T'(z)| - \sum_n g_n \log p(x_n \mid T(z))
+"""Hamiltonian Monte Carlo by Pyro's no-U-turn sampler, with the labels marginalized out.
 
 References: Hoffman and Gelman 2014, *The no-U-turn sampler*, JMLR 15; Bingham et al. 2019, *Pyro: deep universal
 probabilistic programming*, JMLR 20.

@@ -45,10 +45,7 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
 
 
 def _pareto(x: Tensor) -> tuple[float, float]:
-    """Estimate shape and scale of a generalized Pareto distribution from ascending values (n,).
-
-    The shape is shrunk toward 1/2 by a weak prior, as in Vehtari et al. 2024.
-    """
+    """Estimate the shape (shrunk toward 1/2) and scale of a generalized Pareto distribution from ascending values (n,)."""
     n = len(x)
     m = 30 + int(math.sqrt(n))
     quarter = x[int(n / 4 + 0.5) - 1]

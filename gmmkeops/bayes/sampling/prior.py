@@ -65,7 +65,7 @@ class StickBreaking(Distribution):
         return stick_weights(a / (a + b))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        r"""Log-density (\*S) of weights (\*S, K) with respect to their first K - 1 entries, nats."""
+        r"""Compute the log-density (\*S) of weights (\*S, K) with respect to their first K - 1 entries, nats."""
         left = 1 - torch.cat([torch.zeros_like(value[..., :1]), value[..., :-1].cumsum(-1)], -1)
         left = left[..., : value.shape[-1]].clamp(min=1e-300)
         shares = (value / left)[..., :-1]
@@ -74,10 +74,7 @@ class StickBreaking(Distribution):
 
 
 class _PositiveDefinite:
-    """Bijection from D(D+1)/2 unconstrained numbers to positive-definite matrices (..., D, D).
-
-    The numbers are the entries of the Cholesky factor, with the logarithm of its diagonal.
-    """
+    """Bijection from the entries of a Cholesky factor, with log-diagonal, to positive-definite matrices (..., D, D)."""
 
     def __init__(self, features: int) -> None:
         self.D = features
@@ -306,7 +303,7 @@ class Prior:
         return self.permuted(values, order) | stay
 
     def log_prob(self, values: Values) -> Tensor:
-        """Log-density (S,) of the unknown parameters, nats."""
+        """Compute the log-density (S,) of the unknown parameters, nats."""
         logs = values["means"].new_zeros(len(values["means"]))
         for site in self.sites:
             if site.prior is not None:
@@ -358,9 +355,7 @@ def _site(name: str, value: Any, shape: tuple[int, ...]) -> _Site:
     prior = Independent(wide, len(batch), validate_args=False) if batch else wide
     support = value.support
     if getattr(support, "is_discrete", False):
-        raise ValueError(
-            f"the prior on {name} must be continuous, got the discrete {type(value).__name__}; pass known values to fix it."
-        )
+        raise ValueError(f"the prior on {name} must be a continuous distribution, got {type(value).__name__}.")
     matrices = len(shape) == 3
     transform: Any = _PositiveDefinite(shape[-1]) if matrices else biject_to(prior.support)
     site = _Site(name, shape, prior=prior, transform=transform)

@@ -76,7 +76,7 @@ class Target:
         return len(self.x)
 
     def log_likelihood(self, mixtures: Mixture) -> Tensor:
-        """Weighted log-likelihood (S,) of each mixture of a batch, nats; once differentiable in the parameters."""
+        """Compute the weighted log-likelihood (S,) of each mixture of a batch, nats; once differentiable in the parameters."""
         if self.rows <= _FEW:
             # The parameters are on the CPU; the points may be on another device.
             logs = mixtures.to(self.x.device).log_prob(self.x.double()[:, None, :])
@@ -84,18 +84,18 @@ class Target:
         return torch.stack([self.total(self.cloud, self.weights, mixture) for mixture in _each(mixtures)])
 
     def total(self, points: Any, weights: Tensor | None, mixture: Mixture) -> Tensor:
-        """Weighted log-likelihood of a mixture for the given points, nats."""
+        """Compute the weighted log-likelihood of a mixture for the given points, nats."""
         moved = mixture.to(self.x.device)
         arguments = (points, moved.offsets, moved.means, moved.factor)
         return reductions.total(*arguments, weights=weights, backend=self.backend, truncate=0).to(mixture.means.device)
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Unnormalized log-density (S,) at unconstrained coordinates z (S, size), nats."""
+        """Compute the unnormalized log-density (S,) at unconstrained coordinates z (S, size), nats."""
         values, logs = self.prior.values(z)
         return logs + self.log_likelihood(self.prior.mixtures(values))
 
     def slopes(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-densities (S,) and their gradients (S, size) at unconstrained coordinates z (S, size)."""
+        """Compute log-densities (S,) and their gradients (S, size) at unconstrained coordinates z (S, size)."""
         z = z.detach().requires_grad_()
         with torch.enable_grad():
             values = self.log_density(z)
@@ -103,7 +103,7 @@ class Target:
         return values.detach(), gradient
 
     def start(self, generator: torch.Generator | None = None, strategy: str = "kmeans") -> Tensor:
-        """Initial point (1, size): clusters of the data, or a draw from the prior if the clusters have zero density."""
+        """Compute an initial point (1, size) from clusters of the data, or draw it from the prior if its density is zero."""
         prior = self.prior
         covariance_type = prior.kind.type_name(prior.tied)
         options: Any = {"covariance_type": covariance_type, "generator": generator, "backend": self.backend}
@@ -173,7 +173,7 @@ class Target:
         return best
 
     def curvature(self, z: Tensor) -> Tensor:
-        """Negative Hessian (size, size) of the log-density at z (size,), by central differences of gradients."""
+        """Compute the negative Hessian (size, size) of the log-density at z (size,), by central differences of gradients."""
         steps = _STEP * torch.eye(len(z), dtype=z.dtype)
         _, gradients = self.slopes(torch.cat([z + steps, z - steps]))
         hessian = (gradients[: len(z)] - gradients[len(z) :]) / (2 * _STEP)

@@ -47,8 +47,7 @@ class VariationalBayes(Method[_State]):
     of a component without points equals its prior, and its weight is close to zero.
 
     Args:
-        weights: Prior on the weights: ``"dirichlet_process"`` (stick-breaking, truncated at K) or
-            ``"dirichlet_distribution"``.
+        weights: Prior on the weights: ``"dirichlet_process"`` (truncated at K) or ``"dirichlet_distribution"``.
         concentration: Concentration of the prior on the weights (or on each stick-breaking fraction); default: 1 / K.
         mean_precision: Prior κ, the number of points to which the prior on the means is equivalent.
         means: Prior mean (D,), data units; default: mean of the data.
@@ -244,7 +243,7 @@ class VariationalBayes(Method[_State]):
 
 
 def _of_data(objective: Objective, mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance of the data in standardized coordinates, in the covariance shape of the family."""
+    """Compute mean (D,) and unbiased covariance (in the shape of the family) of the data, standardized coordinates."""
     D, kind = mixture.features, type(mixture.factor)
     center = mixture.means.new_zeros(1, D)
     unit = kind.from_covariances(kind.compact(torch.eye(D).to(center))[None], features=D)

@@ -127,14 +127,14 @@ class NormalWishart:
         return self.concentration + torch.stack([n, after.clamp(min=0)])
 
     def expected_log_weights(self) -> Tensor:
-        """E log π (K,), nats."""
+        """Compute E log π (K,), nats."""
         if not self.sticks:
             return torch.digamma(self.concentration) - torch.digamma(self.concentration.sum())
         a, b = torch.digamma(self.concentration) - torch.digamma(self.concentration.sum(0))
         return a + torch.cat([b.new_zeros(1), running_sum(b[:-1])])
 
     def expected_log_determinants(self) -> Tensor:
-        """E log |Λ| (K or 1,), nats."""
+        """Compute E log |Λ| (K or 1,), nats."""
         D = self.mixture.features
         return (
             2 * self.mixture.factor.log_determinant()
@@ -168,7 +168,7 @@ class NormalWishart:
         return self.normalizer()
 
     def normalizer(self) -> Tensor:
-        """Log-normalizer (log-partition function) of the density, nats."""
+        """Compute the log-normalizer (log-partition function) of the density, nats."""
         D, tied = self.mixture.features, len(self.degrees) == 1 and self.mixture.components > 1
         nu = self.degrees
         roots = self.mixture.factor.log_determinant() - 0.5 * D * nu.log()
@@ -179,7 +179,7 @@ class NormalWishart:
         return copies * wishart.sum() + weights - 0.5 * D * self.mean_precision.log().sum()
 
     def divergence(self) -> Tensor:
-        """Kullback-Leibler divergence of this posterior from its prior, nats."""
+        """Compute the Kullback-Leibler divergence of this posterior from its prior, nats."""
         if self.prior is None:
             return self.concentration.new_zeros(())
         prior, D, K = self.prior, self.mixture.features, self.mixture.components
@@ -201,7 +201,7 @@ class NormalWishart:
         return weights + 0.5 * logdets - 0.5 * squares - self.normalizer() + prior.normalizer()
 
     def energy(self, sums: Moments) -> Tensor:
-        """Expected log-joint density of points and labels with the given sufficient statistics, nats."""
+        """Compute the expected log-joint density of points and labels with the given sufficient statistics, nats."""
         about = sums.recenter(self.mixture.means)
         factor = self.mixture.factor
         S2 = factor.mean_scatter(about.S2, self.mixture.features)
@@ -230,7 +230,7 @@ class NormalWishart:
         return replace(self, mixture=way(self.mixture), prior=prior)
 
     def predictive(self) -> StudentMixture:
-        r"""Posterior predictive distribution: a mixture of Student's t distributions.
+        r"""Return the posterior predictive distribution, a mixture of Student's t distributions.
 
         .. math:: t_{\nu+1-D}\!\left(m_k,\; \frac{\kappa_k+1}{\kappa_k (\nu_k+1-D)} W_k^{-1}\right)
 
@@ -248,10 +248,7 @@ class NormalWishart:
         return found
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Mixture:
-        """Draw a batch of mixtures with batch shape (count,).
-
-        Without a generator, torch's global random number generator is used, as in torch.distributions.
-        """
+        """Draw a batch of mixtures with batch shape (count,). Without a generator, torch's global one is used."""
         K, D, factor = self.mixture.components, self.mixture.features, self.mixture.factor
         generator = generator_on(generator, self.concentration.device)
         a = self.concentration.expand(count, *self.concentration.shape)

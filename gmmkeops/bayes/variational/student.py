@@ -57,7 +57,7 @@ class StudentMixture(Distribution):
         super().__init__(torch.Size(), means.shape[-1:], validate_args=False)
 
     def log_joint(self, value: Any) -> Tensor:
-        """Log-joint densities (N, K) of points (N, D) and components, nats."""
+        """Compute the log-joint densities (N, K) of points (N, D) and components, nats."""
         x = as_points(table_of(value, self.columns), features=self.means.shape[1], differentiable=True)
         rows = max(1, _CHUNK // self.means.numel())
         return torch.cat([self._exponents(part.to(self.means)) for part in x.split(rows)]).to(x.dtype)
@@ -72,7 +72,7 @@ class StudentMixture(Distribution):
         return constant - 0.5 * ((d + wide)[:, None] * torch.log1p(squares / d[:, None])).sum(-1)
 
     def log_prob(self, value: Any) -> Tensor:
-        """Log-density (N,) of points (N, D), nats.
+        """Compute the log-density (N,) of points (N, D), nats.
 
         Raises:
             TypeError, ValueError: Points that are not numeric or not finite, or have a wrong number of columns.
