@@ -160,11 +160,11 @@ def test_foreign_checkpoints_are_refused(x, tmp_path):
     other = x.copy()
     other[17, 1] += 1e-3
     for data, model, method, what in (
-        (other, start, gk.EM(), "another data"),
-        (x[:-1], start, gk.EM(), "another data"),
-        (x, gk.initialize(x, 4), gk.EM(), "another model"),
-        (x, start, gk.EM(assignment="hard"), "another method"),
-        (x, start, gk.Adam(), "another method"),
+        (other, start, gk.EM(), "whose data differs"),
+        (x[:-1], start, gk.EM(), "whose data differs"),
+        (x, gk.initialize(x, 4), gk.EM(), "whose model differs"),
+        (x, start, gk.EM(assignment="hard"), "whose method differs"),
+        (x, start, gk.Adam(), "whose method differs"),
     ):
         with pytest.raises(ValueError, match=what):
             gk.fit(model, data, method, max_iter=3, checkpoint=path)

@@ -400,7 +400,7 @@ def test_another_process_describes_values_alike(tmp_path):
 
 @pytest.mark.parametrize("kind", ["plain", "float32", "network"])
 def test_a_module_resumes_from_where_its_fit_has_brought_it_and_from_where_it_began(kind, x, tmp_path):
-    """A fit sets the parameters of its module, so the same call finds another start, which is the checkpoint's own."""
+    """A fit sets the parameters of its module, so the same call finds a different start, which is the checkpoint's own."""
     x = x + np.array([3e4, 0.0])
     torch.manual_seed(0)
     model = gk.GMM(1, context=1, n_components=2).double() if kind == "network" else gk.GMM(2, n_components=3)

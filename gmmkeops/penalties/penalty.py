@@ -62,8 +62,8 @@ class Penalty(ABC):
             TypeError: The penalty does not support EM.
         """
         raise TypeError(
-            f"{type(self).__name__.strip('_')} has no M-step, so EM cannot minimize it; use gmmkeops.Adam(...) "
-            "(solver='adam' of the estimator), which takes any penalty."
+            f"EM does not support the penalty {type(self).__name__.strip('_')}, which has no M-step; use gmmkeops.Adam(...) "
+            "(solver='adam' of the estimator), which supports all penalties."
         )
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
