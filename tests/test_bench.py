@@ -158,7 +158,7 @@ def test_report_says_what_the_results_say(tmp_path):
         assert matplotlib.image.imread(tmp_path / name)[..., :3].std() > 0.02
 
 
-@pytest.mark.filterwarnings("ignore:.*did not converge", "ignore:.*have not met")
+@pytest.mark.filterwarnings("ignore:.*did not converge", "ignore:.*have not converged")
 def test_posteriors_learn():
     case = replace(TINY, kind="bayes")
     x = cases.cloud(case)

@@ -160,11 +160,11 @@ def test_foreign_checkpoints_are_refused(x, tmp_path):
     other = x.copy()
     other[17, 1] += 1e-3
     for data, model, method, what in (
-        (other, start, gk.EM(), "another data"),
-        (x[:-1], start, gk.EM(), "another data"),
-        (x, gk.initialize(x, 4), gk.EM(), "another model"),
-        (x, start, gk.EM(assignment="hard"), "another method"),
-        (x, start, gk.Adam(), "another method"),
+        (other, start, gk.EM(), "whose data differs"),
+        (x[:-1], start, gk.EM(), "whose data differs"),
+        (x, gk.initialize(x, 4), gk.EM(), "whose model differs"),
+        (x, start, gk.EM(assignment="hard"), "whose method differs"),
+        (x, start, gk.Adam(), "whose method differs"),
     ):
         with pytest.raises(ValueError, match=what):
             gk.fit(model, data, method, max_iter=3, checkpoint=path)
@@ -189,7 +189,7 @@ def test_damage_falls_back_to_the_one_before_and_then_says_so(x, tmp_path):
         assert torch.equal(found.mixture.means, expected.mixture.means)
         for file in (path, Path(f"{path}.previous")):
             file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"no checkpoint is whole: .*delete them to begin anew"):
+        with pytest.raises(ValueError, match=r"all checkpoint files are damaged: .*delete them to start a new fit"):
             gk.fit(start, x, gk.EM(tol=0), max_iter=4, checkpoint=path)
 
 
@@ -255,7 +255,7 @@ def test_a_file_that_is_no_checkpoint_is_not_replaced(which, content, x, tmp_pat
     else:
         (tmp_path / which).write_bytes(content)
     before = (tmp_path / which).read_bytes()
-    with pytest.raises(ValueError, match=r"is no checkpoint, but would be replaced by one; move it away"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint and would be overwritten by one; move it"):
         gk.fit(start, x, gk.EM(), max_iter=2, checkpoint=tmp_path / "fit.ckpt")
     assert (tmp_path / which).read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == [which]
@@ -268,11 +268,11 @@ def test_places_that_cannot_hold_a_checkpoint_are_refused_before_any_work(x, tmp
         (
             tmp_path / "absent" / "fit.ckpt",
             FileNotFoundError,
-            "there is no folder .*absent for the checkpoint fit.ckpt",
+            "the folder .*absent of the checkpoint fit.ckpt does not exist",
         ),
         (tmp_path, ValueError, "must be the path of a file, got the folder"),
         ("", ValueError, "must be the path of a file, got the folder"),
-        (os.devnull, ValueError, "is no checkpoint, but would be replaced"),
+        (os.devnull, ValueError, "is not a checkpoint and would be overwritten"),
     ):
         with pytest.raises(error, match=what):
             gk.fit(start, x, gk.EM(), max_iter=2, checkpoint=path, callback=steps.append)
@@ -339,7 +339,7 @@ def test_a_write_that_fails_is_a_warning_and_the_fit_goes_on(how, kind, x, tmp_p
 
     what = "No such file or directory" if how == "gone" else "No space left on device"
     with pytest.warns(
-        UserWarning, match=rf"the checkpoint .* could not be written \({what}\); the fit goes on"
+        UserWarning, match=rf"the checkpoint .* could not be written \({what}\); the fit continues"
     ) as told:
         found = fit(data, start, method, folder / "fit.ckpt", callback=fail)
     assert len(told) == 1

@@ -213,19 +213,22 @@ def test_gradients_are_the_same_in_stretches(monkeypatch):
 def test_contexts_far_from_the_network_are_told():
     c, y = branches(500)
     torch.manual_seed(0)
-    with pytest.warns(gk.PrecisionWarning, match="bend far outside"):
+    with pytest.warns(gk.PrecisionWarning, match="saturated or linear for all contexts"):
         gk.fit(gk.GMM(1, context=1, n_components=2), y, gk.Adam(), context=c, max_iter=1)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, y, c: gk.fit(m, y, gk.EM(), context=c), "fitted by gradient, got EM"),
-        (lambda m, y, c: gk.fit(m, y, gk.Adam(), context=c[:5]), "a row for each of the 50 points, got 5"),
+        (lambda m, y, c: gk.fit(m, y, gk.EM(), context=c), "requires a gradient method, got EM"),
+        (lambda m, y, c: gk.fit(m, y, gk.Adam(), context=c[:5]), "one row per point, expected 50, got 5"),
         (lambda m, y, c: gk.fit(m, y, gk.Adam()), "x has 3 columns, expected 5"),
-        (lambda m, y, c: gk.fit(m, y, gk.Adam(), context=c, truncate=0.1), "each point has its own"),
-        (lambda m, y, c: gk.fit(gk.GMM(3), y, gk.Adam(), context=c), "context belongs to a GMM"),
-        (lambda m, y, c: gk.GMM(3).initialize(y, context=c), "this GMM has no context"),
+        (
+            lambda m, y, c: gk.fit(m, y, gk.Adam(), context=c, truncate=0.1),
+            "truncate must be None or 0 for a GMM with a context, got 0.1",
+        ),
+        (lambda m, y, c: gk.fit(gk.GMM(3), y, gk.Adam(), context=c), "context requires a conditional GMM"),
+        (lambda m, y, c: gk.GMM(3).initialize(y, context=c), "made without a context"),
         (lambda m, y, c: m(c[:, :1]), r"shape \(\*, 2\)"),
     ],
 )

@@ -274,7 +274,7 @@ def test_an_engine_that_breaks_is_replaced_with_one_warning(method, truncated, m
     monkeypatch.setitem(choice.ENGINES, "fragile", Fragile(method))
     s = scene("full", torch.float64, truncated, "cpu")
     options = {"truncate": EPSILON if truncated else 0}
-    message = "The fragile engine was asked for but it has lost its library; using the dense engine."
+    message = "The fragile engine was requested but it has lost its library; using the dense engine."
     with pytest.warns(UserWarning, match=message):
         assert_close(reductions.moments(s.x, *s.parameters, backend="fragile", **options).S2, s.plain["S2"], 1e-9)
     assert_close(reductions.moments(s.x, *s.parameters, backend="fragile", **options).S2, s.plain["S2"], 1e-9)

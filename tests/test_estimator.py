@@ -314,7 +314,7 @@ def test_refused_fit_leaves_the_model_as_it_was(X):
         ({"precisions_init": np.eye(2)}, ValueError, r"precisions_init must have shape \(1, 2, 2\)"),
         ({"precisions_init": -np.eye(2)[None]}, ValueError, "precisions_init must be positive definite"),
         ({"random_state": "x"}, TypeError, "random_state must be None, an int or a numpy generator"),
-        ({"penalty": lambda m: m.means.sum()}, TypeError, "has no M-step"),
+        ({"penalty": lambda m: m.means.sum()}, TypeError, "EM does not support the penalty"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
     ],
 )

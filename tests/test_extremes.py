@@ -322,7 +322,7 @@ def test_an_estimator_names_its_own_arguments():
     ):
         with pytest.raises(ValueError, match=r"^X reaches 1e\+200 (at|in) row 7"):
             call()
-    with pytest.raises(ValueError, match=r"^sample_weight must be numbers of points"):
+    with pytest.raises(ValueError, match=r"^sample_weight must be counts of points"):
         gk.BayesianGaussianMixture(n_components=2).fit(x, sample_weight=np.full(50, 1e200))
 
 

@@ -408,7 +408,7 @@ def begun():
         (
             lambda: gk.fit(begun().expand((2,)), few(), gk.Adam()),
             ValueError,
-            "fit takes one mixture, got a batch",
+            "start must be one mixture, got a batch",
         ),
         (lambda: gk.fit(gk.GMM(2, context=1), few(), gk.Adam()), ValueError, "x has 2 columns, expected 3"),
         (lambda: gk.fit(begun(), few()[:2], gk.Adam()), ValueError, "x has 2 rows, expected at least 3"),
@@ -460,7 +460,7 @@ def begun():
         ),
         (lambda: gk.Adam(lr=0), ValueError, "lr must be positive, got 0"),
         (lambda: gk.Adam(batch_size=0), ValueError, "batch_size must be at least 1"),
-        (lambda: gk.Gradient(0.1), TypeError, "optimizer must make an optimizer"),
+        (lambda: gk.Gradient(0.1), TypeError, "optimizer must be a function of a list of tensors, got float"),
     ],
 )
 def test_bad_input_gets_one_sentence(call, kind, message):

@@ -76,7 +76,7 @@ def arm(output):
 
 
 def bentos(output):
-    assert "the importance weights have collapsed" in output
+    assert "the importance weights are degenerate" in output
     rows = re.findall(r"(grid|importance|Gibbs|NUTS) means ([\d.]+) ([\d.]+) sd ([\d.]+) ([\d.]+)", output)
     table = {name: list(map(float, values)) for name, *values in rows}
     assert len(table) == 4

@@ -244,10 +244,12 @@ def test_what_would_change_the_result_is_refused_and_named(name, x, start, tmp_p
         path = tmp_path / f"{number}.ckpt"
         gk.fit(start, x, **{"method": EM, "tol": 0, "max_iter": 1, "checkpoint": path, **settings})
         before = path.read_bytes()
-        with pytest.raises(ValueError, match=f"is of another {what} ") as error:
+        with pytest.raises(ValueError, match=f"was written by a fit whose {what} differs ") as error:
             gk.fit(start, x, **{"method": EM, "tol": 0, "max_iter": 2, "checkpoint": path, **others})
         said = re.search(
-            r"\((.*); here (.*)\); pass the same, or delete it to begin anew\.$", str(error.value), re.DOTALL
+            r"\((.*); here (.*)\); pass the original \w+, or delete the file to start a new fit\.$",
+            str(error.value),
+            re.DOTALL,
         )
         assert all(text in part for text, part in zip(texts, said.groups(), strict=True)), said.groups()
         assert str(error.value).count("\n") == 0
@@ -267,11 +269,14 @@ def test_another_start_or_other_weights_are_refused(x, start, tmp_path):
         gk.Mixture(start.logits[[1, 0, 2]], start.means[[1, 0, 2]], gk.FullFactor.from_factors(factor.U[[1, 0, 2]])),
     ):
         with pytest.raises(
-            ValueError, match=r"is of another start \(fingerprint .*; here fingerprint .*\); pass the same"
+            ValueError,
+            match=r"was written by a fit whose start differs \(fingerprint .*; here fingerprint .*\); pass the original start",
         ):
             gk.fit(other, x, EM, max_iter=2, checkpoint=path, sample_weight=g)
     for weights in (None, g[::-1].copy(), 2 * g):
-        with pytest.raises(ValueError, match=r"is of another data \(600 rows of 2 columns, total weight "):
+        with pytest.raises(
+            ValueError, match=r"was written by a fit whose data differs \(600 rows of 2 columns, total weight "
+        ):
             gk.fit(start, x, EM, max_iter=2, checkpoint=path, sample_weight=weights)
     # Rounding, as of another number of threads, and a shift of the logits make no other start.
     near = gk.Mixture(start.logits + 7, start.means * (1 + 3e-16), factor)
@@ -304,7 +309,7 @@ def test_a_global_variable_and_a_helper_of_a_penalty_count(x, start, tmp_path, m
     for name, value in (("strength", 0.2), ("helper", lambda mixture: mixture.means.abs().sum())):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
-            with pytest.raises(ValueError, match=f"is of another penalty .*{name}="):
+            with pytest.raises(ValueError, match=f"was written by a fit whose penalty differs .*{name}="):
                 gk.fit(*arguments, penalty=scaled, max_iter=3, checkpoint=path)
     assert gk.fit(*arguments, penalty=scaled, max_iter=3, checkpoint=path).n_iter == 3
 
@@ -320,7 +325,7 @@ def test_two_classes_of_one_name_are_two(x, start, tmp_path):
     path = tmp_path / "fit.ckpt"
     gk.fit(start, x, gk.Adam(), penalty=made(2), max_iter=1, checkpoint=path)
     gk.fit(start, x, gk.Adam(), penalty=made(2), max_iter=2, checkpoint=path)
-    with pytest.raises(ValueError, match="is of another penalty"):
+    with pytest.raises(ValueError, match="was written by a fit whose penalty differs"):
         gk.fit(start, x, gk.Adam(), penalty=made(3), max_iter=3, checkpoint=path)
 
 
@@ -341,7 +346,7 @@ def test_what_cannot_be_compared_is_refused_with_a_checkpoint_alone(kind, x, sta
 
         assert gk.fit(start, x, gk.Adam(), penalty=penalty, max_iter=1).n_iter == 1
         with pytest.raises(
-            ValueError, match=r"^penalty.* whose variable hidden is a .*cannot be compared .*leave checkpoint out\.$"
+            ValueError, match=r"^penalty.* whose variable hidden is a .*cannot be compared .*do not pass checkpoint\.$"
         ):
             gk.fit(start, x, gk.Adam(), penalty=penalty, max_iter=1, checkpoint=tmp_path / "fit.ckpt")
         assert not list(tmp_path.iterdir())
@@ -389,13 +394,13 @@ def test_another_process_describes_values_alike(tmp_path):
         assert done.returncode == 0, done.stderr
         resumed, refused = done.stdout.splitlines()
         assert resumed == str(number)
-        assert "is of another method (Gradient with optimizer=<lambda> (code" in refused
+        assert "was written by a fit whose method differs (Gradient with optimizer=<lambda> (code" in refused
         assert re.search(r"lr=0\.1.*; here .*lr=0\.3", refused)
 
 
 @pytest.mark.parametrize("kind", ["plain", "float32", "network"])
 def test_a_module_resumes_from_where_its_fit_has_brought_it_and_from_where_it_began(kind, x, tmp_path):
-    """A fit sets the parameters of its module, so the same call finds another start, which is the checkpoint's own."""
+    """A fit sets the parameters of its module, so the same call finds a different start, which is the checkpoint's own."""
     x = x + np.array([3e4, 0.0])
     torch.manual_seed(0)
     model = gk.GMM(1, context=1, n_components=2).double() if kind == "network" else gk.GMM(2, n_components=3)
@@ -413,7 +418,7 @@ def test_a_module_resumes_from_where_its_fit_has_brought_it_and_from_where_it_be
     assert gk.fit(model, x, gk.Adam(), max_iter=7, checkpoint=path).n_iter == 7
     with torch.no_grad():
         list(model.parameters())[1].add_(torch.tensor(1.0))
-    with pytest.raises(ValueError, match="is of another start"):
+    with pytest.raises(ValueError, match="was written by a fit whose start differs"):
         gk.fit(model, x, gk.Adam(), max_iter=8, checkpoint=path)
 
 

@@ -79,7 +79,7 @@ def test_a_missing_compiler_is_named(tmp_path):
 def test_a_file_in_the_place_of_the_cache_folder_is_named(tmp_path):
     cache = tmp_path / "cache"
     cache.write_bytes(b"mine")
-    fails(run(cache), str(cache), "cannot be written to")
+    fails(run(cache), str(cache), "is not writable")
     assert cache.read_bytes() == b"mine"
 
 

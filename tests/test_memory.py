@@ -133,7 +133,7 @@ def test_chunks_are_freed_without_the_garbage_collector(dtype):
 def test_bad_limits():
     x = torch.randn(500, 2)
     start = gk.initialize(x, 2)
-    for limit, says in (("much", "looks like"), (-1, "must be positive"), ("1kB", "takes at least")):
+    for limit, says in (("much", "must be a number of bytes"), (-1, "must be positive"), ("1kB", "needs at least")):
         with pytest.raises(ValueError, match=says):
             gk.fit(start, x, gk.EM(), max_memory=limit)
 

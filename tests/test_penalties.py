@@ -103,7 +103,7 @@ def test_eigenvalue_floor(family):
         (lambda: P.SqrtWeights(-1), "strength must be finite and at least 0, got -1"),
         (lambda: P.SqrtWeights(math.nan), "strength must be finite"),
         (lambda: P.Dirichlet(0.0), "concentration must be positive"),
-        (lambda: P.Dirichlet([1.0, 2.0])(random_mixture("full")), "concentration has 2 entries, the mixture 4"),
+        (lambda: P.Dirichlet([1.0, 2.0])(random_mixture("full")), "concentration has 2 entries, expected 4"),
         (lambda: P.EigenvalueFloor(0), "minimum must be finite and greater than 0"),
         (lambda: P.NormalInverseWishart([0, 0], -1, 1.0, 3), "mean_precision must be finite"),
         (lambda: P.NormalInverseWishart([0, 0], 1, -1.0, 3), "scale must be a positive number"),

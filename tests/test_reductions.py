@@ -193,7 +193,7 @@ def test_float32_products_that_will_not_do(high):
     """Thin components far from the middle: it is said, and float64 products are taken."""
     x = 500 + 0.05 * torch.randn(9000, 2, generator=torch.Generator().manual_seed(0))
     problem = x, torch.zeros(2), torch.tensor([[500.0, 500.0], [-500.0, -500.0]]), torch.full((2, 2), 20.0)
-    with pytest.warns(PrecisionWarning, match=r"asks for float32 products, .* would change by more than 5e-05 \* max"):
+    with pytest.warns(PrecisionWarning, match=r"allows float32 products, .* would change by more than 5e-05 \* max"):
         sums = reductions.moments(*problem, backend="dense")
     torch.set_float32_matmul_precision("highest")
     assert torch.equal(sums.S2, reductions.moments(*problem, backend="dense").S2)
@@ -502,7 +502,7 @@ def test_gradients_come_in_the_dtype_of_each_input():
 def test_missing_keops_is_said_once_and_replaced(monkeypatch):
     monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
     monkeypatch.setattr(reductions.choice, "_warned", set())
-    with pytest.warns(UserWarning, match="KeOps was asked for but pykeops is not installed"):
+    with pytest.warns(UserWarning, match="KeOps was requested but pykeops is not installed"):
         values = reductions.logsumexp(*GOOD, backend="keops")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

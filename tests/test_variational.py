@@ -225,8 +225,8 @@ def test_files_minibatches_weights_truncation_and_checkpoints(tmp_path):
         ({"weights": "dp"}, "weights must be one of"),
         ({"concentration": 0}, "concentration must be positive"),
         ({"degrees": 1.0}, "degrees must be above 2"),
-        ({"means": [0.0]}, r"prior means must have shape \(3,\)"),
-        ({"covariances": [[1.0]]}, r"prior covariances must have shape \(3, 3\)"),
+        ({"means": [0.0]}, r"means of the prior must have shape \(3,\)"),
+        ({"covariances": [[1.0]]}, r"covariances of the prior must have shape \(3, 3\)"),
         ({"covariances": -np.eye(3)}, "positive"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
@@ -237,5 +237,5 @@ def test_bad_priors_get_one_sentence(X, settings, message):
 
 
 def test_a_penalty_is_refused(X):
-    with pytest.raises(ValueError, match="priors of its own"):
+    with pytest.raises(ValueError, match="does not accept a penalty, got SqrtWeights"):
         gk.fit(gk.initialize(X, 2), X, gk.bayes.VariationalBayes(), penalty=gk.penalties.SqrtWeights(1.0))

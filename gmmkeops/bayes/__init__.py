@@ -1,4 +1,4 @@
-"""Answers that carry their uncertainty: distributions of mixtures, through the reductions that fits go through."""
+"""Bayesian inference for Gaussian mixtures: variational Bayes, Markov chain Monte Carlo and importance sampling."""
 
 from gmmkeops.bayes.sampling.draws import Draws, SamplingWarning
 from gmmkeops.bayes.sampling.gibbs import gibbs

@@ -1,7 +1,6 @@
-"""Fitting: one loop, the methods that take its steps, initialization, and checkpoints.
+"""Fitting algorithms, initialization and checkpoints.
 
-A fit transforms the data to standardized coordinates, and a :class:`Method` such as :class:`EM` or :class:`Adam` improves the
-mixture step by step.
+:func:`fit` standardizes the data and iterates a :class:`Method` such as :class:`EM` or :func:`Adam`.
 """
 
 from gmmkeops.fitting.checkpoint import Checkpoint

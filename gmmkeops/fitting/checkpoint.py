@@ -1,4 +1,4 @@
-"""Checkpoints: the file to which a fit writes its state, and from which it resumes."""
+"""Checkpoint files, from which interrupted fits resume."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Checkpoint"]
 
 _logger = logging.getLogger("gmmkeops")
 
-# How a header of ours may begin: its entries come in any order, and the file may be cut short within the first of them.
+# Possible beginnings of the header of a checkpoint: its entries have no fixed order, and the file may be truncated.
 _HEADS = (f'"format":"{FORMAT}"', '"version":"', '"digest":"', '"tree":"{')
 
 
@@ -26,22 +26,22 @@ _HEADS = (f'"format":"{FORMAT}"', '"version":"', '"digest":"', '"tree":"{')
 class Checkpoint:
     """File to which a fit writes its state, and from which it resumes.
 
-    A fit that finds a checkpoint of the same fit resumes from it: data, weights, initial mixture, method, penalty, seed of the
-    generator, truncation, backend and dtype must be the same, while ``max_iter``, tolerances and ``patience`` may differ.
-    Functions (a penalty of your own, an optimizer factory) are compared by their code and by the values that they use. The
-    file remains after the end of the fit: the same call then returns the same result at once, or resumes with a larger
-    ``max_iter``. Delete the file to start a new fit.
+    If the file exists, the fit resumes from it. Data, weights, initial mixture, method, penalty, seed of the generator,
+    truncation, backend and dtype must be the same; ``max_iter``, tolerances and ``patience`` may differ. Functions (such as a
+    custom penalty or an optimizer factory) are compared by their code and by the values that they use. The file is not deleted at
+    the end of the fit: the same call then returns the same result immediately, or resumes with a larger ``max_iter``. Delete the
+    file to start a new fit.
 
-    Existing files with these names that are not checkpoints are never replaced. If a checkpoint cannot be written (a full disk, a
-    removed folder), a warning is raised and the fit continues.
+    Existing files that are not checkpoints are never replaced. If a checkpoint cannot be written (for example because the disk is
+    full), a warning is issued and the fit continues.
 
     Args:
-        path: The file. The previous checkpoint is kept as ``<path>.previous``, and partial sums of an unfinished pass over a
-            source as ``<path>.part0`` and so on, one for each rank.
-        every: Seconds between two writes.
+        path: Path of the file. The previous checkpoint is kept as ``<path>.previous``, and partial sums of an unfinished pass
+            over a source as ``<path>.part0`` and so on, one per rank.
+        every: Minimum time between two writes, seconds.
 
     Raises:
-        TypeError: The path is neither text nor a path.
+        TypeError: The path is neither a string nor a path.
         ValueError: ``every`` is negative.
 
     Example:
@@ -61,7 +61,7 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.path, (str, os.PathLike)):
             raise TypeError(
-                f"checkpoint must be the name of a file or a Checkpoint, got {type(self.path).__name__}; pass text or a path."
+                f"checkpoint must be a path or a Checkpoint, got {type(self.path).__name__}; pass the path of a file."
             )
         as_number(self.every, "every", 0, clause="must not be negative, in seconds")
 
@@ -75,25 +75,25 @@ class Checkpoint:
         return Path(f"{os.fspath(self.path)}.previous")
 
     def part(self, rank: int) -> Path:
-        """File for the partial sums of a rank in an unfinished pass."""
+        """Return the path of the file with the partial sums of a rank in an unfinished pass."""
         return Path(f"{os.fspath(self.path)}.part{rank}")
 
     def write(self, tree: Any) -> None:
-        """Write a state and keep the last one as the previous one; at any time one of the files is complete."""
+        """Write a state, and keep the last file as the previous one. At any time at least one of both files is complete."""
         path = Path(self.path)
         data = state_bytes(tree)
         if path.exists():
-            # A second name for the file, which then replaces the previous one.
+            # A hard link to the current file replaces the previous one.
             try:
                 _, spare = unused_name(self._previous, lambda name: os.link(path, name))
             except OSError:
-                # Without hard links, only the previous file exists until the new one is written.
+                # On file systems without hard links, only the previous file exists until the new one is written.
                 os.replace(path, self._previous)
             else:
                 try:
                     os.replace(spare, self._previous)
                 finally:
-                    # Renaming one name of a file to another of the same does nothing.
+                    # Renaming a link to another link of the same file does nothing, so the spare link is deleted.
                     spare.unlink(missing_ok=True)
         write_whole(path, data)
 
@@ -108,16 +108,14 @@ class Checkpoint:
         path = Path(self.path)
         if rank == 0:
             if path.is_dir():
-                raise ValueError(
-                    f"checkpoint must be the path of a file, got the folder {path}; add a file name to it."
-                )
+                raise ValueError(f"checkpoint must be the path of a file, got the folder {path}; append a file name.")
             if not path.parent.is_dir():
                 raise FileNotFoundError(
-                    f"there is no folder {path.parent} for the checkpoint {path.name}; make it first."
+                    f"the folder {path.parent} of the checkpoint {path.name} does not exist; create it first."
                 )
             if not os.access(path.parent, os.W_OK):
                 raise PermissionError(
-                    f"the folder {path.parent} of the checkpoint {path.name} cannot be written to; choose another one."
+                    f"the folder {path.parent} of the checkpoint {path.name} is not writable; choose another one."
                 )
         for name in (path, self._previous, self.part(rank)) if rank == 0 else (self.part(rank),):
             try:
@@ -126,14 +124,14 @@ class Checkpoint:
                 raise ValueError(f"{name} cannot be read ({error.strerror}); choose another path for it.") from None
             if not ours:
                 raise ValueError(
-                    f"{name} is no checkpoint, but would be replaced by one; move it away, or choose another path."
+                    f"{name} is not a checkpoint and would be overwritten by one; move it, or choose another path."
                 )
 
     def read(self, device: Any, world: World) -> Any:
         """Read the last complete state on rank 0 and send it to all ranks; None if there is no file.
 
         Raises:
-            ValueError: There are files, but none is complete; or as :meth:`check`.
+            ValueError: All files are damaged; or as :meth:`check`.
         """
         self.check(world.rank)
         data = b""
@@ -147,17 +145,19 @@ class Checkpoint:
                     state_of(data, "cpu")
                     break
                 except (ValueError, OSError) as error:
-                    _logger.warning("%s is damaged (%s); looking for the one before", path, error)
+                    _logger.warning("the checkpoint %s is damaged (%s); trying the previous one", path, error)
                     troubles.append(f"{path} ({error})")
                     data = b""
             if troubles and not data:
-                raise ValueError(f"no checkpoint is whole: {', '.join(troubles)}; delete them to begin anew.")
+                raise ValueError(
+                    f"all checkpoint files are damaged: {', '.join(troubles)}; delete them to start a new fit."
+                )
         data = world.gather_bytes(data)[0]
         return state_of(data, device) if data else None
 
 
 def _ours(path: Path) -> bool:
-    """Whether a file is a checkpoint, damaged or not; an empty one, which a power cut may leave, counts as one."""
+    """Return whether a file is a checkpoint, possibly damaged. Empty files, which a power failure may leave, are accepted."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:

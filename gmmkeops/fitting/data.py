@@ -1,4 +1,4 @@
-"""The points of a fit in standardized coordinates, in memory or read chunk by chunk from a source."""
+"""Points of a fit in standardized coordinates, in memory or read chunk by chunk from a source."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Data", "Memory", "Stream"]
 
 
 class Data(ABC):
-    """Points that can be read on every pass of a fit.
+    """Base class for the points of a fit, which every pass iterates over in batches.
 
     Attributes:
         dtype: Precision of the points.
         device: Device of the computation.
-        features: Number of columns D, with those of contexts.
+        features: Number of columns D, including contexts.
     """
 
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class Data(ABC):
 
     @abstractmethod
     def batches(self, skip: int = 0) -> Iterator[Batch]:
-        """Iterate over all points once, without the first ``skip`` batches."""
+        """Iterate over all points once, in batches, without the first ``skip`` batches."""
 
     @abstractmethod
     def minibatches(self, size: int, seed: int) -> Iterator[Batch]:
@@ -42,7 +42,7 @@ class Data(ABC):
 
 @dataclass
 class Memory(Data):
-    """Points in memory; they are converted to float64 permanently if float32 is no longer accurate enough.
+    """Points in memory. When float32 is not accurate enough, they are replaced by float64 points for the rest of the fit.
 
     Args:
         x: Points (N, D) in standardized coordinates.
@@ -50,9 +50,9 @@ class Memory(Data):
         truncate: ε for reductions over batches of the points.
         cloud: Kd-tree of all points, for reductions with truncation, or None.
         first: Index of the first row among the points of all processes.
-        by: The mixture whose components the points were sorted by, or None.
-        rounding: Largest rounding error of each column by conversion to float32 (D,); None if nothing was rounded.
-        enter: Returns the points in standardized coordinates in float64.
+        by: Mixture by whose component labels the points were sorted, or None.
+        rounding: Largest rounding error of each column by conversion to float32 (D,); None if there are none.
+        enter: Function that returns the points in standardized coordinates in float64.
         extra: Number of columns at the end that are contexts.
     """
 
@@ -76,7 +76,7 @@ class Memory(Data):
         return cls(points, weights, truncate, None, first, None, rounding, enter, frame.extra)
 
     def refine(self) -> None:
-        """Replace the points by float64 ones that have not been rounded, with the same truncation."""
+        """Replace the points by float64 points without rounding errors, with the same truncation."""
         if self.enter is None:
             return
         self.x, self.rounding, self.enter = self.enter(), None, None
@@ -97,7 +97,7 @@ class Memory(Data):
         return self.x.shape[1]
 
     def batches(self, skip: int = 0) -> Iterator[Batch]:
-        # Whether truncation saves time has been decided for all passes, not for each.
+        # All points are one batch. Whether truncation saves time is decided once, for all passes.
         if not skip:
             yield self._whole()
 
@@ -126,7 +126,7 @@ class Memory(Data):
             yield self._some(rows)
 
     def arranged(self, truncate: float | None, mixture: Mixture, sweeps: int, backend: str) -> Memory:
-        """The points sorted for truncation by ``mixture`` (standardized), if that saves time over ``sweeps`` passes."""
+        """Sort the points for truncation by ``mixture`` (standardized), if that saves time over ``sweeps`` passes."""
 
         def labels() -> Tensor:
             arguments = (self.x if self.cloud is None else self.cloud, mixture.offsets, mixture.means, mixture.factor)
@@ -140,14 +140,14 @@ class Memory(Data):
 
 @dataclass(frozen=True)
 class Stream(Data):
-    """Points that are read from a source on every pass.
+    """Points that are read from a source in every pass.
 
     Args:
-        source: The source, of this rank.
-        frame: The transformation to standardized coordinates.
+        source: Source of the points of this rank.
+        frame: Transformation to standardized coordinates.
         dtype, device: Precision of the points, and device of the computation.
         truncate: ε as for :func:`gmmkeops.fit`.
-        unit: Unit of the weights, a power of two.
+        unit: Power of two by which the weights are divided.
     """
 
     source: Source
@@ -165,7 +165,7 @@ class Stream(Data):
         return self._standardized(batch, self.dtype)
 
     def _standardized(self, batch: Batch, dtype: torch.dtype) -> Batch:
-        # A method, because a local function that refers to itself would keep its batch until the garbage collector runs.
+        # This is a method, since a recursive local function would keep its batch alive until the garbage collector runs.
         weights = None if batch.weights is None else batch.weights.to(self.device)
         weights = weights if weights is None or self.unit == 1 else weights / self.unit
         points, rounding = self.frame.points(batch.points.to(self.device), dtype)
@@ -190,7 +190,7 @@ class Stream(Data):
 
 
 def _split(batch: Batch, extra: int) -> Batch:
-    """The batch with its last ``extra`` columns as contexts."""
+    """Split off the last ``extra`` columns of a batch as contexts."""
     if not extra:
         return batch
     D = batch.points.shape[1] - extra

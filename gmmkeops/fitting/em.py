@@ -24,10 +24,10 @@ from gmmkeops.models import Mixture, as_mixture
 
 __all__ = ["EM"]
 
-# A reg_covar of more than so many times the variance of every column is probably in other units than the data.
+# Ratio of reg_covar to the largest variance of a column above which reg_covar is probably in wrong units.
 _DROWNING = 30.0
 
-# Fraction of DEAD_POINTS below which EM prunes a component; pruning then changes the objective by no more than rounding.
+# EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
 DEAD_SHARE = 1e-3
 
 _FROZEN = ("frozen_weights", "frozen_means", "frozen_covariances")
@@ -35,14 +35,14 @@ _FROZEN = ("frozen_weights", "frozen_means", "frozen_covariances")
 
 @dataclass(frozen=True, repr=False)
 class EM(Method[EMState]):
-    r"""Expectation-maximization (EM). All keywords can be combined.
+    r"""Expectation-maximization (EM). All options can be combined.
 
     .. math::
 
         W_k = \frac{S^0_k}{\sum_j S^0_j}, \qquad \mu_k^+ = \mu_k + \frac{S^1_k}{S^0_k}, \qquad
         \Sigma_k = \frac{S^2_k}{S^0_k} - \frac{S^1_k {S^1_k}^\top}{(S^0_k)^2} + \text{reg\_covar}\, I
 
-    with the responsibility-weighted :class:`~gmmkeops.Moments` about :math:`\mu_k`, to which penalties add their terms.
+    with the responsibility-weighted :class:`~gmmkeops.Moments` about :math:`\mu_k`. Penalties add terms to these formulas.
 
     Args:
         assignment: ``"soft"`` is EM. ``"hard"`` assigns each point to its most probable component and maximizes the
@@ -52,28 +52,28 @@ class EM(Method[EMState]):
             with weight :math:`(t + t_0)^{-\kappa}`. An iteration is one pass over the data in both cases.
         step_exponent: κ, above 0.5 and at most 1.
         step_offset: t_0 > 0.
-        average: Return the M-step of the moments averaged over all batches (Polyak-Ruppert) rather than the last.
+        average: Whether to return the M-step of the moments averaged over all batches (Polyak-Ruppert averaging).
         temperature: (β, n): exponents are multiplied by an inverse temperature that rises from β to 1 over the first n
             iterations, and a small random perturbation is added to the means each time (deterministic annealing); or None.
             During these iterations no component is pruned, and concave penalties on the weights have no effect.
-        accelerate: Extrapolate after every two EM steps by SQUAREM; an extrapolation that increases the objective is
-            discarded. An iteration is then three passes over the data. Without effect if ``batch_size`` is given.
-        reg_covar: Added to the diagonal of each covariance in every M-step, squared data units, as in scikit-learn; no
-            eigenvalue of a fitted covariance is below it. With reg_covar, an EM step may increase the negative log-likelihood.
-            It decreases the sum of the objective and the term :math:`\frac{1}{2} \text{reg\_covar} \sum_k c_k \operatorname{tr}
+        accelerate: Whether to extrapolate after every two EM steps by SQUAREM. An extrapolation that increases the objective is
+            discarded. An iteration then takes three passes over the data. Ignored if ``batch_size`` is given.
+        reg_covar: Constant added to the diagonal of each covariance in every M-step, squared data units, as in scikit-learn; all
+            eigenvalues are at least as large. With reg_covar, an EM step may increase the negative log-likelihood. It decreases
+            the sum of the objective and the term :math:`\frac{1}{2} \text{reg\_covar} \sum_k c_k \operatorname{tr}
             \Sigma_k^{-1}`, where :math:`c_k` is the fraction of the points that component k is responsible for. The history
-            holds this sum as "objective", without the changes of the term that only come from changes of :math:`c_k`.
-        frozen_weights, frozen_means, frozen_covariances: True, or one truth value per component: frozen parameters
-            keep their initial values. A tied covariance is frozen for all components or for none.
-        max_iter: Largest number of iterations, unless :func:`gmmkeops.fit` is given another one.
-        tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
-            last half of the iterations (by less than a tenth of it with a penalty that prunes components). Changes below 1e-5
-            over that half are accepted; smaller tolerances bound the change over the last ten iterations.
+            contains this sum as "objective", without changes of the term that are caused only by changes of :math:`c_k`.
+        frozen_weights, frozen_means, frozen_covariances: True, or a boolean mask (K,): these parameters keep their initial
+            values. A tied covariance is frozen for all components or for none.
+        max_iter: Maximum number of iterations, if not passed to :func:`gmmkeops.fit`.
+        tol: Tolerance, nats per point: the fit has converged when the objective changed by less than tol / 4 over the last half
+            of the iterations (tol / 10 with a penalty that prunes components). Changes below 1e-5 over that half are always
+            accepted; for smaller tolerances, the change over the last ten iterations is compared with tol.
         relative_tol: Tolerance as a fraction of the objective; the larger one of the two tolerances applies.
-        patience: Smallest number of iterations over which that change is measured.
+        patience: Minimum number of iterations over which the change is measured.
 
     Raises:
-        ValueError: A keyword is out of its range.
+        ValueError: An argument is out of its range.
 
     Reference:
         Dempster, Laird and Rubin 1977, *Maximum likelihood from incomplete data via the EM algorithm*, JRSS B 39; stepwise:
@@ -120,8 +120,8 @@ class EM(Method[EMState]):
         largest = float(objective.frame.scale.max()) ** 2
         if self.reg_covar > _DROWNING * largest:
             warn(
-                f"reg_covar={self.reg_covar:g} is much larger than the variance of every column (about {largest:.2g}), so "
-                "that it alone determines the covariances; pass a reg_covar in the squared units of the data.",
+                f"reg_covar={self.reg_covar:g} is much larger than the variances of all columns (at most about "
+                f"{largest:.2g}) and dominates the covariances; pass a smaller reg_covar, in squared units of the data.",
                 PrecisionWarning,
             )
         mixture, floored = objective.project(mixture)
@@ -135,7 +135,7 @@ class EM(Method[EMState]):
         return state.population.whole(self._active(objective, state))
 
     def _active(self, objective: Objective, state: EMState) -> Mixture:
-        """The mixture of the active components; of the averaged moments, if those are asked for."""
+        """Return the mixture of the active components, computed from the averaged moments if ``average`` is True."""
         average = state.average if self.average else None
         return state.mixture if average is None else self._m_step(objective, state, average).mixture
 
@@ -162,7 +162,7 @@ class EM(Method[EMState]):
         return replace(state, iteration=state.iteration + 1), now
 
     def _look(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float, float]:
-        """Perform the E-step: the state, moments, and the objective and mean log-likelihood of the state's mixture."""
+        """Perform the E-step; return the state, its moments, and the objective and mean log-likelihood of its mixture."""
         sums = self._moments(objective, state, None)
         likelihood = float(sums.total / sums.mass) - objective.frame.log_volume
         if self._beta(state) < 1:
@@ -189,12 +189,12 @@ class EM(Method[EMState]):
         return objective.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
 
     def _move(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
-        """Perform the M-step within the bounds on the eigenvalues, and prune components of negligible weight."""
+        """Perform the M-step, enforce the bounds on the covariances, and prune components of negligible weight."""
         new = self._m_step(objective, state, sums)
         mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()
         floored[state.population.live[new.hit]] = True
-        # The weights of the reg_covar term change with the responsibilities; the drift cancels this change of the objective.
+        # The reg_covar term is weighted by the fractions c_k; ``drift`` compensates the change of the objective by their change.
         change = None if state.counts is None else state.counts - new.counts
         drift = state.drift + self._ridge_cost(objective, change, before)
         state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
@@ -218,7 +218,7 @@ class EM(Method[EMState]):
         whole = state.population.whole(old)
         prior = objective.surrogate(whole)
         if self._beta(state) < 1:
-            # During annealing all components share the points, so that a concave penalty would prune some of them.
+            # During annealing all components have similar responsibilities, and a concave penalty would prune some of them.
             prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
         tied, pruned = is_tied(state), None
         if tied and len(live) < whole.n_components:
@@ -248,17 +248,17 @@ class EM(Method[EMState]):
         return EMStep(mixture, low | new.repaired, new.counts / objective.mass)
 
     def _ridge(self, objective: Objective) -> Tensor:
-        """``reg_covar`` in standardized coordinates (D,)."""
+        """Convert ``reg_covar`` to standardized coordinates (D,)."""
         return self.reg_covar / objective.frame.scale**2
 
     def _ridge_cost(self, objective: Objective, counts: Tensor | None, factor: Factor) -> float:
-        """½ reg_covar Σ c_j tr Σ_j⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
+        """Compute ½ reg_covar Σ_k c_k tr Σ_k⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
         if not self.reg_covar or counts is None:
             return 0.0
         return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(objective)))
 
     def _extrapolate(self, objective: Objective, start: Evaluation, first: EMState) -> EMState:
-        """Extrapolate from two EM steps by SQUAREM; return the better one of both states."""
+        """Extrapolate from two EM steps by SQUAREM; return the extrapolated state if it is not worse, else the EM state."""
         first, sums, value, _ = self._look(objective, first)
         second = self._move(objective, first, sums)
         if len(second.population.live) < len(start.active) or value > start.objective:
@@ -271,11 +271,11 @@ class EM(Method[EMState]):
         logits = solve_weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = objective.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third, sums, there, _ = self._look(objective, replace(second, mixture=leap))
-        # ``value`` is the objective after one EM step. If the extrapolation is not worse, it is kept.
+        # ``value`` is the objective after the first EM step.
         return self._move(objective, third, sums) if there <= value else second
 
     def _pass(self, objective: Objective, state: EMState) -> tuple[EMState, Evaluation]:
-        """One shuffled pass of stepwise EM: the moments of each batch enter the running average of those before."""
+        """Perform one shuffled pass of stepwise EM, which updates the running average of the moments by each batch."""
         assert self.batch_size is not None, "a pass is made of batches"
 
         def update(reached: tuple[EMState, float, float], batch: list[Batch]) -> tuple[EMState, float, float]:
@@ -297,7 +297,7 @@ class EM(Method[EMState]):
         return replace(state, iteration=state.iteration + 1), now
 
     def _blend(self, state: EMState, sums: Moments) -> EMState:
-        """Update the running average of moments by a batch; it begins as the expected moments of the initial mixture."""
+        """Update the running average of moments by a batch; its initial value is the expected moments of the mixture."""
         m = state.mixture
         before = Moments.expected(m.weights, m.means, m.factor) if state.memory is None else state.memory
         memory = before.blended(sums, (state.batches + self.step_offset) ** -self.step_exponent)
@@ -306,12 +306,12 @@ class EM(Method[EMState]):
         return replace(state, memory=memory, average=average, batches=batches)
 
     def maximize(self, mixture: Mixture, moments: Moments, *, penalty: Any = None) -> Mixture:
-        """Perform the M-step from the moments of all points, for example from sums over several machines.
+        """Perform the M-step from the moments of all points, for example moments that were added over several machines.
 
         Args:
             mixture: The mixture for which the moments were computed.
             moments: Sum of the results of :func:`gmmkeops.reductions.moments`, data units.
-            penalty: As for :func:`gmmkeops.fit`; the total weight Σ g of the data is that of the moments.
+            penalty: As for :func:`gmmkeops.fit`.
 
         Returns:
             The new mixture, float64, data units.
@@ -355,10 +355,10 @@ class EM(Method[EMState]):
         """Perform one step of stepwise EM on a batch of a stream. Batches may have any size.
 
         Args:
-            mixture: The mixture that the last update returned, or the initial mixture.
+            mixture: Mixture that the last update returned, or the initial mixture.
             x: Points (n, D) of this batch, data units.
-            memory: The memory that the last update returned; None for the first batch.
-            penalty, backend: As for :func:`gmmkeops.fit`; the total weight of the data is that of all points so far.
+            memory: Memory that the last update returned; None for the first batch.
+            penalty, backend: As for :func:`gmmkeops.fit`. The penalty receives the total weight of all points so far.
             sample_weight: Weights (n,) of the points of this batch, or None.
 
         Returns:
@@ -374,8 +374,8 @@ class EM(Method[EMState]):
         g = as_weights(sample_weight, x, name="sample_weight")
         if g is not None and weight_unit(float(g.max())) != 1:
             raise ValueError(
-                f"weights of batches must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights "
-                "of all batches by the same number."
+                f"sample_weight must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights of all "
+                "batches by the same number."
             )
         objective = prepared(x, g, penalty, backend, generator, isotropic=mixture.factor.isotropic)
         state = self.init(objective, objective.frame.enter(mixture.detach().to(torch.float64)))

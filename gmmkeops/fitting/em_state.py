@@ -1,4 +1,4 @@
-"""The state of EM, masks of frozen components, and the noise of annealing."""
+"""State of EM, masks of frozen components, and random perturbations for annealing."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gmmkeops.models import Mixture
 __all__ = ["EMState", "EMStep", "check_temperature", "is_tied", "mask_of", "shaken"]
 
 # Standard deviation of the noise that is added to the means in each iteration of annealing, in standardized coordinates. At a
-# low inverse temperature all means coincide, which is a fixed point that only noise leaves.
+# low inverse temperature all means coincide; this is a fixed point of EM, which only noise can leave.
 _SHAKE = 1e-2
 
 
 @known("EM")
 @dataclass(frozen=True)
 class EMState:
-    """State of EM: the active mixture, and the statistics of earlier batches that stepwise EM keeps.
+    """State of EM: the active mixture, and for stepwise EM the running averages of the moments.
 
-    ``counts`` are the expected fractions of the points in each covariance (K or 1,) at the last M-step, which weight the
-    ``reg_covar`` term of the objective. ``drift`` is the accumulated change of this term by changes of the fractions alone, nats
-    per point.
+    ``counts`` (K or 1,) are the expected fractions of the points for each covariance at the last M-step, which weight the
+    ``reg_covar`` term of the objective. ``drift`` is added to the objective to compensate changes of this term that are caused by
+    changes of the fractions alone, nats per point.
     """
 
     population: Population
@@ -53,28 +53,30 @@ class EMStep(NamedTuple):
 
 
 def is_tied(state: EMState) -> bool:
-    """Whether all components share one covariance."""
+    """Return whether all components share one covariance."""
     whole = state.population.parked
     return whole.factor.leading == 1 and whole.n_components > 1
 
 
 def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
-    """One truth value per component (K,) from True, False or a sequence."""
+    """Convert True, False or a sequence of booleans to a mask (K,)."""
     mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"{name} must be True, False or {mixture.n_components} truth values, got other numbers.")
+        raise ValueError(f"{name} must be True, False or {mixture.n_components} booleans, got other numbers.")
     mask = mask.bool()
     if mask.ndim == 0:
         return mask.expand(mixture.n_components)
     if mask.shape != (mixture.n_components,):
-        raise ValueError(f"{name} must be True, False or {mixture.n_components} truth values, got {tuple(mask.shape)}.")
+        raise ValueError(
+            f"{name} must be True, False or {mixture.n_components} booleans, got shape {tuple(mask.shape)}."
+        )
     if name == "frozen_covariances" and mixture.factor.leading == 1 and bool(mask.any()) and not bool(mask.all()):
-        raise ValueError("a tied covariance is frozen for all components or for none; pass True or False.")
+        raise ValueError("frozen_covariances must be True or False for a tied covariance, got different values.")
     return mask
 
 
 def shaken(objective: Objective, state: EMState) -> EMState:
-    """The state with noise added to the means."""
+    """Add noise to the means of a state."""
     mixture = state.mixture
     noise = torch.randn(
         mixture.means.shape, generator=objective.passes.generator, dtype=torch.float64, device=mixture.means.device
@@ -85,10 +87,10 @@ def shaken(objective: Objective, state: EMState) -> EMState:
 
 
 def check_temperature(temperature: Any) -> None:
-    """Check the pair (β, n) of an annealed fit: the first inverse temperature, and the number of iterations until it is one.
+    """Check a pair (β, n): the initial inverse temperature, and the number of iterations until it is one.
 
     Raises:
-        ValueError: It is not such a pair.
+        ValueError: The argument is not such a pair.
     """
     if temperature is None:
         return

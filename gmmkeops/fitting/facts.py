@@ -1,4 +1,4 @@
-"""Descriptions of a fit, by which checkpoints and ranks recognize that it is the same."""
+"""Descriptions of the data and settings of a fit, which are compared with those of a checkpoint and of other ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def described(
 
 
 def facts(objective: Objective, mixture: Mixture, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return descriptions of the data and of the initial mixture beside the settings, after comparing them on all ranks."""
+    """Return descriptions of data, initial mixture and settings, after comparing them between ranks."""
     frame, passes = objective.frame, objective.passes
     if objective.model is not None:
         start = tensors_of(objective.model.rescaled(frame.shift, frame.scale).state_dict())
@@ -53,7 +53,7 @@ def facts(objective: Objective, mixture: Mixture, settings: dict[str, Any]) -> d
 
 
 def tensors_of(found: Any) -> list[Tensor]:
-    """The parameters of a mixture (with log-weights of at least -1000), of a network's state, or of a posterior's mixture."""
+    """List the parameters of a mixture (with log-weights of at least -1000), of a network, or of the mixture of a posterior."""
     if isinstance(found, dict):
         return list(found.values())
     mixture = found if isinstance(found, Mixture) else found.mixture

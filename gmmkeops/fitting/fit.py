@@ -1,4 +1,4 @@
-"""The function that fits a mixture to data: validation of its arguments, the run, and the result."""
+"""The function :func:`fit`, which fits a mixture to data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["fit"]
 _logger = logging.getLogger("gmmkeops")
 
 
-# Names of arguments in version 0.1, and in other libraries.
+# Argument names of version 0.1, and of other libraries.
 _OLD = {"weights": "sample_weight", "callbacks": "callback", "progress": "verbose"}
 _WRONG = {
     "epochs": "max_iter",
@@ -75,33 +75,33 @@ def fit(
     Args:
         start: Initial mixture: a :class:`~gmmkeops.Mixture`; a :class:`~gmmkeops.GMM`, whose parameters are set to the result
             at the end; or a number of components, for which :func:`gmmkeops.initialize` is called.
-        x: Points (N, D), data units; the fit runs on their device. Also anything that :meth:`gmmkeops.Source.of` accepts
-            (files, memory maps, loaders, functions), which is read chunk by chunk on every pass.
-        method: ``gmmkeops.EM(...)``, ``gmmkeops.Adam(...)`` or another method; a gradient method for a GMM with a context.
-            None is ``gmmkeops.EM()``.
+        x: Points (N, D), data units; the fit runs on their device. Alternatively any source that :meth:`gmmkeops.Source.of`
+            accepts (a file, memory map, loader or function), which is read chunk by chunk in every pass.
+        method: Algorithm, such as ``gmmkeops.EM(...)`` (the default) or ``gmmkeops.Adam(...)``. A GMM with a context requires a
+            gradient method.
         context: Contexts c (N, C), for a GMM with a context. If None, they are the last C columns of x.
-        penalty: A :class:`~gmmkeops.penalties.Penalty`, or any function of a mixture that returns nats per point.
-        sample_weight: Weights g (N,) of the points, not negative; None for equal weights.
-        max_iter: Largest number of iterations; None for the method's. With 0 the initial mixture is evaluated and returned.
-        tol: Tolerance, nats per point; None for the method's.
-        truncate: ε: components whose total contribution to a point's density is certified to be less than this fraction may be
-            skipped (:func:`gmmkeops.reductions.arrange`); the report has the resulting error bound. 0 evaluates every pair of
-            point and component. None uses 1e-6 for float32 and 1e-12 for float64, where this saves time.
+        penalty: A :class:`~gmmkeops.penalties.Penalty`, or a function of a mixture that returns a scalar, nats per point.
+        sample_weight: Nonnegative weights g (N,) of the points; None for equal weights.
+        max_iter: Maximum number of iterations; default: that of the method. With 0 the initial mixture is evaluated and returned.
+        tol: Tolerance, nats per point; default: that of the method.
+        truncate: ε in [0, 1): components may be skipped if their total contribution to a point's density is less than this
+            fraction (:func:`gmmkeops.reductions.arrange`). The report contains the resulting error bound. 0 evaluates every pair
+            of point and component. The default is 1e-6 for float32 and 1e-12 for float64, if this saves time, otherwise 0.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-        dtype: Precision of the points, ``"float32"`` or ``"float64"``. By default float32 points are computed in float32 and
-            all others in float64. The points are centered in float64 first, so that map coordinates lose no digits in float32.
-            If components become so narrow, or points are so far away, that float32 coordinates would change log-densities by
-            about 1e-4 nats or more, the fit continues in float64, and the report says so.
-        callback: A function of a :class:`Step`, or several, called after each iteration; the fit ends when one returns True.
-            With several ranks, a callback that returns True on any rank ends the fit on all, and ranks wait at most 30 seconds
-            for a callback of another rank.
+        dtype: Precision of the points, ``"float32"`` or ``"float64"``. By default float32 points are processed in float32 and
+            all others in float64. The points are centered in float64 first, so that large coordinates lose no precision in
+            float32. If components become so narrow, or points are so distant, that float32 coordinates would change
+            log-densities by about 1e-4 nats or more, the fit continues in float64, as shown by ``report.dtype``.
+        callback: Function of a :class:`Step`, or several functions, called after each iteration; the fit ends when one returns
+            True. With several ranks, a callback that returns True on any rank ends the fit on all, and ranks wait at most 30
+            seconds for a callback of another rank.
         verbose: Whether to show a progress bar; by default only in a terminal.
-        generator: Random number generator or seed (minibatches, stochastic assignment). None uses a fixed seed, so that the
-            same call gives the same result in every process. Torch's global random state is not used or changed.
+        generator: Random number generator or seed (minibatches, stochastic assignment); by default one with a fixed seed, so
+            that repeated calls give equal results. Torch's global random state is neither used nor changed.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state is written every minute. If the file exists,
             the fit resumes from it, with the same result as without interruption (bit-identical for EM on a CPU).
-        max_memory: Largest memory of the fit beside imports and the given points, in bytes or as text such as "1.5GB". If the
-            standardized copy of the points would take more, they are processed chunk by chunk, also if they are in memory.
+        max_memory: Limit on the memory of the fit, without imports and the given points, in bytes or as a string such as
+            "1.5GB". If the standardized copy of the points would exceed it, the points are processed chunk by chunk.
 
     Returns:
         A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far. With several ranks this needs an
@@ -110,8 +110,8 @@ def fit(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: Points or weights are invalid; the initial mixture does not match the points; the objective is not finite
-            at the initial mixture; the checkpoint belongs to another fit (data, initial mixture, method, penalty, seed of the
-            generator, ...); or settings cannot be compared with those of a checkpoint or of another rank.
+            at the initial mixture; the checkpoint was written for a different fit (data, initial mixture, method, penalty, seed
+            of the generator, ...); or settings cannot be compared with those of a checkpoint or of another rank.
         RankError: Another rank failed, does not respond, or runs with other settings.
 
     Warns:
@@ -120,7 +120,7 @@ def fit(
 
     Reference:
         Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows*, JMLR 22, for the
-        reductions; the methods name their own.
+        reductions. The methods have references of their own.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -191,9 +191,9 @@ def _assign(model: GMM, result: FitResult, columns: tuple[str, ...] | None) -> N
 
 
 def _doubt(run: Run, tol: float, max_iter: int) -> str:
-    """Text of the ConvergenceWarning of a run; empty if there is none."""
+    """Return the text of the ConvergenceWarning of a run, or an empty string."""
     if run.ending is Ending.MAX_ITER and tol > 0 and max_iter > 0 and run.iterations == max_iter:
-        return f"the fit did not converge to tol={tol:g} within {max_iter} iterations; raise max_iter or tol."
+        return f"the fit did not converge to tol={tol:g} within {max_iter} iterations; increase max_iter or tol."
     if run.ending is Ending.DIVERGED:
         return (
             f"the objective became infinite or NaN at iteration {run.iterations}; the best mixture before it is returned. "
@@ -203,7 +203,7 @@ def _doubt(run: Run, tol: float, max_iter: int) -> str:
 
 
 def _result(best: Evaluation, run: Run) -> FitResult:
-    """The result of a run in data units, with its report."""
+    """Build the result of a run, in data units, with its report."""
     objective, data = run.objective, run.objective.data
     value, likelihood = best.objective, best.log_likelihood
     if best.answer is None:
@@ -234,7 +234,7 @@ def _result(best: Evaluation, run: Run) -> FitResult:
 
 
 def _bar(total: int, verbose: bool | int | None, run: Run) -> Any:
-    """A progress bar, which also shows the rows that a pass over a source has read; None if there is none."""
+    """Create a progress bar, which also shows the number of rows read from a source; None if it is disabled."""
     if verbose is not None and not verbose:
         return None
     from tqdm.auto import tqdm
@@ -248,7 +248,7 @@ def _bar(total: int, verbose: bool | int | None, run: Run) -> Any:
 
 
 def _close(bar: Any, run: Run) -> None:
-    """Close a progress bar; that of a fit that has converged is shown as complete."""
+    """Close a progress bar; if the fit has converged, it is shown as complete."""
     if bar is None:
         return
     if run.ending is Ending.CONVERGED:

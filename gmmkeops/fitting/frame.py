@@ -1,9 +1,9 @@
-r"""Standardized coordinates of a fit: centered columns of scale near one, so that float32 loses no digits.
+r"""Standardized coordinates of a fit: columns are centered and scaled, so that float32 is accurate.
 
 .. math:: x' = (x - m) / s, \qquad \mu' = (\mu - m) / s, \qquad U' = \mathrm{diag}(s)\, U, \qquad
           \log p(x) = \log p'(x') - \sum_d \log s_d
 
-The mean m is subtracted in float64 before points are cast; s is a power of two, so that dividing by it causes no rounding.
+The center m is subtracted in float64 before points are cast. The scale s is a power of two, so that the division is exact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
 
-# Entries of points that are converted to float64 at a time: few enough to stay in cache.
+# Number of entries of points that are converted to float64 at a time, so that they stay in cache.
 _NUMBERS = 1 << 17
 
 
@@ -32,7 +32,7 @@ class Frame:
         shift: m (D,), data units, float64.
         scale: s (D,), data units, powers of two, float64.
         extra: Number of columns at the end that are contexts.
-        columns: Names of all columns (D,), or None if they are not known.
+        columns: Names of all columns (D,), or None.
     """
 
     shift: Tensor
@@ -42,7 +42,7 @@ class Frame:
 
     @classmethod
     def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0) -> Frame:
-        """The transformation for points (N, D): their trimmed mean, and trimmed standard deviations rounded to powers of two.
+        """Compute the transformation for points (N, D), from trimmed means and trimmed standard deviations of their columns.
 
         With ``isotropic`` all columns have the same scale, so that spherical factors stay spherical.
         """
@@ -52,32 +52,33 @@ class Frame:
 
     @classmethod
     def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0) -> Frame:
-        """The transformation for given centers (D,) and standard deviations (D,) of the columns, data units."""
+        """Compute the transformation for given centers (D,) and standard deviations (D,) of the columns, data units."""
         if isotropic:
             own = spread[: len(spread) - extra]
             spread = torch.cat([own.square().mean().sqrt().expand_as(own), spread[len(own) :]])
-        # A constant column has rounding noise for a spread; it gets the scale of the others, or one.
+        # The standard deviation of a constant column is rounding noise; it gets the largest scale of the others, or one.
         tiny = spread <= NOISE * shift.abs()
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
         scale = torch.where(tiny, largest, spread).log2().round().exp2()
-        # Multiples of the scale can be subtracted without rounding, and a sample of the points gives the same ones. A constant
-        # column becomes zero.
+        # Centers are rounded to multiples of the scale, so that subtraction is exact and does not depend on the sample of the
+        # points. For a constant column the center itself is used, so that the column becomes zero.
         shift = torch.where(tiny, shift, (shift / scale).round() * scale)
         return cls(shift, scale, extra)
 
     @property
     def log_volume(self) -> float:
-        """Σ log s, which is subtracted from log-densities to convert them to data units, nats."""
+        """Σ log s, nats, which is subtracted from log-densities to convert them to data units."""
         return float(self._own(self.scale).log().sum())
 
     def _own(self, columns: Tensor) -> Tensor:
-        """The entries of the coordinates, without those of the contexts, of a tensor with one entry per column."""
+        """Remove the entries of the contexts from a tensor with one entry per column."""
         return columns[: len(columns) - self.extra]
 
     def points(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Standardize points (N, D) in float64, and cast them to a dtype.
 
-        Returns the points, and the largest rounding error of each column (D,), float64, or None without rounding errors.
+        Returns:
+            The points, and the largest rounding error of each column (D,), float64, or None without rounding errors.
         """
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         changed = self.shift.new_zeros(len(self.shift))
@@ -90,7 +91,7 @@ class Frame:
         return out, changed if dtype != torch.float64 and bool(changed.any()) else None
 
     def surrogate(self, surrogate: Surrogate) -> Surrogate:
-        """The terms that penalties add to an M-step, in standardized coordinates."""
+        """Convert the terms that penalties add to an M-step from data units to standardized coordinates."""
         scatter = surrogate.scatter
         return replace(
             surrogate,
@@ -121,9 +122,9 @@ class Frame:
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Largest absolute value in each column (D,) of values (N, D), which are overwritten.
+    """Compute the largest absolute value in each column (D,) of values (N, D), which are overwritten.
 
-    Many rows at a time are taken as one: a maximum over the first of two dimensions, of which the last is short, is slow.
+    Blocks of 64 rows are reduced first, because ``amax`` over the rows of a tall, thin matrix is slow.
     """
     N, D = values.shape
     values = values.abs_()

@@ -1,10 +1,7 @@
-r"""Gradient descent on the penalized likelihood by any ``torch.optim`` optimizer, full batch or minibatches.
+"""Gradient methods: optimization of the penalized likelihood by any ``torch.optim`` optimizer, full batch or minibatches.
 
-.. math:: \min_\theta\; -\frac1{\sum g} \sum_n g_n \log p_\theta(x_n) + \text{penalty}(\theta)
-
-The parameters are logits, means, the logarithms of the factors' diagonals and the entries above them, in float64 in the
-fit's frame; their gradient is one ``moments`` sweep. Reference: Kingma and Ba 2015, *Adam: a method for stochastic
-optimization*.
+The parameters are the logits, the means, and the entries of the triangular factors, with the logarithms of their diagonals, in
+standardized coordinates and float64. Their gradient follows from the moments of the responsibilities, in one pass.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ __all__ = ["Adam", "Gradient", "schedule_numbers"]
 
 @dataclass
 class _State:
-    """State of a gradient method: parameters and optimizer, which steps change in place; and whether they are finite."""
+    """State of a gradient method: parameters and optimizer, which are modified in place, and whether parameters are finite."""
 
     parameters: Parameters
     optimizer: torch.optim.Optimizer
@@ -47,13 +44,12 @@ class Gradient(Method[_State]):
 
     Args:
         optimizer: Function that creates the optimizer from a list of tensors, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``.
-        scheduler: Function that creates a learning-rate schedule from the optimizer; it is stepped once per iteration, e.g.
-            ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 500)``; or None.
+        scheduler: Function that creates a learning-rate scheduler from the optimizer; the scheduler is stepped once per
+            iteration, e.g. ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 500)``; or None.
         batch_size: Points per step; None for full batches. An iteration is one pass over the data in both cases.
-        max_iter: Largest number of iterations, unless :func:`gmmkeops.fit` is given another one.
-        tol: Tolerance, nats per point: the fit has converged when the objective has changed by less than a quarter of it over the
-            last half of the iterations (by less than a tenth of it with a penalty that prunes components); 0 never stops early.
-        patience: Smallest number of iterations over which that change is measured.
+        max_iter: Maximum number of iterations, if not passed to :func:`gmmkeops.fit`.
+        tol: Tolerance, nats per point, as for :class:`~gmmkeops.EM`; with 0 all iterations are performed.
+        patience: Minimum number of iterations over which the change of the objective is measured.
         relative_tol: Tolerance as a fraction of the objective; the larger one of the two tolerances applies.
 
     Raises:
@@ -85,11 +81,14 @@ class Gradient(Method[_State]):
 
     def __post_init__(self) -> None:
         if not callable(self.optimizer):
-            raise TypeError("optimizer must make an optimizer from tensors, e.g. lambda p: torch.optim.SGD(p, lr=0.1).")
+            raise TypeError(
+                f"optimizer must be a function of a list of tensors, got {type(self.optimizer).__name__}; pass for example "
+                "lambda p: torch.optim.SGD(p, lr=0.1)."
+            )
         if self.scheduler is not None and not callable(self.scheduler):
             raise TypeError(
-                f"scheduler must make a schedule from an optimizer, or be None, got {type(self.scheduler).__name__}; pass a "
-                "function of the optimizer."
+                f"scheduler must be a function of an optimizer, or None, got {type(self.scheduler).__name__}; pass for example "
+                "lambda o: torch.optim.lr_scheduler.StepLR(o, 100)."
             )
         check_settings(self)
 
@@ -121,7 +120,7 @@ class Gradient(Method[_State]):
                 lambda reached: (self.pack(reached[0]), reached[1]),
                 lambda packed: (self.unpack(objective, packed[0]), [tuple(pair) for pair in packed[1]]),
             )
-            # A running mean over minibatches describes the parameters it ended at better than those it started from.
+            # The mean over minibatches is closer to the objective of the final parameters than to that of the initial ones.
             now = state.parameters.evaluated(math.nan, math.nan, exact=False)
         if state.scheduler is not None:
             state.scheduler.step()
@@ -179,7 +178,7 @@ class Gradient(Method[_State]):
 
 
 def schedule_numbers(state: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a schedule's state that are numbers or text; others, such as functions, are created with the schedule."""
+    """Select the numbers and strings of a scheduler's state; other entries, such as functions, are created with it."""
     plain = (bool, int, float, str, type(None))
     kept = {}
     for name, value in state.items():
@@ -191,7 +190,7 @@ def schedule_numbers(state: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _MakeAdam:
-    """Function that creates an Adam optimizer, as a value that can be compared between processes."""
+    """Function that creates an Adam optimizer, as a dataclass that can be compared between processes."""
 
     lr: float
     betas: tuple[float, float]
@@ -218,7 +217,7 @@ def Adam(
         scheduler, batch_size, max_iter, tol, patience: As for :class:`Gradient`.
 
     Raises:
-        ValueError: lr is not positive.
+        ValueError: ``lr`` is not positive, or ``betas`` are not two numbers in [0, 1).
 
     Reference:
         Kingma and Ba 2015, *Adam: a method for stochastic optimization*, ICLR.
@@ -231,9 +230,9 @@ def Adam(
     as_number(lr, "lr")
     lr = as_number(lr, "lr", 0, above=True, clause="must be positive")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas must be a pair of numbers from 0 to below 1, got {betas!r}.")
+        raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}.")
     for beta in betas:
         if not as_number(beta, "each of betas", 0) < 1:
-            raise ValueError(f"betas must be a pair of numbers from 0 to below 1, got {betas!r}.")
+            raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}.")
 
     return Gradient(_MakeAdam(lr, betas), scheduler, batch_size, max_iter, tol, patience)

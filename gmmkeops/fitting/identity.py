@@ -1,7 +1,7 @@
-"""Descriptions of values, which are equal in every process if and only if the values would give the same fit.
+"""Text descriptions of values, which are compared with those in a checkpoint or in another process.
 
-Checkpoints and ranks compare them. Functions are described by their code, defaults and the variables that they use; tensors by
-dtype, shape and bytes; all else by type and contents. Nothing depends on addresses, on the salt of ``hash``, or on pickle.
+Two values with equal descriptions give the same fit. Functions are described by their code, defaults and variables; tensors by
+dtype, shape and bytes; other values by type and contents. Descriptions do not depend on the process (addresses, ``hash``).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from gmmkeops.models import Mixture
 
 __all__ = ["describe", "facts_of", "marks"]
 
-# Descriptions longer than this are cut and closed by a digest of the whole.
+# Maximum length of a description; longer ones are shortened, with a hash of the full text at the end.
 _LONGEST = 160
 
-# Of the flags of a type in C (Include/object.h).
+# Flags of C types (Py_TPFLAGS_HEAPTYPE and Py_TPFLAGS_DISALLOW_INSTANTIATION in Include/object.h).
 _HEAP_TYPE, _NOT_MADE_BY_CALLS = 1 << 9, 1 << 7
 
-# Methods that ``dataclass`` writes; the fields stand for them.
+# Methods that ``dataclass`` generates; they are determined by the fields.
 _OF_DATACLASS = {f"__{name}__" for name in ("init", "repr", "eq", "lt", "le", "gt", "ge", "hash", "setattr", "delattr")}
 
 _OF_DATACLASS |= {"__replace__", "__getstate__", "__setstate__"}
 
-# Arrays of at most so many numbers are written out.
+# Arrays with at most this number of entries are described by their entries.
 _FEW = 8
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -50,26 +50,26 @@ _CONTAINERS: tuple[Any, ...] = (dict, list, tuple, set, frozenset, str, bytes, i
 
 
 def describe(value: Any, name: str = "the value") -> str:
-    """A description of a value, for people and for comparison with one of another process.
+    """Describe a value by a readable text that can be compared between processes.
 
     Args:
-        value: Numbers, text, tensors, arrays, containers, dataclasses, functions, partial functions, bound methods, modules,
+        value: Numbers, strings, tensors, arrays, containers, dataclasses, functions, partial functions, bound methods, modules,
             classes, and instances of classes that are written in Python.
-        name: What the user calls the value, for the error.
+        name: Name of the argument, for error messages.
 
     Raises:
-        ValueError: Some part of the value cannot be described, such as an open file or an iterator.
+        ValueError: A part of the value cannot be described, such as an open file or an iterator.
     """
     return _short(_Description(name).of(value))
 
 
 def facts_of(value: Any, name: str, skip: tuple[str, ...] = ()) -> dict[str, str]:
-    """Descriptions of the fields of a dataclass, or of the attributes of another instance, beside the name of its class.
+    """Describe the class of an instance, and each field of a dataclass or each attribute of another instance.
 
     Args:
         value: The instance.
-        name: What the user calls it, for the error.
-        skip: Fields that are left out.
+        name: Name of the argument, for error messages.
+        skip: Fields to omit.
 
     Raises:
         ValueError: As :func:`describe`.
@@ -80,21 +80,21 @@ def facts_of(value: Any, name: str, skip: tuple[str, ...] = ()) -> dict[str, str
 
 
 def marks(parts: list[Tensor], shift: Tensor, scale: Tensor, *, single: bool = False) -> list[float]:
-    """A fingerprint of parameters in a fit's frame that survives rounding: projections of all of them, and their tolerance.
+    """Compute a fingerprint of parameters that tolerates rounding errors: four linear projections, and their tolerance.
 
-    An exact fingerprint would refuse an initial mixture that was computed by another number of threads or processes.
+    With an exact hash, an initial mixture that was computed with another number of threads or processes would be rejected.
 
     Args:
-        parts: Tensors of parameters, in the frame.
-        shift, scale: The frame's center and scale (D,), data units.
-        single: Whether the parameters may have been rounded to float32 in between, in the units of the data.
+        parts: Tensors of parameters, standardized coordinates.
+        shift, scale: Center and scale (D,) of the standardized coordinates, data units.
+        single: Whether the parameters may have been rounded to float32, in data units.
     """
     values = torch.cat([part.detach().reshape(-1).double().cpu() for part in parts])
     place = torch.arange(1, len(values) + 1, dtype=torch.float64)
     found = [float(values @ (2 * (place * prime**0.5).frac() - 1)) for prime in (2, 3, 5, 7)]
     far = float((shift.abs() / scale).max())
     norm, rounding = max(1.0, float(values.norm())), far * len(values) ** 0.5
-    # Known to a thousandth of a millionth of the parameters, and to a few roundings of coordinates far from the origin.
+    # A relative error of 1e-9, and a few rounding errors of coordinates that are far from the origin.
     tolerance = 1e-9 * norm + 1e-15 * rounding + (1e-6 * (norm + rounding) if single else 0)
     return [*found, tolerance]
 
@@ -108,7 +108,7 @@ def _digest(data: bytes) -> str:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """Return the contents of an instance: the fields of a dataclass; otherwise its attributes, without cached properties."""
+    """Return the fields of a dataclass, or the attributes of another instance without its cached properties."""
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     found: dict[str, Any] = {}
@@ -132,7 +132,7 @@ def _libraries() -> tuple[Path, ...]:
 
 @functools.cache
 def _of_library(module: str) -> bool:
-    """Whether a module comes with Python, with this package or with an installed one, so that its name says enough."""
+    """Return whether a module belongs to Python, to this package or to an installed one; its functions are named only."""
     found = sys.modules.get(module)
     if found is None or module == "__main__":
         return False
@@ -144,7 +144,7 @@ def _of_library(module: str) -> bool:
 
 
 def _public(value: Any) -> str | None:
-    """The qualified name of a function or class of a library, if looking it up there gives the very same."""
+    """Return the qualified name of a function or class of a library, if the name refers to this object, otherwise None."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or not _of_library(module):
         return None
@@ -153,12 +153,12 @@ def _public(value: Any) -> str | None:
         found = getattr(found, part, None)
     if found is not value:
         return None
-    # The files of this package may move.
+    # Modules of this package may be renamed.
     return name if module.split(".")[0] == __name__.split(".")[0] else f"{module}.{name}"
 
 
 class _Description:
-    """One description under way: what it is inside of, and what it has described already."""
+    """Recursive description of one value, with the path to the current part and a cache of functions and classes."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -167,7 +167,7 @@ class _Description:
         self.known: dict[int, tuple[Any, str]] = {}
 
     def of(self, value: Any, step: str = "") -> str:
-        """The description of a part; ``step`` leads to it."""
+        """Describe a part of the value; ``step`` is the text that its path gets, such as ``[0]`` or ``.name``."""
         for depth, outer in enumerate(self.inside):
             if outer is value:
                 return f"<the value at depth {depth}>"
@@ -178,7 +178,7 @@ class _Description:
         try:
             text = self._plain(value) or self._called(value) or self._instance(value)
             if isinstance(value, (types.FunctionType, type)):
-                # Others use it too; the value is kept, so that nothing else gets its address.
+                # Functions and classes may be used repeatedly. A reference is kept, so that their ``id`` is not reused.
                 self.known[id(value)] = value, text
             return text
         finally:
@@ -188,19 +188,19 @@ class _Description:
     def _refused(self, value: Any) -> ValueError:
         where = "".join(self.path)
         return ValueError(
-            f"{self.name}{where} is a {type(value).__name__}, which cannot be compared between processes as a checkpoint or "
-            "several ranks need it; use numbers, tensors, dataclasses and functions of these, or leave checkpoint out."
+            f"{self.name}{where} is a {type(value).__name__}, which cannot be compared between processes, as checkpoints and "
+            "several ranks require; use numbers, tensors, dataclasses and functions of these, or do not pass checkpoint."
         )
 
     def _plain(self, value: Any) -> str:
-        """Values without code: numbers, text, tensors, containers; nothing for others."""
+        """Describe a number, string, tensor or container; return an empty string for other values."""
         if value is None or value is Ellipsis or value is NotImplemented or type(value) in (bool, complex):
             return repr(value)
         if type(value) in (str, bytes):
             text = repr(value)
             return text if len(text) <= _LONGEST else f"{text[:20]}… #{_digest(text.encode())}"
         if type(value) in (int, float):
-            # 20 and 20.0 are the same setting.
+            # As settings, 20 and 20.0 are equal.
             return repr(int(value)) if isinstance(value, int) or value.is_integer() else repr(value)
         if isinstance(value, enum.Enum):
             return f"{type(value).__name__}.{value.name}"
@@ -239,7 +239,7 @@ class _Description:
         return f"{kind} {text}"
 
     def _called(self, value: Any) -> str:
-        """Functions, classes and modules; nothing for others."""
+        """Describe a function, class or module; return an empty string for other values."""
         if isinstance(value, types.ModuleType):
             return f"module {value.__name__}"
         if isinstance(value, functools.partial):
@@ -282,14 +282,14 @@ class _Description:
         return ""
 
     def _code(self, code: types.CodeType) -> str:
-        """All of a code object that its behavior depends on; not where it stands in its file."""
+        """Return all parts of a code object that determine its behavior, without file name and line numbers."""
         numbers = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
         names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
         table = getattr(code, "co_exceptiontable", b"")
         return f"{numbers} {names} {code.co_code.hex()} {table.hex()} {self._constants(code.co_consts)}"
 
     def _constants(self, value: Any) -> str:
-        """Constants of code with their types: 2 and 2.0 are two programs."""
+        """Describe constants of code with their types, since code with 2 and code with 2.0 differ."""
         if isinstance(value, types.CodeType):
             return f"<{self._code(value)}>"
         if isinstance(value, tuple):
@@ -322,7 +322,7 @@ class _Description:
         return f"{function.__name__} (code {digest[:8]}{''.join(f', {part}' for part in parts)})"
 
     def _class(self, cls: type) -> str:
-        """A class of a script: its bases and all that it defines."""
+        """Describe a class that does not belong to a library, by its bases and its own attributes."""
         plain = {
             "__module__",
             "__qualname__",
@@ -371,12 +371,12 @@ class _Description:
 
 
 def _made_in_python(cls: type) -> bool:
-    """Whether all that instances hold is in attributes, or in a container that they are themselves."""
+    """Return whether the state of instances consists of Python attributes and of the contents of a built-in container."""
     return all(base is object or base in _CONTAINERS or base is Generic or not _in_c(base) for base in cls.__mro__)
 
 
 def _in_c(cls: type) -> bool:
-    """Whether a class is not written in Python, as :mod:`copyreg` finds out; instances may hold what nobody can see."""
+    """Return whether a class is implemented in C (as :mod:`copyreg` tests), so that instances may have hidden state."""
     new = vars(cls).get("__new__")
     static = not cls.__flags__ & _HEAP_TYPE or bool(cls.__flags__ & _NOT_MADE_BY_CALLS)
     return static or (isinstance(new, types.BuiltinMethodType) and new.__self__ is cls)
@@ -389,7 +389,7 @@ def _numpy_state(generator: Any) -> Any:
 
 
 def _globals_read(code: types.CodeType) -> list[tuple[str, tuple[str, ...]]]:
-    """Names of global variables that code reads, functions inside of it included, each with all attributes it names."""
+    """List the global variables that code and its inner functions read, each with the attribute names in the code."""
     found: dict[str, tuple[str, ...]] = {}
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):

@@ -1,8 +1,8 @@
 r"""Initial mixtures: centers by k-means or k-means++, and the weights, means and covariances of their clusters.
 
-k-means is hard EM with a frozen, tied, spherical factor, so a Lloyd iteration is one call of ``moments(assignment="hard")``.
-Centers are initialized by greedy k-means++ on a subsample, several at a time if there are many. References: Arthur and
-Vassilvitskii 2007, *k-means++: the advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
+A Lloyd iteration of k-means is one call of ``moments`` with ``assignment="hard"``. Centers are initialized by greedy k-means++ on
+a subsample; if there are many, several are chosen at a time. References: Arthur and Vassilvitskii 2007, *k-means++: the
+advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ __all__ = ["STRATEGIES", "initialize"]
 
 STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
 
-# Smallest subsample for k-means; larger ones have 20 points per component.
+# Minimum size of the subsample for k-means; it has at least 20 points per component.
 _SAMPLE = 20_000
 
-# Number of rounds of k-means++ if there are more centers than that.
+# Maximum number of rounds of k-means++. With more centers than rounds, several centers are chosen per round.
 _ROUNDS = 64
 
-# Fraction of the average cluster's weight with which a typical cluster is added to each cluster.
+# Weight of the pooled covariance in the covariance of each cluster, as a fraction of the average cluster weight.
 _SHARE = 0.01
 
-# Relative to a typical variance within clusters: the number that is added to the variances of the typical cluster, and the
-# largest mean variance with which a cluster contributes to it.
+# Constants relative to a typical variance within clusters: the number added to the pooled variances, and the mean variance above
+# which the contribution of a cluster to the pooled covariance is reduced.
 _FLOOR, _LARGE = 1e-6, 10.0
 
 
-# Names of arguments in version 0.1, and in other libraries.
+# Argument names of version 0.1, and of other libraries.
 _OLD = {"components": "n_components", "weights": "sample_weight", "runs": "n_init"}
 _WRONG = {name: "n_components" for name in ("k", "K", "n_clusters", "num_components", "n_mixtures")} | {
     "init": "strategy"
 }
-# Names with one meaning.
+# Alternative names of strategies.
 _SAME = {"k-means": "kmeans", "k-means++": "kmeans++"}
 
 
@@ -77,20 +77,20 @@ def initialize(
     Args:
         x: Points (N, D), N >= K, data units; or anything that :meth:`gmmkeops.Source.of` accepts.
         n_components: Number of components K.
-        strategy: ``"random"`` (K random points as centers), ``"k-means++"`` (K points that are far apart), ``"kmeans"``
-            (k-means++, followed by Lloyd's iterations), or ``"responsibilities"`` (random responsibilities).
+        strategy: ``"random"`` (K random points as centers), ``"k-means++"`` (points chosen by k-means++), ``"kmeans"``
+            (k-means++ followed by Lloyd iterations), or ``"responsibilities"`` (random responsibilities).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         sample_weight: Weight of each point (N,), or None.
-        n_init: Number of runs of k-means or k-means++ on a sample of the points, of which the best one is kept.
-        generator: Random number generator, or a seed. None uses a fixed seed, so that the same call gives the same mixture in
-            every process. Torch's global random state is not used or changed.
+        n_init: Number of runs of k-means or k-means++ on a sample of the points. The best run is used.
+        generator: Random number generator or seed; by default one with a fixed seed, so that repeated calls give equal
+            mixtures. Torch's global random state is neither used nor changed.
         refine: Number of additional EM steps.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
 
     Returns:
-        A float64 mixture in data units with the weight, mean and covariance of each cluster. Covariances are regularized: each
-        is averaged with that of a typical cluster, which enters with a hundredth of the average cluster's weight, so that a
-        cluster of a single point has a covariance, too. The typical cluster is robust to outliers.
+        A float64 mixture in data units with the weight, mean and covariance of each cluster. Each covariance is averaged with a
+        pooled covariance of all clusters, so that the covariance of a small cluster is not singular. The weight of the pooled
+        covariance is a hundredth of the average cluster weight. The pooled covariance is robust to outliers.
 
     Raises:
         TypeError, ValueError: Points or weights are invalid, fewer than K points have positive weight, or the strategy is
@@ -131,7 +131,9 @@ def initialize(
         with renamed("weights", "sample_weight"):
             rows, mass, some, chunks = representatives(x, sample_weight, max(_SAMPLE, 20 * K), world, minimum=K)
         if some < K:
-            raise ValueError(f"{K} components need at least {K} points with positive weight, got {some}.")
+            raise ValueError(
+                f"n_components={K} requires at least {K} points with positive weight, got {some}; use fewer components."
+            )
         generator = world.generator(generator, rows.device)
         robust = trimmed_spread(rows, mass)
         if strategy == "responsibilities":
@@ -151,10 +153,10 @@ def initialize(
 
 
 def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The distinct points (M, D) among rows, float64, and their total weights (M,).
+    """Merge and sort equal rows; return the distinct points (M, D), float64, and their total weights (M,).
 
-    Equal points are merged and sorted, so that with the same random numbers the result does not depend on the order of the rows,
-    and a repeated point has the same effect as a weighted one.
+    With the same random numbers, the result of k-means then does not depend on the order of the rows, and a repeated point has
+    the same effect as a point of larger weight.
     """
     if mass is None:
         mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
@@ -164,16 +166,16 @@ def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices drawn with probabilities proportional to ``mass``, by inverting its cumulative sum."""
+    """Draw indices with probabilities proportional to ``mass``, by inversion of its cumulative sum."""
     total = running_sum(mass)
     u = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device)
     return torch.searchsorted(total, u * total[-1]).clamp(max=len(mass) - 1)
 
 
 def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spread: bool) -> Tensor:
-    """K centers (K, D) among the points: drawn by their weights, or by greedy k-means++ if ``spread``."""
+    """Choose K centers (K, D) among the points: at random by weight, or by greedy k-means++ if ``spread``."""
     if not spread:
-        # The K smallest of Exponential / mass are draws without replacement; with fewer distinct points, some are repeated.
+        # The K smallest of Exponential(1) / mass are draws without replacement; with fewer distinct points, some are repeated.
         u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
         order = (-torch.log1p(-u) / mass).argsort()
         return points[order[torch.arange(K, device=mass.device) % len(order)]]
@@ -181,7 +183,7 @@ def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
     chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
     while (left := K - sum(map(len, chosen))) > 0:
         chance = mass * distance
-        # Many centers are chosen several at a time; few are chosen one by one, each as the best of some candidates.
+        # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
         several = min(left, K // _ROUNDS)
         candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, 2 + int(math.log(K))), generator)
         if several > 1:
@@ -196,14 +198,14 @@ def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
 
 
 def _nearest(points: Tensor, centers: Tensor) -> Tensor:
-    """Squared distance of each point (N,) to the nearest center."""
+    """Compute the squared distances (N,) of the points to their nearest centers."""
     unit = torch.ones(1, 1, dtype=torch.float64, device=points.device)
     best, _ = reductions.topk(points, centers.new_zeros(len(centers)), centers, unit, 1)
     return -2 * best[:, 0]
 
 
 def _lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
-    """Lloyd's iterations until the inertia decreases by a fraction of less than 10⁻⁴; the centers and the inertia."""
+    """Iterate k-means until the inertia decreases by a fraction of less than 1e-4; return the centers and the inertia."""
     cloud = reductions.arrange(points, len(centers), sweeps=iterations)
     factor = SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
     last = math.inf
@@ -219,20 +221,20 @@ def _lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iteratio
 
 
 def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:
-    """Centers (K, D) of the best one of ``runs`` runs of k-means on centered points."""
+    """Compute the centers (K, D) of the best one of ``runs`` runs of k-means on centered points."""
     offset = mass @ points / mass.sum()
     points = points - offset
     found = [
         _lloyd(points, mass, _seed(points, mass, K, generator, spread=True), backend)
         for _ in range(runs if K > 1 else 1)
     ]
-    # Runs that are equal up to rounding count as equal; the first of them is taken.
+    # Among runs whose inertia is equal up to rounding, the first one is used.
     least = min(inertia for _, inertia in found)
     return next(centers for centers, inertia in found if inertia <= least * (1 + 1e-9)) + offset
 
 
 def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:
-    """Moments for uniformly drawn and normalized responsibilities, computed in chunks of rows."""
+    """Compute moments for random responsibilities (uniform numbers, normalized), in chunks of rows."""
     D = x.shape[1]
     center = x[: 1 << 16].double().mean(0)
     S0, S1, S2 = torch.zeros(K), torch.zeros(K, D), torch.zeros(K, D, D)
@@ -251,7 +253,7 @@ def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Gen
 
 
 def _clusters(chunks: Iterable[Batch], centers: Tensor, kind: Any, backend: str) -> Moments:
-    """Moments of the clusters: each point belongs to its nearest center."""
+    """Compute the moments of the clusters, in which each point belongs to its nearest center."""
     K, D = centers.shape
     factor = kind.from_covariances(kind.compact(torch.eye(D).to(centers))[None], features=D)
     sums = Moments.nothing(centers, kind)
@@ -264,7 +266,7 @@ def _clusters(chunks: Iterable[Batch], centers: Tensor, kind: Any, backend: str)
 
 
 def _shares(chunks: Iterable[Batch], mixture: Mixture, backend: str) -> Moments:
-    """Moments for the responsibilities of a mixture (an E-step)."""
+    """Compute the moments for the responsibilities of a mixture (E-step)."""
     sums = Moments.nothing(mixture.means, type(mixture.factor))
     for chunk in chunks:
         if len(chunk.points):
@@ -274,9 +276,9 @@ def _shares(chunks: Iterable[Batch], mixture: Mixture, backend: str) -> Moments:
 
 
 def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Tensor) -> Mixture:
-    """The mixture of clusters with given moments, with regularized covariances (see :func:`initialize`).
+    """Build a mixture from the moments of clusters, with regularized covariances (see :func:`initialize`).
 
-    ``center`` and ``spread`` (D,) are the robust centers and standard deviations of the columns.
+    ``center`` and ``spread`` (D,) are robust centers and standard deviations of the columns.
     """
     K, D = sums.centers.shape
     about = sums.recenter(sums.means)
@@ -287,16 +289,16 @@ def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Te
     noise = NOISE * (sums.means.abs().amax(1, keepdim=True) if kind.isotropic else sums.means.abs())
     variances = torch.where(variances > noise**2, variances, 0.0)
     unit = _unit(counts, variances, torch.where(spread > NOISE * center.abs(), spread, 0.0))
-    # In these units a typical cluster has variances of about one. The contribution of each cluster to the pooled scatter is
-    # limited, so that a single outlier or a small cluster does not determine it.
+    # In these units a typical cluster has variances of about one. The contribution of each cluster to the pooled covariance is
+    # limited, so that a single outlier or a small cluster does not dominate it.
     scatter = scatter / kind.outer(unit)
     share = _SHARE * mass / K
     limit = torch.ones_like(counts) if tied else _LARGE / (variances / unit**2).mean(1).clamp(min=_LARGE)
     pooled = (limit.reshape(-1, *[1] * (scatter.ndim - 1)) * scatter).sum(0, keepdim=True) / mass
     pooled = pooled + _FLOOR * kind.second_moments(torch.eye(D).to(pooled))
-    # An empty cluster gets this share as its weight, so that the logarithm is finite.
+    # An empty cluster gets this weight, so that its logarithm is finite.
     logits = counts.clamp(min=share).log()
-    # In directions in which a cluster has no extent, rounding may make its variance smaller than the added one.
+    # Where a cluster has zero variance, rounding may make the regularized variance smaller than the added constant.
     floor = (_FLOOR * share / (counts + share)).clamp(min=_FLOOR if tied else 0.0)
     if tied:
         scatter, counts, floor = pooled, torch.ones_like(mass)[None], floor[:1]
@@ -309,10 +311,10 @@ def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Te
 
 
 def _unit(counts: Tensor, variances: Tensor, spread: Tensor) -> Tensor:
-    """A typical standard deviation within clusters for each column (D or 1,), data units.
+    """Compute a typical standard deviation within clusters for each column (D or 1,), data units.
 
-    It is the weighted median over the clusters. If that is zero, because most points are clusters of their own or a column is
-    constant, it is the standard deviation of the whole data, or the largest value of the other columns.
+    It is the weighted median over the clusters. If this is zero, because most clusters are single points or a column is constant,
+    it is the standard deviation of all points, or the largest value of the other columns.
     """
     order = variances.argsort(0)
     below = running_sum(counts[order])

@@ -1,4 +1,4 @@
-"""The state of a fit between two writes of its checkpoint, within an iteration and within a pass."""
+"""State of a fit within an iteration and within a pass, for checkpoints."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class SweepStatistics:
 
     Args:
         epsilon: Largest ε of the pass.
-        certificate: Upper bound on the error of any point's log-density, nats.
-        pairs, evaluated: Number of pairs of point and component, and number of evaluated pairs.
+        certificate: Upper bound on the truncation error of the log-density of each point, nats.
+        pairs, evaluated: Number of point-component pairs, and number of evaluated pairs.
         wide: 1 if some points were computed in float64 because float32 was not accurate enough, else 0.
     """
 
@@ -54,18 +54,18 @@ class SweepStatistics:
 
     @property
     def numbers(self) -> list[float]:
-        """All fields, as a list."""
+        """List of all fields."""
         return [self.epsilon, self.certificate, self.pairs, self.evaluated, self.wide]
 
     def of_all(self, world: World) -> SweepStatistics:
-        """The statistics of all ranks together."""
+        """Combine the statistics of all ranks."""
         said = world.tell(self.numbers)
         epsilon, certificate, pairs, evaluated, wide = zip(*said, strict=True)
         return SweepStatistics(max(epsilon), max(certificate), sum(pairs), sum(evaluated), max(wide))
 
 
 class Journal:
-    """State of a fit that is written to its checkpoint during an iteration; does nothing without a checkpoint.
+    """State of a fit that is written to its checkpoint. Without a checkpoint, all methods do nothing.
 
     Args:
         checkpoint: The checkpoint, or None.
@@ -75,7 +75,7 @@ class Journal:
     def __init__(self, checkpoint: Checkpoint | None, world: World) -> None:
         self.checkpoint, self.world = checkpoint, world
         self.last = time.monotonic()
-        # Description of the order of the rows and of the chunk size, for which partial sums are valid.
+        # Description of the order of the rows and of the chunk size. Partial sums are valid for these only.
         self.layout = ""
         # Hash of the points and weights.
         self.fingerprint: int | None = None
@@ -88,16 +88,16 @@ class Journal:
         self.replay: list[Moments] = []
         self.partial: Any = None
         self.inside: Any = None
-        # Error numbers of failed writes, each of which causes one warning.
+        # Error numbers of failed writes; a warning is issued once per error number.
         self.causes: set[int | None] = set()
 
     @property
     def due(self) -> bool:
-        """Whether it is time to write."""
+        """Whether the time since the last write exceeds ``Checkpoint.every``."""
         return self.checkpoint is not None and time.monotonic() - self.last >= self.checkpoint.every
 
     def begin(self, iteration: int, snapshot: Callable[[], Any]) -> None:
-        """Store the state at the beginning of an iteration."""
+        """Store the state at the beginning of an iteration; ``snapshot`` returns it."""
         if self.checkpoint is not None:
             self.iteration, self.snapshot, self.written = iteration, snapshot(), False
             self.finished = list(self.replay)
@@ -108,7 +108,7 @@ class Journal:
         if checkpoint is None or self.snapshot is None:
             return
         if self.world.rank == 0:
-            # The state within a pass that was read remains valid until it is used.
+            # A state within a pass that was read from a checkpoint remains valid until it is used.
             inside = self.inside if inside is None else inside
             tree = {**self.snapshot, "finished": self.finished, "inside": inside, "ranks": self.world.size}
             tree["layout"] = self.layout
@@ -118,15 +118,15 @@ class Journal:
         self.last = time.monotonic()
 
     def _tried(self, path: Path, write: Callable[[], None]) -> bool:
-        """Try to write, and return whether it succeeded; a failure causes a warning, once for each cause."""
+        """Try to write, and return whether that succeeded. A failure causes a warning, once per error number."""
         try:
             write()
         except OSError as error:
             if error.errno not in self.causes:
                 self.causes.add(error.errno)
                 warn(
-                    f"the checkpoint {path} could not be written ({error.strerror or error}); the fit goes on, and tries again "
-                    "at each further checkpoint.",
+                    f"the checkpoint {path} could not be written ({error.strerror or error}); the fit continues, and tries again "
+                    "at the next checkpoint.",
                     UserWarning,
                 )
             return False
@@ -149,7 +149,7 @@ class Journal:
             try:
                 part = state_of(path.read_bytes(), device)
             except (ValueError, OSError) as error:
-                _logger.warning("%s is damaged (%s); this sweep begins anew", path, error)
+                _logger.warning("the checkpoint %s is damaged (%s); repeating the current pass", path, error)
                 return
             if part["place"] == [self.iteration, len(self.replay), self.world.size, saved["mark"], self.layout]:
                 self.partial = part
@@ -161,7 +161,7 @@ class Journal:
             self.written = False
 
     def resumed(self) -> tuple[Moments | None, SweepStatistics, int]:
-        """Partial sums, statistics and number of batches from which this pass resumes."""
+        """Return the partial sums, statistics and number of batches from which this pass resumes."""
         part, self.partial = self.partial, None
         if part is None:
             return None, SweepStatistics(), 0

@@ -1,4 +1,4 @@
-"""The loop: iterations of a method until convergence, a callback, Ctrl-C or their largest number."""
+"""The loop of a fit: iterations of a method until it converges, is stopped, or reaches the maximum number of iterations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Run"]
 
 _logger = logging.getLogger("gmmkeops")
 
-# Number of iterations after which points are regrouped by the mixture: its labels are then much better than the initial ones.
+# Number of iterations after which points are regrouped by their component labels, which are then better than the initial ones.
 _SETTLED = 4
 
 
@@ -37,8 +37,8 @@ class Run:
         method: The method.
         tol: Tolerance, nats per point.
         callbacks: Functions of a :class:`Step`.
-        began: Time of the call, of ``time.perf_counter``.
-        facts: Descriptions of the fit, which a checkpoint of it must have.
+        began: Time at which the fit was called, from ``time.perf_counter``.
+        facts: Descriptions of data and settings, which must equal those in a checkpoint.
         single: Whether the initial mixture is float32.
     """
 
@@ -67,7 +67,7 @@ class Run:
         return len(self.history["objective"])
 
     def snapshot(self, state: Any) -> dict[str, Any]:
-        """The complete state for a checkpoint, on which all further iterations depend."""
+        """Return the complete state for a checkpoint, on which all further iterations depend."""
         objective, arranged = self.objective, None
         if isinstance(objective.data, Memory) and objective.data.cloud is not None:
             cloud = objective.data.cloud
@@ -91,7 +91,7 @@ class Run:
         """Restore the state of a checkpoint, and return the state of the method.
 
         Raises:
-            ValueError: The checkpoint was written by a fit of other data or with other settings.
+            ValueError: The checkpoint was written for different data or settings.
         """
         objective, journal = self.objective, self.objective.passes.journal
         for name, value in self.facts.items():
@@ -100,10 +100,10 @@ class Run:
                 continue
             assert journal.checkpoint is not None, "it was read from there"
             raise ValueError(
-                f"the checkpoint {os.fspath(journal.checkpoint.path)} is of another {name} "
-                f"({found[0]}; here {found[1]}); pass the same, or delete it to begin anew."
+                f"the checkpoint {os.fspath(journal.checkpoint.path)} was written by a fit whose {name} differs "
+                f"({found[0]}; here {found[1]}); pass the original {name}, or delete the file to start a new fit."
             )
-        # The saved facts remain valid: the mixture that the fit had reached is no other start.
+        # The saved descriptions are kept, also if the initial mixture is the result of the saved fit.
         self.facts = saved["facts"]
         self.history = FormerKeys(saved["history"], FORMER)
         self.best, self.mark = saved["best"], saved["mark"]
@@ -124,7 +124,7 @@ class Run:
         return self.method.unpack(self.objective, saved["state"])
 
     def _ended(self, saved: dict[str, Any], start: list[float]) -> bool:
-        """Whether ``start`` is the result of the saved fit up to rounding; a GMM is its own result after a fit."""
+        """Return whether ``start`` is the result of the saved fit up to rounding, as it is for a GMM after its fit."""
         reached = self.method.current(self.objective, self.method.unpack(self.objective, saved["state"]))
         best, frame = saved["best"], self.objective.frame
         answers = [tensors_of(reached)]
@@ -168,7 +168,7 @@ class Run:
         return self._final(state)
 
     def _final(self, state: Any) -> Evaluation:
-        """The evaluation that is the result of the fit."""
+        """Return the evaluation that is the result of the fit."""
         best = self.best
         if self.ending in (Ending.MAX_ITER, Ending.CONVERGED, Ending.STOPPED):
             # The last step's mixture has not been evaluated yet. It is the result unless the best one is asked for.
@@ -180,7 +180,8 @@ class Run:
                 best = last
         if best is None:
             raise ValueError(
-                "the objective is not finite at the initial mixture; check the penalty, or start from gmmkeops.initialize."
+                "the objective is not finite at the initial mixture; check the penalty, or pass a start from "
+                "gmmkeops.initialize."
             )
         return best
 

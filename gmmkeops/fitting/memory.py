@@ -1,4 +1,4 @@
-"""Estimates of the memory that a fit needs beside its points, and chunk sizes that respect a limit."""
+"""Estimates of the memory that a fit needs in addition to the given points, and chunk sizes for a memory limit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 def estimate_memory(
     n: int, k: int, d: int, *, covariance_type: str = "full", dtype: Any = "float32", streamed: bool = False
 ) -> int:
-    """Estimate the peak memory of a fit beside imports and the given points, from above.
+    """Estimate an upper bound on the peak memory of a fit, without imports and the given points.
 
     Args:
         n, k, d: Numbers of points, components and dimensions.
@@ -69,13 +69,13 @@ def _components(k: int, d: int, covariance_type: str) -> int:
 
 
 def _per_row(rows: int, k: int, d: int, dtype: torch.dtype) -> int:
-    """Bytes of a row in standardized coordinates, with a sorted copy and its order if points may be sorted for truncation."""
+    """Compute the bytes per row in standardized coordinates, with a sorted copy and its order if points may be sorted."""
     size = torch.finfo(dtype).bits // 8
     return d * size * 3 + 32 if may_arrange(rows, k, d) else d * size
 
 
 def _per_streamed_row(rows: int, k: int, d: int, dtype: torch.dtype, stored: int = 0) -> int:
-    """Bytes of a row while it is read, of a row of the previous chunk, of its weight, and of its index in a random order.
+    """Compute the bytes per row of a chunk, with the copies during reading, the weight, and the index in a random order.
 
     Args:
         rows, k, d: Numbers of rows in a chunk, of components, and of dimensions.
@@ -87,24 +87,28 @@ def _per_streamed_row(rows: int, k: int, d: int, dtype: torch.dtype, stored: int
 
 
 def as_bytes(limit: int | float | str) -> int:
-    """Convert a limit to bytes, from a number or from text such as "1.5GB" or "800MiB".
+    """Convert a memory limit to bytes, from a number or from a string such as "1.5GB" or "800MiB".
 
     Raises:
-        ValueError: The limit is neither, or not positive.
+        ValueError: The limit has another form, or is not positive.
     """
     if isinstance(limit, str):
         found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", limit.upper())
         if found is None:
-            raise ValueError(f"max_memory looks like 2e9, '1.5GB' or '800MiB', got {limit!r}.")
+            raise ValueError(
+                f"max_memory must be a number of bytes, or a string such as '1.5GB' or '800MiB', got {limit!r}."
+            )
         try:
             limit = float(found[1]) * _UNITS[found[2]]
         except ValueError:
-            raise ValueError(f"max_memory looks like 2e9, '1.5GB' or '800MiB', got {limit!r}.") from None
+            raise ValueError(
+                f"max_memory must be a number of bytes, or a string such as '1.5GB' or '800MiB', got {limit!r}."
+            ) from None
     return int(as_number(limit, "max_memory", 0, above=True))
 
 
 def chunk_rows(limit: int, k: int, d: int, covariance_type: str, dtype: torch.dtype, stored: int = 0) -> int:
-    """Number of rows in a chunk for which a streamed fit stays below a memory limit.
+    """Compute the largest chunk size for which a fit from a source stays below a memory limit.
 
     Args:
         limit: Memory limit, bytes.
@@ -121,7 +125,7 @@ def chunk_rows(limit: int, k: int, d: int, covariance_type: str, dtype: torch.dt
     if rows < 1000:
         least = _components(k, d, covariance_type) + 1000 * _per_streamed_row(1000, k, d, dtype, stored)
         raise ValueError(
-            f"a fit of {k} components in {d} dimensions takes at least {least / 1e6:.0f} MB, max_memory allows "
-            f"{limit / 1e6:.0f} MB; raise it, or use fewer components or a simpler covariance type."
+            f"a fit of {k} components in {d} dimensions needs at least {least / 1e6:.0f} MB, got max_memory of "
+            f"{limit / 1e6:.0f} MB; increase it, or use fewer components or a simpler covariance type."
         )
     return int(rows)

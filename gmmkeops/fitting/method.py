@@ -1,4 +1,4 @@
-"""Contract between the loop and the methods: a method's hooks, and the evaluation of the objective that its steps return."""
+"""Interface of the fitting algorithms (methods), and the evaluations of the objective that their steps return."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Evaluation", "Method", "check_settings"]
 
 S = TypeVar("S")
 
-# Fractions of the tolerance by which the objective may change over the last half of the iterations. They were chosen from
-# measurements: on most data sets a thousand further iterations then gain at most three tolerances.
+# Fractions of the tolerance by which the objective may change over the last half of the iterations. With these values a
+# thousand further iterations improve the objective by at most three tolerances on most data sets (measured).
 _PLATEAU, _PRUNING = 0.25, 0.1
-# Changes over half of the iterations that are always accepted, nats per point; and the number of iterations over which smaller
-# tolerances bound the change.
+# Change over half of the iterations that is always accepted, nats per point; and number of iterations over which the change must
+# also be below the tolerance.
 _NEGLIGIBLE, _RECENT = 1e-5, 10
 
 
@@ -59,18 +59,18 @@ class Evaluation:
 
 
 class Method(ABC, Generic[S]):
-    """An algorithm that improves a mixture step by step, as an immutable value; the loop is :func:`gmmkeops.fit`.
+    """Base class of fitting algorithms: immutable objects with the settings of the algorithm.
 
-    A method implements :meth:`init`, :meth:`step` and :meth:`current`, and may replace :meth:`finished`. Its state consists of
-    tensors, mixtures and plain values, so that checkpoints can store it: a dict or tuple of them, a mixture, or a dataclass that
-    is registered by :func:`known`. Methods see an :class:`Objective` and its batches; progress, checkpoints and several
-    processes are handled around them.
+    A method implements :meth:`init`, :meth:`step` and :meth:`current`, and may override :meth:`finished`; :func:`gmmkeops.fit`
+    calls them. Its state must consist of values that checkpoints can store: tensors, mixtures, numbers and strings, dicts and
+    tuples of them, and dataclasses that are registered by :func:`known`. Methods access the data only through an
+    :class:`Objective` and its batches.
 
     Attributes:
-        max_iter: Default for the largest number of iterations.
+        max_iter: Default of the maximum number of iterations.
         tol: Default tolerance, nats per point; with zero, all iterations are performed.
         relative_tol: Tolerance as a fraction of the objective.
-        patience: The objective is compared with that of at least this many iterations before.
+        patience: Minimum number of iterations over which the change of the objective is measured.
         returns_last: Whether the result is the last mixture, because each step decreases the objective, rather than the best
             one.
     """
@@ -83,16 +83,16 @@ class Method(ABC, Generic[S]):
     patience: int
 
     def __repr__(self) -> str:
-        """The settings that differ from their defaults."""
+        """Show the settings that differ from their defaults."""
         return f"{type(self).__name__}({', '.join(_changes(self))})"
 
     @abstractmethod
     def init(self, objective: Objective, mixture: Mixture) -> S:
-        """State before the first step.
+        """Return the state before the first step.
 
         Args:
             objective: The objective.
-            mixture: The initial mixture, float64, standardized coordinates.
+            mixture: Initial mixture, float64, standardized coordinates.
         """
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Method(ABC, Generic[S]):
 
     @abstractmethod
     def current(self, objective: Objective, state: S) -> Mixture:
-        """The mixture of a state, with all K components, standardized coordinates."""
+        """Return the mixture of a state, with all K components, in standardized coordinates."""
 
     def evaluate(self, objective: Objective, state: S) -> Evaluation:
         """Evaluate the exact objective of the current mixture, by another pass over the data."""
@@ -112,11 +112,11 @@ class Method(ABC, Generic[S]):
         return Evaluation(mixture, value, -negative)
 
     def pack(self, state: S) -> Any:
-        """The state as a value that a checkpoint can store and that later steps do not modify."""
+        """Convert the state to a value that a checkpoint can store and that later steps do not modify."""
         return state
 
     def unpack(self, objective: Objective, packed: Any) -> S:
-        """The state from the result of :meth:`pack`."""
+        """Restore a state from the result of :meth:`pack`."""
         found: S = packed
         return found
 
@@ -127,14 +127,14 @@ class Method(ABC, Generic[S]):
     def finished(self, objectives: list[float], tol: float, objective: Objective) -> bool:
         """Return whether the objective has changed by less than a quarter of a tolerance over the last half of the iterations.
 
-        A single small step does not show convergence: on plateaus, EM gains less than any tolerance in a step, and much more
-        later. The window is therefore at least ``patience`` iterations long and grows with their number.
-        With a penalty that prunes components the limit is a tenth of the tolerance: before a component is pruned, the objective
-        hardly changes. Changes below 1e-5 nats per point over half of the iterations are accepted; smaller tolerances
-        bound the change over the last ten iterations.
+        A single small step does not imply convergence: EM may improve the objective very slowly for many iterations, and faster
+        afterwards. The window is therefore at least ``patience`` iterations long and grows with the number of iterations.
+        With a penalty that prunes components the limit is a tenth of the tolerance, since the objective hardly changes before a
+        component is pruned. Changes below 1e-5 nats per point over half of the iterations are always accepted; for smaller
+        tolerances, the change over the last ten iterations is compared with the tolerance.
 
         Args:
-            objectives: One for each iteration, nats per point.
+            objectives: Objective of each iteration, nats per point.
             tol: Tolerance, nats per point.
             objective: The data and the penalty.
         """
@@ -146,7 +146,7 @@ class Method(ABC, Generic[S]):
         ) and self._still(objectives, min(half, _RECENT), tol)
 
     def _tolerance(self, objectives: list[float], tol: float) -> float:
-        """The larger one of the absolute and the relative tolerance, nats per point."""
+        """Return the larger one of the absolute and the relative tolerance, nats per point."""
         return max(tol, self.relative_tol * abs(objectives[-1])) if objectives else tol
 
     def _still(self, objectives: list[float], window: int, tol: float) -> bool:
@@ -156,7 +156,7 @@ class Method(ABC, Generic[S]):
 
 
 def _changes(value: Any) -> list[str]:
-    """The fields of a dataclass that differ from their defaults, as ``name=value``."""
+    """List the fields of a dataclass that differ from their defaults, as ``name=value``."""
     shown = []
     for part in fields(value) if is_dataclass(value) else ():
         now = getattr(value, part.name)

@@ -21,27 +21,27 @@ from gmmkeops.penalties import Penalty, as_penalty
 __all__ = ["FLOOR", "Objective"]
 
 
-# Smallest eigenvalue of a covariance in standardized coordinates, about the square of the rounding error there. A component that
-# collapses to a single point keeps a finite density, and no covariance that the points determine is changed: two sites that are
-# 1e8 deviations apart have variances of 1e-16.
+# Smallest eigenvalue of a covariance in standardized coordinates, about the square of the rounding error of coordinates. A
+# component that collapses to a single point then has a finite density. Covariances that the data determine are larger: two
+# clusters that are 1e8 standard deviations apart have variances of about 1e-16.
 FLOOR = 1e-28
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The mean negative log-likelihood of all points plus a penalty, and what an M-step needs of both.
+    """Objective of a fit: the mean negative log-likelihood of all points plus a penalty.
 
     Args:
         data: The points of this rank in standardized coordinates.
         rows: Number of points on all ranks.
         mass: Total weight Σ g of all points, in units of ``unit``.
         count: Effective number of points, (Σ g)² / Σ g².
-        frame: The transformation between data units and standardized coordinates.
+        frame: Transformation between data units and standardized coordinates.
         penalty: Function of a mixture in data units, nats per point; or None.
         backend: Name of the engine.
-        passes: The passes over the data, which report, save and resume.
-        unit: Unit of weights here, a power of two; penalties and reports use the weights as they were given.
-        model: The network whose contexts the data hold, or None.
+        passes: The passes over the data, with progress and checkpoints.
+        unit: Power of two by which the weights were divided. Penalties and reports use the original weights.
+        model: The network of a conditional fit, or None.
     """
 
     data: Data
@@ -57,20 +57,20 @@ class Objective:
 
     @classmethod
     def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Objective:
-        """An objective without points, for an M-step from given moments of total weight ``mass``."""
+        """Create an objective without points, for an M-step from given moments of total weight ``mass``."""
         data = Memory(frame.shift.new_empty(0, len(frame.shift)), None)
         world = World.alone()
         passes = Passes(world, Journal(None, world), torch.Generator(frame.shift.device))
         return cls(data, 0, mass, mass, frame, None if penalty is None else as_penalty(penalty), "dense", passes)
 
     def truncated(self, truncate: float | None, mixture: Mixture, sweeps: int) -> Objective:
-        """The objective with points sorted for truncation by a mixture, if that saves time over ``sweeps`` passes."""
+        """Return the objective with points sorted for truncation by a mixture, if that saves time over ``sweeps`` passes."""
         if not isinstance(self.data, Memory):
             return self
         return replace(self, data=self.data.arranged(truncate, mixture, sweeps, self.backend))
 
     def settled(self, mixture: Mixture) -> Objective:
-        """The objective with points regrouped by the components of ``mixture``, if they were grouped by initial ones."""
+        """Return the objective with points regrouped by their labels under ``mixture``, if they were grouped by labels."""
         cloud = self.data.cloud if isinstance(self.data, Memory) else None
         return self if cloud is None or not cloud.cloud.labeled else self.truncated(cloud.epsilon, mixture, 1)
 
@@ -83,7 +83,7 @@ class Objective:
         *,
         assignment: str = "soft",
     ) -> Moments:
-        """Moments of all points, or of given batches, summed over all ranks; standardized coordinates, float64."""
+        """Compute the moments of all points, or of given batches, on all ranks; standardized coordinates, float64."""
         seed = self.passes.seed() if assignment == "stochastic" else 0
 
         def sums_of(batch: Batch) -> tuple[Any, bool, Moments]:
@@ -110,26 +110,26 @@ class Objective:
         return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing)
 
     def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
-        """Mean negative log-likelihood of all points or of batches, nats per point in data units; float64, differentiable."""
+        """Compute the mean negative log-likelihood of all points or of batches, data units, nats per point; differentiable."""
         sums = self.moments(mixture.offsets, mixture.means, mixture.factor, batches)
         total = reductions.attached(sums, mixture.offsets, mixture.means, mixture.factor)
         return self.frame.log_volume - total / max(float(sums.mass), 1e-300)
 
     def penalized(self, mixture: Mixture) -> Tensor:
-        """Penalty of a mixture in standardized coordinates, nats per point."""
+        """Compute the penalty of a mixture in standardized coordinates, nats per point."""
         if self.penalty is None:
             return mixture.means.new_zeros(())
         return self.penalty(self.frame.leave(mixture), self.mass * self.unit)
 
     def surrogate(self, mixture: Mixture) -> Surrogate:
-        """Terms that the penalty adds to an M-step at a mixture; both in standardized coordinates."""
+        """Compute the terms that the penalty adds to an M-step at a mixture; both in standardized coordinates."""
         if self.penalty is None:
             return Surrogate.none(mixture)
         added = self.penalty.m_step(self.frame.leave(mixture), self.mass * self.unit)
         return self.frame.surrogate(added if self.unit == 1 else added.counted_in(self.unit))
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
-        """Project a mixture (standardized) onto the bounds of covariances; return it and a mask (K,) of changed components."""
+        """Enforce the bounds on the covariances of a standardized mixture; return it and a mask (K,) of changed components."""
         factor, low = mixture.factor.floored(FLOOR)
         hit = low.expand(mixture.n_components)
         if bool(low.any()):

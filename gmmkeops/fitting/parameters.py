@@ -1,4 +1,4 @@
-"""Parameters that a gradient method updates: those of a mixture, or of a network that predicts mixtures from contexts."""
+"""Parameters that gradient methods optimize: those of a mixture, or of a network that predicts mixtures from contexts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gmmkeops.models import GMM, Mixture
 
 __all__ = ["MixtureParameters", "NetworkParameters", "Parameters"]
 
-# Entries that the factors of one block of rows may have.
+# Maximum number of entries of the factors of one block of rows.
 _CHUNK = 1 << 22
-# Logarithms of scales beyond which squares of scales are not finite.
+# Largest absolute logarithm of a scale; squares of larger scales overflow.
 _LARGEST_LOG = 300.0
 
 
@@ -31,19 +31,19 @@ class Parameters(ABC):
     @property
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """The leaves of the autograd graph, which an optimizer updates in place."""
+        """Leaf tensors of the autograd graph, which an optimizer updates in place."""
 
     @abstractmethod
     def loss(self, objective: Objective, batch: list[Batch] | None) -> tuple[float, float]:
-        """Objective and log-likelihood of a batch, or of all points, nats per point; their gradients are left in the tensors."""
+        """Compute objective and log-likelihood of a batch or of all points, nats per point, and set gradients of the tensors."""
 
     @abstractmethod
     def mixture(self) -> Mixture:
-        """The mixture with all K components; of a network, that of the central context."""
+        """Return the mixture with all K components; for a network, its mixture at the central context."""
 
     @abstractmethod
     def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
-        """The evaluation of the current parameters, from their objective and log-likelihood."""
+        """Build the evaluation of the current parameters from their objective and log-likelihood."""
 
     @abstractmethod
     def evaluate(self, objective: Objective) -> Evaluation:
@@ -51,27 +51,27 @@ class Parameters(ABC):
 
     @abstractmethod
     def pack(self) -> Any:
-        """The parameters as a value that checkpoints can store."""
+        """Convert the parameters to a value that checkpoints can store."""
 
     def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
-        """Remove components of negligible weight, and their entries in the state of the optimizer; a network has none."""
+        """Prune components of negligible weight, and their entries in the state of the optimizer. Networks prune nothing."""
         return
 
     def finite(self) -> bool:
-        """Whether no parameter has diverged."""
+        """Return whether all parameters are finite."""
         return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors)
 
     def project(self, objective: Objective) -> None:
-        """Restore the bounds on covariances after a step; those of a network have none."""
+        """Enforce the bounds on the covariances after a step. Networks have no bounds."""
         return
 
 
 class MixtureParameters(Parameters):
-    """The parameters of the active components of a mixture.
+    """Parameters of the active components of a mixture.
 
     Args:
         population: All components.
-        leaves: Logits, means and stored parameters of the factors of the active components, by name.
+        leaves: Logits, means and factor parameters of the active components, by name.
         floored: Mask (K,) of components whose covariance has been regularized.
     """
 
@@ -81,16 +81,16 @@ class MixtureParameters(Parameters):
 
     @classmethod
     def of(cls, objective: Objective, mixture: Mixture) -> MixtureParameters:
-        """The parameters of a mixture in standardized coordinates."""
+        """Create the parameters from a mixture in standardized coordinates."""
         mixture, floored = objective.project(mixture.detach())
         leaves = {"logits": mixture.log_weights, "means": mixture.means, **mixture.factor.tensors}
-        # A weight of zero has an infinite logit, which no gradient changes; with a finite one the component is pruned at once.
+        # A weight of zero has an infinite logit, which gradients cannot change. With a finite logit the component is pruned.
         leaves["logits"] = leaves["logits"].clamp(min=-1e3)
         return cls(Population.of(mixture), leaves, floored)
 
     @classmethod
     def unpacked(cls, packed: dict[str, Any]) -> MixtureParameters:
-        """The parameters from the result of :meth:`pack`."""
+        """Restore parameters from the result of :meth:`pack`."""
         found = cls(packed["population"], packed["leaves"], packed["floored"])
         for name, leaf in found.leaves.items():
             leaf.grad = packed["slopes"][name]
@@ -109,7 +109,7 @@ class MixtureParameters(Parameters):
         return list(self.leaves.values())
 
     def _active(self) -> Mixture:
-        """The mixture of the active components, as a function of the parameters."""
+        """Return the mixture of the active components, differentiable in the parameters."""
         leaves = dict(self.leaves)
         logits, means = leaves.pop("logits"), leaves.pop("means")
         return Mixture(logits, means, self.population.parked.factor.replace(**leaves), validate_args=False)
@@ -131,7 +131,7 @@ class MixtureParameters(Parameters):
         return evaluation(objective, self.population, self._active(), self.floored.clone())
 
     def finite(self) -> bool:
-        # Standardized parameters are of order one, so values outside of these ranges (or NaN) mean divergence.
+        # Standardized parameters are of order one, so values outside these ranges (or NaN) imply divergence.
         ranges = {name: 1e15 for name in self.leaves} | {"log_diagonal": _LARGEST_LOG}
         return all(bool((leaf.detach().abs() < ranges[name]).all()) for name, leaf in self.leaves.items())
 
@@ -147,7 +147,7 @@ class MixtureParameters(Parameters):
     def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
         """Prune components whose expected count is below 1e-3 points, and their optimizer state.
 
-        A component stays if a gradient step would increase its weight (for example by a Dirichlet prior above one).
+        A component is kept if a gradient step would increase its weight (for example with a Dirichlet concentration above one).
         """
         logits = self.leaves["logits"]
         keep = logits.detach().log_softmax(0) > math.log(DEAD_POINTS / count)
@@ -159,7 +159,7 @@ class MixtureParameters(Parameters):
         for leaf in self.tensors:
             for value in slots.get(leaf, {}).values():
                 if not isinstance(value, Tensor) or (value.ndim > 0 and value.shape != leaf.shape):
-                    # An optimizer such as L-BFGS, whose memory has no rows: nothing is lost but some time.
+                    # The state of optimizers such as L-BFGS has no entry per component, so nothing is pruned.
                     return
         self.population = self.population.retire(self._active(), keep)
         tied = self.population.parked.factor.leading == 1
@@ -174,7 +174,7 @@ class MixtureParameters(Parameters):
 
 
 class NetworkParameters(Parameters):
-    """The weights of a conditional :class:`~gmmkeops.GMM`, for standardized points and contexts.
+    """Parameters of a conditional :class:`~gmmkeops.GMM`, for standardized points and contexts.
 
     Args:
         model: The network in standardized coordinates.
@@ -185,23 +185,23 @@ class NetworkParameters(Parameters):
 
     @classmethod
     def of(cls, objective: Objective) -> NetworkParameters:
-        """A copy of the network of the objective, in standardized coordinates."""
+        """Copy the network of the objective and convert it to standardized coordinates."""
         assert objective.model is not None, "the objective of a conditional fit has a network"
         found = cls(objective.model.rescaled(objective.frame.shift, objective.frame.scale))
         first = cast(nn.Linear, found.model.network[0])
-        # Distance from the center of the contexts at which each unit bends, in their standard deviations.
+        # Distance of each unit's zero (w·c + b = 0) from the center of the contexts, in standard deviations of the contexts.
         bends = first.bias.detach().abs() / first.weight.detach().norm(dim=1).clamp(min=1e-30)
         if float((bends > 10).double().mean()) > 0.5:
             warn(
-                "most units of the network's first layer bend far outside the contexts, where they cannot learn; call "
-                "model.initialize(x, context=c) before fit, or standardize the contexts.",
+                "most units of the network's first layer are saturated or linear for all contexts, because the contexts are far "
+                "from the range of the initialization; call model.initialize(x, context=c) before fit, or standardize them.",
                 PrecisionWarning,
             )
         return found
 
     @classmethod
     def unpacked(cls, objective: Objective, packed: dict[str, Tensor]) -> NetworkParameters:
-        """The parameters from the result of :meth:`pack`."""
+        """Restore parameters from the result of :meth:`pack`."""
         assert objective.model is not None, "the objective of a conditional fit has a network"
         found = cls(objective.model.rescaled(objective.frame.shift, objective.frame.scale))
         found.model.load_state_dict(packed)
@@ -232,7 +232,7 @@ class NetworkParameters(Parameters):
 
 
 def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backward: bool) -> tuple[float, float]:
-    """Objective and log-likelihood of a batch, or of all points, on all ranks; their gradients, if wanted, in the model."""
+    """Compute objective and log-likelihood of a batch or of all points, on all ranks; with ``backward``, also gradients."""
     D, parameters = model.features, list(model.parameters())
     kind: Any = {"dtype": parameters[0].dtype, "device": parameters[0].device}
     loss, total, mass = 0.0, 0.0, 0.0
@@ -264,7 +264,7 @@ def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backwa
 
 
 def _penalties(objective: Objective, batch: Mixture) -> Tensor:
-    """The penalty of each mixture of a batch (B,), nats per point."""
+    """Compute the penalty of each mixture of a batch (B,), nats per point."""
     kind, features = type(batch.factor), batch.n_features
 
     def one(logits: Tensor, means: Tensor, tensors: dict[str, Tensor]) -> Tensor:
@@ -274,6 +274,6 @@ def _penalties(objective: Objective, batch: Mixture) -> Tensor:
         return torch.func.vmap(one)(batch.logits, batch.means, batch.factor.tensors)
     except RuntimeError as error:
         raise ValueError(
-            f"the penalty {type(objective.penalty).__name__} cannot be taken of a batch of mixtures ({error}); add a term of "
-            "your own in a torch loop."
+            f"the penalty {type(objective.penalty).__name__} cannot be evaluated for a batch of mixtures by torch.func.vmap "
+            f"({error}); write a training loop and add the penalty to the loss."
         ) from None

@@ -1,7 +1,4 @@
-"""Passes over the data of a fit: error bounds, progress and checkpoints, around the iterator of batches.
-
-Methods and the objective see batches only; what a pass reports, saves and resumes is decided here.
-"""
+"""Passes over the data of a fit, with error bounds, progress and checkpoints."""
 
 from __future__ import annotations
 
@@ -28,9 +25,9 @@ class Passes:
 
     Args:
         world: The ranks.
-        journal: The state that is written to checkpoints.
+        journal: State that is written to checkpoints.
         generator: Random number generator, in the same state on all ranks.
-        show: Called with the number of rows that a pass over a source has read, or None.
+        show: Function that is called with the number of rows read in a pass over a source, or None.
         statistics: Error bounds and counts of the last pass over all points.
     """
 
@@ -41,7 +38,7 @@ class Passes:
     statistics: SweepStatistics = field(default_factory=SweepStatistics)
 
     def seed(self) -> int:
-        """A seed that is the same on all ranks."""
+        """Draw a seed, which is equal on all ranks."""
         return int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
 
     def total(self, data: Data, nothing: Moments, sums_of: Callable[[Batch], tuple[Any, bool, Moments]]) -> Moments:
@@ -49,9 +46,9 @@ class Passes:
 
         Args:
             data: The points of this rank in standardized coordinates.
-            nothing: The sum of no batches.
-            sums_of: Returns the points of a batch as they were evaluated, whether that was in float64 although they were given
-                in float32, and their moments.
+            nothing: Moments of no points.
+            sums_of: Function of a batch that returns its points as they were evaluated, whether float32 points were evaluated in
+                float64, and their moments.
         """
         if self.journal.replay:
             return self.journal.replay.pop(0)
@@ -82,15 +79,15 @@ class Passes:
         pack: Callable[[S], Any] = lambda state: state,
         unpack: Callable[[Any], S] = lambda packed: packed,
     ) -> S:
-        """Update a state by each batch of one shuffled pass; a checkpoint saves it between two batches and resumes there.
+        """Update a state by each batch of one shuffled pass. Checkpoints are written between batches.
 
-        Every rank makes the same number of updates; a rank without points left makes them with empty lists.
+        Every rank performs the same number of updates; a rank without remaining points performs them with empty lists.
 
         Args:
             data: The points of this rank in standardized coordinates.
-            size: Number of points in a batch, of all ranks together.
-            state: The state before the first batch.
-            update: Returns the next state, from the list of the batches of this rank: none or one.
+            size: Number of points in a batch, summed over all ranks.
+            state: State before the first batch.
+            update: Function of the state and of a list with at most one batch of this rank; it returns the next state.
             pack, unpack: Convert the state to a value that a checkpoint can store, and back.
         """
         batches = data.minibatches(-(-size // self.world.size), self.seed() + self.world.rank)

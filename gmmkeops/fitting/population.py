@@ -1,4 +1,4 @@
-"""Active and pruned components of a fit, and the evaluation of a mixture of both."""
+"""Active and pruned components of a fit."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ DEAD_LOG_WEIGHT = -100.0
 @known("Population")
 @dataclass(frozen=True)
 class Population:
-    """All K components of a fit and the indices of the active ones.
+    """Parameters of all K components of a fit, and indices of the active ones.
 
     Args:
-        parked: All K components in standardized coordinates; active ones as they were when one was last pruned.
+        parked: Mixture of all K components, standardized coordinates. Only its pruned components are up to date.
         live: Indices of the active components.
     """
 
@@ -34,11 +34,11 @@ class Population:
 
     @classmethod
     def of(cls, mixture: Mixture) -> Population:
-        """A population in which all components are active."""
+        """Create a population in which all components are active."""
         return cls(mixture, torch.arange(mixture.n_components, device=mixture.means.device))
 
     def whole(self, live: Mixture) -> Mixture:
-        """The mixture of all K components, with the active ones from ``live`` and the pruned ones from ``parked``."""
+        """Return the mixture of all K components, with the active ones from ``live`` and the pruned ones from ``parked``."""
         if len(self.live) == self.parked.n_components:
             return live
         return Mixture(
@@ -61,7 +61,7 @@ def evaluation(objective: Objective, population: Population, active: Mixture, fl
     Args:
         objective: The objective.
         population: All components.
-        active: The mixture of the active ones, standardized coordinates.
+        active: Mixture of the active components, standardized coordinates.
         floored: Boolean mask (K,) of components whose covariance has been regularized.
     """
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Preparation of a fit: validated points become data in standardized coordinates, and an objective."""
+"""Preparation of a fit: conversion of validated points to standardized coordinates, and creation of the objective."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["prepared"]
 
 @dataclass(frozen=True)
 class _Survey:
-    """Summary of all points: what standardized coordinates and penalties depend on.
+    """Summary of all points, on which standardized coordinates and penalties depend.
 
     Args:
         rows: Number of points on all ranks.
         mass: Total weight, in units of ``unit``.
         effective: Effective number of points, (Σ g)² / Σ g².
-        unit: Unit of weights, a power of two.
+        unit: Power of two by which the weights are divided.
         cloud: A sample of the points (n, D), and their weights (n,) or None.
         single: Whether all points are float32.
         fingerprint: Hash of the points and weights, or None without a checkpoint.
@@ -45,7 +45,7 @@ class _Survey:
 
     @classmethod
     def of_tensor(cls, x: Tensor, weights: Tensor | None, *, marked: bool) -> _Survey:
-        """The summary of points (N, D) and weights (N,) in memory."""
+        """Summarize points (N, D) and weights (N,) in memory; with ``marked``, compute the fingerprint."""
         check_range(x)
         unit = 1.0 if weights is None else weight_unit(float(weights.max()))
         scaled = weights if weights is None or unit == 1 else weights / unit
@@ -56,7 +56,7 @@ class _Survey:
 
     @classmethod
     def of_source(cls, source: Source, world: World, device: torch.device) -> _Survey:
-        """The summary of a source on all ranks, by one pass."""
+        """Summarize a source on all ranks, in one pass."""
         survey = world.merged(source.survey(alone=world.size == 1))
         unit = weight_unit(survey.mass / max(survey.rows, 1))
         mass = survey.mass / unit
@@ -65,7 +65,7 @@ class _Survey:
         if unit == 1:
             effective = mass**2 / max(survey.squares, 1e-300)
         else:
-            # Squares of the weights themselves may be out of range, so they are estimated from the sample.
+            # Sums of squared weights may overflow or underflow; they are estimated from the sample of scaled weights.
             effective = survey.rows * float(masses.mean()) ** 2 / max(float(masses.square().mean()), 1e-300)
         cloud = points.to(device), masses.to(device)
         return cls(survey.rows, mass, effective, unit, cloud, survey.single, survey.fingerprint)
@@ -88,9 +88,9 @@ def prepared(
     journal: Journal | None = None,
     model: GMM | None = None,
 ) -> Objective:
-    """The objective of validated points (N, D) in data units.
+    """Create the objective for validated points (N, D) in data units, whose last ``extra`` columns are contexts.
 
-    The frame is computed from the points if none is given; the last ``extra`` columns are contexts.
+    If ``frame`` is None, the transformation to standardized coordinates is computed from the points.
     """
     world = World.alone() if world is None else world
     journal = Journal(None, world) if journal is None else journal

@@ -1,4 +1,4 @@
-"""Results of a fit: the mixture, the report, and the state that callbacks receive."""
+"""Result and report of a fit, and the argument of callbacks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ __all__ = ["Ending", "FitResult", "Report", "Step"]
 
 
 class Ending(enum.StrEnum):
-    """The reason why a fit ended: its tolerance was met, it performed ``max_iter`` iterations, a callback stopped it, its
-    objective diverged, or Ctrl-C interrupted it.
+    """Reason why a fit ended.
+
+    The fit has converged, performed ``max_iter`` iterations, was stopped by a callback, diverged, or was interrupted by Ctrl-C.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -60,9 +61,9 @@ class Report:
         dtype: Precision of the points (parameters are float64).
         total_weight: Total weight of the points.
         truncate: ε of the truncation; 0 if every pair of point and component was evaluated.
-        certificate: Upper bound on the error of any point's log-density by truncation, nats; truncation only decreases
+        certificate: Upper bound on the truncation error of the log-density of each point, nats. Truncation only decreases
             log-densities.
-        evaluated_fraction: Fraction of all pairs of point and component that the last pass evaluated.
+        evaluated_fraction: Fraction of all point-component pairs that were evaluated in the last pass.
         seconds: Wall time, including validation and standardization of the data.
         interrupted: Whether Ctrl-C ended the fit.
     """
@@ -92,19 +93,19 @@ class FitResult:
     """Result of a fit: the mixture, its objective, and the history of the iterations.
 
     Args:
-        mixture: The fitted mixture with all K components, float64, data units: the last one for methods that decrease the
-            objective in every step, such as EM, and the best one for others, such as Adam.
+        mixture: Fitted mixture with all K components, float64, data units: that of the last iteration for methods that decrease
+            the objective in every step, such as EM, and the best one for others, such as Adam.
         objective: Mean negative log-likelihood plus penalty of the mixture, nats per point.
         log_likelihood: Mean log-likelihood of the mixture, nats per point.
-        ending: The reason why the fit ended, an :class:`Ending`.
+        ending: Reason why the fit ended.
         n_iter: Number of iterations performed.
-        history: Lists with one entry per iteration: "objective", "log_likelihood" (nats per point, of the mixture that
-            the iteration started from; with minibatches a running mean), "seconds" since the start, "active" (the number of
+        history: Lists with one entry per iteration: "objective" and "log_likelihood" (nats per point, of the mixture at the
+            beginning of the iteration; with minibatches a mean over the batches), "seconds" since the call, "active" (number of
             active components). For EM "objective" includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
         report: Engine, dtype, error bounds, pruned and regularized components.
-        answer: The full result of methods that fit more than a mixture: the :class:`gmmkeops.bayes.NormalWishart` posterior,
-            whose expectation is ``mixture`` (the objective is then minus the lower bound), or the conditional
-            :class:`~gmmkeops.GMM`, whose mixture at an average context is ``mixture``. None for other methods.
+        answer: Full result of methods that fit more than a mixture: the posterior, a :class:`gmmkeops.bayes.NormalWishart` with
+            the expectation ``mixture`` (``objective`` is then the negative evidence lower bound); or the conditional
+            :class:`~gmmkeops.GMM`, whose mixture at the average context is ``mixture``. None for other methods.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -126,18 +127,18 @@ class FitResult:
     answer: Any = None
 
     def __post_init__(self) -> None:
-        # Files hold the value of the reason.
+        # Files contain the value of the enumeration.
         object.__setattr__(self, "ending", Ending(self.ending))
         object.__setattr__(self, "history", FormerKeys(self.history, FORMER))
 
     @property
     def converged(self) -> bool:
-        """Whether the tolerance was met."""
+        """Whether the fit has converged within the tolerance."""
         return self.ending is Ending.CONVERGED
 
     @property
     def posterior(self) -> Any:
-        """The posterior that a Bayesian method has fitted; None for other methods."""
+        """Posterior distribution fitted by variational Bayes; None for other methods."""
         return self.answer
 
     def __repr__(self) -> str:
@@ -158,7 +159,7 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Step:
-    """State of a fit after an iteration, as callbacks receive it.
+    """State of a fit after an iteration, which is passed to callbacks.
 
     Args:
         iteration: Number of the iteration, from 0.

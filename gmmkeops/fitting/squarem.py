@@ -1,4 +1,4 @@
-r"""SQUAREM: extrapolation of two steps of a fixed-point iteration such as EM.
+r"""SQUAREM acceleration: extrapolation from two steps of a fixed-point iteration such as EM.
 
 .. math:: \theta' = \theta_0 + 2 s r + s^2 v, \qquad r = \theta_1 - \theta_0, \quad v = (\theta_2 - \theta_1) - r, \quad
           s = \max(1, \lVert r \rVert / \lVert v \rVert)

@@ -1,4 +1,4 @@
-"""The state of a fit as bytes: a tree of plain values, tensors, mixtures and registered dataclasses in a safetensors file."""
+"""Serialization of the state of a fit: nested plain values, tensors, mixtures and registered dataclasses, as safetensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["FORMAT", "known", "state_bytes", "state_of"]
 
 FORMAT, _VERSION = "gmmkeops.checkpoint", 3
 
-# Dataclasses that a state may contain, by name.
+# Registered dataclasses by name.
 _CLASSES: dict[str, type] = {}
 
 
 def known(name: str) -> Callable[[type], type]:
-    """Class decorator that registers a dataclass for checkpoints, under a name."""
+    """Return a class decorator that registers a dataclass for checkpoints under a name."""
 
     def mark(cls: type) -> type:
         _CLASSES[name] = cls
@@ -36,7 +36,7 @@ known("Moments")(Moments)
 
 
 def state_bytes(tree: Any) -> bytes:
-    """Write a state as the bytes of a safetensors file, with a JSON tree in its header and a digest."""
+    """Serialize a state as a safetensors file, with its structure as JSON and a SHA-256 digest in the header."""
     from safetensors.torch import save as serialize
 
     tensors: list[Tensor] = []
@@ -54,10 +54,10 @@ def _digest(header: str, tensors: dict[str, Tensor]) -> str:
 
 
 def state_of(data: bytes, device: Any) -> Any:
-    """Read a state from the result of :func:`state_bytes`; only plain values and registered classes are created.
+    """Deserialize the result of :func:`state_bytes`. Only plain values and registered classes are created.
 
     Raises:
-        ValueError: The bytes are damaged, or were written by another version.
+        ValueError: The data are damaged, or were written by another version.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -67,19 +67,19 @@ def state_of(data: bytes, device: Any) -> Any:
         meta = json.loads(data[8 : 8 + size])["__metadata__"]
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"it is not a whole safetensors file: {error}") from None
+        raise ValueError(f"it is not a complete safetensors file: {error}") from None
     if meta.get("format") != FORMAT:
-        raise ValueError("it is no checkpoint")
+        raise ValueError("it is not a checkpoint")
     if meta.get("version") != str(_VERSION):
         raise ValueError("it was written by another version of gmmkeops")
     tensors.pop("none", None)
     if _digest(meta["tree"], tensors) != meta["digest"]:
-        raise ValueError("its digest does not match what it holds")
+        raise ValueError("its digest does not match its contents")
     return _value(json.loads(meta["tree"]), tensors, device)
 
 
 def _plain(value: Any, tensors: list[Tensor]) -> Any:
-    """A value as JSON has it; tensors are numbered."""
+    """Convert a value to JSON types; tensors are appended to ``tensors`` and replaced by their index."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
@@ -96,7 +96,9 @@ def _plain(value: Any, tensors: list[Tensor]) -> Any:
     for name, cls in _CLASSES.items():
         if type(value) is cls and is_dataclass(value):
             return {name: [_plain(getattr(value, field.name), tensors) for field in fields(value)]}
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}.")
+    raise TypeError(
+        f"a checkpoint cannot store a {type(value).__name__}; register its class with gmmkeops.fitting.known."
+    )
 
 
 def _value(plain: Any, tensors: dict[str, Tensor], device: Any) -> Any:
@@ -104,7 +106,7 @@ def _value(plain: Any, tensors: dict[str, Tensor], device: Any) -> Any:
         return plain
     (name, content), *more = plain.items()
     if more:
-        raise ValueError("its tree is malformed")
+        raise ValueError("its structure is malformed")
     if name == "tensor":
         return tensors[f"t{int(content)}"].to(device)
     if name == "Mixture":
@@ -120,4 +122,4 @@ def _value(plain: Any, tensors: dict[str, Tensor], device: Any) -> Any:
         return items if name == "list" else tuple(items)
     if name in _CLASSES:
         return _CLASSES[name](*items)
-    raise ValueError(f"its tree names an unknown class {name!r}")
+    raise ValueError(f"it contains an unknown class {name!r}")

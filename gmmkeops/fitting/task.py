@@ -34,7 +34,7 @@ class Task:
         truncate, backend, dtype, max_memory: As for :func:`gmmkeops.fit`.
 
     Attributes:
-        mixture: The initial mixture; of a network, that of the central context.
+        mixture: The initial mixture; for a network, its mixture at the central context.
         model: The network of a conditional fit, or None.
     """
 
@@ -66,22 +66,23 @@ class Task:
         if self.model is not None:
             if not isinstance(self.method, Gradient):
                 raise ValueError(
-                    f"a GMM with a context is fitted by gradient, got {type(self.method).__name__}; pass gmmkeops.Adam(lr=1e-3)."
+                    f"a GMM with a context requires a gradient method, got {type(self.method).__name__}; pass "
+                    "gmmkeops.Adam(lr=1e-3)."
                 )
             if self.truncate:
                 raise ValueError(
-                    "truncate cannot be used for a GMM with a context, in which each point has its own mixture; leave it out."
+                    f"truncate must be None or 0 for a GMM with a context, got {self.truncate:g}; do not pass it."
                 )
             self.truncate = 0
 
     def points(self, x: Any) -> tuple[Any, tuple[str, ...] | None]:
-        """The points with the contexts beside them, and the names of all columns or None."""
+        """Append the contexts to the points as columns; return them, and the names of all columns or None."""
         if self.model is None or self.context is None:
             return x, self.columns
         return _with_context(self.model, x, self.context)
 
     def agreed(self, world: World, x: Any, sample_weight: Any, columns: Any) -> dict[str, Any]:
-        """Descriptions of the settings that a checkpoint must share, after comparing all settings between ranks."""
+        """Compare all settings between ranks; return descriptions of those that must equal the ones in a checkpoint."""
         settings: dict[str, Any] = {}
         if self.checkpoint is not None or world.size > 1:
             settings = described(self.mixture, self.model, self.method, self.penalty, self.truncate, self.backend)
@@ -146,7 +147,7 @@ class Task:
 
 
 def _initial(start: Any, method: Any, context: Any) -> tuple[Mixture, GMM | None]:
-    """The initial mixture, and the network of a conditional fit or None."""
+    """Return the initial mixture, and the network of a conditional fit or None."""
     if not isinstance(method, Method):
         raise TypeError(f"method must be a Method such as gmmkeops.Adam(lr=0.05), got {type(method).__name__}.")
     if not isinstance(start, (Mixture, GMM)):
@@ -155,19 +156,21 @@ def _initial(start: Any, method: Any, context: Any) -> tuple[Mixture, GMM | None
         )
     model = start if isinstance(start, GMM) and start.context else None
     if model is None and context is not None:
-        raise ValueError("context belongs to a GMM that was constructed with one; pass GMM(features, context=C).")
+        raise ValueError(
+            "context requires a conditional GMM; pass start=GMM(features, context=C), or do not pass context."
+        )
     if isinstance(start, GMM):
         with torch.no_grad():
             return start(*([next(start.parameters()).new_zeros(start.context)] if start.context else [])), model
     if start.batch_shape:
         raise ValueError(
-            f"fit takes one mixture, got a batch of shape {tuple(start.batch_shape)}; fit them one by one."
+            f"start must be one mixture, got a batch of shape {tuple(start.batch_shape)}; fit the mixtures one by one."
         )
     return start, None
 
 
 def _limits(method: Method[Any], max_iter: Any, tol: Any) -> tuple[int, float]:
-    """Checked largest number of iterations and tolerance; those of the method if they are None."""
+    """Validate the maximum number of iterations and the tolerance, with those of the method as defaults."""
     max_iter = as_integer(method.max_iter if max_iter is None else max_iter, "max_iter")
     as_integer(max_iter, "max_iter", 0, clause="must not be negative")
     tol = as_number(method.tol if tol is None else tol, "tol")
@@ -175,14 +178,14 @@ def _limits(method: Method[Any], max_iter: Any, tol: Any) -> tuple[int, float]:
 
 
 def _with_context(model: GMM, x: Any, context: Any) -> tuple[Any, tuple[str, ...] | None]:
-    """Points and contexts as one array, and the names of its columns or None."""
+    """Concatenate points and contexts; return them with the names of their columns or None."""
     columns = model.columns
     if context is not None:
         if readable(x):
             raise ValueError(
-                "contexts of points from a file or another source must be the last columns of x; leave context out."
+                "context cannot be passed for points from a file or another source; make the contexts the last columns of x."
             )
-        # A rank may have no points; that there are some in total is checked later.
+        # A rank may have no points; the total number of points is checked later.
         names, others = table_names(x), table_names(context)
         if columns is not None:
             x = table_of(x, columns[: model.features])
@@ -192,13 +195,13 @@ def _with_context(model: GMM, x: Any, context: Any) -> tuple[Any, tuple[str, ...
         x = as_points(x, features=model.features, minimum=0)
         c = as_points(context, name="context", features=model.context, minimum=0)
         if len(x) != len(c):
-            raise ValueError(f"context must have a row for each of the {len(x)} points, got {len(c)}.")
+            raise ValueError(f"context must have one row per point, expected {len(x)}, got {len(c)}.")
         x = torch.cat([x.to(torch.promote_types(x.dtype, c.dtype)), c.to(x.device)], 1)
     return x, columns
 
 
 def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World) -> tuple[Any, tuple[str, ...] | None]:
-    """Points with the columns of the initial mixture, matched by name if both have names; and the names, or None."""
+    """Match the columns of the points with those of the initial mixture by name; return points, and names or None."""
     if readable(x):
         with renamed("weights", "sample_weight"):
             x = world.share(Source.of(x, weights=weights).matched(columns))
@@ -209,7 +212,7 @@ def _matched(x: Any, weights: Any, columns: tuple[str, ...] | None, world: World
 
 
 def _within(limit: int, mixture: Mixture, x: Any, g: Any, dtype: torch.dtype | None, world: World) -> tuple[Any, Any]:
-    """Points and weights, as a source with small enough chunks if a fit in memory would exceed the limit (bytes)."""
+    """Convert points and weights to a source with small chunks, if a fit in memory would exceed the limit (bytes)."""
     K, D = mixture.n_components, mixture.n_features
     kind = mixture.factor.type_name(tied=mixture.factor.leading == 1 and K > 1)
     if isinstance(x, Source):

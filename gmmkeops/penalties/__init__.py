@@ -1,12 +1,13 @@
-r"""Penalties: what a fit adds to the mean negative log-likelihood, in nats per point.
+r"""Penalties, which are added to the mean negative log-likelihood, in nats per point.
 
-A penalty is a function of a :class:`~gmmkeops.Mixture` in the user's units. Penalties add and scale,
-``2 * SqrtWeights(20) + Dirichlet(2.0)``, and any callable that takes a mixture and returns a scalar is one. Priors are
-densities of the parameters, so their share per point falls with the number of points N: a fit minimizes
+A penalty is a function of a :class:`~gmmkeops.Mixture` in data units. Penalties can be added and multiplied by numbers, such as
+``2 * SqrtWeights(20) + Dirichlet(2.0)``, and any callable that takes a mixture and returns a scalar can be used as a penalty. A
+fit minimizes
 
 .. math:: -\frac1N \sum_n \log p(x_n) + \text{penalty}(\text{mixture}, N).
 
-Bounds (:class:`EigenvalueFloor`) cost nothing and are enforced after every step.
+Penalties that are prior densities of the parameters are proportional to 1 / N. The constraint :class:`EigenvalueFloor` has the
+value zero and is enforced after every step.
 """
 
 from gmmkeops.components import Surrogate

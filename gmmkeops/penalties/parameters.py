@@ -1,4 +1,4 @@
-"""Penalties and bounds of means and covariances."""
+"""Penalties and constraints on means and covariances."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["EigenvalueFloor", "InverseWishart", "NormalInverseWishart", "NormalM
 
 @dataclass(frozen=True)
 class NormalMean(Penalty):
-    r"""Conjugate normal prior on each mean, :math:`\mu_k \sim \mathcal N(m, \Sigma_k / \kappa)`, up to its constant.
+    r"""Conjugate normal prior :math:`\mu_k \sim \mathcal N(m, \Sigma_k / \kappa)` on each mean, without its constant.
 
     .. math:: \frac1N \sum_k \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m) + \tfrac12 \log |\Sigma_k|
 
-    It pulls means to m as if by κ points there.
+    Its effect on a mean is that of κ additional points at m.
 
     Args:
-        mean: m (D,), or (K, D) for one per component, data units.
-        mean_precision: κ >= 0, in points.
+        mean: Prior mean m (D,), or (K, D) with one per component, data units.
+        mean_precision: Prior precision κ >= 0, as a number of points.
 
     Reference:
         Gelman et al. 2013, *Bayesian Data Analysis*, 3rd ed., §3.6.
@@ -58,21 +58,22 @@ class NormalMean(Penalty):
         center = as_tensor(self.mean, name="mean").to(mixture.means)
         K, D = mixture.n_components, mixture.n_features
         if tuple(center.shape) not in {(), (D,), (K, D)}:
-            raise ValueError(f"the prior's mean must have shape ({D},) or ({K}, {D}), got {tuple(center.shape)}.")
+            raise ValueError(f"mean of the prior must have shape ({D},) or ({K}, {D}), got {tuple(center.shape)}.")
         return center
 
 
 @dataclass(frozen=True)
 class InverseWishart(Penalty):
-    r"""Inverse-Wishart prior on each covariance, up to its normalizing constant; a tied covariance counts once.
+    r"""Inverse-Wishart prior on each covariance, without its normalizing constant; a tied covariance counts once.
 
     .. math:: \frac1N \sum_k \tfrac{\nu + D + 1}{2} \log |\Sigma_k| + \tfrac12 \mathrm{tr}(\Psi \Sigma_k^{-1})
 
-    It pulls covariances to Ψ / (ν + D + 1), with a weight of that many points, so that none can collapse.
+    Its effect on a covariance is that of ν + D + 1 additional points with the covariance Ψ / (ν + D + 1), so that no covariance
+    becomes singular.
 
     Args:
-        scale: Ψ (D, D), squared data units; a number means that multiple of the identity.
-        degrees_of_freedom: ν > D - 1.
+        scale: Scale matrix Ψ (D, D), squared data units; a number is multiplied by the identity.
+        degrees_of_freedom: Degrees of freedom ν > D - 1.
 
     Reference:
         Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.
@@ -95,9 +96,11 @@ class InverseWishart(Penalty):
             raise ValueError(f"scale must be a positive number or a matrix (D, D), got {_told(scale)}.")
         check_finite(scale, name="scale")
         if square and not torch.allclose(scale, scale.mT, rtol=1e-5, atol=0):
-            raise ValueError("scale must be symmetric, got a matrix that is not; symmetrize it with (S + S.T) / 2.")
+            raise ValueError("scale must be symmetric, got an asymmetric matrix; symmetrize it with (S + S.T) / 2.")
         if scale.ndim == 2 and int(torch.linalg.cholesky_ex(scale).info) > 0:
-            raise ValueError("scale must be positive definite; add a small ridge to its diagonal.")
+            raise ValueError(
+                f"scale must be positive definite, got {_told(scale)}; add a small constant to its diagonal."
+            )
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         U = mixture.factor.matrices()
@@ -117,13 +120,13 @@ class InverseWishart(Penalty):
         psi = as_tensor(self.scale, name="scale").to(mixture.means)
         D = mixture.n_features
         if psi.ndim == 2 and psi.shape != (D, D):
-            raise ValueError(f"the prior's scale must have shape ({D}, {D}), got {tuple(psi.shape)}.")
+            raise ValueError(f"scale of the prior must have shape ({D}, {D}), got {tuple(psi.shape)}.")
         return psi * torch.eye(D).to(psi) if psi.ndim == 0 else psi
 
 
 @dataclass(frozen=True)
 class NormalInverseWishart(Penalty):
-    r"""Normal-inverse-Wishart prior: :class:`NormalMean` and :class:`InverseWishart` at once, the full conjugate prior.
+    r"""Normal-inverse-Wishart prior, the sum of :class:`NormalMean` and :class:`InverseWishart`.
 
     .. math::
 
@@ -131,8 +134,8 @@ class NormalInverseWishart(Penalty):
         + \tfrac{\kappa}{2} (\mu_k - m)^\top \Sigma_k^{-1} (\mu_k - m)
 
     Args:
-        mean, mean_precision: m and κ, as for :class:`NormalMean`.
-        scale, degrees_of_freedom: Ψ and ν, as for :class:`InverseWishart`.
+        mean, mean_precision: As for :class:`NormalMean`.
+        scale, degrees_of_freedom: As for :class:`InverseWishart`.
 
     Reference:
         Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.
@@ -164,14 +167,14 @@ class NormalInverseWishart(Penalty):
 
 @dataclass(frozen=True)
 class PrecisionRidge(Penalty):
-    r"""Ridge on the precision factors, that is on the traces of the precision matrices.
+    r"""Ridge penalty on the precision factors, that is, on the traces of the precision matrices.
 
     .. math:: \frac{s}{K} \sum_k \lVert U_k \rVert_F^2 = \frac{s}{K} \sum_k \mathrm{tr}\, \Sigma_k^{-1}
 
-    It keeps covariances from shrinking: in effect 2 s / W_k is added to the variances of component k.
+    It prevents small variances. With EM, 2 s / (K W_k) is added to the variances of component k of weight W_k.
 
     Args:
-        strength: s >= 0, squared data units times nats per point.
+        strength: Strength s >= 0, squared data units times nats per point.
 
     Reference:
         Yuan and Lin 2007, *Model selection and estimation in the Gaussian graphical model*, Biometrika 94 (penalized
@@ -199,15 +202,15 @@ class PrecisionRidge(Penalty):
 
 @dataclass(frozen=True)
 class EigenvalueFloor(Penalty):
-    r"""A bound: every eigenvalue of every covariance stays at or above a floor. It costs nothing.
+    r"""Lower bound on the eigenvalues of all covariances, enforced as a constraint; the value of the penalty is zero.
 
     .. math:: \lambda_{\min}(\Sigma_k) \ge \text{minimum}
 
-    After each step the covariances that fell below are replaced by the nearest ones (in Frobenius norm) that do not:
-    their small eigenvalues are raised to the floor.
+    After each step, covariances with smaller eigenvalues are replaced by the nearest ones (in Frobenius norm) that satisfy the
+    bound: the smaller eigenvalues are set to ``minimum``.
 
     Args:
-        minimum: Least eigenvalue, squared data units.
+        minimum: Smallest allowed eigenvalue, squared data units.
 
     Reference:
         Ingrassia 2004, *A likelihood-based constrained algorithm for multivariate normal mixture models*, Statistical

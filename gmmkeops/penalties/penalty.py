@@ -1,8 +1,4 @@
-r"""What a penalty is: a function of a mixture that adds, scales, and may have a part in an M-step.
-
-Penalties add and scale, ``2 * SqrtWeights(20) + Dirichlet(2.0)``, and any callable that takes a mixture and returns a scalar is
-one. What one does to an M-step is an upper bound of it, tight at the current mixture (majorize-minimize).
-"""
+"""Base class of penalties, their sums and multiples, and penalties that are given as functions."""
 
 from __future__ import annotations
 
@@ -22,12 +18,12 @@ __all__ = ["Penalty", "as_penalty"]
 
 
 class Penalty(ABC):
-    r"""A function of a mixture, in nats per point, that a fit adds to the mean negative log-likelihood.
+    r"""Function of a mixture, in nats per point, that a fit adds to the mean negative log-likelihood.
 
     .. math:: \text{objective} = -\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}
 
-    Penalties add, and are scaled by numbers. Any function of a mixture becomes one by :func:`as_penalty`, which
-    :func:`gmmkeops.fit` calls; a subclass with an :meth:`m_step` is minimized by EM too.
+    Penalties can be added and multiplied by numbers. :func:`gmmkeops.fit` converts a function of a mixture to a penalty by
+    :func:`as_penalty`. EM supports penalties that implement :meth:`m_step`; gradient methods support all.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -39,39 +35,39 @@ class Penalty(ABC):
 
     @property
     def bounds(self) -> bool:
-        """Whether :meth:`project` may move a mixture."""
+        """Whether :meth:`project` may change a mixture."""
         return False
 
     @property
     def prunes(self) -> bool:
-        """Whether the penalty may drive weights to zero, so that a fit goes on until no component is left to be pruned."""
+        """Whether the penalty may drive weights to zero, so that the convergence test uses a smaller tolerance."""
         return False
 
     @abstractmethod
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        """The penalty of a mixture.
+        """Compute the penalty of a mixture.
 
         Args:
-            mixture: In the user's units.
-            points: N, the total weight of the points that the fit sees; priors divide by it.
+            mixture: Mixture in data units.
+            points: Total weight N of the points, by which prior densities are divided.
 
         Returns:
-            A scalar, nats per point, differentiable in the mixture's parameters.
+            Scalar tensor, nats per point, differentiable in the parameters of the mixture.
         """
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
-        """This penalty's part of an M-step at a mixture, for N points.
+        """Return the terms of an M-step for N points: an upper bound of the penalty that is tight at ``mixture``.
 
         Raises:
-            TypeError: The penalty has none.
+            TypeError: The penalty does not support EM.
         """
         raise TypeError(
-            f"{type(self).__name__.strip('_')} has no M-step, so EM cannot minimize it; use gmmkeops.Adam(...) "
-            "(solver='adam' of the estimator), which takes any penalty."
+            f"EM does not support the penalty {type(self).__name__.strip('_')}, which has no M-step; use gmmkeops.Adam(...) "
+            "(solver='adam' of the estimator), which supports all penalties."
         )
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
-        """The nearest mixture within this penalty's bounds, and which components (K,) had to move; most have none."""
+        """Return the nearest mixture that satisfies the constraints, and a boolean mask (K,) of the changed components."""
         return mixture, torch.zeros(mixture.n_components, dtype=torch.bool, device=mixture.means.device)
 
     def __add__(self, other: Any) -> Penalty:
@@ -88,17 +84,14 @@ class Penalty(ABC):
 
 
 def as_penalty(penalty: Penalty | Callable[[Mixture], Any]) -> Penalty:
-    """A penalty from a penalty, or from any callable on a mixture.
+    """Convert a callable to a penalty; a penalty is returned unchanged.
 
     Args:
-        penalty: A :class:`Penalty`, or a function of a mixture that returns a scalar in nats per point, differentiable in the
-            mixture's parameters.
-
-    Returns:
-        The penalty, as it was or wrapped.
+        penalty: A :class:`Penalty`, or a function of a mixture that returns a scalar tensor in nats per point, differentiable
+            in the parameters of the mixture.
 
     Raises:
-        TypeError: It cannot be called.
+        TypeError: The argument is not callable.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -157,7 +150,9 @@ class _Scaled(Penalty):
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
         if self.factor < 0:
-            raise TypeError("a negative multiple of a penalty has no M-step; use gmmkeops.Adam(...).")
+            raise TypeError(
+                f"EM does not support penalties with a negative factor, got {self.factor}; use gmmkeops.Adam(...)."
+            )
         return self.part.m_step(mixture, points) * self.factor
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:

@@ -1,4 +1,4 @@
-"""Penalties of the weights."""
+"""Penalties on the weights."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def _told(values: Tensor) -> str:
 
 @dataclass(frozen=True)
 class SqrtWeights(Penalty):
-    r"""Sparsity prior of the KeOps tutorial on the square roots of the weights.
+    r"""Sparsity penalty on the square roots of the weights, from the KeOps tutorial.
 
     .. math:: \frac{s}{K} \sum_k \sqrt{W_k}
 
-    Its slope grows without bound as a weight falls, so components that explain little die out and the rest share their
-    weight; s = 0 does nothing, the tutorial takes 20.
+    Its derivative grows without bound as a weight approaches zero, so that components of small weight are pruned. The tutorial
+    uses s = 20.
 
     Args:
-        strength: s >= 0, nats per point.
+        strength: Strength s >= 0, nats per point.
 
     Reference:
         KeOps documentation, *Fitting a Gaussian Mixture Model* (log-likelihood plus sparsity cost).
@@ -66,14 +66,14 @@ class SqrtWeights(Penalty):
 
 @dataclass(frozen=True)
 class WeightEntropy(Penalty):
-    r"""Entropy of the weights, which falls as few components take all.
+    r"""Entropy of the weights as a penalty.
 
     .. math:: -s \sum_k W_k \log W_k
 
-    A positive strength favours few components, a negative one even weights.
+    A positive strength favors few components, a negative one favors equal weights.
 
     Args:
-        strength: s, dimensionless (the entropy is in nats).
+        strength: Strength s, dimensionless.
 
     Reference:
         Brand 1999, *Structure learning in conditional probability models via an entropic prior*, Neural Computation 11.
@@ -95,28 +95,29 @@ class WeightEntropy(Penalty):
         return self.strength > 0
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        # W log W tends to zero with the weight, and so does its slope in the logit; 0 · (-inf) would be NaN.
+        # W log W and its derivative with respect to the logit tend to zero with W; 0 · (-inf) would be NaN.
         logs = mixture.log_weights.masked_fill(mixture.weights == 0, 0.0)
         return -self.strength * (mixture.weights * logs).sum()
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
         if self.strength < 0:
             raise TypeError(
-                "WeightEntropy of negative strength is not concave and has no M-step; use gmmkeops.Adam(...)."
+                f"EM does not support WeightEntropy with a negative strength, got {self.strength}; use gmmkeops.Adam(...)."
             )
         return replace(Surrogate.none(mixture), slopes=-self.strength * (mixture.log_weights + 1))
 
 
 @dataclass(frozen=True)
 class Dirichlet(Penalty):
-    r"""Dirichlet prior on the weights, up to its normalizing constant.
+    r"""Dirichlet prior on the weights, without its normalizing constant.
 
     .. math:: -\frac1N \sum_k (\alpha_k - 1) \log W_k
 
-    Concentrations above one pull the weights together (and keep every component alive), below one apart; one is flat.
+    Concentrations above one favor equal weights (no component is then pruned); concentrations below one favor sparse weights;
+    one is the uniform distribution.
 
     Args:
-        concentration: α > 0, one number or one per component (K,).
+        concentration: Concentration α > 0, one number or one per component (K,).
 
     Reference:
         Gelman et al. 2013, *Bayesian Data Analysis*, 3rd ed., §22.
@@ -133,7 +134,9 @@ class Dirichlet(Penalty):
     def __post_init__(self) -> None:
         alpha = as_tensor(self.concentration, name="concentration")
         if alpha.ndim > 1 or not bool(((alpha > 0) & torch.isfinite(alpha)).all()):
-            raise ValueError(f"concentration must be positive and finite, one number or (K,), got {_told(alpha)}.")
+            raise ValueError(
+                f"concentration must be positive and finite, a number or an array (K,), got {_told(alpha)}."
+            )
 
     @property
     def prunes(self) -> bool:
@@ -141,7 +144,7 @@ class Dirichlet(Penalty):
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         alpha = self._alpha(mixture)
-        # A flat prior says nothing, of a component without weight neither.
+        # The uniform prior is constant, also for log-weights of -inf.
         return -((alpha - 1) * mixture.log_weights.masked_fill(alpha == 1, 0.0)).sum() / points
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
@@ -152,6 +155,6 @@ class Dirichlet(Penalty):
         alpha = as_tensor(self.concentration, name="concentration").to(mixture.logits)
         if alpha.ndim == 1 and alpha.shape[0] != mixture.n_components:
             raise ValueError(
-                f"concentration has {alpha.shape[0]} entries, the mixture {mixture.n_components} components."
+                f"concentration has {alpha.shape[0]} entries, expected {mixture.n_components}, one per component."
             )
         return alpha

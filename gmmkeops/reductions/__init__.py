@@ -1,21 +1,21 @@
-r"""Reductions of the exponents over points or components: log-sum-exps, labels and moments.
+r"""Reductions over points or components without an N x K array: log-sum-exps, labels and moments.
 
 .. math::
 
     e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
     \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
 
-Three engines with the same interface (:mod:`gmmkeops.reductions.protocol`) give equal results: ``native``, the default on CPUs,
-``keops`` and ``dense``. None of them stores an N x K array. The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of
-r:
+with offsets c, means μ, precision factors U, weights g and responsibilities r. The engines ``native``, ``keops`` and
+``dense`` have the same interface (:mod:`gmmkeops.reductions.protocol`); none stores an N x K array.
+
+The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
 
 .. math::
 
     \partial_{c_k} = S^0_k, \qquad \partial_{\mu_k} = U_k U_k^\top S^1_k, \qquad \partial_{U_k} = -S^2_k U_k, \qquad
     \partial_{x_n} = -\sum_k r_{nk}\, U_k U_k^\top (x_n - \mu_k)
 
-so that one pass over the data gives the gradients of all parameters and the sufficient statistics of EM. Second derivatives are
-recomputed in chunks.
+so that one pass over the data gives the gradients of all parameters and the sufficient statistics of EM.
 """
 
 from gmmkeops.reductions.choice import BACKENDS, arrange, engine, may_arrange

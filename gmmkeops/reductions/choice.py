@@ -1,4 +1,4 @@
-"""Choice of the engine, and of whether points are sorted into a kd-tree for truncation."""
+"""Choice of the engine, and sorting of the points for truncation."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = ["BACKENDS", "ENGINES", "arrange", "choose", "engine", "may_arrange"]
 
-# Engines by name; the dense one computes what another one cannot.
+# Engines by name. The dense engine supports all requests.
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (native, keops, dense)}
 
 BACKENDS = ("auto", *ENGINES)
 
-# Largest dimension in which points are sorted into a kd-tree by coordinates; beyond it they are grouped by labels.
+# Largest dimension in which points are sorted by a kd-tree; in higher dimensions they are grouped by labels.
 _FEW = 4
 
 # Default ε of truncation for each dtype, about its rounding error in nats per point.
@@ -38,22 +38,22 @@ _logger = logging.getLogger("gmmkeops")
 
 
 def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool = True) -> str:
-    """Name of the engine that will be used: ``"dense"`` or ``"keops"``.
+    """Return the name of the engine that will be used: ``"dense"`` or ``"keops"``.
 
-    On a CPU ``"auto"`` chooses the dense engine, which is faster in all cases. On CUDA it chooses KeOps in few dimensions (up to
-    6 with full factors, 16 with diagonal ones), where the matrix products of a tile are too thin to fill the device.
+    On a CPU ``"auto"`` chooses the dense engine, which is always faster. On CUDA it chooses KeOps in low dimensions (up to 6 with
+    full factors, 16 with diagonal ones), in which the matrix products of the dense engine are too small to use the device fully.
 
     Args:
         problem: The points (N, D), validated exponents, or a device.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
-        features: D, when only a device is given.
-        full: Whether factors are full matrices, when no exponents are given.
+        features: Number of features D, if ``problem`` is a device.
+        full: Whether factors are full matrices, if ``problem`` is not exponents.
 
     Raises:
         ValueError: The name of the backend is unknown.
 
     Warns:
-        UserWarning: KeOps was chosen and cannot run, so that the dense engine is used; once for each reason.
+        UserWarning: KeOps was chosen but cannot run, so that the dense engine is used. Each reason is reported once.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -69,7 +69,7 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
 
 
 def choose(problem: Exponents, request: Request, backend: str) -> Engine:
-    """The engine that computes a request: the one that is chosen if it can, otherwise the dense engine.
+    """Return the engine that computes a request: the chosen one if it supports the request, otherwise the dense engine.
 
     Warns:
         UserWarning: As for :func:`engine`.
@@ -83,7 +83,7 @@ def choose(problem: Exponents, request: Request, backend: str) -> Engine:
 
 
 def _chosen(backend: str, device: torch.device, features: int, full: bool) -> Engine:
-    """The engine of a name, or the fastest one on a device if the name is ``"auto"``."""
+    """Return the engine with a name, or the fastest one on a device if the name is ``"auto"``."""
     if as_choice(backend, "backend", ("auto", *ENGINES)) != "auto":
         return ENGINES[backend]
     if device.type == "cuda":
@@ -92,11 +92,11 @@ def _chosen(backend: str, device: torch.device, features: int, full: bool) -> En
 
 
 def _runs(engine: Engine, device: torch.device, backend: str) -> bool:
-    """Whether an engine can run on a device; the user is warned once for each reason why it cannot."""
+    """Return whether an engine can run on a device. Each reason why it cannot is reported by a warning once."""
     reason = engine.unavailable(device)
     if reason is not None and reason not in _warned:
         _warned.add(reason)
-        wanted = "is the faster engine here" if backend == "auto" else "was asked for"
+        wanted = "is the faster engine here" if backend == "auto" else "was requested"
         warn(f"{engine.title} {wanted} but {reason}; using the dense engine.", UserWarning)
     return reason is None
 
@@ -111,25 +111,25 @@ def arrange(
 ) -> Tensor | Truncation:
     r"""Sort points into kd-tree leaves, so that reductions can skip negligible components (block-sparse evaluation).
 
-    All reductions accept the result in place of the points, and return values in the original order of the points. They then
-    guarantee :math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` for the log-density of each point. Labels, the
-    largest exponents and the moments of hard assignments are exact.
+    All reductions accept the result in place of the points, and return values in the original order of the points. The error of
+    each log-density is then bounded, :math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)`. Labels, the largest
+    exponents and the moments of hard assignments are exact.
 
     Args:
         x: Points (N, D), data units.
         components: Number of components K of the mixtures that will be evaluated.
-        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components. None
-            uses 1e-6 for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
-        sweeps: Expected number of reductions with these points; used to decide whether sorting saves time.
-        labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions a
-            kd-tree by coordinates has no small leaves, and points are grouped by these labels instead. It is called only if that
-            saves time.
+        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components. The
+            default is 1e-6 for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
+        sweeps: Expected number of reductions with these points, which decides whether sorting saves time.
+        labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions the
+            leaves of a kd-tree are not small, and points are grouped by these labels instead. The function is called only if
+            grouping saves time.
 
     Returns:
         The points themselves if sorting does not save time, otherwise a :class:`Truncation`.
 
     Raises:
-        TypeError, ValueError: Invalid points, or ``truncate`` is not a number from 0 to 1.
+        TypeError, ValueError: Invalid points, or ``truncate`` is not a number in [0, 1).
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -146,14 +146,14 @@ def arrange(
     labels = None if x.shape[1] <= _FEW else labels
     if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
         return x
-    # Rows of a leaf: those of about two components, within the limits of an efficient tile. Groups of one label are split rarely.
+    # A leaf has about the points of two components, within the limits for efficient tiles. Groups of one label are rarely split.
     rows = min(4096, max(1024 if labels is None else 2048, 2 * len(x) // components))
     cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels(), rows)
     return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
 
 
 def _pays(x: Tensor, components: int, sweeps: int, labeled: bool) -> bool:
-    """Whether sorting points (N, D) is likely to save time over ``sweeps`` reductions, by labels or by coordinates."""
+    """Return whether sorting points (N, D), by labels or by coordinates, probably saves time over ``sweeps`` reductions."""
     N, D = x.shape
     if labeled:
         # Truncation saves time only if tiles are large compared with their overhead: about a thousand rows in 20 dimensions.
@@ -162,15 +162,10 @@ def _pays(x: Tensor, components: int, sweeps: int, labeled: bool) -> bool:
 
 
 def may_arrange(rows: int, components: int, dimensions: int) -> bool:
-    """Whether a fit may sort its points for truncation by default.
+    """Return whether a fit may sort its points for truncation by default.
 
     Args:
-        rows: Number of points N.
-        components: Number of components K.
-        dimensions: Number of columns D.
-
-    Returns:
-        Whether truncation may save time; the fit decides after its first pass.
+        rows, components, dimensions: Numbers of points N, of components K and of features D.
 
     Example:
         >>> import gmmkeops as gk

@@ -1,4 +1,4 @@
-"""Work shared among a CPU's cores: one Python thread for each, and torch's own threads out of the way."""
+"""Parallel execution on the cores of a CPU, by Python threads that each use one torch thread."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _logger = logging.getLogger("gmmkeops")
 
 
 def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> list[T]:
-    """``[work(0), ..., work(workers - 1)]``, without gradients; on a GPU one after the other.
+    """Compute ``[work(0), ..., work(workers - 1)]`` without gradients, in parallel on a CPU and sequentially on a GPU.
 
-    Each call stays on one core: threads inside a torch call would wait for each other at its end, which on a busy machine
-    takes longer than the call (measured: 30x on a small fit).
+    Each call uses one core. The threads of a torch operation wait for each other at its end, which on a busy machine may take
+    longer than the operation itself (measured: 30 times on a small fit).
     """
     if device.type != "cpu":
         with torch.no_grad():
@@ -33,7 +33,7 @@ def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> li
             torch.set_num_threads(1)
             with torch.no_grad():
                 done[worker] = work(worker)
-        except BaseException as error:  # an interrupt, too, waits for the others
+        except BaseException as error:  # also KeyboardInterrupt, so that all threads are joined first
             failed.append(error)
 
     threads = torch.get_num_threads()
@@ -45,8 +45,8 @@ def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> li
             try:
                 thread.start()
             except RuntimeError as error:
-                # A process with little memory left has no room for another thread's stack.
-                _logger.info("a share of the work stays on one core: %s", error)
+                # Without enough memory for another stack, this thread does the work of two.
+                _logger.info("a thread could not be started, so fewer cores are used: %s", error)
                 mine.append(worker)
             else:
                 others.append(thread)
@@ -55,7 +55,7 @@ def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> li
         for thread in others:
             thread.join()
     finally:
-        # Torch hands the last setting to new threads, and part of it to all: it is restored once nobody works.
+        # torch.set_num_threads affects other threads, too, so it is restored after all threads have ended.
         torch.set_num_threads(threads)
     if failed:
         raise failed[0]

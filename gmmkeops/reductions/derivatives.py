@@ -1,4 +1,4 @@
-r"""Derivatives of the log-sum-exp as autograd functions: first ones by an engine, second ones recomputed in chunks.
+r"""Autograd functions for the log-sum-exp: first derivatives by an engine, second derivatives recomputed in chunks.
 
 .. math::
 
@@ -27,63 +27,65 @@ __all__ = ["Attached", "LogSumExp", "Sweep", "Total", "recordable", "recording"]
 
 @contextmanager
 def recording() -> Iterator[None]:
-    """Lets gradients be recorded, also within ``torch.no_grad`` and ``torch.inference_mode``."""
+    """Enable gradients, also within ``torch.no_grad`` and ``torch.inference_mode``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def recordable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one made in ``torch.inference_mode`` where torch could not record what is done with it."""
+    """Copy an inference tensor, which autograd does not support; other tensors are returned unchanged."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
         return tensor
     return tensor.clone()
 
 
 class Sweep(Protocol):
-    """The reductions that derivatives are computed from; an instance may cache results for its arguments."""
+    """Interface of the reductions from which derivatives are computed; an instance may cache results for its arguments."""
 
     def anew(self) -> Sweep:
         """Return an instance without cached results, for other arguments."""
 
     def unordered(self, x: Tensor) -> Tensor:
-        """The points in the order of the results."""
+        """Return the points in the order of the results."""
 
     def values(self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
-        """ℓ (N,)."""
+        """Compute ℓ (N,)."""
 
     def total(
         self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Σ g ℓ, and its gradients in the offsets, means and factors."""
+        """Compute Σ g ℓ, and its gradients with respect to offsets, means and factors."""
 
     def parameter_gradients(
         self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of Σ g ℓ in the offsets, means and factors."""
+        """Compute the gradients of Σ g ℓ with respect to offsets, means and factors."""
 
     def point_gradient(self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
-        """Gradient of Σ g ℓ in the points (N, D)."""
+        """Compute the gradient (N, D) of Σ g ℓ with respect to the points."""
 
 
 def _refused(order: str) -> str:
     """The message of the error about derivatives that are not implemented."""
     return (
         f"{order} derivatives of this log-density are not implemented; differentiate "
-        "torch.logsumexp(mixture.log_joint(x), -1) instead, which holds an N x K array and has derivatives of every order."
+        "torch.logsumexp(mixture.log_joint(x), -1) instead, which stores an N x K array and supports derivatives of all orders."
     )
 
 
 def _wanted(gradients: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients at the positions where they are wanted, None at the others."""
+    """Place gradients at the positions that are True in ``wanted``, and None at the others."""
     found = iter(gradients)
     return [next(found) if want else None for want in wanted]
 
 
 def _one_by_one(function: Any, info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> tuple[Any, Any]:
-    """A function's rule for ``vmap``: one call for each entry of the batch, so that memory does not grow with it."""
+    """Implement ``vmap`` of a function by one call per batch entry, so that memory does not grow with the batch size."""
     size = info.batch_size
     if size == 0:
-        raise ValueError("torch.func.vmap over a log-density needs at least one entry in the batch, got none.")
+        raise ValueError(
+            "torch.func.vmap over a log-density requires a batch of at least one entry, got an empty batch."
+        )
     # Results of an engine for its parameters may be reused if the parameters are the same for all entries.
     alike = all(dim is None for dim in in_dims[function.parameters])
     found = []
@@ -97,7 +99,7 @@ def _one_by_one(function: Any, info: Any, in_dims: Sequence[int | None], argumen
 
 
 def _lead(argument: Tensor, dim: int | None, size: int) -> Tensor:
-    """An argument (B, ...) whose batch dimension comes first."""
+    """Move the batch dimension of an argument to the front (B, ...), or expand an argument without one."""
     return argument.unsqueeze(0).expand(size, *argument.shape) if dim is None else argument.movedim(dim, 0)
 
 
@@ -162,7 +164,7 @@ class LogSumExp(Function):
 
 
 class Total(_EntryByEntry):
-    """Σ g ℓ, and (not differentiable) its gradients in the offsets, means and factors, from the same pass."""
+    """Σ g ℓ, and its gradients (not differentiable) with respect to offsets, means and factors, from one pass."""
 
     parameters = slice(0, 4)
 
@@ -195,9 +197,9 @@ class Total(_EntryByEntry):
 
 
 class _Gradient(Function):
-    """Gradients of Σ g ℓ in the points, offsets, means and factors, as far as they are wanted.
+    """Gradients of Σ g ℓ with respect to points, offsets, means and factors; only those in ``wanted`` are computed.
 
-    If g is ``scale`` times the weights of an earlier pass, the gradients of that pass are given as ``known_…``.
+    If g is ``scale`` times the weights of an earlier pass, the gradients of that pass are passed as ``known_…``.
     """
 
     parameters = slice(1, 5)
@@ -268,7 +270,7 @@ class _Gradient(Function):
 
 
 class _Slope(_EntryByEntry):
-    """Derivatives of ℓ (N,) along directions of the points, offsets, means and factors, float64."""
+    """Directional derivatives of ℓ (N,) with respect to points, offsets, means and factors, float64."""
 
     parameters = slice(0, 4)
 
@@ -296,7 +298,7 @@ class _Slope(_EntryByEntry):
 
 
 class _Curvature(_Last):
-    """Gradients of Σ g ℓ' in g, points, offsets, means and factors, as far as they are needed; ℓ' as in :class:`_Slope`."""
+    """Gradients of Σ g ℓ' (with ℓ' of :class:`_Slope`) with respect to g, points, offsets, means and factors, if needed."""
 
     parameters = slice(1, 5)
     refusal = _refused("Third")
@@ -310,7 +312,7 @@ class _Curvature(_Last):
 
 
 class Attached(_EntryByEntry):
-    """A value as a function of parameters, with known gradients and without further derivatives."""
+    """Value with known gradients with respect to parameters, and without further derivatives."""
 
     parameters = slice(0, 0)
 
@@ -336,7 +338,7 @@ class Attached(_EntryByEntry):
 
 
 class _Known(_Last):
-    """Known gradients times a number; they have no derivatives."""
+    """Known gradients times a number, without derivatives."""
 
     parameters = slice(0, 0)
     refusal = (

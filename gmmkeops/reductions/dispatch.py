@@ -1,4 +1,4 @@
-"""Requests of the public functions and of their derivatives, computed by the engine that is chosen."""
+"""Computation of requests by the chosen engine, for the public functions and their derivatives."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _Setup = tuple[Exponents, Truncation | None]
 
 
 def setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None, rank: int = 0) -> _Setup:
-    """The exponents, with points in kd-tree order if they are sorted, and the truncation or None.
+    """Validate arguments; return the exponents, with points in kd-tree order if they are sorted, and the truncation or None.
 
-    ``rank`` is that of the exponent for which candidate lists must be complete, 1 for the largest; 0 for the log-sum-exp.
+    ``rank`` is the rank of the exponents for which candidate lists must be complete (1 for the largest one), or 0 for the
+    log-sum-exp.
     """
     if not all(map(concrete, as_arguments(x, offsets, means, factor))):
         raise ValueError(
-            "torch.func.vmap and torch.compile support log-densities and their sums only; compute labels, largest exponents, "
-            "moments and reductions of arranged points outside of them, for all points at once."
+            "torch.func.vmap and torch.compile support only logsumexp and total of points that are not arranged; compute argmax, "
+            "topk, moments and reductions of arranged points outside of them, for all points at once."
         )
     points = x.points if isinstance(x, Batch) else x
     if isinstance(points, Truncation):
@@ -55,10 +56,10 @@ def setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None,
 
 
 def compute(problem: Exponents, blocks: Truncation | None, request: Request, backend: str) -> Result:
-    """Compute a request by the engine that is chosen, or by the next one if it fails."""
+    """Compute a request by the chosen engine, or by the dense one if that fails."""
     with suppress(Broken):
         return evaluate(choose(problem, request, backend), problem, request, blocks)
-    # The engine is unavailable from now on, so that this choice is another one, with a warning.
+    # The engine is unavailable from now on, so that ``choose`` returns another one and issues a warning.
     return evaluate(choose(problem, request, backend), problem, request, blocks)
 
 
@@ -70,7 +71,7 @@ def statistics(
     assignment: str = "soft",
     seed: int = 0,
 ) -> Moments:
-    """Moments of points and weights, both in kd-tree order if the points are sorted."""
+    """Compute the moments for points and weights, both in kd-tree order if the points are sorted."""
     x = problem.x
     count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
     mass = torch.tensor(float(count), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
@@ -83,14 +84,14 @@ def statistics(
 
 
 def parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of Σ g ℓ in the offsets (K,), means (K, D) and U (K, ...), float64."""
+    """Compute the gradients of Σ g ℓ with respect to offsets (K,), means (K, D) and U (K, ...), float64."""
     if U.ndim == 3:
         return sums.S0, (U @ (U.mT @ sums.S1[:, :, None]))[:, :, 0], -sums.S2 @ U
     return sums.S0, U**2 * sums.S1, -sums.S2.reshape(U.shape) * U
 
 
 def as_arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points (sorted ones in kd-tree order), offsets, means and factors as tensors."""
+    """Convert points (sorted ones in kd-tree order), offsets, means and factors to tensors."""
     x = x.points if isinstance(x, Batch) else x
     points = x.cloud.points if isinstance(x, Truncation) else as_tensor(x, name="x")
     named = {"offsets": offsets, "means": means, "factor": factor_tensor(factor)}
@@ -101,13 +102,13 @@ def as_arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor,
 
 @dataclass
 class Dispatch:
-    """The requests of one call, with the interface that :mod:`gmmkeops.reductions.derivatives` needs.
+    """Requests of one call, with the interface that :mod:`gmmkeops.reductions.derivatives` requires.
 
     Args:
         blocks: The sorted points that the user passed, or None.
         backend, truncate: As for :func:`logsumexp`.
         valid: Whether the points have been validated.
-        setup: The exponents and their truncation, after they have been computed.
+        setup: Cached result of :func:`setup`, or None.
     """
 
     blocks: Truncation | None

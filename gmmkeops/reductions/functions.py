@@ -1,4 +1,4 @@
-"""The public functions: arguments are checked, requests are computed, and results return to the order of the points."""
+"""The public reductions."""
 
 from __future__ import annotations
 
@@ -30,16 +30,19 @@ __all__ = ["argmax", "attached", "logsumexp", "moments", "topk", "total"]
 
 
 def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Tensor) -> Tensor:
-    r"""The total :math:`\sum_n g_n \ell_n` of given moments, as a differentiable function of the parameters.
+    r"""Return the total :math:`\sum_n g_n \ell_n` of given moments, as a differentiable function of the parameters.
 
-    With this function, moments that were added over chunks, ranks or files have the same gradients as one call of :func:`total`.
+    The gradients for moments that were added over chunks, ranks or files equal those of one call of :func:`total`.
 
     Args:
         sums: Result of :func:`moments` for these parameters, or a sum of such results.
         offsets, means, factor: As for :func:`logsumexp`.
 
     Returns:
-        A float64 scalar, nats, with first derivatives in the parameters; a second derivative raises a NotImplementedError.
+        A float64 scalar, nats, with first derivatives in the parameters.
+
+    Raises:
+        NotImplementedError: A second derivative is computed.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -59,7 +62,7 @@ def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Ten
 
 
 def _compiled(sweep: Dispatch, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
-    """ℓ (N,) in plain torch operations, for torch's compilers, which plan the memory of the N x K array themselves."""
+    """Compute ℓ (N,) by torch operations, for ``torch.compile``, which may avoid the N x K array by fusion."""
     wide = torch.promote_types(x.dtype, means.dtype)
     points = sweep.unordered(x)
     return _plain.logsumexp(points.to(wide), offsets.to(wide), means.to(wide), U.to(wide)).to(x.dtype)
@@ -74,22 +77,22 @@ def logsumexp(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> Tensor:
-    r"""Log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
+    r"""Compute the log-sum-exp of the exponents at each point, :math:`\ell_n = \log \sum_k \exp e_{nk}`.
 
-    It has first and second derivatives in the points, the offsets, the means and the factor, by ``backward`` and by
-    ``torch.func``; second derivatives are recomputed from the points in chunks of bounded size. The result has the dtype of the
-    points; the parameters may have any float dtype.
+    First and second derivatives with respect to points, offsets, means and factor are supported, by ``backward`` and by
+    ``torch.func``. Second derivatives are recomputed from the points in chunks of bounded size. The parameters may have any
+    floating-point dtype.
 
     Args:
         x: Points (N, D), float32 or float64, data units; or the result of :func:`arrange`.
-        offsets: c (K,), nats; -inf for a component of weight zero.
-        means: μ (K, D), data units.
+        offsets: Offsets c (K,), nats; -inf for a component of weight zero.
+        means: Means μ (K, D), data units.
         factor: A :class:`~gmmkeops.Factor`, or a tensor U (K or 1, D, D), (K or 1, D) or (K or 1, 1), 1 / data units.
         backend: ``"auto"``, ``"keops"`` or ``"dense"``.
         truncate: As for :func:`arrange`; ignored for points that :func:`arrange` has sorted.
 
     Returns:
-        ℓ (N,), nats, in the dtype of the points.
+        Log-sum-exps ℓ (N,), nats, in the dtype of the points.
 
     Raises:
         TypeError: An argument is not numeric, or is complex.
@@ -123,19 +126,19 @@ def total(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> Tensor:
-    r"""Weighted total :math:`\sum_n g_n \ell_n`, whose gradient is computed in the same pass as its value.
+    r"""Compute the weighted total :math:`\sum_n g_n \ell_n`, and its gradient in the same pass.
 
-    It has the derivatives of :func:`logsumexp`, and those in the weights.
+    The supported derivatives are those of :func:`logsumexp`, and those with respect to the weights.
 
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
-        weights: g (N,), may be negative; all ones if left out.
+        weights: Weights g (N,), possibly negative; default: ones.
 
     Returns:
         A float64 scalar, nats.
 
     Raises:
-        TypeError, ValueError: As :func:`logsumexp`; or the weights have another length than the points.
+        TypeError, ValueError: As :func:`logsumexp`; or the number of weights differs from the number of points.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -168,13 +171,13 @@ def argmax(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> Tensor:
-    r"""Index of the most probable component of each point, :math:`\arg\max_k e_{nk}`.
+    r"""Compute the most probable component of each point, :math:`\arg\max_k e_{nk}`.
 
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`.
 
     Returns:
-        Components (N,), int64; the first one if exponents are equal.
+        Component indices (N,), int64; the first one if exponents are equal.
 
     Raises:
         TypeError, ValueError: As :func:`logsumexp`.
@@ -199,7 +202,7 @@ def topk(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The k largest exponents of each point and the components they belong to.
+    r"""Compute the k largest exponents of each point, and their components.
 
     .. math:: e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2
 
@@ -208,7 +211,7 @@ def topk(
         k: Number of exponents, from 1 to K.
 
     Returns:
-        Exponents (N, k) in descending order, nats, and components (N, k), int64. Responsibilities are
+        Exponents (N, k) in descending order, nats, and component indices (N, k), int64. The corresponding responsibilities are
         ``(exponents - logsumexp(...)[:, None]).exp()``.
 
     Raises:
@@ -238,12 +241,12 @@ def moments(
     backend: str = "auto",
     truncate: float | None = None,
 ) -> Moments:
-    r"""Sufficient statistics of the E-step: responsibility-weighted moments about the means.
+    r"""Compute the sufficient statistics of the E-step: responsibility-weighted moments about the means.
 
     Args:
-        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`. Fits pass a batch, whose points and weights have
-            been validated.
-        weights: g (N,), may be negative; all ones if left out.
+        x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`. The points may also be a batch with validated
+            points and weights.
+        weights: Weights g (N,), possibly negative; default: ones.
         assignment: ``"soft"`` weights points by their responsibilities. ``"hard"`` assigns each point to its most probable
             component (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"``
             draws the component of each point from its responsibilities. The last two always use the dense engine.
@@ -253,8 +256,7 @@ def moments(
         :class:`~gmmkeops.Moments` in float64, with S2 in the shape of the factor: (K, D, D), (K, D) or (K,).
 
     Raises:
-        TypeError, ValueError: As :func:`logsumexp`; or the weights have another length than the points, or the assignment is
-            unknown.
+        TypeError, ValueError: As :func:`total`; or the assignment is unknown.
 
     References:
         Celeux and Govaert 1992, *A classification EM algorithm*; Celeux and Diebolt 1985, *The SEM algorithm*.
@@ -270,6 +272,6 @@ def moments(
     g = x.weights if isinstance(x, Batch) else _weights(weights, problem.x if blocks is None else blocks)
     g = g if g is None or blocks is None else blocks.cloud.enter(g)
     sums = statistics(problem, blocks, g, backend, assignment, seed)
-    # In one dimension tensors of families have equal shapes; the S2 of a factor has that of its family.
+    # In one dimension the factors of all families have equal shapes, so S2 is reshaped to that of the given factor.
     shape = factor.spread_shape(factor.features) if isinstance(factor, Factor) else sums.S2.shape[1:]
     return replace(sums, S2=sums.S2.reshape(len(sums.S0), *shape))

@@ -1,11 +1,11 @@
-r"""The log-sum-exp and its directional derivative in plain torch operations, for second derivatives and for torch's compilers.
+r"""Log-sum-exp and its directional derivative by torch operations, for second derivatives and for ``torch.compile``.
 
 .. math::
 
     e_{nk} = c_k - \tfrac12 \lVert y_{nk} \rVert^2, \qquad y_{nk} = U_k^\top (x_n - \mu_k), \qquad
     \ell_n = \log \sum_k \exp e_{nk}, \qquad \dot\ell_n = \sum_k e^{e_{nk} - \ell_n}\, \dot e_{nk}
 
-These formulas hold K x N x D numbers. Where that may be large, the functions below work on some rows at a time.
+The temporary arrays have K x N x D entries; :func:`slopes` and :func:`curvature` therefore process the points in chunks.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from gmmkeops.reductions.problem import OFFSET_FLOOR
 
 __all__ = ["curvature", "logsumexp", "slopes"]
 
-# Numbers in one array of components, rows and dimensions.
+# Maximum number of entries of a temporary array.
 _CHUNK = 1 << 19
 
 
 def logsumexp(x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
-    """ℓ (N,) of points (N, D), nats; differentiable any number of times, and free of data-dependent control flow.
+    """Compute ℓ (N,), nats, with derivatives of all orders and without data-dependent control flow.
 
     Args:
         x: Points (N, D), data units.
-        offsets: c (K,), nats.
-        means: μ (K, D), data units.
+        offsets: Offsets c (K,), nats.
+        means: Means μ (K, D), data units.
         U: Factors (K or 1, D, D), (K or 1, D) or (K or 1, 1), 1 / data units.
     """
     return torch.logsumexp(_exponents(offsets, _times(_residuals(x, means), U)), 0)
 
 
 def slopes(parameters: Sequence[Tensor], directions: Sequence[Tensor | None]) -> Tensor:
-    """Derivative of each ℓ_n (N,) along the directions of the points, offsets, means and factors, float64; without a graph.
+    """Compute the directional derivative of each ℓ_n (N,), float64; the result is not differentiable.
 
     Args:
         parameters: Points (N, D), offsets (K,), means (K, D) and factors, as for :func:`logsumexp`.
-        directions: One of the same shape for each; None for zeros.
+        directions: Directions in the shapes of the parameters; None for zero.
     """
     x, *others = parameters
     vx, *along = directions
@@ -55,14 +55,14 @@ def slopes(parameters: Sequence[Tensor], directions: Sequence[Tensor | None]) ->
 def curvature(
     g: Tensor, parameters: Sequence[Tensor], directions: Sequence[Tensor | None], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    r"""Gradient of :math:`\sum_n g_n \dot\ell_n` in g, the points, the offsets, the means and the factors, float64.
+    r"""Compute the gradients of :math:`\sum_n g_n \dot\ell_n` with respect to g, points, offsets, means and factors, float64.
 
-    The gradient in the parameters is a product of the Hessian of :math:`\sum_n g_n \ell_n` with the directions.
+    The gradients are products of the Hessian of :math:`\sum_n g_n \ell_n` with the directions.
 
     Args:
-        g: Weight of each point (N,).
+        g: Weights (N,) of the points.
         parameters, directions: As for :func:`slopes`.
-        needed: Which of the five gradients are computed; the others are None.
+        needed: Five booleans that select the gradients to compute; the others are None.
     """
     x, *others = parameters
     vx, *along = directions
@@ -87,7 +87,7 @@ def curvature(
 
 
 def _slope(parameters: Sequence[Tensor], directions: Sequence[Tensor | None]) -> Tensor:
-    """Derivatives (N,) of ℓ along the directions."""
+    """Compute the directional derivatives (N,) of ℓ; differentiable."""
     x, offsets, means, U = parameters
     vx, vc, vm, vU = directions
     z = _residuals(x, means)
@@ -106,22 +106,22 @@ def _slope(parameters: Sequence[Tensor], directions: Sequence[Tensor | None]) ->
 
 
 def _residuals(x: Tensor, means: Tensor) -> Tensor:
-    """x - μ (K, N, D), data units."""
+    """Compute x - μ (K, N, D), data units."""
     return x.unsqueeze(-3) - means.unsqueeze(-2)
 
 
 def _times(z: Tensor, U: Tensor) -> Tensor:
-    """Uᵀ z for residuals (K or 1, N or 1, D)."""
+    """Compute Uᵀ z for residuals (K or 1, N or 1, D)."""
     return z @ U if U.ndim == 3 else z * U.unsqueeze(-2)
 
 
 def _exponents(offsets: Tensor, y: Tensor) -> Tensor:
-    """e (K, N) of whitened residuals; finite for a component without weight, and beyond the range of the dtype."""
+    """Compute e (K, N) from whitened residuals; clamped to finite values."""
     e = offsets.clamp(min=OFFSET_FLOOR).unsqueeze(-1) - 0.5 * y.square().sum(-1)
     return e.clamp(min=torch.finfo(e.dtype).min)
 
 
 def _parts(x: Tensor, means: Tensor) -> list[slice]:
-    """Rows of the points, some at a time."""
+    """Split the rows of the points into chunks."""
     rows = max(1, _CHUNK // means.numel())
     return [slice(start, start + rows) for start in range(0, len(x), rows)]

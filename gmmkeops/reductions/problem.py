@@ -1,9 +1,6 @@
-r"""Validated exponents, the argument of all reductions, with parameters relative to a common center.
+"""Validated points and component parameters, from which all reductions are computed.
 
-.. math:: e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2
-
-Points keep their dtype, which is that of the results. Parameters are stored in float64 relative to ``center``, so that
-the offset of map coordinates is subtracted before any rounding.
+Parameters are stored in float64 relative to a common center, so that large coordinates do not cause rounding errors.
 """
 
 from __future__ import annotations
@@ -19,8 +16,8 @@ from gmmkeops.data import Batch, as_points
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "factor_tensor"]
 
-# Smallest offset: a component with it has zero density at all points, and float32 is still far from overflow, since KeOps'
-# log-sum-exp turns an infinite first exponent into NaN.
+# Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
+# first exponent is infinite.
 OFFSET_FLOOR = -1e30
 
 
@@ -30,8 +27,8 @@ class Exponents:
 
     Args:
         x: Points (N, D), float32 or float64, contiguous rows, data units.
-        offsets: c (K,), nats, float64, finite.
-        means: μ - center (K, D), data units, float64.
+        offsets: Offsets c (K,), nats, float64, finite.
+        means: Means relative to the center, μ - center (K, D), data units, float64.
         U: Factors (K, D, D) full, (K, D) diagonal or (K, 1) spherical, 1 / data units, float64.
         center: Common center (D,), data units, float64.
     """
@@ -44,7 +41,7 @@ class Exponents:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(N, K, D)."""
+        """Numbers of points, components and features (N, K, D)."""
         return self.x.shape[0], self.means.shape[0], self.means.shape[1]
 
     @property
@@ -53,18 +50,18 @@ class Exponents:
         return self.U.shape[1:] == (self.x.shape[1], self.x.shape[1])
 
     def rows(self, index: Any) -> Exponents:
-        """The exponents of some of the points."""
+        """Select some of the points."""
         return Exponents(self.x[index], self.offsets, self.means, self.U, self.center)
 
     def components(self, index: slice) -> Exponents:
-        """The exponents of some of the components."""
+        """Select some of the components."""
         return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.center)
 
     @classmethod
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
         """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
 
-        The points of a :class:`~gmmkeops.data.Batch` have been validated where they entered.
+        The points of a :class:`~gmmkeops.data.Batch` have been validated before.
 
         Raises:
             TypeError, ValueError: An argument is invalid.
@@ -97,9 +94,8 @@ class Exponents:
         check_finite(means, name="means", rows="component")
         check_finite(U, name="factor", rows="component")
         if bool(torch.isnan(offsets).any()):
-            raise ValueError("offsets must not be NaN; use -inf, or drop the component, for one without weight.")
-        # The median is a center that a single runaway mean does not move. Near the origin the origin itself is best:
-        # subtracting it rounds nothing.
+            raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
+        # The median is robust to a single distant mean. Near the origin, zero is used, since subtracting it is exact.
         center = _middle(means)
         near = center.abs() <= 8 * (means - center).abs().amax(0)
         center = torch.where(near, torch.zeros_like(center), center)
@@ -113,10 +109,10 @@ class Exponents:
 
 
 def _middle(values: Tensor) -> Tensor:
-    """The lower median of each column (D,) of values (K, D), by sorting: torch's has no deterministic form on CUDA."""
+    """Compute the lower median (D,) of each column by sorting, since ``torch.median`` is not deterministic on CUDA."""
     return values.sort(0).values[(len(values) - 1) // 2]
 
 
 def factor_tensor(factor: Factor | Tensor) -> Tensor:
-    """The tensor U of a factor, computed in float64, or the tensor itself."""
+    """Return the tensor U of a factor, computed in float64; tensors are returned unchanged."""
     return factor.to(torch.float64).U if isinstance(factor, Factor) else factor

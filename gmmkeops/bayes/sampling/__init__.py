@@ -1,1 +1,1 @@
-"""Sampling from the posterior: priors, targets, and samplers."""
+"""Priors, posterior densities, and the samplers that draw from them."""

@@ -1,13 +1,13 @@
-r"""Draws from a posterior of mixtures, however they were made: what they say, and how far to trust them.
+r"""Weighted draws from the posterior of a mixture's parameters, with summaries and convergence diagnostics.
 
 .. math:: E[f(\theta) \mid x] \approx \sum_s w_s f(\theta_s), \qquad
           p(x^* \mid x) \approx \sum_s w_s\, p(x^* \mid \theta_s), \qquad
           P(k \mid x^*, x) \approx \sum_s w_s\, r_k(x^*; \theta_s)
 
-Where the prior does not tell components from each other, neither does the posterior: each draw's components are then put
-in the order of their means' first column (of their second where equal, and so on). References: Vehtari, Gelman, Simpson,
-Carpenter and Bürkner 2021, *Rank-normalization, folding, and localization: an improved R̂*; Stephens 2000, *Dealing with
-label switching in mixture models*, JRSS B 62.
+If the prior is exchangeable in the components, so is the posterior (label switching). The components of each draw are then
+sorted by the first coordinate of their means; ties are broken by the second coordinate, and so on. References: Vehtari,
+Gelman, Simpson, Carpenter and Bürkner 2021, *Rank-normalization, folding, and localization: an improved R̂*; Stephens 2000,
+*Dealing with label switching in mixture models*, JRSS B 62.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Draws", "SamplingWarning"]
 
 
 class SamplingWarning(UserWarning):
-    """Draws from a posterior are unreliable: weights have degenerated, trajectories diverged, or chains have not mixed.
+    """Warning of unreliable draws: degenerate weights, divergent trajectories, or chains that have not converged.
 
     Example:
         >>> import pytest, torch, gmmkeops as gk
@@ -44,15 +44,15 @@ class SamplingWarning(UserWarning):
     """
 
 
-ORDERED = "components are in the order of their means' first column in every draw"
+ORDERED = "components are sorted by the first coordinate of their means in every draw"
 
-KEPT = "components keep the order that the prior gives them"
+KEPT = "components are in the order defined by the prior"
 
-# Numbers that densities of some points under some draws may hold.
+# Maximum number of elements of the temporary array of densities.
 _CHUNK = 1 << 22
 
-# Draws of a chain from which on its mixing is judged, the largest R̂ of chains that have met, and components up to which their
-# own numbers are compared.
+# Convergence is checked for chains of at least _LONG draws: R̂ must not exceed _MIXED. The parameters of single components are
+# checked for mixtures of at most _FEW components.
 _LONG, _MIXED, _FEW = 100, 1.1, 5
 
 
@@ -61,14 +61,15 @@ class Draws:
     """Draws of mixtures from a posterior.
 
     Args:
-        prior: What they began with.
-        values: Parameters by name ("weights", "means" and the spread's name), each (S, ...), chains one after another.
-        log_weights: Normalized log-weights (S,), nats.
-        chains: Independent chains, of S / chains draws each.
-        method: How they were drawn.
-        occupied: How many components own a point in each draw (S,), where labels were drawn; or None.
-        diagnostics: Numbers by name, such as "ess", "pareto_k", "divergences", "acceptance".
-        rule: How labels that may switch were told from each other.
+        prior: Prior of the model.
+        values: Tensors (S, ...) by parameter name: "weights", "means", and one of "scales", "covariances" and
+            "precisions". The chains are concatenated along the first dimension.
+        log_weights: Normalized log-weights of the draws (S,), nats.
+        chains: Number of independent chains, of S / chains draws each.
+        method: Name of the sampler.
+        occupied: Number of components with at least one point, per draw (S,); None if the sampler draws no labels.
+        diagnostics: Diagnostics by name, such as "ess", "pareto_k", "divergences", "acceptance".
+        rule: Description of the order of the components within each draw.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -109,7 +110,7 @@ class Draws:
         occupied: Tensor | None = None,
         diagnostics: dict[str, float] | None = None,
     ) -> Draws:
-        """Draws whose labels are put in order where the prior leaves them open; equal weights unless given."""
+        """Create draws, with sorted components if the prior is exchangeable; by default all draws have equal weight."""
         count = len(values["means"])
         if log_weights is None:
             log_weights = values["means"].new_full((count,), -math.log(count))
@@ -120,50 +121,51 @@ class Draws:
 
     @property
     def weights(self) -> Tensor:
-        """Weight of each draw (S,), summing to one."""
+        """Weights of the draws (S,), which sum to one."""
         return self.log_weights.exp()
 
     @property
     def mixtures(self) -> Mixture:
-        """All draws, as a batch (S,) of mixtures."""
+        """Batch of mixtures with batch shape (S,), one per draw."""
         return self.prior.mixtures(self.values)
 
     def expectation(self, function: Callable[[Mixture], Tensor]) -> Tensor:
-        """Posterior mean of a function of the batch of mixtures, (S, ...) to (...)."""
+        """Compute the posterior mean (...) of a function that maps the batch of mixtures to a tensor (S, ...)."""
         return torch.tensordot(self.weights, function(self.mixtures).to(self.weights), 1)
 
     def mean(self, name: str) -> Tensor:
-        """Posterior mean of a parameter by name."""
+        """Compute the posterior mean of the named parameter, in its shape."""
         return torch.tensordot(self.weights, self.values[name], 1)
 
     def sd(self, name: str) -> Tensor:
-        """Posterior standard deviation of a parameter by name."""
+        """Compute the posterior standard deviation of the named parameter, in its shape."""
         away = (self.values[name] - self.mean(name)).square()
         return torch.tensordot(self.weights, away, 1).sqrt()
 
     def quantile(self, name: str, q: Any) -> Tensor:
-        """Posterior quantiles of a parameter by name: (*Q, ...) for shares (*Q) in (0, 1)."""
-        share = torch.as_tensor(q, dtype=torch.float64)
+        r"""Compute posterior quantiles (\*Q, ...) of the named parameter for probabilities q (\*Q) in (0, 1)."""
+        probabilities = torch.as_tensor(q, dtype=torch.float64)
         values = self.values[name].flatten(1)
         order = values.argsort(0)
         below = self.weights[order].cumsum(0)
-        rows = torch.searchsorted(below.T.contiguous(), share.reshape(-1).expand(values.shape[1], -1).contiguous())
+        wanted = probabilities.reshape(-1).expand(values.shape[1], -1).contiguous()
+        rows = torch.searchsorted(below.T.contiguous(), wanted)
         found = values.gather(0, order).gather(0, rows.T.clamp(max=len(values) - 1))
-        return found.reshape(*share.shape, *self.values[name].shape[1:])
+        return found.reshape(*probabilities.shape, *self.values[name].shape[1:])
 
     def interval(self, name: str, share: float = 0.9) -> Tensor:
-        """The central interval that holds so much of the posterior of a parameter: (2, ...)."""
+        """Compute the central credible interval (2, ...) of the named parameter, with posterior probability ``share``."""
         return self.quantile(name, [0.5 - share / 2, 0.5 + share / 2])
 
     def _over(self, x: Any, function: Callable[[Mixture, Tensor], Tensor], width: int) -> Tensor:
-        """A function of some draws and some points, chunk by chunk over the points: (N, ...)."""
+        """Evaluate a function of all draws in chunks of points: (N, ...)."""
         x = torch.as_tensor(x)
         x = as_points(x[:, None] if x.ndim == 1 else x, features=self.prior.features).double()
         mixtures, size = self.mixtures.to(x.device), max(1, _CHUNK // (width * len(self.log_weights)))
         return torch.cat([function(mixtures, part) for part in x.split(size)])
 
     def log_prob(self, x: Any) -> Tensor:
-        """Posterior predictive log-density of points (N, D) or (N,), nats."""
+        """Compute the posterior predictive log-density (N,) of points (N, D) or (N,), nats."""
 
         def density(mixtures: Mixture, part: Tensor) -> Tensor:
             return torch.logsumexp(mixtures.log_prob(part[:, None, :]) + self.log_weights.to(part.device), 1)
@@ -171,7 +173,7 @@ class Draws:
         return self._over(x, density, self.prior.components * self.prior.features)
 
     def responsibilities(self, x: Any) -> Tensor:
-        """Posterior probability of each point's component, parameters averaged out: (N, K)."""
+        """Compute component probabilities (N, K) of points (N, D) or (N,), averaged over the draws."""
 
         def shares(mixtures: Mixture, part: Tensor) -> Tensor:
             own = torch.softmax(mixtures.log_joint(part[:, None, :]), -1)
@@ -180,34 +182,32 @@ class Draws:
         return self._over(x, shares, self.prior.components * self.prior.features)
 
     def sample(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws points from the posterior predictive distribution (count, D), data units.
-
-        Without a generator torch's global one is used, as by all distributions of torch: two calls draw different points.
-        """
+        """Draw points (count, D) from the posterior predictive distribution; by default with torch's global generator."""
         generator = generator_on(generator, self.weights.device)
         rows = categorical(self.weights, count, generator)
         chosen = self.prior.mixtures({name: value[rows] for name, value in self.values.items()})
         return chosen.sample(generator=generator)
 
     def components(self) -> Tensor:
-        """Posterior of the number of occupied components: probabilities of 1 to K, (K,).
+        """Compute the posterior probabilities (K,) that 1, ..., K components are occupied, that is, have at least one point.
 
-        With a Dirichlet process this number grows without end as points come in, also where the data have finitely many
-        components: do not read it as their number (Miller and Harrison 2014, *Inconsistency of Pitman-Yor process mixtures
-        for the number of components*, JMLR 15).
+        With a Dirichlet process prior the number of occupied components grows without bound with the number of points, even
+        if the true number of components is finite. It is therefore not an estimate of the true number (Miller and Harrison
+        2014, *Inconsistency of Pitman-Yor process mixtures for the number of components*, JMLR 15).
 
         Raises:
-            ValueError: Labels were not drawn; only Gibbs sampling draws them.
+            ValueError: The draws contain no labels. Only Gibbs sampling draws labels.
         """
         if self.occupied is None:
-            raise ValueError(f"{self.method} draws no labels, so no component is occupied; use gibbs.")
+            raise ValueError(f"{self.method} draws no labels, which components() requires; use gmmkeops.bayes.gibbs.")
         counts = torch.zeros(self.prior.components, dtype=torch.float64)
         return counts.index_add(0, self.occupied.long() - 1, self.weights)
 
     def warn_unless_mixed(self) -> Draws:
-        """Warns where chains tell different things of the mixture as a whole, or of a few components in order; returns itself.
+        """Warn if the chains have not converged, and return these draws.
 
-        By split R̂ (Gelman et al. 2013, *Bayesian Data Analysis*, §11.4); :meth:`convergence` has the finer ones.
+        The criterion is split R̂ (Gelman et al. 2013, *Bayesian Data Analysis*, §11.4) of the mean and the variances of the
+        mixture, and of all parameters for small K. :meth:`convergence` computes rank-normalized R̂ of every parameter.
         """
         length = len(self.log_weights) // self.chains
         if self.chains < 2 or length < _LONG:
@@ -223,14 +223,14 @@ class Draws:
         worst = float((1 + between / within.clamp(min=1e-300)).sqrt().max())
         if worst > _MIXED:
             warn(
-                f"the chains of {self.method} have not met (split R̂ up to {worst:.2f}): they have not seen the whole "
-                "posterior; draw longer, or narrow the prior.",
+                f"the chains of {self.method} have not converged (largest split R̂: {worst:.2f}, expected at most {_MIXED}); "
+                "increase draws and warmup, or use a narrower prior.",
                 SamplingWarning,
             )
         return self
 
     def arviz(self) -> Any:
-        """The draws as ArviZ's ``InferenceData``: chains, draws, and a variable for each parameter that is not known.
+        """Convert the draws to ArviZ's ``InferenceData``, with one variable (chain, draw, ...) per unknown parameter.
 
         Raises:
             ModuleNotFoundError: ArviZ is not installed.
@@ -243,7 +243,7 @@ class Draws:
         return _arviz().from_dict(posterior)
 
     def convergence(self) -> dict[str, Tensor]:
-        """R̂ and effective sample sizes by ArviZ: "rhat_means" and "ess_means" (K, D), and so on.
+        """Compute R̂ and the effective sample sizes with ArviZ: "rhat_means" (K, D), "ess_means" (K, D), and so on.
 
         Raises:
             ModuleNotFoundError: ArviZ is not installed.
@@ -275,14 +275,14 @@ class Draws:
 
 def _arviz() -> Any:
     with warnings.catch_warnings():
-        # Its announcements of versions to come.
+        # ArviZ announces future versions by warnings at import.
         warnings.simplefilter("ignore", FutureWarning)
         import arviz
     return arviz
 
 
 def _order(means: Tensor) -> Tensor:
-    """The order (S, K) of means (S, K, D) by their first column, then their second, and so on."""
+    """Compute the lexicographic order (S, K) of the means (S, K, D) of each draw."""
     order = torch.arange(means.shape[1]).expand(len(means), -1)
     for column in reversed(range(means.shape[2])):
         keys = means[:, :, column].gather(1, order)

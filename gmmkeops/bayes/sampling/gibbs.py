@@ -1,4 +1,4 @@
-r"""Gibbs sampling: labels are drawn inside a tile and forgotten, their Moments are kept.
+r"""Gibbs sampling of the posterior. Labels are not stored, only their sufficient statistics.
 
 .. math::
 
@@ -6,9 +6,9 @@ r"""Gibbs sampling: labels are drawn inside a tile and forgotten, their Moments 
     \mu_k \sim \mathcal N\bigl((P_0 + S^0_k \Lambda_k)^{-1}(P_0 m_0 + \Lambda_k (S^1_k + S^0_k \mu_k)), \cdot\bigr), \qquad
     \Lambda_k \sim \mathcal W\bigl((V^{-1} + S^2_k)^{-1}, \nu + S^0_k\bigr)
 
-One sweep over the points is one stochastic E-step. References: Diebolt and Robert 1994, *Estimation of finite mixture
-distributions through Bayesian sampling*, JRSS B 56; Ishwaran and James 2001, *Gibbs sampling methods for stick-breaking
-priors*, JASA 96.
+Each Gibbs iteration reads the points once (a stochastic E-step). References: Diebolt and Robert 1994, *Estimation of finite
+mixture distributions through Bayesian sampling*, JRSS B 56; Ishwaran and James 2001, *Gibbs sampling methods for
+stick-breaking priors*, JASA 96.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from gmmkeops.reductions import recording
 
 __all__ = ["gibbs"]
 
-# Sweeps between two attempts to swap components where that costs as much as a sweep.
+# Iterations between two proposals to swap components, if a proposal costs as much as an iteration.
 _SWAP = 10
 
 _Move = Callable[[Values, Moments, torch.Generator], Tensor]
@@ -61,33 +61,33 @@ def gibbs(
     truncate: float | None = None,
     progress: bool | None = None,
 ) -> Draws:
-    r"""Draws from the posterior by Gibbs sampling.
+    r"""Draw from the posterior by Gibbs sampling, which requires conditionally conjugate priors.
 
     .. math:: z_n \sim p(z_n \mid x_n, \theta) = r_n, \qquad
               \theta_k \sim p\Bigl(\theta_k \,\Big|\, \sum_{n: z_n = k} g_n (1, x_n, x_n x_n^\top)\Bigr)
 
     Args:
-        prior: Of the mixture. Weights: Dirichlet, :class:`StickBreaking` or known. Means: Normal, MultivariateNormal or known.
-            Spreads: precisions by Wishart (full) or Gamma (diagonal, spherical), covariances by InverseGamma, or known.
+        prior: Prior on the parameters. Each parameter is known or has one of the following priors. Weights: Dirichlet or
+            :class:`StickBreaking`. Means: Normal or MultivariateNormal. Precisions: Wishart (full covariances) or Gamma
+            (diagonal, spherical). Covariances: InverseGamma (diagonal, spherical).
         x: Points (N, D) or (N,), data units.
-        draws: How many of each chain are kept.
-        warmup: Sweeps of each chain before that.
-        chains: Independent chains, each from another start.
-        thin: Sweeps for each draw that is kept.
-        weights: How often each point counts (N,), or None.
-        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
-            result in every process.
+        draws: Number of draws to keep per chain.
+        warmup: Number of initial iterations to discard per chain.
+        chains: Number of independent chains, each with its own initialization.
+        thin: Number of iterations per draw kept.
+        weights: Number of times that each point counts (N,), or None.
+        generator: Random number generator; by default one with a fixed seed, so that repeated calls give equal draws.
         backend, truncate: As for :func:`gmmkeops.reductions.moments`.
         progress: Whether to show a progress bar; by default only in a terminal.
 
     Returns:
-        :class:`Draws`, with the number of occupied components of each.
+        :class:`Draws`, with the number of occupied components of each draw.
 
     Raises:
-        TypeError, ValueError: Bad points, or a prior whose conditional distribution is not known; the message names it.
+        TypeError, ValueError: Invalid points, or a prior that is not conditionally conjugate.
 
     Warns:
-        SamplingWarning: The chains tell different things.
+        SamplingWarning: The chains have not converged.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -131,7 +131,7 @@ def _bar(total: int, progress: bool | None) -> Any:
 
 
 def _sweep(target: Target, values: Values, generator: torch.Generator) -> Moments:
-    """Draws every label, and returns their moments about the means."""
+    """Draw all labels, and return the sufficient statistics of the components about their means."""
     mixture = target.prior.mixtures({name: value[0] for name, value in values.items()}).to(target.x.device)
     seed = int(torch.randint(1 << 62, (1,), generator=generator))
     sums = reductions.moments(
@@ -145,19 +145,19 @@ def _sweep(target: Target, values: Values, generator: torch.Generator) -> Moment
         backend=target.backend,
         truncate=0,
     )
-    # Parameters are drawn on the CPU.
+    # The parameters are drawn on the CPU.
     return Moments(*(part.cpu() for part in (sums.S0, sums.S1, sums.S2, sums.centers, sums.total, sums.mass)))
 
 
 def _swapped(target: Target, values: Values, sweep: int, generator: torch.Generator) -> Values:
-    """Two components change places, if the prior tells them apart and the posterior accepts it.
+    """Propose to swap two components (Metropolis-Hastings), unless the prior is exchangeable.
 
     Reference: Papaspiliopoulos and Roberts 2008, *Retrospective Markov chain Monte Carlo methods for Dirichlet process
     hierarchical models*, Biometrika 95.
     """
     prior, K = target.prior, target.prior.components
     known = [site for site in prior.sites if site.known is not None]
-    # Only known values that stay behind change the likelihood, which takes a sweep to find.
+    # The likelihood, which reads all points, changes only if there are known values, which are not swapped.
     if prior.exchangeable or K == 1 or (known and sweep % _SWAP):
         return values
     a, b = torch.randperm(K, generator=generator)[:2]
@@ -173,19 +173,19 @@ def _swapped(target: Target, values: Values, sweep: int, generator: torch.Genera
 
 def _refusal(name: str, prior: Distribution, known: str) -> ValueError:
     return ValueError(
-        f"gibbs cannot draw {name} with a prior {type(prior).__name__}; it knows {known}. Use one of these, or nuts."
+        f"gibbs does not support the prior {type(prior).__name__} on {name}; supported: {known}. Use one of these, or nuts."
     )
 
 
 def _bare(prior: Distribution) -> Distribution:
-    """The distribution of one component's numbers, still with all components' parameters."""
+    """Remove the Independent wrappers of a distribution."""
     while isinstance(prior, Independent):
         prior = prior.base_dist
     return prior
 
 
 def _moves(prior: Prior) -> dict[str, _Move]:
-    """What draws each parameter given the others and the moments."""
+    """Build the conditional sampler of each unknown parameter, given the other parameters and the sufficient statistics."""
     moves: dict[str, _Move] = {}
     for site, make in zip(prior.sites, (_weights_move, _means_move, _spread_move), strict=True):
         if site.prior is not None:

@@ -1,9 +1,7 @@
-r"""Importance sampling of the posterior: draws from a proposal, weighed by how much more the posterior likes them.
+"""Importance sampling of the posterior, with the labels marginalized out.
 
-.. math:: w_s \propto \frac{p(\theta_s)\, p(x \mid \theta_s)}{q(\theta_s)}
-
-The labels are summed out, so the draws are of parameters alone. Reference: Robert and Casella 2004, *Monte Carlo Statistical
-Methods*, §3.3; Kucukelbir, Tran, Ranganath, Gelman and Blei 2017, *Automatic differentiation variational inference*, JMLR 18.
+References: Robert and Casella 2004, *Monte Carlo Statistical Methods*, §3.3; Kucukelbir, Tran, Ranganath, Gelman and Blei
+2017, *Automatic differentiation variational inference*, JMLR 18.
 """
 
 from __future__ import annotations
@@ -27,16 +25,16 @@ __all__ = ["importance"]
 
 PROPOSALS = ("laplace", "variational", "prior")
 
-# Degrees of freedom of the proposals' tails.
+# Degrees of freedom of the Student's t proposals.
 _DEGREES = 5.0
 
-# Components up to which a proposal is repeated for each order of exchangeable components.
+# Maximum number of components for which a proposal includes all permutations of exchangeable components.
 _ORDERS = 5
 
-# Orders that the posterior likes less than this are left out of a proposal.
+# Permutations with a smaller posterior probability are left out of a proposal.
 _SHARE = 1e-6
 
-# Below these the answer is not to be trusted.
+# Thresholds of effective sample size and Pareto k for a warning.
 _LEAST_ESS, _LARGEST_K = 100.0, 0.7
 
 
@@ -51,30 +49,29 @@ def importance(
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Draws:
-    r"""Draws from the posterior by importance sampling.
+    r"""Draw from the posterior by importance sampling.
 
     .. math:: \theta_s \sim q, \qquad w_s \propto \frac{p(\theta_s) \prod_n p(x_n \mid \theta_s)^{g_n}}{q(\theta_s)}
 
     Args:
-        prior: Of the mixture.
+        prior: Prior on the parameters.
         x: Points (N, D) or (N,), data units.
-        draws: How many.
-        proposal: Where from: ``"laplace"`` (a Student's t with the mode and curvature of the posterior), ``"variational"``
-            (that, moved and sheared to raise the evidence bound), or ``"prior"``. The first two are laid out for every
-            order of up to five components.
+        draws: Number of draws.
+        proposal: Proposal distribution: ``"laplace"`` (a Student's t distribution with the location and scale of the Laplace
+            approximation), ``"variational"`` (the same, with location and scale optimized for the evidence lower bound), or
+            ``"prior"``. The first two are mixtures over all permutations of up to five components.
         weights: Weight of each point (N,), or None.
-        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
-            result in every process.
+        generator: Random number generator; by default one with a fixed seed, so that repeated calls give equal draws.
         backend: As for :func:`gmmkeops.reductions.logsumexp`.
 
     Returns:
         :class:`Draws` with Pareto-smoothed weights, and "ess", "pareto_k" and "log_evidence" (nats) in its diagnostics.
 
     Raises:
-        TypeError, ValueError: Bad points, or an unknown proposal.
+        TypeError, ValueError: Invalid points, or an unknown proposal.
 
     Warns:
-        SamplingWarning: Few draws carry all the weight; the answer is not to be trusted.
+        SamplingWarning: The weights are degenerate: the effective sample size is too small or Pareto k is too large.
 
     Reference:
         Vehtari, Simpson, Gelman, Yao and Gabry 2024, *Pareto smoothed importance sampling*, JMLR 25.
@@ -114,8 +111,8 @@ def importance(
     ess = float(torch.exp(-torch.logsumexp(2 * log_weights, 0)))
     if not (ess >= _LEAST_ESS and k < _LARGEST_K):
         warn(
-            f"the importance weights have collapsed (effective sample size {ess:.1f} of {draws} draws, Pareto k {k:.2f}): the "
-            "answer is not to be trusted; take another proposal, or gibbs or nuts.",
+            f"the importance weights are degenerate (effective sample size {ess:.1f} of {draws} draws, Pareto k {k:.2f}), so "
+            "estimates are unreliable; use another proposal, gibbs or nuts.",
             SamplingWarning,
         )
     values = {name: value.detach() for name, value in values.items()}
@@ -124,7 +121,7 @@ def importance(
 
 
 def _orders(target: Target, center: Tensor) -> tuple[Tensor, Tensor]:
-    """The orders (P, K) of components that a proposal around a mode is laid out for, and its shares (P,) of them."""
+    """Return the permutations (P, K) of the components that a proposal around a mode includes, and their probabilities (P,)."""
     prior, K = target.prior, target.prior.components
     if prior.exchangeable and K <= _ORDERS:
         orders = torch.tensor(list(permutations(range(K))))
@@ -132,12 +129,12 @@ def _orders(target: Target, center: Tensor) -> tuple[Tensor, Tensor]:
     orders, heights = target.orders(prior.values(center[None])[0])
     shares = torch.softmax(heights[:, 0], 0)
     orders, shares = orders[shares > _SHARE], shares[shares > _SHARE]
-    # Rare orders are drawn often enough to be weighed.
+    # Improbable permutations are oversampled, so that their weights stay bounded.
     return orders, 0.9 * shares / shares.sum() + 0.1 / len(shares)
 
 
 def _student(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Standard Student's t vectors (count, size)."""
+    """Draw from the standard multivariate Student's t distribution (count, size)."""
     noise = torch.randn(count, size, generator=generator, dtype=torch.float64)
     half = torch.full((count, 1), _DEGREES / 2, dtype=torch.float64)
     return noise / (torch._standard_gamma(half, generator=generator) / half).sqrt()
@@ -159,8 +156,8 @@ def _log_student(z: Tensor, center: Tensor, root: Tensor) -> Tensor:
 def _log_proposal(
     prior: Prior, values: Values, z: Tensor, center: Tensor, root: Tensor, orders: Tensor, shares: Tensor
 ) -> Tensor:
-    """Log-density (S,) of a proposal that is laid out for several orders of the components, in shares (P,)."""
-    # The volume that unbounded numbers take in the parameters' own units, which a new order leaves as it is.
+    """Compute the log-density (S,) of a proposal that is a mixture over permutations (P, K) with probabilities (P,)."""
+    # The Jacobian term of the transform to the parameters, on which a permutation acts with determinant one.
     volume = prior.values(z)[1] - prior.log_prob(values)
     found = []
     for order, share in zip(orders, shares, strict=True):
@@ -173,7 +170,7 @@ def _log_proposal(
 def _variational(
     target: Target, center: Tensor, root: Tensor, generator: torch.Generator, steps: int = 300, draws: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """The Gaussian that raises the evidence bound most, from the Laplace approximation on."""
+    """Maximize the evidence lower bound over Gaussians, starting from the Laplace approximation: mean and Cholesky factor."""
     size = len(center)
     shift = torch.zeros(size, dtype=torch.float64, requires_grad=True)
     shear = torch.zeros(size, size, dtype=torch.float64, requires_grad=True)
@@ -188,7 +185,7 @@ def _variational(
         places = center + (shift + noise @ sheared().T) @ root.T
         _, gradient = target.slopes(places)
         optimizer.zero_grad()
-        # The gradient at the draws is known; this has it as its own.
+        # A surrogate whose gradient with respect to the draws is the known gradient.
         loss = -(places * gradient.nan_to_num()).sum() / draws - shear.diagonal().sum()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-r"""Stochastic-gradient Langevin dynamics: draws for clouds that are too big to look at whole for each of them.
+r"""Stochastic-gradient Langevin dynamics: sampling with minibatches, for large data sets.
 
 .. math::
 
@@ -7,9 +7,10 @@ r"""Stochastic-gradient Langevin dynamics: draws for clouds that are too big to 
         + \tfrac{\sum g}{\sum_B g} \sum_{n \in B} g_n (\nabla \ell_n(z) - \nabla \ell_n(z^*)) \Bigr] + L^\top g^*,
     \qquad z = z^* + L u
 
-with a mode z*, whose gradient g* over all points is known, as control variate, and the Laplace approximation's root L as
-preconditioner. References: Welling and Teh 2011, *Bayesian learning via stochastic gradient Langevin dynamics*, ICML;
-Baker, Fearnhead, Fox and Nemeth 2019, *Control variates for stochastic gradient MCMC*, Statistics and Computing 29.
+The control variate is the gradient of the minibatch B at a posterior mode z*, where the gradient g* over all points is computed
+once. The preconditioner is the covariance L Lᵀ of the Laplace approximation. References: Welling and Teh 2011, *Bayesian
+learning via stochastic gradient Langevin dynamics*, ICML; Baker, Fearnhead, Fox and Nemeth 2019, *Control variates for
+stochastic gradient MCMC*, Statistics and Computing 29.
 """
 
 from __future__ import annotations
@@ -45,27 +46,26 @@ def langevin(
     backend: str = "auto",
     progress: bool | None = None,
 ) -> Draws:
-    r"""Draws from the posterior around one mode by stochastic-gradient Langevin dynamics, for many points.
+    r"""Draw from the posterior around one mode by stochastic-gradient Langevin dynamics, for large data sets.
 
     .. math:: \theta \leftarrow \theta + \frac{\epsilon}{2} H^{-1} \nabla \Bigl[\log p(\theta) + \frac{N}{n}
               \sum_{i \in \text{batch}} \log p(x_i \mid \theta)\Bigr] + \mathcal N(0, \epsilon H^{-1}),
 
-    with H the curvature at the mode.
+    where H is the negative Hessian of the log-posterior at the mode and n is the batch size.
 
-    The mode and the curvature there take some hundred passes over the points; each step after that a batch. Steps are
-    not accepted or refused: they widen the posterior by a share of about step / 4, and narrow it by nothing.
+    Finding the mode and its Hessian takes some hundred passes over the points; each later step reads one batch. There is no
+    accept-reject step, so the posterior variance is overestimated, by a fraction of about step / 4.
 
     Args:
-        prior: Of the mixture; any continuous prior will do.
+        prior: Prior on the parameters; any continuous distributions.
         x: Points (N, D), data units.
-        draws: How many are kept.
-        warmup: Steps before that.
-        thin: Steps for each draw that is kept; draws ``2 / step`` steps apart are nearly independent.
-        step: ε, in squared standard deviations of the posterior, at most 1.
-        batch_size: Points of a step; by default a hundredth of them, and at least 10 000.
+        draws: Number of draws to keep.
+        warmup: Number of initial steps to discard.
+        thin: Number of steps per draw kept; draws ``2 / step`` steps apart are nearly independent.
+        step: Step size ε in (0, 1], in units of the posterior variance.
+        batch_size: Number of points per step; by default N / 100, but at least 10 000.
         weights: Weight of each point (N,), or None.
-        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
-            result in every process.
+        generator: Random number generator; by default one with a fixed seed, so that repeated calls give equal draws.
         backend: As for :func:`gmmkeops.reductions.logsumexp`.
         progress: Whether to show a progress bar; by default only in a terminal.
 
@@ -73,7 +73,7 @@ def langevin(
         :class:`Draws`.
 
     Raises:
-        TypeError, ValueError: Bad points, or a number out of its range.
+        TypeError, ValueError: Invalid points, or an argument out of its range.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -123,7 +123,7 @@ def _prior_slope(prior: Prior, z: Tensor) -> Tensor:
 
 
 def _batch_slope(target: Target, z: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
-    """Gradient (size,) of the log-likelihood of some points."""
+    """Compute the gradient (size,) of the log-likelihood of the points with the given indices."""
     z = z.detach()[None].requires_grad_()
     values, _ = target.prior.values(z)
     mixture = target.prior.mixtures({name: value[0] for name, value in values.items()})

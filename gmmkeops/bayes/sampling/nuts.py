@@ -1,6 +1,4 @@
-r"""Hamiltonian Monte Carlo on the posterior of a mixture, the labels summed out: Pyro's no-U-turn sampler on our density.
-
-.. math:: U(z) = -\log p(T(z)) - \log |T'(z)| - \sum_n g_n \log p(x_n \mid T(z))
+"""Hamiltonian Monte Carlo by Pyro's no-U-turn sampler, with the labels marginalized out.
 
 References: Hoffman and Gelman 2014, *The no-U-turn sampler*, JMLR 15; Bingham et al. 2019, *Pyro: deep universal
 probabilistic programming*, JMLR 20.
@@ -40,23 +38,23 @@ def nuts(
     progress: bool | None = None,
     **options: Any,
 ) -> Draws:
-    r"""Draws from the posterior by the no-U-turn sampler. Needs Pyro (``pip install "gmmkeops[bayes]"``).
+    r"""Draw from the posterior by the no-U-turn sampler. This requires Pyro (``pip install "gmmkeops[bayes]"``).
 
     .. math:: \theta_s \sim p(\theta \mid x) \propto p(\theta) \prod_n \Bigl(\sum_k W_k\,
               \mathcal N(x_n;\, \mu_k, \Sigma_k)\Bigr)^{g_n}
 
-    Trajectories do not change the order of components. Where the prior does not tell them apart they are put in order
-    afterwards; where it does, each draw of up to five components stands for itself in all orders, by the posterior's shares.
+    Trajectories practically never permute the components. If the prior is exchangeable, the components of each draw are
+    therefore sorted; if not, and K is at most five, each draw is permuted at random according to the posterior probabilities
+    of all permutations.
 
     Args:
-        prior: Of the mixture; any continuous prior will do.
+        prior: Prior on the parameters; any continuous distributions.
         x: Points (N, D) or (N,), data units.
-        draws: How many of each chain are kept.
-        warmup: Steps of each chain before that, in which step size and mass matrix are found.
-        chains: Independent chains, one after another.
+        draws: Number of draws to keep per chain.
+        warmup: Number of initial steps per chain, in which step size and mass matrix are adapted. They are discarded.
+        chains: Number of independent chains, which are run one after another.
         weights: Weight of each point (N,), or None.
-        generator: Random number generator. Without one a fixed seed is used, so that the same call gives the same
-            result in every process. Torch's global random state is left alone.
+        generator: Random number generator; by default one with a fixed seed, so that repeated calls give equal draws.
         backend: As for :func:`gmmkeops.reductions.logsumexp`.
         progress: Whether to show a progress bar; by default only in a terminal.
         **options: Further arguments of ``pyro.infer.NUTS``, such as ``target_accept_prob=0.95``.
@@ -66,11 +64,10 @@ def nuts(
 
     Raises:
         ModuleNotFoundError: Pyro is not installed.
-        TypeError, ValueError: Bad points.
+        TypeError, ValueError: Invalid points.
 
     Warns:
-        SamplingWarning: Trajectories diverged, so that the draws miss a part of the posterior; or the chains tell different
-            things.
+        SamplingWarning: Trajectories diverged, so that the draws may be biased; or the chains have not converged.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -86,13 +83,15 @@ def nuts(
     try:
         from pyro.infer.mcmc import MCMC, NUTS
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('nuts needs Pyro: pip install "gmmkeops[bayes]".') from None
+        raise ModuleNotFoundError(
+            'nuts requires Pyro, which is not installed: pip install "gmmkeops[bayes]".'
+        ) from None
     target = Target(prior, x, weights, backend=backend)
 
     def potential(places: dict[str, Tensor]) -> Tensor:
         try:
             value = -target.log_density(places["z"][None])[0]
-        except ValueError:  # so far out that a matrix has lost its factor
+        except ValueError:  # far from the mode a matrix may be numerically singular
             value = places["z"].sum() * torch.nan
         return torch.where(torch.isfinite(value), value, places["z"].sum() * 0 + 1e300)
 
@@ -121,8 +120,8 @@ def nuts(
     values, log_weights = _reordered(target, values, generator)
     if divergences:
         warn(
-            f"{divergences} of {chains * draws} trajectories diverged: the draws miss a part of the posterior; pass "
-            "target_accept_prob=0.95, or narrow the prior.",
+            f"{divergences} of {chains * draws} trajectories diverged, so the draws may be biased; pass "
+            "target_accept_prob=0.95, or use a narrower prior.",
             SamplingWarning,
         )
     facts = {"divergences": float(divergences), "acceptance": accepted}
@@ -131,10 +130,10 @@ def nuts(
 
 
 def _reordered(target: Target, values: Values, generator: torch.Generator) -> tuple[Values, Tensor]:
-    """Draws of one order of components, as draws of all orders that the prior allows, and their log-weights (S,).
+    """Permute the components of each draw at random, and return the draws with their log-weights (S,).
 
-    A trajectory does not leave the order that it began in. Each draw stands for itself in all orders: it takes one of them by
-    the posterior's shares, and weighs as much as all together do against its own.
+    Trajectories practically never permute the components. A permutation is therefore drawn with its posterior probability, and
+    the draw is weighted by the total posterior density of all permutations relative to its own.
     """
     orders, heights = target.orders(values)
     chosen = torch.multinomial(torch.softmax(heights, 0).T, 1, generator=generator)[:, 0]

@@ -1,9 +1,8 @@
-r"""How heavy the tail of importance weights is: Pareto smoothing.
+r"""Pareto smoothing of importance weights.
 
-.. math:: k < 0.5:\ \text{trust}, \qquad 0.5 \le k < 0.7:\ \text{use}, \qquad k \ge 0.7:\ \text{do not}
-
-References: Vehtari, Simpson, Gelman, Yao and Gabry 2024, *Pareto smoothed importance sampling*, JMLR 25; Zhang and Stephens
-2009, *A new and efficient estimation method for the generalized Pareto distribution*, Technometrics 51.
+The shape k of the tail of the weights measures reliability: estimates are reliable for k < 0.5, usable for 0.5 ≤ k < 0.7, and
+unreliable for k ≥ 0.7. References: Vehtari, Simpson, Gelman, Yao and Gabry 2024, *Pareto smoothed importance sampling*, JMLR
+25; Zhang and Stephens 2009, *A new and efficient estimation method for the generalized Pareto distribution*, Technometrics 51.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ __all__ = ["smoothed"]
 
 
 def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Importance weights whose largest are replaced by what a generalized Pareto tail would have in their places.
+    """Smooth importance weights: replace the largest ones by quantiles of a generalized Pareto distribution.
 
     Args:
-        log_weights: Unnormalized log-weights (S,), nats; -inf for a draw without weight.
+        log_weights: Unnormalized log-weights (S,), nats; -inf for a draw of weight zero.
 
     Returns:
-        Normalized log-weights (S,), and the tail's shape k; infinite where nearly all weight is on fewer than five draws.
+        Normalized log-weights (S,), and the shape k of the tail, which is infinite if there are too few draws of positive
+        weight to estimate it.
     """
     count = len(log_weights)
     logs = log_weights - log_weights.max()
@@ -45,7 +45,7 @@ def smoothed(log_weights: Tensor) -> tuple[Tensor, float]:
 
 
 def _pareto(x: Tensor) -> tuple[float, float]:
-    """Shape and scale of a generalized Pareto distribution of ascending values (n,), the shape drawn a little to 1/2."""
+    """Estimate the shape (shrunk toward 1/2) and scale of a generalized Pareto distribution from ascending values (n,)."""
     n = len(x)
     m = 30 + int(math.sqrt(n))
     quarter = x[int(n / 4 + 0.5) - 1]

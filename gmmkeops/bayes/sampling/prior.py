@@ -1,9 +1,7 @@
-r"""What is believed of a mixture before the data: torch distributions on its weights, means and spreads, or known values.
+r"""Prior distributions on the parameters of a mixture.
 
-.. math:: p(\theta) = p(\pi)\, p(\mu)\, p(\text{spread})
-
-Samplers that need it unbounded work with :math:`z = T^{-1}(\theta)` and the density :math:`p(T(z))\,|T'(z)|`. Reference:
-Stan Development Team, *Stan Reference Manual*, constraint transforms.
+Samplers on unconstrained parameters use :math:`z = T^{-1}(\theta)`, whose density is :math:`p(T(z))\,|\det T'(z)|`.
+Reference: Stan Development Team, *Stan Reference Manual*, constraint transforms.
 """
 
 from __future__ import annotations
@@ -33,12 +31,12 @@ _SPREADS = ("scales", "covariances", "precisions")
 
 
 class StickBreaking(Distribution):
-    r"""Weights broken off a stick: a Dirichlet process, truncated at K components.
+    r"""Stick-breaking prior on the weights: a Dirichlet process truncated at K components.
 
     .. math:: \pi_k = v_k \prod_{j<k} (1 - v_j), \qquad v_k \sim \mathrm{Beta}(1, \alpha), \qquad v_K = 1
 
     Args:
-        concentration: α > 0: the larger, the more components share the weight.
+        concentration: Concentration α > 0. Larger values spread the weight over more components.
         components: Number of components K.
 
     Reference:
@@ -59,7 +57,7 @@ class StickBreaking(Distribution):
         super().__init__(torch.Size(), torch.Size([as_integer(components, "components", 1)]), validate_args=False)
 
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws weights (*S, K); without a generator by torch's global one, as all distributions of torch do."""
+        r"""Draw weights (\*S, K). Without a generator, torch's global random number generator is used."""
         shape = (*torch.Size(sample_shape), *self.event_shape)
         generator = generator_on(generator, "cpu")
         a = gamma(torch.ones(shape, dtype=torch.float64), generator)
@@ -67,7 +65,7 @@ class StickBreaking(Distribution):
         return stick_weights(a / (a + b))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density of weights (*S, K) with respect to their first K - 1 entries, nats."""
+        r"""Compute the log-density (\*S) of weights (\*S, K) with respect to their first K - 1 entries, nats."""
         left = 1 - torch.cat([torch.zeros_like(value[..., :1]), value[..., :-1].cumsum(-1)], -1)
         left = left[..., : value.shape[-1]].clamp(min=1e-300)
         shares = (value / left)[..., :-1]
@@ -76,7 +74,7 @@ class StickBreaking(Distribution):
 
 
 class _PositiveDefinite:
-    """Symmetric positive-definite matrices (..., D, D) from D(D+1)/2 numbers each: Cholesky factors with a log-diagonal."""
+    """Bijection from the entries of a Cholesky factor, with log-diagonal, to positive-definite matrices (..., D, D)."""
 
     def __init__(self, features: int) -> None:
         self.D = features
@@ -107,7 +105,7 @@ class _PositiveDefinite:
 
 @dataclass(frozen=True)
 class _Site:
-    """One of the parameters: known, or with a prior and the way from unbounded numbers to it."""
+    """One parameter: a known value, or a prior and the transform from unconstrained numbers to the parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,32 +115,33 @@ class _Site:
 
     @property
     def size(self) -> int:
-        """How many unbounded numbers it takes."""
+        """Number of unconstrained numbers that parameterize it."""
         return 0 if self.prior is None else math.prod(self.transform.inverse_shape(self.shape))
 
 
 class Prior:
-    r"""A prior of mixtures.
+    r"""Prior on the parameters of a Gaussian mixture, independent across weights, means and covariances.
 
     .. math:: W \sim p(W), \quad \mu_k \sim p(\mu_k), \quad \Sigma_k \sim p(\Sigma_k), \qquad
               x_n \sim \sum_k W_k\, \mathcal N(\mu_k, \Sigma_k)
 
-    Each argument is a known value or a :class:`torch.distributions.Distribution`; one whose shape is smaller than the
-    parameter's is the same for every component (or column). Give exactly one of ``scales``, ``covariances``,
-    ``precisions``.
+    Each of the following arguments is a :class:`torch.distributions.Distribution` or a known value (a tensor or a number). A
+    smaller shape is broadcast over components and features. Exactly one of ``scales``, ``covariances`` and ``precisions``
+    is required.
 
     Args:
         components: Number of components K.
-        weights: On the simplex: a Dirichlet, :class:`StickBreaking`, or known weights (K,).
-        means: On the means (K, D), data units.
-        scales: On standard deviations: (K, 1) spherical, (K, D) diagonal; data units.
-        covariances: On variances in those shapes, or on covariance matrices (K, D, D); squared data units.
-        precisions: On their inverses.
-        covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`; tied types have one spread.
-        features: D; by default what the means' shape says, or 1.
+        weights: Prior on the weights (K,): a Dirichlet or a :class:`StickBreaking`; or known weights.
+        means: Prior on the means (K, D), data units; or known means.
+        scales: Prior on the standard deviations, (K, 1) for spherical and (K, D) for diagonal covariances, data units.
+        covariances: Prior on the variances in these shapes, or on the covariance matrices (K, D, D), squared data units.
+        precisions: Prior on the inverses of the variances or covariance matrices, in the same shapes.
+        covariance_type: As in :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`. Tied types have a leading
+            dimension of 1 in place of K.
+        features: Number of features D; by default the last dimension of ``means``, or 1.
 
     Raises:
-        TypeError, ValueError: No prior where one is needed, an improper one, or shapes that do not fit.
+        TypeError, ValueError: A required prior is missing, a prior is improper, or shapes do not match.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -172,13 +171,13 @@ class Prior:
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
             raise ValueError(
-                f"give exactly one of scales, covariances and precisions, a prior or known values, got {named or 'none'}; "
-                "without a proper prior there is no posterior."
+                f"expected exactly one of scales, covariances and precisions, got {named or 'none'}; pass a proper prior or "
+                "known values for one of them."
             )
         self.spread = named[0]
         if self.spread == "scales" and self.kind.coupled:
             raise ValueError(
-                "scales are of spherical or diagonal components; give covariances or precisions of full ones."
+                "scales require covariance_type 'diag' or 'spherical'; pass covariances or precisions for full matrices."
             )
         shape = _shape_of(means)
         D = as_integer(features, "features", 1) if features is not None else (shape[-1] if shape else 1)
@@ -196,7 +195,7 @@ class Prior:
         )
         known = self.sites[0].known
         if known is not None and not (bool((known >= 0).all()) and abs(float(known.sum()) - 1) < 1e-6):
-            raise ValueError(f"known weights must be not negative and sum to one, got {known.tolist()}.")
+            raise ValueError(f"known weights must be nonnegative and sum to one, got {known.tolist()}; normalize them.")
         if self.sites[2].known is not None:
             self._factor(self.sites[2].known)
         self.exchangeable = K > 1 and self._is_exchangeable()
@@ -210,21 +209,21 @@ class Prior:
 
     @property
     def size(self) -> int:
-        """How many unbounded numbers a mixture is."""
+        """Number of unconstrained numbers that parameterize a mixture."""
         return sum(site.size for site in self.sites)
 
     def site(self, name: str) -> _Site:
-        """One of the parameters by name."""
+        """Return the named parameter."""
         return next(site for site in self.sites if site.name == name)
 
     def values(self, z: Tensor) -> tuple[Values, Tensor]:
-        """Parameters from unbounded numbers.
+        """Transform unconstrained numbers to parameters.
 
         Args:
-            z: (S, size).
+            z: Unconstrained numbers (S, size).
 
         Returns:
-            Values by name (S, ...), and the log-density of z under the prior (S,), nats.
+            Parameters (S, ...) by name, and the log-density of z under the prior (S,), nats.
         """
         found, logs, start = {}, z.new_zeros(len(z)), 0
         for site in self.sites:
@@ -241,7 +240,7 @@ class Prior:
         return found, logs
 
     def unbounded(self, values: Values) -> Tensor:
-        """The numbers z (S, size) that lead to parameters."""
+        """Transform parameters (S, ...) to unconstrained numbers (S, size)."""
         parts = []
         for site in self.sites:
             if site.prior is not None:
@@ -251,7 +250,7 @@ class Prior:
         return torch.cat(parts, 1) if parts else next(iter(values.values())).new_zeros(1, 0)
 
     def mixtures(self, values: Values) -> Mixture:
-        """The batch of mixtures (S,) of parameters."""
+        """Build a batch of mixtures, with batch shape (S,), from parameters."""
         logits = values["weights"].clamp(min=1e-300).log()
         return Mixture.from_valid(logits, values["means"], self._factor(values[self.spread]))
 
@@ -260,13 +259,13 @@ class Prior:
             of = self.kind.from_covariances if self.spread == "covariances" else self.kind.from_precisions
             return of(value)
         if not bool((value > 0).all()):
-            raise ValueError(f"{self.spread} must be positive, got {float(value.min()):g}; pass numbers above zero.")
+            raise ValueError(f"{self.spread} must be positive, got {float(value.min()):g}; pass values above zero.")
         power = {"scales": -1.0, "covariances": -0.5, "precisions": 0.5}[self.spread]
         logs = power * value.log()
         return self.kind.of({"log_diagonal": logs}, self.features)
 
     def of_mixture(self, mixture: Mixture) -> Values:
-        """The parameters of one mixture (1, ...), known ones as they are known."""
+        """Return the parameters (1, ...) of a mixture, with the known values in place of its own."""
         matrices = mixture.factor.covariances() if self.spread != "precisions" else mixture.factor.precisions()
         compact = self.kind.compact(matrices).reshape(self.sites[2].shape)
         spread = compact.sqrt() if self.spread == "scales" else compact
@@ -277,10 +276,7 @@ class Prior:
         return {name: value.double()[None] for name, value in found.items()}
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Values:
-        """Draws parameters: values by name (count, ...).
-
-        Without a generator torch's global one is used, as by all distributions of torch: two calls draw different values.
-        """
+        """Draw parameters (count, ...) by name. Without a generator, torch's global random number generator is used."""
         found, generator = {}, generator_on(generator, "cpu")
         for site in self.sites:
             if site.prior is None:
@@ -291,23 +287,23 @@ class Prior:
         return found
 
     def permuted(self, values: Values, order: Tensor) -> Values:
-        """The parameters with their components in other orders (S, K)."""
+        """Reorder the components of each draw by permutations (S, K)."""
         found = {}
         for name, value in values.items():
             if value.shape[1] != order.shape[1]:
-                found[name] = value  # tied
+                found[name] = value  # shared by all components
                 continue
             index = order.reshape(*order.shape, *[1] * (value.ndim - 2)).expand(*order.shape, *value.shape[2:])
             found[name] = value.gather(1, index)
         return found
 
     def rearranged(self, values: Values, order: Tensor) -> Values:
-        """The same, but what is known of each component stays in its place."""
+        """Reorder the unknown parameters of the components by permutations (S, K); known values are not moved."""
         stay = {site.name: values[site.name] for site in self.sites if site.known is not None}
         return self.permuted(values, order) | stay
 
     def log_prob(self, values: Values) -> Tensor:
-        """Log-density of parameters (S,), nats; known ones do not count."""
+        """Compute the log-density (S,) of the unknown parameters, nats."""
         logs = values["means"].new_zeros(len(values["means"]))
         for site in self.sites:
             if site.prior is not None:
@@ -315,7 +311,7 @@ class Prior:
         return logs
 
     def _is_exchangeable(self) -> bool:
-        """Whether no component is told from another before the data."""
+        """Return whether the prior is invariant under permutations of the components."""
         generator = torch.Generator().manual_seed(0)
         values = self.sample(3, generator)
         order = torch.arange(self.components).roll(1).expand(3, -1)
@@ -334,14 +330,16 @@ def _shape_of(value: Any) -> tuple[int, ...]:
 
 def _site(name: str, value: Any, shape: tuple[int, ...]) -> _Site:
     if value is None:
-        raise ValueError(f"{name} need a prior or known values; without a proper prior there is no posterior.")
+        raise ValueError(f"{name} is required, got None; pass a proper prior or known {name}.")
     if not isinstance(value, Distribution):
         known = as_tensor(value, name=name, dtype=torch.float64)
         check_finite(known.reshape(-1, 1), name=name, rows="entry")
         try:
             return _Site(name, shape, known=known.expand(shape).clone())
         except RuntimeError:
-            raise ValueError(f"known {name} must fit the shape {shape}, got {tuple(known.shape)}.") from None
+            raise ValueError(
+                f"known {name} must be broadcastable to {shape}, got shape {tuple(known.shape)}."
+            ) from None
     value = _widened(value)
     own = len(value.event_shape)
     batch = shape[: len(shape) - own]
@@ -351,24 +349,26 @@ def _site(name: str, value: Any, shape: tuple[int, ...]) -> _Site:
         wide = value if isinstance(value, StickBreaking) else value.expand(batch)
     except RuntimeError:
         raise ValueError(
-            f"the prior of {name} must fit the shape {shape}, got batch shape {tuple(value.batch_shape)} and event shape "
-            f"{tuple(value.event_shape)}."
+            f"the prior on {name} must be broadcastable to {shape}, got batch shape {tuple(value.batch_shape)} and event "
+            f"shape {tuple(value.event_shape)}; expand it or pass the matching components and features."
         ) from None
     prior = Independent(wide, len(batch), validate_args=False) if batch else wide
     support = value.support
     if getattr(support, "is_discrete", False):
-        raise ValueError(f"the prior of {name} must be continuous, got {type(value).__name__}.")
+        raise ValueError(f"the prior on {name} must be a continuous distribution, got {type(value).__name__}.")
     matrices = len(shape) == 3
     transform: Any = _PositiveDefinite(shape[-1]) if matrices else biject_to(prior.support)
     site = _Site(name, shape, prior=prior, transform=transform)
     draws = _drawn(prior, 2, torch.Generator().manual_seed(0))
     if not (bool(torch.isfinite(draws).all()) and bool(torch.isfinite(prior.log_prob(draws)).all())):
-        raise ValueError(f"the prior of {name} is improper: {value} has no density to draw from; narrow it.")
+        raise ValueError(
+            f"the prior on {name} is improper: draws from {value}, or their densities, are not finite; use a proper prior."
+        )
     return site
 
 
 def _widened(prior: Distribution) -> Distribution:
-    """The distribution with parameters in float64, where torch lets them be replaced."""
+    """Copy a distribution, with its float32 parameters converted to float64."""
     wide = copy.copy(prior)
     for name, value in vars(prior).items():
         if isinstance(value, Tensor) and value.dtype == torch.float32:
@@ -379,12 +379,12 @@ def _widened(prior: Distribution) -> Distribution:
 
 
 def _drawn(prior: Distribution, count: int, generator: torch.Generator | None) -> Tensor:
-    """Draws (count, ...), float64, by a generator, while torch's own state stays as it is."""
+    """Draw (count, ...) float64 values with a generator, without changing torch's global random state."""
     if isinstance(prior, StickBreaking):
         return prior.sample((count,), generator=generator)
     seed = int(torch.randint(1 << 62, (1,), generator=generator))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # Wishart speaks of singular draws, and draws them again, where there are none.
+        # Wishart warns of singular draws, which it replaces, also if none is singular.
         warnings.filterwarnings("ignore", message="Singular sample detected")
         torch.manual_seed(seed)
         return prior.sample(torch.Size([count])).double()

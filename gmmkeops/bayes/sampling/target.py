@@ -1,9 +1,9 @@
-r"""The posterior of a mixture's parameters, the labels summed out by the reductions.
+r"""Posterior density of a mixture's parameters, with the labels marginalized out.
 
 .. math:: \log p(\theta \mid x) = \log p(\theta) + \sum_n g_n \log \sum_k \pi_k\, \mathcal N(x_n; \mu_k, \Sigma_k) + \text{const}
 
-Its mode and curvature there give the Laplace approximation. Reference: Tierney and Kadane 1986, *Accurate approximations
-for posterior moments and marginal densities*, JASA 81.
+The Laplace approximation is the Gaussian at the posterior mode whose precision is the negative Hessian there. Reference:
+Tierney and Kadane 1986, *Accurate approximations for posterior moments and marginal densities*, JASA 81.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from gmmkeops.reductions import recordable
 
 __all__ = ["Target", "check_counts"]
 
-# Points up to which all draws are looked at in one call; more fill the cores by themselves.
+# Up to this number of points all draws are evaluated in one call; with more, one draw already uses all cores.
 _FEW = 4096
 
-# Steps of a difference quotient, in standard deviations of the prior's unbounded numbers.
+# Step of the central differences, in unconstrained coordinates.
 _STEP = 1e-4
 
-# Iterations of variational Bayes that make a start.
+# Iterations of variational Bayes in the initialization.
 _STEPS = 50
 
-# Components up to which every order of them is tried.
+# Maximum number of components for which all permutations are evaluated.
 _ORDERS = 5
 
 
 def check_counts(**counts: tuple[int, int]) -> None:
-    """Raises where a count by name, with the least it may be, is no such integer."""
+    """Raise an error unless every argument is an integer of at least its minimum; each is given as (value, minimum)."""
     for name, (value, least) in counts.items():
         as_integer(value, name, least)
 
 
 class Target:
-    """The posterior density that a prior and points lead to.
+    """Posterior density of the parameters given points, as a function of unconstrained coordinates.
 
     Args:
-        prior: Of the mixture.
+        prior: Prior on the parameters.
         x: Points (N, D), data units; or (N,) for D = 1.
         weights: Weight of each point (N,), or None.
         backend, truncate: As for :func:`gmmkeops.reductions.logsumexp`.
 
     Raises:
-        TypeError, ValueError: Bad points, or another number of columns than the prior's.
+        TypeError, ValueError: Invalid points, or a number of columns that differs from the prior's.
     """
 
     def __init__(
@@ -72,30 +72,30 @@ class Target:
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Number of points N."""
         return len(self.x)
 
     def log_likelihood(self, mixtures: Mixture) -> Tensor:
-        """Σ g ℓ of each mixture of a batch (S,), nats; differentiable (once) in the parameters."""
+        """Compute the weighted log-likelihood (S,) of each mixture of a batch, nats; once differentiable in the parameters."""
         if self.rows <= _FEW:
-            # The parameters are on the CPU, wherever the points are.
+            # The parameters are on the CPU; the points may be on another device.
             logs = mixtures.to(self.x.device).log_prob(self.x.double()[:, None, :])
             return (logs.sum(0) if self.weights is None else self.weights @ logs).to(mixtures.means.device)
         return torch.stack([self.total(self.cloud, self.weights, mixture) for mixture in _each(mixtures)])
 
     def total(self, points: Any, weights: Tensor | None, mixture: Mixture) -> Tensor:
-        """Σ g ℓ of some points, nats."""
+        """Compute the weighted log-likelihood of a mixture for the given points, nats."""
         moved = mixture.to(self.x.device)
         arguments = (points, moved.offsets, moved.means, moved.factor)
         return reductions.total(*arguments, weights=weights, backend=self.backend, truncate=0).to(mixture.means.device)
 
     def log_density(self, z: Tensor) -> Tensor:
-        """Log-density of unbounded numbers (S, size) but for a constant: (S,), nats; -inf where there is none."""
+        """Compute the unnormalized log-density (S,) at unconstrained coordinates z (S, size), nats."""
         values, logs = self.prior.values(z)
         return logs + self.log_likelihood(self.prior.mixtures(values))
 
     def slopes(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-densities (S,) and their gradients (S, size)."""
+        """Compute log-densities (S,) and their gradients (S, size) at unconstrained coordinates z (S, size)."""
         z = z.detach().requires_grad_()
         with torch.enable_grad():
             values = self.log_density(z)
@@ -103,7 +103,7 @@ class Target:
         return values.detach(), gradient
 
     def start(self, generator: torch.Generator | None = None, strategy: str = "kmeans") -> Tensor:
-        """Unbounded numbers (1, size) of the data's clusters, or of a draw from the prior where those are impossible."""
+        """Compute an initial point (1, size) from clusters of the data, or draw it from the prior if its density is zero."""
         prior = self.prior
         covariance_type = prior.kind.type_name(prior.tied)
         options: Any = {"covariance_type": covariance_type, "generator": generator, "backend": self.backend}
@@ -111,7 +111,7 @@ class Target:
             found = initialize(self.x, prior.components, strategy, sample_weight=self.weights, n_init=1, **options)
             sticks = prior.sites[0].prior
             if isinstance(sticks, StickBreaking):
-                # k-means uses every component; variational Bayes leaves those unused that the data do not need.
+                # k-means uses every component; variational Bayes empties superfluous ones, as the prior requires.
                 method = VariationalBayes(concentration=sticks.concentration, reg_covar=0.0, tol=0)
                 settings: Any = {"sample_weight": self.weights, "backend": self.backend, "verbose": False}
                 found = fit(found, self.x, method, max_iter=_STEPS, **settings).mixture
@@ -122,14 +122,14 @@ class Target:
 
     @torch.no_grad()
     def orders(self, values: Values) -> tuple[Tensor, Tensor]:
-        """All orders of up to five components, and how the posterior likes parameters in each of them.
+        """Evaluate the posterior for all permutations of the components.
 
         Args:
-            values: (S, ...).
+            values: Parameters (S, ...) by name.
 
         Returns:
-            Orders (P, K) and log-posteriors (P, S) but for a constant of each draw; the order as it is alone where the prior
-            tells no component from another, or where components are more.
+            Permutations (P, K), and log-posteriors (P, S) up to one constant per draw. If the prior is exchangeable or there
+            are more than five components, the only permutation is the identity.
         """
         prior, K, count = self.prior, self.prior.components, len(values["means"])
         if prior.exchangeable or K > _ORDERS:
@@ -139,14 +139,14 @@ class Target:
         for order in orders:
             moved = prior.rearranged(values, order.expand(count, K))
             height = prior.log_prob(moved)
-            # Where all that components are moves with them, the likelihood stays.
+            # The likelihood changes only if known values stay in place.
             if any(site.known is not None for site in prior.sites):
                 height = height + self.log_likelihood(prior.mixtures(moved))
             heights.append(height.nan_to_num(nan=-torch.inf))
         return orders, torch.stack(heights)
 
     def _placed(self, z: Tensor) -> Tensor:
-        """The same components (1, size) in the places where prior and known values like them best."""
+        """Permute the components of z (1, size) to maximize the posterior; many components are sorted by weight."""
         values, _ = self.prior.values(z)
         if self.prior.components > _ORDERS and not self.prior.exchangeable:
             order = values["weights"].argsort(dim=1, descending=True)
@@ -155,7 +155,7 @@ class Target:
         return self.prior.unbounded(self.prior.rearranged(values, orders[heights[:, 0].argmax()][None]))
 
     def mode(self, starts: Tensor) -> Tensor:
-        """The most probable of the modes (size,) that L-BFGS finds from some starts (S, size)."""
+        """Find the posterior mode (size,) by L-BFGS from several initial points (S, size); the best result is returned."""
         best, height = starts[0], -torch.inf
         for start in starts:
             z = start.detach().clone().requires_grad_()
@@ -173,16 +173,16 @@ class Target:
         return best
 
     def curvature(self, z: Tensor) -> Tensor:
-        """Minus the second derivatives (size, size) at a place, by central differences of gradients."""
+        """Compute the negative Hessian (size, size) of the log-density at z (size,), by central differences of gradients."""
         steps = _STEP * torch.eye(len(z), dtype=z.dtype)
         _, gradients = self.slopes(torch.cat([z + steps, z - steps]))
         hessian = (gradients[: len(z)] - gradients[len(z) :]) / (2 * _STEP)
         return -0.5 * (hessian + hessian.mT)
 
     def laplace(self, generator: torch.Generator | None = None, starts: int = 5) -> tuple[Tensor, Tensor]:
-        """The mode (size,) and a lower-triangular root (size, size) of the covariance of a Gaussian like it there.
+        """Compute the Laplace approximation: mode (size,) and lower Cholesky factor (size, size) of the covariance.
 
-        Directions in which the density does not fall get the width of one unbounded unit.
+        Directions in which the log-density is not concave at the mode get unit variance.
         """
         places = [self.start(generator)]
         places += [self.start(generator, "kmeans++") for _ in range(starts - 1)]

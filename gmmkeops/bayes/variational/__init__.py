@@ -1,1 +1,1 @@
-"""Variational Bayes: the posterior in the Normal-Wishart family."""
+"""Variational Bayes with Normal-Wishart posteriors."""

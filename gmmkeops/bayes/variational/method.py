@@ -1,10 +1,10 @@
-r"""Variational Bayes: coordinate ascent on a lower bound of the evidence, reading the data through ``moments`` alone.
+r"""Variational Bayes: coordinate ascent on the evidence lower bound.
 
 .. math::
 
     r_{nk} \propto \exp\bigl(E \log \pi_k + \tfrac12 E \log |\Lambda_k| - \tfrac{D}{2\kappa_k}
         - \tfrac12 \lVert U_k^\top (x_n - m_k) \rVert^2\bigr), \qquad
-    q(\theta) = \text{prior updated by the Moments of } r
+    q(\theta) = \text{conjugate update of the prior by the sufficient statistics of } r
 
 References: Bishop 2006, *Pattern Recognition and Machine Learning*, §10.2; Blei and Jordan 2006 for the Dirichlet process;
 Hoffman, Blei, Wang and Paisley 2013, *Stochastic variational inference*, JMLR 14, for minibatches.
@@ -32,7 +32,7 @@ _WEIGHTS = ("dirichlet_process", "dirichlet_distribution")
 @known("VariationalBayes")
 @dataclass(frozen=True)
 class _State:
-    """The posterior, in the frame, and what is remembered of earlier batches."""
+    """Posterior in standardized coordinates, number of minibatches, and running average of their sufficient statistics."""
 
     posterior: NormalWishart
     batches: int = 0
@@ -41,32 +41,32 @@ class _State:
 
 @dataclass(frozen=True, repr=False)
 class VariationalBayes(Method[_State]):
-    r"""Fits a distribution of mixtures rather than one; its result's ``posterior`` is a :class:`NormalWishart`.
+    r"""Fit a posterior distribution over mixtures; the ``posterior`` of the result is a :class:`NormalWishart`.
 
-    The objective is minus the lower bound of the log-evidence, per point, all constants included. No component leaves the
-    work: one that the data do not need falls back to its prior, its weight to almost nothing.
+    The objective is the negative evidence lower bound per point, with all constants. Components are not pruned: the posterior
+    of a component without points equals its prior, and its weight is close to zero.
 
     Args:
-        weights: ``"dirichlet_process"`` (stick-breaking, truncated at K) or ``"dirichlet_distribution"``.
-        concentration: Prior concentration of the weights, or of each stick; 1 / K if left out.
-        mean_precision: κ of the prior: how many points the prior mean is worth.
-        means: Prior mean (D,), data units; the data's mean if left out.
-        degrees: ν of the prior, above D - 1; D if left out.
-        covariances: Prior scatter :math:`W^{-1}`: (D, D) for full and tied precisions, (D,) for diagonal, a number for
-            spherical ones, squared data units; the data's covariance if left out.
-        begin: A posterior to begin at, in data units, in place of the start's responsibilities; or None.
-        batch_size: Points per natural-gradient step, or None for all at once. An iteration is one pass either way.
-        step_exponent, step_offset: Of the steps, as for :class:`~gmmkeops.EM`.
-        reg_covar: Added to the variances, squared data units.
-        max_iter: Iterations unless :func:`gmmkeops.fit` is told otherwise.
-        tol: Tolerance on the lower bound of all points together, nats (as in scikit-learn, not per point): the fit has
-            converged when the bound has changed by less over ``patience`` iterations. Components that lose their weight
-            slowly can still gain more than that.
-        relative_tol: The same as a fraction of the bound.
+        weights: Prior on the weights: ``"dirichlet_process"`` (truncated at K) or ``"dirichlet_distribution"``.
+        concentration: Concentration of the prior on the weights (or on each stick-breaking fraction); default: 1 / K.
+        mean_precision: Prior κ, the number of points to which the prior on the means is equivalent.
+        means: Prior mean (D,), data units; default: mean of the data.
+        degrees: Prior degrees of freedom ν > D - 1; default: D.
+        covariances: Prior scatter :math:`W^{-1}`: (D, D) for full and tied precisions, (D,) for diagonal ones, a number for
+            spherical ones, squared data units; default: covariance of the data.
+        begin: Initial posterior, data units; default: computed from the responsibilities of the initial mixture.
+        batch_size: Number of points per natural-gradient step, or None for all points. An iteration is one pass over the data.
+        step_exponent, step_offset: Step size schedule of minibatches, as for :class:`~gmmkeops.EM`.
+        reg_covar: Constant added to the variances, squared data units.
+        max_iter: Maximum number of iterations, if not passed to :func:`gmmkeops.fit`.
+        tol: Tolerance on the evidence lower bound of all points, nats (not per point, as in scikit-learn): the fit has
+            converged when the bound changed by less over ``patience`` iterations. The bound can still increase by more than
+            that later, if components lose their weight slowly.
+        relative_tol: Tolerance as a fraction of the bound.
         patience: Number of iterations over which the change is measured.
 
     Raises:
-        ValueError: A keyword out of its range, or a penalty: the priors stand here.
+        ValueError: An argument out of its range, or a penalty, since the priors take its place.
 
     Reference:
         Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1; in minibatches:
@@ -108,53 +108,58 @@ class VariationalBayes(Method[_State]):
         check_settings(self)
         if self.begin is not None and not isinstance(self.begin, NormalWishart):
             raise TypeError(
-                f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a result."
+                f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a FitResult."
             )
 
     def init(self, objective: Objective, mixture: Mixture) -> _State:
         if objective.penalty is not None:
-            raise ValueError("VariationalBayes has priors of its own; set them instead of passing a penalty.")
+            raise ValueError(
+                f"VariationalBayes does not accept a penalty, got {type(objective.penalty).__name__}; set its priors instead."
+            )
         if objective.unit != 1:
             raise ValueError(
-                "weights must be numbers of points, which VariationalBayes compares with those of the prior; got a total of "
-                f"{objective.mass * objective.unit:.3g}, so divide them by their mean."
+                "weights must be counts of points, which VariationalBayes adds to the pseudo-counts of its prior; got a total "
+                f"of {objective.mass * objective.unit:.3g}, so divide them by their mean."
             )
         prior = self._prior(objective, mixture)
         if self.begin is not None:
             given = self.begin.mapped(objective.frame.enter)
             if given.mixture.means.shape != mixture.means.shape:
-                raise ValueError("begin is a posterior of another number of components or columns than the start.")
+                raise ValueError(
+                    f"begin must have means of shape {tuple(mixture.means.shape)}, as the initial mixture, got "
+                    f"{tuple(given.mixture.means.shape)}; pass a posterior of the same size."
+                )
             return _State(replace(given, prior=prior))
         sums = objective.moments(mixture.offsets, mixture.means, mixture.factor)
         if prior.sticks:
-            # A stick's pieces shrink, so the bound is largest where the first component is the largest one (Kurihara,
-            # Welling and Teh 2007, Collapsed variational Dirichlet process mixture models).
+            # Stick-breaking weights decrease in expectation, so the bound is largest for components in order of decreasing
+            # weight (Kurihara, Welling and Teh 2007, Collapsed variational Dirichlet process mixture models).
             sums = sums.select(sums.S0.argsort(descending=True, stable=True))
         return _State(prior.updated(sums, self._ridge(objective)))
 
     def _prior(self, objective: Objective, mixture: Mixture) -> NormalWishart:
-        """The prior, in the frame."""
+        """Build the prior in standardized coordinates."""
         K, D, kind = mixture.n_components, mixture.n_features, type(mixture.factor)
         leading, frame = mixture.factor.leading, objective.frame
         wide: Any = {"dtype": torch.float64, "device": mixture.means.device}
         nu = float(D if self.degrees is None else self.degrees)
         if not nu > D - 1:
-            raise ValueError(f"degrees must be above {D - 1} for {D} columns, got {nu:g}.")
+            raise ValueError(f"degrees must be above {D - 1} for data with {D} columns, got {nu:g}; increase it.")
         scale = kind.compact(torch.outer(frame.scale, frame.scale))
         if self.means is None or self.covariances is None:
             mean, covariance = _of_data(objective, mixture)
         if self.means is not None:
             mean = as_tensor(self.means, name="means", **wide)
             if mean.shape != (D,):
-                raise ValueError(f"the prior means must have shape ({D},), got {tuple(mean.shape)}.")
+                raise ValueError(f"means of the prior must have shape ({D},), got {tuple(mean.shape)}.")
             check_finite(mean, name="means", rows="column")
             mean = (mean - frame.shift) / frame.scale
         if self.covariances is not None:
             covariance = as_tensor(self.covariances, name="covariances", **wide)
             shape = kind.spread_shape(D)
             if tuple(covariance.shape) != shape:
-                raise ValueError(f"the prior covariances must have shape {shape}, got {tuple(covariance.shape)}.")
-            kind.from_covariances(covariance[None], features=D)  # says what is wrong with it
+                raise ValueError(f"covariances of the prior must have shape {shape}, got {tuple(covariance.shape)}.")
+            kind.from_covariances(covariance[None], features=D)  # raises an error for invalid covariances
             covariance = covariance / scale
         alpha = 1.0 / K if self.concentration is None else float(self.concentration)
         a = torch.full((K,), alpha, **wide)
@@ -184,13 +189,13 @@ class VariationalBayes(Method[_State]):
     def _evaluation(
         self, objective: Objective, q: NormalWishart, bound: Tensor, sums: Moments, *, exact: bool
     ) -> Evaluation:
-        """The evaluation of a posterior, from its lower bound and the moments of its (or the last) responsibilities."""
+        """Build the evaluation of a posterior from its lower bound and sufficient statistics."""
         volume = objective.frame.log_volume
         value = volume - float(bound) / objective.mass
         return Evaluation(q.mixture, value, float(sums.total / sums.mass) - volume, exact=exact, answer=q)
 
     def _pass(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
-        """One shuffled pass of natural-gradient steps."""
+        """Perform one pass of natural-gradient steps over shuffled minibatches."""
         assert self.batch_size is not None, "a pass is made of batches"
 
         def update(reached: tuple[_State, list[Any]], batch: Any) -> tuple[_State, list[Any]]:
@@ -217,13 +222,13 @@ class VariationalBayes(Method[_State]):
         return state, self._evaluation(objective, state.posterior, bound, seen, exact=False)
 
     def evaluate(self, objective: Objective, state: _State) -> Evaluation:
-        """The bound of the posterior with the best responsibilities for it, by one more pass over the data."""
+        """Compute the lower bound of the posterior with its optimal responsibilities, in one pass over the data."""
         q = state.posterior
         sums = self._moments(objective, q)
         return self._evaluation(objective, q, sums.total - q.divergence(), sums, exact=True)
 
     def finished(self, objectives: list[float], tol: float, objective: Objective) -> bool:
-        """Return whether the bound of all points together has changed by less than a tolerance, as in scikit-learn."""
+        """Return whether the bound of all points (not per point) changed by less than a tolerance, as in scikit-learn."""
         return self._still(objectives, 1, self._tolerance(objectives, tol / objective.mass))
 
     def answer(self, objective: Objective, found: Any) -> NormalWishart:
@@ -234,7 +239,7 @@ class VariationalBayes(Method[_State]):
 
 
 def _of_data(objective: Objective, mixture: Mixture) -> tuple[Tensor, Tensor]:
-    """The data's mean (D,) and unbiased covariance as the family keeps it, in the frame."""
+    """Compute mean (D,) and unbiased covariance (in the shape of the family) of the data, standardized coordinates."""
     D, kind = mixture.n_features, type(mixture.factor)
     center = mixture.means.new_zeros(1, D)
     unit = kind.from_covariances(kind.compact(torch.eye(D).to(center))[None], features=D)

@@ -1,13 +1,13 @@
-r"""The conjugate posterior of a mixture's parameters: Gaussian-Wishart components, Dirichlet or stick-breaking weights.
+r"""Conjugate prior and posterior of a mixture: Normal-Wishart components with Dirichlet or stick-breaking weights.
 
 .. math::
 
     q(\mu_k, \Lambda_k) = \mathcal N(\mu_k;\, m_k, (\kappa_k \Lambda_k)^{-1})\; \mathcal W(\Lambda_k;\, W_k, \nu_k),
     \qquad q(\pi) = \mathrm{Dirichlet}(a) \;\text{ or }\; \pi_k = v_k \prod_{j<k} (1 - v_j),\; v_k \sim \mathrm{Beta}(a_k, b_k)
 
-Prior and posterior are of one kind: the prior's natural parameters plus the data's Moments are the posterior's. Diagonal,
-spherical and tied precisions follow scikit-learn's conventions. References: Bishop 2006, *Pattern Recognition and Machine
-Learning*, §10.2; Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1.
+The natural parameters of the posterior are those of the prior plus the sufficient statistics of the data. Diagonal, spherical
+and tied precisions follow scikit-learn's conventions. References: Bishop 2006, *Pattern Recognition and Machine Learning*,
+§10.2; Blei and Jordan 2006, *Variational inference for Dirichlet process mixtures*, Bayesian Analysis 1.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from gmmkeops.models import Mixture
 
 __all__ = ["NormalWishart", "stick_weights"]
 
-# Of the largest variance: what an eigenvalue that rounding has lost is raised to.
+# Smallest eigenvalue of a covariance, as a fraction of its largest variance; smaller ones are rounding errors.
 _FLOOR = 1e-28
 
 
 @dataclass(frozen=True)
 class NormalWishart:
-    r"""A distribution of mixtures, or a prior for one.
+    r"""Normal-Wishart distribution of the parameters of a mixture: a posterior or a prior.
 
     Args:
-        mixture: The plug-in mixture: expected weights, the means m (K, D), and U with :math:`UU^\top = E\Lambda = \nu W`.
-        concentration: Dirichlet parameters (K,), or the sticks' Beta parameters (2, K).
-        mean_precision: κ (K,).
-        degrees: ν (K,), or (1,) when tied.
-        prior: What it was updated from, or None for a prior itself.
+        mixture: Mixture with the expected weights, the means m (K, D), and precision factors U such that
+            :math:`UU^\top = E\Lambda = \nu W`.
+        concentration: Dirichlet parameters (K,), or Beta parameters (2, K) of the stick-breaking fractions.
+        mean_precision: Precision κ (K,) of the means relative to that of the components.
+        degrees: Degrees of freedom ν: (K,), or (1,) for tied precisions.
+        prior: Prior from which this posterior was computed; None for a prior.
 
     Reference:
         Bishop 2006, *Pattern Recognition and Machine Learning*, section 10.2.
@@ -71,12 +72,13 @@ class NormalWishart:
         covariances: Tensor,
         prior: NormalWishart | None = None,
     ) -> NormalWishart:
-        """From the parameters themselves.
+        """Create a distribution from its parameters.
 
         Args:
-            kind: The family of the precisions.
-            concentration, mean_precision, means, degrees, prior: As above.
-            covariances: :math:`(\\nu W)^{-1}`: (K or 1, D, D), (K or 1, D) or (K or 1,), squared data units.
+            kind: Component family.
+            concentration, mean_precision, degrees, prior: As for the class.
+            means: Means m (K, D), data units.
+            covariances: :math:`(\\nu W)^{-1}` in the shape of :attr:`covariances`, squared data units.
         """
         factor, _ = kind.nearest(covariances, means.shape[1], _FLOOR * kind.variances(covariances).amax(1))
         weights = _mean_weights(concentration)
@@ -85,20 +87,20 @@ class NormalWishart:
 
     @property
     def sticks(self) -> bool:
-        """Whether weights are broken off a stick."""
+        """Whether the weights have a stick-breaking distribution."""
         return self.concentration.ndim == 2
 
     @property
     def covariances(self) -> Tensor:
-        """(ν W)⁻¹, (K or 1, D, D) full, (K or 1, D) diagonal, (K or 1,) spherical; squared data units."""
+        """(ν W)⁻¹: (K or 1, D, D) full, (K or 1, D) diagonal, (K or 1,) spherical; squared data units."""
         return self.mixture.factor.compact_covariances()
 
     def updated(self, sums: Moments, ridge: Tensor) -> NormalWishart:
-        """The posterior of this prior and the moments of all points.
+        """Compute the posterior from this prior and the sufficient statistics of all points.
 
         Args:
-            sums: About any centers, in the shape of the family.
-            ridge: Added to each column's variance (D,), squared data units.
+            sums: Sufficient statistics about any centers.
+            ridge: Constants added to the variances (D,), squared data units.
         """
         kind, K, D = type(self.mixture.factor), self.mixture.n_components, self.mixture.n_features
         own = sums.recenter(sums.means)
@@ -118,21 +120,21 @@ class NormalWishart:
         )
 
     def _counted(self, n: Tensor) -> Tensor:
-        """The weights' parameters with so many points more in each component."""
+        """Update the parameters of the weights by n (K,) points per component."""
         if not self.sticks:
             return self.concentration + n
         after = running_sum(n.flip(0)).flip(0) - n
         return self.concentration + torch.stack([n, after.clamp(min=0)])
 
     def expected_log_weights(self) -> Tensor:
-        """E log π (K,), nats."""
+        """Compute E log π (K,), nats."""
         if not self.sticks:
             return torch.digamma(self.concentration) - torch.digamma(self.concentration.sum())
         a, b = torch.digamma(self.concentration) - torch.digamma(self.concentration.sum(0))
         return a + torch.cat([b.new_zeros(1), running_sum(b[:-1])])
 
     def expected_log_determinants(self) -> Tensor:
-        """E log |Λ| (K or 1,), in the logarithm of 1 / squared data units."""
+        """Compute E log |Λ| (K or 1,), nats."""
         D = self.mixture.n_features
         return (
             2 * self.mixture.factor.log_determinant()
@@ -146,13 +148,13 @@ class NormalWishart:
 
     @property
     def offsets(self) -> Tensor:
-        """What the reductions add to the exponents (K,) so that they are the expected log-joint densities, nats."""
+        """Offsets (K,) with which the exponents of the reductions are the expected log-joint densities, nats."""
         D = self.mixture.n_features
         inner = self.expected_log_determinants() - D / self.mean_precision - D * math.log(2 * math.pi)
         return self.expected_log_weights() + 0.5 * inner
 
     def expectation(self) -> tuple[Mixture, float]:
-        """A mixture whose log-joint densities are the expected ones but for a constant, and that constant, nats."""
+        """Return a mixture whose log-joint densities equal the expected ones up to a constant, and that constant in nats."""
         D = self.mixture.n_features
         logits = self.offsets - self.mixture.factor.log_determinant()
         mixture = Mixture(logits, self.mixture.means, self.mixture.factor, validate_args=False).named(
@@ -163,7 +165,7 @@ class NormalWishart:
     normaliser = FormerName("normalizer")
 
     def normalizer(self) -> Tensor:
-        """Logarithm of what the density is divided by, as a function of its natural parameters, nats."""
+        """Compute the log-normalizer (log-partition function) of the density, nats."""
         D, tied = self.mixture.n_features, len(self.degrees) == 1 and self.mixture.n_components > 1
         nu = self.degrees
         roots = self.mixture.factor.log_determinant() - 0.5 * D * nu.log()
@@ -174,7 +176,7 @@ class NormalWishart:
         return copies * wishart.sum() + weights - 0.5 * D * self.mean_precision.log().sum()
 
     def divergence(self) -> Tensor:
-        """Kullback-Leibler divergence of this posterior from its prior, nats."""
+        """Compute the Kullback-Leibler divergence of this posterior from its prior, nats."""
         if self.prior is None:
             return self.concentration.new_zeros(())
         prior, D, K = self.prior, self.mixture.n_features, self.mixture.n_components
@@ -196,7 +198,7 @@ class NormalWishart:
         return weights + 0.5 * logdets - 0.5 * squares - self.normalizer() + prior.normalizer()
 
     def energy(self, sums: Moments) -> Tensor:
-        """Expected log-joint density of points and assignments of such moments, nats."""
+        """Compute the expected log-joint density of points and labels with the given sufficient statistics, nats."""
         about = sums.recenter(self.mixture.means)
         factor = self.mixture.factor
         S2 = factor.mean_scatter(about.S2, self.mixture.n_features)
@@ -204,14 +206,14 @@ class NormalWishart:
         return (self.offsets * about.S0).sum() - 0.5 * factor.trace(S2)
 
     def bound(self, sums: Moments, ridge: Tensor) -> tuple[NormalWishart, Tensor]:
-        """The posterior of this one's prior and the moments that this one's expectations led to, and its lower bound.
+        """Compute the next posterior and its evidence lower bound.
 
         Args:
-            sums: Moments of responsibilities by :attr:`offsets` and the plug-in means and factor.
+            sums: Sufficient statistics of the responsibilities of this posterior.
             ridge: As for :meth:`updated`.
 
         Returns:
-            The next posterior, and the lower bound of the log-evidence for it and those responsibilities, nats.
+            The next posterior, and the evidence lower bound for it and these responsibilities, nats.
         """
         assert self.prior is not None, "a prior has no bound"
         entropy = sums.total - self.energy(sums)
@@ -222,21 +224,21 @@ class NormalWishart:
     carried = FormerName("mapped")
 
     def mapped(self, way: Callable[[Mixture], Mixture]) -> NormalWishart:
-        """The same in other coordinates, by what carries a mixture there."""
+        """Transform the distribution to other coordinates by a function that transforms a mixture."""
         prior = None if self.prior is None else self.prior.mapped(way)
         return replace(self, mixture=way(self.mixture), prior=prior)
 
     def predictive(self) -> StudentMixture:
-        r"""Density of the next point, parameters integrated out: a mixture of Student's t.
+        r"""Return the posterior predictive distribution, a mixture of Student's t distributions.
 
         .. math:: t_{\nu+1-D}\!\left(m_k,\; \frac{\kappa_k+1}{\kappa_k (\nu_k+1-D)} W_k^{-1}\right)
 
-        Reference: Bishop 2006, eq. 10.81. Diagonal precisions give a product of one-dimensional ones.
+        For diagonal precisions each component is a product of univariate distributions. Reference: Bishop 2006, eq. 10.81.
         """
         D, K = self.mixture.n_features, self.mixture.n_components
         factor = self.mixture.factor
         nu = self.degrees * (K if len(self.degrees) == 1 else 1)
-        # U Uᵀ = ν W holds for the sum over tied components as well.
+        # U Uᵀ = ν W also holds for tied components, whose degrees of freedom add up.
         degrees, share = factor.student(nu, D)
         share = share * self.mean_precision / (self.mean_precision + 1)
         factor = factor.replace(**{name: tensor.expand(K, -1) for name, tensor in factor.tensors.items()})
@@ -245,10 +247,7 @@ class NormalWishart:
         return found
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Mixture:
-        """Draws mixtures: a batch (count,) of them.
-
-        Without a generator torch's global one is used, as by all distributions of torch: two calls draw different mixtures.
-        """
+        """Draw a batch of mixtures with batch shape (count,). Without a generator, torch's global one is used."""
         K, D, factor = self.mixture.n_components, self.mixture.n_features, self.mixture.factor
         generator = generator_on(generator, self.concentration.device)
         a = self.concentration.expand(count, *self.concentration.shape)
@@ -278,6 +277,6 @@ def _mean_weights(concentration: Tensor) -> Tensor:
 
 
 def stick_weights(sticks: Tensor, *, last: bool = True) -> Tensor:
-    """Weights (..., K) from the shares (..., K) that are broken off; ``last`` takes all that is left."""
+    """Convert stick-breaking fractions (..., K) to weights (..., K); with ``last`` the last fraction is set to one."""
     left = torch.cat([torch.ones_like(sticks[..., :1]), (1 - sticks[..., :-1]).cumprod(-1)], -1)
     return torch.cat([sticks[..., :-1] * left[..., :-1], left[..., -1:]], -1) if last else sticks * left

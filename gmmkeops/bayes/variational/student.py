@@ -1,11 +1,4 @@
-r"""Mixtures of Student's t: what is left of a Gaussian mixture when its parameters are integrated out.
-
-.. math:: t_d(x; m, UU^\top) = \frac{\Gamma(\frac{d+D}2)\,|U|}{\Gamma(\frac d2)\,(d\pi)^{D/2}}
-          \Bigl(1 + \frac{\lVert U^\top (x-m) \rVert^2}{d}\Bigr)^{-\frac{d+D}2}
-
-Diagonal precisions are integrated out column by column, so theirs is a product over columns. Reference: Bishop 2006,
-*Pattern Recognition and Machine Learning*, §2.3.7.
-"""
+"""Mixtures of Student's t distributions: the posterior predictive distributions of Gaussian mixtures."""
 
 from __future__ import annotations
 
@@ -22,29 +15,29 @@ from gmmkeops.models import Mixture
 
 __all__ = ["StudentMixture"]
 
-# Numbers that an intermediate (rows, K, D) array may hold.
+# Maximum number of elements of a temporary (rows, K, D) array.
 _CHUNK = 1 << 22
 
 
 class StudentMixture(Distribution):
-    r"""A mixture of K Student's t distributions in D dimensions.
+    r"""Mixture of K Student's t distributions in D dimensions.
 
     .. math:: p(x) = \sum_k W_k\, \frac{\Gamma((d_k + D) / 2)}{\Gamma(d_k / 2) (d_k \pi)^{D/2}} |\det U_k|
               \Bigl(1 + \frac{\lVert U_k^\top (x - m_k) \rVert^2}{d_k}\Bigr)^{-(d_k + D) / 2}
 
-    With diagonal factors each component is a product of one-dimensional ones.
+    With diagonal factors each component is a product of univariate Student's t distributions.
 
     Args:
         logits: Unnormalized log-weights (K,), nats.
         means: Locations (K, D), data units.
-        factor: Scales: U with leading dimension K, 1 / data units.
+        factor: Inverse scale factors U_k with leading dimension K, 1 / data units.
         degrees: Degrees of freedom (K,).
 
     Attributes:
-        columns: Names of the D columns, or None where they are not known; tables are matched to them by name.
+        columns: Names of the D columns, by which the columns of a table are selected; or None.
 
     Reference:
-        Bishop 2006, *Pattern Recognition and Machine Learning*, equations 10.81 and 10.82.
+        Bishop 2006, *Pattern Recognition and Machine Learning*, §2.3.7, equations 10.81 and 10.82.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -64,7 +57,7 @@ class StudentMixture(Distribution):
         super().__init__(torch.Size(), means.shape[-1:], validate_args=False)
 
     def log_joint(self, value: Any) -> Tensor:
-        """log W_k + log t_k(x) for points (N, D), data units: (N, K), nats."""
+        """Compute the log-joint densities (N, K) of points (N, D) and components, nats."""
         x = as_points(table_of(value, self.columns), features=self.means.shape[1], differentiable=True)
         rows = max(1, _CHUNK // self.means.numel())
         return torch.cat([self._exponents(part.to(self.means)) for part in x.split(rows)]).to(x.dtype)
@@ -79,10 +72,10 @@ class StudentMixture(Distribution):
         return constant - 0.5 * ((d + wide)[:, None] * torch.log1p(squares / d[:, None])).sum(-1)
 
     def log_prob(self, value: Any) -> Tensor:
-        """Log-density of points (N, D), data units: (N,), nats.
+        """Compute the log-density (N,) of points (N, D), nats.
 
         Raises:
-            TypeError, ValueError: Points that are not numeric, of the wrong width, or not finite.
+            TypeError, ValueError: Points that are not numeric or not finite, or have a wrong number of columns.
         """
         x = as_points(table_of(value, self.columns), features=self.means.shape[1], differentiable=True)
         rows = max(1, _CHUNK // self.means.numel())
@@ -91,12 +84,12 @@ class StudentMixture(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Mean (D,), data units; that of the locations where degrees are one or less."""
+        """Weighted mean of the locations (D,), data units. It is the mean if all degrees of freedom exceed one."""
         return torch.softmax(self.logits, 0) @ self.means
 
     @property
     def covariance_matrix(self) -> Tensor:
-        """Covariance (D, D), squared data units; infinite where degrees are two or less."""
+        """Covariance (D, D), squared data units; infinite if degrees of freedom are two or less."""
         grow = torch.where(self.degrees > 2, self.degrees / (self.degrees - 2).clamp(min=1e-300), math.inf)
         W = torch.softmax(self.logits, 0)
         away = self.means - self.mean
@@ -108,7 +101,7 @@ class StudentMixture(Distribution):
         return self.covariance_matrix.diagonal()
 
     def sample(self, sample_shape: Any = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws points (*S, D), data units; without a generator by torch's global one, as all distributions of torch do."""
+        r"""Draw points (\*S, D), data units. Without a generator, torch's global random number generator is used."""
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         count, D = shape.numel(), self.means.shape[1]
         generator = generator_on(generator, self.means.device)

@@ -1,4 +1,4 @@
-"""The dense engine: reductions over cache-sized tiles by torch operations, on any device."""
+"""The dense engine: reductions by torch operations over cache-sized tiles, on any device."""
 
 from gmmkeops.reductions.dense.engine import Dense
 

@@ -1,4 +1,4 @@
-r"""The work of the dense engine on one tile, for each request, and the results that follow from all tiles."""
+"""Operations of the dense engine on one tile, and the results from all tiles, for each request."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Body", "body_of"]
 
 
 class Body(Protocol):
-    """The work for one request.
+    """Operations for one request.
 
     Args:
-        clamp: Whether exponents beyond the dtype's range are kept finite.
-        featured: Whether features are needed even if the exponents do not need them.
+        clamp: Whether exponents are clamped to the range of the dtype.
+        featured: Whether features are required even if the exponents do not require them.
     """
 
     clamp: bool
@@ -30,19 +30,18 @@ class Body(Protocol):
     def __call__(self, tile: Tile, start: int, stop: int) -> None:
         """Process a loaded tile of the rows from ``start`` to ``stop``.
 
-        Nothing is written or added unless ``tile.sees(values)`` returns True, which means that the candidate list of the tile is
-        long enough.
+        Results are stored only if ``tile.sees(values)`` returns True, that is, if the candidate list of the tile is long enough.
         """
 
     def overflowed(self, tiles: Sequence[Tile]) -> bool:
-        """Whether results of these tiles are not finite, so that exponents must be clamped."""
+        """Return whether results of these tiles are not finite, so that exponents must be clamped."""
 
     def result(self, tiles: Sequence[Tile]) -> Result:
         """Return the result of the request, given the tiles of all workers in the order of their rows."""
 
 
 def body_of(problem: Exponents, request: Request) -> Body:
-    """The work for a request."""
+    """Create the operations for a request."""
     match request:
         case LogSumExp():
             return _LogSumExps(problem)
@@ -60,7 +59,7 @@ class _LogSumExps:
     clamp = featured = False
 
     def __init__(self, problem: Exponents) -> None:
-        # Zeros, so that rows that have not been evaluated yet count as finite.
+        # Initialized by zeros, since ``overflowed`` also tests rows that have not been evaluated yet.
         self.values = problem.x.new_zeros(problem.shape[0])
 
     def __call__(self, tile: Tile, start: int, stop: int) -> None:
@@ -144,7 +143,7 @@ class _Moments:
         total = torch.stack([tile.total for tile in tiles]).sum()
         sums = torch.stack([tile.sums for tile in tiles]).sum(0) * self.unit
         S0, S1, S2 = sums[:, 0], sums[:, 1 : D + 1], first.shaped(sums[:, D + 1 :])
-        # From moments about the common center to those about the means.
+        # Convert moments about the common center to moments about the means.
         if first.full:
             cross = S1[:, :, None] * mu[:, None, :]
             S2 = S2 - cross - cross.mT + S0[:, None, None] * mu[:, :, None] * mu[:, None, :]
@@ -167,7 +166,7 @@ class _Gradient:
         U, mu = problem.U, problem.means
         P = U @ U.mT if problem.is_full else U**2
         linear = (P @ mu[:, :, None])[:, :, 0] if problem.is_full else P * mu
-        # Coefficients (K, D + D² or D + D or D + 1) of the gradient of each exponent on 1 and x.
+        # Coefficients (K, D + D² or D + D or D + 1) of the gradient of each exponent for 1 and x.
         self.slopes = torch.cat([linear, P.reshape(len(mu), -1)], 1)
         self.full, self.weights = problem.is_full, weights
         self.gradient = torch.empty_like(problem.x)

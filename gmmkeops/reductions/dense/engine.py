@@ -1,7 +1,4 @@
-"""The dense engine: reductions over cache-sized tiles of points and components, on any device.
-
-The points, or the row ranges of a schedule, are split into tiles, which are distributed over the cores. No N x K array is stored.
-"""
+"""The dense engine: the points, or the row ranges of a schedule, are split into tiles, which are distributed over the cores."""
 
 from __future__ import annotations
 
@@ -28,9 +25,9 @@ __all__ = ["Dense"]
 
 _logger = logging.getLogger("gmmkeops")
 
-# Entries and rows of one tile: few enough to stay in cache with their copies, enough to outweigh the overhead of torch calls
-# (2 cores, moments of 1e6 x 30, D = 3: 79 ms at 256Ki, 63 at 768Ki, 62 at 1536Ki; 1e5 x 100, D = 10: 44, 39, 40). A GPU needs
-# long kernels.
+# Maximum number of entries and rows of a tile, so that its buffers stay in cache and the overhead of torch calls is small. Times
+# on 2 cores for 256Ki, 768Ki and 1536Ki entries: moments of 1e6 x 30, D = 3: 79, 63 and 62 ms; of 1e5 x 100, D = 10: 44, 39 and
+# 40 ms. A GPU needs large kernels.
 _TILE_CPU, _ROWS_CPU = 3 << 18, 1 << 14
 
 _TILE_CUDA = 1 << 24
@@ -41,20 +38,20 @@ _PAIRS_PER_THREAD = 500_000
 # Overhead of a tile, in pairs.
 _PAIRS_PER_TILE = 10_000
 
-# Largest error of a point's log-sum-exp ℓ by float32 products, as a fraction of max(1, |ℓ|); number of points at which it is
-# tested; and largest ratio of a size to the sizes at these points.
+# Largest error of log-sum-exps ℓ by float32 products, as a fraction of max(1, |ℓ|); number of points for which the error is
+# measured; and largest ratio of the size limit to the sizes at these points.
 _IMPRECISE, _LOOKED_AT, _FURTHER = 1e-4, 256, 8.0
 
 
-# The work on a tile that is loaded, with its first and last-plus-one row.
+# Function of a loaded tile, its first row, and its last-plus-one row.
 _Work = Callable[[Tile, int, int], None]
 
-# First row, last-plus-one row, components (None for all), and the smallest log-sum-exp for which the list is long enough.
+# First row, last-plus-one row, components (None for all), and smallest log-sum-exp for which the list is long enough.
 _RowRange = tuple[int, int, Tensor | None, float]
 
 
 class Dense:
-    """The engine of torch operations, which computes every request on every device."""
+    """Engine of torch operations, which supports all requests and devices."""
 
     name, title = "dense", "The dense engine"
 
@@ -69,7 +66,7 @@ class Dense:
 
 
 class _Evaluation:
-    """An evaluation by tiles; a part that runs out of memory is repeated with smaller tiles, one that overflows with clamps."""
+    """Evaluation by tiles. It is repeated with smaller tiles if memory is exhausted, and with clamped exponents on overflow."""
 
     def __init__(self, problem: Exponents, request: Request) -> None:
         self.problem = problem
@@ -92,7 +89,7 @@ class _Evaluation:
         return self._body.result(self._tiles)
 
     def _run(self, schedule: Schedule | None) -> tuple[Schedule | None, list[Tile]]:
-        """Evaluate a schedule; return it with long row ranges split, and the workers' tiles in the order of their rows."""
+        """Evaluate all pairs or a schedule; return the schedule with long row ranges split, and the tiles of all workers."""
         while True:
             try:
                 split = None if schedule is None else schedule.split(_TILE_CPU >> self._halvings)
@@ -101,10 +98,10 @@ class _Evaluation:
                 limit = None if self._clamp else self._limit
                 return split, _run(self.problem, self._body, tiles, self._clamp, self._body.featured, limit)
             except (MemoryError, RuntimeError) as error:
-                # Below 32 rows, smaller tiles would save no more memory.
+                # Tiles with fewer than 32 rows would not need less memory.
                 if not _is_out_of_memory(error) or _tile_rows(self.problem, self._halvings) <= 32:
                     raise
-                _logger.warning("out of memory: tiles are halved")
+                _logger.warning("out of memory; repeating with tiles of half the size")
                 if self.problem.x.is_cuda:
                     torch.cuda.empty_cache()
                 self._halvings += 1
@@ -127,10 +124,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _float32_limit(problem: Exponents, halvings: int) -> float | None:
-    """Largest sizes of components (:class:`Sizes`) for which products of float32 points may be taken in float32, or None.
+    """Compute the largest size (:class:`Sizes`) for which products of float32 points may be computed in float32.
 
-    None if torch's setting does not allow them, or if they are not accurate enough at a sample of the points. Errors grow with
-    the square of the size.
+    The result is None if torch's settings do not allow float32 products, or if they are not accurate enough for a sample of the
+    points. Errors grow with the square of the size.
     """
     N = problem.shape[0]
     if problem.x.dtype != torch.float32 or N < 32 * _LOOKED_AT or not asked(problem.x.device):
@@ -149,11 +146,11 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
     if error <= _IMPRECISE / 2:
         sizes = Sizes(problem)
         own = (sizes.lengths[label] * (few.x - problem.center).abs()).sum(1) + sizes.own[label]
-        # The median, since a sample may contain points that are far from all components.
+        # The median is robust to points that are far from all components.
         return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / max(error, 1e-300)))
     warn(
-        "torch.set_float32_matmul_precision asks for float32 products, which are not accurate enough here: log-densities l "
-        f"would change by more than {_IMPRECISE / 2:g} * max(1, |l|) nats; float64 products are used.",
+        "torch.set_float32_matmul_precision allows float32 products, which are not accurate enough for these data: log-densities "
+        f"l would change by more than {_IMPRECISE / 2:g} * max(1, |l|) nats; using float64 products.",
         PrecisionWarning,
     )
     _logger.info("float32 products would change log-densities l by %.1g * max(1, |l|) nats", error)
@@ -161,17 +158,17 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
 
 
 def _whole(problem: Exponents, halvings: int = 0) -> list[_RowRange]:
-    """Tiles of all components."""
+    """Split all rows into tiles with all components."""
     N, size = problem.shape[0], _tile_rows(problem, halvings)
     if size < N and not problem.x.is_cuda:
-        # Each thread gets the same number of tiles, and all tiles have about the same size.
+        # Every thread gets the same number of tiles of about the same size.
         threads = torch.get_num_threads()
         size = -(-N // (-(-N // (size * threads)) * threads))
     return [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
 
 
 def _row_ranges(schedule: Schedule) -> list[_RowRange]:
-    """Row range, components and smallest admissible value of each tile of a schedule."""
+    """Convert a schedule to a list of tiles."""
     assert schedule.floor is not None, "a truncation sets the floors of the schedules that it returns"
     ends = schedule.pointer.tolist()
     lists = [schedule.index[a:b] for a, b in pairwise(ends)]

@@ -1,12 +1,12 @@
-r"""Matrix products: float64 as a rule, float32 ones where torch is told that they are precise enough.
+r"""Matrix products, with float32 accuracy on the tensor cores of GPUs.
 
-A float32 number is the sum of two with eleven bits each, but for its last bit or two, :math:`a = a' + a''`, and
+A float32 number is split into two numbers with eleven significant bits, :math:`a \approx a' + a''`, and
 
-.. math:: a b \approx a'' b' + a' b'' + a' b',
+.. math:: a b \approx a'' b' + a' b'' + a' b'.
 
-three products that a GPU's tensor cores take exactly in TF32 and add in float32. What is lost is of the order of
-:math:`2^{-22}`, as in a float32 product. Reference: Ootomo and Yokota 2022, Recovering single precision accuracy from Tensor
-Cores while surpassing the FP32 theoretical peak performance.
+The tensor cores compute these three products exactly in TF32 and add them in float32. The relative error is of the order of
+:math:`2^{-22}`, as for a float32 product. Reference: Ootomo and Yokota 2022, *Recovering single precision accuracy from Tensor
+Cores while surpassing the FP32 theoretical peak performance*.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ __all__ = ["asked", "product", "split_product"]
 
 
 def asked(device: torch.device) -> bool:
-    """Whether the user allows faster products than exact ones on a device: ``torch.set_float32_matmul_precision("high")``.
+    """Return whether torch's settings allow fast float32 products on a device (``torch.set_float32_matmul_precision``).
 
-    ``torch.backends.cuda.matmul.fp32_precision = "tf32"`` asks for the same on CUDA alone. Settings that differ between devices
-    make ``torch.get_float32_matmul_precision`` raise, so each device's own setting is read.
+    The setting ``fp32_precision`` of the device's backend is read, since ``torch.get_float32_matmul_precision`` raises an error
+    if the settings of the backends differ.
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return str(backend.matmul.fp32_precision) in ("tf32", "bf16")
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b (n, m), both (float32 or float64) of one dtype; float32 on CUDA, where one product would keep eleven bits, in parts."""
+    """Compute the matrix product a b (n, m) of one dtype, float32 or float64; on CUDA, float32 by :func:`split_product`."""
     if _on_tensor_cores(a):
         return split_product(a, b, out)
     return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
@@ -39,7 +39,7 @@ def _on_tensor_cores(a: Tensor) -> bool:
 
 
 def split_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a b (n, m) by three products of numbers with eleven significant bits, float32."""
+    """Compute the float32 matrix product a b (n, m) by three products of numbers with eleven significant bits."""
     (a, a_rest), (b, b_rest) = _parts(a), _parts(b)
     out = torch.mm(a_rest, b) if out is None else torch.mm(a_rest, b, out=out)
     return out.addmm_(a, b_rest).addmm_(a, b)
@@ -51,5 +51,5 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """float32 numbers to the eleven significant bits of TF32, to the nearest."""
+    """Round float32 numbers to the nearest numbers with the eleven significant bits of TF32."""
     return x.contiguous().view(torch.int32).add(1 << 12).bitwise_and_(-1 << 13).view(torch.float32)

@@ -1,8 +1,8 @@
-r"""Bounds on rounding errors of exponents that are expanded about a common center instead of each component's own mean.
+r"""Bounds on rounding errors of exponents that are expanded about a common center instead of the mean of each component.
 
-Let :math:`u` be the unit roundoff, and all coordinates be relative to the common center. With
-:math:`w_k(m) = \sum_d m_d \lVert U_{k,d\cdot} \rVert`, the size of component k over points with :math:`|x_d| \le m_d` is
-:math:`s_k = w_k(m) + w_k(|\mu_k|)`, and
+Let :math:`u` be the unit roundoff, and let all coordinates be relative to the common center. The size of component k for points
+with :math:`|x_d| \le m_d` is :math:`s_k = w_k(m) + w_k(|\mu_k|)` with :math:`w_k(m) = \sum_d m_d \lVert U_{k,d\cdot} \rVert`.
+Then
 
 .. math::
 
@@ -23,7 +23,7 @@ from gmmkeops.reductions.problem import Exponents
 
 __all__ = ["Sizes", "size_limits"]
 
-# Factor of the error bounds above, because sums have many terms, each of which is rounded.
+# Safety factor of the error bounds, because sums have many terms, each of which is rounded.
 _TERMS = 4.0
 
 # Largest error of an exponent e by an expansion about the common center, as a fraction of max(1, |e|), for each dtype of the
@@ -32,23 +32,23 @@ _TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-8}
 
 
 def _linear_limit(tolerance: float, dtype: torch.dtype) -> float:
-    """Largest size for which expanded residuals change an exponent e by less than ``tolerance`` times max(1, |e|)."""
+    """Compute the largest size for which expanded residuals change exponents e by less than tolerance * max(1, |e|)."""
     return tolerance / (_TERMS * 0.5 * torch.finfo(dtype).eps)
 
 
 def _quadratic_limit(tolerance: float, dtype: torch.dtype) -> float:
-    """Largest size for which an expanded square changes an exponent by less than ``tolerance``, nats."""
+    """Compute the largest size for which expanded squares change exponents by less than ``tolerance``, nats."""
     return math.sqrt(tolerance / (_TERMS * 0.25 * torch.finfo(dtype).eps))
 
 
 def size_limits(dtype: torch.dtype) -> tuple[float, float]:
-    """Largest sizes of components for which moments, and exponents, of points may be expanded about the common center."""
+    """Return the largest sizes for which moments, and for which exponents, may be expanded about the common center."""
     square = _quadratic_limit(_TOLERANCE[dtype], torch.float64)
     return square, square if dtype == torch.float32 else _linear_limit(_TOLERANCE[dtype], torch.float64)
 
 
 class Sizes:
-    """Sizes of components over points with coordinates |x_d| ≤ m_d relative to the center; m is called the reach.
+    """Sizes of components for points with coordinates |x_d| ≤ m_d relative to the center; m is called the reach.
 
     Args:
         problem: Exponents with the components.
@@ -61,15 +61,15 @@ class Sizes:
         self._longest, self._most = self.lengths.amax(0), self.own.amax()
 
     def most(self, reach: Tensor) -> Tensor:
-        """Upper bound (scalar) on the sizes of all components over points within a reach (D,)."""
+        """Compute an upper bound (scalar) on the sizes of all components for points within a reach (D,)."""
         return self._longest @ reach + self._most
 
     def most_at(self, points: Tensor) -> Tensor:
-        """Upper bound (scalar) on the sizes of all components at points with absolute coordinates (D, rows)."""
+        """Compute an upper bound (scalar) on the sizes of all components at points with absolute coordinates (D, rows)."""
         return (self._longest.to(points.dtype) @ points).amax() + self._most
 
     def of(self, reach: Tensor, index: Tensor | None = None) -> Tensor:
-        """Sizes of all components (K,), or of those of ``index``, over points within a reach (D,)."""
+        """Compute the sizes of all components (K,), or of those in ``index``, for points within a reach (D,)."""
         if index is None:
             return self.lengths @ reach + self.own
         return self.lengths[index] @ reach + self.own[index]

@@ -1,18 +1,17 @@
-r"""One tile of the dense engine: exponents and moments of a row range of points and of all components or a list of them.
+r"""Tiles of the dense engine: exponents and moments of a row range of points and of all components or a list of components.
 
 For float32 points the exponents and the moments are each one matrix product with the quadratic features
-:math:`\Phi(x) = (1, x, x x^\top)` of a tile, taken about the common center:
+:math:`\Phi(x) = (1, x, x x^\top)` of a tile, relative to the common center:
 
 .. math:: E = B\,\Phi^\top, \qquad (S^0, S^1, S^2) = R\,\Phi,
 
-with B the natural parameters of the components. The cancellation of :math:`x^\top P x - 2\mu^\top P x + \dots` has an error of
-about :math:`\epsilon (|U| |x|)^2` nats. The products are taken in float64, so that this is usually less than the rounding of the
-float32 points themselves. For float64 points it would not be, and the exponents are computed from whitened residuals
-:math:`U_k^\top x - U_k^\top \mu_k` instead. If a tile has so few components that their matrices are smaller than the features,
-both products are computed without :math:`x x^\top`. The only operation between the two products is a softmax.
+with the natural parameters B and the responsibilities R of the components. Because of cancellation, the rounding error of the
+exponents is about :math:`\epsilon (|U| |x|)^2` nats. The products are computed in float64, so that this error is usually smaller
+than that of the float32 points themselves. For float64 points, the exponents are computed from whitened residuals
+:math:`U_k^\top x - U_k^\top \mu_k` instead. For tiles with few components and many dimensions, :math:`x x^\top` is not computed.
 
-All of these are expansions about a common center. If a bound (:mod:`.rounding`) does not show that this is accurate enough for a
-component in the tile, its exponents and moments are computed from the residuals :math:`x - \mu_k` instead.
+All these formulas are expansions about the common center. If a component's error bound (:mod:`.rounding`) is too large in a
+tile, its exponents and moments are computed from the residuals :math:`x - \mu_k` instead.
 """
 
 from __future__ import annotations
@@ -35,21 +34,21 @@ __all__ = ["Tile"]
 # 64 dimensions).
 _FEW = 6
 
-# Largest number of entries of an array of residuals about the components' own means.
+# Maximum number of entries of an array of residuals x - μ_k.
 _ROOM, _ROOM_CUDA = 1 << 18, 1 << 24
 
 
 class Tile:
-    """Buffers of one worker, with the exponents of one tile at a time: a row range, and all components or a list of them.
+    """Buffers of one worker, which processes one tile at a time.
 
     Args:
         problem: Points and components.
-        rows, pairs: Largest numbers of rows, and of pairs of row and component, in a tile.
-        clamp: Keep exponents beyond the dtype's range finite.
-        featured: Compute the features even if the exponents do not need them.
+        rows, pairs: Maximum numbers of rows, and of pairs of row and component, in a tile.
+        clamp: Whether to clamp exponents to the range of the dtype.
+        featured: Whether to compute the features even if the exponents do not require them.
         sizes: Sizes of the components, for the rounding bounds of each tile; None if all tiles are known to be within the limits.
-        most: Largest size with which a tile may use float32 products; None for float64 products.
-        precise: Take products of float32 points in float64.
+        most: Largest size for which a tile may use float32 products; None for float64 products.
+        precise: Whether to compute products of float32 points in float64.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Tile:
         self.problem, self.clamp, self.featured = problem, clamp, featured
         wide: dict[str, Any] = {"dtype": torch.float64 if precise else x.dtype, "device": x.device}
         self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
-        # Spherical features carry |x|² in one column; with D = 1 every family is the diagonal one.
+        # Spherical features contain |x|² as one column. For D = 1 the diagonal formulas apply to all families.
         products = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
         self._features = torch.empty((1 + D + products) * rows, **wide)
         self._e = torch.empty(pairs, **wide)
@@ -79,16 +78,16 @@ class Tile:
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
         self.sums = torch.zeros(K, 1 + D + products, dtype=torch.float64, device=x.device)
-        # Moments about the components' own means, of the components that are evaluated from residuals.
+        # Moments about their own means, of the components that are evaluated from residuals.
         self.own: Tensor | None = None
         self.total = torch.zeros((), dtype=torch.float64, device=x.device)
         self.quadratic = x.dtype == torch.float32
-        # Exponents this far (nats) below a point's largest one are negligible, and their relative exponential at that depth.
+        # Exponents this far (nats) below the largest one of a point are negligible; and the exponential at that depth.
         self.depth = 80.0 if self.quadratic else 700.0
         self.nothing = math.exp(-self.depth) * (1 + 1e-5)
         self.offsets = problem.offsets.to(**wide)
         self.sizes, self.most = sizes, most
-        # Positions in the tile of the components whose exponents, and whose moments, are computed from residuals.
+        # Positions of the components whose exponents, and of those whose moments, are computed from residuals.
         self.apart: Tensor | None = None
         self.apart_moments: Tensor | None = None
         self.moments_limit, self.limit = size_limits(x.dtype)
@@ -98,7 +97,7 @@ class Tile:
             self.whitening = self._whitening()
 
     def _natural(self) -> Tensor:
-        """B (K, P): the exponent's coefficients on 1, x and xxᵀ (upper triangle), about the center."""
+        """Compute B (K, P), the coefficients of the exponents for 1, x and xxᵀ (upper triangle), relative to the center."""
         p = self.problem
         if self.full:
             P = p.U @ p.U.mT
@@ -112,7 +111,7 @@ class Tile:
         return torch.cat([constant[:, None], linear, square], 1)
 
     def _whitening(self) -> list[tuple[Tensor, Tensor, slice]]:
-        """For each whitened coordinate: its row of Uᵀ (K, D or 1), Uᵀμ (K, 1), and the columns of x it reads."""
+        """List the row of Uᵀ (K, D or 1), Uᵀμ (K, 1), and the columns of x for each whitened coordinate."""
         p = self.problem
         D = p.means.shape[1]
         if self.full:
@@ -138,7 +137,8 @@ class Tile:
     def load(self, start: int, stop: int, index: Tensor | None = None) -> bool:
         """Load the centered rows start:stop, and compute features and exponents ``self.E`` (components, rows).
 
-        Returns whether the products of this tile are accurate enough; if not, the exponents are not computed.
+        Returns:
+            Whether the products of this tile are accurate enough; if not, the exponents are not computed.
         """
         p, self.index = self.problem, index
         height = p.means.shape[0] if index is None else len(index)
@@ -159,9 +159,10 @@ class Tile:
         return True
 
     def _bound(self) -> bool:
-        """Find the components whose expansion about the center would not be accurate enough in this tile.
+        """Find the components for which expansions about the center are not accurate enough in this tile.
 
-        Returns whether the tile's products are accurate enough for the others.
+        Returns:
+            Whether the products of this tile are accurate enough for the other components.
         """
         self.apart = self.apart_moments = None
         if self.sizes is None:
@@ -203,7 +204,7 @@ class Tile:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300)
 
     def _multiply(self) -> None:
-        """Fill in the products of coordinates."""
+        """Compute the features that are products of coordinates."""
         D, square = len(self.X), self.F[len(self.X) + 1 :]
         if self.spherical:
             torch.sum(self.X * self.X, 0, out=self.F[-1])
@@ -216,7 +217,7 @@ class Tile:
             torch.mul(left, right, out=out)
 
     def _room(self) -> Tensor:
-        """A buffer (components, D, rows) that shares the memory of the products of coordinates."""
+        """Return a buffer (components, D, rows) that shares the memory of the products of coordinates."""
         D = len(self.X)
         return self.F[D + 1 :].view(-1)[: self.height * self.X.numel()].view(self.height, D, -1)
 
@@ -224,7 +225,7 @@ class Tile:
         """Fill ``self.E`` from whitened residuals, with one product for all components."""
         p, D, y = self.problem, len(self.X), self._room()
         U = self.chosen(p.U).mT
-        # (components, D, 1 + D): maps (1, x) to the whitened residuals.
+        # Matrices (components, D, 1 + D) that map (1, x) to the whitened residuals.
         matrices = torch.cat([-(U @ self.chosen(p.means)[:, :, None]), U], 2)
         product(matrices.view(-1, 1 + D).to(self.F.dtype), self.F[: 1 + D], out=y.flatten(0, 1))
         torch.sum(y.square_(), 1, out=self.E)
@@ -233,9 +234,10 @@ class Tile:
             self.E.nan_to_num_(nan=-1e300, neginf=-1e300).clamp_(min=-3e38 if self.quadratic else -1e300)
 
     def residuals(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Iterate over blocks of residuals about the components' own means, for components at ``places`` in the tile.
+        """Iterate over blocks of residuals x - μ, for components at positions ``places`` in the tile.
 
-        Yields positions (b,), components (b,), x - μ (b, D, rows) and Uᵀ(x - μ), all float64.
+        Yields:
+            Positions (b,), component indices (b,), x - μ (b, D, rows) and Uᵀ(x - μ) (b, D, rows), float64.
         """
         p, x = self.problem, self.X.double()
         most = max(1, (_ROOM_CUDA if x.is_cuda else _ROOM) // x.numel())
@@ -245,12 +247,12 @@ class Tile:
             yield some, index, z, U.mT @ z if self.full else U[:, :, None] * z
 
     def _evaluate(self, places: Tensor) -> None:
-        """Fill rows of ``self.E`` from residuals about the components' own means."""
+        """Fill the rows ``places`` of ``self.E`` from residuals x - μ."""
         for some, index, _, y in self.residuals(places):
             self.E[some] = (self.problem.offsets[index][:, None] - 0.5 * y.square_().sum(1)).to(self.E.dtype)
 
     def _add_apart(self, shares: Tensor, places: Tensor) -> None:
-        """Add moments about the components' own means, and set their responsibilities ``shares`` (components, rows) to zero."""
+        """Add moments about their own means for some components, and set their responsibilities ``shares`` to zero."""
         if self.own is None:
             self.own = torch.zeros_like(self.sums)
         for some, index, z, _ in self.residuals(places):
@@ -275,7 +277,7 @@ class Tile:
         return dense
 
     def pull(self, shares: Tensor) -> Tensor | None:
-        """Σ r U Uᵀ(x - μ) (D, rows) over components evaluated from residuals, whose ``shares`` become zero; None without any."""
+        """Compute Σ r U Uᵀ(x - μ) (D, rows) over components evaluated from residuals, if any, and zero their ``shares``."""
         if self.apart is None:
             return None
         found = torch.zeros_like(self.X, dtype=torch.float64)
@@ -286,15 +288,15 @@ class Tile:
         return found
 
     def chosen(self, rows: Tensor) -> Tensor:
-        """Select the rows (one for each component) of the components in the tile."""
+        """Select the rows of a tensor (K, ...) that belong to the components in the tile."""
         return rows if self.index is None else rows.index_select(0, self.index)
 
     def components(self, places: Tensor) -> Tensor:
-        """Indices of the components at positions in the tile."""
+        """Convert positions in the tile to component indices."""
         return places if self.index is None else self.index[places]
 
     def sees(self, values: Tensor) -> bool:
-        """Whether the tile's candidate list is long enough for its log-densities (rows,); their minimum is stored."""
+        """Return whether the candidate list is long enough, given the log-densities (rows,); store their minimum."""
         if self.index is None:
             return True
         least = float(values.amin())
@@ -302,7 +304,7 @@ class Tile:
         return least >= self.floor or self.floor == -math.inf
 
     def add(self, values: Tensor, weights: Tensor | None) -> None:
-        """Add the values (rows,) to the total, and the moments of the tile to the sums."""
+        """Add the log-densities (rows,) to the total, and the moments of the tile to the sums."""
         self.total += values.sum(dtype=torch.float64) if weights is None else values.double() @ weights
         if self.apart_moments is not None:
             shares = self.shares(weights)
@@ -333,29 +335,29 @@ class Tile:
             self.sums.index_add_(0, self.index, sums.to(self.sums.dtype))
 
     def softmax(self) -> Tensor:
-        """Fill ``self.R`` with exponentials relative to the largest of each point; return the log-sum-exps (rows,).
+        """Fill ``self.R`` with exponentials relative to the largest one of each point; return the log-sum-exps (rows,).
 
         The exponents ``self.E`` are overwritten.
         """
-        # Differences are taken before rounding to float32, since exponents of points far from all components are large.
+        # Differences are computed before rounding to float32, since exponents of points far from all components are large.
         largest = self.E.amax(0)
         self.R.copy_(self.E.sub_(largest))
-        # Exponentials that underflow take up to eighty times as long as others (measured), so they are set to zero.
+        # Subnormal results make exp up to eighty times slower (measured), so they are set to zero.
         torch.threshold_(self.R.clamp_(min=-self.depth).exp_(), self.nothing, 0.0)
         self._sums = self.R.sum(0)
         return largest + self._sums.log()
 
     def _unscaled(self) -> Tensor:
-        """``self.R`` in the dtype of the products; a conversion overwrites the exponents."""
+        """Return ``self.R`` in the dtype of the products; a conversion overwrites the exponents."""
         return self.R if self.R.dtype == self.E.dtype else self.E.copy_(self.R)
 
     def _scaling(self, weights: Tensor | None) -> Tensor:
-        """Factors (rows,) that turn ``self.R`` into weighted responsibilities, in the dtype of the products."""
+        """Compute the factors (rows,) that convert ``self.R`` to weighted responsibilities, in the dtype of the products."""
         scale = self._sums.to(self.E.dtype).reciprocal()
         return scale if weights is None else scale.mul_(weights)
 
     def shares(self, weights: Tensor | None = None) -> Tensor:
-        """Weighted responsibilities (components, rows) after a softmax or an assignment; ``self.R`` may be overwritten."""
+        """Compute weighted responsibilities (components, rows) from ``self.R``, which may be overwritten."""
         return self._unscaled().mul_(self._scaling(weights))
 
     def onehot(self) -> Tensor:
@@ -369,7 +371,7 @@ class Tile:
         self._sums = self.R.new_ones(self.width)
 
     def _below(self) -> Tensor:
-        """A Boolean buffer (components, rows)."""
+        """Return a boolean buffer (components, rows)."""
         if self._truths is None:
             self._truths = torch.empty(self._e.shape, dtype=torch.bool, device=self._e.device)
         return self._truths[: self.height * self.width].view(self.height, self.width)
@@ -379,7 +381,7 @@ class Tile:
         values = self.softmax()
         generator = torch.Generator(self.E.device).manual_seed(seed)
         self.E.copy_(running_sum(self.E.copy_(self.R)))
-        # The first component whose cumulative sum reaches a uniform number in (0, 1] times the total has positive probability.
+        # With u in (0, 1], the first component whose cumulative sum reaches u times the total has positive probability.
         u = 1 - torch.rand(self.width, generator=generator, dtype=self.R.dtype, device=self.R.device)
         label = torch.lt(self.E, u * self.E[-1], out=self._below()).sum(0)
         self._label(label)

@@ -1,9 +1,8 @@
-"""Cache folders of KeOps: their choice, and the detection of damaged files.
+"""Cache folders for compiled KeOps formulas, and the detection of damaged files.
 
-A process that is killed while it compiles, a full disk or an interrupted copy leaves incomplete files, which KeOps does not
-detect: loading an incomplete shared object ends the process with a bus error. Damaged files are renamed, so that KeOps compiles
-them again, and no file is deleted. Only this package writes into these folders; if the user has set ``KEOPS_CACHE_FOLDER``, they
-are inside it.
+A process that is killed during compilation, a full disk or an interrupted copy leaves incomplete files, which KeOps does not
+detect: loading an incomplete shared object ends the process with a bus error. Damaged files are renamed (never deleted), so that
+KeOps compiles them again. Only this package writes into these folders. If ``KEOPS_CACHE_FOLDER`` is set, they are inside it.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ __all__ = ["cache_folder", "compiler_failure", "refusing_damage", "renewed_folde
 # Keys of the lines of a formula's information file.
 _INFORMATION = ["red_formula", "dim", "tagI", "dimy"]
 
-# Largest number of folders for the same flags, so that a machine on which no formula can be loaded does not get ever more.
+# Maximum number of folders for the same flags, for machines on which no formula can be loaded.
 _MOST = 8
 
 
 def _folders(flags: str) -> list[Path]:
-    """The folders for formulas that are compiled with some flags, in the order in which they are used."""
+    """List the cache folders for given compiler flags, in the order in which they are used."""
     name = f"keops-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
     given = os.environ.get("KEOPS_CACHE_FOLDER")
     if given:
@@ -47,21 +46,21 @@ def _folders(flags: str) -> list[Path]:
 
 
 def cache_folder(flags: str) -> Path:
-    """The folder for formulas that are compiled with some flags: the last one that exists, or the first one."""
+    """Return the cache folder for given compiler flags: the last one that exists, or the first one."""
     folders = _folders(flags)
     return next((folder for folder in reversed(folders) if folder.exists()), folders[0])
 
 
 def renewed_folder(folder: Path, flags: str) -> Path | None:
-    """The folder to use instead of one that does not work.
+    """Repair or replace a cache folder whose formulas cannot be loaded.
 
     Args:
         folder: A folder that this function or :func:`cache_folder` has returned.
-        flags: The compiler's flags.
+        flags: Compiler flags.
 
     Returns:
         The same folder if it had damaged files, which are renamed; otherwise the next one. None if there is no other folder, or
-        if the folder has no formulas of an earlier process.
+        if the folder contains no compiled formulas.
     """
     if not any(path.suffix in (".so", ".pkl") for path in folder.rglob("*")):
         return None
@@ -80,7 +79,7 @@ def renewed_folder(folder: Path, flags: str) -> Path | None:
 
 
 def _is_cut_short(path: Path) -> bool:
-    """Whether a shared object is shorter than its headers declare (64-bit ELF files; others are not checked)."""
+    """Return whether a shared object is shorter than its headers declare (64-bit ELF files; others are not checked)."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(64)
@@ -106,7 +105,7 @@ def _set_damage_aside(folder: Path) -> bool:
     sources = [path.with_suffix(".cpp") for path in damaged if path.suffix == ".nfo"]
     lists = list(folder.rglob("*.pkl")) if damaged else []
     for path in {*damaged, *sources, *lists}:
-        # Another process may have renamed it at the same time.
+        # Another process may have renamed the file at the same time.
         with suppress(OSError):
             os.replace(path, path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}"))
     return bool(damaged)
@@ -131,7 +130,7 @@ def _is_damaged(path: Path) -> bool:
 
 
 class _Finder:
-    """A module finder that only raises an ImportError for incomplete compiled formulas."""
+    """Module finder that raises an ImportError for incomplete compiled formulas, and finds no modules itself."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
@@ -144,7 +143,7 @@ class _Finder:
 
 @contextmanager
 def refusing_damage() -> Iterator[None]:
-    """Context in which loading an incomplete compiled formula raises an ImportError."""
+    """Raise an ImportError within this context if an incomplete compiled formula is loaded."""
     finder: Any = _Finder()
     sys.meta_path.insert(0, finder)
     try:
@@ -154,7 +153,7 @@ def refusing_damage() -> Iterator[None]:
 
 
 def compiler_failure(compiler: str | None, flags: str) -> str | None:
-    """Reason why a C++ compiler cannot build a shared object of an empty program, in one clause; None if it can."""
+    """Return the reason, one clause, why a C++ compiler cannot build an empty shared object; None if it can."""
     if compiler is None:
         return "no C++ compiler was found (install g++)"
     with tempfile.TemporaryDirectory() as folder:
@@ -162,11 +161,11 @@ def compiler_failure(compiler: str | None, flags: str) -> str | None:
         try:
             done = subprocess.run(command, input=b"int empty() { return 0; }\n", capture_output=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
-            return f"the C++ compiler {compiler} cannot be run (install g++, or set CXX to a compiler that works)"
+            return f"the C++ compiler {compiler} cannot be run (install g++, or set CXX to a working compiler)"
         if done.returncode == 0 and (Path(folder) / "empty.so").exists():
             return None
     flagged = f" with the flags {os.environ['CXXFLAGS']}" if os.environ.get("CXXFLAGS") else ""
     return (
-        f"the C++ compiler {compiler} fails{flagged} with exit status {done.returncode} (install g++, or set CXX to a compiler "
-        "that works)"
+        f"the C++ compiler {compiler} fails{flagged} with exit status {done.returncode} (install g++, or set CXX to a working "
+        "compiler)"
     )

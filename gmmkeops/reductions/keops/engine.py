@@ -1,4 +1,4 @@
-"""The KeOps engine: its evaluations, and the rows and factors for which float32 formulas are not accurate enough."""
+"""The KeOps engine, and the detection of points and factors for which its float32 formulas are not accurate enough."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gmmkeops.reductions.truncation.passes import evaluate
 
 __all__ = ["Keops"]
 
-# Largest condition number of factors for which float32 is accurate enough: 128 costs 2e-5 nats (measured in 3 and 10 dimensions).
+# Largest condition number of factors for which float32 is used, with errors of about 2e-5 nats (measured for D = 3 and 10).
 _CONDITION = 128.0
 
-# Depth (nats) below the largest possible exponent from which differences of float32 exponents are too coarse.
+# Distance from the largest offset, nats, beyond which differences of float32 exponents are not accurate enough.
 _DEEPEST = 300.0
 
 
 class Keops:
-    """The engine of formulas that KeOps compiles for the CPU or for CUDA."""
+    """Engine whose formulas KeOps compiles for the CPU or for CUDA."""
 
     name, title = "keops", "KeOps"
 
@@ -41,15 +41,15 @@ class Keops:
 
 
 class _Evaluation:
-    """An evaluation in two steps: the log-sum-exps or largest exponents by schedules, then the sums that depend on them.
+    """Evaluation in two steps: the log-sum-exps or largest exponents, then the sums that depend on them.
 
-    Rows that are too far from all components for differences of float32 exponents are evaluated by the dense engine.
+    Rows that are so far from all components that float32 exponents are not accurate enough are evaluated by the dense engine.
     """
 
     def __init__(self, problem: Exponents, request: Request) -> None:
         self.problem, self._request, self._dtype = _accurate(problem), request, problem.x.dtype
         self._found: tuple[Tensor, ...] = ()
-        # Schedules of row ranges whose lists were long enough; None if every pair is evaluated.
+        # Schedules of row ranges whose lists were long enough; None if all pairs are evaluated.
         self._schedules: list[Schedule] | None = None
 
     def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
@@ -103,7 +103,7 @@ class _Evaluation:
         total = (values.double() * g).sum()
         values[far] = formulas.NO_SHARE
         S0, S1, S2 = formulas.moments(problem, values, g, self._schedules)
-        # The formula of spherical factors is the diagonal one.
+        # Spherical factors use the diagonal formula.
         S2 = S2.sum(1) if problem.U.shape[1:] == (1,) else S2
         if len(far):
             rest = evaluate(dense, problem.rows(far), Statistics(g[far]))
@@ -133,7 +133,7 @@ def _accurate(problem: Exponents) -> Exponents:
 
 
 def _far(problem: Exponents, values: Tensor) -> Tensor:
-    """Rows (n,) whose log-sum-exps or largest exponents (N,) are too far from zero for differences of float32 exponents."""
+    """Return the rows (n,) whose log-sum-exps or largest exponents (N,) are beyond the accurate range of float32."""
     if problem.x.dtype != torch.float32:
         return (~torch.isfinite(values)).nonzero()[:, 0]
     return (~((values - problem.offsets.amax()).abs() <= _DEEPEST)).nonzero()[:, 0]

@@ -1,12 +1,11 @@
-r"""The exponents as LazyTensor formulas of KeOps, and their reductions over every pair or over a schedule.
+r"""Exponents as KeOps LazyTensors, and their reductions over all pairs or over a schedule.
 
 .. math:: z = x_i - \mu_j, \qquad y = U_j^\top z, \qquad e = c_j - \tfrac12 |y|^2
 
-float32 coordinates are stored as the sum of two float32 numbers, so that the relative error of :math:`z` is that of float32
-also far from the origin. There are two main formulas: a log-sum-exp over j, and a sum over i of
-:math:`\exp(e - \ell_i)\, g_i\, (1, z, z z^\top)`.
-Spherical factors use the diagonal formula, and tied ones are expanded. Each formula is compiled once per dimension, family and
-dtype. Reference: Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows* (JMLR 22).
+float32 coordinates are stored as the sum of two float32 numbers, so that :math:`z` is accurate also far from the origin. The main
+formulas are a log-sum-exp over j, and a sum over i of :math:`\exp(e - \ell_i)\, g_i\, (1, z, z z^\top)`. Spherical factors use
+the diagonal formula, and tied ones are expanded. Each formula is compiled once per dimension, family and dtype. Reference:
+Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows* (JMLR 22).
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = ["NO_SHARE", "logsumexp", "moments", "point_gradient", "topk"]
 
-# Rows that are summed in the dtype of the points; these partial sums are added in float64.
+# Number of rows per partial sum in the dtype of the points; the partial sums are added in float64.
 _ROWS_PER_SUM = 4096
 
 # Number of thread blocks that fill a GPU; a sum into K rows uses only K / 192 of them.
 _BLOCKS_CUDA = 1300
 
-# Largest memory for the partial sums of one call, bytes, and bytes of each number in them (float32 and its float64 copy).
+# Maximum memory for the partial sums of one call, bytes, and bytes per number in them (float32 and its float64 copy).
 _SLAB, _BYTES = 1 << 26, 12
 
-# Log-sum-exp of padding rows, with which all their responsibilities are zero.
+# Log-sum-exp of padding rows, for which all responsibilities are then zero.
 NO_SHARE = 1e30
 
 
@@ -48,7 +47,7 @@ class _Formula:
         x = problem.x if schedule is None else problem.x[schedule.rows]
         x = x.double() - problem.center
         U = problem.U.expand(K, D) if problem.U.shape[1:] == (1,) else problem.U
-        # matvecmult reads its matrix row by row, so Uᵀ is stored.
+        # The matrix argument of matvecmult is in row-major order, so Uᵀ is stored.
         U = U.mT if problem.is_full else U
         self.lead: tuple[int, ...] = ()
         self.rows = len(x)
@@ -70,19 +69,19 @@ class _Formula:
             self.e.ranges = schedule.ranges()
 
     def j(self, values: Tensor) -> Any:
-        """Values of each component as a LazyTensor; with a schedule, those of its candidate lists one after the other."""
+        """Create a LazyTensor from values of the components; with a schedule, from those of its concatenated lists."""
         values = values if self.schedule is None else values[self.schedule.index]
         return self.LazyTensor(values.to(**self.kind).reshape(*self.lead, 1, len(values), -1).contiguous())
 
     def i(self, values: Tensor, padding: float = 0.0) -> Any:
-        """A value of each point as a LazyTensor; ``padding`` is the value at padding points."""
+        """Create a LazyTensor from values of the points; ``padding`` is the value at padding points."""
         values = (values if self.schedule is None else values[self.schedule.rows]).to(self.kind["dtype"])
         if self.batches is not None:
             values = _padded(values, self.batches * self.rows, padding).view(self.batches, self.rows)
         return self.LazyTensor(values[..., None, None].contiguous())
 
     def shares(self, values: Tensor) -> Any:
-        """Responsibilities exp(e - ℓ), given ℓ; zero at padding points, where an exponent may exceed the dtype's range."""
+        """Create the responsibilities exp(e - ℓ) as a LazyTensor, given ℓ; they are zero at padding points."""
         return (self.e - self.i(values, NO_SHARE)).exp()
 
 
@@ -91,20 +90,20 @@ def _padded(values: Tensor, rows: int, padding: float = 0.0) -> Tensor:
 
 
 def _called(problem: Exponents, reduction: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
-    """Call a reduction of KeOps after the operations that torch has queued for its inputs."""
+    """Call a reduction of KeOps, after waiting for the queued torch operations that compute its inputs."""
     if problem.x.is_cuda:
         torch.cuda.current_stream(problem.x.device).synchronize()
     return reduction(*arguments, **options)
 
 
 def _width(problem: Exponents) -> int:
-    """Number of entries in the moments of one component."""
+    """Return the number of entries in the moments of one component."""
     D = problem.shape[2]
     return 1 + D + (D * D if problem.is_full else D)
 
 
 def _slabs(problem: Exponents, schedule: Schedule) -> Iterator[Schedule]:
-    """Parts of a schedule, each with so few listed components that their moments fit into the memory of one slab."""
+    """Split a schedule into parts whose moments fit into the memory of one slab."""
     most = max(1, _SLAB // (_BYTES * _width(problem)))
     if len(schedule.index) <= most:
         yield schedule
@@ -124,7 +123,7 @@ def _slabs(problem: Exponents, schedule: Schedule) -> Iterator[Schedule]:
 def _listed(
     problem: Exponents, schedule: Schedule | None, reduce: Callable[[Schedule | None], tuple[Tensor, ...]]
 ) -> Any:
-    """Apply ``reduce`` to every pair, or to the slabs of a schedule; results are those of the rows of the schedule."""
+    """Apply ``reduce`` to all pairs, or to the slabs of a schedule with concatenation of the results."""
     if schedule is None:
         return reduce(None)
     slabs = [reduce(slab) for slab in _slabs(problem, schedule)]
@@ -133,7 +132,7 @@ def _listed(
 
 @healing
 def logsumexp(problem: Exponents, schedule: Schedule | None) -> tuple[Tensor]:
-    """Log-sum-exps ℓ (N,), or those of the rows of a schedule, nats; not finite where float32 overflows."""
+    """Compute the log-sum-exps ℓ (N,), or those of the rows of a schedule, nats; not finite if float32 overflows."""
 
     def reduce(schedule: Schedule | None) -> tuple[Tensor]:
         return (_called(problem, _Formula(LazyTensor, problem, schedule=schedule).e.logsumexp, dim=1).view(-1),)
@@ -144,11 +143,11 @@ def logsumexp(problem: Exponents, schedule: Schedule | None) -> tuple[Tensor]:
 
 @healing
 def topk(problem: Exponents, schedule: Schedule | None, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest exponents (N, k), nats, and their components (N, k), int64; or those of the rows of a schedule."""
+    """Compute the k largest exponents (N, k), nats, and their components (N, k), for all rows or those of a schedule."""
 
     def reduce(schedule: Schedule | None) -> tuple[Tensor, Tensor]:
         values, places = _called(problem, (-_Formula(LazyTensor, problem, schedule=schedule).e).Kmin_argKmin, k, dim=1)
-        # Positions beyond the end of a list shorter than k are meaningless.
+        # For lists with fewer than k components, the positions beyond their end are arbitrary.
         index = places.long() if schedule is None else schedule.index[places.long().clamp(0, len(schedule.index) - 1)]
         return -values, index
 
@@ -160,10 +159,10 @@ def topk(problem: Exponents, schedule: Schedule | None, k: int) -> tuple[Tensor,
 def moments(
     problem: Exponents, values: Tensor, weights: Tensor, schedules: Sequence[Schedule] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S0 (K,), S1 (K, D), S2 (K, D, D) or (K, D) about the components' means, float64, given ℓ (N,) and g (N,).
+    """Compute S0 (K,), S1 (K, D), S2 (K, D, D) or (K, D) about the means, float64, given ℓ (N,) and weights g (N,).
 
-    The points are split into batches, or into the kd-tree leaves of schedules, so that each partial sum has few rounding errors
-    and a GPU is filled. Partial sums are computed in blocks to limit their memory.
+    The points are split into batches, or into the row ranges of schedules, so that partial sums are accurate and a GPU is fully
+    used. Partial sums are computed in blocks to limit their memory.
     """
     N, K, D = problem.shape
     width = _width(problem)
@@ -181,7 +180,7 @@ def moments(
             batches = -(-N // _ROWS_PER_SUM)
             if problem.x.is_cuda:
                 batches = min(N, max(batches, -(-_BLOCKS_CUDA // -(-K // 192))))
-            # Rows of a batch, components of a slab, and rows of all its batches.
+            # Number of rows per batch, of components per slab, and of rows per slab.
             size = -(-N // batches)
             some = max(1, min(K, _SLAB // (_BYTES * width)))
             most = size * max(1, _SLAB // (_BYTES * width * some))
@@ -203,7 +202,7 @@ def moments(
 def point_gradient(
     problem: Exponents, values: Tensor, weights: Tensor, schedules: Sequence[Schedule] | None = None
 ) -> Tensor:
-    """∂(Σ g ℓ)/∂x (N, D), in the dtype of the points, given ℓ (N,)."""
+    """Compute ∂(Σ g ℓ)/∂x (N, D), in the dtype of the points, given ℓ (N,) and weights g (N,)."""
     N, K, D = problem.shape
     P = problem.U @ problem.U.mT if problem.is_full else problem.U.expand(K, D) ** 2
     averages = problem.x.new_empty(N, D)

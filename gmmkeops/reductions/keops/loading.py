@@ -1,6 +1,6 @@
-"""Loading of pykeops and of its compiled formulas: on first use, with reasons in one clause where it fails.
+"""Import of pykeops on first use, and recompilation of formulas that cannot be loaded.
 
-This is the only file that imports pykeops. Formulas in the cache folder that do not work are compiled again.
+This is the only file that imports pykeops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from gmmkeops.reductions.protocol import Broken
 
 __all__ = ["guarded", "healing", "unavailable"]
 
-# Compile flags worth 1.4-1.7x at D <= 3 (never -ffast-math: with gcc < 13 it sets flush-to-zero for the whole process).
+# Compiler flags with a speedup of 1.4-1.7 at D <= 3. -ffast-math must not be used: with gcc < 13 it sets flush-to-zero for the
+# whole process.
 _FLAGS = "-march=native -include math.h -fno-math-errno -fno-trapping-math"
 
 _compiled: set[tuple[Any, ...]] = set()
@@ -40,10 +41,10 @@ R = TypeVar("R")
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Reason why KeOps cannot run on this device, in one clause, or None if it can (imports pykeops on first use).
+    """Return the reason, one clause, why KeOps cannot run on this device; None if it can. Imports pykeops on first use.
 
     Raises:
-        RuntimeError: The process was forked after KeOps had started.
+        RuntimeError: The process was forked after KeOps had been used.
     """
     if _state["lazy"] is None and _state["reason"] is None:
         _state["reason"] = _load()
@@ -51,8 +52,8 @@ def unavailable(device: torch.device) -> str | None:
         return _state["reason"]
     if _state["pid"] not in (None, os.getpid()):
         raise RuntimeError(
-            "KeOps cannot run in a process forked after it has started (its threads hang there); start workers with the "
-            "'spawn' method, or pass backend='dense'."
+            "KeOps cannot run in a process that was forked after KeOps had been used (its threads would hang); start workers "
+            "with the 'spawn' method, or pass backend='dense'."
         )
     if device.type == "cuda":
         pykeops = sys.modules["pykeops"]
@@ -62,15 +63,15 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _without_cuda() -> str:
-    """Reason why KeOps does not see CUDA while torch does, with the library that the linker cannot find, in one clause."""
+    """Return the reason, one clause, why KeOps does not see CUDA although torch does, with the missing library."""
     for name, owner in (("nvrtc", "the CUDA toolkit"), ("cuda", "the NVIDIA driver")):
         if find_library(name) is None:
-            return f"pykeops does not see CUDA, though torch does: there is no lib{name}.so of {owner} where the linker looks"
-    return "pykeops does not see CUDA, though torch does"
+            return f"pykeops does not see CUDA, although torch does: lib{name}.so of {owner} is not in the linker's search path"
+    return "pykeops does not see CUDA, although torch does"
 
 
 def _load() -> str | None:
-    """Import pykeops without output, with its cache in this package's folder; return the reason if that fails."""
+    """Import pykeops without output, with the cache folder of this package; return the reason if that fails."""
     if sys.platform == "win32":
         return "pykeops does not run on native Windows"
     if importlib.util.find_spec("pykeops") is None:
@@ -78,7 +79,7 @@ def _load() -> str | None:
     if "pykeops" not in sys.modules and shutil.which(os.environ.get("CXX", "c++")) is None and not shutil.which("g++"):
         return "no C++ compiler was found (install g++)"
     if "pykeops" in sys.modules and not _state["own"]:
-        # The user has imported pykeops before: its cache folder belongs to the user and is not repaired.
+        # The user has already imported pykeops, with a cache folder that belongs to the user and is not repaired.
         return _begin(None)
     _state["own"] = True
     flags = os.environ.get("CXXFLAGS", _FLAGS)
@@ -97,13 +98,13 @@ def _load() -> str | None:
         if reason is not None and (renewed := renewed_folder(folder, flags)) is not None:
             reason = _begin(renewed)
     if reason is not None and (compiler := shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")):
-        # The import itself runs the compiler, which may be the reason.
+        # The import runs the compiler, which may have failed.
         return compiler_failure(compiler, f"{flags} -shared -fPIC") or reason
     return reason
 
 
 def _begin(folder: Path | None) -> str | None:
-    """Import pykeops with a cache folder (None for its own), and store it; return the reason if that fails."""
+    """Import pykeops with a cache folder (None for its default), and store it; return the reason if that fails."""
     with warnings.catch_warnings():
         # A failed import leaves the unreadable file open.
         warnings.simplefilter("ignore", ResourceWarning)
@@ -123,7 +124,7 @@ def _import(folder: Path | None) -> Any:
     for name in [name for name in sys.modules if name.split(".")[0] in ("pykeops", "keopscore")]:
         del sys.modules[name]
     if _state["folder"] is not None:
-        # KeOps finds formulas by name on this path, from which a folder that is no longer used must be removed.
+        # KeOps imports formulas by name from sys.path, from which the unused folder must be removed.
         sys.path[:] = [entry for entry in sys.path if not entry.startswith(f"{_state['folder']}{os.sep}")]
     settings = {
         "KEOPS_CACHE_FOLDER": str(folder),
@@ -142,11 +143,11 @@ def _import(folder: Path | None) -> Any:
 
 
 class _Unusable(Exception):
-    """A formula could not be compiled or loaded."""
+    """Error of a formula that could not be compiled or loaded."""
 
 
 def _renewed() -> bool:
-    """Import KeOps again with a cache folder without damaged files; return whether that succeeded."""
+    """Import KeOps again with a repaired or new cache folder; return whether that succeeded."""
     if _state["folder"] is None:
         return False
     folder = renewed_folder(_state["folder"], os.environ.get("CXXFLAGS", _FLAGS))
@@ -155,14 +156,14 @@ def _renewed() -> bool:
 
 
 def _unwritable(folder: Path) -> str | None:
-    """Reason why KeOps cannot compile into a folder, in one clause; None if it can."""
+    """Return the reason, one clause, why KeOps cannot write into a folder; None if it can."""
     if os.access(folder, os.W_OK):
         return None
-    return f"its cache folder {folder} cannot be written to (set KEOPS_CACHE_FOLDER to one that can)"
+    return f"its cache folder {folder} is not writable (set KEOPS_CACHE_FOLDER to a writable folder)"
 
 
 def _failure() -> str:
-    """Reason why a formula cannot be compiled or loaded although the compiler works, in one clause."""
+    """Return the reason, one clause, why a formula cannot be compiled or loaded although the compiler works."""
     folder = _state["lock"].parent
     return _unwritable(folder) or (
         f"it cannot compile or load a formula in {folder} (set KEOPS_CACHE_FOLDER to an empty folder; if that does not help, "
@@ -171,10 +172,10 @@ def _failure() -> str:
 
 
 def healing(function: Callable[..., R]) -> Callable[..., R]:
-    """Decorator that repeats a call with newly compiled formulas if those in the cache folder do not work.
+    """Decorate a function so that its call is repeated with newly compiled formulas if a formula cannot be loaded.
 
     Raises:
-        Broken: The compiler fails, or the second call does.
+        Broken: The compiler or the second call fails.
     """
 
     @functools.wraps(function)
@@ -195,10 +196,10 @@ def healing(function: Callable[..., R]) -> Callable[..., R]:
 
 @contextlib.contextmanager
 def guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
-    """Context of one call of a formula: a file lock while it may be compiled, and errors of KeOps as ``_Unusable``.
+    """Call a formula within this context, which locks the cache during compilation and converts errors to ``_Unusable``.
 
-    KeOps launches its kernels on the default stream of CUDA, which does not wait for what torch has queued on another one,
-    and leaves the context of the device that it used current. It synchronizes that device before it returns.
+    KeOps launches its kernels on the default CUDA stream, which does not wait for operations that torch has queued on another
+    stream. It synchronizes the device before it returns, and leaves it as the current device.
     """
     import fcntl
 

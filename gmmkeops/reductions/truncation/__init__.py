@@ -1,1 +1,1 @@
-"""Truncation: sorted points, bounds of exponents, and candidate lists with certified errors."""
+"""Truncation: skipping of negligible components with guaranteed error bounds."""

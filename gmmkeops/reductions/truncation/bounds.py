@@ -1,7 +1,7 @@
 r"""Upper bounds on the component densities over a kd-tree leaf, and candidate lists of components.
 
-For a leaf with center b and support function s (the smaller one of its oriented box's and its enclosing ellipsoid's), and the
-residual :math:`y = U_k^\top (b - \mu_k)`, all points x of the leaf satisfy, by the Cauchy-Schwarz inequality,
+Let b be the center of a leaf, s the smaller one of the support functions of its oriented bounding box and of its enclosing
+ellipsoid, and :math:`y = U_k^\top (b - \mu_k)`. By the Cauchy-Schwarz inequality, all points x of the leaf satisfy
 
 .. math::
 
@@ -27,35 +27,35 @@ from gmmkeops.reductions.truncation.tree import Boxes, Cloud
 
 __all__ = ["Bounds", "ParameterChange", "Schedule", "candidate_lists"]
 
-# Pairs of leaf and component that are processed at a time, so that they stay in cache; a GPU needs long kernels.
+# Number of pairs of leaf and component that are processed at a time, so that they stay in cache; a GPU needs large kernels.
 _PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
 
-# Depths below the limit from which bounds are pruned, nats; tried from the deepest one on.
+# Bounds that are at least this far below the limit are pruned, nats; the largest depth is tried first.
 _DEPTHS = (6.0, 4.0, 3.0, 2.0, 1.0)
 
 # Rounding error of a bound in float64, as a fraction of the lengths that it is computed from.
 _ROUNDING = 1e-13
 
-# Smallest bound, nats; and sums of exponentials relative to a limit that are so small that terms may have underflowed.
+# Smallest bound, nats; and sum of exponentials, relative to a limit, below which terms may have underflowed.
 _LOWEST, _FAINT = -1e308, 1e-250
 
-# Mean parameter change, in standard deviations, up to which lists that allow for it are not much longer.
+# Largest mean parameter change, in standard deviations, for which lists that allow for it are not much longer.
 _SMALL = 0.5
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Row ranges, their candidate lists of components, and bounds on the pruned mass.
+    """Row ranges, their candidate lists of components, and bounds on the pruned densities.
 
     Args:
         boxes: Indices of the kd-tree leaves that have lists (T,).
         index: Components of all lists, concatenated.
-        pointer: First entry of each list in ``index``, and the end of the last one (T + 1,).
-        pruned: Bound log Σ exp u on the mass of the components that each list omits (T,), nats.
+        pointer: Position of the first entry of each list in ``index``, and of the end of the last list (T + 1,).
+        pruned: Upper bound log Σ exp u on the density of the components that are not in each list (T,), nats.
         spans: First and last-plus-one row of each row range (S, 2).
         owner: Index of the list of each row range (S,).
         floor: Smallest minimum over each row range (S,) for which its list is long enough, nats; -inf for lists of all
-            components. None for a schedule that is not evaluated as it is.
+            components. None if the floors have not been set.
     """
 
     boxes: Tensor
@@ -73,7 +73,7 @@ class Schedule:
 
     @property
     def pairs(self) -> int:
-        """Number of pairs of point and component that are evaluated."""
+        """Number of point-component pairs that are evaluated."""
         return int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
 
     @property
@@ -85,19 +85,19 @@ class Schedule:
         return place + (first - sizes.cumsum(0) + sizes).repeat_interleave(sizes)
 
     def minima(self, values: Tensor) -> Tensor:
-        """Minimum over each row range (S,) of values on :attr:`rows`, float64."""
+        """Compute the minimum over each row range (S,), float64, of values at :attr:`rows`."""
         sizes = self.spans.diff(dim=1)[:, 0]
         place = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
         least = torch.full((len(sizes),), math.inf, dtype=torch.float64, device=values.device)
         return least.scatter_reduce(0, place, values.double(), "amin")
 
     def good(self, minima: Tensor) -> Tensor:
-        """Mask (S,) of the row ranges whose list was long enough, given their minima (S,); False where a minimum is NaN."""
+        """Return a mask (S,) of the row ranges whose list was long enough, given their minima (S,); False for NaN."""
         assert self.floor is not None, "a truncation sets the floors of the schedules that it returns"
         return (minima >= self.floor) | (self.floor == -math.inf)
 
     def only(self, chosen: Tensor) -> Schedule:
-        """The schedule of some row ranges (a boolean mask), with their lists."""
+        """Select some row ranges by a boolean mask (S,), with their lists."""
         lengths = self.pointer.diff()
         kept = torch.zeros_like(self.boxes, dtype=torch.bool)
         kept[self.owner[chosen]] = True
@@ -108,9 +108,9 @@ class Schedule:
         return Schedule(self.boxes[kept], index, pointer, self.pruned[kept], self.spans[chosen], owner, floor)
 
     def ranges(self) -> tuple[Tensor, ...]:
-        """The ranges argument of KeOps on :attr:`rows` and :attr:`index`, for reductions over components and over points."""
+        """Return the ``ranges`` argument of KeOps for :attr:`rows` and :attr:`index`, for reductions over either of them."""
         ends = self.spans.diff(dim=1)[:, 0].cumsum(0)
-        # KeOps uses int64 ranges without conversion; others would be converted on torch's stream after its synchronization.
+        # KeOps uses int64 ranges directly; it would convert others on torch's stream, which it does not wait for.
         points = torch.stack([torch.cat([ends.new_zeros(1), ends[:-1]]), ends], 1)
         lists = torch.stack([self.pointer[:-1], self.pointer[1:]], 1)
         slices = torch.arange(1, len(points) + 1, device=points.device)
@@ -138,8 +138,8 @@ class ParameterChange:
     .. math:: \lVert U'^\top (x - \mu') \rVert \ge (1 - \text{stretch}) \lVert U^\top (x - \mu) \rVert - \text{shift},
               \qquad c' \le c + \text{rise}
 
-    since :math:`U'^\top z = A^\top U^\top z` with :math:`A = U^{-1} U'`, whose least singular value is at least
-    :math:`1 - \lVert A - I \rVert`.
+    since :math:`U'^\top z = A^\top U^\top z` with :math:`A = U^{-1} U'`, whose smallest singular value is at least
+    :math:`1 - \lVert A - I \rVert`. Primes denote the new parameters.
     """
 
     stretch: Tensor
@@ -148,13 +148,13 @@ class ParameterChange:
 
     @classmethod
     def between(cls, old: Exponents, new: Exponents) -> ParameterChange:
-        """The change from one set of K components to another; infinite if their numbers differ."""
+        """Compute the change between two sets of K components; infinite if their numbers differ."""
         if old.U.shape != new.U.shape:
             infinite = torch.full_like(new.offsets, math.inf)
             return cls(infinite, infinite, infinite)
         moved = (new.means - old.means) + (new.center - old.center)
         far = [*(p.means.norm(dim=1) for p in (old, new)), *(p.center.norm() for p in (old, new))]
-        # Rounding errors of the change of means that are far from the origin.
+        # Bound on the rounding errors of the change, for means that are far from the origin.
         hidden = _ROUNDING * sum(far) * new.U.flatten(1).norm(dim=1)
         if new.is_full:
             change, _ = torch.linalg.solve_ex(old.U, new.U - old.U)
@@ -171,7 +171,7 @@ class ParameterChange:
         )
 
     def within(self, margin: ParameterChange) -> bool:
-        """Whether no component has changed by more than allowed, with a margin for rounding errors of ill-conditioned ones."""
+        """Return whether no component has changed by more than ``margin``, with a tolerance for rounding errors."""
         pairs = zip((self.stretch, self.shift, self.rise), (margin.stretch, margin.shift, margin.rise), strict=True)
         return len(self.rise) == len(margin.rise) and all(bool((1.001 * a <= b).all()) for a, b in pairs)
 
@@ -188,10 +188,10 @@ def candidate_lists(
 
     Args:
         cloud: The kd-tree.
-        problem: The components.
-        limit: Limit on log Σ exp u of the components that each leaf prunes (B,), nats. A leaf with +inf gets no list, and one
+        problem: Exponents with the component parameters.
+        limit: Limit on log Σ exp u of the pruned components of each leaf (B,), nats. Leaves with +inf get no list, and leaves
             with -inf a list of all components.
-        single: Whether the limit is on each u, rather than on their sum.
+        single: Whether the limit applies to each u, rather than to log Σ exp u.
         margin: Parameter changes for which the lists remain valid; None for no changes.
     """
     root, everybody = limit.new_zeros(1, dtype=torch.int64), torch.arange(problem.shape[1], device=limit.device)
@@ -228,7 +228,7 @@ class Bounds:
         self.size = self.U.flatten(1).norm(dim=1)
 
     def of(self, boxes: Boxes, which: Tensor, index: Tensor) -> Tensor:
-        """Bounds u (P, C, L), nats and finite, of C nodes ``which`` (P, C) and L components ``index`` (P, L)."""
+        """Compute bounds u (P, C, L), nats, finite, for C nodes ``which`` (P, C) and L components ``index`` (P, L)."""
         P, C = which.shape
         L, D = index.shape[1], self.means.shape[1]
         b = boxes.center[which] - self.center
@@ -255,7 +255,7 @@ class Bounds:
         if self.margin is not None:
             stretch, shift, offsets = self.margin.stretch, self.margin.shift, offsets + self.margin.rise
             least = least.clamp_(min=0) * (1 - stretch[index])[:, None] - shift[index][:, None]
-        # Overflows give no bound, and bounds are finite, so that they differ from -inf (nothing pruned).
+        # After an overflow there is no bound (distance zero). Bounds are finite, since -inf denotes that nothing was pruned.
         least.nan_to_num_(nan=0.0).clamp_(min=0)
         return (offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()).clamp_(min=_LOWEST)
 
@@ -264,15 +264,17 @@ def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool)
     """Choose the bounds u (P, C, L) to keep, such that log Σ exp u of the others stays below ``limit`` (P, C).
 
     The sum includes components that were pruned ``before`` (P, C; log Σ exp u). Bounds that are ``safe`` nats below the limit are
-    always pruned; with ``spend``, more are pruned if possible. Returns the mask of kept bounds (P, C, L), and log Σ exp u of all
-    pruned components (P, C).
+    always pruned; with ``spend``, more are pruned if possible.
+
+    Returns:
+        The mask of kept bounds (P, C, L), and log Σ exp u of all pruned components (P, C).
     """
-    # A limit of -inf prunes nothing; limits below the smallest bound are equivalent to it.
+    # A limit of -inf prunes nothing; limits below the smallest bound are equivalent to the smallest bound.
     finite = limit.clamp(min=_LOWEST)
     depth_of = u - finite[..., None]
     size = depth_of.exp().clamp_(max=2.0)
     spent = (before - finite).exp()
-    # A limit that is only an estimate may be too high: one component is always kept, and the pass detects it.
+    # An estimated limit may be too high. One component is always kept, and the pass detects that the list was too short.
     best = u >= u.amax(-1, keepdim=True)
     keep = (depth_of > -safe) | best
     left = (size * ~keep).sum(-1) + spent
@@ -297,8 +299,8 @@ def _refine(
 ) -> _Level:
     """Compute the lists of child nodes from those of their parents, for children whose ``limit`` is not +inf.
 
-    ``limit`` bounds log Σ exp u of the pruned components, or each u if ``single``. The last level prunes as much as it allows;
-    the levels above prune only components that are far below it.
+    ``limit`` bounds log Σ exp u of the pruned components, or each u if ``single``. On the last level as many components as
+    possible are pruned; on the levels above, only components that are far below the limit.
     """
     lengths = parents.pointer.diff()
     K = len(bounds.offsets)

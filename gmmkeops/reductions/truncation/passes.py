@@ -1,4 +1,4 @@
-"""Evaluation of a request over candidate lists: the one loop that checks their lower bounds and repeats leaves that failed."""
+"""Evaluation of a request by an engine over candidate lists, with repetition of row ranges whose lists were too short."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def evaluate(engine: Engine, problem: Exponents, request: Request, blocks: Trunc
         engine: An engine that supports the request.
         problem: The exponents, with points in kd-tree order if there is a truncation.
         request: The request, with weights in the order of the points.
-        blocks: The truncation, whose minima and certificate are updated; None to evaluate every pair.
+        blocks: The truncation, whose minima and certificate are updated; None to evaluate all pairs.
     """
     evaluation, single = engine.begin(problem, request), request.rank > 0
     problem = evaluation.problem

@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Boxes", "Cloud"]
 
-# Number of binary splits between two levels of the tree on which candidate lists are computed.
+# Number of binary splits between two levels of the tree for which candidate lists are computed.
 _STEP = 3
 
 # Number of rows from which the principal axis of a node is estimated.
@@ -27,7 +27,7 @@ _ROWS = 1 << 19
 
 @dataclass(frozen=True)
 class Boxes:
-    """Oriented bounding boxes of the nodes of one level of the tree, in the order of the points; data units.
+    """Oriented bounding boxes of the nodes of one level of the kd-tree, in the order of the points; data units.
 
     Args:
         center: Centers b (B, D).
@@ -45,12 +45,12 @@ class Boxes:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All fields, as a tuple."""
+        """Tuple of all fields."""
         return self.center, self.axes, self.half, self.semi, self.reach
 
     @classmethod
     def of(cls, points: Tensor) -> Boxes:
-        """The boxes of points (B, rows, D)."""
+        """Compute the boxes of points (B, rows, D)."""
         parts = [cls._few(part) for part in points.split(max(1, _ROWS // points.shape[1]))]
         return cls(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
@@ -65,7 +65,7 @@ class Boxes:
         middle = 0.5 * (low + high)
         t = t - middle
         half = 0.5 * (high - low)[:, 0]
-        # In units of the box, squares of lengths do not overflow or underflow.
+        # Lengths are divided by the largest half-width, so that their squares do not overflow or underflow.
         unit = half.amax(1).clamp(min=1e-300)[:, None]
         t = t / unit[..., None]
         deviation = t.square().mean(1, keepdim=True).sqrt()
@@ -84,7 +84,7 @@ class Cloud:
         rank: Row of each of the N points in ``points`` (N,).
         levels: Bounding boxes of some levels of the tree, from coarse to fine; the last ones are the leaves.
         starts: First row of each leaf, and M (B + 1,).
-        labeled: Whether leaves are groups of points with the same label.
+        labeled: Whether the leaves are groups of points with the same label.
     """
 
     points: Tensor
@@ -108,9 +108,9 @@ class Cloud:
 
     @classmethod
     def grouped(cls, x: Tensor, labels: Tensor, rows: int) -> Cloud:
-        """Sort points (N, D) by their labels (N,), in leaves of at most ``rows`` points with the same label.
+        """Sort points (N, D) by their labels (N,), into leaves of at most ``rows`` points with the same label.
 
-        In more than a few dimensions, median splits do not give small leaves, but the clusters of a mixture do.
+        In more than a few dimensions, the leaves of median splits are not small; those of clusters are.
         """
         order = labels.argsort(stable=True)
         sizes = labels.bincount()
@@ -136,11 +136,11 @@ class Cloud:
         return values.new_zeros(len(self.points), *values.shape[1:]).index_copy_(0, self.rank, values)
 
     def leave(self, values: Tensor) -> Tensor:
-        """Return values in tree order (M, ...) to the order of the points (N, ...)."""
+        """Reorder values in tree order (M, ...) to the order of the points (N, ...)."""
         return values[self.rank]
 
     def spans(self, boxes: Tensor) -> Tensor:
-        """First and last-plus-one row of each leaf (T, 2)."""
+        """Return the first and the last-plus-one row of each given leaf (T, 2)."""
         return torch.stack([self.starts[boxes], self.starts[boxes + 1]], 1)
 
 
@@ -159,7 +159,7 @@ def _ordered(x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
 
 
 def _projections(nodes: Tensor) -> Tensor:
-    """Coordinates along each node's principal axis (nodes, size)."""
+    """Project the points of each node on its principal axis (nodes, size)."""
     sample = nodes[:, :: max(1, nodes.shape[1] // _AXIS_ROWS)].double()
     sample = sample - sample.mean(1, keepdim=True)
     _, axes = torch.linalg.eigh(_squares(sample))
@@ -167,13 +167,13 @@ def _projections(nodes: Tensor) -> Tensor:
 
 
 def _squares(z: Tensor) -> Tensor:
-    """zᵀz of residuals (B, rows, D) of each node, divided by its largest residual to avoid overflow and underflow."""
+    """Compute zᵀz (B, D, D) for residuals z (B, rows, D), divided by the largest one to avoid overflow and underflow."""
     z = z / z.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
     return z.mT @ z
 
 
 def _halves(along: Tensor) -> Tensor:
-    """For each row, an order of its entries in which no entry of the first half exceeds one of the second half."""
+    """Compute an order of the entries of each row in which no entry of the first half exceeds one of the second half."""
     if along.is_cuda:
         return along.argsort(1)
     return torch.from_numpy(np.argpartition(along.numpy(), along.shape[1] // 2, axis=1))

@@ -1,9 +1,10 @@
-r"""Truncation: reductions that skip negligible components, with a certified error bound.
+r"""Truncation: reductions that skip negligible components, with a guaranteed error bound.
 
-A set of components with :math:`\sum \exp u_k \le \varepsilon \min_x \exp \ell(x)` may be skipped in a kd-tree leaf (box):
-:math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)` at each of its points. The minimum over the leaf is estimated
-from the previous pass. The pass itself gives a valid bound, since the sum over the kept components is a lower bound of the
-density, and leaves that do not satisfy the condition are repeated with longer candidate lists.
+Let :math:`u_k` be an upper bound of the exponent of component k over a kd-tree leaf (box). A set of components with
+:math:`\sum \exp u_k \le \varepsilon \min_x \exp \ell(x)` may be skipped in the leaf: then :math:`0 \le \ell_{true} - \ell_{kept}
+\le -\log(1 - \varepsilon)` at each of its points. The minimum over the leaf is estimated from the previous pass. The pass itself
+gives a valid lower bound of the minimum, the sum over the kept components; leaves that do not satisfy the condition with this
+bound are evaluated again with longer candidate lists.
 """
 
 from __future__ import annotations
@@ -21,35 +22,35 @@ from gmmkeops.reductions.truncation.tree import Cloud
 
 __all__ = ["Truncation"]
 
-# Number of points of a leaf for the first estimate of the minimum, and the margin below their minimum, in units of their range.
+# Number of points per leaf for the first estimate of the minimum, and the margin subtracted from it, in units of their range.
 _GUESSES, _MARGIN = 4, 2.0
 
 # Margin below the last minima, nats, so that few leaves fail if the minima decrease slightly.
 _GIVE = 0.25
 
-# Candidate lists allow for this many parameter changes of the size of the last one, if that is small. They are recomputed if more
-# than this fraction of the leaves fails.
+# If the last parameter change was small, candidate lists allow for a change that is this many times as large. They are recomputed
+# if more than this fraction of the leaves fails.
 _AHEAD, _FAILURES = 4.0, 0.02
 
-# Below these values the engines clamp exponents, so that results give no bound.
+# The engines clamp exponents below these values, which are therefore no lower bounds.
 _LEAST = {torch.float32: -2.9e38, torch.float64: -9.9e299}
 
-# Largest fraction of pairs for which truncation saves time.
+# Largest fraction of evaluated pairs for which truncation saves time.
 _PAYS = 0.5
 
 
 @dataclass
 class Truncation:
-    r"""Sorted points for a sequence of reductions, which neglect at most a fraction ε of every point's density.
+    r"""Sorted points for a sequence of reductions that neglect at most a fraction ε of the density of each point.
 
     .. math:: 0 \le \ell_n - \ell_n^{\text{kept}} \le \text{certificate} \le -\log(1 - \varepsilon) \qquad \text{for every } n
 
     Args:
         cloud: The points, sorted into kd-tree leaves.
-        epsilon: ε, in (0, 1).
+        epsilon: Tolerance ε in (0, 1).
         minima: Minimum of ℓ over each leaf (B,) in the last pass, or an estimate of it, nats.
-        certificate: Upper bound on the error of any point's ℓ in the last pass, nats.
-        share: Fraction of all pairs that the last pass has evaluated.
+        certificate: Upper bound on the error of ℓ at each point in the last pass, nats.
+        share: Fraction of all point-component pairs that were evaluated in the last pass.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -75,12 +76,12 @@ class Truncation:
         return len(self.cloud.rank)
 
     def sample(self) -> Tensor:
-        """Row indices of a few points of each leaf (B, n), for the first estimate of the minima."""
+        """Select the rows (B, n) of a few points of each leaf, for the first estimate of the minima."""
         first, sizes = self.cloud.starts[:-1, None], self.cloud.starts.diff()[:, None]
         return first + torch.arange(_GUESSES, device=sizes.device) * sizes // _GUESSES
 
     def set_initial_bounds(self, values: Tensor) -> None:
-        """Set the first estimate of the minima, given the log-sum-exps or exponents of the sample (B, n)."""
+        """Set the first estimate of the minima, given the log-sum-exps or exponents (B, n) of :meth:`sample`."""
         low, high = values.double().aminmax(dim=1)
         guess = low - _MARGIN * (high - low)
         self.minima = torch.where(guess.isnan(), -math.inf, guess)
@@ -89,9 +90,9 @@ class Truncation:
         """Return the schedule of a pass, or None if candidate lists would be too long to save time.
 
         Args:
-            problem: The components.
-            single: Whether the pass computes the largest exponents rather than log-sum-exps. No pruned exponent is then
-                larger than the computed ones, so that the results are exact.
+            problem: Exponents with the component parameters.
+            single: Whether the pass computes the largest exponents rather than log-sum-exps. Only exponents that are smaller are
+                then pruned, so that the results are exact.
         """
         self._repeated = False
         schedule = self._reused(problem, single)
@@ -110,7 +111,7 @@ class Truncation:
         return self._floored(problem, schedule, single)
 
     def _reused(self, problem: Exponents, single: bool) -> Schedule | None:
-        """The last schedule, if no parameter has changed by more than it allows for; otherwise None."""
+        """Return the last schedule if no parameter has changed by more than it allows for, otherwise None."""
         if self._kept is None:
             return None
         schedule, reference, margin, kind = self._kept
@@ -122,7 +123,7 @@ class Truncation:
         low = self._lower(problem, minima)
         if not single and not bool(failed.all()):
             pruned = schedule.pruned[schedule.owner][~failed]
-            # A floor that is met keeps this below ε / (1 - ε), but for the rounding of the difference itself.
+            # This is below ε / (1 - ε) for row ranges that reach their floor, up to rounding, which the clamp removes.
             lost = torch.where(pruned > -math.inf, pruned - low[~failed], -math.inf).clamp(max=self._allowed(single))
             self.certificate = max(self.certificate, float(lost.max().exp().log1p()))
         boxes = schedule.boxes[schedule.owner]
@@ -133,7 +134,7 @@ class Truncation:
             return None
         if int(failed.sum()) > _FAILURES * len(failed):
             self._kept = None
-        # Results with a list are a lower bound, so that one longer list is enough. If even that fails because of rounding, or
+        # The results with a list are lower bounds, so that one longer list is sufficient. If it fails because of rounding, or if
         # there is no bound, all components are evaluated.
         guess = untouched.scatter_reduce(0, boxes[failed], low[failed], "amin")
         limit = torch.where(guess < math.inf, self._limit(problem, guess, single), guess)
@@ -146,7 +147,7 @@ class Truncation:
         return self._floored(problem, rest, single)
 
     def _floored(self, problem: Exponents, schedule: Schedule, single: bool) -> Schedule:
-        """The schedule with the smallest minima for which its lists are long enough."""
+        """Set the floors of a schedule, the smallest minima for which its lists are long enough."""
         pruned = schedule.pruned[schedule.owner]
         least = pruned - self._allowed(single)
         # Twice the rounding bound of ``_lower``, since that is relative to the value.
@@ -154,17 +155,17 @@ class Truncation:
         return replace(schedule, floor=torch.where(pruned > -math.inf, least, -math.inf))
 
     def _lower(self, problem: Exponents, minima: Tensor) -> Tensor:
-        """Lower bounds of the minima that allow for rounding; -inf for those beyond the range of the engines."""
+        """Subtract a bound of the rounding error from minima; minima beyond the range of the engines become -inf."""
         low = minima - _rounding(problem) * minima.abs().clamp(min=1.0)
         return torch.where(low > _LEAST[problem.x.dtype], low, -math.inf)
 
     def _limit(self, problem: Exponents, guess: Tensor, single: bool) -> Tensor:
-        """Log of the largest density that lists may prune in leaves with estimated minima (B,), nats."""
+        """Compute the log of the density that may be pruned in leaves with estimated minima (B,), nats."""
         room = 4 * _rounding(problem) * guess.abs().clamp(min=1.0)
         return torch.where(guess > -math.inf, guess - room + self._log_epsilon(single), -math.inf)
 
     def remember(self) -> dict[str, Any]:
-        """State for a checkpoint, on which the next schedules depend beside the sorted points."""
+        """Return the state for a checkpoint, on which the next schedules depend in addition to the sorted points."""
         last = None if self._last is None else _parameters(self._last)
         kept = None
         if self._kept is not None:
@@ -191,14 +192,14 @@ class Truncation:
 
     def _guess(self) -> Tensor:
         if self.minima is None:
-            raise RuntimeError("a truncated sweep has no first guess; call set_initial_bounds before begin.")
+            raise RuntimeError("a truncation has no estimate of the minima; call set_initial_bounds before begin.")
         return self.minima
 
     def _log_epsilon(self, single: bool) -> float:
         return 0.0 if single else math.log(self.epsilon)
 
     def _allowed(self, single: bool) -> float:
-        """Largest log-ratio of the pruned to the kept density, nats."""
+        """Compute the largest allowed log-ratio of the pruned to the kept density, nats."""
         return 0.0 if single else math.log(self.epsilon) - math.log1p(-self.epsilon)
 
     def _share(self, problem: Exponents, schedule: Schedule) -> float:
