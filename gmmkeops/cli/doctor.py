@@ -9,13 +9,13 @@ import platform
 import shutil
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from gmmkeops import reductions
-from gmmkeops.reductions import keops_unavailable
+from gmmkeops.reductions import instruction_set, keops_unavailable, native_unavailable
 
 __all__ = ["Finding", "examine"]
 
@@ -57,6 +57,7 @@ def examine() -> list[Finding]:
         Finding("torch", True, f"torch {torch.__version__} with {threads} CPU threads."),
         _engine("dense on the CPU", "dense", torch.device("cpu")),
         _compiler(),
+        _native(),
         _engine("KeOps on the CPU", "keops", torch.device("cpu")),
     ]
     return [*found, *_cuda()]
@@ -72,6 +73,16 @@ def _compiler() -> Finding:
         "no C++ compiler was found, so KeOps cannot compile its formulas; the dense engine does not need it.",
         "sudo apt install g++   (or: conda install gxx)",
     )
+
+
+def _native() -> Finding:
+    """Compare the compiled engine with the dense engine, or report why it has not been compiled."""
+    what = "native on the CPU"
+    if (reason := native_unavailable()) is not None:
+        remedy = "sudo apt install g++; pip install --force-reinstall --no-cache-dir gmmkeops"
+        return Finding(what, False, f"{reason}; the dense engine is used instead.", remedy)
+    found = _engine(what, "native", torch.device("cpu"))
+    return replace(found, says=f"{found.says} Instruction set: {instruction_set()}.")
 
 
 def _cuda() -> list[Finding]:

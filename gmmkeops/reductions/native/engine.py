@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import signal
 import threading
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -41,10 +41,11 @@ _COMPARED, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
 # Dimensions from which kernels without AVX2 are slower than the dense engine.
 _MANY = 6
 
+# Product of rows, components and dimensions from which a call may take longer than a tenth of a second.
+_LONG = 100_000_000
+
 # Status of an evaluation in source/interface.hpp.
 _OUT_OF_MEMORY = 1
-
-_Interrupted = ctypes.CFUNCTYPE(ctypes.c_int32)
 
 
 class Native:
@@ -186,20 +187,16 @@ def _call(
     parameters = [part.contiguous() for part in (problem.offsets, problem.means, U, problem.center)]
     lists, minima = _lists(schedule), torch.empty(0 if schedule is None else len(schedule.spans), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
-    caught: list[BaseException] = []
-    callback = _Interrupted(lambda: _poll(caught))
+    stop = ctypes.c_int32(0)
     call = Call(
         kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), torch.get_num_threads(),
         N, K, D, x.data_ptr(), *map(_pointer, parameters), 0 if shared else U[0].numel(),
         _pointer(weights), unit, getattr(request, "seed", 0) & (2**64 - 1), len(minima), *map(_pointer, lists), _pointer(minima),
         evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient),
         *map(_pointer, sums or (None,) * 4), counts.data_ptr(), counts.data_ptr() + counts.element_size(),
-        ctypes.cast(callback, ctypes.c_void_p),
+        ctypes.addressof(stop),
     )  # fmt: skip
-    library, instruction_set = load()
-    status = library.gmmkeops_evaluate(ctypes.byref(call), instruction_set)
-    if caught:
-        raise caught[0]
+    status = _evaluate(call, stop)
     if status == _OUT_OF_MEMORY:
         raise MemoryError(f"There is not enough memory for reductions over {K} components in {D} dimensions.")
     return sums, minima, int(counts[0])
@@ -230,13 +227,32 @@ def _scaled(weights: Tensor) -> tuple[Tensor, float, float]:
     return (weights.contiguous() if unit == 1 else weights / unit), unit, ratio
 
 
-def _poll(caught: list[BaseException]) -> int:
-    """Let Python handle signals; return whether a handler has raised an exception, which is kept."""
-    if threading.current_thread() is not threading.main_thread():
-        return 0
+def _evaluate(call: Call, stop: ctypes.c_int32) -> int:
+    """Call the library; long calls from the main thread run in another one, so that signals such as Ctrl-C end them."""
+    library, instruction_set = load()
+    if (
+        call.rows * call.components * call.dimensions < _LONG
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        return int(library.gmmkeops_evaluate(ctypes.byref(call), instruction_set))
+    found: list[int] = []
+    # An interrupted Thread.join counts the thread as finished, so that the end is an event.
+    finished = threading.Event()
+
+    def work() -> None:
+        try:
+            found.append(library.gmmkeops_evaluate(ctypes.byref(call), instruction_set))
+        finally:
+            finished.set()
+
+    threading.Thread(target=work, name="gmmkeops-native").start()
     try:
-        # Handlers run between two instructions of the interpreter.
-        signal.getsignal(signal.SIGINT)
-    except BaseException as error:
-        caught.append(error)
-    return bool(caught)
+        finished.wait()
+    except BaseException:
+        # The call reads and writes the memory of tensors, so that it must have ended before they are released.
+        stop.value = 1
+        while not finished.is_set():
+            with suppress(BaseException):
+                finished.wait()
+        raise
+    return found[0]

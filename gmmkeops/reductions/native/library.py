@@ -7,7 +7,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Call", "describe", "load", "reason"]
+__all__ = ["Call", "instruction_set", "load", "reason"]
 
 # Must equal the number in source/interface.hpp.
 _ABI = 1
@@ -38,7 +38,7 @@ class Call(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in ("values", "labels", "gradient", "S0", "S1", "S2", "total", "odd", "doubles")
         ),
-        ("interrupted", ctypes.c_void_p),
+        ("stop", ctypes.c_void_p),
     )
 
 
@@ -91,9 +91,7 @@ def load() -> tuple[ctypes.CDLL, int]:
     return library, chosen
 
 
-def describe() -> str:
-    """One line about the library for ``gmmkeops doctor``: the instruction set, or why there is none."""
-    why = reason()
-    if why is not None:
-        return f"unavailable: {why}"
-    return f"available, instruction set {next(name for name, number in _SETS.items() if number == load()[1])}"
+def instruction_set() -> str:
+    """Name of the instruction set that the kernels use: ``"avx512"``, ``"avx2"`` or ``"base"``."""
+    chosen = load()[1]
+    return next(name for name, number in _SETS.items() if number == chosen)

@@ -34,7 +34,7 @@ struct Call {
   void* gradient;                                       // (N, D)
   double *S0, *S1, *S2, *total;
   int64_t *odd, *doubles;                               // rows whose values are not finite; components evaluated in float64
-  int32_t (*interrupted)();                             // called about ten times a second; nonzero ends the call
+  const int32_t* stop;                                  // becomes nonzero when the call is to end early
 };
 
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:
@@ -63,15 +63,10 @@ struct Group {
   int64_t odd;  // rows whose values are not finite
 };
 
-// State that the threads of one call share.
-struct Shared {
-  volatile int32_t stop;
-};
-
 struct Kernel {
   // Numbers in Group::moments for one component.
   int64_t (*sums)(const Call&);
   // Position in a component's sums of the product of residuals i >= j, where i = D stands for one; diagonal families: i == j.
   int64_t (*place)(const Call&, int64_t i, int64_t j);
-  Status (*run)(const Call&, const Parameters&, Group&, Shared&, bool (*interrupted)(const Call&, Shared&));
+  Status (*run)(const Call&, const Parameters&, Group&);
 };

@@ -11,7 +11,7 @@ static int64_t tile_rows(const Call& call, bool wide) {
   return rows < step ? step : rows > 512 ? 512 : rows;
 }
 
-template <class F, class Kind, int DS> static Status sweep(const Call& call, const Parameters& parameters, Group& group, Shared& shared, bool (*interrupted)(const Call&, Shared&)) {
+template <class F, class Kind, int DS> static Status sweep(const Call& call, const Parameters& parameters, Group& group) {
   FlushDenormals flushed;
   const bool whole = call.ranges == 0;
   int64_t rows = tile_rows(call, sizeof(F) == 8), longest = call.components;
@@ -27,14 +27,14 @@ template <class F, class Kind, int DS> static Status sweep(const Call& call, con
   if (!tile.ready) return OUT_OF_MEMORY;
   if (whole) {
     for (int64_t first = group.first; first < group.last; first += rows) {
-      if (interrupted(call, shared)) return INTERRUPTED;
+      if (__atomic_load_n(call.stop, __ATOMIC_RELAXED)) return INTERRUPTED;
       tile.evaluate(first, first + rows < group.last ? first + rows : group.last, nullptr, call.components);
       tile.add();
     }
     return DONE;
   }
   for (int64_t s = group.first; s < group.last; s++) {
-    if (interrupted(call, shared)) return INTERRUPTED;
+    if (__atomic_load_n(call.stop, __ATOMIC_RELAXED)) return INTERRUPTED;
     const int64_t owner = call.owner[s], begin = call.pointer[owner];
     const double least = tile.evaluate(call.range[2 * s], call.range[2 * s + 1], call.index + begin, call.pointer[owner + 1] - begin);
     call.minima[s] = least;
@@ -43,20 +43,20 @@ template <class F, class Kind, int DS> static Status sweep(const Call& call, con
   return DONE;
 }
 
-template <class F> static Status of_type(const Call& call, const Parameters& parameters, Group& group, Shared& shared, bool (*interrupted)(const Call&, Shared&)) {
-  if (call.family != FULL) return sweep<F, Diagonal, 0>(call, parameters, group, shared, interrupted);
+template <class F> static Status of_type(const Call& call, const Parameters& parameters, Group& group) {
+  if (call.family != FULL) return sweep<F, Diagonal, 0>(call, parameters, group);
   switch (call.dimensions) {
-    case 1: return sweep<F, Full, 1>(call, parameters, group, shared, interrupted);
-    case 2: return sweep<F, Full, 2>(call, parameters, group, shared, interrupted);
-    case 3: return sweep<F, Full, 3>(call, parameters, group, shared, interrupted);
-    case 4: return sweep<F, Full, 4>(call, parameters, group, shared, interrupted);
-    default: return sweep<F, Full, 0>(call, parameters, group, shared, interrupted);
+    case 1: return sweep<F, Full, 1>(call, parameters, group);
+    case 2: return sweep<F, Full, 2>(call, parameters, group);
+    case 3: return sweep<F, Full, 3>(call, parameters, group);
+    case 4: return sweep<F, Full, 4>(call, parameters, group);
+    default: return sweep<F, Full, 0>(call, parameters, group);
   }
 }
 
-static Status run(const Call& call, const Parameters& parameters, Group& group, Shared& shared, bool (*interrupted)(const Call&, Shared&)) {
+static Status run(const Call& call, const Parameters& parameters, Group& group) {
   const bool doubles = call.double_points || call.double_arithmetic;
-  return doubles ? of_type<double>(call, parameters, group, shared, interrupted) : of_type<float>(call, parameters, group, shared, interrupted);
+  return doubles ? of_type<double>(call, parameters, group) : of_type<float>(call, parameters, group);
 }
 static int64_t sums(const Call& call) { return call.family == FULL ? Full::sums(call.dimensions) : Diagonal::sums(call.dimensions); }
 static int64_t place(const Call& call, int64_t i, int64_t j) {

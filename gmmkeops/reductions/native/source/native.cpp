@@ -1,7 +1,6 @@
 // The driver: packs the components, shares groups of rows between threads, and adds their sums in order.
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -36,8 +35,8 @@ constexpr double EXPANDED = 32;
 // Rows of a group, its largest number of groups, and the numbers in their sums together.
 constexpr int64_t GROUP_ROWS = 16384, GROUPS = 64, SUMS = int64_t(1) << 22;
 
-// Multiplications for which another thread saves time, and seconds between two questions whether the user has interrupted.
-constexpr double WORK = 2e6, PATIENCE = 0.1;
+// Multiplications for which another thread saves time.
+constexpr double WORK = 2e6;
 
 // Scratch memory of ``pack`` for one thread.
 struct Packing {
@@ -212,21 +211,6 @@ struct Driver {
   }
 };
 
-using Clock = std::chrono::steady_clock;
-thread_local bool asks = false;             // whether this thread is the one that Python called
-thread_local Clock::time_point asked_last;
-
-bool is_interrupted(const Call& call, Shared& shared) {
-  if (__atomic_load_n(&shared.stop, __ATOMIC_RELAXED)) return true;
-  if (!asks || !call.interrupted) return false;
-  const auto now = Clock::now();
-  if (std::chrono::duration<double>(now - asked_last).count() < PATIENCE) return false;
-  asked_last = now;
-  if (!call.interrupted()) return false;
-  __atomic_store_n(&shared.stop, 1, __ATOMIC_RELAXED);
-  return true;
-}
-
 // Cuts the rows, or the row ranges of the schedule, into groups whose sums are added in order, so that results do not depend on
 // the number of threads.
 std::vector<Group> cut(const Call& call, int64_t sums) {
@@ -256,14 +240,13 @@ std::vector<Group> cut(const Call& call, int64_t sums) {
   return groups;
 }
 
-double work_of(const Call& call, const std::vector<Group>& groups) {
+double work_of(const Call& call) {
   double pairs = double(call.rows) * call.components;
   if (call.ranges) {
     pairs = 0;
     for (int64_t s = 0; s < call.ranges; s++)
       pairs += double(call.range[2 * s + 1] - call.range[2 * s]) * (call.pointer[call.owner[s] + 1] - call.pointer[call.owner[s]]);
   }
-  (void)groups;
   return pairs * call.dimensions * (call.family == FULL ? 0.5 * call.dimensions + 4 : 4);
 }
 
@@ -320,32 +303,28 @@ Status evaluate(const Call& given, const Kernel& kernel) {
     space.reset(new double[groups.size() * sums * call.components]());
     for (size_t g = 0; g < groups.size(); g++) groups[g].moments = &space[g * sums * call.components];
   }
-  const int threads = int(std::clamp<double>(work_of(call, groups) / WORK, 1, std::min<double>(call.threads, groups.size())));
-  Shared shared{0};
+  const int threads = int(std::clamp<double>(work_of(call) / WORK, 1, std::min<double>(call.threads, groups.size())));
   std::atomic<size_t> next{0};
   std::atomic<int> status{DONE};
-  auto work = [&](bool first) {
-    asks = first;
-    asked_last = Clock::now();
+  auto work = [&] {
     try {
       for (size_t g; status == DONE && (g = next++) < groups.size();) {
-        const Status found = kernel.run(call, driver.parameters, groups[g], shared, is_interrupted);
+        const Status found = kernel.run(call, driver.parameters, groups[g]);
         if (found != DONE) status = found;
       }
     } catch (const std::bad_alloc&) {
       status = OUT_OF_MEMORY;
     }
-    asks = false;
   };
   std::vector<std::thread> others;
   for (int t = 1; t < threads; t++) {
     try {
-      others.emplace_back(work, false);
+      others.emplace_back(work);
     } catch (const std::exception&) {
       break;  // the system has no more threads: those that it has do the work
     }
   }
-  work(true);
+  work();
   for (std::thread& other : others) other.join();
   if (status != DONE) return Status(int(status));
   double total = 0;
@@ -353,9 +332,7 @@ Status evaluate(const Call& given, const Kernel& kernel) {
   for (const Group& group : groups) total += group.total, *call.odd += group.odd;
   if (call.total) *call.total = total * call.unit;
   if (moments) {
-    Driver& merged = driver;
-    Driver* const self = &merged;
-    merge(*self, groups, sums, 0, call.components);
+    merge(driver, groups, sums, 0, call.components);
   }
   *call.doubles = std::count(driver.is_wide.begin(), driver.is_wide.end(), 1);
   return DONE;
