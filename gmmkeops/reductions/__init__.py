@@ -24,8 +24,8 @@ from gmmkeops.reductions.derivatives import recording as recording
 from gmmkeops.reductions.dispatch import ASSIGNMENTS
 from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, topk, total
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
-from gmmkeops.reductions.native.library import instruction_set as instruction_set
-from gmmkeops.reductions.native.library import reason as native_unavailable  # noqa: F401
+from gmmkeops.reductions.library import instruction_set as instruction_set
+from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.reductions.dense import dense
-from gmmkeops.reductions.native.library import Call, load, reason
+from gmmkeops.reductions.library import Call, load, reason
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.truncation.bounds import Schedule

@@ -14,14 +14,18 @@ down to the leaves.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass, replace
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gmmkeops.reductions.cores import on_cores
+from gmmkeops.reductions.library import Level, ListCall, load
+from gmmkeops.reductions.library import reason as unavailable
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.tree import Boxes, Cloud
 
@@ -194,6 +198,8 @@ def candidate_lists(
         single: Whether the limit applies to each u, rather than to log Σ exp u.
         margin: Parameter changes for which the lists remain valid; None for no changes.
     """
+    if margin is None and not limit.is_cuda and unavailable() is None:
+        return compiled_lists(cloud, problem, limit, single)
     root, everybody = limit.new_zeros(1, dtype=torch.int64), torch.arange(problem.shape[1], device=limit.device)
     lists = _Level(root, everybody, root.new_tensor([0, len(everybody)]), limit.new_full((1,), -math.inf))
     bounds, above = Bounds(problem, margin), 1
@@ -204,6 +210,41 @@ def candidate_lists(
         above = count
     owner = torch.arange(len(lists.boxes), device=limit.device)
     return Schedule(lists.boxes, lists.index, lists.pointer, lists.pruned, cloud.spans(lists.boxes), owner)
+
+
+def compiled_lists(cloud: Cloud, problem: Exponents, limit: Tensor, single: bool) -> Schedule:
+    """Compute the lists of :func:`candidate_lists` by the compiled library."""
+    U = problem.U.contiguous()
+    parts = [
+        part.contiguous()
+        for part in (limit, problem.offsets, problem.means, U, problem.center, U.flatten(1).norm(dim=1))
+    ]
+    tensors = [[part.contiguous() for part in boxes.tensors] for boxes in cloud.levels]
+    levels, above = (Level * len(tensors))(), 1
+    for level, level_tensors in zip(levels, tensors, strict=True):
+        count = len(level_tensors[0])
+        level.__init__(count, count // above, cloud.boxes // count, *(part.data_ptr() for part in level_tensors))
+        above = count
+    (K, D), library, instructions = problem.shape[1:], *load()
+    shape = problem.is_full, U.shape[1:] == (1,), single, torch.get_num_threads(), K, D, len(levels)
+    call = ListCall(*shape, levels, *(part.data_ptr() for part in parts), U[0].numel())
+    if library.gmmkeops_lists(ctypes.byref(call), instructions) != 0:
+        raise MemoryError(f"There is not enough memory for the candidate lists of {cloud.boxes} kd-tree leaves.")
+    try:
+        found, (T, E) = call.result, (call.result.count, call.result.total)
+        sizes = (T, E, T, T)
+        fields = found.boxes, found.index, found.lengths, found.pruned
+        copies = [
+            np.ctypeslib.as_array(field, (size,)).copy() if size else np.empty(0, np.int64)
+            for field, size in zip(fields, sizes, strict=True)
+        ]
+    finally:
+        library.gmmkeops_release(ctypes.byref(call))
+    boxes, index, lengths, pruned = map(torch.from_numpy, copies)
+    pointer = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return Schedule(
+        boxes, index, pruned=pruned.double(), pointer=pointer, spans=cloud.spans(boxes), owner=torch.arange(T)
+    )
 
 
 @dataclass(frozen=True)

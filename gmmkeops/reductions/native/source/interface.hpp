@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t ABI = 1;
+constexpr int32_t ABI = 2;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -63,10 +63,35 @@ struct Group {
   int64_t odd;  // rows whose values are not finite
 };
 
+// One level of the kd-tree: oriented boxes and enclosing ellipsoids along the same axes.
+struct Level {
+  int64_t count, children, leaves;  // boxes, boxes for each of the level above, leaves of each box
+  const double *center, *axes, *half, *semi, *reach;  // (B, D), (B, D, D), (B, D), (B, D), (B,)
+};
+
+// Candidate lists of some boxes of a level, one after the other; memory of malloc.
+struct Lists {
+  int64_t count, total;
+  int64_t *boxes, *index, *lengths;
+  double* pruned;  // log of the sum of the exponentials that each list omits, nats
+};
+
+// The arguments of the search for candidate lists, as in truncation/bounds.py; library.py declares the same fields.
+struct ListCall {
+  int32_t full, spherical, single, threads;
+  int64_t components, dimensions, levels;
+  const Level* level;
+  const double *limit, *offsets, *means, *factor, *center, *sizes;  // (leaves,), (K,), (K, D), (K, ...), (D,), (K,)
+  int64_t factor_stride;
+  Lists result;
+};
+
 struct Kernel {
   // Numbers in Group::moments for one component.
   int64_t (*sums)(const Call&);
   // Position in a component's sums of the product of residuals i >= j, where i = D stands for one; diagonal families: i == j.
   int64_t (*place)(const Call&, int64_t i, int64_t j);
   Status (*run)(const Call&, const Parameters&, Group&);
+  // The lists of the children of the parents from ``from`` to ``to``.
+  Status (*refine)(const ListCall&, const Level&, bool last, const Lists& parents, int64_t from, int64_t to, Lists& children);
 };

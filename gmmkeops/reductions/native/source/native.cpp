@@ -338,6 +338,69 @@ Status evaluate(const Call& given, const Kernel& kernel) {
   return DONE;
 }
 
+void release(Lists& lists) {
+  free(lists.boxes), free(lists.index), free(lists.lengths), free(lists.pruned);
+  lists = {};
+}
+
+// Candidate lists from the root of the tree down to the leaves; the nodes of a level are shared between threads.
+Status search(ListCall& call, const Kernel& kernel) {
+  std::vector<int64_t> everything(call.components);
+  for (int64_t k = 0; k < call.components; k++) everything[k] = k;
+  int64_t root = 0, length = call.components;
+  double nothing = -INFINITY;
+  Lists parents{1, length, &root, everything.data(), &length, &nothing};
+  bool owned = false;
+  for (int64_t l = 0; l < call.levels; l++) {
+    const Level& level = call.level[l];
+    const int64_t workers = std::clamp<int64_t>(parents.total * level.children / 4096, 1, std::min<int64_t>(call.threads, parents.count));
+    std::vector<Lists> parts(workers);
+    std::vector<int> status(workers, DONE);
+    std::vector<std::thread> threads;
+    // Parents are cut where their lists have about equal lengths.
+    std::vector<int64_t> cuts{0};
+    for (int64_t p = 0, done = 0; p < parents.count && int64_t(cuts.size()) < workers; p++) {
+      done += parents.lengths[p];
+      if (done * workers >= parents.total * int64_t(cuts.size())) cuts.push_back(p + 1);
+    }
+    while (int64_t(cuts.size()) <= workers) cuts.push_back(parents.count);
+    auto work = [&](int64_t w) { status[w] = kernel.refine(call, level, l == call.levels - 1, parents, cuts[w], cuts[w + 1], parts[w]); };
+    int64_t started = 1;
+    try {
+      for (; started < workers; started++) threads.emplace_back(work, started);
+    } catch (const std::exception&) {
+      // The system has no more threads: this one does the work.
+    }
+    work(0);
+    for (int64_t w = started; w < workers; w++) work(w);
+    for (std::thread& thread : threads) thread.join();
+    Lists joined{};
+    for (const Lists& part : parts) joined.count += part.count, joined.total += part.total;
+    joined.boxes = (int64_t*)malloc(joined.count * 8 + 8), joined.index = (int64_t*)malloc(joined.total * 8 + 8);
+    joined.lengths = (int64_t*)malloc(joined.count * 8 + 8), joined.pruned = (double*)malloc(joined.count * 8 + 8);
+    const bool failed = std::any_of(status.begin(), status.end(), [](int s) { return s != DONE; }) || !joined.boxes || !joined.index || !joined.lengths || !joined.pruned;
+    int64_t at = 0, entry = 0;
+    for (Lists& part : parts) {
+      if (!failed) {
+        std::copy(part.boxes, part.boxes + part.count, joined.boxes + at);
+        std::copy(part.lengths, part.lengths + part.count, joined.lengths + at);
+        std::copy(part.pruned, part.pruned + part.count, joined.pruned + at);
+        std::copy(part.index, part.index + part.total, joined.index + entry);
+        at += part.count, entry += part.total;
+      }
+      release(part);
+    }
+    if (owned) release(parents);
+    parents = joined, owned = true;
+    if (failed) {
+      release(parents);
+      return OUT_OF_MEMORY;
+    }
+  }
+  call.result = parents;
+  return DONE;
+}
+
 const Kernel* kernel_of(int isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -353,7 +416,7 @@ const Kernel* kernel_of(int isa) {
 
 EXPORT int32_t gmmkeops_abi() { return ABI; }
 
-EXPORT int64_t gmmkeops_call_size() { return sizeof(Call); }
+EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall); }
 
 // Whether this machine has an instruction set: 0 base, 1 AVX2, 2 AVX-512.
 EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
@@ -365,3 +428,14 @@ EXPORT int32_t gmmkeops_evaluate(const Call* call, int32_t isa) {
     return OUT_OF_MEMORY;
   }
 }
+
+// The result is released by ``gmmkeops_release``.
+EXPORT int32_t gmmkeops_lists(ListCall* call, int32_t isa) {
+  try {
+    return search(*call, *kernel_of(isa));
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+EXPORT void gmmkeops_release(ListCall* call) { release(call->result); }

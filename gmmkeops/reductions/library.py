@@ -1,4 +1,4 @@
-"""Loading the compiled library, and the choice of the instruction set."""
+"""The compiled library: its calls, how it is loaded, and the choice of the instruction set."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import os
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Call", "instruction_set", "load", "reason"]
+__all__ = ["Call", "Level", "ListCall", "instruction_set", "load", "reason"]
 
-# Must equal the number in source/interface.hpp.
-_ABI = 1
+# Must equal the number in native/source/interface.hpp.
+_ABI = 2
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "native"
 
 # Instruction sets by the names that GMMKEOPS_ISA accepts, and their numbers in the library.
 _SETS = {"avx512": 2, "avx2": 1, "base": 0}
 
 
 class Call(ctypes.Structure):
-    """The arguments of one evaluation; source/interface.hpp describes the fields."""
+    """The arguments of one evaluation; native/source/interface.hpp describes the fields."""
 
     _fields_ = (
         *(
@@ -42,6 +42,39 @@ class Call(ctypes.Structure):
     )
 
 
+class Level(ctypes.Structure):
+    """A level of the kd-tree."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("count", "children", "leaves")),
+        *((name, ctypes.c_void_p) for name in ("center", "axes", "half", "semi", "reach")),
+    )
+
+
+class Lists(ctypes.Structure):
+    """Candidate lists in memory of the library."""
+
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("total", ctypes.c_int64),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("boxes", "index", "lengths")),
+        ("pruned", ctypes.POINTER(ctypes.c_double)),
+    )
+
+
+class ListCall(ctypes.Structure):
+    """The arguments of a search for candidate lists."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("full", "spherical", "single", "threads")),
+        *((name, ctypes.c_int64) for name in ("components", "dimensions", "levels")),
+        ("level", ctypes.POINTER(Level)),
+        *((name, ctypes.c_void_p) for name in ("limit", "offsets", "means", "factor", "center", "sizes")),
+        ("factor_stride", ctypes.c_int64),
+        ("result", Lists),
+    )
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, or one clause that says why it cannot be used."""
@@ -54,7 +87,9 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"its library cannot be loaded ({error})"
-    if library.gmmkeops_abi() != _ABI or library.gmmkeops_call_size() != ctypes.sizeof(Call):
+    if library.gmmkeops_abi() != _ABI or library.gmmkeops_sizes() != ctypes.sizeof(Call) + 1000 * ctypes.sizeof(
+        ListCall
+    ):
         return "its library belongs to another version; install gmmkeops again"
     return library
 
