@@ -260,36 +260,13 @@ def test_monotone(engine, family, penalized):
         assert rises(result) < 1e-9, seed
 
 
-@pytest.mark.parametrize(
-    "penalty",
-    [
-        P.SqrtWeights(20.0),
-        P.WeightEntropy(0.5),
-        P.Dirichlet(0.5),
-        P.PrecisionRidge(0.1),
-        P.InverseWishart([[2.0, 0.5], [0.5, 1.0]], 3.0),
-        P.NormalMean([1.0, -1.0], 20.0) + P.NormalMean([0.0, 3.0], 5.0),
-        0.5 * P.SqrtWeights(5.0) + P.EigenvalueFloor(0.5),
-    ],
-    ids=lambda p: type(p).__name__,
-)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_penalties_are_monotone_and_end_where_the_gradient_is_zero(penalty, family):
+@pytest.mark.parametrize("penalty", [P.SqrtWeights(20.0), P.WeightEntropy(0.5)], ids=repr)
+@pytest.mark.parametrize("family", ["full", "tied_diag"])
+def test_monotone_while_components_are_pruned(penalty, family):
     x = cloud(1)
-    many = gk.fit(plain_start(x, 6, family), x, gk.EM(tol=0, reg_covar=0), penalty=penalty, max_iter=100)
-    assert rises(many) < 1e-8  # a death may cost a millionth of a point
-    start = gk.initialize(x, 3, covariance_type=family)
-    result = gk.fit(start, x, gk.EM(tol=0, reg_covar=0), penalty=penalty, max_iter=1000)
-    assert rises(result) < 1e-9
-    if penalty.bounds or result.report.dead_components:
-        return
-    mixture = result.mixture
-    leaves = [t.clone().requires_grad_() for t in (mixture.logits, mixture.means, *mixture.factor.tensors.values())]
-    names = list(mixture.factor.tensors)
-    live = gk.Mixture(leaves[0], leaves[1], mixture.factor.replace(**dict(zip(names, leaves[2:], strict=True))))
-    objective = -live.log_prob(x).mean() + penalty(live, len(x))
-    assert abs(objective.item() - result.objective) < 1e-10
-    assert all(float(g.abs().max()) < 2e-4 for g in torch.autograd.grad(objective, leaves))
+    result = gk.fit(plain_start(x, 6, family), x, gk.EM(tol=0, reg_covar=0), penalty=penalty, max_iter=100)
+    assert result.report.dead_components
+    assert rises(result) < 1e-8  # pruning may cost a millionth of a point
 
 
 def test_closed_form_map():
@@ -323,13 +300,6 @@ def test_sqrt_prior_empties_components_like_adam():
     assert em.report.live_components < 12
     assert em.report.dead_components
     assert em.objective < adam.objective + 0.02
-
-
-def test_penalties_without_an_m_step_name_adam():
-    x = cloud()
-    for penalty in (lambda m: m.means.sum(), P.WeightEntropy(-1.0), -1 * P.SqrtWeights(1.0)):
-        with pytest.raises(TypeError, match=r"has no M-step.*gmmkeops\.Adam"):
-            gk.fit(plain_start(x, 2, "full"), x, gk.EM(), penalty=penalty)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
