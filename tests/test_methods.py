@@ -136,37 +136,3 @@ class TestMethod:
         assert copy.deepcopy(method) == method or "SGD" in name
         if "SGD" not in name:
             assert pickle.loads(pickle.dumps(method)) == method
-
-
-def test_ends_of_fits(data):
-    start, x = data
-    assert gk.fit(start, x, gk.EM(), max_iter=2000).ending is Ending.CONVERGED
-    with pytest.warns(gk.ConvergenceWarning, match="infinite or NaN"):
-        diverged = gk.fit(start, x, gk.Gradient(lambda p: torch.optim.SGD(p, lr=1e9)), max_iter=30)
-    assert diverged.ending is Ending.DIVERGED
-
-    def press(step):
-        if step.iteration == 1:
-            raise KeyboardInterrupt
-
-    interrupted = gk.fit(start, x, gk.EM(tol=0), callback=press)
-    assert interrupted.ending is Ending.INTERRUPTED
-    assert interrupted.ending == "interrupted"
-    assert interrupted.report.interrupted
-
-
-def test_the_bar_of_a_converged_fit_is_complete(data, monkeypatch):
-    """A notebook shows a bar that ends early in red."""
-    import tqdm.auto
-
-    bars = []
-
-    class Bar(tqdm.auto.tqdm):
-        def close(self):
-            bars.append((self.n, self.total))
-            super().close()
-
-    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
-    start, x = data
-    result = gk.fit(start, x, gk.EM(), max_iter=2000, verbose=True)
-    assert bars[0] == (result.n_iter, result.n_iter)
