@@ -284,6 +284,18 @@ class TestPenalty:
             other = gk.fit(result.mixture, x, gk.EM(tol=0, reg_covar=0), max_iter=60, **given)
             assert 0 <= result.objective - other.objective < (0.05 if case.bounds else 5e-3)
 
+    @pytest.mark.parametrize("size", [1e-200, 1e200])
+    def test_weights_of_any_size(self, name, size, data):
+        """The penalty is that of the weights as they were given, although a fit counts in another unit."""
+        case, (x, weights, starts) = PENALTIES[name], data
+        for method in (gk.EM(tol=0, reg_covar=0), gk.Adam(tol=0))[0 if case.em and size > 1 else 1 :]:
+            result = gk.fit(starts["full"], x, method, penalty=case.penalty, sample_weight=size * weights, max_iter=3)
+            value = case.value(Written.of(result.mixture, size * float(weights.sum())))
+            value = float(value) - float((weights * result.mixture.log_prob(x)).sum() / weights.sum())
+            assert result.objective == pytest.approx(value, rel=1e-9)
+            if isinstance(method, gk.EM):
+                assert result.history["objective"][2] <= result.history["objective"][0]
+
     @pytest.mark.parametrize("method", [gk.EM(tol=0, reg_covar=0), gk.Adam(tol=0)], ids=["EM", "Adam"])
     def test_fits_in_other_units_correspond(self, name, method, data):
         case, (x, weights, starts) = PENALTIES[name], data
