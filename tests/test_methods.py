@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from dataclasses import dataclass
 
@@ -136,3 +137,11 @@ class TestMethod:
         assert copy.deepcopy(method) == method or "SGD" in name
         if "SGD" not in name:
             assert pickle.loads(pickle.dumps(method)) == method
+
+
+@pytest.mark.filterwarnings("ignore::gmmkeops.ConvergenceWarning")
+def test_every_setting_makes_another_method(data):
+    """No two methods of the list end at the same mixture, so that none of their settings is ignored."""
+    start, x = data
+    means = [gk.fit(start, x, method, tol=0, max_iter=3).mixture.means for method in METHODS.values()]
+    assert all(not torch.allclose(a, b, rtol=1e-6) for a, b in itertools.combinations(means, 2))
