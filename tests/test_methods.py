@@ -61,7 +61,7 @@ MONOTONE = ("mean shift", "EM", "accelerated EM", "classification EM", "variatio
 @pytest.fixture(scope="module")
 def data():
     truth = random_mixture("full", K=3, D=2)
-    x = truth.sample((600,), generator=torch.Generator().manual_seed(0))
+    x = 40 * truth.sample((600,), generator=torch.Generator().manual_seed(0)) + 7
     return gk.initialize(x, 3, "random"), x
 
 
