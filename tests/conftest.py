@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,3 +122,49 @@ def random_mixture(covariance_type, K=4, D=2, dtype=torch.float64, seed=0, condi
     factor = make_factor(covariance_type, K, D, condition, generator).to(dtype)
     logits = torch.randn(K, generator=generator, dtype=torch.float64).to(dtype)
     return gk.Mixture(logits, 2 * torch.randn(K, D, generator=generator, dtype=torch.float64).to(dtype), factor)
+
+
+def cloud(seed=0, N=300, K=3, D=2):
+    rng = np.random.RandomState(seed)
+    return torch.from_numpy(4 * rng.randn(K, D)[rng.randint(K, size=N)] + rng.randn(N, D))
+
+
+def plain_start(x, K, family):
+    """Points of the cloud, unit covariances, equal weights."""
+    kind, tied = gk.components.factor_class(family)
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(len(x)))[:K]
+    lead = 1 if tied else K
+    zeros = torch.zeros(lead, x.shape[1], dtype=torch.float64)
+    factor = kind(zeros) if kind is not gk.SphericalFactor else kind(zeros[:, :1], x.shape[1])
+    return gk.Mixture(torch.zeros(K, dtype=torch.float64), x[rows], factor)
+
+
+def rises(result):
+    """Largest rise of the objective from one iteration to the next."""
+    values = result.history["objective"] + [result.objective]
+    return max([b - a for a, b in itertools.pairwise(values)], default=0.0)
+
+
+def tutorial_spiral(N, seed):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.linspace(0, 2 * math.pi, N + 1)[:-1].double()
+    x = torch.stack((0.5 + 0.4 * (t / 7) * t.cos(), 0.5 + 0.3 * t.sin()), 1)
+    return x + 0.02 * torch.randn(N, 2, generator=generator, dtype=torch.float64)
+
+
+def blobs(N=600, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
+    return centers[torch.randint(3, (N,), generator=generator)] + torch.randn(N, 2, generator=generator)
+
+
+def batch_of(family, batch, K=3, D=2, seed=0):
+    """A batch of mixtures, no two components of which are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    number = math.prod(batch)
+    factor = make_factor(family, max(1, number) * K, D, 10.0, generator)
+    lead = 1 if family.startswith("tied") else K
+    parts = {name: t.expand(max(1, number) * K, *t.shape[1:]) for name, t in factor.tensors.items()}
+    parts = {name: t[: number * lead].reshape(*batch, lead, *t.shape[1:]) for name, t in parts.items()}
+    draw = lambda *shape: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return gk.Mixture(draw(K), 2 * draw(K, D), factor.replace(**parts))

@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-import shutil
-import subprocess
-import sys
-import sysconfig
 import warnings
-from types import SimpleNamespace
 
 import fake_keops
 import pytest
@@ -19,7 +14,6 @@ from conftest import make_case
 from fake_device import fake_device, on_device
 
 import gmmkeops as gk
-from gmmkeops.cli import doctor
 
 PENALTIES = {
     "sqrt": lambda: gk.penalties.SqrtWeights(0.01),
@@ -31,7 +25,11 @@ PENALTIES = {
     "ridge": lambda: gk.penalties.PrecisionRidge(0.01),
     "floor": lambda: gk.penalties.EigenvalueFloor(0.01),
 }
+
+
 FAMILIES = ("full", "tied_full", "diag", "spherical")
+
+
 PATHS = {}
 
 
@@ -340,39 +338,6 @@ def test_path(monkeypatch, tmp_path, name, deterministic):
         PATHS[name](Scene(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("name", "broken"),
-    [
-        ("mixed tensors", lambda x: x + torch.ones(3, dtype=torch.float64)),
-        ("mixed factors", lambda x: torch.cat([x, torch.zeros(1, 3, dtype=torch.float64)])),
-        ("a generator of the host", lambda x: torch.randn(3, device=x.device, generator=generator())),
-        ("a generator of the device", lambda x: torch.randn(3, generator=torch.Generator("cuda"))),
-        ("numpy", lambda x: x.numpy()),
-        ("an index on the device of a host tensor", lambda x: torch.zeros(3)[(x[:, 0] > 0).long()]),
-    ],
-)
-def test_the_fake_device_refuses(monkeypatch, name, broken):
-    with fake_device(monkeypatch), pytest.raises((RuntimeError, TypeError)):
-        broken(on_device(torch.zeros(4, 3, dtype=torch.float64)))
-
-
-@pytest.mark.parametrize("deterministic", [True], indirect=True)
-@pytest.mark.parametrize(
-    "operation",
-    [
-        lambda x: x.median(0),
-        lambda x: x.kthvalue(2, 0),
-        lambda x: x.cumsum(0),
-        lambda x: x.histc(5),
-        lambda x: torch.bincount((x > 0.5).long(), weights=x),
-        lambda x: torch.multinomial(x, 5, replacement=True),
-    ],
-)
-def test_the_fake_device_has_no_deterministic(monkeypatch, operation, deterministic):
-    with fake_device(monkeypatch), pytest.raises(RuntimeError, match="deterministic"):
-        operation(on_device(torch.rand(10, generator=generator())))
-
-
 # Kernels, host synchronizations and copies to the device of one iteration, at most: a tenth above what they are today.
 @pytest.mark.filterwarnings("ignore:KeOps is the faster engine here")
 @pytest.mark.parametrize(
@@ -457,40 +422,6 @@ def test_rows_are_drawn_on_their_device(monkeypatch):
         assert copied <= 4
         assert torch.allclose(there.means, on_host.means)
         assert torch.allclose(there.weights, on_host.weights)
-
-
-@pytest.mark.keops
-@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("bash") is None, reason="no g++")
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libraries are found in another way")
-def test_the_doctor_says_how_keops_finds_the_compiler_of_cuda(monkeypatch, tmp_path):
-    pytest.importorskip("pykeops")
-    # The wheel of CUDA's compiler, whose library has no name without a version.
-    folder = tmp_path / "nvidia" / "cu13" / "lib"
-    folder.mkdir(parents=True)
-    library = ["g++", "-shared", "-fPIC", "-x", "c++", "/dev/null", "-Wl,-soname,libnvrtc.so.13", "-o"]
-    subprocess.run([*library, str(folder / "libnvrtc.so.13")], check=True)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    properties = SimpleNamespace(name="fake", total_memory=80 << 30)
-    with fake_device(monkeypatch):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        found = {finding.what: finding for finding in doctor.examine()}
-    assert found["dense on CUDA"].ok
-    if found["KeOps on CUDA"].ok is not False or "libnvrtc" not in found["KeOps on CUDA"].says:
-        pytest.skip("this machine has CUDA's compiler")
-    remedy = found["KeOps on CUDA"].remedy
-    assert "cuda-toolkit-13-0" in remedy
-    assert "nvidia-cuda-nvrtc==13.0.*" in remedy
-    commands = [command for command in remedy.split(": ", 1)[1].split("; ") if not command.startswith("pip install")]
-    look = f"{sys.executable} -c 'from ctypes.util import find_library; print(find_library(\"nvrtc\"))'"
-
-    def run(commands):
-        return subprocess.run(
-            ["bash", "-ec", "; ".join([*commands, look])], capture_output=True, text=True, check=True
-        ).stdout
-
-    assert run(["export CUDA_PATH=" + str(folder.parent), "export LD_LIBRARY_PATH=" + str(folder)]).strip() == "None"
-    assert run(commands).strip() == "libnvrtc.so.13"
 
 
 def test_every_fallback_of_an_engine_is_said_once(monkeypatch, tmp_path):

@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from conftest import FAMILIES, make_factor
+from torch.distributions import MixtureSameFamily, MultivariateNormal
 
 import gmmkeops as gk
 from gmmkeops import DiagonalFactor, FullFactor, SphericalFactor
 from gmmkeops.components.families import factor_class
+from gmmkeops.components.parameters import gamma
 
 
 class GradedFactor(gk.Factor):
@@ -53,6 +55,18 @@ class GradedFactor(gk.Factor):
     @classmethod
     def quadratics(cls, y):
         return (y.square() * torch.arange(1.0, 1 + y.shape[-1]).to(y) ** 2).sum(-1, keepdim=True)
+
+    @classmethod
+    def student(cls, degrees, features):
+        return features * degrees, torch.ones_like(degrees)
+
+    @classmethod
+    def student_width(cls, features):
+        return features
+
+    def wishart(self, degrees, generator):
+        shape = (0.5 * self.features * degrees)[..., None]
+        return self.replace(log_diagonal=self.log_diagonal + 0.5 * (gamma(shape, generator) / shape).log())
 
 
 KINDS = [FullFactor, DiagonalFactor, SphericalFactor, GradedFactor]
@@ -160,9 +174,81 @@ class TestFamily:
         assert bool(below.any())
         if kind is not GradedFactor:
             assert float(torch.linalg.eigvalsh(raised.covariances()).min()) >= 0.5 * (1 - 1e-9)
-        singular, repaired = kind.nearest(torch.zeros(2, *kind.spread_shape(3)).double(), 3, 1e-4)
+
+    def test_singular_covariances_are_repaired(self, kind, tied):
+        """Zero variances become the floor; a covariance of lower rank is reported and changed by rounding alone."""
+        raised, repaired = kind.nearest(torch.zeros(2, *kind.spread_shape(3)).double(), 3, 1e-4)
         assert repaired.tolist() == [True, True]
-        assert bool(torch.isfinite(singular.U).all())
+        if kind is not GradedFactor:
+            assert torch.allclose(raised.covariances(), 1e-4 * torch.eye(3).double().expand(2, 3, 3))
+        assert bool(torch.isfinite(raised.U).all())
+        directions = torch.tensor([[1.0, 2.0, -1.0], [0.5, 0.3, 4.0]]).double()
+        lines = kind.compact(directions[:, :, None] * directions[:, None, :])
+        found, repaired = kind.nearest(lines, 3, 1e-9)
+        if kind is FullFactor:
+            assert repaired.tolist() == [True, True]
+        if kind is not GradedFactor:
+            assert torch.allclose(found.compact_covariances(), lines, rtol=1e-6)
+        assert bool(torch.isfinite(found.U).all())
+
+    def test_is_a_distribution(self, kind, tied):
+        factor = random_factor(kind, 1 if tied else 4, 3)
+        generator = torch.Generator().manual_seed(0)
+        means, x = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)
+        peer = MultivariateNormal(means, factor.covariances())
+        assert torch.allclose(factor.distribution(means).log_prob(x), peer.log_prob(x))
+        mixture = gk.Mixture(torch.tensor([0.3, -0.2, 1.0, 0.1]).double(), means, factor)
+        whole = MixtureSameFamily(mixture.mixture_distribution, peer)
+        assert torch.allclose(mixture.log_prob(x), whole.log_prob(x))
+
+    def test_marginals_and_conditionals(self, kind, tied):
+        factor, columns, rest = random_factor(kind, 1 if tied else 4, 4), [3, 1], [2, 0]
+        if kind is GradedFactor:
+            with pytest.raises(NotImplementedError, match="graded components have no marginal distributions"):
+                factor.marginal(columns)
+            return
+        C = factor.covariances()
+        assert torch.allclose(factor.marginal(columns).covariances(), C[:, columns][:, :, columns])
+        conditional, gain = factor.conditional(columns, rest)
+        # The covariance and the slope of a regression of the rest on the columns.
+        slope = torch.linalg.solve(C[:, columns][:, :, columns], C[:, columns][:, :, rest]).mT
+        left = C[:, rest][:, :, rest] - slope @ C[:, columns][:, :, rest]
+        assert torch.allclose(conditional.covariances(), left)
+        assert torch.allclose(torch.zeros_like(slope) if gain is None else -gain, slope)
+
+    def test_wishart_distribution_and_its_predictive_density(self, kind, tied):
+        """Draws have the expected precision, and the Gaussians of the draws average to Student's t distribution."""
+        factor, D = random_factor(kind, 1 if tied else 4, 3), 3
+        degrees = torch.arange(7.0, 7 + factor.leading).double()
+        draws = factor.wishart(degrees.expand(20_000, -1), torch.Generator().manual_seed(0))
+
+        def close(values, expected):
+            return bool(((values.mean(0) - expected).abs() < 5 * values.std(0) / len(values) ** 0.5 + 1e-12).all())
+
+        assert close(draws.precisions(), factor.precisions())
+        z = torch.tensor([0.7, -1.2, 0.4]).double().expand(factor.leading, D)
+        logs = draws.log_determinant() - 0.5 * draws.whiten(z.expand(20_000, -1, -1)).square().sum(-1)
+        freedom, ratio = kind.student(degrees, D)
+        width = kind.student_width(D)
+        terms = factor.whiten(z).square() * ratio[:, None]
+        square = terms if width == 1 else terms.sum(1, keepdim=True)
+        scale = 0.5 * D * ratio.log() + factor.log_determinant()
+        df = freedom[:, None]
+        student = torch.lgamma((df + width) / 2) - torch.lgamma(df / 2) - 0.5 * width * (df / 2).log()
+        student = (student - 0.5 * (df + width) * (square / df).log1p()).sum(1) + scale
+        assert close(logs.exp(), student.exp())
+
+    def test_copies(self, kind, tied):
+        factor = random_factor(kind, 1 if tied else 4, 3)
+        narrow = factor.to(torch.float32)
+        assert narrow.dtype == torch.float32
+        assert {t.dtype for t in narrow.tensors.values()} == {torch.float32}
+        leaves = kind.of({name: t.requires_grad_() for name, t in factor.tensors.items()}, 3)
+        kept = leaves.detach()
+        for name, tensor in kept.tensors.items():
+            assert torch.equal(tensor, leaves.tensors[name])
+            assert not tensor.requires_grad
+            assert tensor.data_ptr() != leaves.tensors[name].data_ptr()
 
     def test_directions_of_its_covariances(self, kind, tied):
         E = kind.directions(3)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
 import weakref
 from types import SimpleNamespace
 
 import fake_keops
 import pytest
 import torch
-from conftest import ENGINES, make_case
+from conftest import ENGINES, HAS_KEOPS, make_case
 from fake_device import fake_device, on_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmmkeops import reductions
+from gmmkeops.reductions.keops import loading as _keops
 
 KEOPS = [engine for engine in ENGINES if engine.values[0][0] == "keops"]
 
@@ -187,3 +191,42 @@ def test_keops_waits_for_torch_on_the_device_of_the_points(monkeypatch, tmp_path
             assert before[:2] == ("wait", torch.device("cuda:0"))
             assert event[1] - before[2] <= 1
     assert depth == 0
+
+
+GOOD = (torch.zeros(4, 2), torch.zeros(3), torch.zeros(3, 2), torch.ones(3, 2))
+
+
+def test_missing_keops_is_said_once_and_replaced(monkeypatch):
+    monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
+    monkeypatch.setattr(reductions.choice, "_warned", set())
+    with pytest.warns(UserWarning, match="KeOps was requested but pykeops is not installed"):
+        values = reductions.logsumexp(*GOOD, backend="keops")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(values, reductions.logsumexp(*GOOD, backend="keops"))
+        assert torch.equal(values, reductions.logsumexp(*GOOD))
+
+
+@pytest.mark.keops
+@pytest.mark.skipif(not HAS_KEOPS, reason="no pykeops")
+def test_keops_is_quiet_and_leaves_the_environment_alone(tmp_path):
+    code = """
+import os, torch, gmmkeops as gk
+before = dict(os.environ)
+a = torch.zeros(4, 2), torch.zeros(3), torch.zeros(3, 2), torch.ones(3, 2)
+gk.reductions.logsumexp(*a, backend="keops")
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+pid = os.fork()
+if pid == 0:
+    try:
+        gk.reductions.logsumexp(*a, backend="keops")
+    except RuntimeError as error:
+        os._exit(0 if "'spawn'" in str(error) else 1)
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import needs_keops
+from conftest import HAS_KEOPS, needs_keops
 
 import gmmkeops as gk
 
 pytestmark = [*needs_keops, pytest.mark.skipif(sys.platform != "linux", reason="shared objects of Linux")]
+
 
 SCRIPT = """
 import json, sys, warnings
@@ -155,3 +157,41 @@ def test_a_cache_folder_that_was_moved_is_made_anew(tmp_path):
     # The lists of formulas name sources by their old paths.
     (tmp_path / "cache").rename(tmp_path / "moved")
     works(tmp_path / "moved")
+
+
+@pytest.mark.keops
+@pytest.mark.skipif(not HAS_KEOPS, reason="no pykeops")
+def test_a_damaged_cache_heals_itself(tmp_path):
+    code = """
+import torch, gmmkeops as gk
+from gmmkeops.reductions.keops import loading as _keops
+a = torch.zeros(4, 1), torch.zeros(3), torch.zeros(3, 1), torch.ones(3, 1)
+print(float(gk.reductions.logsumexp(*a, backend="keops")[0]))
+print(_keops._state["lock"].parent)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "KEOPS_CACHE_FOLDER"} | {"XDG_CACHE_HOME": str(tmp_path)}
+
+    def run():
+        return subprocess.run(
+            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    value, folder = first.stdout.split()
+    assert abs(float(value) - math.log(3)) < 1e-6
+    damaged = list(Path(folder).glob("*.pkl"))
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:10])
+    second = run()
+    assert second.returncode == 0, second.stderr
+    assert second.stdout == first.stdout
+    # A compiler that was killed leaves the end of its file unwritten, which would be a bus error on loading it.
+    formulas = [path for path in Path(folder).rglob("*.so") if path.stat().st_size > 1000]
+    assert formulas
+    for path in formulas:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    third = run()
+    assert third.returncode == 0, third.stderr
+    assert third.stdout == first.stdout

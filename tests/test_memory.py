@@ -166,3 +166,33 @@ def test_running_out_of_memory_halves_the_tiles(truncate, monkeypatch):
 def test_an_estimate_needs_numbers_of_one_and_more(numbers):
     with pytest.raises(ValueError, match="at least 1"):
         gk.estimate_memory(*numbers)
+
+
+def test_estimator_memory_does_not_hold_points_times_components():
+    """10⁶ x 30 responsibilities would be 240 MB for each copy; the peak above imports and data stays under 500 MB."""
+    code = f"""{PEAK}
+import torch, gmmkeops as gk
+x = torch.rand(1_000_000, 3)
+before = peak()
+gk.GaussianMixture(100, max_iter=2, tol=0, random_state=0).fit(x).predict(x)
+print((peak() - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 500
+
+
+def test_memory_of_a_gradient_does_not_see_points_times_components():
+    """10⁶ x 1000 exponents would be 4 GB in float32; the peak above imports and data stays under 700 MB."""
+    code = f"""{PEAK}
+import torch, gmmkeops as gk
+import torch._dynamo
+before = peak()
+x = torch.rand(1_000_000, 3)
+means = torch.rand(1000, 3, requires_grad=True)
+U = (10 * torch.eye(3)).expand(1000, 3, 3).clone().requires_grad_()
+(gk.reductions.logsumexp(x, torch.zeros(1000), means, U).mean()).backward()
+assert means.grad.abs().max() > 0
+print((peak() - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 700

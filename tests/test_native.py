@@ -18,8 +18,7 @@ from conftest import FAMILIES, make_case
 
 from gmmkeops import reductions
 from gmmkeops._checks import PrecisionWarning
-from gmmkeops.reductions import choice
-from gmmkeops.reductions import library
+from gmmkeops.reductions import choice, library
 from gmmkeops.reductions.native import engine, native
 
 pytestmark = pytest.mark.skipif(reductions.native_unavailable() is not None, reason="the native engine is not compiled")

@@ -1,0 +1,105 @@
+"""``gmmkeops doctor``: what it finds on a machine where something is missing, and how to repair it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import HAS_KEOPS
+from fake_device import fake_device
+
+from gmmkeops import cli
+from gmmkeops.cli import doctor
+from gmmkeops.reductions.keops import loading as _keops
+
+
+def finding(what):
+    return next(found for found in doctor.examine() if found.what == what)
+
+
+def test_doctor_on_this_machine(capsys):
+    code = cli.main(["doctor"])
+    text = capsys.readouterr().out
+    assert "ok  dense on the CPU" in text
+    assert ("ok  KeOps on the CPU" in text) == (HAS_KEOPS and shutil.which("g++") is not None)
+    assert code == int("!!" in text)
+
+
+def test_doctor_as_json(capsys):
+    cli.main(["doctor", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {"what", "ok", "says", "remedy"} == set(found[0])
+    assert all(entry["remedy"] or entry["ok"] is not False or entry["says"] for entry in found)
+
+
+def test_without_pykeops(monkeypatch, capsys):
+    monkeypatch.setitem(_keops._state, "lazy", None)
+    monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
+    found = finding("KeOps on the CPU")
+    assert found.ok is False
+    assert found.remedy == "pip install pykeops"
+    assert cli.main(["doctor"]) == 1
+    assert "type: pip install pykeops" in capsys.readouterr().out
+
+
+def test_a_driver_that_torch_cannot_use(monkeypatch):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else which(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    found = finding("CUDA")
+    assert found.ok is False
+    assert "CPU build" in found.says
+    assert "pip install torch" in found.remedy
+
+
+def test_a_wrong_engine_is_found(monkeypatch):
+    dense = doctor.reductions.logsumexp
+    monkeypatch.setattr(
+        doctor.reductions,
+        "logsumexp",
+        lambda x, *args, **options: dense(x, *args, **options) + (x.dtype == torch.float32),
+    )
+    found = finding("dense on the CPU")
+    assert found.ok is False
+    assert "error of 1.0e+00" in found.says
+
+
+@pytest.mark.keops
+@pytest.mark.skipif(shutil.which("g++") is None or shutil.which("bash") is None, reason="no g++")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libraries are found in another way")
+def test_the_doctor_says_how_keops_finds_the_compiler_of_cuda(monkeypatch, tmp_path):
+    pytest.importorskip("pykeops")
+    # The wheel of CUDA's compiler, whose library has no name without a version.
+    folder = tmp_path / "nvidia" / "cu13" / "lib"
+    folder.mkdir(parents=True)
+    library = ["g++", "-shared", "-fPIC", "-x", "c++", "/dev/null", "-Wl,-soname,libnvrtc.so.13", "-o"]
+    subprocess.run([*library, str(folder / "libnvrtc.so.13")], check=True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    properties = SimpleNamespace(name="fake", total_memory=80 << 30)
+    with fake_device(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        found = {finding.what: finding for finding in doctor.examine()}
+    assert found["dense on CUDA"].ok
+    if found["KeOps on CUDA"].ok is not False or "libnvrtc" not in found["KeOps on CUDA"].says:
+        pytest.skip("this machine has CUDA's compiler")
+    remedy = found["KeOps on CUDA"].remedy
+    assert "cuda-toolkit-13-0" in remedy
+    assert "nvidia-cuda-nvrtc==13.0.*" in remedy
+    commands = [command for command in remedy.split(": ", 1)[1].split("; ") if not command.startswith("pip install")]
+    look = f"{sys.executable} -c 'from ctypes.util import find_library; print(find_library(\"nvrtc\"))'"
+
+    def run(commands):
+        return subprocess.run(
+            ["bash", "-ec", "; ".join([*commands, look])], capture_output=True, text=True, check=True
+        ).stdout
+
+    assert run(["export CUDA_PATH=" + str(folder.parent), "export LD_LIBRARY_PATH=" + str(folder)]).strip() == "None"
+    assert run(commands).strip() == "libnvrtc.so.13"
