@@ -228,7 +228,7 @@ def test_contexts_far_from_the_network_are_told():
             "truncate must be None or 0 for a GMM with a context, got 0.1",
         ),
         (lambda m, y, c: gk.fit(gk.GMM(3), y, gk.Adam(), context=c), "context requires a conditional GMM"),
-        (lambda m, y, c: gk.GMM(3).initialize(y, context=c), "made without a context"),
+        (lambda m, y, c: gk.GMM(3).initialize(y, context=c), "this GMM has no context; construct it"),
         (lambda m, y, c: m(c[:, :1]), r"shape \(\*, 2\)"),
     ],
 )

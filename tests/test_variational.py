@@ -198,7 +198,8 @@ def test_files_minibatches_weights_truncation_and_checkpoints(tmp_path):
     whole = gk.fit(start, X, method, max_iter=30, tol=0)
     source = gk.fit(start, gk.Source.of(tmp_path / "x.npy", chunk_rows=7000), method, max_iter=30, tol=0)
     assert torch.allclose(source.posterior.mixture.means, whole.posterior.mixture.means, rtol=1e-6)
-    assert source.objective == pytest.approx(whole.objective, abs=1e-9)
+    # Sums of float32 points over other chunks are rounded differently.
+    assert source.objective == pytest.approx(whole.objective, abs=1e-7)
 
     first = gk.fit(start, X, method, max_iter=10, tol=0, checkpoint=tmp_path / "vb")
     second = gk.fit(start, X, method, max_iter=30, tol=0, checkpoint=tmp_path / "vb")

@@ -172,7 +172,7 @@ def _call(
     (N, K, D), x = problem.shape, problem.x
     weights, unit = getattr(request, "weights", None), 1.0
     if weights is not None:
-        weights, unit, ratio = _scaled(weights)
+        weights, unit, ratio = _scaled(weights.detach())
         double = double or ratio > _RATIO
     shared = K > 1 and problem.U.stride(0) == 0
     U = (problem.U[:1] if shared else problem.U).contiguous()
