@@ -143,7 +143,7 @@ def test_running_out_of_memory_halves_the_tiles(truncate, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40_000, 2, generator=generator) + 9 * torch.randint(0, 6, (40_000, 2), generator=generator)
     start = gk.initialize(x, 70, generator=generator)
-    expected = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate)
+    expected = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate, backend="dense")
     tile, sizes = _dense.Tile, []
 
     def small(problem, rows, pairs, *options):
@@ -153,13 +153,13 @@ def test_running_out_of_memory_halves_the_tiles(truncate, monkeypatch):
         return tile(problem, rows, pairs, *options)
 
     monkeypatch.setattr(_dense, "Tile", small)
-    found = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate)
+    found = gk.fit(start, x, gk.EM(tol=0), max_iter=3, truncate=truncate, backend="dense")
     assert max(sizes) > 5_000
     assert torch.allclose(found.mixture.means, expected.mixture.means, atol=1e-9 if truncate == 0 else 1e-6)
     assert torch.equal(found.mixture.predict(x), expected.mixture.predict(x))
     monkeypatch.setattr(_dense, "Tile", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
-        gk.fit(start, x, gk.EM(), max_iter=1)
+        gk.fit(start, x, gk.EM(), max_iter=1, backend="dense")
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 1), (1, -1, 1), (1, 1, 0)])

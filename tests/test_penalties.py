@@ -30,7 +30,7 @@ class EvenWeights(P.Penalty):
 
     def m_step(self, mixture, points):
         none = P.Surrogate.none(mixture)
-        return replace(none, counts=none.counts + self.strength * points / mixture.components)
+        return replace(none, counts=none.counts + self.strength * points / mixture.n_components)
 
 
 def small_means(mixture):
@@ -173,7 +173,7 @@ def surrogate_value(terms, w):
 
 def moved_mixture(mixture, scale, shift):
     """The density of ``scale * x + shift``."""
-    factor = mixture.factor.rescale(torch.full((mixture.features,), 1 / scale).double())
+    factor = mixture.factor.rescale(torch.full((mixture.n_features,), 1 / scale).double())
     return gk.Mixture(mixture.logits, scale * mixture.means + shift, factor)
 
 
@@ -266,7 +266,7 @@ class TestPenalty:
         value = -(weights * of(*leaves).log_prob(x)).sum() / N + case.value(Written.of(of(*leaves), N))
         assert value.item() == pytest.approx(result.objective, abs=1e-9)
         assert not bool(penalty.project(result.mixture)[1].any())
-        if not case.bounds and not result.report.dead_components:
+        if not case.bounds and not result.report.pruned_components:
             assert all(float(slope.abs().max()) < 2e-4 for slope in torch.autograd.grad(value, leaves))
 
     def test_adam(self, name, data):
@@ -328,7 +328,7 @@ class TestPenalty:
                 replace(case.penalty, **{n: (1.5 * torch.tensor(getattr(case.penalty, n))).tolist()}) for n in numbers
             ]
         for other in others:
-            with pytest.raises(ValueError, match="another penalty"):
+            with pytest.raises(ValueError, match="whose penalty differs"):
                 run(other, 5, keep)
         resumed = run(case.penalty, 5, keep)
         assert resumed.history["objective"] == whole.history["objective"]
@@ -391,7 +391,7 @@ def test_what_is_no_penalty_is_refused():
 
 def test_a_negative_multiple_of_a_penalty_has_no_m_step(data):
     x, _, starts = data
-    with pytest.raises(TypeError, match=r"has no M-step.*gmmkeops\.Adam"):
+    with pytest.raises(TypeError, match=r"does not support penalties with a negative factor.*gmmkeops\.Adam"):
         gk.fit(starts["full"], x, gk.EM(), penalty=-1 * P.SqrtWeights(1.0))
     assert not (-1 * P.SqrtWeights(1.0)).prunes
 

@@ -68,7 +68,7 @@ def initial_mixture(
         covariance_type: Covariance type of the mixture.
         method: Method of the fit that follows.
         generator: Random number generator.
-        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
         given: Whether the user has given all initial parameters, so that only the shapes of the result are used.
 
     Reference:

@@ -87,7 +87,7 @@ def fit(
         truncate: ε in [0, 1): components may be skipped if their total contribution to a point's density is less than this
             fraction (:func:`gmmkeops.reductions.arrange`). The report contains the resulting error bound. 0 evaluates every pair
             of point and component. The default is 1e-6 for float32 and 1e-12 for float64, if this saves time, otherwise 0.
-        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
         dtype: Precision of the points, ``"float32"`` or ``"float64"``. By default float32 points are processed in float32 and
             all others in float64. The points are centered in float64 first, so that large coordinates lose no precision in
             float32. If components become so narrow, or points are so distant, that float32 coordinates would change
@@ -128,7 +128,7 @@ def fit(
         >>> x = x.double()
         >>> result = gk.fit(3, x, gk.Adam(lr=0.05), penalty=gk.penalties.SqrtWeights(0.1), max_iter=50)
         >>> result.n_iter, result.report.engine
-        (50, 'dense')
+        (50, 'native')
     """
     began = time.perf_counter()
     mind_fork()

@@ -85,7 +85,7 @@ def initialize(
         generator: Random number generator or seed; by default one with a fixed seed, so that repeated calls give equal
             mixtures. Torch's global random state is neither used nor changed.
         refine: Number of additional EM steps.
-        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
 
     Returns:
         A float64 mixture in data units with the weight, mean and covariance of each cluster. Each covariance is averaged with a

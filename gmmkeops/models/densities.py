@@ -33,7 +33,7 @@ def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: f
 
     Args:
         value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. The result has their dtype.
-        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
         truncate: Largest fraction of the density of a point that may be neglected; 0 evaluates every component; None is the
             default of :func:`gmmkeops.reductions.arrange`.
 

@@ -38,14 +38,15 @@ _logger = logging.getLogger("gmmkeops")
 
 
 def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool = True) -> str:
-    """Return the name of the engine that will be used: ``"dense"`` or ``"keops"``.
+    """Return the name of the engine that will be used: ``"native"``, ``"keops"`` or ``"dense"``.
 
-    On a CPU ``"auto"`` chooses the dense engine, which is always faster. On CUDA it chooses KeOps in low dimensions (up to 6 with
-    full factors, 16 with diagonal ones), in which the matrix products of the dense engine are too small to use the device fully.
+    On a CPU ``"auto"`` chooses the native engine, and the dense engine where the native one has not been compiled. On CUDA it
+    chooses KeOps in low dimensions (up to 6 with full factors, 16 with diagonal ones), in which the matrix products of the dense
+    engine are too small to use the device fully.
 
     Args:
         problem: The points (N, D), validated exponents, or a device.
-        backend: ``"auto"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
         features: Number of features D, if ``problem`` is a device.
         full: Whether factors are full matrices, if ``problem`` is not exponents.
 
@@ -53,12 +54,12 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
         ValueError: The name of the backend is unknown.
 
     Warns:
-        UserWarning: KeOps was chosen but cannot run, so that the dense engine is used. Each reason is reported once.
+        UserWarning: An engine was chosen but cannot run, so that the dense engine is used. Each reason is reported once.
 
     Example:
         >>> import torch, gmmkeops as gk
         >>> gk.reductions.engine(torch.zeros(5, 3))
-        'dense'
+        'native'
     """
     if isinstance(problem, Exponents):
         problem, full = problem.x, problem.is_full

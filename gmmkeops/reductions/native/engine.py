@@ -134,7 +134,7 @@ class _Evaluation:
     def _run(self, schedule: Schedule | None) -> Tensor:
         """Evaluate every pair or a schedule; return the minima over its row ranges."""
         sums, minima, left = _call(self, schedule, self._double)
-        if not self._double and sums and not bool(sums[2].isfinite().all()):
+        if not self._double and sums and not bool(sums[2].sum().isfinite()):
             self._double = True
             sums, minima, left = _call(self, schedule, True)
         if left:

@@ -38,6 +38,9 @@ constexpr int64_t GROUP_ROWS = 16384, GROUPS = 64, SUMS = int64_t(1) << 22;
 // Multiplications for which another thread saves time.
 constexpr double WORK = 2e6;
 
+// Numbers in the sums of all groups from which they are merged on several threads.
+constexpr size_t PARALLEL = 500000;
+
 // Scratch memory of ``pack`` for one thread.
 struct Packing {
   std::vector<double> U, inverse;
@@ -251,7 +254,7 @@ double work_of(const Call& call) {
 }
 
 // Adds the sums of all groups in order, and converts them to moments about the means.
-void merge(const Driver& driver, std::vector<Group>& groups, int64_t sums, int64_t first, int64_t last) {
+void merge(const Driver& driver, const std::vector<Group>& groups, int64_t sums, int64_t first, int64_t last) {
   const Call& call = driver.call;
   const int64_t D = driver.D;
   const Kernel& kernel = driver.kernel;
@@ -289,6 +292,33 @@ void merge(const Driver& driver, std::vector<Group>& groups, int64_t sums, int64
   }
 }
 
+// Runs work(0), ..., work(count - 1) on several threads, until one of them does not end with DONE.
+template <class Work> Status share(int threads, size_t count, Work work) {
+  std::atomic<size_t> next{0};
+  std::atomic<int> status{DONE};
+  auto run = [&] {
+    try {
+      for (size_t i; status == DONE && (i = next++) < count;) {
+        const Status found = work(i);
+        if (found != DONE) status = found;
+      }
+    } catch (const std::bad_alloc&) {
+      status = OUT_OF_MEMORY;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++) {
+    try {
+      others.emplace_back(run);
+    } catch (const std::exception&) {
+      break;  // the system has no more threads: those that it has do the work
+    }
+  }
+  run();
+  for (std::thread& other : others) other.join();
+  return Status(int(status));
+}
+
 Status evaluate(const Call& given, const Kernel& kernel) {
   Driver driver(given, kernel);
   driver.pack();
@@ -304,35 +334,15 @@ Status evaluate(const Call& given, const Kernel& kernel) {
     for (size_t g = 0; g < groups.size(); g++) groups[g].moments = &space[g * sums * call.components];
   }
   const int threads = int(std::clamp<double>(work_of(call) / WORK, 1, std::min<double>(call.threads, groups.size())));
-  std::atomic<size_t> next{0};
-  std::atomic<int> status{DONE};
-  auto work = [&] {
-    try {
-      for (size_t g; status == DONE && (g = next++) < groups.size();) {
-        const Status found = kernel.run(call, driver.parameters, groups[g]);
-        if (found != DONE) status = found;
-      }
-    } catch (const std::bad_alloc&) {
-      status = OUT_OF_MEMORY;
-    }
-  };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; t++) {
-    try {
-      others.emplace_back(work);
-    } catch (const std::exception&) {
-      break;  // the system has no more threads: those that it has do the work
-    }
-  }
-  work();
-  for (std::thread& other : others) other.join();
-  if (status != DONE) return Status(int(status));
+  const Status status = share(threads, groups.size(), [&](size_t g) { return kernel.run(call, driver.parameters, groups[g]); });
+  if (status != DONE) return status;
   double total = 0;
   *call.odd = 0;
   for (const Group& group : groups) total += group.total, *call.odd += group.odd;
   if (call.total) *call.total = total * call.unit;
   if (moments) {
-    merge(driver, groups, sums, 0, call.components);
+    const int64_t K = call.components, parts = groups.size() * sums * K > PARALLEL ? threads : 1;
+    share(int(parts), size_t(parts), [&](size_t p) { return merge(driver, groups, sums, K * p / parts, K * (p + 1) / parts), DONE; });
   }
   *call.doubles = std::count(driver.is_wide.begin(), driver.is_wide.end(), 1);
   return DONE;
@@ -355,8 +365,6 @@ Status search(ListCall& call, const Kernel& kernel) {
     const Level& level = call.level[l];
     const int64_t workers = std::clamp<int64_t>(parents.total * level.children / 4096, 1, std::min<int64_t>(call.threads, parents.count));
     std::vector<Lists> parts(workers);
-    std::vector<int> status(workers, DONE);
-    std::vector<std::thread> threads;
     // Parents are cut where their lists have about equal lengths.
     std::vector<int64_t> cuts{0};
     for (int64_t p = 0, done = 0; p < parents.count && int64_t(cuts.size()) < workers; p++) {
@@ -364,21 +372,14 @@ Status search(ListCall& call, const Kernel& kernel) {
       if (done * workers >= parents.total * int64_t(cuts.size())) cuts.push_back(p + 1);
     }
     while (int64_t(cuts.size()) <= workers) cuts.push_back(parents.count);
-    auto work = [&](int64_t w) { status[w] = kernel.refine(call, level, l == call.levels - 1, parents, cuts[w], cuts[w + 1], parts[w]); };
-    int64_t started = 1;
-    try {
-      for (; started < workers; started++) threads.emplace_back(work, started);
-    } catch (const std::exception&) {
-      // The system has no more threads: this one does the work.
-    }
-    work(0);
-    for (int64_t w = started; w < workers; w++) work(w);
-    for (std::thread& thread : threads) thread.join();
+    const Status status = share(int(workers), size_t(workers), [&](size_t w) {
+      return kernel.refine(call, level, l == call.levels - 1, parents, cuts[w], cuts[w + 1], parts[w]);
+    });
     Lists joined{};
     for (const Lists& part : parts) joined.count += part.count, joined.total += part.total;
     joined.boxes = (int64_t*)malloc(joined.count * 8 + 8), joined.index = (int64_t*)malloc(joined.total * 8 + 8);
     joined.lengths = (int64_t*)malloc(joined.count * 8 + 8), joined.pruned = (double*)malloc(joined.count * 8 + 8);
-    const bool failed = std::any_of(status.begin(), status.end(), [](int s) { return s != DONE; }) || !joined.boxes || !joined.index || !joined.lengths || !joined.pruned;
+    const bool failed = status != DONE || !joined.boxes || !joined.index || !joined.lengths || !joined.pruned;
     int64_t at = 0, entry = 0;
     for (Lists& part : parts) {
       if (!failed) {
