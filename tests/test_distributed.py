@@ -120,7 +120,9 @@ def test_three_and_four_ranks_give_the_model_of_one_process(folder):
     assert np.abs(expected).max() > 1
     for size in (3, 4):
         for rank in range(size):
-            assert np.abs(np.load(folder / f"out-{size}-{rank}.npy") - expected).max() < 3e-5  # float32 sums of other shards
+            assert (
+                np.abs(np.load(folder / f"out-{size}-{rank}.npy") - expected).max() < 3e-5
+            )  # float32 sums of other shards
 
 
 LONG = """

@@ -204,7 +204,9 @@ class TestFamily:
     def test_marginals_and_conditionals(self, kind, tied):
         factor, columns, rest = random_factor(kind, 1 if tied else 4, 4), [3, 1], [2, 0]
         if kind is GradedFactor:
-            with pytest.raises(NotImplementedError, match="marginal distributions are not implemented for graded components"):
+            with pytest.raises(
+                NotImplementedError, match="marginal distributions are not implemented for graded components"
+            ):
                 factor.marginal(columns)
             return
         C = factor.covariances()

@@ -20,7 +20,8 @@ BUILT = ROOT / "gallery/auto"
 def fits(output):
     """What each printed fit says: objective, mean log-likelihood, live components."""
     pattern = (
-        r"on cpu \((?:native|dense), float32\): objective (-?[\d.]+), mean log-likelihood (-?[\d.]+) nats per point, (\d+) of"
+        r"on cpu \((?:native|dense), float32\): objective (-?[\d.]+), mean log-likelihood (-?[\d.]+) nats per point, "
+        r"(\d+) of"
     )
     return [(float(a), float(b), int(c)) for a, b, c in re.findall(pattern, output)]
 

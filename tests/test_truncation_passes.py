@@ -7,13 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ENGINES, FAMILIES, make_factor
+from conftest import ENGINES, FAMILIES, make_case, make_factor
 
 import gmmkeops as gk
 from gmmkeops import reductions
 from gmmkeops.reductions.truncation import bounds as _lists
 from gmmkeops.reductions.truncation import tree as _boxes
-from gmmkeops.reductions.truncation import truncation as _truncation
 
 # What rounding may add to either side of a comparison, relative to max(1, |ℓ|).
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-12}
@@ -266,49 +265,39 @@ def test_em_stays_monotone_within_the_certificate():
     assert result.report.evaluated_fraction < 0.5
 
 
-def test_lists_are_reused_and_stay_valid(monkeypatch):
+def test_lists_of_moving_components_are_valid():
+    """The estimates come from the last parameters; what they neglect stays within the certificate."""
     x = surface(20_000)
     mixture = gk.fit(patches(x, 200), x, gk.EM(tol=0), truncate=0, max_iter=30).mixture
-    made = []
-    lists = _truncation.candidate_lists
-
-    def counted(*args, **options):
-        made.append(options.get("margin"))
-        return lists(*args, **options)
-
-    monkeypatch.setattr(_truncation, "candidate_lists", counted)
     cloud = reductions.arrange(x, 200, 1e-6)
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(200, 3, generator=generator, dtype=torch.float64)
-    for step in range(12):
-        moved = gk.Mixture(mixture.logits, mixture.means + 2e-5 * step * direction, mixture.factor)
+    direction = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for step in range(6):
+        moved = gk.Mixture(mixture.logits, mixture.means + 2e-3 * step * direction, mixture.factor)
         values = reductions.logsumexp(cloud, *arguments(moved), backend="dense")
-        lost = reductions.logsumexp(x, *arguments(moved), truncate=0) - values
+        lost = reductions.logsumexp(x, *arguments(moved), truncate=0, backend="dense") - values
         assert float(lost.min()) >= -1e-12
         assert float(lost.max()) <= cloud.certificate + 1e-12 <= 1.0001e-6
-    assert 2 <= len(made) < 10
-    assert made[-1] is not None
 
 
-def test_drift_bounds_what_it_says():
-    generator = torch.Generator().manual_seed(0)
-    for family in FAMILIES:
-        x, old = random(500, 20, 3, family, condition=1e4, seed=1)
-        U, D = old.factor.matrices(), 3
-        new_U = U + 0.05 * U * torch.randn(U.shape, generator=generator, dtype=torch.float64)
-        kind = type(old.factor)
-        shape = {"full": new_U, "diagonal": new_U.diagonal(dim1=1, dim2=2), "spherical": new_U[:, :1, 0]}
-        new = gk.Mixture(
-            old.logits + 0.1 * torch.randn(20, generator=generator, dtype=torch.float64),
-            old.means + 0.01 * torch.randn(20, D, generator=generator, dtype=torch.float64),
-            kind.from_factors(shape[kind.family], features=D),
-        )
-        problems = [reductions.dispatch.setup(x, *arguments(m), 0)[0] for m in (old, new)]
-        drift = _lists.ParameterChange.between(*problems)
-        far = [m.factor.matrices().mT @ (x[:, None] - m.means)[..., None] for m in (old, new)]
-        far = [y[..., 0].norm(dim=-1) for y in far]
-        assert bool((far[1] >= (1 - drift.stretch) * far[0] - drift.shift - 1e-9).all())
-        assert bool((new.offsets <= old.offsets + drift.rise + 1e-12).all())
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("D", [1, 2, 3, 4, 6])
+def test_compiled_lists_are_those_of_the_formulas(D, family, monkeypatch):
+    """Leaves without lists, limits of -inf and below the range, sums and single bounds."""
+    if reductions.native_unavailable() is not None:
+        pytest.skip("the native engine is not compiled")
+    for K, single in ((5, False), (300, False), (300, True)):
+        case = make_case(family, torch.float32, N=9000, K=K, D=D, condition=5.0 if D > 1 else 1.0, spread=10.0)
+        cloud = _boxes.Cloud.tree(case.x, 200)
+        problem = reductions.problem.Exponents.of(cloud.points, *case.arguments[1:])
+        limit = -5 - 20 * torch.rand(cloud.boxes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        limit[::5], limit[1], limit[2] = math.inf, -math.inf, -1e300
+        found = _lists.candidate_lists(cloud, problem, limit, single=single)
+        with monkeypatch.context() as patch:
+            patch.setattr(_lists, "unavailable", lambda: "the formulas are asked for")
+            expected = _lists.candidate_lists(cloud, problem, limit, single=single)
+        for name in ("boxes", "index", "pointer", "spans", "owner"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.allclose(found.pruned, expected.pruned, rtol=1e-9, atol=1e-9)
 
 
 def test_automatic_truncation():

@@ -29,7 +29,7 @@ from gmmkeops.reductions.library import reason as unavailable
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.tree import Boxes, Cloud
 
-__all__ = ["Bounds", "ParameterChange", "Schedule", "candidate_lists"]
+__all__ = ["Bounds", "Schedule", "candidate_lists"]
 
 # Number of pairs of leaf and component that are processed at a time, so that they stay in cache; a GPU needs large kernels.
 _PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
@@ -42,9 +42,6 @@ _ROUNDING = 1e-13
 
 # Smallest bound, nats; and sum of exponentials, relative to a limit, below which terms may have underflowed.
 _LOWEST, _FAINT = -1e308, 1e-250
-
-# Largest mean parameter change, in standard deviations, for which lists that allow for it are not much longer.
-_SMALL = 0.5
 
 
 @dataclass(frozen=True)
@@ -135,59 +132,7 @@ class Schedule:
         return replace(self, spans=torch.stack([start, stop], 1), owner=owner, floor=floor)
 
 
-@dataclass(frozen=True)
-class ParameterChange:
-    r"""Bounds on the change of each component's parameters.
-
-    .. math:: \lVert U'^\top (x - \mu') \rVert \ge (1 - \text{stretch}) \lVert U^\top (x - \mu) \rVert - \text{shift},
-              \qquad c' \le c + \text{rise}
-
-    since :math:`U'^\top z = A^\top U^\top z` with :math:`A = U^{-1} U'`, whose smallest singular value is at least
-    :math:`1 - \lVert A - I \rVert`. Primes denote the new parameters.
-    """
-
-    stretch: Tensor
-    shift: Tensor
-    rise: Tensor
-
-    @classmethod
-    def between(cls, old: Exponents, new: Exponents) -> ParameterChange:
-        """Compute the change between two sets of K components; infinite if their numbers differ."""
-        if old.U.shape != new.U.shape:
-            infinite = torch.full_like(new.offsets, math.inf)
-            return cls(infinite, infinite, infinite)
-        moved = (new.means - old.means) + (new.center - old.center)
-        far = [*(p.means.norm(dim=1) for p in (old, new)), *(p.center.norm() for p in (old, new))]
-        # Bound on the rounding errors of the change, for means that are far from the origin.
-        hidden = _ROUNDING * sum(far) * new.U.flatten(1).norm(dim=1)
-        if new.is_full:
-            change, _ = torch.linalg.solve_ex(old.U, new.U - old.U)
-            shift = (new.U.mT @ moved[:, :, None]).flatten(1).norm(dim=1)
-        else:
-            change = (new.U - old.U) / old.U
-            shift = (new.U * moved).norm(dim=1)
-        stretch = change.flatten(1).norm(dim=1) if new.is_full else change.abs().amax(1)
-        return cls(stretch, shift + hidden, (new.offsets - old.offsets).clamp(min=0))
-
-    def __mul__(self, factor: float) -> ParameterChange:
-        return ParameterChange(
-            *((part + part.mean()) * factor + 1e-6 for part in (self.stretch, self.shift, self.rise))
-        )
-
-    def within(self, margin: ParameterChange) -> bool:
-        """Return whether no component has changed by more than ``margin``, with a tolerance for rounding errors."""
-        pairs = zip((self.stretch, self.shift, self.rise), (margin.stretch, margin.shift, margin.rise), strict=True)
-        return len(self.rise) == len(margin.rise) and all(bool((1.001 * a <= b).all()) for a, b in pairs)
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the changes are small on average, so that lists that allow for them are not much longer."""
-        return float((self.shift + 5 * self.stretch).mean()) < _SMALL
-
-
-def candidate_lists(
-    cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False, margin: ParameterChange | None = None
-) -> Schedule:
+def candidate_lists(cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False) -> Schedule:
     """Compute candidate lists of the kd-tree leaves, such that the pruned density stays below a limit.
 
     Args:
@@ -196,13 +141,12 @@ def candidate_lists(
         limit: Limit on log Σ exp u of the pruned components of each leaf (B,), nats. Leaves with +inf get no list, and leaves
             with -inf a list of all components.
         single: Whether the limit applies to each u, rather than to log Σ exp u.
-        margin: Parameter changes for which the lists remain valid; None for no changes.
     """
-    if margin is None and not limit.is_cuda and unavailable() is None:
+    if not limit.is_cuda and unavailable() is None:
         return compiled_lists(cloud, problem, limit, single)
     root, everybody = limit.new_zeros(1, dtype=torch.int64), torch.arange(problem.shape[1], device=limit.device)
     lists = _Level(root, everybody, root.new_tensor([0, len(everybody)]), limit.new_full((1,), -math.inf))
-    bounds, above = Bounds(problem, margin), 1
+    bounds, above = Bounds(problem), 1
     for boxes in cloud.levels:
         count = len(boxes.center)
         least = limit.view(count, -1).amin(1)
@@ -260,8 +204,7 @@ class _Level:
 class Bounds:
     """Upper bounds u of exponents over nodes of the kd-tree."""
 
-    def __init__(self, problem: Exponents, margin: ParameterChange | None) -> None:
-        self.margin = margin
+    def __init__(self, problem: Exponents) -> None:
         self.means, self.center = problem.means, problem.center
         # Margin for rounding errors in differences of large numbers.
         self.offsets = problem.offsets + _ROUNDING * problem.offsets.abs()
@@ -292,13 +235,10 @@ class Bounds:
         support = torch.minimum(box, ellipsoid) / norm.clamp(min=1e-300)
         distances = mu.norm(dim=-1)[:, None] + (b.norm(dim=-1) + boxes.reach[which])[..., None]
         slack = _ROUNDING * self.size[index][:, None] * distances
-        least, offsets = norm - support * (1 + _ROUNDING) - slack, self.offsets
-        if self.margin is not None:
-            stretch, shift, offsets = self.margin.stretch, self.margin.shift, offsets + self.margin.rise
-            least = least.clamp_(min=0) * (1 - stretch[index])[:, None] - shift[index][:, None]
+        least = norm - support * (1 + _ROUNDING) - slack
         # After an overflow there is no bound (distance zero). Bounds are finite, since -inf denotes that nothing was pruned.
         least.nan_to_num_(nan=0.0).clamp_(min=0)
-        return (offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()).clamp_(min=_LOWEST)
+        return (self.offsets[index][:, None] - (0.5 - _ROUNDING) * least.square_()).clamp_(min=_LOWEST)
 
 
 def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool) -> tuple[Tensor, Tensor]:

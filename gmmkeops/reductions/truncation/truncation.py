@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.truncation.bounds import ParameterChange, Schedule, candidate_lists
+from gmmkeops.reductions.truncation.bounds import Schedule, candidate_lists
 from gmmkeops.reductions.truncation.tree import Cloud
 
 __all__ = ["Truncation"]
@@ -27,10 +27,6 @@ _GUESSES, _MARGIN = 4, 2.0
 
 # Margin below the last minima, nats, so that few leaves fail if the minima decrease slightly.
 _GIVE = 0.25
-
-# If the last parameter change was small, candidate lists allow for a change that is this many times as large. They are recomputed
-# if more than this fraction of the leaves fails.
-_AHEAD, _FAILURES = 4.0, 0.02
 
 # The engines clamp exponents below these values, which are therefore no lower bounds.
 _LEAST = {torch.float32: -2.9e38, torch.float64: -9.9e299}
@@ -68,8 +64,6 @@ class Truncation:
     minima: Tensor | None = None
     certificate: float = 0.0
     share: float = 1.0
-    _last: Exponents | None = field(default=None, repr=False)
-    _kept: tuple[Schedule, Exponents, ParameterChange, bool] | None = field(default=None, repr=False)
     _repeated: bool = field(default=False, repr=False)
 
     def __len__(self) -> int:
@@ -95,27 +89,13 @@ class Truncation:
                 then pruned, so that the results are exact.
         """
         self._repeated = False
-        schedule = self._reused(problem, single)
-        if schedule is None:
-            margin = None if self._last is None else ParameterChange.between(self._last, problem) * _AHEAD
-            if margin is not None and not margin.is_small:
-                margin = None
-            limit = self._limit(problem, self._guess(), single) - (0 if single else _GIVE)
-            schedule = candidate_lists(self.cloud, problem, limit, single=single, margin=margin)
-            self._kept = None if margin is None else (schedule, problem, margin, single)
-        self._last = problem
+        limit = self._limit(problem, self._guess(), single) - (0 if single else _GIVE)
+        schedule = candidate_lists(self.cloud, problem, limit, single=single)
         self.certificate, self.share = 0.0, self._share(problem, schedule)
         if self.share > _PAYS:
             self.share = 1.0
             return None
         return self._floored(problem, schedule, single)
-
-    def _reused(self, problem: Exponents, single: bool) -> Schedule | None:
-        """Return the last schedule if no parameter has changed by more than it allows for, otherwise None."""
-        if self._kept is None:
-            return None
-        schedule, reference, margin, kind = self._kept
-        return schedule if kind == single and ParameterChange.between(reference, problem).within(margin) else None
 
     def again(self, problem: Exponents, schedule: Schedule, minima: Tensor, single: bool = False) -> Schedule | None:
         """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None."""
@@ -132,8 +112,6 @@ class Truncation:
         self.minima = torch.where(new < math.inf, new, self._guess())
         if not bool(failed.any()):
             return None
-        if int(failed.sum()) > _FAILURES * len(failed):
-            self._kept = None
         # The results with a list are lower bounds, so that one longer list is sufficient. If it fails because of rounding, or if
         # there is no bound, all components are evaluated.
         guess = untouched.scatter_reduce(0, boxes[failed], low[failed], "amin")
@@ -166,29 +144,11 @@ class Truncation:
 
     def remember(self) -> dict[str, Any]:
         """Return the state for a checkpoint, on which the next schedules depend in addition to the sorted points."""
-        last = None if self._last is None else _parameters(self._last)
-        kept = None
-        if self._kept is not None:
-            schedule, reference, margin, single = self._kept
-            parts = [schedule.boxes, schedule.index, schedule.pointer, schedule.pruned, schedule.spans, schedule.owner]
-            kept = (parts, _parameters(reference), [margin.stretch, margin.shift, margin.rise], single)
-        return {
-            "minima": self.minima,
-            "certificate": self.certificate,
-            "share": self.share,
-            "last": last,
-            "lists": kept,
-        }
+        return {"minima": self.minima, "certificate": self.certificate, "share": self.share}
 
     def recall(self, memory: dict[str, Any]) -> None:
         """Restore the state of :meth:`remember`, for the same sorted points."""
         self.minima, self.certificate, self.share = memory["minima"], memory["certificate"], memory["share"]
-        points = self.cloud.points[:0]
-        self._last = None if memory["last"] is None else Exponents(points, *memory["last"])
-        self._kept = None
-        if memory["lists"] is not None:
-            parts, reference, margin, single = memory["lists"]
-            self._kept = Schedule(*parts), Exponents(points, *reference), ParameterChange(*margin), single
 
     def _guess(self) -> Tensor:
         if self.minima is None:
@@ -204,10 +164,6 @@ class Truncation:
 
     def _share(self, problem: Exponents, schedule: Schedule) -> float:
         return schedule.pairs / (len(self.cloud.points) * problem.shape[1])
-
-
-def _parameters(problem: Exponents) -> list[Tensor]:
-    return [problem.offsets, problem.means, problem.U, problem.center]
 
 
 def _rounding(problem: Exponents) -> float:

@@ -219,7 +219,8 @@ struct Driver {
 std::vector<Group> cut(const Call& call, int64_t sums) {
   const bool whole = call.ranges == 0;
   const int64_t items = whole ? call.rows : call.ranges;
-  const int64_t rows = whole ? call.rows : call.range[2 * call.ranges - 1];
+  int64_t rows = whole ? call.rows : 0;
+  for (int64_t r = 0; r < call.ranges; r++) rows += call.range[2 * r + 1] - call.range[2 * r];
   int64_t count = std::clamp<int64_t>((rows + GROUP_ROWS - 1) / GROUP_ROWS, 1, GROUPS);
   if (call.request >= SOFT && call.request <= STOCHASTIC)
     count = std::min(count, std::max<int64_t>(8, SUMS / (sums * call.components)));
