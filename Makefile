@@ -1,6 +1,7 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
 # make test    the whole test suite in two processes, with real KeOps formulas compiled and run
 # make test-slow  samplers over hundreds of simulated data sets (~25 minutes)
+# make sanitize  the native engine with the address and undefined-behavior sanitizers of the compiler (g++ on Linux)
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
 # make gpu     what works on this device, the suite's checks of every reduction on it, and then bench-gpu (needs CUDA)
@@ -14,9 +15,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo gallery test test-slow check gpu bench bench-gpu clean
+.PHONY: demo gallery test test-slow sanitize check gpu bench bench-gpu clean
 .DEFAULT_GOAL := test
 
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 NATIVE := $(wildcard setup.py gmmkeops/reductions/native/source/*)
 
 $(READY): pyproject.toml constraints.txt $(NATIVE)
@@ -38,6 +40,12 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+sanitize: $(READY)
+	CXXFLAGS="$(SANITIZERS) -O1 -g -w" $(BIN)/python setup.py -q build --build-base build/objects --build-lib build/sanitized
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=build/sanitized $(BIN)/python -m pytest -p no:cacheprovider -k "not installation and not memory" \
+	tests/test_native.py tests/test_truncation_passes.py
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,6 +58,7 @@ gpu: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/engines.py
 	$(BIN)/python bench/choose.py
 	$(BIN)/python bench/report.py
 

@@ -21,6 +21,8 @@ PACKAGE = Path("gmmkeops", "reductions", "native")
 SOURCE = PACKAGE / "source"
 
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread"]
+# Options of the user, for example those of sanitizers.
+EXTRA = os.environ.get("CXXFLAGS", "").split()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # One compilation of the kernels for each instruction set.
@@ -40,7 +42,7 @@ def compile_library(target: Path, work: Path) -> None:
     def compile_one(name: str) -> str:
         file, *flags = sources[name]
         result = str(work / f"{name}.o")
-        run([*compiler, *FLAGS, *flags, "-c", str(HERE / SOURCE / file), "-o", result])
+        run([*compiler, *FLAGS, *EXTRA, *flags, "-c", str(HERE / SOURCE / file), "-o", result])
         return result
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -49,7 +51,7 @@ def compile_library(target: Path, work: Path) -> None:
     # The C++ library is linked statically, so that wheels run with older ones.
     static = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
     made = work / "_native.so"
-    run([*compiler, "-shared", "-pthread", *static, *objects, "-o", str(made)])
+    run([*compiler, "-shared", "-pthread", *EXTRA, *static, *objects, "-o", str(made)])
     # A library that is in use must not be overwritten in place.
     shutil.copy2(made, target.with_suffix(".new"))
     os.replace(target.with_suffix(".new"), target)

@@ -203,7 +203,7 @@ class FullFactor(Factor):
         broken = (info > 0) | (L.diagonal(dim1=1, dim2=2).square() <= noise * variances).any(1)
         hit = broken | flat.any(1)
         if not bool(broken.any()):
-            return cls.from_covariances(covariances), hit
+            return cls._of_cholesky(L, covariances.dtype), hit
         # The columns may have different units, so the correlation matrix is decomposed.
         unit = variances[broken].clamp(min=1e-300).sqrt()
         values, vectors = torch.linalg.eigh(covariances[broken] / (unit[:, :, None] * unit[:, None, :]))

@@ -60,6 +60,8 @@ def is_tied(state: EMState) -> bool:
 
 def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
     """Convert True, False or a sequence of booleans to a mask (K,)."""
+    if isinstance(value, bool):
+        return torch.full((mixture.n_components,), value, device=mixture.means.device)
     mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{name} must be True, False or {mixture.n_components} booleans, got other numbers.")
