@@ -64,30 +64,34 @@ struct Diagonal {
     for (int d = 0; d < D; d++) UNROLL for (int b = 0; b < N; b++) out[d * N + b] = y[d * N + b] * p[2 * D + d];
   }
 
-  template <class F, int C> static __attribute__((noinline)) void squares(const Vector<F>* __restrict r, const Vector<F>* __restrict X, const F* mean, int n, long S, double* out) {
+  template <class F, int C> static __attribute__((noinline)) void squares(const Vector<F>* __restrict r, const Vector<F>* __restrict X, const int* index, const F* mean, int n, long S, double* out) {
     typedef Vector<F> V;
     V sums[2 * C];
     UNROLL for (int i = 0; i < 2 * C; i++) sums[i] = V{};
     for (int v = 0; v < n; v++) {
       const V w = r[v];
+      const int at = index ? index[v] : v;
       UNROLL for (int d = 0; d < C; d++) {
-        const V z = X[d * S + v] - mean[d], a = w * z;
+        const V z = X[d * S + at] - mean[d], a = w * z;
         sums[2 * d] += a;
         sums[2 * d + 1] = fma(a, z, sums[2 * d + 1]);
       }
     }
     add_sums<F, 2 * C>(sums, out);
   }
-  template <class F> static void moments(const F* p, int D, const Vector<F>* r, const Vector<F>* X, int n, long S, double* out) {
+  // Adds the moments of n vectors of points with responsibilities r, at the positions of an index (null for all in turn).
+  template <class F> static void moments(const F* p, int D, const Vector<F>* r, const Vector<F>* X, int n, long S, double* out, const int* index = nullptr) {
     Vector<F> total = Vector<F>{};
     for (int v = 0; v < n; v++) total += r[v];
     constexpr int C = BYTES == 64 ? 8 : 4;
     int d = 0;
-    for (; d + C <= D; d += C, out += 2 * C) squares<F, C>(r, X + d * S, p + d, n, S, out);
-    for (; d < D; d++, out += 2) squares<F, 1>(r, X + d * S, p + d, n, S, out);
+    for (; d + C <= D; d += C, out += 2 * C) squares<F, C>(r, X + d * S, index, p + d, n, S, out);
+    for (; d < D; d++, out += 2) squares<F, 1>(r, X + d * S, index, p + d, n, S, out);
     *out += double(sum_of<F>(total));
   }
   static double cost(int D) { return 4.0 * D; }
+  // Compressing a vector costs as much as its sums, so that it has to leave only a small part of the vectors.
+  static double compression(int D) { return 3.5 * D; }
 };
 
 }  // namespace KERNELS

@@ -156,6 +156,8 @@ struct Full {
   }
   // The cost in vector instructions of the moments of one vector of points.
   static double cost(int D) { return 0.25 * D * D + 2 * D; }
+  // That of writing only the points of a vector that are not negligible.
+  static double compression(int D) { return 2.5 * D; }
 };
 
 }  // namespace KERNELS

@@ -400,7 +400,7 @@ template <class F, class Kind, int DS> class Tile {
     const V* e = exponents_at(0, k);
     auto responsibility = [&](int v) { return e[int64_t(v / N) * K * N + v % N] * G[v]; };
     const double whole = count * Kind::cost(D);
-    const double few = (BYTES == 64 ? count * 2.5 : points * 2.0) * D + double(points) / W * Kind::cost(D);
+    const double few = (BYTES == 64 ? count * Kind::compression(D) : points * 2.0 * D) + double(points) / W * Kind::cost(D);
     const V* x = Z;
     int length = count;
     if (few < whole) {
@@ -420,7 +420,10 @@ template <class F, class Kind, int DS> class Tile {
     } else {
       for (int i = 0; i < count; i++) R[i] = responsibility(used[i]);
       if (count == vectors) x = X;
-      else for (int d = 0; d < D; d++) for (int i = 0; i < count; i++) Z[d * S + i] = X[d * S + used[i]];
+      else if constexpr (Kind::paired) {
+        Kind::template moments<F>(p, D, R, X, length, S, out, used);
+        return;
+      } else for (int d = 0; d < D; d++) for (int i = 0; i < count; i++) Z[d * S + i] = X[d * S + used[i]];
     }
     Kind::template moments<F>(p, D, R, x, length, S, out);
   }
