@@ -135,11 +135,8 @@ def fit(
     world = World()
     with world.together(), recording():
         generator = as_generator(generator, "cpu") if isinstance(generator, numbers.Integral) else generator
-        begin: Any = start
-        if isinstance(start, numbers.Integral) and not isinstance(start, bool):
-            begin = initialize(x, int(start), sample_weight=sample_weight, generator=generator)
         task = Task(
-            begin,
+            _begin(start, x, sample_weight, generator),
             method=method,
             penalty=penalty,
             context=context,
@@ -161,12 +158,7 @@ def fit(
         found = facts(objective, task.mixture, settings) if settings else {}
         single = task.mixture.means.dtype == torch.float32
         run = Run(objective, task.method, task.tol, task.callbacks, began, found, single=single)
-        if saved is None:
-            inside = objective.frame.enter(task.mixture.detach().to(torch.float64))
-            run.objective = objective.truncated(task.truncate, inside, task.max_iter)
-            state = task.method.init(run.objective, inside)
-        else:
-            state = run.resume(saved)
+        state = _first(run, task) if saved is None else run.resume(saved)
         bar = _bar(task.max_iter, verbose, run)
         try:
             best = run.go(state, task.max_iter, bar)
@@ -179,6 +171,20 @@ def fit(
         _assign(start, result, run.objective.frame.columns)
     _logger.info("%s", result)
     return result
+
+
+def _begin(start: Any, x: Any, sample_weight: Any, generator: Any) -> Any:
+    """Return the initial mixture or model; a number of components is initialized from the data."""
+    if isinstance(start, numbers.Integral) and not isinstance(start, bool):
+        return initialize(x, int(start), sample_weight=sample_weight, generator=generator)
+    return start
+
+
+def _first(run: Run, task: Task) -> Any:
+    """Sort the points if truncation saves time, and return the initial state of the method."""
+    inside = run.objective.frame.enter(task.mixture.detach().to(torch.float64))
+    run.objective = run.objective.truncated(task.truncate, inside, task.max_iter)
+    return task.method.init(run.objective, inside)
 
 
 def _assign(model: GMM, result: FitResult, columns: tuple[str, ...] | None) -> None:

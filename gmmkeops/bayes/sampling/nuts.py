@@ -83,9 +83,7 @@ def nuts(
     try:
         from pyro.infer.mcmc import MCMC, NUTS
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            'nuts requires Pyro, which is not installed: pip install "gmmkeops[bayes]".'
-        ) from None
+        raise ModuleNotFoundError('nuts requires Pyro; install it with pip install "gmmkeops[bayes]".') from None
     target = Target(prior, x, weights, backend=backend)
 
     def potential(places: dict[str, Tensor]) -> Tensor:
