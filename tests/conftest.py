@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Distribution
 
 import gmmkeops as gk
 
@@ -168,3 +169,35 @@ def batch_of(family, batch, K=3, D=2, seed=0):
     parts = {name: t[: number * lead].reshape(*batch, lead, *t.shape[1:]) for name, t in parts.items()}
     draw = lambda *shape: torch.randn(*batch, *shape, generator=generator, dtype=torch.float64)  # noqa: E731
     return gk.Mixture(draw(K), 2 * draw(K, D), factor.replace(**parts))
+
+
+# Families by the names of Zuko.
+ZUKO = [(family, tied) for family in ("full", "diagonal", "spherical") for tied in (False, True)]
+
+
+def elongated_blobs(N=3000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
+    labels = torch.randint(3, (N,), generator=generator)
+    return centers[labels] + torch.randn(N, 2, generator=generator) * torch.tensor([0.5, 1.0])
+
+
+@pytest.fixture
+def checks():
+    """The default of torch for checks, as it was before the test; torch.compile changes it for good."""
+    before = Distribution._validate_args
+    yield
+    Distribution.set_default_validate_args(before)
+
+
+@pytest.fixture
+def unchecked(checks):
+    Distribution.set_default_validate_args(False)
+
+
+@pytest.fixture
+def deterministic(request):
+    """The setting of torch's deterministic algorithms, put back afterwards."""
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)

@@ -7,24 +7,8 @@ import shutil
 import pytest
 import torch
 from conftest import FAMILIES, random_mixture
-from torch.distributions import (
-    Distribution,
-)
 
 import gmmkeops as gk
-
-
-@pytest.fixture
-def checks():
-    """The default of torch for checks, as it was before the test; torch.compile changes it for good."""
-    before = Distribution._validate_args
-    yield
-    Distribution.set_default_validate_args(before)
-
-
-@pytest.fixture
-def unchecked(checks):
-    Distribution.set_default_validate_args(False)
 
 
 class Density(torch.nn.Module):
@@ -101,7 +85,7 @@ def test_exported(family, validate_args, dynamo):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("family", ["full", "tied_diag", "spherical"])
 def test_the_module_itself_is_exported_and_compiled(family, strict, dynamo, tmp_path):
-    """What it returns is a mixture, before and after a program is written to a file."""
+    """The exported program returns a mixture, also after it has been written to a file."""
     x = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
     c = torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
     dynamic = ({0: torch.export.Dim("rows")},)

@@ -312,14 +312,6 @@ def the_keops_engine(scene):
         m.predict(x.detach(), backend="keops"), m.responsibilities(x.detach(), 2, backend="keops")
 
 
-@pytest.fixture
-def deterministic(request):
-    """The setting of torch's deterministic algorithms, put back afterwards."""
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.filterwarnings(
     "ignore:KeOps is the faster engine here",
     "ignore::gmmkeops.ConvergenceWarning",

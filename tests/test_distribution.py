@@ -58,19 +58,6 @@ def test_a_context_without_rows():
         random_mixture("full").responsibilities(torch.zeros(0, 2), 5)
 
 
-@pytest.fixture
-def checks():
-    """The default of torch for checks, as it was before the test; torch.compile changes it for good."""
-    before = Distribution._validate_args
-    yield
-    Distribution.set_default_validate_args(before)
-
-
-@pytest.fixture
-def unchecked(checks):
-    Distribution.set_default_validate_args(False)
-
-
 BAD = torch.tensor([[0.0, 0.0], [math.nan, 0.0], [math.inf, 0.0], [-math.inf, 1.0], [1.0, 2.0]]).double()
 
 

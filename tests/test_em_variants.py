@@ -71,7 +71,7 @@ def test_classification_likelihood_is_monotone():
         result = gk.fit(plain_start(x, 4, "full"), x, gk.EM(assignment="hard", tol=0, reg_covar=0), max_iter=20)
         values = result.history["objective"]
         assert all(b <= a + 1e-9 for a, b in itertools.pairwise(values))
-        # What is returned is the likelihood of the mixture, not of the classification.
+        # The result holds the likelihood of the mixture, not of the classification.
         assert abs(result.log_likelihood - float(result.mixture.log_prob(x).mean())) < 1e-12
 
 

@@ -80,7 +80,7 @@ def test_files_hold_everything(X, tmp_path, kind, K):
         assert twin.result_.report == model.result_.report
         assert twin.result_.history == model.result_.history
         assert np.array_equal(twin.fit(X).means_, model.fit(X).means_)
-        # Of the mixture alone nothing else is known.
+        # An estimator made from a mixture has no other attributes.
         assert torch.equal(gk.load(path).means, model.mixture_.means)
 
 

@@ -12,14 +12,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture
-def deterministic(request):
-    """The setting of torch's deterministic algorithms, put back afterwards."""
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize(
     ("name", "broken"),
     [

@@ -85,7 +85,7 @@ def test_minibatches_reach_the_full_batch():
 
     parts = gk.fit(start, x, gk.Adam(lr=0.02, batch_size=500, scheduler=falling), max_iter=40)
     assert abs(parts.log_likelihood - whole.log_likelihood) < 2e-3
-    # What is reported is the returned mixture over all points, not the running mean.
+    # The reported value is that of the returned mixture over all points, not the running mean.
     assert abs(parts.log_likelihood - float(parts.mixture.log_prob(x).mean())) < 1e-10
 
 

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, ZUKO, elongated_blobs
 
 import gmmkeops as gk
-
-ZUKO = [(family, tied) for family in ("full", "diagonal", "spherical") for tied in (False, True)]
-
-
-def blobs(N=3000, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
-    labels = torch.randint(3, (N,), generator=generator)
-    return centers[labels] + torch.randn(N, 2, generator=generator) * torch.tensor([0.5, 1.0])
 
 
 @pytest.mark.parametrize(("family", "tied"), ZUKO)
 @pytest.mark.parametrize("strategy", ["random", "kmeans", "kmeans++"])
 def test_initialized_density_is_not_below_a_baseline(family, tied, strategy):
-    """Three clusters explain the blobs better than one Gaussian; a square root lost would cost whole nats."""
-    x = blobs()
+    """Three clusters explain the elongated_blobs better than one Gaussian; a square root lost would cost whole nats."""
+    x = elongated_blobs()
     torch.manual_seed(0)
     model = gk.GMM(2, n_components=3, covariance_type=family, tied=tied).initialize(x, strategy)
     single = gk.initialize(x, 1, covariance_type="full").log_prob(x).mean()
@@ -33,7 +24,7 @@ def test_initialized_density_is_not_below_a_baseline(family, tied, strategy):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initialize_matches_the_clusters(family):
-    x = blobs().double()
+    x = elongated_blobs().double()
     mixture = gk.initialize(x, 3, "kmeans", covariance_type=family)
     labels = ((x[:, None] - mixture.means) ** 2).sum(-1).argmin(1)
     for k in range(3):
@@ -46,7 +37,7 @@ def test_initialize_matches_the_clusters(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_clusters_of_weighted_points_are_those_of_repeated_ones(family):
-    x = blobs(60).double()
+    x = elongated_blobs(60).double()
     counts = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(1))
 
     def start(points, weights):
@@ -84,7 +75,7 @@ def test_degenerate_clouds_have_a_start(strategy):
 
 
 def test_initialize_is_reproducible_and_leaves_torch_alone():
-    x = blobs()
+    x = elongated_blobs()
     state = torch.get_rng_state()
     first, second = gk.initialize(x, 5), gk.initialize(x, 5)
     assert torch.equal(first.means, second.means)

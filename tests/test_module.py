@@ -8,19 +8,10 @@ import math
 
 import pytest
 import torch
-from conftest import random_mixture
+from conftest import ZUKO, elongated_blobs, random_mixture
 from torch import nn
 
 import gmmkeops as gk
-
-ZUKO = [(family, tied) for family in ("full", "diagonal", "spherical") for tied in (False, True)]
-
-
-def blobs(N=3000, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    centers = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])
-    labels = torch.randint(3, (N,), generator=generator)
-    return centers[labels] + torch.randn(N, 2, generator=generator) * torch.tensor([0.5, 1.0])
 
 
 @pytest.mark.parametrize(("family", "tied"), ZUKO)
@@ -61,7 +52,7 @@ def test_epsilon_is_a_least_variance():
 def test_zuko_page_as_typed():
     """The page's snippets, with its documented names (two of which its own class lacks)."""
     torch.manual_seed(0)
-    x = blobs(1000)
+    x = elongated_blobs(1000)
     gmm = gk.GMM(features=2, n_components=3, covariance_type="full", epsilon=1e-6)
     gmm.initialize(x, strategy="kmeans")
     optimizer = torch.optim.Adam(gmm.parameters(), lr=1e-2)
@@ -87,7 +78,7 @@ def test_conditional_gmm():
     torch.manual_seed(0)
     model = gk.GMM(features=2, context=5, n_components=3, hidden_features=[128, 128])
     assert model(torch.randn(5)).sample((100,)).shape == (100, 2)
-    y = blobs(64)
+    y = elongated_blobs(64)
     model.initialize(y, "kmeans")
     c = torch.randn(64, 5)
     batch = model(c)
@@ -152,7 +143,7 @@ def test_refused_initialization_leaves_the_module_as_it_was():
 
 
 def test_aliases_of_the_module():
-    x, g = blobs(300), torch.rand(300, generator=torch.Generator().manual_seed(0))
+    x, g = elongated_blobs(300), torch.rand(300, generator=torch.Generator().manual_seed(0))
     model, old = gk.GMM(2, n_components=3), gk.GMM(2, n_components=3)
     assert (model.n_components, old.n_components) == (3, 3)
     model.initialize(x, sample_weight=g, random_state=5)

@@ -226,7 +226,7 @@ class TestPenalty:
             assert float(first) == pytest.approx(float(second), abs=1e-9)
 
     def test_terms_of_the_m_step_are_a_tight_upper_bound(self, name):
-        """Of N times the penalty: the same gradient at the mixture, and nowhere less."""
+        """The terms bound N times the penalty from above, with equal value and gradient at the mixture."""
         penalty, generator = P.as_penalty(PENALTIES[name].penalty), torch.Generator().manual_seed(0)
         if not PENALTIES[name].em:
             return

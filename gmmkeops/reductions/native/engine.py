@@ -34,8 +34,8 @@ _ROWS, _PAIRS = 512, 1 << 21
 # Largest ratio of weights whose products with responsibilities float32 holds, and exponent of weights that need no scaling.
 _RATIO, _ORDINARY = 2.0**50, 40
 
-# Rows at which the first evaluation of each kind is compared with the dense engine, and the largest errors relative to
-# max(1, |value|).
+# Rows at which the first evaluation of a dtype and a kind of factors is compared with the dense engine, and the largest errors
+# relative to max(1, |value|).
 _COMPARED, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
 
 # Dimensions from which kernels without AVX2 are slower than the dense engine.
@@ -74,16 +74,16 @@ class Native:
         return None
 
     def begin(self, problem: Exponents, request: Request) -> _Evaluation:
-        kind = (problem.x.dtype, problem.is_full, type(request))
+        kind = (problem.x.dtype, problem.is_full)
         if kind not in self._compared:
             self._compared.add(kind)
-            self._compare(problem, request)
+            self._compare(problem)
         return _Evaluation(problem, request)
 
-    def _compare(self, problem: Exponents, request: Request) -> None:
+    def _compare(self, problem: Exponents) -> None:
         """Compare the log-sum-exps of a few rows with those of the dense engine; a difference beyond rounding is a warning."""
-        rows = torch.arange(min(_COMPARED, len(problem.x))) * len(problem.x) // min(_COMPARED, len(problem.x))
-        few = problem.rows(rows)
+        count = min(_COMPARED, len(problem.x))
+        few = problem.rows(torch.arange(count) * len(problem.x) // count)
         (own,), (expected,) = _Evaluation(few, LogSumExp()).whole(), evaluate(dense, few, LogSumExp())
         error = float(((own - expected).abs() / expected.abs().clamp(min=1)).max())
         if not error <= _TOLERANCE[problem.x.dtype]:

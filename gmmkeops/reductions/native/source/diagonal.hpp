@@ -14,10 +14,11 @@ struct Diagonal {
   // Exponents q (bits) of N vectors of points.
   template <class F, int N, int DS> INLINE void exponents(const F* p, int D, const Vector<F>* X, long S, Vector<F>*, Vector<F>* q, Vector<F>* y = nullptr) {
     const F* const both[] = {p};
-    several<F, 1, N>(both, D, X, S, q, y);
+    several<F, 1, N, false>(both, D, X, S, q, y);
   }
-  // Those of C components, q[k * N + b]: the sum of one alone waits for its own last term.
-  template <class F, int C, int N> INLINE void several(const F* const* p, int D, const Vector<F>* X, long S, Vector<F>* out, Vector<F>* kept = nullptr) {
+  // Those of C components, q[k * N + b]: the sum of one alone waits for its own last term. If they are expanded, y = x u - mu u
+  // takes two instructions instead of three; the remainder then holds -mu u, which must be small enough (EXPANDED in native.cpp).
+  template <class F, int C, int N, bool expanded> INLINE void several(const F* const* p, int D, const Vector<F>* X, long S, Vector<F>* out, Vector<F>* kept = nullptr) {
     typedef Vector<F> V;
     V q[C][N];
     UNROLL for (int k = 0; k < C; k++) UNROLL for (int b = 0; b < N; b++) q[k][b] = broadcast(p[k][3 * D]);
@@ -25,12 +26,12 @@ struct Diagonal {
       V x[N];
       UNROLL for (int b = 0; b < N; b++) { V t = X[d * S + b]; KEEP(t); x[b] = t; }
       UNROLL for (int k = 0; k < C; k++) {
-        V m = broadcast(p[k][d]), s = broadcast(p[k][D + d]), u = broadcast(p[k][2 * D + d]);
-        KEEP(m);
+        V m = expanded ? V{} : broadcast(p[k][d]), s = broadcast(p[k][D + d]), u = broadcast(p[k][2 * D + d]);
+        if constexpr (!expanded) KEEP(m);
         KEEP(s);
         KEEP(u);
         UNROLL for (int b = 0; b < N; b++) {
-          const V y = fma(x[b] - m, u, s);
+          const V y = fma(expanded ? x[b] : x[b] - m, u, s);
           if (kept) kept[d * N + b] = y;
           q[k][b] = fnma(y, y, q[k][b]);
         }
@@ -38,28 +39,6 @@ struct Diagonal {
     }
     UNROLL for (int k = 0; k < C; k++) UNROLL for (int b = 0; b < N; b++) out[k * N + b] = q[k][b];
   }
-  // The same in two instructions instead of three, y = x u - mu u, where mu u is small enough (see ``Packing::product_error``):
-  // the remainder then holds -mu u.
-  template <class F, int C, int N> INLINE void expanded(const F* const* p, int D, const Vector<F>* X, long S, Vector<F>* out) {
-    typedef Vector<F> V;
-    V q[C][N];
-    UNROLL for (int k = 0; k < C; k++) UNROLL for (int b = 0; b < N; b++) q[k][b] = broadcast(p[k][3 * D]);
-    for (int d = 0; d < D; d++) {
-      V x[N];
-      UNROLL for (int b = 0; b < N; b++) { V t = X[d * S + b]; KEEP(t); x[b] = t; }
-      UNROLL for (int k = 0; k < C; k++) {
-        V s = broadcast(p[k][D + d]), u = broadcast(p[k][2 * D + d]);
-        KEEP(s);
-        KEEP(u);
-        UNROLL for (int b = 0; b < N; b++) {
-          const V y = fma(x[b], u, s);
-          q[k][b] = fnma(y, y, q[k][b]);
-        }
-      }
-    }
-    UNROLL for (int k = 0; k < C; k++) UNROLL for (int b = 0; b < N; b++) out[k * N + b] = q[k][b];
-  }
-
   template <class F, int N> INLINE void pull(const F* p, int D, const Vector<F>* y, Vector<F>* out) {
     for (int d = 0; d < D; d++) UNROLL for (int b = 0; b < N; b++) out[d * N + b] = y[d * N + b] * p[2 * D + d];
   }

@@ -41,11 +41,6 @@ constexpr double WORK = 2e6;
 // Numbers in the sums of all groups from which they are merged on several threads.
 constexpr size_t PARALLEL = 500000;
 
-// Scratch memory of ``pack`` for one thread.
-struct Packing {
-  std::vector<double> U, inverse;
-};
-
 // Upper-triangular U with the same |U'z| as a matrix, by Householder reflections of the columns; ``U`` is overwritten.
 void triangular(double* U, int64_t D) {
   bool done = true;
@@ -106,7 +101,7 @@ double magnification(const double* U, int64_t D, std::vector<double>& inverse) {
 struct Driver {
   const Call& call;
   const Kernel& kernel;
-  const int64_t N, K, D;
+  const int64_t K, D;
   const bool full, doubles;
   Parameters parameters{};
   std::vector<double> center;       // rounded to the numbers of the arithmetic
@@ -116,7 +111,7 @@ struct Driver {
   int64_t stride;
 
   explicit Driver(const Call& call, const Kernel& kernel)
-      : call(call), kernel(kernel), N(call.rows), K(call.components), D(call.dimensions), full(call.family == FULL),
+      : call(call), kernel(kernel), K(call.components), D(call.dimensions), full(call.family == FULL),
         doubles(call.double_points || call.double_arithmetic), center(call.center, call.center + call.dimensions),
         stride(full ? 2 * D + D * (D + 1) / 2 + 1 : 3 * D + 1) {
     if (!doubles) for (double& c : center) c = float(c);
@@ -131,35 +126,27 @@ struct Driver {
 
   void pack() {
     is_wide.assign(K, 0);
-    if (!doubles) single.reset(new float[K * stride]);
-    Packing space;
-    std::vector<double> packed(stride);
-    bool expanded = !full && call.request != POINT_GRADIENT;
     if (doubles) wide.reset(new double[K * stride]);
-    // Pass 1: which components need float64, and whether the others allow for expanded products.
-    std::vector<double> U(full ? D * D : D);
+    else single.reset(new float[K * stride]);
+    std::vector<double> packed(stride), inverse, U(full ? D * D : D);
+    bool any_wide = false, expanded = !full && call.request != POINT_GRADIENT;
     for (int64_t k = 0; k < K; k++) {
       const bool repeated = k > 0 && call.factor_stride == 0;
       if (!repeated) load(k, U);
-      if (!doubles) is_wide[k] = needs_doubles(k, U, repeated ? &last_magnification : nullptr, space.inverse);
-      if (doubles || !is_wide[k]) {
-        if (expanded) {
-          double error = 0;
-          for (int64_t d = 0; d < D; d++) { const double e = mean(k, d) * U[d]; error += e * e; }
-          if (!(error <= EXPANDED * EXPANDED)) expanded = false;
-        }
-        write(k, U, packed);
-        if (doubles) std::copy(packed.begin(), packed.end(), &wide[k * stride]);
-        else for (int64_t i = 0; i < stride; i++) single[k * stride + i] = float(packed[i]);
-      } else {
-        if (!wide) wide.reset(new double[K * stride]);
-        write(k, U, packed);
-        std::copy(packed.begin(), packed.end(), &wide[k * stride]);
-        parameters.any_wide = true;
+      if (!doubles) is_wide[k] = needs_doubles(k, U, repeated ? &last_magnification : nullptr, inverse);
+      any_wide |= is_wide[k];
+      if (any_wide && !wide) wide.reset(new double[K * stride]);
+      if (expanded && !is_wide[k]) {
+        double error = 0;
+        for (int64_t d = 0; d < D; d++) { const double e = mean(k, d) * U[d]; error += e * e; }
+        expanded = error <= EXPANDED * EXPANDED;
       }
+      write(k, U, packed);
+      if (doubles || is_wide[k]) std::copy(packed.begin(), packed.end(), &wide[k * stride]);
+      else std::copy(packed.begin(), packed.end(), &single[k * stride]);
     }
     if (expanded) expand();
-    parameters = {{single.get(), stride}, {wide.get(), stride}, is_wide.data(), parameters.any_wide, deepest(), expanded};
+    parameters = {{single.get(), stride}, {wide.get(), stride}, is_wide.data(), any_wide, deepest(), expanded};
   }
   double last_magnification = 1;
 

@@ -160,8 +160,8 @@ template <class F, class Kind, int DS> class Tile {
         }
         const F* const both[] = {numbers(a), numbers(b)};
         V q[2 * N];
-        if (parameters.expanded) Kind::template expanded<F, 2, N>(both, D, x, S, q);
-        else Kind::template several<F, 2, N>(both, D, x, S, q);
+        if (parameters.expanded) Kind::template several<F, 2, N, true>(both, D, x, S, q);
+        else Kind::template several<F, 2, N, false>(both, D, x, S, q);
         visit(k, q);
         visit(k + 1, q + N);
       }
@@ -174,8 +174,8 @@ template <class F, class Kind, int DS> class Tile {
     if (wide(c)) exponents_wide(w, c, q);
     else if constexpr (Kind::paired) {
       const F* const single[] = {numbers(c)};
-      if (parameters.expanded) Kind::template expanded<F, 1, N>(single, D, X + w * N, S, q);
-      else Kind::template several<F, 1, N>(single, D, X + w * N, S, q);
+      if (parameters.expanded) Kind::template several<F, 1, N, true>(single, D, X + w * N, S, q);
+      else Kind::template several<F, 1, N, false>(single, D, X + w * N, S, q);
     } else Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, space, q);
     visit(k, q);
   }
