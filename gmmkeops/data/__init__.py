@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from gmmkeops.data.batch import Batch
+from gmmkeops.data.batch import ROUNDING, Batch
 from gmmkeops.data.columns import listed, table_names, table_of
 from gmmkeops.data.distributed import RankError, World, difference, join
 from gmmkeops.data.generators import DEFAULT_SEED, as_generator, categorical, generator_on, running_sum
@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_SEED",
     "NOISE",
     "NUMBERS",
+    "ROUNDING",
     "SAMPLE",
     "Batch",
     "RankError",

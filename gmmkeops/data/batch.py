@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Batch"]
+__all__ = ["ROUNDING", "Batch"]
 
 # Largest change of a whitened residual due to float32 rounding of the points: 3e-5 is 1e-4 nats at three standard deviations.
-_ROUNDING = 3e-5
+ROUNDING = 3e-5
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Batch:
         """
         if self.rounding is None or self.exact is None:
             return self
-        return self if bool((norms().double() @ self.rounding).amax() <= _ROUNDING) else self.exact()
+        return self if bool((norms().double() @ self.rounding).amax() <= ROUNDING) else self.exact()
 
     def in_float64(self) -> Batch:
         """Return the batch in float64."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -160,6 +160,67 @@ class EM(Method[EMState]):
         elif self.accelerate:
             state = self._extrapolate(objective, now, state)
         return replace(state, iteration=state.iteration + 1), now
+
+    def steps(self, objective: Objective, state: EMState) -> Iterator[tuple[EMState, Evaluation]]:
+        while True:
+            found = self._ordinary(objective, state)
+            for t in range(0 if found is None else len(found)):
+                assert found is not None, "it has steps"
+                whole = state.population.whole(state.mixture)
+                likelihood = found.totals[t] / objective.mass - objective.frame.log_volume
+                value = found.costs[t] + found.drifts[t] - likelihood
+                now = Evaluation(
+                    whole, value, likelihood, state.population.live, state.floored, self.assignment != "hard"
+                )
+                after = t + 1
+                mixture = Mixture(found.logits[after], found.means[after], found.factors[after], validate_args=False)
+                state = replace(
+                    state,
+                    mixture=mixture,
+                    counts=found.counts[after],
+                    drift=found.drifts[after],
+                    iteration=state.iteration + 1,
+                )
+                yield state, now
+            if not found:
+                state, now = self.step(objective, state)
+                yield state, now
+
+    def _ordinary(self, objective: Objective, state: EMState) -> reductions.Steps | None:
+        """Perform the next steps in the native engine, as far as they need nothing but moments and their maximization."""
+        frozen = tuple(getattr(self, name) for name in _FROZEN)
+        if (
+            objective.penalty is not None
+            or self.batch_size is not None
+            or self.accelerate
+            or self.assignment == "stochastic"
+            or self._beta(state) < 1
+            or not all(isinstance(mask, bool) for mask in frozen)
+        ):
+            return None
+        batch = objective.whole()
+        if batch is None:
+            return None
+        mixture = state.mixture
+        objective.passes.seen(batch, mixture.n_components)
+        settings = reductions.StepSettings(
+            objective.mass,
+            self._ridge(objective),
+            FLOOR,
+            DEAD_SHARE * DEAD_POINTS / objective.count,
+            frozen,
+            self.assignment,
+        )
+        return reductions.em_steps(
+            batch,
+            mixture.logits,
+            mixture.means,
+            mixture.factor,
+            settings,
+            counts=state.counts,
+            drift=state.drift,
+            backend=objective.backend,
+        )
 
     def _look(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float, float]:
         """Perform the E-step; return the state, its moments, and the objective and mean log-likelihood of its mixture."""

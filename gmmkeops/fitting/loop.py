@@ -140,14 +140,16 @@ class Run:
             self.ending = Ending.CONVERGED
         if bar is not None:
             bar.update(self.iterations)
+        steps = self.method.steps(self.objective, state)
         try:
             while self.iterations < max_iter and self.ending is Ending.MAX_ITER:
                 if self.iterations == _SETTLED:
                     self.objective = self.objective.settled(self.method.current(self.objective, state))
+                    steps = self.method.steps(self.objective, state)
                 journal.begin(self.iterations, lambda: self.snapshot(state))  # noqa: B023
                 if journal.due:
                     journal.write()
-                state, now = self.method.step(self.objective, state)
+                state, now = next(steps)
                 if not math.isfinite(now.objective):
                     self.ending = Ending.DIVERGED
                     break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -98,6 +99,12 @@ class Method(ABC, Generic[S]):
     @abstractmethod
     def step(self, objective: Objective, state: S) -> tuple[S, Evaluation]:
         """Perform one pass over the data; return the next state, and the evaluation of the mixture of ``state``."""
+
+    def steps(self, objective: Objective, state: S) -> Iterator[tuple[S, Evaluation]]:
+        """Iterate :meth:`step`. A method may compute several steps at a time, with results that do not depend on their number."""
+        while True:
+            state, now = self.step(objective, state)
+            yield state, now
 
     @abstractmethod
     def current(self, objective: Objective, state: S) -> Mixture:

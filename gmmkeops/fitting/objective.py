@@ -74,6 +74,14 @@ class Objective:
         cloud = self.data.cloud if isinstance(self.data, Memory) else None
         return self if cloud is None or not cloud.cloud.labeled else self.truncated(cloud.epsilon, mixture, 1)
 
+    def whole(self) -> Batch | None:
+        """Return all points as one batch without truncation, if they are in the memory of one process; else None."""
+        data, passes = self.data, self.passes
+        if not isinstance(data, Memory) or data.cloud is not None or passes.world.size > 1 or passes.journal.replay:
+            return None
+        (batch,) = data.batches()
+        return batch
+
     def moments(
         self,
         offsets: Tensor,

@@ -70,6 +70,12 @@ class Passes:
         self.journal.swept(sums)
         return sums
 
+    def seen(self, batch: Batch, components: int) -> None:
+        """Store the counts of a pass that evaluated every pair of a point in memory and a component."""
+        statistics = SweepStatistics()
+        statistics.add(batch.points, components)
+        vars(self.statistics).update(vars(statistics))
+
     def fold(
         self,
         data: Data,

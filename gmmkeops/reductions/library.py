@@ -7,10 +7,10 @@ import os
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Call", "Level", "ListCall", "instruction_set", "load", "reason"]
+__all__ = ["Call", "Level", "ListCall", "StepCall", "instruction_set", "load", "reason"]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 2
+_ABI = 3
 
 _FOLDER = Path(__file__).parent / "native"
 
@@ -39,6 +39,22 @@ class Call(ctypes.Structure):
             for name in ("values", "labels", "gradient", "S0", "S1", "S2", "total", "odd", "doubles")
         ),
         ("stop", ctypes.c_void_p),
+    )
+
+
+class StepCall(ctypes.Structure):
+    """The arguments of EM steps."""
+
+    _fields_ = (
+        ("sweep", Call),
+        *((name, ctypes.c_int32) for name in ("tied", "fixed_weights", "fixed_means", "fixed_covariances")),
+        *((name, ctypes.c_int64) for name in ("steps", "done")),
+        *((name, ctypes.c_double) for name in ("mass", "scale", "least", "floor", "ceiling", "coarse")),
+        *((name, ctypes.c_void_p) for name in ("ridge", "rounding")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("logits", "means", "log_diagonal", "upper", "counts", "total", "cost", "drift")
+        ),
     )
 
 
@@ -87,9 +103,8 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"its library cannot be loaded ({error})"
-    if library.gmmkeops_abi() != _ABI or library.gmmkeops_sizes() != ctypes.sizeof(Call) + 1000 * ctypes.sizeof(
-        ListCall
-    ):
+    sizes = sum(1000**i * ctypes.sizeof(call) for i, call in enumerate((Call, ListCall, StepCall)))
+    if library.gmmkeops_abi() != _ABI or library.gmmkeops_sizes() != sizes:
         return "its library belongs to another version; install gmmkeops again"
     return library
 

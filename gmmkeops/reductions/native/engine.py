@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -22,17 +23,17 @@ from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Reque
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
 
-__all__ = ["Native"]
+__all__ = ["ASSIGNMENTS", "RATIO", "Native", "run", "scaled"]
 
 # Numbers of requests in source/interface.hpp.
 _REQUESTS = {LogSumExp: 0, Argmax: 1, TopK: 2, PointGradient: 6}
-_ASSIGNMENTS = {"soft": 3, "hard": 4, "stochastic": 5}
+ASSIGNMENTS = {"soft": 3, "hard": 4, "stochastic": 5}
 
 # Rows of a range of the schedule, and pairs of a row and a component.
 _ROWS, _PAIRS = 512, 1 << 21
 
 # Largest ratio of weights whose products with responsibilities float32 holds, and exponent of weights that need no scaling.
-_RATIO, _ORDINARY = 2.0**50, 40
+RATIO, _ORDINARY = 2.0**50, 40
 
 # Rows at which the first evaluation of a dtype and a kind of factors is compared with the dense engine, and the largest errors
 # relative to max(1, |value|).
@@ -63,22 +64,36 @@ class Native:
         return self._mistrusted or reason()
 
     def unsupported(self, problem: Exponents, request: Request) -> str | None:
-        if (
-            problem.x.device.type == "cpu"
-            and reason() is None
-            and load()[1] == 0
-            and problem.is_full
-            and problem.shape[2] >= _MANY
-        ):
+        if problem.x.device.type == "cpu" and reason() is None and _is_slow(problem.is_full, problem.shape[2]):
             return "the native engine is slower than the dense one without AVX2"
         return None
 
     def begin(self, problem: Exponents, request: Request) -> _Evaluation:
+        self._compare_once(problem)
+        return _Evaluation(problem, request)
+
+    def runs(self, x: Tensor, full: bool, backend: str, problem: Callable[[], Exponents]) -> bool:
+        """Return whether this engine computes the moments of points for a backend, after its comparison with the dense engine.
+
+        Args:
+            x: Points (N, D).
+            full: Whether factors are matrices.
+            backend: Name of the backend.
+            problem: Function that returns the exponents, called if they have not been compared yet.
+        """
+        if x.device.type != "cpu" or backend not in ("auto", self.name) or self.unavailable(x.device) is not None:
+            return False
+        if _is_slow(full, x.shape[1]):
+            return False
+        if (x.dtype, full) not in self._compared:
+            self._compare_once(problem())
+        return self._mistrusted is None
+
+    def _compare_once(self, problem: Exponents) -> None:
         kind = (problem.x.dtype, problem.is_full)
         if kind not in self._compared:
             self._compared.add(kind)
             self._compare(problem)
-        return _Evaluation(problem, request)
 
     def _compare(self, problem: Exponents) -> None:
         """Compare the log-sum-exps of a few rows with those of the dense engine; a difference beyond rounding is a warning."""
@@ -91,6 +106,11 @@ class Native:
                 f"its results differ from those of the dense engine by {error:.1g} times max(1, |l|) nats"
             )
             warn(f"The native engine is not used: {self._mistrusted}. Please report this.", PrecisionWarning)
+
+
+def _is_slow(full: bool, features: int) -> bool:
+    """Return whether the dense engine is faster, because the machine lacks AVX2."""
+    return full and features >= _MANY and load()[1] == 0
 
 
 class _Evaluation:
@@ -172,14 +192,14 @@ def _call(
     (N, K, D), x = problem.shape, problem.x
     weights, unit = getattr(request, "weights", None), 1.0
     if weights is not None:
-        weights, unit, ratio = _scaled(weights.detach())
-        double = double or ratio > _RATIO
+        weights, unit, ratio = scaled(weights.detach())
+        double = double or ratio > RATIO
     shared = K > 1 and problem.U.stride(0) == 0
     U = (problem.U[:1] if shared else problem.U).contiguous()
     family = 0 if problem.is_full else 2 if U.shape[1] == 1 else 1
     sums: tuple[Tensor, ...] = ()
     if isinstance(request, Statistics):
-        kind = _ASSIGNMENTS[request.assignment]
+        kind = ASSIGNMENTS[request.assignment]
         shapes = [(K,), (K, D), {0: (K, D, D), 1: (K, D), 2: (K,)}[family], ()]
         sums = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
     else:
@@ -196,9 +216,7 @@ def _call(
         *map(_pointer, sums or (None,) * 4), counts.data_ptr(), counts.data_ptr() + counts.element_size(),
         ctypes.addressof(stop),
     )  # fmt: skip
-    status = _evaluate(call, stop)
-    if status == _OUT_OF_MEMORY:
-        raise MemoryError(f"There is not enough memory for reductions over {K} components in {D} dimensions.")
+    run("gmmkeops_evaluate", call, stop, (N, K, D))
     return sums, minima, int(counts[0])
 
 
@@ -215,7 +233,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _scaled(weights: Tensor) -> tuple[Tensor, float, float]:
+def scaled(weights: Tensor) -> tuple[Tensor, float, float]:
     """Weights of ordinary size, the power of two that they have been divided by, and the ratio of the extreme nonzero weights."""
     sizes = weights.abs()
     largest = float(sizes.amax()) if len(sizes) else 0.0
@@ -227,25 +245,43 @@ def _scaled(weights: Tensor) -> tuple[Tensor, float, float]:
     return (weights.contiguous() if unit == 1 else weights / unit), unit, ratio
 
 
-def _evaluate(call: Call, stop: ctypes.c_int32) -> int:
-    """Call the library; long calls from the main thread run in another one, so that signals such as Ctrl-C end them."""
+def run(name: str, call: ctypes.Structure, stop: ctypes.c_int32, shape: tuple[int, int, int]) -> None:
+    """Call a function of the library; long calls from the main thread run in another one, so that Ctrl-C ends them.
+
+    Args:
+        name: Name of the function.
+        call: Its arguments.
+        stop: The number by which the call is told to end.
+        shape: Numbers of points, components and dimensions.
+
+    Raises:
+        MemoryError: There is not enough memory.
+    """
     library, instruction_set = load()
-    if (
-        call.rows * call.components * call.dimensions < _LONG
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        return int(library.gmmkeops_evaluate(ctypes.byref(call), instruction_set))
+    function = getattr(library, name)
     found: list[int] = []
+    if math.prod(shape) < _LONG or threading.current_thread() is not threading.main_thread():
+        found.append(function(ctypes.byref(call), instruction_set))
+    else:
+        _apart(lambda: found.append(function(ctypes.byref(call), instruction_set)), stop)
+    if found[0] == _OUT_OF_MEMORY:
+        raise MemoryError(
+            f"There is not enough memory for reductions over {shape[1]} components in {shape[2]} dimensions."
+        )
+
+
+def _apart(work: Callable[[], object], stop: ctypes.c_int32) -> None:
+    """Run a function in another thread; an exception such as KeyboardInterrupt ends it by ``stop``."""
     # An interrupted Thread.join counts the thread as finished, so that the end is an event.
     finished = threading.Event()
 
-    def work() -> None:
+    def body() -> None:
         try:
-            found.append(library.gmmkeops_evaluate(ctypes.byref(call), instruction_set))
+            work()
         finally:
             finished.set()
 
-    threading.Thread(target=work, name="gmmkeops-native").start()
+    threading.Thread(target=body, name="gmmkeops-native").start()
     try:
         finished.wait()
     except BaseException:
@@ -255,4 +291,3 @@ def _evaluate(call: Call, stop: ctypes.c_int32) -> int:
             with suppress(BaseException):
                 finished.wait()
         raise
-    return found[0]

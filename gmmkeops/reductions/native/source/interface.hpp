@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int32_t ABI = 2;
+constexpr int32_t ABI = 3;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -35,6 +35,26 @@ struct Call {
   double *S0, *S1, *S2, *total;
   int64_t *odd, *doubles;                               // rows whose values are not finite; components evaluated in float64
   const int32_t* stop;                                  // becomes nonzero when the call is to end early
+};
+
+// EM steps over every pair of a point and a component, without priors. ``sweep`` describes the E-step; the steps set its
+// parameters and its sums. A step that needs anything else (a component that would be pruned, a singular covariance, a row without a finite value,
+// points that float32 cannot hold) is not performed, and ends the call.
+struct StepCall {
+  Call sweep;
+  int32_t tied, fixed_weights, fixed_means, fixed_covariances;
+  int64_t steps, done;      // steps that are asked for, and those that were performed
+  double mass, scale;       // total weight of all points, and its ratio to the weight of the points of the sweep
+  double least;             // smallest weight of a component that is not pruned
+  double floor, ceiling;    // smallest variance, and largest sum of the squares of a factor
+  double coarse;            // largest change of an exponent by the rounding of the points, nats
+  const double *ridge, *rounding;  // (D,), added to variances; (D,) rounding errors of the points, or null
+  // Parameters before each step and after the last one, as factors store them: (steps + 1, K), (steps + 1, K, D),
+  // (steps + 1, K or 1, D or 1), (steps + 1, K or 1, D (D - 1) / 2).
+  double *logits, *means, *log_diagonal, *upper;
+  double *counts;           // (steps + 1, K or 1), fractions of the points for each covariance; NaN before the first step if unknown
+  double *total, *cost;     // (steps,), log-likelihoods; 1/2 sum_k c_k tr(ridge precision_k)
+  double *drift;            // (steps + 1,), sum of the changes of this cost by those of the fractions
 };
 
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "interface.hpp"
+#include "steps.hpp"
 
 #if defined(__x86_64__)
 namespace avx512 { extern const Kernel kernel; }
@@ -405,7 +406,7 @@ const Kernel* kernel_of(int isa) {
 
 EXPORT int32_t gmmkeops_abi() { return ABI; }
 
-EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall); }
+EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(StepCall); }
 
 // Whether this machine has an instruction set: 0 base, 1 AVX2, 2 AVX-512.
 EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
@@ -413,6 +414,14 @@ EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr
 EXPORT int32_t gmmkeops_evaluate(const Call* call, int32_t isa) {
   try {
     return evaluate(*call, *kernel_of(isa));
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+EXPORT int32_t gmmkeops_steps(StepCall* call, int32_t isa) {
+  try {
+    return steps::run(*call, [&](const Call& sweep) { return evaluate(sweep, *kernel_of(isa)); });
   } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;
   }

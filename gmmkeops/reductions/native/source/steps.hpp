@@ -1,0 +1,172 @@
+// EM steps of ordinary problems without the interpreter: the M-step of m_step.py without priors, for CPUs.
+#pragma once
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "interface.hpp"
+
+namespace steps {
+
+constexpr double LOG_TWO_PI = 1.8378770664093453;
+
+struct Steps {
+  StepCall& call;
+  const int64_t K, D, L;          // components, dimensions, covariances
+  const int64_t E, P;             // numbers of a covariance in ``log_diagonal`` and in ``upper``
+  const bool full;
+  int64_t spread;                 // numbers of a covariance in S2
+  std::vector<double> offsets, factor, S0, S1, S2, cost, matrix, center;
+  double total = 0;
+
+  explicit Steps(StepCall& call)
+      : call(call), K(call.sweep.components), D(call.sweep.dimensions), L(call.tied ? 1 : K),
+        E(call.sweep.family == SPHERICAL ? 1 : D), P(call.sweep.family == FULL ? D * (D - 1) / 2 : 0),
+        full(call.sweep.family == FULL), spread(full ? D * D : E),
+        offsets(K), factor(L * (full ? D * D : E)), S0(K), S1(K * D), S2(K * spread), cost(L), matrix(2 * D * D + D), center(D) {}
+
+  // Factors and offsets of the parameters before step t; false if the points are too coarse for them.
+  bool prepare(int64_t t) {
+    const double* logits = call.logits + t * K;
+    double largest = -INFINITY, sum = 0;
+    for (int64_t k = 0; k < K; k++) largest = std::max(largest, logits[k]);
+    for (int64_t k = 0; k < K; k++) sum += std::exp(logits[k] - largest);
+    const double normalizer = largest + std::log(sum);
+    double coarsest = 0;
+    for (int64_t l = 0; l < L; l++) {
+      const double* logs = call.log_diagonal + (t * L + l) * E;
+      const double* upper = call.upper + (t * L + l) * P;
+      double* U = &factor[l * (full ? D * D : E)];
+      double determinant = 0, trace = 0, error = 0;
+      for (int64_t i = 0; i < D; i++) {
+        const double u = E == 1 ? std::exp(logs[0]) : std::exp(logs[i]);
+        determinant += E == 1 ? logs[0] : logs[i];
+        double norm = u * u;
+        if (full) {
+          for (int64_t j = 0; j < D; j++) U[i * D + j] = j < i ? 0 : j == i ? u : *upper;
+          for (int64_t j = i + 1; j < D; j++) U[i * D + j] = *upper++, norm += U[i * D + j] * U[i * D + j];
+        } else if (i < E) U[i] = u;
+        trace += norm * call.ridge[i];
+        if (call.rounding) error += std::sqrt(norm) * call.rounding[i];
+      }
+      cost[l] = 0.5 * trace;
+      coarsest = error > coarsest ? error : coarsest;
+      for (int64_t k = l; k < (call.tied ? K : l + 1); k++)
+        offsets[k] = logits[k] - normalizer + determinant - 0.5 * D * LOG_TWO_PI;
+    }
+    for (double value : offsets) if (!(std::abs(value) < 1e30)) return false;
+    return coarsest <= call.coarse;
+  }
+
+  // The E-step at the parameters before step t.
+  template <class Evaluate> Status expect(int64_t t, Evaluate evaluate) {
+    Call sweep = call.sweep;
+    sweep.offsets = offsets.data(), sweep.means = call.means + t * K * D, sweep.factor = factor.data(), sweep.center = center.data();
+    sweep.factor_stride = call.tied ? 0 : int64_t(factor.size()) / K;
+    sweep.S0 = S0.data(), sweep.S1 = S1.data(), sweep.S2 = S2.data(), sweep.total = &total;
+    return evaluate(sweep);
+  }
+
+  // The M-step to the parameters after step t; false if it is not an ordinary one.
+  bool maximize(int64_t t) {
+    const double *means = call.means + t * K * D, *counts = call.counts + t * L;
+    double *next_means = call.means + (t + 1) * K * D, *next_counts = call.counts + (t + 1) * L;
+    std::vector<double> scatter(L * spread), number(L);
+    double all = 0;
+    for (int64_t k = 0; k < K; k++) {
+      const double s0 = S0[k] * call.scale;
+      if (!(s0 > 1e-200) || !std::isfinite(s0)) return false;
+      all += s0;
+      const int64_t l = call.tied ? 0 : k;
+      number[l] += s0;
+      double *shift = &matrix[2 * D * D], *s1 = &S1[k * D], *s2 = &S2[k * spread], *into = &scatter[l * spread];
+      for (int64_t d = 0; d < D; d++) {
+        next_means[k * D + d] = call.fixed_means ? means[k * D + d] : means[k * D + d] + s1[d] / S0[k];
+        shift[d] = next_means[k * D + d] - means[k * D + d];
+      }
+      if (full)
+        for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++)
+          into[i * D + j] += call.scale * (s2[i * D + j] - s1[i] * shift[j] - shift[i] * s1[j] + S0[k] * shift[i] * shift[j]);
+      else
+        for (int64_t d = 0; d < D; d++)
+          into[E == 1 ? 0 : d] += call.scale * ((E == 1 && d ? 0 : s2[E == 1 ? 0 : d]) - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
+    }
+    for (int64_t l = 0; l < L; l++) {
+      next_counts[l] = number[l] / call.mass;
+      if (call.fixed_covariances) {
+        std::copy_n(call.log_diagonal + (t * L + l) * E, E, call.log_diagonal + ((t + 1) * L + l) * E);
+        std::copy_n(call.upper + (t * L + l) * P, P, call.upper + ((t + 1) * L + l) * P);
+      } else if (!(full ? factorize(t, l, &scatter[l * spread], number[l]) : scales(t, l, &scatter[l * spread], number[l]))) return false;
+    }
+    for (int64_t k = 0; k < K; k++) {
+      const double weight = S0[k] * call.scale / all;
+      if (!(weight > call.least)) return false;
+      call.logits[(t + 1) * K + k] = call.fixed_weights ? call.logits[t * K + k] : std::log(std::max(weight, 1e-300));
+    }
+    double now = 0, change = 0;
+    for (int64_t l = 0; l < L; l++) now += counts[l] * cost[l], change += (counts[l] - next_counts[l]) * cost[l];
+    call.total[t] = total, call.cost[t] = now, call.drift[t + 1] = call.drift[t] + change;
+    return std::isfinite(total) && std::isfinite(now);
+  }
+
+  // Variances to the logarithms of the factors.
+  bool scales(int64_t t, int64_t l, const double* scatter, double number) {
+    double ridge = 0;
+    for (int64_t d = 0; d < D; d++) ridge += call.ridge[d] / D;
+    for (int64_t e = 0; e < E; e++) {
+      const double variance = E == 1 && call.sweep.family == SPHERICAL ? scatter[0] / D / number + ridge : scatter[e] / number + call.ridge[e];
+      if (!(variance >= call.floor) || !std::isfinite(variance)) return false;
+      call.log_diagonal[((t + 1) * L + l) * E + e] = -0.5 * std::log(variance);
+    }
+    return true;
+  }
+
+  // A covariance to the upper factor U of its inverse U U', by its Cholesky factor L: U = L^-T.
+  bool factorize(int64_t t, int64_t l, const double* scatter, double number) {
+    double *lower = matrix.data(), *inverse = lower + D * D;
+    const double noise = 4 * D * std::numeric_limits<double>::epsilon();
+    double *logs = call.log_diagonal + ((t + 1) * L + l) * E, *upper = call.upper + ((t + 1) * L + l) * P, size = 0;
+    for (int64_t i = 0; i < D; i++) {
+      for (int64_t j = 0; j <= i; j++) {
+        double value = 0.5 * (scatter[i * D + j] + scatter[j * D + i]) / number + (i == j ? call.ridge[i] : 0);
+        if (i == j && !(value >= call.floor)) return false;
+        const double variance = value;
+        for (int64_t r = 0; r < j; r++) value -= lower[i * D + r] * lower[j * D + r];
+        if (i == j && !(value > noise * variance)) return false;
+        lower[i * D + j] = i == j ? std::sqrt(value) : value / lower[j * D + j];
+      }
+      inverse[i * D + i] = 1 / lower[i * D + i];
+      for (int64_t j = 0; j < i; j++) {
+        double sum = 0;
+        for (int64_t r = j; r < i; r++) sum += lower[i * D + r] * inverse[r * D + j];
+        inverse[i * D + j] = -sum * inverse[i * D + i];
+      }
+      for (int64_t j = 0; j <= i; j++) size += inverse[i * D + j] * inverse[i * D + j];
+    }
+    for (int64_t i = 0; i < D; i++) {
+      logs[i] = std::log(inverse[i * D + i]);
+      for (int64_t j = i + 1; j < D; j++) *upper++ = inverse[j * D + i];
+    }
+    return size <= call.ceiling;
+  }
+};
+
+template <class Evaluate> Status run(StepCall& call, Evaluate evaluate) {
+  Steps steps(call);
+  for (call.done = 0; call.done < call.steps; call.done++) {
+    const int64_t t = call.done;
+    if (!steps.prepare(t)) break;
+    const Status status = steps.expect(t, evaluate);
+    if (status != DONE) return status;
+    if (*call.sweep.odd) break;
+    if (t == 0 && std::isnan(call.counts[0])) {
+      for (int64_t l = 0; l < steps.L; l++) call.counts[l] = 0;
+      for (int64_t k = 0; k < steps.K; k++) call.counts[call.tied ? 0 : k] += steps.S0[k] * call.scale / call.mass;
+    }
+    if (!steps.maximize(t)) break;
+  }
+  return DONE;
+}
+
+}  // namespace steps

@@ -1,0 +1,173 @@
+"""EM steps in the compiled library, for ordinary steps on a CPU: several steps without the interpreter between them.
+
+A step is ordinary if it needs no prior, prunes no component, finds no singular covariance, and if all points have a finite
+log-density. All other steps are left to the M-step in torch, which this one equals up to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
+from gmmkeops.data import ROUNDING, Batch
+from gmmkeops.reductions.library import Call, StepCall
+from gmmkeops.reductions.native import native
+from gmmkeops.reductions.native.engine import ASSIGNMENTS, RATIO, run, scaled
+from gmmkeops.reductions.problem import Exponents
+
+__all__ = ["StepSettings", "Steps", "em_steps"]
+
+# Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
+_FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
+
+# Dimension of full covariances beyond which the Cholesky factorization of LAPACK is faster.
+_MANY = 32
+
+# Largest number of steps of a call, and multiplications that a call with several steps may take (about a millisecond).
+_MOST, _WORK = 16, 4e6
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Constants of the M-step, in the units of the points.
+
+    Args:
+        mass: Total weight of all points.
+        ridge: Constants (D,) that are added to the variances of the columns, float64.
+        floor: Smallest eigenvalue of a covariance.
+        least: Weight of a component at which it is pruned.
+        fixed: Whether weights, means and covariances keep their values.
+        assignment: ``"soft"`` or ``"hard"``.
+    """
+
+    mass: float
+    ridge: Tensor
+    floor: float
+    least: float
+    fixed: tuple[bool, bool, bool] = (False, False, False)
+    assignment: str = "soft"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Results of consecutive steps. Lists of tensors have one entry before each step, and one after the last step.
+
+    Args:
+        logits: Log-weights (K,).
+        means: Means (K, D).
+        factors: Precision factors.
+        counts: Fraction of the points (K or 1,) for each covariance.
+        totals: Weighted log-likelihood before each step, nats.
+        costs: Half the ridge times the precisions, weighted by the fractions, before each step, nats.
+        drifts: Sum of the changes of the costs by those of the fractions, before each step and after the last one.
+    """
+
+    logits: tuple[Tensor, ...]
+    means: tuple[Tensor, ...]
+    factors: tuple[Factor, ...]
+    counts: tuple[Tensor, ...]
+    totals: list[float]
+    costs: list[float]
+    drifts: list[float]
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.totals)
+
+
+def em_steps(
+    batch: Batch,
+    logits: Tensor,
+    means: Tensor,
+    factor: Factor,
+    settings: StepSettings,
+    *,
+    counts: Tensor | None = None,
+    drift: float = 0.0,
+    backend: str = "auto",
+    limit: int = _MOST,
+) -> Steps | None:
+    """Perform EM steps over all points, as many as take about a millisecond, until one is not ordinary.
+
+    Args:
+        batch: All points (N, D) and their weights.
+        logits, means, factor: Initial parameters (K,), (K, D), K or 1, float64.
+        settings: Constants of the M-step.
+        counts: Fraction of the points for each covariance at the last M-step; None for those of the first E-step.
+        drift: As in :class:`Steps`, before the first step.
+        backend: Name of the engine.
+        limit: Largest number of steps.
+
+    Returns:
+        The results, which may contain no step; None if the native engine does not compute them.
+    """
+    x, weights, family = batch.points, batch.weights, _FAMILIES.get(type(factor))
+    if family is None or not isinstance(x, Tensor) or (family == 0 and x.shape[1] > _MANY):
+        return None
+    (N, D), K, L = x.shape, len(means), factor.leading
+    if not native.runs(x, family == 0, backend, lambda: Exponents.of(batch, torch.zeros(K), means, factor)):
+        return None
+    work = N * K * (D * (D + 8) if family == 0 else D + 8)
+    count = max(1, min(limit, _MOST, int(_WORK / max(work, 1))))
+    tensors = factor.tensors
+    widths = {name: tensor.shape[-1] for name, tensor in tensors.items()}
+    shapes = {"logits": (K,), "means": (K, D), "counts": (L,), "total": (), "cost": (), "drift": ()}
+    shapes |= {name: (L, width) for name, width in widths.items()}
+    tables = {name: torch.empty(count + 1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    unknown = math.nan if counts is None else counts
+    first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, "drift": drift, **tensors}
+    for name, value in first.items():
+        tables[name][0] = value
+    mass, unit, ratio = batch.mass, 1.0, 1.0
+    if weights is not None:
+        weights, unit, ratio = scaled(weights)
+    x, ridge, rounding = x.contiguous(), settings.ridge.contiguous(), batch.rounding
+    values, numbers, stop = x.new_empty(N), torch.zeros(2, dtype=torch.int64), ctypes.c_int32(0)
+    fixed = settings.fixed
+    sweep = Call(
+        request=ASSIGNMENTS[settings.assignment],
+        family=family,
+        double_points=x.dtype == torch.float64,
+        double_arithmetic=ratio > RATIO,
+        threads=torch.get_num_threads(),
+        rows=N,
+        components=K,
+        dimensions=D,
+        points=x.data_ptr(),
+        weights=None if weights is None else weights.data_ptr(),
+        unit=unit,
+        values=values.data_ptr(),
+        odd=numbers.data_ptr(),
+        doubles=numbers.data_ptr() + numbers.element_size(),
+        stop=ctypes.addressof(stop),
+    )
+    call = StepCall(
+        sweep=sweep,
+        tied=L == 1,
+        fixed_weights=fixed[0],
+        fixed_means=fixed[1],
+        fixed_covariances=fixed[2],
+        steps=count,
+        mass=settings.mass,
+        scale=settings.mass / mass,
+        least=settings.least,
+        floor=settings.floor,
+        ceiling=1 / settings.floor,
+        coarse=ROUNDING,
+        ridge=ridge.data_ptr(),
+        rounding=None if rounding is None else rounding.data_ptr(),
+        **{name: table.data_ptr() for name, table in tables.items()},
+    )
+    run("gmmkeops_steps", call, stop, (N, K, D))
+    # The factors of each step from the rows of their tables.
+    rows = {name: tables[name][: call.done + 1].unbind(0) for name in ("logits", "means", "counts", *tensors)}
+    parts = zip(*(rows[name] for name in tensors), strict=True)
+    factors = tuple(factor.replace(**dict(zip(tensors, part, strict=True))) for part in parts)
+    totals, costs, drifts = (tables[name][: call.done + 1].tolist() for name in ("total", "cost", "drift"))
+    return Steps(rows["logits"], rows["means"], factors, rows["counts"], totals[:-1], costs[:-1], drifts)

@@ -1,0 +1,220 @@
+"""EM steps in the compiled library against the M-step in torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gmmkeops as gk
+from gmmkeops import reductions
+from gmmkeops.fitting.em import EM
+
+pytestmark = pytest.mark.skipif(
+    reductions.native_unavailable() is not None, reason="the native engine has not been compiled"
+)
+
+TYPES = ("full", "tied", "diag", "tied_diag", "spherical", "tied_spherical")
+
+
+class OneByOne(EM):
+    """EM whose steps are all computed in torch."""
+
+    def _ordinary(self, objective, state):
+        return None
+
+
+class Alone(EM):
+    """EM with one step a call of the library."""
+
+    def _ordinary(self, objective, state):
+        found = super()._ordinary(objective, state)
+        if not found:
+            return found
+        first = {name: getattr(found, name)[:2] for name in ("logits", "means", "factors", "counts", "drifts")}
+        return replace(found, totals=found.totals[:1], costs=found.costs[:1], **first)
+
+
+def problem(D=3, K=4, N=400, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    means = 3 * torch.randn(K, D, generator=generator, dtype=torch.float64)
+    x = (
+        means[torch.arange(N) % K]
+        + torch.randn(N, D, generator=generator, dtype=torch.float64)
+        @ (torch.eye(D) + 0.3 * torch.randn(D, D, generator=generator)).double()
+    )
+    weights = torch.rand(N, generator=generator, dtype=torch.float64) + 0.1
+    return x.to(dtype), weights
+
+
+def fits(x, start, weights=None, max_iter=25, tol=0.0, **settings):
+    """Fit by the library and by torch."""
+    return [
+        gk.fit(start, x, kind(tol=tol, max_iter=max_iter, **settings), sample_weight=weights, verbose=False)
+        for kind in (EM, OneByOne)
+    ]
+
+
+def agree(own, expected, rtol=1e-9):
+    for name in ("objective", "log_likelihood"):
+        assert own.history[name] == pytest.approx(expected.history[name], rel=rtol, abs=rtol)
+    assert own.history["active"] == expected.history["active"]
+    for a, b in (
+        (own.mixture.weights, expected.mixture.weights),
+        (own.mixture.means, expected.mixture.means),
+        (own.mixture.factor.covariances(), expected.mixture.factor.covariances()),
+    ):
+        torch.testing.assert_close(a, b, rtol=100 * rtol, atol=100 * rtol)
+    assert own.report.pruned_components == expected.report.pruned_components
+    assert own.report.regularized_components == expected.report.regularized_components
+
+
+def counted(monkeypatch):
+    """Count the steps that the library performs."""
+    from gmmkeops.fitting import em
+
+    counts = []
+    steps = em.reductions.em_steps
+
+    def counting(*arguments, **settings):
+        found = steps(*arguments, **settings)
+        counts.append(0 if found is None else len(found))
+        return found
+
+    monkeypatch.setattr(em.reductions, "em_steps", counting)
+    return counts
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("assignment", ["soft", "hard"])
+def test_steps_of_all_families_equal_those_in_torch(covariance_type, weighted, assignment, monkeypatch):
+    x, weights = problem()
+    counts = counted(monkeypatch)
+    start = gk.initialize(x, 4, covariance_type=covariance_type, generator=1)
+    own, expected = fits(x, start, weights if weighted else None, assignment=assignment, reg_covar=0.05, max_iter=20)
+    agree(own, expected)
+    assert sum(counts) >= 20
+
+
+@pytest.mark.parametrize("frozen", ["frozen_weights", "frozen_means", "frozen_covariances"])
+@pytest.mark.parametrize("covariance_type", ["full", "tied", "spherical"])
+def test_frozen_parameters_equal_those_in_torch(frozen, covariance_type):
+    x, weights = problem(seed=2)
+    start = gk.initialize(x, 4, covariance_type=covariance_type, generator=1)
+    own, expected = fits(x, start, weights, **{frozen: True})
+    agree(own, expected)
+
+
+def test_single_precision_steps_equal_those_in_torch():
+    x, weights = problem(N=3000, dtype=torch.float32)
+    own, expected = fits(x, gk.initialize(x, 4, generator=1), weights, max_iter=12)
+    agree(own, expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize("D", [1, 2, 5, 17, 32])
+@pytest.mark.parametrize("covariance_type", ["full", "diag", "spherical"])
+def test_dimensions(D, covariance_type):
+    x, _ = problem(D=D, N=700, seed=3)
+    own, expected = fits(x, gk.initialize(x, 3, covariance_type=covariance_type, generator=1), max_iter=6)
+    agree(own, expected)
+
+
+def test_results_do_not_depend_on_the_steps_of_a_call():
+    x, weights = problem(seed=4)
+    start = gk.initialize(x, 4, generator=1)
+    own, alone = (
+        gk.fit(start, x, kind(tol=0, max_iter=30), sample_weight=weights, verbose=False) for kind in (EM, Alone)
+    )
+    assert own.history["objective"] == alone.history["objective"]
+    for name, tensor in own.mixture.factor.tensors.items():
+        assert torch.equal(tensor, alone.mixture.factor.tensors[name])
+    assert torch.equal(own.mixture.means, alone.mixture.means)
+
+
+def test_pruned_components_equal_those_in_torch():
+    x, _ = problem(N=200)
+    far = gk.Mixture(
+        weights=[0.5, 0.25, 0.25],
+        means=torch.cat([x[:2], x[:1] + 1e4]),
+        covariances=torch.eye(3, dtype=torch.float64).repeat(3, 1, 1),
+    )
+    own, expected = fits(x, far)
+    agree(own, expected)
+    assert own.report.pruned_components == (2,)
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "diag", "spherical"])
+def test_singular_covariances_equal_those_in_torch(covariance_type):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    x[:20] = x[0] + 20
+    start = gk.initialize(x, 2, covariance_type=covariance_type, generator=1)
+    own, expected = fits(x, start, reg_covar=0.0, max_iter=8)
+    agree(own, expected, rtol=1e-7)
+    assert own.report.regularized_components
+
+
+def test_steps_continue_after_one_in_torch(monkeypatch):
+    x, _ = problem(N=200)
+    far = gk.Mixture(
+        weights=[0.5, 0.25, 0.25],
+        means=torch.cat([x[:2], x[:1] + 1e4]),
+        covariances=torch.eye(3, dtype=torch.float64).repeat(3, 1, 1),
+    )
+    counts = counted(monkeypatch)
+    gk.fit(far, x, EM(tol=0, max_iter=10), verbose=False)
+    assert counts[0] == 0
+    assert sum(counts) >= 9
+
+
+def test_coarse_points_are_converted_as_in_torch():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 2, generator=generator)
+    x[:250] = 1 + 1e-6 * x[:250]
+    start = gk.initialize(x, 2, generator=1)
+    own, expected = fits(x, start, max_iter=10, reg_covar=0.0)
+    assert own.report.dtype == expected.report.dtype == "float64"
+    agree(own, expected, rtol=1e-6)
+
+
+def test_convergence_and_callbacks_see_every_step():
+    x, _ = problem(seed=5)
+    start = gk.initialize(x, 4, generator=1)
+    seen = []
+    result = gk.fit(
+        start, x, EM(tol=0, max_iter=40), callback=lambda step: seen.append(step) or step.iteration == 20, verbose=False
+    )
+    assert result.n_iter == len(seen) == 21
+    for step in (seen[0], seen[7], seen[20]):
+        again = gk.fit(step.mixture, x, EM(tol=0, max_iter=0), verbose=False)
+        assert again.log_likelihood == pytest.approx(step.log_likelihood, rel=1e-9)
+    own, expected = fits(x, start, max_iter=500, tol=1e-3)
+    assert own.n_iter == expected.n_iter
+    assert own.converged
+
+
+def test_a_checkpoint_within_a_call_resumes_with_the_same_bits(tmp_path):
+    x, _ = problem(seed=6)
+    start = gk.initialize(x, 4, generator=1)
+    whole = gk.fit(start, x, EM(tol=0, max_iter=30), verbose=False)
+    path = os.fspath(tmp_path / "fit.ckpt")
+
+    def stop(step):
+        if step.iteration == 12:
+            raise KeyboardInterrupt
+
+    gk.fit(start, x, EM(tol=0, max_iter=30), callback=stop, checkpoint=path, verbose=False)
+    resumed = gk.fit(start, x, EM(tol=0, max_iter=30), checkpoint=path, verbose=False)
+    assert resumed.n_iter == 30
+    assert resumed.history["objective"] == whole.history["objective"]
+    assert torch.equal(resumed.mixture.means, whole.mixture.means)
+
+
+def test_no_step_for_other_engines(monkeypatch):
+    x, _ = problem()
+    counts = counted(monkeypatch)
+    gk.fit(gk.initialize(x, 4, generator=1), x, EM(max_iter=3, tol=0), backend="dense", verbose=False)
+    assert sum(counts) == 0
