@@ -215,6 +215,7 @@ def test_a_checkpoint_within_a_call_resumes_with_the_same_bits(tmp_path):
 
 def test_no_step_for_other_engines(monkeypatch):
     x, _ = problem()
+    start = gk.initialize(x, 4, generator=1)
     counts = counted(monkeypatch)
-    gk.fit(gk.initialize(x, 4, generator=1), x, EM(max_iter=3, tol=0), backend="dense", verbose=False)
+    gk.fit(start, x, EM(max_iter=3, tol=0), backend="dense", verbose=False)
     assert sum(counts) == 0

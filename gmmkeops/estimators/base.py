@@ -29,7 +29,7 @@ from gmmkeops.estimators.warm_start import Continuation, Trace
 from gmmkeops.fitting import Ending, FitResult, Method, Step, describe, fit
 from gmmkeops.models import Mixture, generator_of
 
-__all__ = ["MixtureEstimator"]
+__all__ = ["MixtureEstimator", "features_of"]
 
 Self = TypeVar("Self", bound="MixtureEstimator")
 
@@ -113,8 +113,8 @@ class MixtureEstimator(Estimator, ABC):
         with world.together():
             self._check()
             x, g, names, device = training_data(self, X, sample_weight)
-            self._check_columns(_features(x))
-            last = self._continued(_features(x), names)
+            self._check_columns(features_of(x))
+            last = self._continued(features_of(x), names)
             method = self._method(last is not None)
             settings = described_settings(self._method(False), getattr(self, "penalty", None))
             earlier = self._trace if last is not None else None
@@ -205,8 +205,8 @@ class MixtureEstimator(Estimator, ABC):
         """Raise an error if a parameter of the constructor is invalid."""
         check_settings(self)
 
-    def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator, given: bool = False) -> Mixture:
-        """Compute an initial mixture by ``init_params``. If all initial parameters are ``given``, only its shapes matter."""
+    def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator) -> Mixture:
+        """Compute an initial mixture by ``init_params``."""
         return initial_mixture(
             x,
             g,
@@ -216,7 +216,6 @@ class MixtureEstimator(Estimator, ABC):
             method=self._method(False),
             generator=generator,
             backend=self.backend,
-            given=given,
         )
 
     def _verbose_callbacks(self, run: int) -> tuple[Callable[[Step], None], ...]:
@@ -392,5 +391,6 @@ class MixtureEstimator(Estimator, ABC):
         return as_array(x, self._tensors), as_array(labels, self._tensors)
 
 
-def _features(x: Tensor | Source) -> int:
+def features_of(x: Tensor | Source) -> int:
+    """Return the number of columns D of points or of a source."""
     return x.features if isinstance(x, Source) else x.shape[1]

@@ -19,7 +19,7 @@ from gmmkeops.components import Factor, Moments, as_tensor, check_finite, factor
 from gmmkeops.data import Source, as_weights, readable
 from gmmkeops.estimators import routing
 from gmmkeops.estimators.arrays import scikit_learn_names, validated_points
-from gmmkeops.estimators.base import MixtureEstimator
+from gmmkeops.estimators.base import MixtureEstimator, features_of
 from gmmkeops.estimators.saved import packed, unpacked
 from gmmkeops.estimators.settings import combined_method
 from gmmkeops.estimators.warm_start import Trace
@@ -316,11 +316,12 @@ class GaussianMixture(MixtureEstimator):
         return self.mixture_, 0.0
 
     def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
-        given = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
-        start = self._by_init_params(x, g, generator, given).to(device)
         wide: Any = {"dtype": torch.float64, "device": device}
-        K, D = start.n_components, start.n_features
-        logits, means, factor = start.logits, start.means, start.factor
+        K, D = self.n_components, features_of(x)
+        logits = means = factor = None
+        if self.means_init is None or self.weights_init is None or self.precisions_init is None:
+            start = self._by_init_params(x, g, generator).to(device)
+            logits, means, factor = start.logits, start.means, start.factor
         if self.weights_init is not None:
             weights = as_tensor(self.weights_init, name="weights_init", **wide)
             if weights.shape != (K,) or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:

@@ -56,7 +56,6 @@ def initial_mixture(
     method: Method[Any],
     generator: torch.Generator,
     backend: str,
-    given: bool = False,
 ) -> Mixture:
     """Compute an initial mixture by ``init_params``; for k-means, the best of several after some EM steps (em-EM).
 
@@ -69,15 +68,14 @@ def initial_mixture(
         method: Method of the fit that follows.
         generator: Random number generator.
         backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
-        given: Whether the user has given all initial parameters, so that only the shapes of the result are used.
 
     Reference:
         Biernacki, Celeux and Govaert 2003, *Choosing starting values for the EM algorithm*, CSDA 41.
     """
     options: Any = {"covariance_type": covariance_type, "generator": generator, "backend": backend}
     K, strategy = components, STRATEGIES[init_params]
-    if strategy != "kmeans" or K == 1 or K > _MANY // 2 or given or method.max_iter == 0:
-        return initialize(x, K, "random" if given else strategy, sample_weight=g, n_init=1, **options)
+    if strategy != "kmeans" or K == 1 or K > _MANY // 2 or method.max_iter == 0:
+        return initialize(x, K, strategy, sample_weight=g, n_init=1, **options)
     world = World()
     with world.together():
         part, weights, rows, _ = representatives(x, g, max(_SAMPLE, 200 * K), world)

@@ -8,7 +8,7 @@ advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -206,18 +206,34 @@ def _nearest(points: Tensor, centers: Tensor) -> Tensor:
 
 def _lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
     """Iterate k-means until the inertia decreases by a fraction of less than 1e-4; return the centers and the inertia."""
-    cloud = reductions.arrange(points, len(centers), sweeps=iterations)
-    factor = SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
-    last = math.inf
+    last, steps = math.inf, _lloyd_steps(points, mass, centers, backend, iterations)
     for _ in range(iterations):
-        offsets = centers.new_zeros(len(centers))
-        arguments = (cloud, offsets, centers, factor)
-        sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
-        centers, inertia = sums.means, -float(sums.total)
+        centers, inertia = next(steps)
         if last - inertia < 1e-4 * inertia:
             break
         last = inertia
     return centers, inertia
+
+
+def _lloyd_steps(
+    points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int
+) -> Iterator[tuple[Tensor, float]]:
+    """Iterate over the centers after each Lloyd iteration, and the inertia before it."""
+    cloud = reductions.arrange(points, len(centers), sweeps=iterations)
+    offsets, factor = centers.new_zeros(len(centers)), SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
+    nothing = centers.new_zeros(centers.shape[1])
+    total = float(mass.sum())
+    settings = reductions.StepSettings(total, nothing, 1.0, -1.0, (True, False, True), assignment="hard", bare=True)
+    while True:
+        steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
+        if steps:
+            yield from zip(steps.means[1:], (-value for value in steps.totals), strict=True)
+            centers = steps.means[-1]
+        else:
+            arguments = (cloud, offsets, centers, factor)
+            sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
+            centers = sums.means
+            yield centers, -float(sums.total)
 
 
 def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:

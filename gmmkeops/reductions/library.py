@@ -47,7 +47,10 @@ class StepCall(ctypes.Structure):
 
     _fields_ = (
         ("sweep", Call),
-        *((name, ctypes.c_int32) for name in ("tied", "fixed_weights", "fixed_means", "fixed_covariances")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("tied", "fixed_weights", "fixed_means", "fixed_covariances", "bare", "unused")
+        ),
         *((name, ctypes.c_int64) for name in ("steps", "done")),
         *((name, ctypes.c_double) for name in ("mass", "scale", "least", "floor", "ceiling", "coarse")),
         *((name, ctypes.c_void_p) for name in ("ridge", "rounding")),

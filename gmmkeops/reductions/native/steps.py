@@ -44,6 +44,7 @@ class StepSettings:
         least: Weight of a component at which it is pruned.
         fixed: Whether weights, means and covariances keep their values.
         assignment: ``"soft"`` or ``"hard"``.
+        bare: Whether the logits are the offsets of the exponents, as in k-means, rather than log-weights.
     """
 
     mass: float
@@ -52,6 +53,7 @@ class StepSettings:
     least: float
     fixed: tuple[bool, bool, bool] = (False, False, False)
     assignment: str = "soft"
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def em_steps(
         fixed_weights=fixed[0],
         fixed_means=fixed[1],
         fixed_covariances=fixed[2],
+        bare=settings.bare,
         steps=count,
         mass=settings.mass,
         scale=settings.mass / mass,

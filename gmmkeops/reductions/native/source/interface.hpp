@@ -37,12 +37,14 @@ struct Call {
   const int32_t* stop;                                  // becomes nonzero when the call is to end early
 };
 
-// EM steps over every pair of a point and a component, without priors. ``sweep`` describes the E-step; the steps set its
-// parameters and its sums. A step that needs anything else (a component that would be pruned, a singular covariance, a row without a finite value,
-// points that float32 cannot hold) is not performed, and ends the call.
+// EM steps over every pair of a point and a component, without priors. ``sweep`` describes the E-step; the steps set its parameters
+// and its sums. A step that needs anything else (a component
+// that would be pruned, a singular covariance, a row without a finite value, points that float32 cannot hold) is not performed,
+// and ends the call.
 struct StepCall {
   Call sweep;
   int32_t tied, fixed_weights, fixed_means, fixed_covariances;
+  int32_t bare, unused;     // whether the offsets are the logits themselves, as in k-means
   int64_t steps, done;      // steps that are asked for, and those that were performed
   double mass, scale;       // total weight of all points, and its ratio to the weight of the points of the sweep
   double least;             // smallest weight of a component that is not pruned

@@ -53,7 +53,7 @@ struct Steps {
       cost[l] = 0.5 * trace;
       coarsest = error > coarsest ? error : coarsest;
       for (int64_t k = l; k < (call.tied ? K : l + 1); k++)
-        offsets[k] = logits[k] - normalizer + determinant - 0.5 * D * LOG_TWO_PI;
+        offsets[k] = call.bare ? logits[k] : logits[k] - normalizer + determinant - 0.5 * D * LOG_TWO_PI;
     }
     for (double value : offsets) if (!(std::abs(value) < 1e30)) return false;
     return coarsest <= call.coarse;
