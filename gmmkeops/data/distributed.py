@@ -176,6 +176,8 @@ class World:
 
     def any(self, *flags: bool) -> list[bool]:
         """Return for each flag whether it is true on any rank."""
+        if self.size == 1:
+            return list(map(bool, flags))
         return (self.sum(torch.tensor(flags, dtype=torch.float64)) > 0).tolist()
 
     def sum(self, values: Tensor) -> Tensor:

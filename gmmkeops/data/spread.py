@@ -7,6 +7,8 @@ the three-sigma rule as the outlier test).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,10 +48,9 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
         ValueError: Squares of the points or of their standard deviations overflow or underflow float64.
     """
     check_range(x)
-    g = torch.ones(len(x), dtype=torch.float64, device=x.device) if weights is None else weights
-    center, spread = _moments(x, g)
+    center, spread = _moments(x, weights)
     for _ in range(_ROUNDS):
-        trimmed, core = _moments(x, g, within=(center, 3 * spread))
+        trimmed, core = _moments(x, weights, within=(center, 3 * spread))
         if not bool((core < spread / 2).any()):
             break
         center, spread = trimmed, core
@@ -63,19 +64,29 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     return center, spread
 
 
-def _moments(x: Tensor, g: Tensor, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def _moments(x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Compute mean and standard deviation of each column (D,), for all points or those within a distance of a center.
 
     The mean is computed first and subtracted before squaring, so that no digits are lost far from the origin.
     """
-    parts = list(zip(x.split(_ROWS), g.split(_ROWS), strict=True))
-    if within is not None:
-        center, reach = within
-        parts = [(part, h * ((part.double() - center).abs() <= reach).all(1)) for part, h in parts]
-    mass = torch.stack([h.sum() for _, h in parts]).sum().clamp(min=1e-300)
-    mean = torch.stack([h @ part.double() for part, h in parts]).sum(0) / mass
+    parts = []
+    for i, part in enumerate(x.split(_ROWS)):
+        part = part.double()
+        g = part.new_ones(len(part)) if weights is None else weights[i * _ROWS : (i + 1) * _ROWS]
+        if within is not None:
+            g = g * ((part - within[0]).abs_() <= within[1]).all(1)
+        parts.append((part, g))
+    mass = _added(g.sum() for _, g in parts).clamp(min=1e-300)
+    mean = _added(g @ part for part, g in parts) / mass
     # Residuals are divided by the largest one, so that their squares do not overflow or underflow.
-    unit = torch.stack([((part.double() - mean).abs() * (h > 0)[:, None]).amax(0) for part, h in parts]).amax(0)
+    sizes = [((part - mean).abs_() * (g > 0)[:, None]).amax(0) for part, g in parts]
+    unit = sizes[0] if len(sizes) == 1 else torch.stack(sizes).amax(0)
     unit = torch.where(unit > 0, unit, 1.0)
-    squares = torch.stack([h @ ((part.double() - mean) / unit).square() for part, h in parts]).sum(0)
+    squares = _added(g @ (part - mean).div_(unit).square_() for part, g in parts)
     return mean, unit * (squares / mass).sqrt()
+
+
+def _added(parts: Iterable[Tensor]) -> Tensor:
+    """Add tensors; a single one is returned unchanged."""
+    first, *others = parts
+    return torch.stack([first, *others]).sum(0) if others else first

@@ -9,6 +9,7 @@ The center m is subtracted in float64 before points are cast. The scale s is a p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Frame:
         shift = torch.where(tiny, shift, (shift / scale).round() * scale)
         return cls(shift, scale, extra)
 
-    @property
+    @cached_property
     def log_volume(self) -> float:
         """Σ log s, nats, which is subtracted from log-densities to convert them to data units."""
         return float(self._own(self.scale).log().sum())

@@ -120,6 +120,8 @@ class Objective:
     def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
         """Compute the mean negative log-likelihood of all points or of batches, data units, nats per point; differentiable."""
         sums = self.moments(mixture.offsets, mixture.means, mixture.factor, batches)
+        if not torch.is_grad_enabled():
+            return self.frame.log_volume - sums.total / max(float(sums.mass), 1e-300)
         total = reductions.attached(sums, mixture.offsets, mixture.means, mixture.factor)
         return self.frame.log_volume - total / max(float(sums.mass), 1e-300)
 
