@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops import analysis
+from gmmkeops import analysis, reductions
 from gmmkeops._checks import ConvergenceWarning, as_device, warn
 from gmmkeops.components import as_tensor
 from gmmkeops.data import Source, World, as_dtype, as_weights, chunked, readable
@@ -123,7 +123,8 @@ class MixtureEstimator(Estimator, ABC):
             if world.size > 1:
                 self._agree(world, sample_weight is None, last is not None)
             generator = world.generator(generator_of(self.random_state, device), device)
-        best = self._best_fit(x, g, names, last, method, continuation, generator, device)
+        with reductions.threads_for(x):
+            best = self._best_fit(x, g, names, last, method, continuation, generator, device)
         if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
             warn(
                 f"The best of {self.n_init} fits did not converge to tol={method.tol:g} within {method.max_iter} "

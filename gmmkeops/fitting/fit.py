@@ -7,6 +7,7 @@ import numbers
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ def fit(
     began = time.perf_counter()
     mind_fork()
     world = World()
-    with world.together(), recording():
+    with world.together(), recording(), reductions.threads_for(x):
         generator = as_generator(generator, "cpu") if isinstance(generator, numbers.Integral) else generator
         task = Task(
             _begin(start, x, sample_weight, generator),
@@ -161,7 +162,9 @@ def fit(
         state = _first(run, task) if saved is None else run.resume(saved)
         bar = _bar(task.max_iter, verbose, run)
         try:
-            best = run.go(state, task.max_iter, bar)
+            # Operations of torch are on the K components only, unless there is a network.
+            with reductions.one_thread() if task.model is None else nullcontext():
+                best = run.go(state, task.max_iter, bar)
         finally:
             _close(bar, run)
         result = _result(best, run)

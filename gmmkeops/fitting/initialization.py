@@ -107,7 +107,7 @@ def initialize(
     """
     mind_fork()
     world = World()
-    with world.together():
+    with world.together(), reductions.threads_for(x):
         strategy = as_choice(
             _SAME.get(strategy, strategy) if isinstance(strategy, str) else strategy, "strategy", STRATEGIES
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gmmkeops import reductions
 from gmmkeops._checks import FormerKeys
 from gmmkeops.data import difference
 from gmmkeops.fitting.data import Memory
@@ -201,7 +202,7 @@ class Run:
             bar.update()
         history, world = FormerKeys(self.history, FORMER), self.objective.passes.world
         step = Step(self.iterations - 1, now.objective, now.log_likelihood, now.active, history, now, self.objective)
-        with world.callback():
+        with world.callback(), reductions.user_threads():
             stops = [callback(step) is True for callback in self.callbacks]
         (stop,) = world.any(any(stops))
         if self.method.finished(history["objective"], self.tol, self.objective):

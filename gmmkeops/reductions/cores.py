@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from threading import Thread
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["on_cores"]
+__all__ = ["cores", "on_cores", "one_thread", "threads_for", "user_threads"]
 
 T = TypeVar("T")
 
 _logger = logging.getLogger("gmmkeops")
+
+
+# Numbers of a tensor from which a second thread saves time.
+_MANY = 1 << 20
+
+# Blocks of :func:`one_thread` that have not ended, and torch's number of threads outside of them.
+_lock = Lock()
+_blocks, _threads = 0, 1
+
+
+def cores() -> int:
+    """Return the number of threads that an engine may use: that of torch, outside of blocks of :func:`one_thread`."""
+    with _lock:
+        return _threads if _blocks else torch.get_num_threads()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let operations of torch use one thread within a block; engines use all of them.
+
+    The threads of an operation on small tensors wait for each other longer than the operation takes. On a busy machine an
+    operation may take 60 times as long with two threads as with one (measured).
+    """
+    global _blocks, _threads
+    with _lock:
+        if not _blocks:
+            _threads = torch.get_num_threads()
+        _blocks += 1
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            # torch.set_num_threads affects other threads, too, so that the last block restores the number.
+            if not _blocks:
+                torch.set_num_threads(_threads)
+
+
+def threads_for(x: Any) -> AbstractContextManager[None]:
+    """Return :func:`one_thread` for points (N, D) of so few numbers that a second thread saves no time, else an empty context."""
+    count = math.prod(getattr(x, "shape", (_MANY,)))
+    return one_thread() if count < _MANY else nullcontext()
+
+
+@contextmanager
+def user_threads() -> Iterator[None]:
+    """Restore torch's number of threads while code of the user runs within a block of :func:`one_thread`."""
+    if not _blocks:
+        yield
+        return
+    torch.set_num_threads(_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> list[T]:
@@ -36,10 +94,9 @@ def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> li
         except BaseException as error:  # also KeyboardInterrupt, so that all threads are joined first
             failed.append(error)
 
-    threads = torch.get_num_threads()
     others: list[Thread] = []
     mine = [0]
-    try:
+    with one_thread():
         for worker in range(1, workers):
             thread = Thread(target=on_one_core, args=(worker,), name=f"gmmkeops-{worker}")
             try:
@@ -54,9 +111,6 @@ def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> li
             on_one_core(worker)
         for thread in others:
             thread.join()
-    finally:
-        # torch.set_num_threads affects other threads, too, so it is restored after all threads have ended.
-        torch.set_num_threads(threads)
     if failed:
         raise failed[0]
     return [done[worker] for worker in range(workers)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import PrecisionWarning, warn
-from gmmkeops.reductions.cores import on_cores
+from gmmkeops.reductions.cores import cores, on_cores
 from gmmkeops.reductions.dense.bodies import body_of
 from gmmkeops.reductions.dense.products import asked
 from gmmkeops.reductions.dense.rounding import Sizes, size_limits
@@ -162,7 +162,7 @@ def _whole(problem: Exponents, halvings: int = 0) -> list[_RowRange]:
     N, size = problem.shape[0], _tile_rows(problem, halvings)
     if size < N and not problem.x.is_cuda:
         # Every thread gets the same number of tiles of about the same size.
-        threads = torch.get_num_threads()
+        threads = cores()
         size = -(-N // (-(-N // (size * threads)) * threads))
     return [(start, min(N, start + size), None, -math.inf) for start in range(0, N, size)]
 
@@ -190,7 +190,7 @@ def _run(
     pairs = [n * (K if index is None else len(index)) for n, (_, _, index, _) in zip(rows, tiles, strict=True)]
     # Each tile has a constant overhead.
     work = torch.tensor(pairs).add_(_PAIRS_PER_TILE).cumsum(0)
-    threads = 1 if problem.x.is_cuda else torch.get_num_threads()
+    threads = 1 if problem.x.is_cuda else cores()
     workers = max(1, min(threads, len(tiles), sum(pairs) // _PAIRS_PER_THREAD))
     cuts = torch.searchsorted(work, torch.arange(1, workers) * (int(work[-1]) / workers)).tolist()
     cuts = [0, *cuts, len(tiles)]

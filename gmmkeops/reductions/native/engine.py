@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import PrecisionWarning, warn
+from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.library import Call, load, reason
 from gmmkeops.reductions.problem import Exponents
@@ -209,7 +210,7 @@ def _call(
     counts = torch.zeros(2, dtype=torch.int64)
     stop = ctypes.c_int32(0)
     call = Call(
-        kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), torch.get_num_threads(),
+        kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), cores(),
         N, K, D, x.data_ptr(), *map(_pointer, parameters), 0 if shared else U[0].numel(),
         _pointer(weights), unit, getattr(request, "seed", 0) & (2**64 - 1), len(minima), *map(_pointer, lists), _pointer(minima),
         evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.data import ROUNDING, Batch
+from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import Call, StepCall
 from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, RATIO, run, scaled
@@ -137,7 +138,7 @@ def em_steps(
         family=family,
         double_points=x.dtype == torch.float64,
         double_arithmetic=ratio > RATIO,
-        threads=torch.get_num_threads(),
+        threads=cores(),
         rows=N,
         components=K,
         dimensions=D,

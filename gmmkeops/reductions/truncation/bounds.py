@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmmkeops.reductions.cores import on_cores
+from gmmkeops.reductions.cores import cores, on_cores
 from gmmkeops.reductions.library import Level, ListCall, load
 from gmmkeops.reductions.library import reason as unavailable
 from gmmkeops.reductions.problem import Exponents
@@ -170,7 +170,7 @@ def compiled_lists(cloud: Cloud, problem: Exponents, limit: Tensor, single: bool
         level.__init__(count, count // above, cloud.boxes // count, *(part.data_ptr() for part in level_tensors))
         above = count
     (K, D), library, instructions = problem.shape[1:], *load()
-    shape = problem.is_full, U.shape[1:] == (1,), single, torch.get_num_threads(), K, D, len(levels)
+    shape = problem.is_full, U.shape[1:] == (1,), single, cores(), K, D, len(levels)
     call = ListCall(*shape, levels, *(part.data_ptr() for part in parts), U[0].numel())
     if library.gmmkeops_lists(ctypes.byref(call), instructions) != 0:
         raise MemoryError(f"There is not enough memory for the candidate lists of {cloud.boxes} kd-tree leaves.")
@@ -312,7 +312,7 @@ def _refine(
         index = index[:, None].expand_as(u)
         return which[wanted], index[keep], keep.sum(-1)[wanted], pruned[wanted]
 
-    workers = 1 if limit.is_cuda else max(1, min(torch.get_num_threads(), len(parts)))
+    workers = 1 if limit.is_cuda else max(1, min(cores(), len(parts)))
     share = -(-len(parts) // workers)
     found = on_cores(lambda w: [chunk(rows) for rows in parts[w * share : (w + 1) * share]], workers, limit.device)
     which, index, counts, pruned = (torch.cat(columns) for columns in zip(*chain.from_iterable(found), strict=True))
