@@ -7,12 +7,15 @@ between mixtures, and :func:`standard_errors` computes standard errors of the pa
 from gmmkeops.analysis.compare import Estimate, jensen_shannon, kl_divergence, merge, total_variation
 from gmmkeops.analysis.criteria import CRITERIA as CRITERIA
 from gmmkeops.analysis.criteria import aic, anomaly_threshold, bic, icl, score
+from gmmkeops.analysis.reduction import MergeTree, Reduction, reduce
 from gmmkeops.analysis.selection import Selection, select
 from gmmkeops.analysis.silhouette import silhouette
 from gmmkeops.analysis.uncertainty import StandardErrors, standard_errors
 
 __all__ = [
     "Estimate",
+    "MergeTree",
+    "Reduction",
     "Selection",
     "StandardErrors",
     "aic",
@@ -22,6 +25,7 @@ __all__ = [
     "jensen_shannon",
     "kl_divergence",
     "merge",
+    "reduce",
     "score",
     "select",
     "silhouette",

@@ -19,6 +19,7 @@ from gmmkeops.models.files import (
     write_table,
     write_whole,
 )
+from gmmkeops.models.merging import MergeTree, merge_down, merged_by, split
 from gmmkeops.models.mixture import Mixture, as_mixture, log_weights
 from gmmkeops.models.module import GMM
 from gmmkeops.models.random_state import generator_of
@@ -29,6 +30,7 @@ __all__ = [
     "GMM",
     "MIXTURES",
     "TABLES",
+    "MergeTree",
     "Mixture",
     "as_mixture",
     "as_path",
@@ -37,9 +39,12 @@ __all__ = [
     "html_table",
     "load",
     "log_weights",
+    "merge_down",
+    "merged_by",
     "principal_axes",
     "read",
     "save",
+    "split",
     "unused_name",
     "write_table",
     "write_whole",

@@ -175,8 +175,11 @@ def _noise(features: int) -> Tensor:
     """Return fixed quasi-random points (2 _POINTS, D) of the standard normal distribution, in pairs z and -z."""
     u = torch.quasirandom.SobolEngine(features, scramble=True, seed=0).draw(_POINTS, dtype=torch.float64)
     z = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-9, 1 - 1e-9))
-    # Their covariance is not the identity for so few points, but their mean square length is made that of the distribution.
-    z = z * (features / z.square().sum(1).mean()).sqrt()
+    # Their second moments become those of the distribution as far as possible, so that quadratic functions are averaged exactly.
+    if features <= _POINTS:
+        z = torch.linalg.solve_triangular(torch.linalg.cholesky(z.mT @ z / _POINTS).mT, z, upper=True, left=False)
+    else:
+        z = z * (features / z.square().sum(1).mean()).sqrt()
     return torch.cat([z, -z])
 
 
