@@ -38,11 +38,13 @@ template <class F, class Kind, int DS> class Tile {
   static constexpr bool mixed = sizeof(F) == 4;
   typedef Vector<double> VD;
   static constexpr int WD = LANES<double>, PER = W / WD;
+  // In few dimensions all sums stay in registers; elsewhere negligible responsibilities are skipped.
+  static constexpr bool skipping = DS == 0;
 
  public:
   Tile(const Call& call, const Parameters& parameters, Group& group, int64_t rows, int64_t longest)
       : call(call), parameters(parameters), group(group), D(int(call.dimensions)), sums(Kind::sums(call.dimensions)),
-        skipping(DS == 0), deepest(F(parameters.deepest)) {
+        width(int(padded(call.dimensions, W) / W)), deepest(F(parameters.deepest)) {
     if constexpr (sizeof(F) == 4) packed = parameters.single;
     else packed = parameters.wide;
     // Rows of a structure of arrays whose stride is a power of two would share their cache sets.
@@ -56,13 +58,19 @@ template <class F, class Kind, int DS> class Tile {
                  block = take(size_t(2) * D * N * BYTES), m = take(longest * S * sizeof(uint16_t)), v = take(S * sizeof(int)),
                  xd = take(doubles ? T * D * 8 : 0), rd = take(doubles ? T * 8 : 0),
                  blockd = take(doubles ? size_t(2) * D * N * BYTES : 0),
-                 best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8);
+                 best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8), near = take(D * sizeof(F)),
+                 points = take(skipping ? T * width * BYTES : 0), which = take(T * sizeof(F)),
+                 some = take(skipping ? size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES : 0);
     ready = memory.reserve(size);
     if (!ready) return;
     char* p = memory.bytes;
+    // The last lanes of rows stay zero.
+    if (skipping) std::memset(p + points, 0, T * width * BYTES), std::memset(p + some, 0, size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES);
+    P = (V*)(p + points), index = (Index<F>*)(p + which), spaceP = (V*)(p + some);
     X = (V*)(p + x), Z = (V*)(p + z), E = (V*)(p + e), L = (V*)(p + l), G = (V*)(p + g), R = (V*)(p + r), space = (V*)(p + block);
     mask = (uint16_t*)(p + m), used = (int*)(p + v), XD = (VD*)(p + xd), RD = (VD*)(p + rd), spaceD = (VD*)(p + blockd);
-    top = (double*)(p + best), residual = (double*)(p + own);
+    top = (double*)(p + best), residual = (double*)(p + own), center = (F*)(p + near);
+    for (int d = 0; d < D; d++) center[d] = F(call.center[d]);
   }
 
   bool ready = false;
@@ -102,7 +110,7 @@ template <class F, class Kind, int DS> class Tile {
   Packed<F> packed;
   const int D;
   const int64_t sums;
-  const bool skipping;
+  const int width;  // vectors of a row of coordinates
   Memory memory;
   const F deepest;  // smallest value of a row that is evaluated here
   V low;            // smallest values so far, and whether one is not finite
@@ -110,11 +118,14 @@ template <class F, class Kind, int DS> class Tile {
   int64_t S, row = 0;
   const int64_t* list = nullptr;
   int K = 0, n = 0, blocks = 0, vectors = 0, odd = 0;
-  V *X, *Z, *E, *L, *G, *R, *space;  // coordinates, their compressed copy, exponents, log-sum-exps, factors, responsibilities
+  V *X, *Z, *E, *L, *G, *R, *space;  // coordinates, a copy of some, exponents, log-sum-exps, factors, responsibilities
+  V *P, *spaceP;                     // coordinates as rows
+  Index<F>* index;                   // rows that matter to a component
   VD *XD, *RD, *spaceD;              // coordinates and responsibilities in float64
   uint16_t* mask;                    // lanes of each component and vector that are not negligible
   int* used;
   double *top, *residual;
+  F* center;
 
   int64_t component(int k) const { return list ? list[k] : k; }
   const F* numbers(int64_t c) const { return packed.numbers + c * packed.stride; }
@@ -123,23 +134,32 @@ template <class F, class Kind, int DS> class Tile {
   V* exponents_at(int w, int k) { return E + (int64_t(w) * K + k) * N; }
   F* as(V* v) { return (F*)v; }
 
-  template <class P> void copy(const P* points) {
+  template <class T> void copy(const T* points) {
+    const T* p = points + row * D;
     // The rounded center is subtracted without rounding from points that are near it.
-    F* x = as(X);
-    const int64_t T = S * W;
-    const P* p = points + row * D;
-    for (int d = 0; d < D; d++) {
-      const F c = F(call.center[d]);
-      if constexpr (DS > 0) {
-        for (int i = 0; i < n; i++) x[d * T + i] = F(p[i * DS + d]) - c;
-      } else {
-        for (int i = 0; i < n; i++) x[d * T + i] = F(p[int64_t(i) * D + d]) - c;
+    if constexpr (skipping) {
+      for (int i = 0; i < n; i++) {
+        F* out = as(P + i * width);
+        for (int d = 0; d < D; d++) out[d] = F(p[int64_t(i) * D + d]) - center[d];
       }
-      for (int i = n; i < vectors * W; i++) x[d * T + i] = x[d * T + n - 1];
+      for (int i = n; i < vectors * W; i++) std::memcpy(P + i * width, P + (n - 1) * width, width * BYTES);
+      for (int v = 0; v < vectors; v++) for (int c = 0; c < width; c++) {
+        V t[W];
+        UNROLL for (int i = 0; i < W; i++) t[i] = P[(v * W + i) * width + c];
+        transpose<F>(t);
+        const int count = D - c * W < W ? D - c * W : W;
+        for (int i = 0; i < count; i++) X[(c * W + i) * S + v] = t[i];
+      }
+    } else {
+      F* x = as(X);
+      for (int d = 0; d < DS; d++) {
+        for (int i = 0; i < n; i++) x[d * S * W + i] = F(p[i * DS + d]) - center[d];
+        for (int i = n; i < vectors * W; i++) x[d * S * W + i] = x[d * S * W + n - 1];
+      }
     }
     if constexpr (mixed)
       if (parameters.any_wide)
-        for (int64_t i = 0; i < T * D; i++) ((double*)XD)[i] = x[i];
+        for (int64_t i = 0; i < S * W * D; i++) ((double*)XD)[i] = as(X)[i];
   }
   void load() {
     if (call.double_points) copy((const double*)call.points);
@@ -210,6 +230,7 @@ template <class F, class Kind, int DS> class Tile {
       as(L)[i] = F(-INFINITY), as(G)[i] = 0, odd += i < n;
       for (int d = 0; d < D; d++) {
         as(X)[d * S * W + i] = 0;
+        if (skipping) as(P + i * width)[d] = 0;
         if (mixed && parameters.any_wide) ((double*)XD)[d * S * W + i] = 0;
       }
       for (int k = 0; k < K; k++) as(exponents_at(v / N, k) + v % N)[i % W] = 0;
@@ -389,9 +410,9 @@ template <class F, class Kind, int DS> class Tile {
       }
       s[M - 1] += r;
     }
-    add_sums<F, M>(s, out);
+    add_sums<F, M>(s, out, [](int i) { return i; });
   }
-  // Elsewhere vectors without any responsibility are skipped, and few points are compressed.
+  // Elsewhere vectors without any responsibility are skipped, and few points are taken one by one.
   void moments_many(int k, const F* p, double* out) {
     const uint16_t* m = mask + int64_t(k) * S;
     int count = 0, points = 0;
@@ -399,33 +420,26 @@ template <class F, class Kind, int DS> class Tile {
     if (!count) return;
     const V* e = exponents_at(0, k);
     auto responsibility = [&](int v) { return e[int64_t(v / N) * K * N + v % N] * G[v]; };
-    const double whole = count * Kind::cost(D);
-    const double few = (BYTES == 64 ? count * Kind::compression(D) : points * 2.0 * D) + double(points) / W * Kind::cost(D);
-    const V* x = Z;
-    int length = count;
-    if (few < whole) {
-      F *r = as(R), *z = as(Z);
+    if (points * Kind::row_cost(D, W) < count * Kind::cost(D)) {
+      I lanes;
+      for (int i = 0; i < W; i++) lanes[i] = i;
       int at = 0;
-      for (int i = 0; i < count; i++) { const int v = used[i]; compress<F>(r + at, responsibility(v), m[v]), at += __builtin_popcount(m[v]); }
-      for (int d = 0; d < D; d++) {
-        F* out_d = z + d * S * W;
-        const V* x_d = X + d * S;
-        for (int i = 0; i < count; i++) { const int v = used[i]; compress<F>(out_d, x_d[v], m[v]), out_d += __builtin_popcount(m[v]); }
+      for (int i = 0; i < count; i++) {
+        const int v = used[i];
+        compress(as(R) + at, responsibility(v), m[v]);
+        compress(index + at, lanes + v * W, m[v]);
+        at += __builtin_popcount(m[v]);
       }
-      length = (at + W - 1) / W;
-      for (int i = at; i < length * W; i++) {
-        r[i] = 0;
-        for (int d = 0; d < D; d++) z[d * S * W + i] = p[d];
-      }
-    } else {
-      for (int i = 0; i < count; i++) R[i] = responsibility(used[i]);
-      if (count == vectors) x = X;
-      else if constexpr (Kind::paired) {
-        Kind::template moments<F>(p, D, R, X, length, S, out, used);
-        return;
-      } else for (int d = 0; d < D; d++) for (int i = 0; i < count; i++) Z[d * S + i] = X[d * S + used[i]];
+      Kind::template moments_of_rows<F>(p, D, {P, as(R), index, at, width, spaceP}, out);
+      return;
     }
-    Kind::template moments<F>(p, D, R, x, length, S, out);
+    for (int i = 0; i < count; i++) R[i] = responsibility(used[i]);
+    if constexpr (Kind::paired) {
+      Kind::template moments<F>(p, D, R, X, count, S, out, count == vectors ? nullptr : used);
+    } else {
+      if (count < vectors) for (int d = 0; d < D; d++) for (int i = 0; i < count; i++) Z[d * S + i] = X[d * S + used[i]];
+      Kind::template moments<F>(p, D, R, count == vectors ? X : Z, count, S, out);
+    }
   }
   __attribute__((noinline)) void moments_wide(int k, int64_t c, double* out) {
     if constexpr (mixed) {
@@ -468,19 +482,7 @@ template <class F, class Kind, int DS> class Tile {
       double* out = group.moments + c * sums;
       const bool in_doubles = wide(c);
       for (int d = 0; d < D; d++) residual[d] = double(as(X)[d * T + i]) - (in_doubles ? numbers_wide(c)[d] : double(numbers(c)[d]));
-      if constexpr (Kind::paired) {
-        for (int d = 0; d < D; d++) out[2 * d] += g * residual[d], out[2 * d + 1] += g * residual[d] * residual[d];
-      } else {
-        int64_t at = 0;
-        for (int d = 0; d < D; d += ROWS) {
-          const int R = D - d < ROWS ? D - d : ROWS;
-          for (int j = 0; j < d; j += COLUMNS)
-            for (int i = 0; i < R; i++) for (int l = 0; l < COLUMNS; l++) out[at++] += g * residual[d + i] * residual[j + l];
-          for (int i = 0; i < R; i++) for (int j = 0; j <= i; j++) out[at++] += g * residual[d + i] * residual[d + j];
-          for (int i = 0; i < R; i++) out[at++] += g * residual[d + i];
-        }
-      }
-      out[sums - 1] += g;
+      Kind::moments_of_point(residual, g, D, out);
     }
   }
 
