@@ -14,7 +14,7 @@ template <bool spherical> struct Axes {
   static int64_t squares(int64_t D, int64_t d) { return padded(D) + (spherical ? 0 : d); }
 
   // Exponents q (bits) of N vectors of points.
-  template <class F, int N, int DS> INLINE void exponents(const F* p, int D, const Vector<F>* X, long S, Vector<F>*, Vector<F>* q, Vector<F>* y = nullptr) {
+  template <class F, int N, int DS> INLINE void exponents(const F* p, int D, const Vector<F>* X, long S, Vector<F>* q, Vector<F>* y = nullptr) {
     const F* const both[] = {p};
     several<F, 1, N, false>(both, D, X, S, q, y);
   }

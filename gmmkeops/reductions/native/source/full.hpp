@@ -2,32 +2,33 @@
 //
 // Coordinates of points are stored by columns: coordinate d of vector v of a tile is X[d * S + v].
 #pragma once
+#include "interface.hpp"
 #include "vectors.hpp"
 
 namespace KERNELS {
 
 // y = U'(x - mu) of R coordinates from d on, and q - |y|^2, at N vectors of points; returns the next numbers of U.
-// z holds the residuals by coordinates. ``y`` is kept if it is not null.
-template <class F, int R, int N> INLINE const F* whitened(const F* u, const F* remainder, const Vector<F>* z, int d, Vector<F>* q, Vector<F>* kept) {
+// ``y`` is kept if it is not null. Residuals are taken anew for each R coordinates: a copy of them would have to be stored.
+template <class F, int R, int N> INLINE const F* whitened(const F* u, const F* mean, const F* remainder, const Vector<F>* X, long S, int d, Vector<F>* q, Vector<F>* kept) {
   typedef Vector<F> V;
   V y[R][N];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int b = 0; b < N; b++) y[r][b] = broadcast(remainder[d + r]);
   for (int j = 0; j < d; j++, u += R) {
-    V t[N];
-    UNROLL for (int b = 0; b < N; b++) { V v = z[j * N + b]; KEEP(v); t[b] = v; }
+    V z[N];
+    UNROLL for (int b = 0; b < N; b++) { V t = X[j * S + b] - mean[j]; KEEP(t); z[b] = t; }
     UNROLL for (int r = 0; r < R; r++) {
       V w = broadcast(u[r]);
       KEEP(w);
-      UNROLL for (int b = 0; b < N; b++) y[r][b] = fma(t[b], w, y[r][b]);
+      UNROLL for (int b = 0; b < N; b++) y[r][b] = fma(z[b], w, y[r][b]);
     }
   }
   UNROLL for (int j = 0; j < R; j++) {
-    V t[N];
-    UNROLL for (int b = 0; b < N; b++) { V v = z[(d + j) * N + b]; KEEP(v); t[b] = v; }
+    V z[N];
+    UNROLL for (int b = 0; b < N; b++) { V t = X[(d + j) * S + b] - mean[d + j]; KEEP(t); z[b] = t; }
     UNROLL for (int r = j; r < R; r++) {
       V w = broadcast(*u++);
       KEEP(w);
-      UNROLL for (int b = 0; b < N; b++) y[r][b] = fma(t[b], w, y[r][b]);
+      UNROLL for (int b = 0; b < N; b++) y[r][b] = fma(z[b], w, y[r][b]);
     }
   }
   UNROLL for (int b = 0; b < N; b++) UNROLL for (int r = 0; r < R; r++) q[b] = fnma(y[r][b], y[r][b], q[b]);
@@ -35,17 +36,11 @@ template <class F, int R, int N> INLINE const F* whitened(const F* u, const F* r
   return u;
 }
 
-// pull_d += sum over R coordinates of U_dr y_r, at N vectors of points, for the coordinates that ``whitened`` used.
-template <class F, int R, int N> INLINE const F* pulled(const F* u, const Vector<F>* y, int d, Vector<F>* pull) {
-  typedef Vector<F> V;
-  for (int j = 0; j < d; j++, u += R)
-    UNROLL for (int r = 0; r < R; r++) {
-      const V w = broadcast(u[r]);
-      UNROLL for (int b = 0; b < N; b++) pull[j * N + b] = fma(y[(d + r) * N + b], w, pull[j * N + b]);
-    }
-  UNROLL for (int j = 0; j < R; j++) UNROLL for (int r = j; r < R; r++) {
-    const V w = broadcast(*u++);
-    UNROLL for (int b = 0; b < N; b++) pull[(d + j) * N + b] = fma(y[(d + r) * N + b], w, pull[(d + j) * N + b]);
+// pull_j += sum over R coordinates r from d on of U_jr y_r, at N vectors of points, for the coordinates that ``whitened`` used.
+template <class F, int N> INLINE const F* pulled(const F* u, const Vector<F>* y, int d, int R, Vector<F>* pull) {
+  for (int j = 0; j < d + R; j++) for (int r = j < d ? d : j; r < d + R; r++) {
+    const Vector<F> w = broadcast(*u++);
+    UNROLL for (int b = 0; b < N; b++) pull[j * N + b] = fma(y[r * N + b], w, pull[j * N + b]);
   }
   return u;
 }
@@ -122,26 +117,21 @@ struct Full {
   static int64_t sums(int64_t D) { return row_place(D, D) + (D <= 4 ? D : padded(D)) + 1; }
   static int64_t place(int64_t D, int64_t i, int64_t j) { return i == D && j == D ? sums(D) - 1 : row_place(D, i) + j; }
 
-  // Exponents q (bits) of N vectors of points; z is space for D * N vectors. y is kept if it is not null.
-  template <class F, int N, int DS> INLINE void exponents(const F* p, int D, const Vector<F>* X, long S, Vector<F>* z, Vector<F>* q, Vector<F>* y = nullptr) {
+  // Exponents q (bits) of N vectors of points. y is kept if it is not null. DS: the number of dimensions if it is at most four.
+  template <class F, int N, int DS> INLINE void exponents(const F* p, int D, const Vector<F>* X, long S, Vector<F>* q, Vector<F>* y = nullptr) {
     typedef Vector<F> V;
     const F *mean = p, *remainder = p + D, *u = p + 2 * D;
     const V c = broadcast(u[D * (D + 1) / 2]);
     UNROLL for (int b = 0; b < N; b++) q[b] = c;
     if constexpr (DS > 0) {
-      V near[DS * N];
-      UNROLL for (int d = 0; d < DS; d++) UNROLL for (int b = 0; b < N; b++) near[d * N + b] = X[d * S + b] - mean[d];
-      whitened<F, DS, N>(u, remainder, near, 0, q, y);
+      whitened<F, DS, N>(u, mean, remainder, X, S, 0, q, y);
     } else {
-      for (int d = 0; d < D; d++) {
-        const V m = broadcast(mean[d]);
-        UNROLL for (int b = 0; b < N; b++) z[d * N + b] = X[d * S + b] - m;
+      for (int d = 0, R; d < D; d += R) switch (R = int(panel_height(D - d))) {
+        case 6: u = whitened<F, 6, N>(u, mean, remainder, X, S, d, q, y); break;
+        case 5: u = whitened<F, 5, N>(u, mean, remainder, X, S, d, q, y); break;
+        case 4: u = whitened<F, 4, N>(u, mean, remainder, X, S, d, q, y); break;
+        default: u = whitened<F, 3, N>(u, mean, remainder, X, S, d, q, y);
       }
-      int d = 0;
-      for (; d + ROWS <= D; d += ROWS) u = whitened<F, ROWS, N>(u, remainder, z, d, q, y);
-      if (D - d == 3) whitened<F, 3, N>(u, remainder, z, d, q, y);
-      else if (D - d == 2) whitened<F, 2, N>(u, remainder, z, d, q, y);
-      else if (D - d == 1) whitened<F, 1, N>(u, remainder, z, d, q, y);
     }
   }
 
@@ -149,11 +139,7 @@ struct Full {
   template <class F, int N> INLINE void pull(const F* p, int D, const Vector<F>* y, Vector<F>* out) {
     const F* u = p + 2 * D;
     for (int i = 0; i < D * N; i++) out[i] = Vector<F>{};
-    int d = 0;
-    for (; d + ROWS <= D; d += ROWS) u = pulled<F, ROWS, N>(u, y, d, out);
-    if (D - d == 3) pulled<F, 3, N>(u, y, d, out);
-    else if (D - d == 2) pulled<F, 2, N>(u, y, d, out);
-    else if (D - d == 1) pulled<F, 1, N>(u, y, d, out);
+    for (int d = 0, R; d < D; d += R) R = int(panel_height(D - d)), u = pulled<F, N>(u, y, d, R, out);
   }
 
   // Adds the moments of n vectors of points with responsibilities r about the rounded mean.

@@ -47,6 +47,12 @@ template <class F> struct Packed {
   int64_t stride;
 };
 
+// The rows of U' are stored in panels, whose heights are about equal; height of the next panel if ``left`` rows are left.
+static constexpr int64_t panel_height(int64_t left) {
+  const int64_t panels = (left + 5) / 6;
+  return (left + panels - 1) / panels;
+}
+
 struct Parameters {
   Packed<float> single;
   Packed<double> wide;

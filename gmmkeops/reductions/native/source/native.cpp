@@ -175,9 +175,9 @@ struct Driver {
     for (int64_t d = 0; d < D; d++) out[d] = rounded(k, d);
     double* at = &out[2 * D];
     if (full) {
-      // The rows r of U' in panels of four: U_jr for j before the panel, then its triangle.
-      for (int64_t p = 0; p < D; p += 4) {
-        const int64_t end = std::min(D, p + 4);
+      // The rows r of U' in panels: U_jr for j before the panel, then its triangle.
+      for (int64_t p = 0, end; p < D; p = end) {
+        end = p + panel_height(D - p);
         for (int64_t j = 0; j < end; j++) for (int64_t r = std::max(p, j); r < end; r++) *at++ = U[j * D + r] * scale;
       }
       for (int64_t r = 0; r < D; r++) {

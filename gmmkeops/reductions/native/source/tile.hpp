@@ -58,7 +58,7 @@ template <class F, class Kind, int DS> class Tile {
                  block = take(size_t(2) * D * N * BYTES), m = take(longest * S * sizeof(uint16_t)), v = take(S * sizeof(int)),
                  xd = take(doubles ? T * D * 8 : 0), rd = take(doubles ? T * 8 : 0),
                  blockd = take(doubles ? size_t(2) * D * N * BYTES : 0),
-                 best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8), near = take(D * sizeof(F)),
+                 best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8), near = take(width * BYTES),
                  points = take(skipping ? T * width * BYTES : 0), which = take(T * sizeof(F)),
                  some = take(skipping ? size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES : 0);
     ready = memory.reserve(size);
@@ -70,7 +70,7 @@ template <class F, class Kind, int DS> class Tile {
     X = (V*)(p + x), Z = (V*)(p + z), E = (V*)(p + e), L = (V*)(p + l), G = (V*)(p + g), R = (V*)(p + r), space = (V*)(p + block);
     mask = (uint16_t*)(p + m), used = (int*)(p + v), XD = (VD*)(p + xd), RD = (VD*)(p + rd), spaceD = (VD*)(p + blockd);
     top = (double*)(p + best), residual = (double*)(p + own), center = (F*)(p + near);
-    for (int d = 0; d < D; d++) center[d] = F(call.center[d]);
+    for (int d = 0; d < width * W; d++) center[d] = d < D ? F(call.center[d]) : 0;
   }
 
   bool ready = false;
@@ -133,14 +133,30 @@ template <class F, class Kind, int DS> class Tile {
   bool wide(int64_t c) const { return mixed && parameters.any_wide && parameters.is_wide[c]; }
   V* exponents_at(int w, int k) { return E + (int64_t(w) * K + k) * N; }
   F* as(V* v) { return (F*)v; }
+  static I lanes() {
+    I found;
+    for (int i = 0; i < W; i++) found[i] = i;
+    return found;
+  }
 
   template <class T> void copy(const T* points) {
     const T* p = points + row * D;
     // The rounded center is subtracted without rounding from points that are near it.
     if constexpr (skipping) {
+      // Whole vectors are read where the points go on after a row, and the lanes of other rows are cleared.
+      const int64_t after = (call.rows - row) * D;
+      const I rest = lanes() < I{} + Index<F>(D - (width - 1) * W);
       for (int i = 0; i < n; i++) {
-        F* out = as(P + i * width);
-        for (int d = 0; d < D; d++) out[d] = F(p[int64_t(i) * D + d]) - center[d];
+        const T* from = p + int64_t(i) * D;
+        V* to = P + i * width;
+        if (std::is_same_v<T, F> && int64_t(i) * D + width * W <= after)
+          for (int c = 0; c < width; c++) {
+            V x;
+            std::memcpy(&x, from + c * W, BYTES);
+            x -= ((const V*)center)[c];
+            to[c] = c < width - 1 ? x : rest ? x : V{};
+          }
+        else for (int d = 0; d < D; d++) as(to)[d] = F(from[d]) - center[d];
       }
       for (int i = n; i < vectors * W; i++) std::memcpy(P + i * width, P + (n - 1) * width, width * BYTES);
       for (int v = 0; v < vectors; v++) for (int c = 0; c < width; c++) {
@@ -196,7 +212,7 @@ template <class F, class Kind, int DS> class Tile {
       const F* const single[] = {numbers(c)};
       if (parameters.expanded) Kind::template several<F, 1, N, true>(single, D, X + w * N, S, q);
       else Kind::template several<F, 1, N, false>(single, D, X + w * N, S, q);
-    } else Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, space, q);
+    } else Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, q);
     visit(k, q);
   }
   __attribute__((noinline)) void exponents_wide(int w, int64_t c, V* q) {
@@ -204,7 +220,7 @@ template <class F, class Kind, int DS> class Tile {
       F* out = (F*)q;
       for (int part = 0; part < PER; part++) {
         VD found[N];
-        Kind::template exponents<double, N, 0>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, spaceD, found);
+        Kind::template exponents<double, N, DS>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, found);
         const double* values = (const double*)found;
         for (int i = 0; i < N * WD; i++) out[part * N * WD + i] = F(values[i]);
       }
@@ -421,13 +437,12 @@ template <class F, class Kind, int DS> class Tile {
     const V* e = exponents_at(0, k);
     auto responsibility = [&](int v) { return e[int64_t(v / N) * K * N + v % N] * G[v]; };
     if (points * Kind::row_cost(D, W) < count * Kind::cost(D)) {
-      I lanes;
-      for (int i = 0; i < W; i++) lanes[i] = i;
+      const I lane = lanes();
       int at = 0;
       for (int i = 0; i < count; i++) {
         const int v = used[i];
         compress(as(R) + at, responsibility(v), m[v]);
-        compress(index + at, lanes + v * W, m[v]);
+        compress(index + at, lane + v * W, m[v]);
         at += __builtin_popcount(m[v]);
       }
       Kind::template moments_of_rows<F>(p, D, {P, as(R), index, at, width, spaceP}, out);
@@ -509,7 +524,7 @@ template <class F, class Kind, int DS> class Tile {
         else {
           V q[N];
           V *y = space, *out = space + D * N;
-          Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, out, q, y);
+          Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, q, y);
           Kind::template pull<F, N>(numbers(c), D, y, out);
           for (int d = 0; d < D; d++) UNROLL for (int b = 0; b < N; b++) pull[d * S + w * N + b] = fma(r[b], out[d * N + b], pull[d * S + w * N + b]);
         }
@@ -528,7 +543,7 @@ template <class F, class Kind, int DS> class Tile {
       for (int part = 0; part < PER; part++) {
         VD q[N];
         VD *y = spaceD, *out = spaceD + D * N;
-        Kind::template exponents<double, N, 0>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, out, q, y);
+        Kind::template exponents<double, N, DS>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, q, y);
         Kind::template pull<double, N>(numbers_wide(c), D, y, out);
         for (int d = 0; d < D; d++) for (int i = 0; i < N * WD; i++) {
           F* at = as(pull) + (d * S + w * N) * W + part * N * WD + i;
