@@ -149,6 +149,8 @@ template <class F, class Kind, int DS> class Tile {
       for (int i = 0; i < n; i++) {
         const T* from = p + int64_t(i) * D;
         V* to = P + i * width;
+        // The next tile is read from memory while this one is evaluated.
+        for (int c = 0; c < width; c++) __builtin_prefetch(from + int64_t(n) * D + c * W);
         if (std::is_same_v<T, F> && int64_t(i) * D + width * W <= after)
           for (int c = 0; c < width; c++) {
             V x;
@@ -307,12 +309,11 @@ template <class F, class Kind, int DS> class Tile {
     for (int w = 0; w < blocks; w++) {
       V most[N];
       I best[N];
-      const V* e = store(w, most);
-      UNROLL for (int b = 0; b < N; b++) best[b] = I{};
-      for (int k = K - 1; k >= 0; k--) {
+      UNROLL for (int b = 0; b < N; b++) most[b] = broadcast(F(-INFINITY)), best[b] = I{};
+      each(w, [&](int k, const V* q) __attribute__((always_inline)) {
         const I here = I{} + k;
-        UNROLL for (int b = 0; b < N; b++) best[b] = e[k * N + b] == most[b] ? here : best[b];
-      }
+        UNROLL for (int b = 0; b < N; b++) best[b] = q[b] > most[b] ? here : best[b], most[b] = maximum(q[b], most[b]);
+      });
       UNROLL for (int b = 0; b < N; b++) {
         L[w * N + b] = most[b] * F(LN2), ((I*)R)[w * N + b] = best[b];
         check(w * N + b);
@@ -336,19 +337,18 @@ template <class F, class Kind, int DS> class Tile {
       for (int i = 0; i < k_most * N; i++) values[i] = broadcast(F(-INFINITY)), places[i] = I{};
       const V* smallest = values + int64_t(k_most - 1) * N;
       each(w, [&](int k, const V* q) __attribute__((always_inline)) {
-        for (int b = 0; b < N; b++) {
-          if (!bits(q[b] > smallest[b])) continue;
-          V v = q[b];
-          I place = I{} + k;
-          for (int i = 0; i < k_most; i++) {
-            V& at = values[i * N + b];
-            I& its = places[i * N + b];
-            const I better = v > at;
-            const V down = better ? at : v;
-            const I down_place = better ? its : place;
-            at = better ? v : at, its = better ? place : its;
-            v = down, place = down_place;
-          }
+        I any = I{};
+        UNROLL for (int b = 0; b < N; b++) any |= q[b] > smallest[b];
+        if (!bits(any)) return;
+        // All vectors at once: one alone waits for each of its own comparisons.
+        V v[N];
+        I place[N];
+        UNROLL for (int b = 0; b < N; b++) v[b] = q[b], place[b] = I{} + k;
+        for (int i = 0; i < k_most; i++) UNROLL for (int b = 0; b < N; b++) {
+          const V at = values[i * N + b];
+          const I its = places[i * N + b], better = v[b] > at;
+          values[i * N + b] = better ? v[b] : at, places[i * N + b] = better ? place[b] : its;
+          v[b] = better ? at : v[b], place[b] = better ? its : place[b];
         }
       });
       UNROLL for (int b = 0; b < N; b++) {

@@ -137,16 +137,15 @@ INLINE Vector<double> exp2(Vector<double> x) {
   return (Vector<double>)_mm512_scalef_pd((__m512d)power(r), (__m512d)(x - r));
 }
 #else
-template <class V, class I, class F> INLINE V exp2_shifted(V x, F least, F magic, int mantissa) {
-  const I low = x < least;
-  x = maximum(x, V{} + least);
-  const V shifted = x + magic, r = x - (shifted - magic);
-  return (V)(((I)power(r) + ((I)shifted << mantissa)) & ~low);
+// The integer part is added to the exponent of the power of the fraction. At the clamp and below, that makes the bits of one those
+// of zero; above it, to numbers that are not normal and hence count as zero, too (FlushDenormals).
+template <class F> INLINE Vector<F> exp2_shifted(Vector<F> x, F clamp, F magic, int mantissa) {
+  x = maximum(x, broadcast(clamp));
+  const Vector<F> shifted = x + magic, r = x - (shifted - magic);
+  return (Vector<F>)((Integers<F>)power(r) + ((Integers<F>)shifted << mantissa));
 }
-INLINE Vector<float> exp2(Vector<float> x) { return exp2_shifted<Vector<float>, Integers<float>>(x, -126.0f, 12582912.0f, 23); }
-INLINE Vector<double> exp2(Vector<double> x) {
-  return exp2_shifted<Vector<double>, Integers<double>>(x, -1022.0, 6755399441055744.0, 52);
-}
+INLINE Vector<float> exp2(Vector<float> x) { return exp2_shifted<float>(x, -127.0f, 12582912.0f, 23); }
+INLINE Vector<double> exp2(Vector<double> x) { return exp2_shifted<double>(x, -1023.0, 6755399441055744.0, 52); }
 #endif
 
 // log2 of finite numbers that are at least one.
