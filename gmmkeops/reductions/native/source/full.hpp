@@ -203,7 +203,7 @@ struct Full {
 
   // The cost in vector instructions of the moments of one vector of points, and of one row.
   static double cost(int D) { return 0.5 * D * D + 4 * D; }
-  static double row_cost(int D, int lanes) { return 0.5 * D * (D + lanes) / lanes + 6.0 * (D + lanes - 1) / lanes + 4; }
+  static double row_cost(int D, int width) { return 0.5 * D * (width + 1) + 6 * width + 3; }
 };
 
 }  // namespace KERNELS

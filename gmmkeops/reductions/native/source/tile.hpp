@@ -27,6 +27,8 @@ INLINE double uniform(uint64_t seed, uint64_t row) {
 
 // Responsibilities below 2^-60 of a point's largest one change nothing, and are skipped where that saves time.
 constexpr double NEGLIGIBLE = -60;
+// The cost in vector instructions of writing a point of a vector elsewhere.
+constexpr double COMPRESSION = BYTES == 64 ? 1 : 8;
 constexpr double LN2 = 0.6931471805599453;
 
 // F: numbers of the arithmetic. DS: number of dimensions if it is at most four and covariances are full, otherwise 0.
@@ -189,19 +191,22 @@ template <class F, class Kind, int DS> class Tile {
     const V* x = X + w * N;
     int k = 0;
     if constexpr (Kind::paired) {
-      for (; k + 2 <= K; k += 2) {
-        const int64_t a = component(k), b = component(k + 1);
-        if (wide(a) || wide(b)) {
-          one(w, k, visit);
-          one(w, k + 1, visit);
+      constexpr int C = 4;
+      for (; k + C <= K; k += C) {
+        const F* these[C];
+        bool any_wide = false;
+        for (int i = 0; i < C; i++) {
+          const int64_t c = component(k + i);
+          these[i] = numbers(c), any_wide |= wide(c);
+        }
+        if (any_wide) {
+          for (int i = 0; i < C; i++) one(w, k + i, visit);
           continue;
         }
-        const F* const both[] = {numbers(a), numbers(b)};
-        V q[2 * N];
-        if (parameters.expanded) Kind::template several<F, 2, N, true>(both, D, x, S, q);
-        else Kind::template several<F, 2, N, false>(both, D, x, S, q);
-        visit(k, q);
-        visit(k + 1, q + N);
+        V q[C * N];
+        if (parameters.expanded) Kind::template several<F, C, N, true>(these, D, x, S, q);
+        else Kind::template several<F, C, N, false>(these, D, x, S, q);
+        UNROLL for (int i = 0; i < C; i++) visit(k + i, q + i * N);
       }
     }
     for (; k < K; k++) one(w, k, visit);
@@ -432,28 +437,38 @@ template <class F, class Kind, int DS> class Tile {
   void moments_many(int k, const F* p, double* out) {
     const uint16_t* m = mask + int64_t(k) * S;
     int count = 0, points = 0;
-    for (int v = 0; v < vectors; v++) used[count] = v, count += m[v] != 0, points += __builtin_popcount(m[v]);
-    if (!count) return;
-    const V* e = exponents_at(0, k);
-    auto responsibility = [&](int v) { return e[int64_t(v / N) * K * N + v % N] * G[v]; };
-    if (points * Kind::row_cost(D, W) < count * Kind::cost(D)) {
-      const I lane = lanes();
-      int at = 0;
-      for (int i = 0; i < count; i++) {
-        const int v = used[i];
-        compress(as(R) + at, responsibility(v), m[v]);
-        compress(index + at, lane + v * W, m[v]);
-        at += __builtin_popcount(m[v]);
-      }
-      Kind::template moments_of_rows<F>(p, D, {P, as(R), index, at, width, spaceP}, out);
-      return;
+    // The masks of the vectors of block w.
+    auto block = [&](int w) {
+      uint64_t found = 0;
+      std::memcpy(&found, m + w * N, N * sizeof(uint16_t));
+      return found;
+    };
+    for (int w = 0; w < blocks; w++) {
+      const uint64_t lanes = block(w);
+      points += __builtin_popcountll(lanes);
+      UNROLL for (int b = 0; b < N; b++) count += (lanes >> (16 * b) & 0xffff) != 0;
     }
-    for (int i = 0; i < count; i++) R[i] = responsibility(used[i]);
-    if constexpr (Kind::paired) {
-      Kind::template moments<F>(p, D, R, X, count, S, out, count == vectors ? nullptr : used);
-    } else {
-      if (count < vectors) for (int d = 0; d < D; d++) for (int i = 0; i < count; i++) Z[d * S + i] = X[d * S + used[i]];
-      Kind::template moments<F>(p, D, R, count == vectors ? X : Z, count, S, out);
+    if (!count) return;
+    const bool few = points * (Kind::row_cost(D, width) + COMPRESSION) < count * Kind::cost(D);
+    const I lane = lanes();
+    int at = 0;
+    for (int w = 0; w < blocks; w++) {
+      if (!block(w)) continue;
+      const V* e = exponents_at(w, k);
+      UNROLL for (int b = 0; b < N; b++) {
+        const int v = w * N + b;
+        const V r = e[b] * G[v];
+        if (few) {
+          compress(as(R) + at, r, m[v]), compress(index + at, lane + v * W, m[v]);
+          at += __builtin_popcount(m[v]);
+        } else used[at] = v, R[at] = r, at += m[v] != 0;
+      }
+    }
+    if (few) Kind::template moments_of_rows<F>(p, D, {P, as(R), index, at, width, spaceP}, out);
+    else if constexpr (Kind::paired) Kind::template moments<F>(p, D, R, X, at, S, out, at == vectors ? nullptr : used);
+    else {
+      if (at < vectors) for (int d = 0; d < D; d++) for (int i = 0; i < at; i++) Z[d * S + i] = X[d * S + used[i]];
+      Kind::template moments<F>(p, D, R, at == vectors ? X : Z, at, S, out);
     }
   }
   __attribute__((noinline)) void moments_wide(int k, int64_t c, double* out) {
