@@ -152,7 +152,8 @@ template <class F, class Kind, int DS> class Tile {
         const T* from = p + int64_t(i) * D;
         V* to = P + i * width;
         // The next tile is read from memory while this one is evaluated.
-        for (int c = 0; c < width; c++) __builtin_prefetch(from + int64_t(n) * D + c * W);
+        const uintptr_t next = uintptr_t(from) + int64_t(n) * D * sizeof(T);
+        for (int c = 0; c < width; c++) __builtin_prefetch((const void*)(next + c * BYTES));
         if (std::is_same_v<T, F> && int64_t(i) * D + width * W <= after)
           for (int c = 0; c < width; c++) {
             V x;

@@ -250,7 +250,7 @@ template <class F> struct Rows {
   int n, width;
   Vector<F>* space;
 };
-constexpr int ROWS_AT_ONCE = 64;
+constexpr int ROWS_AT_ONCE = 32;
 
 // Denormal numbers count as zero in this thread while an object lives: arithmetic with them is 50 times slower.
 struct FlushDenormals {
