@@ -62,11 +62,18 @@ struct StepCall {
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:
 //   full:      the rounded mean (D), the remainder U'(rounded mean - mean) (D), U scaled, and the offset
 //   diagonal:  the rounded mean (D), the remainder (D), the factor (D) and the offset
+//   spherical: the rounded mean (D), its difference from the mean (D), the square of the factor, and the offset
 // Factors are scaled by sqrt(log2(e) / 2) and offsets by log2(e), so that exponents are in bits.
 template <class F> struct Packed {
   F* numbers;
   int64_t stride;
 };
+
+// The rows of U' are stored in panels, whose heights are about equal; height of the next panel if ``left`` rows are left.
+static constexpr int64_t panel_height(int64_t left) {
+  const int64_t panels = (left + 5) / 6;
+  return (left + panels - 1) / panels;
+}
 
 struct Parameters {
   Packed<float> single;
@@ -111,7 +118,8 @@ struct ListCall {
 struct Kernel {
   // Numbers in Group::moments for one component.
   int64_t (*sums)(const Call&);
-  // Position in a component's sums of the product of residuals i >= j, where i = D stands for one; diagonal families: i == j.
+  // Position in a component's sums of the product of residuals i >= j, where i = D stands for one; other families: i == j or i = D;
+  // spherical ones have the same place for each i == j < D.
   int64_t (*place)(const Call&, int64_t i, int64_t j);
   Status (*run)(const Call&, const Parameters&, Group&);
   // The lists of the children of the parents from ``from`` to ``to``.

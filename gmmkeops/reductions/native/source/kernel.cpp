@@ -45,7 +45,8 @@ template <class F, class Kind, int DS> static Status sweep(const Call& call, con
 }
 
 template <class F> static Status of_type(const Call& call, const Parameters& parameters, Group& group) {
-  if (call.family != FULL) return sweep<F, Diagonal, 0>(call, parameters, group);
+  if (call.family == DIAGONAL) return sweep<F, Diagonal, 0>(call, parameters, group);
+  if (call.family == SPHERICAL) return sweep<F, Spherical, 0>(call, parameters, group);
   switch (call.dimensions) {
     case 1: return sweep<F, Full, 1>(call, parameters, group);
     case 2: return sweep<F, Full, 2>(call, parameters, group);
@@ -59,9 +60,13 @@ static Status run(const Call& call, const Parameters& parameters, Group& group) 
   const bool doubles = call.double_points || call.double_arithmetic;
   return doubles ? of_type<double>(call, parameters, group) : of_type<float>(call, parameters, group);
 }
-static int64_t sums(const Call& call) { return call.family == FULL ? Full::sums(call.dimensions) : Diagonal::sums(call.dimensions); }
+static int64_t sums(const Call& call) {
+  const int64_t D = call.dimensions;
+  return call.family == FULL ? Full::sums(D) : call.family == DIAGONAL ? Diagonal::sums(D) : Spherical::sums(D);
+}
 static int64_t place(const Call& call, int64_t i, int64_t j) {
-  return call.family == FULL ? Full::place(call.dimensions, i, j) : Diagonal::place(call.dimensions, i, j);
+  const int64_t D = call.dimensions;
+  return call.family == FULL ? Full::place(D, i, j) : call.family == DIAGONAL ? Diagonal::place(D, i, j) : Spherical::place(D, i, j);
 }
 
 extern const Kernel kernel;

@@ -114,7 +114,7 @@ struct Driver {
   explicit Driver(const Call& call, const Kernel& kernel)
       : call(call), kernel(kernel), K(call.components), D(call.dimensions), full(call.family == FULL),
         doubles(call.double_points || call.double_arithmetic), center(call.center, call.center + call.dimensions),
-        stride(full ? 2 * D + D * (D + 1) / 2 + 1 : 3 * D + 1) {
+        stride(full ? 2 * D + D * (D + 1) / 2 + 1 : call.family == SPHERICAL ? 2 * D + 2 : 3 * D + 1) {
     if (!doubles) for (double& c : center) c = float(c);
   }
 
@@ -176,9 +176,9 @@ struct Driver {
     for (int64_t d = 0; d < D; d++) out[d] = rounded(k, d);
     double* at = &out[2 * D];
     if (full) {
-      // The rows r of U' in panels of four: U_jr for j before the panel, then its triangle.
-      for (int64_t p = 0; p < D; p += 4) {
-        const int64_t end = std::min(D, p + 4);
+      // The rows r of U' in panels: U_jr for j before the panel, then its triangle.
+      for (int64_t p = 0, end; p < D; p = end) {
+        end = p + panel_height(D - p);
         for (int64_t j = 0; j < end; j++) for (int64_t r = std::max(p, j); r < end; r++) *at++ = U[j * D + r] * scale;
       }
       for (int64_t r = 0; r < D; r++) {
@@ -186,6 +186,9 @@ struct Driver {
         for (int64_t j = 0; j <= r; j++) sum += U[j * D + r] * (rounded(k, j) - mean(k, j));
         out[D + r] = sum * scale;
       }
+    } else if (call.family == SPHERICAL) {
+      for (int64_t d = 0; d < D; d++) out[D + d] = rounded(k, d) - mean(k, d);
+      *at++ = U[0] * scale * (U[0] * scale);
     } else {
       for (int64_t d = 0; d < D; d++) at[d] = U[d] * scale, out[D + d] = at[d] * (rounded(k, d) - mean(k, d));
       if (!doubles && !is_wide[k]) for (int64_t d = 0; d < D; d++) at[d] = float(at[d]);
@@ -195,6 +198,7 @@ struct Driver {
   }
   // Lets the remainders of diagonal components hold -mu u.
   void expand() {
+    if (call.family == SPHERICAL) return;
     for (int64_t k = 0; k < K; k++) for (int64_t d = 0; d < D; d++) {
       if (doubles || is_wide[k]) { if (doubles) wide[k * stride + D + d] = -mean(k, d) * wide[k * stride + 2 * D + d]; }
       else single[k * stride + D + d] = float(-mean(k, d) * double(single[k * stride + 2 * D + d]));
@@ -270,13 +274,12 @@ void merge(const Driver& driver, const std::vector<Group>& groups, int64_t sums,
         call.S2[(k * D + i) * D + j] = call.S2[(k * D + j) * D + i] =
             total[square[n++]] + shift[i] * s1[j] + s1[i] * shift[j] + s0 * shift[i] * shift[j];
     else {
-      double sum = 0;
+      if (call.family == SPHERICAL) call.S2[k] = total[square[0]];
       for (int64_t d = 0; d < D; d++) {
-        const double value = total[square[d]] + shift[d] * (2 * s1[d] + s0 * shift[d]);
-        if (call.family == DIAGONAL) call.S2[k * D + d] = value;
-        sum += value;
+        const double moved = shift[d] * (2 * s1[d] + s0 * shift[d]);
+        if (call.family == DIAGONAL) call.S2[k * D + d] = total[square[d]] + moved;
+        else call.S2[k] += moved;
       }
-      if (call.family == SPHERICAL) call.S2[k] = sum;
     }
   }
 }

@@ -27,6 +27,8 @@ INLINE double uniform(uint64_t seed, uint64_t row) {
 
 // Responsibilities below 2^-60 of a point's largest one change nothing, and are skipped where that saves time.
 constexpr double NEGLIGIBLE = -60;
+// The cost in vector instructions of writing a point of a vector elsewhere.
+constexpr double COMPRESSION = BYTES == 64 ? 1 : 8;
 constexpr double LN2 = 0.6931471805599453;
 
 // F: numbers of the arithmetic. DS: number of dimensions if it is at most four and covariances are full, otherwise 0.
@@ -38,11 +40,13 @@ template <class F, class Kind, int DS> class Tile {
   static constexpr bool mixed = sizeof(F) == 4;
   typedef Vector<double> VD;
   static constexpr int WD = LANES<double>, PER = W / WD;
+  // In few dimensions all sums stay in registers; elsewhere negligible responsibilities are skipped.
+  static constexpr bool skipping = DS == 0;
 
  public:
   Tile(const Call& call, const Parameters& parameters, Group& group, int64_t rows, int64_t longest)
       : call(call), parameters(parameters), group(group), D(int(call.dimensions)), sums(Kind::sums(call.dimensions)),
-        skipping(DS == 0), deepest(F(parameters.deepest)) {
+        width(int(padded(call.dimensions, W) / W)), deepest(F(parameters.deepest)) {
     if constexpr (sizeof(F) == 4) packed = parameters.single;
     else packed = parameters.wide;
     // Rows of a structure of arrays whose stride is a power of two would share their cache sets.
@@ -56,13 +60,19 @@ template <class F, class Kind, int DS> class Tile {
                  block = take(size_t(2) * D * N * BYTES), m = take(longest * S * sizeof(uint16_t)), v = take(S * sizeof(int)),
                  xd = take(doubles ? T * D * 8 : 0), rd = take(doubles ? T * 8 : 0),
                  blockd = take(doubles ? size_t(2) * D * N * BYTES : 0),
-                 best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8);
+                 best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8), near = take(width * BYTES),
+                 points = take(skipping ? T * width * BYTES : 0), which = take(T * sizeof(F)),
+                 some = take(skipping ? size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES : 0);
     ready = memory.reserve(size);
     if (!ready) return;
     char* p = memory.bytes;
+    // The last lanes of rows stay zero.
+    if (skipping) std::memset(p + points, 0, T * width * BYTES), std::memset(p + some, 0, size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES);
+    P = (V*)(p + points), index = (Index<F>*)(p + which), spaceP = (V*)(p + some);
     X = (V*)(p + x), Z = (V*)(p + z), E = (V*)(p + e), L = (V*)(p + l), G = (V*)(p + g), R = (V*)(p + r), space = (V*)(p + block);
     mask = (uint16_t*)(p + m), used = (int*)(p + v), XD = (VD*)(p + xd), RD = (VD*)(p + rd), spaceD = (VD*)(p + blockd);
-    top = (double*)(p + best), residual = (double*)(p + own);
+    top = (double*)(p + best), residual = (double*)(p + own), center = (F*)(p + near);
+    for (int d = 0; d < width * W; d++) center[d] = d < D ? F(call.center[d]) : 0;
   }
 
   bool ready = false;
@@ -102,7 +112,7 @@ template <class F, class Kind, int DS> class Tile {
   Packed<F> packed;
   const int D;
   const int64_t sums;
-  const bool skipping;
+  const int width;  // vectors of a row of coordinates
   Memory memory;
   const F deepest;  // smallest value of a row that is evaluated here
   V low;            // smallest values so far, and whether one is not finite
@@ -110,11 +120,14 @@ template <class F, class Kind, int DS> class Tile {
   int64_t S, row = 0;
   const int64_t* list = nullptr;
   int K = 0, n = 0, blocks = 0, vectors = 0, odd = 0;
-  V *X, *Z, *E, *L, *G, *R, *space;  // coordinates, their compressed copy, exponents, log-sum-exps, factors, responsibilities
+  V *X, *Z, *E, *L, *G, *R, *space;  // coordinates, a copy of some, exponents, log-sum-exps, factors, responsibilities
+  V *P, *spaceP;                     // coordinates as rows
+  Index<F>* index;                   // rows that matter to a component
   VD *XD, *RD, *spaceD;              // coordinates and responsibilities in float64
   uint16_t* mask;                    // lanes of each component and vector that are not negligible
   int* used;
   double *top, *residual;
+  F* center;
 
   int64_t component(int k) const { return list ? list[k] : k; }
   const F* numbers(int64_t c) const { return packed.numbers + c * packed.stride; }
@@ -122,24 +135,52 @@ template <class F, class Kind, int DS> class Tile {
   bool wide(int64_t c) const { return mixed && parameters.any_wide && parameters.is_wide[c]; }
   V* exponents_at(int w, int k) { return E + (int64_t(w) * K + k) * N; }
   F* as(V* v) { return (F*)v; }
+  static I lanes() {
+    I found;
+    for (int i = 0; i < W; i++) found[i] = i;
+    return found;
+  }
 
-  template <class P> void copy(const P* points) {
+  template <class T> void copy(const T* points) {
+    const T* p = points + row * D;
     // The rounded center is subtracted without rounding from points that are near it.
-    F* x = as(X);
-    const int64_t T = S * W;
-    const P* p = points + row * D;
-    for (int d = 0; d < D; d++) {
-      const F c = F(call.center[d]);
-      if constexpr (DS > 0) {
-        for (int i = 0; i < n; i++) x[d * T + i] = F(p[i * DS + d]) - c;
-      } else {
-        for (int i = 0; i < n; i++) x[d * T + i] = F(p[int64_t(i) * D + d]) - c;
+    if constexpr (skipping) {
+      // Whole vectors are read where the points go on after a row, and the lanes of other rows are cleared.
+      const int64_t after = (call.rows - row) * D;
+      const I rest = lanes() < I{} + Index<F>(D - (width - 1) * W);
+      for (int i = 0; i < n; i++) {
+        const T* from = p + int64_t(i) * D;
+        V* to = P + i * width;
+        // The next tile is read from memory while this one is evaluated.
+        const uintptr_t next = uintptr_t(from) + int64_t(n) * D * sizeof(T);
+        for (int c = 0; c < width; c++) __builtin_prefetch((const void*)(next + c * BYTES));
+        if (std::is_same_v<T, F> && int64_t(i) * D + width * W <= after)
+          for (int c = 0; c < width; c++) {
+            V x;
+            std::memcpy(&x, from + c * W, BYTES);
+            x -= ((const V*)center)[c];
+            to[c] = c < width - 1 ? x : rest ? x : V{};
+          }
+        else for (int d = 0; d < D; d++) as(to)[d] = F(from[d]) - center[d];
       }
-      for (int i = n; i < vectors * W; i++) x[d * T + i] = x[d * T + n - 1];
+      for (int i = n; i < vectors * W; i++) std::memcpy(P + i * width, P + (n - 1) * width, width * BYTES);
+      for (int v = 0; v < vectors; v++) for (int c = 0; c < width; c++) {
+        V t[W];
+        UNROLL for (int i = 0; i < W; i++) t[i] = P[(v * W + i) * width + c];
+        transpose<F>(t);
+        const int count = D - c * W < W ? D - c * W : W;
+        for (int i = 0; i < count; i++) X[(c * W + i) * S + v] = t[i];
+      }
+    } else {
+      F* x = as(X);
+      for (int d = 0; d < DS; d++) {
+        for (int i = 0; i < n; i++) x[d * S * W + i] = F(p[i * DS + d]) - center[d];
+        for (int i = n; i < vectors * W; i++) x[d * S * W + i] = x[d * S * W + n - 1];
+      }
     }
     if constexpr (mixed)
       if (parameters.any_wide)
-        for (int64_t i = 0; i < T * D; i++) ((double*)XD)[i] = x[i];
+        for (int64_t i = 0; i < S * W * D; i++) ((double*)XD)[i] = as(X)[i];
   }
   void load() {
     if (call.double_points) copy((const double*)call.points);
@@ -151,19 +192,22 @@ template <class F, class Kind, int DS> class Tile {
     const V* x = X + w * N;
     int k = 0;
     if constexpr (Kind::paired) {
-      for (; k + 2 <= K; k += 2) {
-        const int64_t a = component(k), b = component(k + 1);
-        if (wide(a) || wide(b)) {
-          one(w, k, visit);
-          one(w, k + 1, visit);
+      constexpr int C = 4;
+      for (; k + C <= K; k += C) {
+        const F* these[C];
+        bool any_wide = false;
+        for (int i = 0; i < C; i++) {
+          const int64_t c = component(k + i);
+          these[i] = numbers(c), any_wide |= wide(c);
+        }
+        if (any_wide) {
+          for (int i = 0; i < C; i++) one(w, k + i, visit);
           continue;
         }
-        const F* const both[] = {numbers(a), numbers(b)};
-        V q[2 * N];
-        if (parameters.expanded) Kind::template several<F, 2, N, true>(both, D, x, S, q);
-        else Kind::template several<F, 2, N, false>(both, D, x, S, q);
-        visit(k, q);
-        visit(k + 1, q + N);
+        V q[C * N];
+        if (parameters.expanded) Kind::template several<F, C, N, true>(these, D, x, S, q);
+        else Kind::template several<F, C, N, false>(these, D, x, S, q);
+        UNROLL for (int i = 0; i < C; i++) visit(k + i, q + i * N);
       }
     }
     for (; k < K; k++) one(w, k, visit);
@@ -176,7 +220,7 @@ template <class F, class Kind, int DS> class Tile {
       const F* const single[] = {numbers(c)};
       if (parameters.expanded) Kind::template several<F, 1, N, true>(single, D, X + w * N, S, q);
       else Kind::template several<F, 1, N, false>(single, D, X + w * N, S, q);
-    } else Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, space, q);
+    } else Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, q);
     visit(k, q);
   }
   __attribute__((noinline)) void exponents_wide(int w, int64_t c, V* q) {
@@ -184,7 +228,7 @@ template <class F, class Kind, int DS> class Tile {
       F* out = (F*)q;
       for (int part = 0; part < PER; part++) {
         VD found[N];
-        Kind::template exponents<double, N, 0>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, spaceD, found);
+        Kind::template exponents<double, N, DS>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, found);
         const double* values = (const double*)found;
         for (int i = 0; i < N * WD; i++) out[part * N * WD + i] = F(values[i]);
       }
@@ -210,6 +254,7 @@ template <class F, class Kind, int DS> class Tile {
       as(L)[i] = F(-INFINITY), as(G)[i] = 0, odd += i < n;
       for (int d = 0; d < D; d++) {
         as(X)[d * S * W + i] = 0;
+        if (skipping) as(P + i * width)[d] = 0;
         if (mixed && parameters.any_wide) ((double*)XD)[d * S * W + i] = 0;
       }
       for (int k = 0; k < K; k++) as(exponents_at(v / N, k) + v % N)[i % W] = 0;
@@ -270,12 +315,11 @@ template <class F, class Kind, int DS> class Tile {
     for (int w = 0; w < blocks; w++) {
       V most[N];
       I best[N];
-      const V* e = store(w, most);
-      UNROLL for (int b = 0; b < N; b++) best[b] = I{};
-      for (int k = K - 1; k >= 0; k--) {
+      UNROLL for (int b = 0; b < N; b++) most[b] = broadcast(F(-INFINITY)), best[b] = I{};
+      each(w, [&](int k, const V* q) __attribute__((always_inline)) {
         const I here = I{} + k;
-        UNROLL for (int b = 0; b < N; b++) best[b] = e[k * N + b] == most[b] ? here : best[b];
-      }
+        UNROLL for (int b = 0; b < N; b++) best[b] = q[b] > most[b] ? here : best[b], most[b] = maximum(q[b], most[b]);
+      });
       UNROLL for (int b = 0; b < N; b++) {
         L[w * N + b] = most[b] * F(LN2), ((I*)R)[w * N + b] = best[b];
         check(w * N + b);
@@ -299,19 +343,18 @@ template <class F, class Kind, int DS> class Tile {
       for (int i = 0; i < k_most * N; i++) values[i] = broadcast(F(-INFINITY)), places[i] = I{};
       const V* smallest = values + int64_t(k_most - 1) * N;
       each(w, [&](int k, const V* q) __attribute__((always_inline)) {
-        for (int b = 0; b < N; b++) {
-          if (!bits(q[b] > smallest[b])) continue;
-          V v = q[b];
-          I place = I{} + k;
-          for (int i = 0; i < k_most; i++) {
-            V& at = values[i * N + b];
-            I& its = places[i * N + b];
-            const I better = v > at;
-            const V down = better ? at : v;
-            const I down_place = better ? its : place;
-            at = better ? v : at, its = better ? place : its;
-            v = down, place = down_place;
-          }
+        I any = I{};
+        UNROLL for (int b = 0; b < N; b++) any |= q[b] > smallest[b];
+        if (!bits(any)) return;
+        // All vectors at once: one alone waits for each of its own comparisons.
+        V v[N];
+        I place[N];
+        UNROLL for (int b = 0; b < N; b++) v[b] = q[b], place[b] = I{} + k;
+        for (int i = 0; i < k_most; i++) UNROLL for (int b = 0; b < N; b++) {
+          const V at = values[i * N + b];
+          const I its = places[i * N + b], better = v[b] > at;
+          values[i * N + b] = better ? v[b] : at, places[i * N + b] = better ? place[b] : its;
+          v[b] = better ? at : v[b], place[b] = better ? its : place[b];
         }
       });
       UNROLL for (int b = 0; b < N; b++) {
@@ -389,43 +432,45 @@ template <class F, class Kind, int DS> class Tile {
       }
       s[M - 1] += r;
     }
-    add_sums<F, M>(s, out);
+    add_sums<F, M>(s, out, [](int i) { return i; });
   }
-  // Elsewhere vectors without any responsibility are skipped, and few points are compressed.
+  // Elsewhere vectors without any responsibility are skipped, and few points are taken one by one.
   void moments_many(int k, const F* p, double* out) {
     const uint16_t* m = mask + int64_t(k) * S;
     int count = 0, points = 0;
-    for (int v = 0; v < vectors; v++) used[count] = v, count += m[v] != 0, points += __builtin_popcount(m[v]);
-    if (!count) return;
-    const V* e = exponents_at(0, k);
-    auto responsibility = [&](int v) { return e[int64_t(v / N) * K * N + v % N] * G[v]; };
-    const double whole = count * Kind::cost(D);
-    const double few = (BYTES == 64 ? count * Kind::compression(D) : points * 2.0 * D) + double(points) / W * Kind::cost(D);
-    const V* x = Z;
-    int length = count;
-    if (few < whole) {
-      F *r = as(R), *z = as(Z);
-      int at = 0;
-      for (int i = 0; i < count; i++) { const int v = used[i]; compress<F>(r + at, responsibility(v), m[v]), at += __builtin_popcount(m[v]); }
-      for (int d = 0; d < D; d++) {
-        F* out_d = z + d * S * W;
-        const V* x_d = X + d * S;
-        for (int i = 0; i < count; i++) { const int v = used[i]; compress<F>(out_d, x_d[v], m[v]), out_d += __builtin_popcount(m[v]); }
-      }
-      length = (at + W - 1) / W;
-      for (int i = at; i < length * W; i++) {
-        r[i] = 0;
-        for (int d = 0; d < D; d++) z[d * S * W + i] = p[d];
-      }
-    } else {
-      for (int i = 0; i < count; i++) R[i] = responsibility(used[i]);
-      if (count == vectors) x = X;
-      else if constexpr (Kind::paired) {
-        Kind::template moments<F>(p, D, R, X, length, S, out, used);
-        return;
-      } else for (int d = 0; d < D; d++) for (int i = 0; i < count; i++) Z[d * S + i] = X[d * S + used[i]];
+    // The masks of the vectors of block w.
+    auto block = [&](int w) {
+      uint64_t found = 0;
+      std::memcpy(&found, m + w * N, N * sizeof(uint16_t));
+      return found;
+    };
+    for (int w = 0; w < blocks; w++) {
+      const uint64_t lanes = block(w);
+      points += __builtin_popcountll(lanes);
+      UNROLL for (int b = 0; b < N; b++) count += (lanes >> (16 * b) & 0xffff) != 0;
     }
-    Kind::template moments<F>(p, D, R, x, length, S, out);
+    if (!count) return;
+    const bool few = points * (Kind::row_cost(D, width) + COMPRESSION) < count * Kind::cost(D);
+    const I lane = lanes();
+    int at = 0;
+    for (int w = 0; w < blocks; w++) {
+      if (!block(w)) continue;
+      const V* e = exponents_at(w, k);
+      UNROLL for (int b = 0; b < N; b++) {
+        const int v = w * N + b;
+        const V r = e[b] * G[v];
+        if (few) {
+          compress(as(R) + at, r, m[v]), compress(index + at, lane + v * W, m[v]);
+          at += __builtin_popcount(m[v]);
+        } else used[at] = v, R[at] = r, at += m[v] != 0;
+      }
+    }
+    if (few) Kind::template moments_of_rows<F>(p, D, {P, as(R), index, at, width, spaceP}, out);
+    else if constexpr (Kind::paired) Kind::template moments<F>(p, D, R, X, at, S, out, at == vectors ? nullptr : used);
+    else {
+      if (at < vectors) for (int d = 0; d < D; d++) for (int i = 0; i < at; i++) Z[d * S + i] = X[d * S + used[i]];
+      Kind::template moments<F>(p, D, R, at == vectors ? X : Z, at, S, out);
+    }
   }
   __attribute__((noinline)) void moments_wide(int k, int64_t c, double* out) {
     if constexpr (mixed) {
@@ -468,19 +513,7 @@ template <class F, class Kind, int DS> class Tile {
       double* out = group.moments + c * sums;
       const bool in_doubles = wide(c);
       for (int d = 0; d < D; d++) residual[d] = double(as(X)[d * T + i]) - (in_doubles ? numbers_wide(c)[d] : double(numbers(c)[d]));
-      if constexpr (Kind::paired) {
-        for (int d = 0; d < D; d++) out[2 * d] += g * residual[d], out[2 * d + 1] += g * residual[d] * residual[d];
-      } else {
-        int64_t at = 0;
-        for (int d = 0; d < D; d += ROWS) {
-          const int R = D - d < ROWS ? D - d : ROWS;
-          for (int j = 0; j < d; j += COLUMNS)
-            for (int i = 0; i < R; i++) for (int l = 0; l < COLUMNS; l++) out[at++] += g * residual[d + i] * residual[j + l];
-          for (int i = 0; i < R; i++) for (int j = 0; j <= i; j++) out[at++] += g * residual[d + i] * residual[d + j];
-          for (int i = 0; i < R; i++) out[at++] += g * residual[d + i];
-        }
-      }
-      out[sums - 1] += g;
+      Kind::moments_of_point(residual, g, D, out);
     }
   }
 
@@ -507,7 +540,7 @@ template <class F, class Kind, int DS> class Tile {
         else {
           V q[N];
           V *y = space, *out = space + D * N;
-          Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, out, q, y);
+          Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, q, y);
           Kind::template pull<F, N>(numbers(c), D, y, out);
           for (int d = 0; d < D; d++) UNROLL for (int b = 0; b < N; b++) pull[d * S + w * N + b] = fma(r[b], out[d * N + b], pull[d * S + w * N + b]);
         }
@@ -526,7 +559,7 @@ template <class F, class Kind, int DS> class Tile {
       for (int part = 0; part < PER; part++) {
         VD q[N];
         VD *y = spaceD, *out = spaceD + D * N;
-        Kind::template exponents<double, N, 0>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, out, q, y);
+        Kind::template exponents<double, N, DS>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, q, y);
         Kind::template pull<double, N>(numbers_wide(c), D, y, out);
         for (int d = 0; d < D; d++) for (int i = 0; i < N * WD; i++) {
           F* at = as(pull) + (d * S + w * N) * W + part * N * WD + i;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -44,14 +45,17 @@ constexpr int BYTES = 16;
 template <class F> struct Types;
 template <> struct Types<float> {
   typedef float Real __attribute__((vector_size(BYTES)));
-  typedef int32_t Integer __attribute__((vector_size(BYTES)));
+  typedef int32_t Index;
+  typedef Index Integer __attribute__((vector_size(BYTES)));
 };
 template <> struct Types<double> {
   typedef double Real __attribute__((vector_size(BYTES)));
-  typedef int64_t Integer __attribute__((vector_size(BYTES)));
+  typedef int64_t Index;
+  typedef Index Integer __attribute__((vector_size(BYTES)));
 };
 template <class F> using Vector = typename Types<F>::Real;
 template <class F> using Integers = typename Types<F>::Integer;
+template <class F> using Index = typename Types<F>::Index;
 template <class F> constexpr int LANES = BYTES / sizeof(F);
 
 // Vectors of points that are processed together, and rows and columns of a block of second moments: their accumulators fill
@@ -133,16 +137,15 @@ INLINE Vector<double> exp2(Vector<double> x) {
   return (Vector<double>)_mm512_scalef_pd((__m512d)power(r), (__m512d)(x - r));
 }
 #else
-template <class V, class I, class F> INLINE V exp2_shifted(V x, F least, F magic, int mantissa) {
-  const I low = x < least;
-  x = maximum(x, V{} + least);
-  const V shifted = x + magic, r = x - (shifted - magic);
-  return (V)(((I)power(r) + ((I)shifted << mantissa)) & ~low);
+// The integer part is added to the exponent of the power of the fraction. At the clamp and below, that makes the bits of one those
+// of zero; above it, to numbers that are not normal and hence count as zero, too (FlushDenormals).
+template <class F> INLINE Vector<F> exp2_shifted(Vector<F> x, F clamp, F magic, int mantissa) {
+  x = maximum(x, broadcast(clamp));
+  const Vector<F> shifted = x + magic, r = x - (shifted - magic);
+  return (Vector<F>)((Integers<F>)power(r) + ((Integers<F>)shifted << mantissa));
 }
-INLINE Vector<float> exp2(Vector<float> x) { return exp2_shifted<Vector<float>, Integers<float>>(x, -126.0f, 12582912.0f, 23); }
-INLINE Vector<double> exp2(Vector<double> x) {
-  return exp2_shifted<Vector<double>, Integers<double>>(x, -1022.0, 6755399441055744.0, 52);
-}
+INLINE Vector<float> exp2(Vector<float> x) { return exp2_shifted<float>(x, -127.0f, 12582912.0f, 23); }
+INLINE Vector<double> exp2(Vector<double> x) { return exp2_shifted<double>(x, -1023.0, 6755399441055744.0, 52); }
 #endif
 
 // log2 of finite numbers that are at least one.
@@ -182,18 +185,14 @@ template <class F> INLINE Vector<F> sums_of(Vector<F>* t) {
   if constexpr (W >= 4) UNROLL for (int i = 0; i < W4 / 2; i++) t[i] = halved<V, 2>(t[2 * i], t[2 * i + 1], Lanes());
   return halved<V, 1>(t[0], t[1], Lanes());
 }
-// Adds the sum of the lanes of each of N vectors to float64 numbers; pads N to a multiple of the lanes.
-template <class F, int N> INLINE void add_sums(const Vector<F>* a, double* out) {
+// Adds the sum of the lanes of each of N vectors to the float64 numbers at place(0), ..., place(N - 1) of ``out``.
+template <class F, int N, class Place> INLINE void add_sums(const Vector<F>* a, double* out, Place place) {
   constexpr int W = LANES<F>;
   UNROLL for (int g = 0; g < N; g += W) {
     Vector<F> t[W];
     UNROLL for (int i = 0; i < W; i++) t[i] = g + i < N ? a[g + i < N ? g + i : 0] : Vector<F>{};
     const Vector<F> s = sums_of<F>(t);
-    if constexpr (sizeof(F) == 8) {
-      UNROLL for (int i = 0; i < W; i++) if (g + i < N) out[g + i] += s[i];
-    } else {
-      UNROLL for (int i = 0; i < W; i++) if (g + i < N) out[g + i] += double(s[i]);
-    }
+    UNROLL for (int i = 0; i < W; i++) if (g + i < N) out[place(g + i)] += double(s[i]);
   }
 }
 template <class F> INLINE F sum_of(Vector<F> a) {
@@ -202,15 +201,56 @@ template <class F> INLINE F sum_of(Vector<F> a) {
   return s;
 }
 
-// Writes the lanes of a mask one after the other.
-template <class F> INLINE void compress(F* out, Vector<F> v, unsigned mask) {
+// Adds the first ``count`` lanes, and up to PADDING - 1 more, to float64 numbers.
+constexpr int PADDING = 8;
+constexpr int64_t padded(int64_t n, int64_t unit = PADDING) { return (n + unit - 1) / unit * unit; }
+template <class F> INLINE void add_lanes(double* out, Vector<F> v, int count) {
+  typedef double Loose __attribute__((vector_size(BYTES), aligned(8), may_alias));
+  if constexpr (sizeof(F) == 8) *(Loose*)out += v;
+  else {
+    typedef float Half __attribute__((vector_size(BYTES / 2)));
+    Half half[2];
+    std::memcpy(half, &v, BYTES);
+    *(Loose*)out += __builtin_convertvector(half[0], Vector<double>);
+    if (count > LANES<double>) *(Loose*)(out + LANES<double>) += __builtin_convertvector(half[1], Vector<double>);
+  }
+}
+
+// The transpose of a square matrix of W vectors: each of the steps interleaves the two halves.
+template <class V, int... L> INLINE void interleave(V a, V b, V* out, std::integer_sequence<int, L...>) {
+  constexpr int W = sizeof...(L);
+  out[0] = __builtin_shufflevector(a, b, (L / 2 + L % 2 * W)...);
+  out[1] = __builtin_shufflevector(a, b, (L / 2 + W / 2 + L % 2 * W)...);
+}
+template <class F> INLINE void transpose(Vector<F>* t) {
+  constexpr int W = LANES<F>;
+  UNROLL for (int step = 1; step < W; step *= 2) {
+    Vector<F> u[W];
+    UNROLL for (int i = 0; i < W / 2; i++) interleave(t[i], t[i + W / 2], u + 2 * i, std::make_integer_sequence<int, W>());
+    UNROLL for (int i = 0; i < W; i++) t[i] = u[i];
+  }
+}
+
+// Writes the lanes of a mask one after the other, and then others.
+template <class T, class V> INLINE void compress(T* out, V v, unsigned mask) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(F) == 4) _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, (__m512)v));
-  else _mm512_storeu_pd(out, _mm512_maskz_compress_pd(mask, (__m512d)v));
+  if constexpr (sizeof(T) == 4) _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, (__m512i)v));
+  else _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(mask, (__m512i)v));
 #else
   for (int n = 0; mask; mask &= mask - 1) out[n++] = v[__builtin_ctz(mask)];
 #endif
 }
+
+// Some points as rows of ``width`` vectors, whose last lanes are zero, and their responsibilities. The space holds as many rows
+// as ROWS_AT_ONCE twice, and one more; its last lanes are zero, too.
+template <class F> struct Rows {
+  const Vector<F>* points;
+  const F* r;
+  const Index<F>* index;
+  int n, width;
+  Vector<F>* space;
+};
+constexpr int ROWS_AT_ONCE = 32;
 
 // Denormal numbers count as zero in this thread while an object lives: arithmetic with them is 50 times slower.
 struct FlushDenormals {
