@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import pytest
 import torch
 
 import gmmkeops as gk
 from gmmkeops import reductions
-from gmmkeops.fitting.em import EM
+from gmmkeops.fitting import EM, Method
+from gmmkeops.fitting.ordinary import Block
 
 pytestmark = pytest.mark.skipif(
     reductions.native_unavailable() is not None, reason="the native engine has not been compiled"
@@ -22,19 +22,18 @@ TYPES = ("full", "tied", "diag", "tied_diag", "spherical", "tied_spherical")
 class OneByOne(EM):
     """EM whose steps are all computed in torch."""
 
-    def _ordinary(self, objective, state):
-        return None
+    steps = Method.steps
 
 
 class Alone(EM):
     """EM with one step a call of the library."""
 
-    def _ordinary(self, objective, state):
-        found = super()._ordinary(objective, state)
-        if not found:
-            return found
-        first = {name: getattr(found, name)[:2] for name in ("logits", "means", "factors", "counts", "drifts")}
-        return replace(found, totals=found.totals[:1], costs=found.costs[:1], **first)
+    def steps(self, objective, state):
+        while True:
+            block = Block.of(self, objective, state, 1)
+            now = block.evaluation(state, 0)
+            state = block.after(1)
+            yield state, now
 
 
 def problem(D=3, K=4, N=400, seed=0, dtype=torch.float64):
@@ -49,10 +48,17 @@ def problem(D=3, K=4, N=400, seed=0, dtype=torch.float64):
     return x.to(dtype), weights
 
 
-def fits(x, start, weights=None, max_iter=25, tol=0.0, **settings):
+def fits(x, start, weights=None, max_iter=25, tol=0.0, penalty=None, **settings):
     """Fit by the library and by torch."""
     return [
-        gk.fit(start, x, kind(tol=tol, max_iter=max_iter, **settings), sample_weight=weights, verbose=False)
+        gk.fit(
+            start,
+            x,
+            kind(tol=tol, max_iter=max_iter, **settings),
+            sample_weight=weights,
+            penalty=penalty,
+            verbose=False,
+        )
         for kind in (EM, OneByOne)
     ]
 
@@ -73,17 +79,15 @@ def agree(own, expected, rtol=1e-9):
 
 def counted(monkeypatch):
     """Count the steps that the library performs."""
-    from gmmkeops.fitting import em
-
     counts = []
-    steps = em.reductions.em_steps
+    steps = reductions.em_steps
 
     def counting(*arguments, **settings):
         found = steps(*arguments, **settings)
         counts.append(0 if found is None else len(found))
         return found
 
-    monkeypatch.setattr(em.reductions, "em_steps", counting)
+    monkeypatch.setattr(reductions, "em_steps", counting)
     return counts
 
 
@@ -97,6 +101,17 @@ def test_steps_of_all_families_equal_those_in_torch(covariance_type, weighted, a
     own, expected = fits(x, start, weights if weighted else None, assignment=assignment, reg_covar=0.05, max_iter=20)
     agree(own, expected)
     assert sum(counts) >= 20
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize("prior", [gk.penalties.InverseWishart(0.7, 5.0), gk.penalties.CovariancePrior(0.4, 3.0)])
+def test_priors_of_the_covariances_equal_those_in_torch(covariance_type, prior, monkeypatch):
+    x, weights = problem(seed=7)
+    counts = counted(monkeypatch)
+    start = gk.initialize(x * 3 + 5, 4, covariance_type=covariance_type, generator=1)
+    own, expected = fits(x * 3 + 5, start, weights, penalty=prior)
+    agree(own, expected)
+    assert sum(counts) >= 25
 
 
 @pytest.mark.parametrize("frozen", ["frozen_weights", "frozen_means", "frozen_covariances"])

@@ -17,6 +17,7 @@ from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tie
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import FLOOR, Objective
+from gmmkeops.fitting.ordinary import DEAD_SHARE, Block
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.squarem import extrapolated
@@ -26,9 +27,6 @@ __all__ = ["EM"]
 
 # Ratio of reg_covar to the largest variance of a column above which reg_covar is probably in wrong units.
 _DROWNING = 30.0
-
-# EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
-DEAD_SHARE = 1e-3
 
 _FROZEN = ("frozen_weights", "frozen_means", "frozen_covariances")
 
@@ -153,7 +151,7 @@ class EM(Method[EMState]):
         state, sums, value, likelihood = self._look(objective, state)
         exact = self.assignment != "hard"
         now = Evaluation(whole, value, likelihood, state.population.live, state.floored, exact)
-        heated = self._beta(state) < 1
+        heated = self.beta(state) < 1
         state = self._move(objective, state, sums)
         if heated:
             state = shaken(objective, state)
@@ -163,70 +161,21 @@ class EM(Method[EMState]):
 
     def steps(self, objective: Objective, state: EMState) -> Iterator[tuple[EMState, Evaluation]]:
         while True:
-            found = self._ordinary(objective, state)
-            for t in range(0 if found is None else len(found)):
-                assert found is not None, "it has steps"
-                whole = state.population.whole(state.mixture)
-                likelihood = found.totals[t] / objective.mass - objective.frame.log_volume
-                value = found.costs[t] + found.drifts[t] - likelihood
-                now = Evaluation(
-                    whole, value, likelihood, state.population.live, state.floored, self.assignment != "hard"
-                )
-                after = t + 1
-                mixture = Mixture(found.logits[after], found.means[after], found.factors[after], validate_args=False)
-                state = replace(
-                    state,
-                    mixture=mixture,
-                    counts=found.counts[after],
-                    drift=found.drifts[after],
-                    iteration=state.iteration + 1,
-                )
+            block = Block.of(self, objective, state)
+            for t in range(0 if block is None else len(block)):
+                assert block is not None, "it has steps"
+                now = block.evaluation(state, t)
+                state = block.after(t + 1)
                 yield state, now
-            if not found:
+            if block is None:
                 state, now = self.step(objective, state)
                 yield state, now
-
-    def _ordinary(self, objective: Objective, state: EMState) -> reductions.Steps | None:
-        """Perform the next steps in the native engine, as far as they need nothing but moments and their maximization."""
-        frozen = tuple(getattr(self, name) for name in _FROZEN)
-        if (
-            objective.penalty is not None
-            or self.batch_size is not None
-            or self.accelerate
-            or self.assignment == "stochastic"
-            or self._beta(state) < 1
-            or not all(isinstance(mask, bool) for mask in frozen)
-        ):
-            return None
-        batch = objective.whole()
-        if batch is None:
-            return None
-        mixture = state.mixture
-        objective.passes.seen(batch, mixture.n_components)
-        settings = reductions.StepSettings(
-            objective.mass,
-            self._ridge(objective),
-            FLOOR,
-            DEAD_SHARE * DEAD_POINTS / objective.count,
-            frozen,
-            self.assignment,
-        )
-        return reductions.em_steps(
-            batch,
-            mixture.logits,
-            mixture.means,
-            mixture.factor,
-            settings,
-            counts=state.counts,
-            drift=state.drift,
-            backend=objective.backend,
-        )
 
     def _look(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float, float]:
         """Perform the E-step; return the state, its moments, and the objective and mean log-likelihood of its mixture."""
         sums = self._moments(objective, state, None)
         likelihood = float(sums.total / sums.mass) - objective.frame.log_volume
-        if self._beta(state) < 1:
+        if self.beta(state) < 1:
             with torch.no_grad():
                 likelihood = -float(objective.negative_log_likelihood(state.mixture))
         penalty = float(objective.penalized(state.population.whole(state.mixture)))
@@ -236,14 +185,15 @@ class EM(Method[EMState]):
         ridge = self._ridge_cost(objective, state.counts, state.mixture.factor) + state.drift
         return state, sums, penalty - likelihood + ridge, likelihood
 
-    def _beta(self, state: EMState) -> float:
+    def beta(self, state: EMState) -> float:
+        """Return the inverse temperature of an iteration."""
         if self.temperature is None or state.iteration >= self.temperature[1]:
             return 1.0
         start, iterations = self.temperature
         return start + (1 - start) * state.iteration / iterations
 
     def _moments(self, objective: Objective, state: EMState, batch: list[Batch] | None) -> Moments:
-        mixture, beta = state.mixture, self._beta(state)
+        mixture, beta = state.mixture, self.beta(state)
         factor, offsets = mixture.factor, mixture.offsets
         if beta < 1:
             factor, offsets = factor.rescale(torch.full_like(objective.frame.scale, beta**0.5)), beta * offsets
@@ -262,7 +212,7 @@ class EM(Method[EMState]):
         keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / objective.count
         frozen = mask_of(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
         keep |= frozen
-        if self._beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
+        if self.beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
             return state
         index = keep.nonzero()[:, 0]
         return replace(
@@ -278,7 +228,7 @@ class EM(Method[EMState]):
         live, old = state.population.live, state.mixture
         whole = state.population.whole(old)
         prior = objective.surrogate(whole)
-        if self._beta(state) < 1:
+        if self.beta(state) < 1:
             # During annealing all components have similar responsibilities, and a concave penalty would prune some of them.
             prior = replace(prior, slopes=torch.zeros_like(prior.slopes), counts=prior.counts.clamp(min=0))
         tied, pruned = is_tied(state), None
@@ -300,7 +250,7 @@ class EM(Method[EMState]):
             prior,
             mass=objective.mass,
             frozen=frozen,
-            ridge=self._ridge(objective),
+            ridge=self.ridge(objective),
             floor=FLOOR,
             tied=tied,
             pruned=pruned,
@@ -308,7 +258,7 @@ class EM(Method[EMState]):
         mixture, low = objective.project(Mixture(new.log_weights, new.means, new.factor, validate_args=False))
         return EMStep(mixture, low | new.repaired, new.counts / objective.mass)
 
-    def _ridge(self, objective: Objective) -> Tensor:
+    def ridge(self, objective: Objective) -> Tensor:
         """Convert ``reg_covar`` to standardized coordinates (D,)."""
         return self.reg_covar / objective.frame.scale**2
 
@@ -316,7 +266,7 @@ class EM(Method[EMState]):
         """Compute ½ reg_covar Σ_k c_k tr Σ_k⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
         if not self.reg_covar or counts is None:
             return 0.0
-        return 0.5 * float(counts @ (factor.precision_diagonals() @ self._ridge(objective)))
+        return 0.5 * float(counts @ (factor.precision_diagonals() @ self.ridge(objective)))
 
     def _extrapolate(self, objective: Objective, start: Evaluation, first: EMState) -> EMState:
         """Extrapolate from two EM steps by SQUAREM; return the extrapolated state if it is not worse, else the EM state."""

@@ -12,6 +12,7 @@ value zero and is enforced after every step.
 
 from gmmkeops.components import Surrogate
 from gmmkeops.penalties.parameters import (
+    CovariancePrior,
     EigenvalueFloor,
     InverseWishart,
     NormalInverseWishart,
@@ -22,6 +23,7 @@ from gmmkeops.penalties.penalty import Penalty, as_penalty
 from gmmkeops.penalties.weights import Dirichlet, SqrtWeights, WeightEntropy
 
 __all__ = [
+    "CovariancePrior",
     "Dirichlet",
     "EigenvalueFloor",
     "InverseWishart",

@@ -13,7 +13,14 @@ from gmmkeops.models import Mixture
 from gmmkeops.penalties.penalty import Penalty
 from gmmkeops.penalties.weights import _finite, _told
 
-__all__ = ["EigenvalueFloor", "InverseWishart", "NormalInverseWishart", "NormalMean", "PrecisionRidge"]
+__all__ = [
+    "CovariancePrior",
+    "EigenvalueFloor",
+    "InverseWishart",
+    "NormalInverseWishart",
+    "NormalMean",
+    "PrecisionRidge",
+]
 
 
 @dataclass(frozen=True)
@@ -90,25 +97,21 @@ class InverseWishart(Penalty):
 
     def __post_init__(self) -> None:
         _finite("degrees_of_freedom", self.degrees_of_freedom, 0, strict=True)
-        scale = as_tensor(self.scale, name="scale", dtype=torch.float64)
-        square = scale.ndim == 2 and scale.shape[0] == scale.shape[1] > 0
-        if not (square or (scale.ndim == 0 and float(scale) > 0)):
-            raise ValueError(f"scale must be a positive number or a matrix (D, D), got {_told(scale)}.")
-        check_finite(scale, name="scale")
-        if square and not torch.allclose(scale, scale.mT, rtol=1e-5, atol=0):
-            raise ValueError("scale must be symmetric, got an asymmetric matrix; symmetrize it with (S + S.T) / 2.")
-        if scale.ndim == 2 and int(torch.linalg.cholesky_ex(scale).info) > 0:
-            raise ValueError(
-                f"scale must be positive definite, got {_told(scale)}; add a small constant to its diagonal."
-            )
+        _check_matrix("scale", self.scale)
+
+    @property
+    def constant(self) -> bool:
+        return True
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         U = mixture.factor.matrices()
         log_determinant = -self._degrees(mixture) * mixture.factor.log_determinant().sum()
-        return (log_determinant + 0.5 * (U * (self._psi(mixture) @ U)).sum()) / points
+        return (log_determinant + 0.5 * (U * (_matrix("scale", self.scale, mixture) @ U)).sum()) / points
 
     def m_step(self, mixture: Mixture, points: float) -> Surrogate:
-        return replace(Surrogate.none(mixture), scatter=self._psi(mixture), degrees=self._degrees(mixture))
+        return replace(
+            Surrogate.none(mixture), scatter=_matrix("scale", self.scale, mixture), degrees=self._degrees(mixture)
+        )
 
     def _degrees(self, mixture: Mixture) -> float:
         D = mixture.n_features
@@ -116,12 +119,72 @@ class InverseWishart(Penalty):
             raise ValueError(f"degrees_of_freedom must exceed D - 1 = {D - 1}, got {self.degrees_of_freedom}.")
         return self.degrees_of_freedom + D + 1
 
-    def _psi(self, mixture: Mixture) -> Tensor:
-        psi = as_tensor(self.scale, name="scale").to(mixture.means)
-        D = mixture.n_features
-        if psi.ndim == 2 and psi.shape != (D, D):
-            raise ValueError(f"scale of the prior must have shape ({D}, {D}), got {tuple(psi.shape)}.")
-        return psi * torch.eye(D).to(psi) if psi.ndim == 0 else psi
+
+@dataclass(frozen=True)
+class CovariancePrior(Penalty):
+    r"""Pseudo-points that give each covariance the shape of a given one; a tied covariance counts once.
+
+    .. math:: \frac1N \sum_k \tfrac{n}{2} \left( \log |\Sigma_k| + \mathrm{tr}(S\, \Sigma_k^{-1}) \right)
+
+    Its effect on a covariance is that of n additional points with the covariance S. It is an inverse-Wishart prior with
+    n - D - 1 degrees of freedom, which for small n is not a distribution, although its maximum exists.
+
+    Args:
+        covariance: Covariance S of the additional points (D, D), squared data units; a number is multiplied by the identity.
+        points: Number n > 0 of additional points of each component.
+
+    Reference:
+        Fraley and Raftery 2007, *Bayesian regularization for normal mixture estimation*, Journal of Classification 24.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> one = gk.Mixture.from_parameters([1.0], torch.zeros(1, 2), torch.ones(1, 2), "diag")
+        >>> float(gk.penalties.CovariancePrior(3.0, 4.0)(one))
+        12.0
+    """
+
+    covariance: Any
+    points: float
+
+    def __post_init__(self) -> None:
+        _finite("points", self.points, 0, strict=True)
+        _check_matrix("covariance", self.covariance)
+
+    @property
+    def constant(self) -> bool:
+        return True
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        U = mixture.factor.matrices()
+        spread = (U * (_matrix("covariance", self.covariance, mixture) @ U)).sum()
+        return 0.5 * self.points * (spread - 2 * mixture.factor.log_determinant().sum()) / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        scatter = self.points * _matrix("covariance", self.covariance, mixture)
+        return replace(Surrogate.none(mixture), scatter=scatter, degrees=float(self.points))
+
+
+def _check_matrix(name: str, value: Any) -> None:
+    """Raise a ValueError unless a value is a positive number or a positive definite matrix."""
+    matrix = as_tensor(value, name=name, dtype=torch.float64)
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] > 0
+    if not (square or (matrix.ndim == 0 and float(matrix) > 0)):
+        raise ValueError(f"{name} must be a positive number or a matrix (D, D), got {_told(matrix)}.")
+    check_finite(matrix, name=name)
+    if square and not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=0):
+        raise ValueError(f"{name} must be symmetric, got an asymmetric matrix; symmetrize it with (S + S.T) / 2.")
+    if square and int(torch.linalg.cholesky_ex(matrix).info) > 0:
+        raise ValueError(
+            f"{name} must be positive definite, got {_told(matrix)}; add a small constant to its diagonal."
+        )
+
+
+def _matrix(name: str, value: Any, mixture: Mixture) -> Tensor:
+    """Return a matrix (D, D) for the features of a mixture; a number is multiplied by the identity."""
+    matrix, D = as_tensor(value, name=name).to(mixture.means), mixture.n_features
+    if matrix.ndim == 2 and matrix.shape != (D, D):
+        raise ValueError(f"{name} of the prior must have shape ({D}, {D}), got {tuple(matrix.shape)}.")
+    return matrix * torch.eye(D).to(matrix) if matrix.ndim == 0 else matrix
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ class Penalty(ABC):
         """Whether the penalty may drive weights to zero, so that the convergence test uses a smaller tolerance."""
         return False
 
+    @property
+    def constant(self) -> bool:
+        """Whether :meth:`m_step` returns the same pseudo-points of the covariances for all mixtures, and nothing else."""
+        return False
+
     @abstractmethod
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         """Compute the penalty of a mixture.

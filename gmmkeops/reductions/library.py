@@ -52,11 +52,14 @@ class StepCall(ctypes.Structure):
             for name in ("tied", "fixed_weights", "fixed_means", "fixed_covariances", "bare", "unused")
         ),
         *((name, ctypes.c_int64) for name in ("steps", "done")),
-        *((name, ctypes.c_double) for name in ("mass", "scale", "least", "floor", "ceiling", "coarse")),
-        *((name, ctypes.c_void_p) for name in ("ridge", "rounding")),
+        *(
+            (name, ctypes.c_double)
+            for name in ("mass", "scale", "least", "floor", "ceiling", "coarse", "degrees", "tolerance")
+        ),
+        *((name, ctypes.c_void_p) for name in ("ridge", "rounding", "scatter")),
         *(
             (name, ctypes.c_void_p)
-            for name in ("logits", "means", "log_diagonal", "upper", "counts", "total", "cost", "drift")
+            for name in ("logits", "means", "log_diagonal", "upper", "counts", "total", "cost", "prior", "drift")
         ),
     )
 

@@ -45,6 +45,8 @@ class StepSettings:
         least: Weight of a component at which it is pruned.
         fixed: Whether weights, means and covariances keep their values.
         assignment: ``"soft"`` or ``"hard"``.
+        scatter: Scatter of the pseudo-points of each covariance, in the shape of S2 of a component; None without a prior.
+        degrees: Number of these pseudo-points.
         bare: Whether the logits are the offsets of the exponents, as in k-means, rather than log-weights.
     """
 
@@ -54,6 +56,8 @@ class StepSettings:
     least: float
     fixed: tuple[bool, bool, bool] = (False, False, False)
     assignment: str = "soft"
+    scatter: Tensor | None = None
+    degrees: float = 0.0
     bare: bool = False
 
 
@@ -68,6 +72,7 @@ class Steps:
         counts: Fraction of the points (K or 1,) for each covariance.
         totals: Weighted log-likelihood before each step, nats.
         costs: Half the ridge times the precisions, weighted by the fractions, before each step, nats.
+        priors: Σ_k degrees / 2 log |Σ_k| + 1/2 tr(scatter Σ_k⁻¹) before each step, nats.
         drifts: Sum of the changes of the costs by those of the fractions, before each step and after the last one.
     """
 
@@ -77,6 +82,7 @@ class Steps:
     counts: tuple[Tensor, ...]
     totals: list[float]
     costs: list[float]
+    priors: list[float]
     drifts: list[float]
 
     def __len__(self) -> int:
@@ -94,9 +100,10 @@ def em_steps(
     counts: Tensor | None = None,
     drift: float = 0.0,
     backend: str = "auto",
-    limit: int = _MOST,
+    limit: int | None = None,
+    tolerance: float = -math.inf,
 ) -> Steps | None:
-    """Perform EM steps over all points, as many as take about a millisecond, until one is not ordinary.
+    """Perform EM steps over all points, until one is not ordinary.
 
     Args:
         batch: All points (N, D) and their weights.
@@ -105,7 +112,8 @@ def em_steps(
         counts: Fraction of the points for each covariance at the last M-step; None for those of the first E-step.
         drift: As in :class:`Steps`, before the first step.
         backend: Name of the engine.
-        limit: Largest number of steps.
+        limit: Largest number of steps; None for as many as take about a millisecond.
+        tolerance: Decrease of the objective below which no further step is performed, nats per point.
 
     Returns:
         The results, which may contain no step; None if the native engine does not compute them.
@@ -117,10 +125,10 @@ def em_steps(
     if not native.runs(x, family == 0, backend, lambda: Exponents.of(batch, torch.zeros(K), means, factor)):
         return None
     work = N * K * (D * (D + 8) if family == 0 else D + 8)
-    count = max(1, min(limit, _MOST, int(_WORK / max(work, 1))))
+    count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
     tensors = factor.tensors
     widths = {name: tensor.shape[-1] for name, tensor in tensors.items()}
-    shapes = {"logits": (K,), "means": (K, D), "counts": (L,), "total": (), "cost": (), "drift": ()}
+    shapes = {"logits": (K,), "means": (K, D), "counts": (L,), "total": (), "cost": (), "prior": (), "drift": ()}
     shapes |= {name: (L, width) for name, width in widths.items()}
     tables = {name: torch.empty(count + 1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
     unknown = math.nan if counts is None else counts
@@ -131,6 +139,7 @@ def em_steps(
     if weights is not None:
         weights, unit, ratio = scaled(weights)
     x, ridge, rounding = x.contiguous(), settings.ridge.contiguous(), batch.rounding
+    scatter = None if settings.scatter is None else settings.scatter.contiguous()
     values, numbers, stop = x.new_empty(N), torch.zeros(2, dtype=torch.int64), ctypes.c_int32(0)
     fixed = settings.fixed
     sweep = Call(
@@ -164,8 +173,11 @@ def em_steps(
         floor=settings.floor,
         ceiling=1 / settings.floor,
         coarse=ROUNDING,
+        degrees=settings.degrees,
+        tolerance=tolerance,
         ridge=ridge.data_ptr(),
         rounding=None if rounding is None else rounding.data_ptr(),
+        scatter=None if scatter is None else scatter.data_ptr(),
         **{name: table.data_ptr() for name, table in tables.items()},
     )
     run("gmmkeops_steps", call, stop, (N, K, D))
@@ -173,5 +185,6 @@ def em_steps(
     rows = {name: tables[name][: call.done + 1].unbind(0) for name in ("logits", "means", "counts", *tensors)}
     parts = zip(*(rows[name] for name in tensors), strict=True)
     factors = tuple(factor.replace(**dict(zip(tensors, part, strict=True))) for part in parts)
-    totals, costs, drifts = (tables[name][: call.done + 1].tolist() for name in ("total", "cost", "drift"))
-    return Steps(rows["logits"], rows["means"], factors, rows["counts"], totals[:-1], costs[:-1], drifts)
+    lists = (tables[name][: call.done + 1].tolist() for name in ("total", "cost", "prior", "drift"))
+    totals, costs, priors, drifts = lists
+    return Steps(rows["logits"], rows["means"], factors, rows["counts"], totals[:-1], costs[:-1], priors[:-1], drifts)

@@ -37,7 +37,7 @@ struct Call {
   const int32_t* stop;                                  // becomes nonzero when the call is to end early
 };
 
-// EM steps over every pair of a point and a component, without priors. ``sweep`` describes the E-step; the steps set its parameters
+// EM steps over every pair of a point and a component, without priors but one of the covariances that is constant. ``sweep`` describes the E-step; the steps set its parameters
 // and its sums. A step that needs anything else (a component
 // that would be pruned, a singular covariance, a row without a finite value, points that float32 cannot hold) is not performed,
 // and ends the call.
@@ -50,12 +50,16 @@ struct StepCall {
   double least;             // smallest weight of a component that is not pruned
   double floor, ceiling;    // smallest variance, and largest sum of the squares of a factor
   double coarse;            // largest change of an exponent by the rounding of the points, nats
+  double degrees;           // pseudo-points of each covariance
+  double tolerance;         // the call ends when a step decreases the objective by less, nats per point; negative infinity: never
   const double *ridge, *rounding;  // (D,), added to variances; (D,) rounding errors of the points, or null
+  const double* scatter;    // scatter of the pseudo-points, in the shape of S2, or null
   // Parameters before each step and after the last one, as factors store them: (steps + 1, K), (steps + 1, K, D),
   // (steps + 1, K or 1, D or 1), (steps + 1, K or 1, D (D - 1) / 2).
   double *logits, *means, *log_diagonal, *upper;
   double *counts;           // (steps + 1, K or 1), fractions of the points for each covariance; NaN before the first step if unknown
   double *total, *cost;     // (steps,), log-likelihoods; 1/2 sum_k c_k tr(ridge precision_k)
+  double *prior;            // (steps,), sum_k degrees / 2 log |Sigma_k| + 1/2 tr(scatter precision_k), nats
   double *drift;            // (steps + 1,), sum of the changes of this cost by those of the fractions
 };
 

@@ -18,7 +18,7 @@ struct Steps {
   const bool full;
   int64_t spread;                 // numbers of a covariance in S2
   std::vector<double> offsets, factor, S0, S1, S2, cost, matrix, center;
-  double total = 0;
+  double total = 0, prior = 0;
 
   explicit Steps(StepCall& call)
       : call(call), K(call.sweep.components), D(call.sweep.dimensions), L(call.tied ? 1 : K),
@@ -34,6 +34,7 @@ struct Steps {
     for (int64_t k = 0; k < K; k++) sum += std::exp(logits[k] - largest);
     const double normalizer = largest + std::log(sum);
     double coarsest = 0;
+    prior = 0;
     for (int64_t l = 0; l < L; l++) {
       const double* logs = call.log_diagonal + (t * L + l) * E;
       const double* upper = call.upper + (t * L + l) * P;
@@ -51,12 +52,28 @@ struct Steps {
         if (call.rounding) error += std::sqrt(norm) * call.rounding[i];
       }
       cost[l] = 0.5 * trace;
+      if (call.scatter) prior += 0.5 * weighted(U) - call.degrees * determinant;
       coarsest = error > coarsest ? error : coarsest;
       for (int64_t k = l; k < (call.tied ? K : l + 1); k++)
         offsets[k] = call.bare ? logits[k] : logits[k] - normalizer + determinant - 0.5 * D * LOG_TWO_PI;
     }
     for (double value : offsets) if (!(std::abs(value) < 1e30)) return false;
     return coarsest <= call.coarse;
+  }
+
+  // The trace of the scatter of the prior times U U'.
+  double weighted(const double* U) const {
+    double sum = 0;
+    if (!full) {
+      for (int64_t e = 0; e < E; e++) sum += call.scatter[e] * U[e] * U[e];
+      return sum;
+    }
+    for (int64_t r = 0; r < D; r++) for (int64_t i = 0; i <= r; i++) {
+      double along = 0;
+      for (int64_t j = 0; j <= r; j++) along += call.scatter[i * D + j] * U[j * D + r];
+      sum += U[i * D + r] * along;
+    }
+    return sum;
   }
 
   // The E-step at the parameters before step t.
@@ -93,6 +110,8 @@ struct Steps {
           into[E == 1 ? 0 : d] += call.scale * ((E == 1 && d ? 0 : s2[E == 1 ? 0 : d]) - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
     }
     for (int64_t l = 0; l < L; l++) {
+      number[l] += call.degrees;
+      if (call.scatter) for (int64_t i = 0; i < spread; i++) scatter[l * spread + i] += call.scatter[i];
       next_counts[l] = number[l] / call.mass;
       if (call.fixed_covariances) {
         std::copy_n(call.log_diagonal + (t * L + l) * E, E, call.log_diagonal + ((t + 1) * L + l) * E);
@@ -106,7 +125,7 @@ struct Steps {
     }
     double now = 0, change = 0;
     for (int64_t l = 0; l < L; l++) now += counts[l] * cost[l], change += (counts[l] - next_counts[l]) * cost[l];
-    call.total[t] = total, call.cost[t] = now, call.drift[t + 1] = call.drift[t] + change;
+    call.total[t] = total, call.cost[t] = now, call.prior[t] = prior, call.drift[t + 1] = call.drift[t] + change;
     return std::isfinite(total) && std::isfinite(now);
   }
 
@@ -154,6 +173,7 @@ struct Steps {
 
 template <class Evaluate> Status run(StepCall& call, Evaluate evaluate) {
   Steps steps(call);
+  auto objective = [&](int64_t t) { return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t] + call.drift[t]; };
   for (call.done = 0; call.done < call.steps; call.done++) {
     const int64_t t = call.done;
     if (!steps.prepare(t)) break;
@@ -165,6 +185,10 @@ template <class Evaluate> Status run(StepCall& call, Evaluate evaluate) {
       for (int64_t k = 0; k < steps.K; k++) call.counts[call.tied ? 0 : k] += steps.S0[k] * call.scale / call.mass;
     }
     if (!steps.maximize(t)) break;
+    if (t > 0 && objective(t - 1) - objective(t) < call.tolerance) {
+      call.done++;
+      break;
+    }
   }
   return DONE;
 }

@@ -1,0 +1,152 @@
+"""Ordinary EM steps, which the native engine performs several at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from gmmkeops import reductions
+from gmmkeops.fitting.em_state import EMState
+from gmmkeops.fitting.method import Evaluation
+from gmmkeops.fitting.objective import FLOOR, Objective
+from gmmkeops.fitting.population import DEAD_POINTS
+from gmmkeops.models import Mixture
+
+if TYPE_CHECKING:
+    from gmmkeops.fitting.em import EM
+
+__all__ = ["DEAD_SHARE", "Block", "climb"]
+
+# EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
+DEAD_SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive ordinary EM steps from a state.
+
+    Args:
+        method: The method.
+        objective: The objective.
+        state: The state before the first step.
+        found: Results of the native engine.
+        penalty: Penalty of the mixture before the first step, nats per point.
+    """
+
+    method: EM
+    objective: Objective
+    state: EMState
+    found: reductions.Steps
+    penalty: float
+
+    @classmethod
+    def of(
+        cls, method: EM, objective: Objective, state: EMState, limit: int | None = None, tolerance: float = -math.inf
+    ) -> Block | None:
+        """Perform steps that need nothing but moments and their maximization; None if the next step needs more.
+
+        Args:
+            method, objective, state: As for :meth:`EM.step`.
+            limit, tolerance: As for :func:`gmmkeops.reductions.em_steps`.
+        """
+        given = method.frozen_weights, method.frozen_means, method.frozen_covariances
+        frozen = given[0] is True, given[1] is True, given[2] is True
+        if (
+            (objective.penalty is not None and not objective.penalty.constant)
+            or method.batch_size is not None
+            or method.accelerate
+            or method.assignment == "stochastic"
+            or method.beta(state) < 1
+            or not all(isinstance(mask, bool) for mask in given)
+        ):
+            return None
+        batch = objective.whole()
+        if batch is None:
+            return None
+        mixture = state.mixture
+        whole = state.population.whole(mixture)
+        prior, kind = objective.surrogate(whole), type(mixture.factor)
+        objective.passes.seen(batch, mixture.n_components)
+        settings = reductions.StepSettings(
+            objective.mass,
+            method.ridge(objective),
+            FLOOR,
+            DEAD_SHARE * DEAD_POINTS / objective.count,
+            frozen,
+            method.assignment,
+            scatter=None if prior.scatter is None else kind.second_moments(prior.scatter),
+            degrees=prior.degrees,
+        )
+        found = reductions.em_steps(
+            batch,
+            mixture.logits,
+            mixture.means,
+            mixture.factor,
+            settings,
+            counts=state.counts,
+            drift=state.drift,
+            backend=objective.backend,
+            limit=limit,
+            tolerance=tolerance,
+        )
+        return cls(method, objective, state, found, float(objective.penalized(whole))) if found else None
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.found)
+
+    def likelihood(self, t: int) -> float:
+        """Return the mean log-likelihood before step t, nats per point."""
+        return self.found.totals[t] / self.objective.mass - self.objective.frame.log_volume
+
+    def value(self, t: int) -> float:
+        """Return the objective before step t, nats per point."""
+        penalty = self.penalty + (self.found.priors[t] - self.found.priors[0]) / self.objective.mass
+        return penalty + self.found.costs[t] + self.found.drifts[t] - self.likelihood(t)
+
+    def after(self, t: int) -> EMState:
+        """Return the state after the first t steps."""
+        if not t:
+            return self.state
+        found = self.found
+        mixture = Mixture(found.logits[t], found.means[t], found.factors[t], validate_args=False)
+        return replace(
+            self.state,
+            mixture=mixture,
+            counts=found.counts[t],
+            drift=found.drifts[t],
+            iteration=self.state.iteration + t,
+        )
+
+    def evaluation(self, state: EMState, t: int) -> Evaluation:
+        """Return the evaluation of the state before step t."""
+        whole, population = state.population.whole(state.mixture), state.population
+        exact = self.method.assignment != "hard"
+        return Evaluation(whole, self.value(t), self.likelihood(t), population.live, state.floored, exact)
+
+
+def climb(method: EM, objective: Objective, state: EMState, steps: int, tolerance: float) -> tuple[EMState, float]:
+    """Perform EM steps until one decreases the objective by less than a tolerance, at most ``steps``.
+
+    Returns:
+        The last state whose objective is known, and this objective (without the changes of the ``reg_covar`` term that are
+        caused only by changes of the fractions), nats per point.
+    """
+    best, last = state, math.inf
+    # The objective of a mixture is known after the E-step of the next step.
+    left = steps + 1
+    while left > 0:
+        block = Block.of(method, objective, state, left, tolerance)
+        if block is None:
+            after, now = method.step(objective, state)
+            values, reached = [now.objective - state.drift], state
+        else:
+            values = [block.value(t) - block.found.drifts[t] for t in range(len(block))]
+            reached, after = block.after(len(block) - 1), block.after(len(block))
+        before = values[-2] if len(values) > 1 else last
+        best, last, state = reached, values[-1], after
+        left -= len(values)
+        if before - last < tolerance:
+            break
+    return best, last
