@@ -21,6 +21,7 @@ from gmmkeops._checks import FormerName, accepts, as_device
 from gmmkeops.components import Factor, as_tensor
 from gmmkeops.models import densities, draws, marginals, posteriors, quantiles
 from gmmkeops.models.arguments import MIXTURE
+from gmmkeops.models.kept import KEPT
 from gmmkeops.models.parameters import as_logits, as_means_and_factor, check_shapes, check_values, log_weights
 from gmmkeops.models.selecting import indexed, select
 from gmmkeops.models.tables import mixture_table
@@ -329,6 +330,9 @@ class Mixture(Distribution):
             TypeError: The argument is not a valid index.
         """
         return indexed(self, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != KEPT}
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         # numpy must treat a mixture as one object, not as a sequence of components.

@@ -26,6 +26,7 @@ from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, 
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401
+from gmmkeops.reductions.prepared import Prepared as Prepared
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

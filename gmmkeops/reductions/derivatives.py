@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from gmmkeops.components import constant
 from gmmkeops.reductions import plain as _plain
 
 __all__ = ["Attached", "LogSumExp", "Sweep", "Total", "recordable", "recording"]
@@ -42,6 +43,9 @@ def recordable(tensor: Tensor) -> Tensor:
 class Sweep(Protocol):
     """Interface of the reductions from which derivatives are computed; an instance may cache results for its arguments."""
 
+    #: Whether gradients with respect to offsets, means or factors will probably follow the values.
+    fused: bool
+
     def anew(self) -> Sweep:
         """Return an instance without cached results, for other arguments."""
 
@@ -60,6 +64,14 @@ class Sweep(Protocol):
         self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the gradients of Σ g ℓ with respect to offsets, means and factors."""
+
+    def known(
+        self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return the weight (), and the gradients of Σ ℓ with respect to offsets, means and factors.
+
+        The result is None if the weights g (N,) differ, or if the gradients were not computed together with the values.
+        """
 
     def point_gradient(self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
         """Compute the gradient (N, D) of Σ g ℓ with respect to the points."""
@@ -132,6 +144,12 @@ class LogSumExp(Function):
 
     parameters = slice(0, 4)
 
+    @classmethod
+    def of(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
+        """Apply the function; the moments for the gradients of a sum or mean are computed in the same pass."""
+        sweep.fused = torch.is_grad_enabled() and (offsets.requires_grad or means.requires_grad or U.requires_grad)
+        return cls.apply(x, offsets, means, U, sweep)
+
     @staticmethod
     def forward(x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
         return sweep.values(x, offsets, means, U)
@@ -144,8 +162,11 @@ class LogSumExp(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[:4]
-        found = _Gradient.apply(g.double(), *ctx.saved_tensors, None, None, None, None, ctx.sweep, wanted)
+        wanted, saved = ctx.needs_input_grad[:4], ctx.saved_tensors
+        known = ctx.sweep.known(g, *saved) if any(wanted[1:]) else None
+        arguments = (g.double(), *saved, *(known or (None,) * 4), ctx.sweep, wanted)
+        # A backward pass without a graph of its own needs no function with derivatives.
+        found = _Gradient.forward(*arguments) if constant(g, *saved) else _Gradient.apply(*arguments)
         return (*_wanted(found, wanted), None)
 
     @staticmethod

@@ -5,6 +5,7 @@ Parameters are stored in float64 relative to a common center, so that large coor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from gmmkeops.components import Factor, as_tensor, check_finite
 from gmmkeops.data import Batch, as_points
 
-__all__ = ["OFFSET_FLOOR", "Exponents", "factor_tensor"]
+__all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "factor_tensor"]
 
 # Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
 # first exponent is infinite.
 OFFSET_FLOOR = -1e30
+
+# Largest number of columns whose extents are compared by Python; torch operations on few numbers take longer.
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,23 @@ class Exponents:
         """Select some of the components."""
         return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.center)
 
+    def at(self, x: Tensor) -> Exponents:
+        """Replace the points by others that have been validated."""
+        return Exponents(x.detach().contiguous(), self.offsets, self.means, self.U, self.center)
+
     @classmethod
-    def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
+    def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor, extent: Extent | None = None) -> Exponents:
         """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
 
-        The points of a :class:`~gmmkeops.data.Batch` have been validated before.
+        The points of a :class:`~gmmkeops.data.Batch` have been validated before. The ``extent`` of means and factors is computed
+        if it is not given.
 
         Raises:
             TypeError, ValueError: An argument is invalid.
         """
         points = x.points if isinstance(x, Batch) else as_points(x)
         D = points.shape[1]
-        means = as_tensor(means, name="means", dtype=torch.float64, abstract=True).detach()
+        means = as_tensor(means, name="means", abstract=True).detach()
         if means.ndim != 2 or means.shape[0] == 0:
             raise ValueError(f"means must have shape (K, D) with K > 0, got {tuple(means.shape)}; add a row dimension.")
         if means.shape[1] != D:
@@ -85,27 +94,71 @@ class Exponents:
                 f"factor must have shape (K or 1, D, D), (K or 1, D) or (K or 1, 1) with K={K} and D={D}, "
                 f"got {tuple(U.shape)}."
             )
-        devices = {points.device, means.device, offsets.device, U.device}
-        if len(devices) > 1:
+        if not points.device == means.device == offsets.device == U.device:
             raise ValueError(
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
-        check_finite(means, name="means", rows="component")
-        check_finite(U, name="factor", rows="component")
-        if bool(torch.isnan(offsets).any()):
+        extent = extent or Extent.of(means, U)
+        means = means.to(torch.float64)
+        if not math.isfinite(extent.mean):
+            check_finite(means, name="means", rows="component")
+        if not math.isfinite(extent.factor):
+            check_finite(U, name="factor", rows="component")
+        # The sum is NaN if an offset is, or if there are infinite ones of both signs.
+        if math.isnan(offsets.sum().item()) and bool(torch.isnan(offsets).any()):
             raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
-        # The median is robust to a single distant mean. Near the origin, zero is used, since subtracting it is exact.
-        center = _middle(means)
-        near = center.abs() <= 8 * (means - center).abs().amax(0)
-        center = torch.where(near, torch.zeros_like(center), center)
+        center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
         return cls(
             points.detach().contiguous(),
             offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR),
-            means - center,
-            U.expand(K, *U.shape[1:]),
+            means if extent.central else means - center,
+            U if len(U) == K else U.expand(K, *U.shape[1:]),
             center,
         )
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bounds on means and factors, which tell whether they are finite and near the origin.
+
+    Args:
+        mean: Largest absolute value of the entries of the means, data units.
+        factor: Largest absolute value of the entries of the factors, 1 / data units.
+        central: Whether the common center of the means is known to be zero.
+    """
+
+    mean: float
+    factor: float
+    central: bool
+
+    @classmethod
+    def of(cls, means: Tensor, U: Tensor) -> Extent:
+        """Compute the bounds for means (K, D) and factors (K or 1, ...); they are NaN or infinite if an entry is not finite."""
+        mean, central = 0.0, False
+        if means.shape[1] <= _FEW:
+            low, high = (part.tolist() for part in means.aminmax(dim=0))
+            pairs = list(zip(low, high, strict=True))
+            mean = _largest(low, high)
+            # The median is at most max(-a, b), and the largest distance from it at least (b - a) / 2, with a margin for rounding.
+            central = math.isfinite(mean) and all(max(-a, b) <= 3.9 * (b - a) for a, b in pairs)
+        elif means.numel():
+            mean = _largest(*([part.item()] for part in means.aminmax()))
+        return cls(mean, _largest(*([part.item()] for part in U.aminmax())) if U.numel() else 0.0, central)
+
+
+def _largest(low: list[float], high: list[float]) -> float:
+    """Return the largest absolute value of numbers, given minima and maxima; NaN if one is NaN."""
+    found = [*low, *high]
+    return math.nan if any(map(math.isnan, found)) else max(map(abs, found))
+
+
+def _center(means: Tensor) -> Tensor:
+    """Compute the common center (D,) of means (K, D)."""
+    # The median is robust to a single distant mean. Near the origin, zero is used, since subtracting it is exact.
+    center = _middle(means)
+    near = center.abs() <= 8 * (means - center).abs().amax(0)
+    return torch.where(near, torch.zeros_like(center), center)
 
 
 def _middle(values: Tensor) -> Tensor:
