@@ -31,7 +31,7 @@ _FLOATS = (torch.float32, torch.float64)
 
 _NUMBERS = (np.dtype(np.float32), np.dtype(np.float64))
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter))
 
 _COMPLEX = "{name} must be real, got complex numbers ({dtype}); pass real and imaginary parts."
 
@@ -256,7 +256,7 @@ def ordinary(*tensors: Tensor) -> bool:
     """Return whether tensors are neither of a subclass nor seen by a transformation (``torch.compile``, ``torch.func``)."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(tensor) in _ORDINARY for tensor in tensors)
+    return _ORDINARY.issuperset(map(type, tensors))
 
 
 def constant(*tensors: Tensor) -> bool:

@@ -140,10 +140,10 @@ class Mixture(Distribution):
             logits, means, factor: Valid parameters, as for the class.
             validate_args: Whether to check the points at which the mixture is evaluated.
         """
-        mixture = cls(logits, means, factor, validate_args=False)
-        del mixture._validate_args
-        if validate_args is not None:
-            mixture._validate_args = validate_args
+        mixture = cls.__new__(cls)
+        check_shapes(logits, means, factor)
+        mixture.logits, mixture.means, mixture.factor = recordable(logits), recordable(means), factor
+        Distribution.__init__(mixture, means.shape[:-2], means.shape[-1:], validate_args)
         return mixture
 
     def _like(self, logits: Tensor, means: Tensor, factor: Factor) -> Mixture:

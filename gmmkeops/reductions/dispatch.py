@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,10 +72,18 @@ def evaluated(problem: Exponents, request: Request, backend: str, truncate: floa
     return found if blocks is None else tuple(blocks.cloud.leave(part) for part in found)
 
 
-def compute(problem: Exponents, blocks: Truncation | None, request: Request, backend: str) -> Result:
-    """Compute a request by the chosen engine, or by the dense one if that fails."""
-    with suppress(Broken):
-        return evaluate(choose(problem, request, backend), problem, request, blocks)
+def compute(
+    problem: Exponents, blocks: Truncation | None, request: Request, backend: str, instead: Request | None = None
+) -> Result:
+    """Compute a request by the chosen engine, or by the dense one if that fails.
+
+    An engine that computes log-sum-exps and moments in one pass computes the request ``instead``.
+    """
+    try:
+        engine = choose(problem, request, backend)
+        return evaluate(engine, problem, instead if instead is not None and engine.one_pass else request, blocks)
+    except Broken:
+        pass
     # The engine is unavailable from now on, so that ``choose`` returns another one and issues a warning.
     return evaluate(choose(problem, request, backend), problem, request, blocks)
 
@@ -101,11 +108,15 @@ def statistics(
     return Moments(S0, S1, S2, problem.means + problem.center, total, mass)
 
 
-def parameter_gradients(U: Tensor, S0: Tensor, S1: Tensor, S2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of Σ g ℓ with respect to offsets (K,), means (K, D) and U (K, ...), float64."""
+def parameter_gradients(
+    U: Tensor, S0: Tensor, S1: Tensor, S2: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``scale`` times the gradients of Σ g ℓ with respect to offsets (K,), means (K, D) and U (K, ...), float64."""
+    if scale != 1:
+        S0, S1 = scale * S0, scale * S1
     if U.ndim == 3:
-        return S0, (U @ (U.mT @ S1[:, :, None]))[:, :, 0], -S2 @ U
-    return S0, U**2 * S1, -S2.reshape(U.shape) * U
+        return S0, U.bmm(U.mT.bmm(S1.unsqueeze(-1))).squeeze(-1), torch.baddbmm(S2, S2, U, beta=0, alpha=-scale)
+    return S0, U**2 * S1, -scale * S2.reshape(U.shape) * U
 
 
 def as_arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,7 +148,7 @@ class Dispatch:
     valid: bool = False
     setup: _Setup | None = None
     fused: bool = False
-    sums: Result | None = None
+    sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, x: Any, backend: str, truncate: float | None) -> Dispatch:
@@ -158,11 +169,9 @@ class Dispatch:
 
     def values(self, *arguments: Tensor) -> Tensor:
         problem, blocks = self._problem(*arguments)
-        if self.fused and blocks is None and choose(problem, LogSumExp(), self.backend).one_pass:
-            *sums, _, values = compute(problem, None, Statistics(values=True), self.backend)
-            self.sums = tuple(sums)
-            return values
-        (values,) = compute(problem, blocks, LogSumExp(), self.backend)
+        with_sums = Statistics(values=True) if self.fused and blocks is None else None
+        *sums, values = compute(problem, blocks, LogSumExp(), self.backend, with_sums)
+        self.sums = (sums[0], sums[1], sums[2]) if sums else None
         return values if blocks is None else blocks.cloud.leave(values)
 
     def total(
@@ -179,13 +188,11 @@ class Dispatch:
         sums = statistics(problem, blocks, g, self.backend)
         return parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
 
-    def known(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    def known(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.sums is None or not len(g) or not concrete(g):
             return None
-        least, most = g.detach().aminmax()
-        if least.item() != most.item():
-            return None
-        return most, *parameter_gradients(self._problem(*arguments)[0].U, *self.sums)
+        least, most = (bound.item() for bound in g.detach().aminmax())
+        return parameter_gradients(self._problem(*arguments)[0].U, *self.sums, scale=most) if least == most else None
 
     def point_gradient(self, g: Tensor, *arguments: Tensor) -> Tensor:
         problem, blocks = self._problem(*arguments)

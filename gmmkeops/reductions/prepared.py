@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from torch import Tensor
 
 from gmmkeops.components import Factor, constant
-from gmmkeops.data import Batch
 from gmmkeops.reductions.derivatives import LogSumExp as Differentiable
 from gmmkeops.reductions.derivatives import recordable
 from gmmkeops.reductions.dispatch import Dispatch, arranged, evaluated
@@ -18,30 +15,30 @@ __all__ = ["Prepared"]
 
 
 class Prepared:
-    """Component parameters for reductions at several sets of points, which have been validated.
+    """Component parameters for reductions at several sets of validated points.
 
     Args:
-        offsets, means, factor: As for :func:`gmmkeops.reductions.logsumexp`. They are converted at the first use, and must not
-            change afterwards.
+        offsets, means, factor: As for :func:`gmmkeops.reductions.logsumexp`, of matching shapes and on one device. Their values
+            are validated at the first use, and must not change afterwards.
     """
 
-    def __init__(self, offsets: Tensor, means: Tensor, factor: Factor | Tensor) -> None:
+    def __init__(self, offsets: Tensor, means: Tensor, factor: Factor) -> None:
         self.offsets, self.means, self.U = offsets, means, factor_tensor(factor)
+        #: Bounds on means and factors.
+        self.extent = Extent.of(self.means.detach(), self.U.detach())
+        self._exponents: Exponents | None = None
 
-    @cached_property
-    def extent(self) -> Extent:
-        """Bounds on means and factors."""
-        return Extent.of(self.means.detach(), self.U.detach())
-
-    @cached_property
+    @property
     def exponents(self) -> Exponents:
         """The exponents, without points.
 
         Raises:
-            ValueError: Parameters are not finite, or their shapes do not match.
+            ValueError: A parameter is not finite.
         """
-        nowhere = Batch(self.means.new_empty(0, self.means.shape[1]))
-        return Exponents.of(nowhere, self.offsets, self.means, self.U, self.extent)
+        if self._exponents is None:
+            offsets, means, U = self.offsets.detach(), self.means.detach(), self.U.detach()
+            self._exponents = Exponents.of_shaped(means[:0], offsets, means, U, self.extent)
+        return self._exponents
 
     def logsumexp(self, x: Tensor, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
         """Compute the log-sum-exps, with the arguments and derivatives of :func:`gmmkeops.reductions.logsumexp`."""

@@ -66,11 +66,10 @@ class Exponents:
         return Exponents(x.detach().contiguous(), self.offsets, self.means, self.U, self.center)
 
     @classmethod
-    def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor, extent: Extent | None = None) -> Exponents:
+    def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
         """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
 
-        The points of a :class:`~gmmkeops.data.Batch` have been validated before. The ``extent`` of means and factors is computed
-        if it is not given.
+        The points of a :class:`~gmmkeops.data.Batch` have been validated before.
 
         Raises:
             TypeError, ValueError: An argument is invalid.
@@ -99,19 +98,30 @@ class Exponents:
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
-        extent = extent or Extent.of(means, U)
-        means = means.to(torch.float64)
+        return cls.of_shaped(points, offsets, means, U, Extent.of(means, U))
+
+    @classmethod
+    def of_shaped(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, extent: Extent) -> Exponents:
+        """Convert tensors without gradients, of valid shapes and on one device; ``extent`` is that of means and factors.
+
+        Raises:
+            ValueError: A parameter is not finite.
+        """
+        K, D = means.shape
+        means, offsets = means.to(torch.float64), offsets.to(torch.float64)
         if not math.isfinite(extent.mean):
             check_finite(means, name="means", rows="component")
         if not math.isfinite(extent.factor):
             check_finite(U, name="factor", rows="component")
-        # The sum is NaN if an offset is, or if there are infinite ones of both signs.
-        if math.isnan(offsets.sum().item()) and bool(torch.isnan(offsets).any()):
+        least, most = (bound.item() for bound in offsets.aminmax())
+        if math.isnan(least):
             raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
+        if least < OFFSET_FLOOR or most > -OFFSET_FLOOR:
+            offsets = offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR)
         center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
         return cls(
-            points.detach().contiguous(),
-            offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR),
+            x.detach().contiguous(),
+            offsets,
             means if extent.central else means - center,
             U if len(U) == K else U.expand(K, *U.shape[1:]),
             center,
@@ -137,20 +147,22 @@ class Extent:
         """Compute the bounds for means (K, D) and factors (K or 1, ...); they are NaN or infinite if an entry is not finite."""
         mean, central = 0.0, False
         if means.shape[1] <= _FEW:
-            low, high = (part.tolist() for part in means.aminmax(dim=0))
-            pairs = list(zip(low, high, strict=True))
-            mean = _largest(low, high)
-            # The median is at most max(-a, b), and the largest distance from it at least (b - a) / 2, with a margin for rounding.
-            central = math.isfinite(mean) and all(max(-a, b) <= 3.9 * (b - a) for a, b in pairs)
+            columns = list(zip(*(part.tolist() for part in means.aminmax(dim=0)), strict=True))
+            # The largest absolute value of each column; NaN if an entry is NaN.
+            sizes = [max(-a, b) for a, b in columns]
+            mean = max(sizes, default=0.0) if all(map(math.isfinite, sizes)) else math.nan
+            # The median is at most this size, and the largest distance from it at least (b - a) / 2; 3.9 is below 8 / 2 for
+            # rounding errors.
+            central = all(size <= 3.9 * (b - a) for size, (a, b) in zip(sizes, columns, strict=True))
         elif means.numel():
-            mean = _largest(*([part.item()] for part in means.aminmax()))
-        return cls(mean, _largest(*([part.item()] for part in U.aminmax())) if U.numel() else 0.0, central)
+            mean = _size(means)
+        return cls(mean, _size(U) if U.numel() else 0.0, central)
 
 
-def _largest(low: list[float], high: list[float]) -> float:
-    """Return the largest absolute value of numbers, given minima and maxima; NaN if one is NaN."""
-    found = [*low, *high]
-    return math.nan if any(map(math.isnan, found)) else max(map(abs, found))
+def _size(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if an entry is NaN."""
+    least, most = values.aminmax()
+    return max(-least.item(), most.item())
 
 
 def _center(means: Tensor) -> Tensor:

@@ -181,42 +181,44 @@ def _call(
     if weights is not None:
         weights, unit, ratio = _scaled(weights.detach())
         double = double or ratio > _RATIO
-    shared = K > 1 and problem.U.stride(0) == 0
-    U = (problem.U[:1] if shared else problem.U).contiguous()
-    family = 0 if problem.is_full else 2 if U.shape[1] == 1 else 1
-    sums: tuple[Tensor, ...] = ()
+    U = problem.U
+    shared, family = K > 1 and U.stride(0) == 0, 0 if problem.is_full else 2 if U.shape[1] == 1 else 1
+    U = (U[:1] if shared else U).contiguous()
+    S0 = S1 = S2 = total = minima = None
     if isinstance(request, Statistics):
         kind = _ASSIGNMENTS[request.assignment]
-        shapes = [(K,), (K, D), {0: (K, D, D), 1: (K, D), 2: (K,)}[family], ()]
-        sums = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
+        S0, S1, total = _doubles(K), _doubles(K, D), _doubles()
+        S2 = _doubles(*((K, D, D), (K, D), (K,))[family])
     else:
         kind = _REQUESTS[type(request)]
-    parameters = [part.contiguous() for part in (problem.offsets, problem.means, U, problem.center)]
-    lists, minima = (
-        _lists(schedule),
-        None if schedule is None else x.new_empty(len(schedule.spans), dtype=torch.float64),
-    )
+    offsets, means, center = problem.offsets.contiguous(), problem.means.contiguous(), problem.center.contiguous()
+    lists: list[Tensor] | list[None] = [None] * 5
+    if schedule is not None:
+        lists, minima = _lists(schedule), _doubles(len(schedule.spans))
     # The numbers of rows without value, and of components in float64.
     counts, stop = (ctypes.c_int64 * 2)(), ctypes.c_int32(0)
     call = Call(
         kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), torch.get_num_threads(),
-        N, K, D, x.data_ptr(), *map(_pointer, parameters), 0 if shared else U[0].numel(),
-        _pointer(weights), unit, getattr(request, "seed", 0) & (2**64 - 1), 0 if minima is None else len(minima),
-        *map(_pointer, lists), _pointer(minima),
+        N, K, D, x.data_ptr(), offsets.data_ptr(), means.data_ptr(), U.data_ptr(), center.data_ptr(),
+        0 if shared else U.stride(0) if K > 1 else U.numel(), _pointer(weights), unit,
+        getattr(request, "seed", 0) & (2**64 - 1), 0 if minima is None else len(minima), *map(_pointer, lists), _pointer(minima),
         evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient),
-        *map(_pointer, sums or (None,) * 4), ctypes.addressof(counts), ctypes.addressof(counts) + ctypes.sizeof(ctypes.c_int64),
-        ctypes.addressof(stop),
+        _pointer(S0), _pointer(S1), _pointer(S2), _pointer(total),
+        ctypes.addressof(counts), ctypes.addressof(counts) + ctypes.sizeof(ctypes.c_int64), ctypes.addressof(stop),
     )  # fmt: skip
     status = _evaluate(call, stop)
     if status == _OUT_OF_MEMORY:
         raise MemoryError(f"There is not enough memory for reductions over {K} components in {D} dimensions.")
+    sums = () if S0 is None or S1 is None or S2 is None or total is None else (S0, S1, S2, total)
     return sums, minima, counts[0]
 
 
-def _lists(schedule: Schedule | None) -> list[Tensor] | list[None]:
+def _doubles(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64)
+
+
+def _lists(schedule: Schedule) -> list[Tensor]:
     """The row ranges, their owners, the pointers, the components and the floors of a schedule."""
-    if schedule is None:
-        return [None] * 5
     assert schedule.floor is not None, "a truncation sets the floors of the schedules that it returns"
     parts = schedule.spans, schedule.owner, schedule.pointer, schedule.index, schedule.floor
     return [part.contiguous() for part in parts]
