@@ -57,7 +57,8 @@ def prepared(mixture: Mixture) -> Prepared | None:
     kept = vars(mixture).get(KEPT)
     if kept is not None and kept.describes(factor, tensors):
         return cast(Prepared, kept.values)
-    with torch.no_grad():
+    # Autograd, which may use the kept values later, cannot save tensors of the inference mode.
+    with torch.inference_mode(False), torch.no_grad():
         values = Prepared(mixture.offsets, mixture.means, factor)
         if values.U.numel() <= _LARGEST:
             vars(mixture)[KEPT] = _Kept(factor, tensors, values)

@@ -94,6 +94,16 @@ def _like(gradient: Tensor, argument: Tensor) -> Tensor:
     return found.to(argument.dtype)
 
 
+def _applied(function: type[Function], *arguments: Any) -> Any:
+    """Apply an autograd function, without the inspection of its signature unless ``torch.func`` needs it.
+
+    ``Function.apply`` inspects the signature at each call, which takes as long as ten operations on small tensors.
+    """
+    if not ordinary(*(argument for argument in arguments if isinstance(argument, Tensor))):
+        return function.apply(*arguments)
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 def _one_by_one(function: Any, info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> tuple[Any, Any]:
     """Implement ``vmap`` of a function by one call per batch entry, so that memory does not grow with the batch size."""
     size = info.batch_size
@@ -151,10 +161,7 @@ class LogSumExp(Function):
     def of(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
         """Apply the function; the moments for the gradients of a sum or mean are computed in the same pass."""
         sweep.fused = torch.is_grad_enabled() and (offsets.requires_grad or means.requires_grad or U.requires_grad)
-        if not ordinary(x, offsets, means, U):
-            return cls.apply(x, offsets, means, U, sweep)
-        # Function.apply inspects the signature at each call, for torch.func; this takes as long as ten tensor operations.
-        return cast(Tensor, super(Function, cls).apply(x, offsets, means, U, sweep))  # type: ignore[misc]
+        return cast(Tensor, _applied(cls, x, offsets, means, U, sweep))
 
     @staticmethod
     def forward(x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
@@ -346,6 +353,11 @@ class Attached(_EntryByEntry):
 
     parameters = slice(0, 0)
 
+    @classmethod
+    def of(cls, value: Tensor, *arguments: Tensor) -> Tensor:
+        """Apply the function to a value, its three gradients, and the three parameters."""
+        return cast(Tensor, _applied(cls, value, *arguments))
+
     @staticmethod
     def forward(value: Tensor, *arguments: Any) -> Tensor:
         return value.clone()
@@ -357,7 +369,9 @@ class Attached(_EntryByEntry):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        return (None, None, None, None, *_Known.apply(scale, *ctx.saved_tensors))
+        saved = ctx.saved_tensors
+        known = _Known.forward if constant(scale, *saved) else _Known.apply
+        return (None, None, None, None, *known(scale, *saved))
 
     @staticmethod
     def jvp(ctx: Any, *directions: Tensor | None) -> Tensor:
