@@ -92,8 +92,8 @@ def choose(problem: Exponents, request: Request, backend: str) -> Engine:
 
 def _chosen(backend: str, device: torch.device, features: int, full: bool) -> Engine:
     """Return the engine with a name, or the fastest one on a device if the name is ``"auto"``."""
-    if as_choice(backend, "backend", BACKENDS) != "auto":
-        return ENGINES[backend]
+    if not isinstance(backend, str) or backend != "auto":
+        return ENGINES[as_choice(backend, "backend", ("auto", *ENGINES))]
     if device.type == "cuda":
         return keops if features <= (6 if full else 16) else dense
     return native if native.unavailable(device) is None else dense
