@@ -25,6 +25,7 @@ class Toy:
     """An engine that stores N x K arrays of float64."""
 
     name, title = "toy", "The toy engine"
+    one_pass = False
 
     def unavailable(self, device):
         return None

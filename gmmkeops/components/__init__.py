@@ -9,7 +9,9 @@ from gmmkeops.components.arrays import check_dense as check_dense
 from gmmkeops.components.arrays import check_finite as check_finite
 from gmmkeops.components.arrays import check_unmasked as check_unmasked
 from gmmkeops.components.arrays import concrete as concrete
+from gmmkeops.components.arrays import constant as constant
 from gmmkeops.components.arrays import mind_fork as mind_fork
+from gmmkeops.components.arrays import ordinary as ordinary
 from gmmkeops.components.base import FAMILIES as FAMILIES
 from gmmkeops.components.base import Factor
 from gmmkeops.components.diagonal import DiagonalFactor

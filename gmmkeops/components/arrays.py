@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import math
 import numbers
 import os
 from collections.abc import Iterator, Mapping, Set
@@ -11,12 +12,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gmmkeops._checks import as_device
 
-__all__ = ["as_tensor", "check_dense", "check_finite", "check_unmasked", "concrete", "mind_fork"]
+__all__ = [
+    "as_tensor",
+    "check_dense",
+    "check_finite",
+    "check_unmasked",
+    "concrete",
+    "constant",
+    "mind_fork",
+    "ordinary",
+]
 
 _FLOATS = (torch.float32, torch.float64)
+
+_NUMBERS = (np.dtype(np.float32), np.dtype(np.float64))
+
+_ORDINARY = frozenset((Tensor, torch.nn.Parameter))
 
 _COMPLEX = "{name} must be real, got complex numbers ({dtype}); pass real and imaginary parts."
 
@@ -38,6 +53,16 @@ def as_tensor(
         ValueError: The value has masked or missing entries.
     """
     mind_fork()
+    if (
+        type(value) in _ORDINARY
+        and value.dtype in _FLOATS
+        and (dtype is None or dtype == value.dtype)
+        and device is None
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.device.type != "meta"
+    ):
+        return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, Tensor) for item in value):
         for item in value:
             check_dense(item, name=name, abstract=abstract)
@@ -85,6 +110,13 @@ def check_unmasked(value: np.ma.MaskedArray[Any, Any], *, name: str) -> np.ndarr
 
 def _as_array(value: Any, name: str) -> np.ndarray:
     """Return numbers from any container except a tensor as an array of floats, integers or booleans in native byte order."""
+    if (
+        type(value) is np.ndarray
+        and value.dtype in _NUMBERS
+        and value.flags.writeable
+        and min(value.strides, default=0) >= 0
+    ):
+        return value
     _check_container(value, name)
     if isinstance(value, np.ma.MaskedArray):
         value = check_unmasked(value, name=name)
@@ -220,6 +252,20 @@ def concrete(tensor: Tensor) -> bool:
     return True
 
 
+def ordinary(*tensors: Tensor) -> bool:
+    """Return whether tensors are neither of a subclass nor seen by a transformation (``torch.compile``, ``torch.func``)."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return _ORDINARY.issuperset(map(type, tensors))
+
+
+def constant(*tensors: Tensor) -> bool:
+    """Return whether tensors are ordinary ones, and no derivative with respect to them can be requested."""
+    if not ordinary(*tensors) or forward_ad._current_level >= 0:
+        return False
+    return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
+
+
 def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0) -> None:
     """Raise a ValueError if an entry is not finite. The message gives its row, counted from ``first``, and its column."""
     if not concrete(tensor):
@@ -227,7 +273,7 @@ def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0
     mind_fork()
     detached = tensor.detach()
     # A finite sum proves that all entries are finite. A sum that is not finite may be due to overflow.
-    if bool(torch.isfinite(detached.sum())):
+    if math.isfinite(detached.sum().item()):
         return
     bad = ~torch.isfinite(detached)
     if not bool(bad.any()):

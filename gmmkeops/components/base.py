@@ -123,6 +123,11 @@ class Factor(ABC):
         """Compute Uᵀ z for factors U in the shape of :attr:`U` and vectors z (..., D)."""
         return z * U
 
+    @classmethod
+    def times_all(cls, U: Tensor, Z: Tensor) -> Tensor:
+        """Compute Uᵀ Z for factors U in the shape of :attr:`U` and the columns of matrices Z (..., D, n)."""
+        return U.mT @ Z if cls.coupled else Z * U.unsqueeze(-1)
+
     def whiten(self, residuals: Tensor) -> Tensor:
         """Compute the whitened residuals U_kᵀ z (*B, K, D), unitless, of residuals z = x - μ_k (*B, K, D), data units."""
         return self.U * residuals
@@ -390,7 +395,9 @@ class Factor(ABC):
 
     def to(self, *args: Any, **kwargs: Any) -> Factor:
         """Move or cast the stored tensors, as :meth:`torch.Tensor.to`."""
-        return self.replace(**{name: tensor.to(*args, **kwargs) for name, tensor in self.tensors.items()})
+        tensors = self.tensors
+        found = {name: tensor.to(*args, **kwargs) for name, tensor in tensors.items()}
+        return self if all(found[name] is tensor for name, tensor in tensors.items()) else self.replace(**found)
 
     def detach(self) -> Factor:
         """Return a copy that is detached from the autograd graph and does not share memory."""

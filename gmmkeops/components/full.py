@@ -2,13 +2,14 @@ r"""Full precision factors, for unrestricted covariances."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-from gmmkeops.components.arrays import as_tensor, check_finite, concrete
+from gmmkeops.components.arrays import as_tensor, check_finite, concrete, ordinary
 from gmmkeops.components.base import FAMILIES, Factor
 from gmmkeops.components.parameters import gamma, positive, stored
 
@@ -94,9 +95,8 @@ class FullFactor(Factor):
     @property
     def U(self) -> Tensor:
         D = self.features
-        row, column = torch.triu_indices(D, D, 1, device=self.device)
         diagonal = torch.diag_embed(self.log_diagonal.exp())
-        return diagonal.flatten(-2).index_add(-1, row * D + column, self.upper).unflatten(-1, (D, D))
+        return diagonal.flatten(-2).index_add(-1, _places(D, self.upper), self.upper).view(diagonal.shape)
 
     def matrices(self) -> Tensor:
         return self.U
@@ -261,6 +261,22 @@ class FullFactor(Factor):
 
 
 FAMILIES["tied"] = (FullFactor, True)
+
+
+def _places(features: int, like: Tensor) -> Tensor:
+    """Return the places of the entries above the diagonal in a matrix (D, D), row by row, on the device of ``like``."""
+    if ordinary(like) and like.device.type == "cpu":
+        return _places_on_cpu(features)
+    row, column = torch.triu_indices(features, features, 1, device=like.device)
+    return row * features + column
+
+
+@cache
+def _places_on_cpu(features: int) -> Tensor:
+    # Autograd cannot save tensors of the inference mode.
+    with torch.inference_mode(False):
+        row, column = torch.triu_indices(features, features, 1)
+        return row * features + column
 
 
 def _square(value: Any, name: str) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ContextDecorator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_device, renamed
-from gmmkeops.components import as_tensor
-from gmmkeops.data import Source, World, as_points, as_weights, readable
+from gmmkeops.components import as_tensor, check_finite
+from gmmkeops.data import Source, World, as_weights, readable
 from gmmkeops.estimators.contract import column_names
 
 if TYPE_CHECKING:
@@ -21,11 +21,20 @@ if TYPE_CHECKING:
 __all__ = ["as_array", "scikit_learn_names", "training_data", "validated_points"]
 
 
-@contextmanager
-def scikit_learn_names() -> Iterator[None]:
+class scikit_learn_names(ContextDecorator):
     """Name the arguments X and sample_weight in errors within this context, instead of x and weights."""
-    with renamed("x", "X"), renamed("weights", "sample_weight"):
-        yield
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (TypeError, ValueError)):
+            try:
+                with renamed("x", "X"), renamed("weights", "sample_weight"):
+                    raise error
+            except (TypeError, ValueError) as found:
+                if found is not error:
+                    raise
 
 
 def training_data(
@@ -43,7 +52,7 @@ def training_data(
 
 
 def validated_points(
-    estimator: MixtureEstimator, X: Any, *, fitting: bool = False, minimum: int = 1
+    estimator: MixtureEstimator, X: Any, *, fitting: bool = False, minimum: int = 1, finite: bool = True
 ) -> tuple[Tensor, np.ndarray | None]:
     """Validate points (N, D); return them as a tensor, and the names of their columns.
 
@@ -52,13 +61,14 @@ def validated_points(
         X: Points in any container of numbers.
         fitting: Whether the points are data for a new fit.
         minimum: Smallest number of points.
+        finite: Whether to check that all entries are finite; the methods of a mixture check them, too.
 
     Raises:
         TypeError, ValueError: The points are not numeric, not finite, not two-dimensional, or have other columns.
     """
     if hasattr(X, "toarray") and hasattr(X, "nnz"):
         raise TypeError("Sparse data was passed, but dense data is required; use X.toarray().")
-    if np.iscomplexobj(X) if isinstance(X, np.ndarray) else torch.is_tensor(X) and X.is_complex():
+    if X.dtype.kind == "c" if isinstance(X, np.ndarray) else torch.is_tensor(X) and X.is_complex():
         raise ValueError("Complex data not supported: X has complex numbers; pass real and imaginary parts.")
     x = as_tensor(X, name="X", device=estimator.device)
     names = column_names(X)
@@ -81,7 +91,9 @@ def validated_points(
             f"Found array with {x.shape[0]} sample(s) (shape={tuple(x.shape)}) while a minimum of {minimum} is required; "
             f"n_samples={x.shape[0]}."
         )
-    return as_points(x, name="X", minimum=minimum), names
+    if finite:
+        check_finite(x, name="X")
+    return x.detach(), names
 
 
 def as_array(values: Tensor, tensors: bool) -> Any:

@@ -279,8 +279,11 @@ class MixtureEstimator(Estimator, ABC):
                 parts = chunked(X, features=self.n_features_in_, columns=self.mixture_.columns)
                 found = torch.cat([function(mixture, chunk.points.to(device)) for chunk in parts])
                 return as_array(self._cast(found), False)
-            x, _ = validated_points(self, X)
-            return as_array(self._cast(function(mixture.to(x.device), x)), torch.is_tensor(X))
+            # Torch can be told not to check the values of any distribution.
+            x, _ = validated_points(self, X, finite=not mixture._validate_args)
+            # A mixture keeps its converted parameters for the next call, which its copy on another device does not.
+            mixture = mixture if mixture.means.device == x.device else mixture.to(x.device)
+            return as_array(self._cast(function(mixture, x)), torch.is_tensor(X))
 
     def _cast(self, found: Tensor) -> Tensor:
         """Cast results to ``dtype``, if it is set; the points themselves are not rounded."""

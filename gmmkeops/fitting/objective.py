@@ -119,10 +119,13 @@ class Objective:
 
     def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
         """Compute the mean negative log-likelihood of all points or of batches, data units, nats per point; differentiable."""
-        sums = self.moments(mixture.offsets, mixture.means, mixture.factor, batches)
+        offsets, means, factor = mixture.offsets, mixture.means, mixture.factor
+        with torch.no_grad():
+            # The moments have no gradients, and are themselves the gradients of the total.
+            sums = self.moments(offsets, means, factor, batches)
         if not torch.is_grad_enabled():
             return self.frame.log_volume - sums.total / max(float(sums.mass), 1e-300)
-        total = reductions.attached(sums, mixture.offsets, mixture.means, mixture.factor)
+        total = reductions.attached(sums, offsets, means, factor)
         return self.frame.log_volume - total / max(float(sums.mass), 1e-300)
 
     def penalized(self, mixture: Mixture) -> Tensor:

@@ -15,17 +15,22 @@ from torch.utils.checkpoint import checkpoint
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_choice, as_fraction
-from gmmkeops.components import concrete
+from gmmkeops.components import concrete, constant, ordinary
 from gmmkeops.data import Batch
-from gmmkeops.models.points import as_points_of, broadcast, check_finite_points, check_range, widened
+from gmmkeops.models.kept import prepared
+from gmmkeops.models.points import as_points_of, broadcast, check_range, examined
 
 if TYPE_CHECKING:
     from gmmkeops.models.mixture import Mixture
+    from gmmkeops.reductions import Prepared
 
 __all__ = ["CHUNK", "entropy", "joint", "log_joint", "log_prob"]
 
 # Maximum number of elements of an intermediate array (rows, K, D) or (rows, D, D).
 CHUNK = 1 << 22
+
+# Maximum number of elements of an intermediate array that stays in cache.
+_CACHED = 1 << 17
 
 
 def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: float | None = None) -> Tensor:
@@ -44,23 +49,25 @@ def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: f
         TypeError, ValueError: The points are not numeric, not finite, or do not have D columns; their squared distances
             overflow their dtype; or ``backend="keops"`` or truncation is requested for a batch of mixtures.
     """
-    x = as_points_of(mixture, value)
-    near, is_near = widened(mixture, x)
-    if mixture._validate_args and concrete(x):
-        check_finite_points(mixture, x)
-        values = _finite_log_prob(mixture, near, backend, truncate).to(x.dtype)
+    x, parameters = as_points_of(mixture, value), prepared(mixture)
+    check = mixture._validate_args and concrete(x)
+    near, is_near = examined(mixture, x, parameters, check=check)
+    if check:
+        values = _finite_log_prob(mixture, near, parameters, backend, truncate).to(x.dtype)
         if not is_near:
             check_range(mixture, values, x)
         return values
     finite = torch.isfinite(x).all(-1)
     near = torch.where(finite.unsqueeze(-1), near, 0.0)
-    values = _finite_log_prob(mixture, near, backend, truncate).to(x.dtype)
+    values = _finite_log_prob(mixture, near, parameters, backend, truncate).to(x.dtype)
     # The sum is NaN where an entry is NaN, else infinite.
     return torch.where(finite, values, -x.detach().abs().sum(-1))
 
 
-def _finite_log_prob(mixture: Mixture, x: Tensor, backend: str, truncate: float | None) -> Tensor:
-    """Compute log-densities (*S, *B) of finite points."""
+def _finite_log_prob(
+    mixture: Mixture, x: Tensor, parameters: Prepared | None, backend: str, truncate: float | None
+) -> Tensor:
+    """Compute log-densities (*S, *B) of finite points; ``parameters`` as :func:`prepared` returns them."""
     if mixture.batch_shape:
         if as_choice(backend, "backend", reductions.BACKENDS) == "keops" or as_fraction(truncate, "truncate"):
             raise ValueError(
@@ -69,9 +76,13 @@ def _finite_log_prob(mixture: Mixture, x: Tensor, backend: str, truncate: float 
         return _batch_log_prob(mixture, x)
     if x.numel() == 0:
         return torch.logsumexp(joint(mixture, x), -1)
-    arguments = (Batch(x.reshape(-1, mixture.n_features)), mixture.offsets, mixture.means, mixture.factor)
-    values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
-    return values.reshape(x.shape[:-1])
+    flat = x if x.ndim == 2 else x.reshape(-1, mixture.n_features)
+    if parameters is not None and ordinary(x):
+        values = parameters.logsumexp(flat, backend=backend, truncate=truncate)
+    else:
+        arguments = (Batch(flat), mixture.offsets, mixture.means, mixture.factor)
+        values = reductions.logsumexp(*arguments, backend=backend, truncate=truncate)
+    return values if x.ndim == 2 else values.reshape(x.shape[:-1])
 
 
 def _batch_log_prob(mixture: Mixture, x: Tensor) -> Tensor:
@@ -114,10 +125,9 @@ def log_joint(mixture: Mixture, value: Any) -> Tensor:
     Raises:
         TypeError, ValueError: As for :meth:`log_prob`.
     """
-    x = as_points_of(mixture, value)
-    check_finite_points(mixture, x)
-    near, is_near = widened(mixture, x)
-    values = joint(mixture, near).to(x.dtype)
+    x, parameters = as_points_of(mixture, value), prepared(mixture)
+    near, is_near = examined(mixture, x, parameters, check=mixture._validate_args)
+    values = joint(mixture, near, parameters, is_near=is_near).to(x.dtype)
     if not is_near:
         check_range(mixture, values.amax(-1), x)
     return values
@@ -142,18 +152,38 @@ def entropy(mixture: Mixture) -> Tensor:
     return 0.5 * mixture.n_features * math.log(2 * math.pi * math.e) - mixture.factor.log_determinant()[..., 0]
 
 
-def joint(mixture: Mixture, x: Tensor) -> Tensor:
-    """Compute log p(x, k) (*S, *B, K) of validated points, in their dtype."""
+def joint(mixture: Mixture, x: Tensor, parameters: Prepared | None = None, *, is_near: bool = False) -> Tensor:
+    """Compute log p(x, k) (*S, *B, K) of points, in their dtype.
+
+    Args:
+        mixture, x: The mixture, and points that have been validated.
+        parameters: Result of :func:`prepared`.
+        is_near: Whether all distances are small, so that their squares cannot overflow.
+    """
     wide = torch.promote_types(x.dtype, mixture.means.dtype)
-    offsets, means, factor = mixture.offsets.to(wide), mixture.means.to(wide), mixture.factor
-    factor = factor if factor.dtype == wide else factor.to(wide)
+    if parameters is None or mixture.means.dtype != torch.float64:
+        # The factors of prepared parameters are float64.
+        offsets, U = mixture.offsets.to(wide), mixture.factor.to(wide).U
+    else:
+        offsets, U = parameters.offsets, parameters.U
+    means, factor = mixture.means.to(wide), mixture.factor
 
     def exponents(rows: Tensor) -> Tensor:
-        distances = factor.whiten(rows.unsqueeze(-2).to(wide) - means).square().sum(-1)
-        # Overflowing products can cancel to NaN; the distance is then infinite.
-        return (offsets - 0.5 * distances.masked_fill(distances.isnan(), math.inf)).to(rows.dtype)
+        if mixture.batch_shape or rows.ndim != 2:
+            distances = factor.times(U, rows.unsqueeze(-2).to(wide) - means).square().sum(-1)
+            return logs(offsets, distances).to(rows.dtype)
+        # Matrices (D, rows) for each component: products and sums over columns are then faster.
+        y = factor.times_all(U, rows.to(wide).T.contiguous() - means.unsqueeze(-1))
+        distances = (y.square_() if inplace else y.square()).sum(-2)
+        return logs(offsets.unsqueeze(-1), distances).to(rows.dtype).T.contiguous()
 
-    rows = max(1, CHUNK // max(1, mixture.means.numel()))
+    def logs(offsets: Tensor, distances: Tensor) -> Tensor:
+        # Overflowing products can cancel to NaN; the distance is then infinite.
+        distances = distances if is_near else distances.masked_fill(distances.isnan(), math.inf)
+        return torch.sub(offsets, distances, alpha=0.5)
+
+    inplace = constant(x, offsets, means, U)
+    rows = max(1, (_CACHED if inplace else CHUNK) // max(1, mixture.means.numel()))
     if mixture.batch_shape or x.ndim < 2 or _fits(x.shape[:-1], rows):
         return exponents(x)
     flat = x.reshape(-1, mixture.n_features)

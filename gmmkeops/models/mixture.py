@@ -21,6 +21,7 @@ from gmmkeops._checks import FormerName, accepts, as_device
 from gmmkeops.components import Factor, as_tensor
 from gmmkeops.models import densities, draws, marginals, posteriors, quantiles
 from gmmkeops.models.arguments import MIXTURE
+from gmmkeops.models.kept import KEPT
 from gmmkeops.models.parameters import as_logits, as_means_and_factor, check_shapes, check_values, log_weights
 from gmmkeops.models.selecting import indexed, select
 from gmmkeops.models.tables import mixture_table
@@ -139,10 +140,10 @@ class Mixture(Distribution):
             logits, means, factor: Valid parameters, as for the class.
             validate_args: Whether to check the points at which the mixture is evaluated.
         """
-        mixture = cls(logits, means, factor, validate_args=False)
-        del mixture._validate_args
-        if validate_args is not None:
-            mixture._validate_args = validate_args
+        mixture = cls.__new__(cls)
+        check_shapes(logits, means, factor)
+        mixture.logits, mixture.means, mixture.factor = recordable(logits), recordable(means), factor
+        Distribution.__init__(mixture, means.shape[:-2], means.shape[-1:], validate_args)
         return mixture
 
     def _like(self, logits: Tensor, means: Tensor, factor: Factor) -> Mixture:
@@ -329,6 +330,9 @@ class Mixture(Distribution):
             TypeError: The argument is not a valid index.
         """
         return indexed(self, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != KEPT}
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         # numpy must treat a mixture as one object, not as a sequence of components.

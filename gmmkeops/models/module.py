@@ -7,6 +7,7 @@ With a context c the parameters are predicted by a multilayer perceptron (MLP), 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, cast
@@ -156,8 +157,13 @@ class GMM(nn.Module):
             tensors["logits"] = tensors["logits"].squeeze(-2)
         logits, means = tensors.pop("logits"), tensors.pop("means")
         raw = tensors["log_diagonal"]
-        epsilon = torch.as_tensor(self.epsilon, dtype=raw.dtype, device=raw.device)
-        tensors["log_diagonal"] = raw - 0.5 * nn.functional.softplus(epsilon.log() + 2 * raw)
+        half: float | Tensor
+        if isinstance(self.epsilon, Tensor):
+            half = 0.5 * self.epsilon.to(raw).log()
+        else:
+            half = 0.5 * math.log(self.epsilon) if self.epsilon > 0 else -math.inf
+        # log U' with 1 / U'² = 1 / U² + ε, by the softplus log(1 + ε U²) / 2.
+        tensors["log_diagonal"] = raw - nn.functional.softplus(raw + half, beta=2)
         factor = self.kind.of(tensors, self.features)
         names = None if self.columns is None else self.columns[: self.features]
         return Mixture.from_valid(logits, means, factor).named(names)

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gmmkeops.components import as_tensor, check_finite, concrete
+from gmmkeops.components import as_tensor, check_finite, concrete, ordinary
 from gmmkeops.data import table_of
 from gmmkeops.reductions import recordable
 
 if TYPE_CHECKING:
     from gmmkeops.models.mixture import Mixture
+    from gmmkeops.reductions import Prepared
 
-__all__ = ["as_points_of", "as_rows_of", "broadcast", "check_finite_points", "check_range", "widened"]
+__all__ = ["as_points_of", "as_rows_of", "broadcast", "check_finite_points", "check_range", "examined", "widened"]
 
 # Largest whitened distance for which overflow need not be considered.
 _NEAR = 1e4
@@ -38,7 +39,8 @@ def as_points_of(mixture: Mixture, value: Any) -> Tensor:
         )
     if x.device != mixture.means.device:
         raise ValueError(f"x is on {x.device}, the mixture on {mixture.means.device}; move one of them with .to().")
-    broadcast(mixture, x[..., 0], x, "points")
+    if mixture.batch_shape:
+        broadcast(mixture, x[..., 0], x, "points")
     return x
 
 
@@ -54,7 +56,7 @@ def as_rows_of(mixture: Mixture, value: Any) -> tuple[Tensor, Tensor]:
             "select one of them first, for example mixture[0]."
         )
     x = as_points_of(mixture, value)
-    return x, x.reshape(-1, mixture.n_features)
+    return x, x if x.ndim == 2 else x.reshape(-1, mixture.n_features)
 
 
 def broadcast(mixture: Mixture, leading: Tensor, given: Tensor, name: str) -> Tensor:
@@ -75,6 +77,25 @@ def check_finite_points(mixture: Mixture, x: Tensor) -> None:
     """Raise a ValueError if an entry of the points is not finite, if the mixture validates values."""
     if mixture._validate_args:
         check_finite(x.reshape(-1, mixture.n_features), name="x")
+
+
+def examined(mixture: Mixture, x: Tensor, parameters: Prepared | None, *, check: bool) -> tuple[Tensor, bool]:
+    """Validate that points (*S, D) are finite, and convert them as :func:`widened`.
+
+    Args:
+        mixture, x: The mixture and the points.
+        parameters: Parameters of the mixture by which one operation on the points may prove that all distances are small.
+        check: Whether to raise a ValueError if an entry is not finite.
+    """
+    if parameters is not None and ordinary(x) and x.numel():
+        extent, (low, high) = parameters.extent, x.detach().aminmax()
+        # The largest distance of a column is at most the sum of the largest entries, of points and, for a center, twice of means.
+        reach = max(-low.item(), high.item()) + 2 * extent.mean
+        if mixture.n_features * reach * extent.factor < _NEAR:
+            return x, True
+    if check:
+        check_finite(x.reshape(-1, mixture.n_features), name="x")
+    return widened(mixture, x)
 
 
 def widened(mixture: Mixture, x: Tensor) -> tuple[Tensor, bool]:

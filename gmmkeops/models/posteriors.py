@@ -20,7 +20,8 @@ from gmmkeops._checks import as_integer
 from gmmkeops.components import concrete
 from gmmkeops.data import Batch
 from gmmkeops.models.densities import CHUNK, joint
-from gmmkeops.models.points import as_points_of, as_rows_of, check_finite_points, check_range, widened
+from gmmkeops.models.kept import prepared
+from gmmkeops.models.points import as_points_of, as_rows_of, check_range, examined, widened
 
 if TYPE_CHECKING:
     from gmmkeops.models.mixture import Mixture
@@ -56,12 +57,13 @@ def responsibilities(
         [[0.5, 0.5], [0.119, 0.881]]
     """
     if k is None:
-        x = as_points_of(mixture, value)
-        check_finite_points(mixture, x)
-        near, is_near = widened(mixture, x)
-        values = joint(mixture, near)
+        x, parameters = as_points_of(mixture, value), prepared(mixture)
+        near, is_near = examined(mixture, x, parameters, check=mixture._validate_args)
+        values = joint(mixture, near, parameters, is_near=is_near)
         if not is_near:
             check_range(mixture, values.amax(-1), x)
+        if not _has_far(mixture, values):
+            return torch.softmax(values, -1).to(x.dtype)
         return _log_posterior(mixture, values, near).exp().to(x.dtype)
     k = as_integer(
         k, "k", 1, mixture.n_components, clause=f"must be between 1 and the {mixture.n_components} components"
@@ -105,21 +107,29 @@ def predict(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: fl
     x, flat = as_rows_of(mixture, value)
     if not len(flat):
         return joint(mixture, x).argmax(-1)
-    flat, is_near = widened(mixture, flat)
-    arguments = (flat, mixture.offsets, mixture.means, mixture.factor)
-    if is_near:
-        labels = reductions.argmax(*arguments, backend=backend, truncate=truncate)
+    parameters = prepared(mixture)
+    flat, is_near = examined(mixture, flat, parameters, check=True)
+    if is_near and parameters is not None:
+        labels = parameters.argmax(flat, backend=backend, truncate=truncate)
     else:
+        arguments = (Batch(flat), mixture.offsets, mixture.means, mixture.factor)
         exponents, indices = reductions.topk(*arguments, 1, backend=backend, truncate=truncate)
         labels = indices[:, 0]
         for rows, posterior in _far_rows(mixture, flat, exponents[:, 0]):
             labels[rows] = posterior.argmax(-1)
-    return labels.reshape(x.shape[:-1])
+    return labels if x.ndim == 2 else labels.reshape(x.shape[:-1])
 
 
 def _far(mixture: Mixture, values: Tensor) -> Tensor:
     """Return a mask of the log-densities so low that differences of log-densities lose digits."""
     return values < -_DEPTH[values.dtype] * mixture.n_features
+
+
+def _has_far(mixture: Mixture, values: Tensor) -> bool:
+    """Return whether the log-densities of a point, given its log p(x, k) (*S, *B, K), may be so low."""
+    if not values.numel() or not concrete(values):
+        return False
+    return not values.detach().amax(-1).amin().item() >= -_DEPTH[values.dtype] * mixture.n_features
 
 
 def _far_rows(mixture: Mixture, flat: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,7 +145,7 @@ def _far_rows(mixture: Mixture, flat: Tensor, values: Tensor) -> Iterator[tuple[
 def _log_posterior(mixture: Mixture, values: Tensor, x: Tensor) -> Tensor:
     """Compute log p(k | x) (*S, *B, K) of points and their log p(x, k), accurate also far from all components."""
     posterior = torch.log_softmax(values, -1)
-    if not posterior.numel() or not concrete(posterior):
+    if not _has_far(mixture, values):
         return posterior
     far = _far(mixture, values.detach().amax(-1)).reshape(-1, *mixture.batch_shape)
     rows = far.flatten(1).any(1).nonzero()[:, 0] if mixture.batch_shape else far.nonzero()[:, 0]

@@ -32,6 +32,7 @@ from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F4
 from gmmkeops.reductions.native.steps import Steps as Steps
 from gmmkeops.reductions.native.steps import StepSettings as StepSettings
 from gmmkeops.reductions.native.steps import em_steps as em_steps
+from gmmkeops.reductions.prepared import Prepared as Prepared
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

@@ -84,13 +84,16 @@ def choose(problem: Exponents, request: Request, backend: str) -> Engine:
     if clause is not None:
         _logger.debug("%s; using the dense engine", clause)
         return dense
+    if backend == "auto" and problem.x.device.type != "cuda":
+        # It was chosen because it can run.
+        return chosen
     return chosen if _runs(chosen, problem.x.device, backend) else dense
 
 
 def _chosen(backend: str, device: torch.device, features: int, full: bool) -> Engine:
     """Return the engine with a name, or the fastest one on a device if the name is ``"auto"``."""
-    if as_choice(backend, "backend", ("auto", *ENGINES)) != "auto":
-        return ENGINES[backend]
+    if not isinstance(backend, str) or backend != "auto":
+        return ENGINES[as_choice(backend, "backend", ("auto", *ENGINES))]
     if device.type == "cuda":
         return keops if features <= (6 if full else 16) else dense
     return native if native.unavailable(device) is None else dense
@@ -148,6 +151,17 @@ def arrange(
     x = x.points if isinstance(x, Batch) else as_points(x)
     truncate = as_fraction(truncate, "truncate")
     components, sweeps = as_integer(components, "components", 1), as_integer(sweeps, "sweeps", 0)
+    return sorted_points(x, components, truncate, sweeps, labels)
+
+
+def sorted_points(
+    x: Tensor,
+    components: int,
+    truncate: float | None,
+    sweeps: int = 1,
+    labels: Callable[[], Tensor] | None = None,
+) -> Tensor | Truncation:
+    """Sort points for truncation; arguments as for :func:`arrange`, but validated before."""
     labels = None if x.shape[1] <= _FEW else labels
     if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
         return x

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from gmmkeops.components import constant, ordinary
 from gmmkeops.reductions import plain as _plain
 
 __all__ = ["Attached", "LogSumExp", "Sweep", "Total", "recordable", "recording"]
@@ -42,6 +43,9 @@ def recordable(tensor: Tensor) -> Tensor:
 class Sweep(Protocol):
     """Interface of the reductions from which derivatives are computed; an instance may cache results for its arguments."""
 
+    #: Whether gradients with respect to offsets, means or factors will probably follow the values.
+    fused: bool
+
     def anew(self) -> Sweep:
         """Return an instance without cached results, for other arguments."""
 
@@ -61,6 +65,11 @@ class Sweep(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the gradients of Σ g ℓ with respect to offsets, means and factors."""
 
+    def known(
+        self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the result of :meth:`parameter_gradients` if no other pass is needed, because all weights g are equal."""
+
     def point_gradient(self, g: Tensor, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
         """Compute the gradient (N, D) of Σ g ℓ with respect to the points."""
 
@@ -77,6 +86,22 @@ def _wanted(gradients: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
     """Place gradients at the positions that are True in ``wanted``, and None at the others."""
     found = iter(gradients)
     return [next(found) if want else None for want in wanted]
+
+
+def _like(gradient: Tensor, argument: Tensor) -> Tensor:
+    """Convert a gradient to the shape and dtype of its argument, which may have been expanded."""
+    found = gradient if gradient.shape == argument.shape else gradient.sum_to_size(argument.shape)
+    return found.to(argument.dtype)
+
+
+def _applied(function: type[Function], *arguments: Any) -> Any:
+    """Apply an autograd function, without the inspection of its signature unless ``torch.func`` needs it.
+
+    ``Function.apply`` inspects the signature at each call, which takes as long as ten operations on small tensors.
+    """
+    if not ordinary(*(argument for argument in arguments if isinstance(argument, Tensor))):
+        return function.apply(*arguments)
+    return super(Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def _one_by_one(function: Any, info: Any, in_dims: Sequence[int | None], arguments: Sequence[Any]) -> tuple[Any, Any]:
@@ -132,6 +157,12 @@ class LogSumExp(Function):
 
     parameters = slice(0, 4)
 
+    @classmethod
+    def of(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
+        """Apply the function; the moments for the gradients of a sum or mean are computed in the same pass."""
+        sweep.fused = torch.is_grad_enabled() and (offsets.requires_grad or means.requires_grad or U.requires_grad)
+        return cast(Tensor, _applied(cls, x, offsets, means, U, sweep))
+
     @staticmethod
     def forward(x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
         return sweep.values(x, offsets, means, U)
@@ -144,8 +175,14 @@ class LogSumExp(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[:4]
-        found = _Gradient.apply(g.double(), *ctx.saved_tensors, None, None, None, None, ctx.sweep, wanted)
+        wanted, saved = ctx.needs_input_grad[:4], ctx.saved_tensors
+        known = ctx.sweep.known(g, *saved) if any(wanted[1:]) else None
+        arguments = (*saved, None, *(known or (None,) * 3), ctx.sweep, wanted)
+        if constant(g, *saved):
+            # A backward pass without a graph of its own needs no function with derivatives.
+            found = _Gradient.forward(g.double() if known is None or wanted[0] else g, *arguments)
+        else:
+            found = _Gradient.apply(g.double(), *arguments)
         return (*_wanted(found, wanted), None)
 
     @staticmethod
@@ -199,7 +236,7 @@ class Total(_EntryByEntry):
 class _Gradient(Function):
     """Gradients of Σ g ℓ with respect to points, offsets, means and factors; only those in ``wanted`` are computed.
 
-    If g is ``scale`` times the weights of an earlier pass, the gradients of that pass are passed as ``known_…``.
+    If the gradients, divided by ``scale`` if it is not None, are known from an earlier pass, they are passed as ``known_…``.
     """
 
     parameters = slice(1, 5)
@@ -222,13 +259,13 @@ class _Gradient(Function):
         parts: list[Tensor | None] = [None] * 4
         if wanted[0]:
             parts[0] = sweep.point_gradient(g, *like)
-        if any(wanted[1:]) and scale is not None:
+        if known_offsets is not None:
             known = (known_offsets, known_means, known_U)
-            parts[1:] = [scale * part for part in known if part is not None]
+            parts[1:] = [part if scale is None or part is None else scale * part for part in known]
         elif any(wanted[1:]):
             parts[1:] = sweep.parameter_gradients(g, *like)
         chosen = [(part, to) for part, to, want in zip(parts, like, wanted, strict=True) if want and part is not None]
-        return tuple(part.to(to.dtype).sum_to_size(to.shape) for part, to in chosen)
+        return tuple(_like(part, to) for part, to in chosen)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -316,6 +353,11 @@ class Attached(_EntryByEntry):
 
     parameters = slice(0, 0)
 
+    @classmethod
+    def of(cls, value: Tensor, *arguments: Tensor) -> Tensor:
+        """Apply the function to a value, its three gradients, and the three parameters."""
+        return cast(Tensor, _applied(cls, value, *arguments))
+
     @staticmethod
     def forward(value: Tensor, *arguments: Any) -> Tensor:
         return value.clone()
@@ -327,7 +369,9 @@ class Attached(_EntryByEntry):
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> Any:
-        return (None, None, None, None, *_Known.apply(scale, *ctx.saved_tensors))
+        saved = ctx.saved_tensors
+        known = _Known.forward if constant(scale, *saved) else _Known.apply
+        return (None, None, None, None, *known(scale, *saved))
 
     @staticmethod
     def jvp(ctx: Any, *directions: Tensor | None) -> Tensor:
@@ -349,4 +393,4 @@ class _Known(_Last):
     @staticmethod
     def forward(scale: Tensor, *arguments: Tensor) -> Any:
         pairs = zip(arguments[:3], arguments[3:], strict=True)
-        return tuple((scale * slope).sum_to_size(like.shape).to(like.dtype) for slope, like in pairs)
+        return tuple(_like(scale * slope, like) for slope, like in pairs)

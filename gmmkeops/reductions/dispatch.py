@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gmmkeops._checks import as_fraction
 from gmmkeops.components import Moments, as_tensor, concrete
 from gmmkeops.data import Batch
-from gmmkeops.reductions.choice import arrange, choose
+from gmmkeops.reductions.choice import choose, sorted_points
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.derivatives import recordable
 from gmmkeops.reductions.problem import Exponents, factor_tensor
@@ -32,33 +32,58 @@ def setup(x: Any, offsets: Any, means: Any, factor: Any, truncate: float | None,
     ``rank`` is the rank of the exponents for which candidate lists must be complete (1 for the largest one), or 0 for the
     log-sum-exp.
     """
-    if not all(map(concrete, as_arguments(x, offsets, means, factor))):
+    given = as_arguments(x, offsets, means, factor)
+    if not all(map(concrete, given)):
         raise ValueError(
             "torch.func.vmap and torch.compile support only logsumexp and total of points that are not arranged; compute argmax, "
             "topk, moments and reductions of arranged points outside of them, for all points at once."
         )
     points = x.points if isinstance(x, Batch) else x
     if isinstance(points, Truncation):
-        problem, blocks = Exponents.of(Batch(points.cloud.points), offsets, means, factor), points
-    else:
-        problem = Exponents.of(x, offsets, means, factor)
-        arranged = arrange(Batch(problem.x), problem.shape[1], truncate)
-        if isinstance(arranged, Tensor):
-            return problem, None
-        problem, blocks = replace(problem, x=arranged.cloud.points), arranged
+        problem = Exponents.of(Batch(points.cloud.points), *given[1:])
+        return problem, _bounded(problem, points, rank)
+    return arranged(Exponents.of(x, *given[1:]), truncate, rank)
+
+
+def arranged(problem: Exponents, truncate: float | None, rank: int = 0) -> _Setup:
+    """Sort the points of validated exponents if that saves time; results and ``rank`` as for :func:`setup`."""
+    found = sorted_points(problem.x, problem.shape[1], as_fraction(truncate, "truncate"))
+    if isinstance(found, Tensor):
+        return problem, None
+    problem = replace(problem, x=found.cloud.points)
+    return problem, _bounded(problem, found, rank)
+
+
+def _bounded(problem: Exponents, blocks: Truncation, rank: int) -> Truncation:
+    """Set the initial bounds of a truncation that has not been evaluated before."""
     if blocks.minima is None:
         rows = blocks.sample()
         few = problem.rows(rows.reshape(-1))
         request: Request = TopK(min(rank, problem.shape[1])) if rank > 0 else LogSumExp()
         values = evaluate(dense, few, request)[0].view(len(few.x), -1)[:, -1]
         blocks.set_initial_bounds(values.view(rows.shape))
-    return problem, blocks
+    return blocks
 
 
-def compute(problem: Exponents, blocks: Truncation | None, request: Request, backend: str) -> Result:
-    """Compute a request by the chosen engine, or by the dense one if that fails."""
-    with suppress(Broken):
-        return evaluate(choose(problem, request, backend), problem, request, blocks)
+def evaluated(problem: Exponents, request: Request, backend: str, truncate: float | None) -> Result:
+    """Compute a request for each point of validated exponents, in the order of the points."""
+    problem, blocks = arranged(problem, truncate, request.rank)
+    found = compute(problem, blocks, request, backend)
+    return found if blocks is None else tuple(blocks.cloud.leave(part) for part in found)
+
+
+def compute(
+    problem: Exponents, blocks: Truncation | None, request: Request, backend: str, instead: Request | None = None
+) -> Result:
+    """Compute a request by the chosen engine, or by the dense one if that fails.
+
+    An engine that computes log-sum-exps and moments in one pass computes the request ``instead``.
+    """
+    try:
+        engine = choose(problem, request, backend)
+        return evaluate(engine, problem, instead if instead is not None and engine.one_pass else request, blocks)
+    except Broken:
+        pass
     # The engine is unavailable from now on, so that ``choose`` returns another one and issues a warning.
     return evaluate(choose(problem, request, backend), problem, request, blocks)
 
@@ -83,11 +108,15 @@ def statistics(
     return Moments(S0, S1, S2, problem.means + problem.center, total, mass)
 
 
-def parameter_gradients(U: Tensor, sums: Moments) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of Σ g ℓ with respect to offsets (K,), means (K, D) and U (K, ...), float64."""
+def parameter_gradients(
+    U: Tensor, S0: Tensor, S1: Tensor, S2: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``scale`` times the gradients of Σ g ℓ with respect to offsets (K,), means (K, D) and U (K, ...), float64."""
+    if scale != 1:
+        S0, S1 = scale * S0, scale * S1
     if U.ndim == 3:
-        return sums.S0, (U @ (U.mT @ sums.S1[:, :, None]))[:, :, 0], -sums.S2 @ U
-    return sums.S0, U**2 * sums.S1, -sums.S2.reshape(U.shape) * U
+        return S0, U.bmm(U.mT.bmm(S1.unsqueeze(-1))).squeeze(-1), torch.baddbmm(S2, S2, U, beta=0, alpha=-scale)
+    return S0, U**2 * S1, -scale * S2.reshape(U.shape) * U
 
 
 def as_arguments(x: Any, offsets: Any, means: Any, factor: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,6 +138,8 @@ class Dispatch:
         backend, truncate: As for :func:`logsumexp`.
         valid: Whether the points have been validated.
         setup: Cached result of :func:`setup`, or None.
+        fused: Whether gradients with respect to the parameters will probably follow the log-sum-exps.
+        sums: Moments for weights of one, S0, S1 and S2, if they were computed together with the log-sum-exps.
     """
 
     blocks: Truncation | None
@@ -116,6 +147,8 @@ class Dispatch:
     truncate: float | None
     valid: bool = False
     setup: _Setup | None = None
+    fused: bool = False
+    sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, x: Any, backend: str, truncate: float | None) -> Dispatch:
@@ -123,7 +156,7 @@ class Dispatch:
         return cls(x if isinstance(x, Truncation) else None, backend, truncate, isinstance(x, Batch))
 
     def anew(self) -> Dispatch:
-        return replace(self, setup=None)
+        return replace(self, setup=None, sums=None)
 
     def unordered(self, x: Tensor) -> Tensor:
         return x if self.blocks is None else self.blocks.cloud.leave(x)
@@ -136,7 +169,9 @@ class Dispatch:
 
     def values(self, *arguments: Tensor) -> Tensor:
         problem, blocks = self._problem(*arguments)
-        (values,) = compute(problem, blocks, LogSumExp(), self.backend)
+        with_sums = Statistics(values=True) if self.fused and blocks is None else None
+        *sums, values = compute(problem, blocks, LogSumExp(), self.backend, with_sums)
+        self.sums = (sums[0], sums[1], sums[2]) if sums else None
         return values if blocks is None else blocks.cloud.leave(values)
 
     def total(
@@ -145,12 +180,19 @@ class Dispatch:
         problem, blocks = self._problem(x, offsets, means, U)
         weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
         sums = statistics(problem, blocks, weights, self.backend)
-        return sums.total.clone(), parameter_gradients(problem.U, sums)
+        return sums.total.clone(), parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
 
     def parameter_gradients(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         problem, blocks = self._problem(*arguments)
         g = g if blocks is None else blocks.cloud.enter(g)
-        return parameter_gradients(problem.U, statistics(problem, blocks, g, self.backend))
+        sums = statistics(problem, blocks, g, self.backend)
+        return parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
+
+    def known(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        if self.sums is None or not len(g) or not concrete(g):
+            return None
+        least, most = (bound.item() for bound in g.detach().aminmax())
+        return parameter_gradients(self._problem(*arguments)[0].U, *self.sums, scale=most) if least == most else None
 
     def point_gradient(self, g: Tensor, *arguments: Tensor) -> Tensor:
         problem, blocks = self._problem(*arguments)

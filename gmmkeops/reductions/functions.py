@@ -58,7 +58,7 @@ def attached(sums: Moments, offsets: Tensor, means: Tensor, factor: Factor | Ten
     U = as_tensor(factor_tensor(factor), name="factor")
     offsets, means = as_tensor(offsets, name="offsets"), as_tensor(means, name="means")
     wide = U.detach().double().expand(len(means), *U.shape[1:])
-    return Attached.apply(sums.total, *parameter_gradients(wide, sums), offsets, means, U)
+    return Attached.of(sums.total, *parameter_gradients(wide, sums.S0, sums.S1, sums.S2), offsets, means, U)
 
 
 def _compiled(sweep: Dispatch, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def logsumexp(
     sweep = Dispatch.of(x, backend, truncate)
     if torch.compiler.is_compiling():
         return _compiled(sweep, *arguments)
-    return LogSumExp.apply(*arguments, sweep)
+    return LogSumExp.of(*arguments, sweep)
 
 
 def total(

@@ -5,6 +5,7 @@ Parameters are stored in float64 relative to a common center, so that large coor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch import Tensor
 from gmmkeops.components import Factor, as_tensor, check_finite
 from gmmkeops.data import Batch, as_points
 
-__all__ = ["OFFSET_FLOOR", "Exponents", "factor_tensor"]
+__all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "factor_tensor"]
 
 # Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
 # first exponent is infinite.
 OFFSET_FLOOR = -1e30
+
+# Largest number of columns whose extents are compared by Python; torch operations on few numbers take longer.
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Exponents:
         """Select some of the components."""
         return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.center)
 
+    def at(self, x: Tensor) -> Exponents:
+        """Replace the points by others that have been validated."""
+        return Exponents(x.detach().contiguous(), self.offsets, self.means, self.U, self.center)
+
     @classmethod
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
         """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
@@ -68,7 +76,7 @@ class Exponents:
         """
         points = x.points if isinstance(x, Batch) else as_points(x)
         D = points.shape[1]
-        means = as_tensor(means, name="means", dtype=torch.float64, abstract=True).detach()
+        means = as_tensor(means, name="means", abstract=True).detach()
         if means.ndim != 2 or means.shape[0] == 0:
             raise ValueError(f"means must have shape (K, D) with K > 0, got {tuple(means.shape)}; add a row dimension.")
         if means.shape[1] != D:
@@ -85,27 +93,84 @@ class Exponents:
                 f"factor must have shape (K or 1, D, D), (K or 1, D) or (K or 1, 1) with K={K} and D={D}, "
                 f"got {tuple(U.shape)}."
             )
-        devices = {points.device, means.device, offsets.device, U.device}
-        if len(devices) > 1:
+        if not points.device == means.device == offsets.device == U.device:
             raise ValueError(
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
-        check_finite(means, name="means", rows="component")
-        check_finite(U, name="factor", rows="component")
-        if bool(torch.isnan(offsets).any()):
+        return cls.of_shaped(points, offsets, means, U, Extent.of(means, U))
+
+    @classmethod
+    def of_shaped(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, extent: Extent) -> Exponents:
+        """Convert tensors without gradients, of valid shapes and on one device; ``extent`` is that of means and factors.
+
+        Raises:
+            ValueError: A parameter is not finite.
+        """
+        K, D = means.shape
+        means, offsets = means.to(torch.float64), offsets.to(torch.float64)
+        if not math.isfinite(extent.mean):
+            check_finite(means, name="means", rows="component")
+        if not math.isfinite(extent.factor):
+            check_finite(U, name="factor", rows="component")
+        least, most = (bound.item() for bound in offsets.aminmax())
+        if math.isnan(least):
             raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
-        # The median is robust to a single distant mean. Near the origin, zero is used, since subtracting it is exact.
-        center = _middle(means)
-        near = center.abs() <= 8 * (means - center).abs().amax(0)
-        center = torch.where(near, torch.zeros_like(center), center)
+        if least < OFFSET_FLOOR or most > -OFFSET_FLOOR:
+            offsets = offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR)
+        center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
         return cls(
-            points.detach().contiguous(),
-            offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR),
-            means - center,
-            U.expand(K, *U.shape[1:]),
+            x.detach().contiguous(),
+            offsets,
+            means if extent.central else means - center,
+            U if len(U) == K else U.expand(K, *U.shape[1:]),
             center,
         )
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bounds on means and factors, which tell whether they are finite and near the origin.
+
+    Args:
+        mean: Largest absolute value of the entries of the means, data units.
+        factor: Largest absolute value of the entries of the factors, 1 / data units.
+        central: Whether the common center of the means is known to be zero.
+    """
+
+    mean: float
+    factor: float
+    central: bool
+
+    @classmethod
+    def of(cls, means: Tensor, U: Tensor) -> Extent:
+        """Compute the bounds for means (K, D) and factors (K or 1, ...); they are NaN or infinite if an entry is not finite."""
+        mean, central = 0.0, False
+        if means.shape[1] <= _FEW:
+            columns = list(zip(*(part.tolist() for part in means.aminmax(dim=0)), strict=True))
+            # The largest absolute value of each column; NaN if an entry is NaN.
+            sizes = [max(-a, b) for a, b in columns]
+            mean = max(sizes, default=0.0) if all(map(math.isfinite, sizes)) else math.nan
+            # The median is at most this size, and the largest distance from it at least (b - a) / 2; 3.9 is below 8 / 2 for
+            # rounding errors.
+            central = all(size <= 3.9 * (b - a) for size, (a, b) in zip(sizes, columns, strict=True))
+        elif means.numel():
+            mean = _size(means)
+        return cls(mean, _size(U) if U.numel() else 0.0, central)
+
+
+def _size(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if an entry is NaN."""
+    least, most = values.aminmax()
+    return max(-least.item(), most.item())
+
+
+def _center(means: Tensor) -> Tensor:
+    """Compute the common center (D,) of means (K, D)."""
+    # The median is robust to a single distant mean. Near the origin, zero is used, since subtracting it is exact.
+    center = _middle(means)
+    near = center.abs() <= 8 * (means - center).abs().amax(0)
+    return torch.where(near, torch.zeros_like(center), center)
 
 
 def _middle(values: Tensor) -> Tensor:

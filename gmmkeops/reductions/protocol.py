@@ -68,11 +68,13 @@ class Statistics:
         weights: Weights g (N,), float64, possibly negative; None for ones.
         assignment: ``"soft"``, ``"hard"`` or ``"stochastic"``.
         seed: Seed of the stochastic assignment.
+        values: Whether to return the log-sum-exps (N,), nats, in the dtype of the points too, for soft assignments.
     """
 
     weights: Tensor | None = None
     assignment: str = "soft"
     seed: int = 0
+    values: bool = False
 
     @property
     def rank(self) -> int:
@@ -148,6 +150,10 @@ class Engine(Protocol):
     @property
     def title(self) -> str:
         """Name of the engine at the beginning of a sentence."""
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether log-sum-exps that are computed with moments take no other pass, and equal those computed alone."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Return None if the engine can run on a device, otherwise the reason, one clause for a warning."""

@@ -123,6 +123,7 @@ class _Moments:
             exponent = int(torch.frexp(self.weights.abs().amax()).exponent)
             self.unit = 2.0 ** max(-1000, min(1000, exponent))
             self.weights = self.weights / self.unit
+        self.values = problem.x.new_zeros(problem.shape[0]) if request.values else None
 
     def __call__(self, tile: Tile, start: int, stop: int) -> None:
         if self.assignment == "soft":
@@ -133,6 +134,8 @@ class _Moments:
             values = tile.draw(self.seed + start)
         if tile.sees(values):
             tile.add(values, None if self.weights is None else self.weights[start:stop])
+            if self.values is not None:
+                self.values[start:stop] = values
 
     def overflowed(self, tiles: Sequence[Tile]) -> bool:
         return not all(math.isfinite(float(tile.total)) for tile in tiles)
@@ -156,7 +159,7 @@ class _Moments:
             if tile.own is not None:
                 own = tile.own * self.unit
                 S0, S1, S2 = S0 + own[:, 0], S1 + own[:, 1 : D + 1], S2 + tile.shaped(own[:, D + 1 :])
-        return S0, S1, S2, total * self.unit
+        return S0, S1, S2, total * self.unit, *(() if self.values is None else (self.values,))
 
 
 class _Gradient:

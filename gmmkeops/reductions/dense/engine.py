@@ -54,6 +54,7 @@ class Dense:
     """Engine of torch operations, which supports all requests and devices."""
 
     name, title = "dense", "The dense engine"
+    one_pass = False
 
     def unavailable(self, device: torch.device) -> str | None:
         return None

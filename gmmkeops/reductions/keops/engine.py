@@ -27,6 +27,7 @@ class Keops:
     """Engine whose formulas KeOps compiles for the CPU or for CUDA."""
 
     name, title = "keops", "KeOps"
+    one_pass = False
 
     def unavailable(self, device: torch.device) -> str | None:
         return loading.unavailable(device)
@@ -83,7 +84,7 @@ class _Evaluation:
                 self._replace_far(self._request)
                 return self._found[0].to(self._dtype), self._found[1]
             case Statistics():
-                return self._moments(self._request.weights)
+                return self._moments(self._request.weights, self._request.values)
             case PointGradient():
                 return (self._gradient(self._request.weights).to(self._dtype),)
 
@@ -96,11 +97,12 @@ class _Evaluation:
                 found[far] = right
         return far
 
-    def _moments(self, weights: Tensor | None) -> Result:
+    def _moments(self, weights: Tensor | None, with_values: bool) -> Result:
         problem, values = self.problem, self._found[0]
         far = self._replace_far(LogSumExp())
         g = torch.ones_like(values, dtype=torch.float64) if weights is None else weights
         total = (values.double() * g).sum()
+        after = (values.to(self._dtype, copy=True),) if with_values else ()
         values[far] = formulas.NO_SHARE
         S0, S1, S2 = formulas.moments(problem, values, g, self._schedules)
         # Spherical factors use the diagonal formula.
@@ -108,7 +110,7 @@ class _Evaluation:
         if len(far):
             rest = evaluate(dense, problem.rows(far), Statistics(g[far]))
             S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
-        return S0, S1, S2, total
+        return S0, S1, S2, total, *after
 
     def _gradient(self, weights: Tensor) -> Tensor:
         values = self._found[0]

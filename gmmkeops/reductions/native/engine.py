@@ -54,6 +54,7 @@ class Native:
     """The engine of compiled kernels, for CPUs."""
 
     name, title = "native", "The native engine"
+    one_pass = True
 
     def __init__(self) -> None:
         self._compared: set[tuple[object, ...]] = set()
@@ -136,10 +137,12 @@ class _Evaluation:
             self._run(None)
             return None
         schedule = schedule.split(_PAIRS, _ROWS)
-        return schedule, self._run(schedule)
+        minima = self._run(schedule)
+        assert minima is not None, "a schedule has minima"
+        return schedule, minima
 
     def result(self) -> Result:
-        return self._sums or tuple(part for part in self._rows() if part is not None)
+        return (*self._sums, *(part for part in self._rows() if part is not None))
 
     def _rows(self) -> tuple[Tensor | None, ...]:
         """The tensors of the result that have one row for each point."""
@@ -149,13 +152,13 @@ class _Evaluation:
             case PointGradient():
                 return (self.gradient,)
             case Statistics():
-                return ()
+                return (self.values,) if self.request.values else ()
         return self.values, self.labels
 
-    def _run(self, schedule: Schedule | None) -> Tensor:
+    def _run(self, schedule: Schedule | None) -> Tensor | None:
         """Evaluate every pair or a schedule; return the minima over its row ranges."""
         sums, minima, left = _call(self, schedule, self._double)
-        if not self._double and sums and not bool(sums[2].sum().isfinite()):
+        if not self._double and sums and not math.isfinite(sums[2].sum().item()):
             self._double = True
             sums, minima, left = _call(self, schedule, True)
         if left:
@@ -163,10 +166,16 @@ class _Evaluation:
         self._sums = tuple(a + b for a, b in zip(self._sums, sums, strict=True)) if self._sums else sums
         return minima
 
-    def _with_left(self, sums: tuple[Tensor, ...], schedule: Schedule | None, minima: Tensor) -> tuple[Tensor, ...]:
+    def _with_left(
+        self, sums: tuple[Tensor, ...], schedule: Schedule | None, minima: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Evaluate the rows that the library has left out: in float64, or by the dense engine if that does not suffice."""
         values = self.values if self.values.ndim == 1 else self.values[:, 0]
-        rows = torch.arange(len(values)) if schedule is None else schedule.only(schedule.good(minima)).rows
+        rows = (
+            torch.arange(len(values))
+            if schedule is None or minima is None
+            else schedule.only(schedule.good(minima)).rows
+        )
         rows = rows[~values[rows].isfinite()]
         if not len(rows):
             return sums
@@ -177,17 +186,15 @@ class _Evaluation:
             found = evaluate(dense, few, request)
         else:
             found = _Evaluation(few, request, double=True).whole()
-        if sums:
-            return tuple(a + b for a, b in zip(sums, found, strict=True))
-        for own, part in zip(self._rows(), found, strict=False):
+        for own, part in zip(self._rows(), found[len(sums) :], strict=False):
             assert own is not None, "only log-sum-exps have no labels"
             own[rows] = part
-        return sums
+        return tuple(a + b for a, b in zip(sums, found, strict=False))
 
 
 def _call(
     evaluation: _Evaluation, schedule: Schedule | None, double: bool = False
-) -> tuple[tuple[Tensor, ...], Tensor, int]:
+) -> tuple[tuple[Tensor, ...], Tensor | None, int]:
     """Call the library: the moments and the total if they are requested, the minima, and the number of rows without value."""
     problem, request = evaluation.problem, evaluation.request
     (N, K, D), x = problem.shape, problem.x
@@ -195,36 +202,42 @@ def _call(
     if weights is not None:
         weights, unit, ratio = scaled(weights.detach())
         double = double or ratio > RATIO
-    shared = K > 1 and problem.U.stride(0) == 0
-    U = (problem.U[:1] if shared else problem.U).contiguous()
-    family = 0 if problem.is_full else 2 if U.shape[1] == 1 else 1
-    sums: tuple[Tensor, ...] = ()
+    U = problem.U
+    shared, family = K > 1 and U.stride(0) == 0, 0 if problem.is_full else 2 if U.shape[1] == 1 else 1
+    U = (U[:1] if shared else U).contiguous()
+    S0 = S1 = S2 = total = minima = None
     if isinstance(request, Statistics):
         kind = ASSIGNMENTS[request.assignment]
-        shapes = [(K,), (K, D), {0: (K, D, D), 1: (K, D), 2: (K,)}[family], ()]
-        sums = tuple(torch.empty(shape, dtype=torch.float64) for shape in shapes)
+        S0, S1, total = _doubles(K), _doubles(K, D), _doubles()
+        S2 = _doubles(*((K, D, D), (K, D), (K,))[family])
     else:
         kind = _REQUESTS[type(request)]
-    parameters = [part.contiguous() for part in (problem.offsets, problem.means, U, problem.center)]
-    lists, minima = _lists(schedule), torch.empty(0 if schedule is None else len(schedule.spans), dtype=torch.float64)
-    counts = torch.zeros(2, dtype=torch.int64)
-    stop = ctypes.c_int32(0)
+    offsets, means, center = problem.offsets.contiguous(), problem.means.contiguous(), problem.center.contiguous()
+    lists: list[Tensor] | list[None] = [None] * 5
+    if schedule is not None:
+        lists, minima = _lists(schedule), _doubles(len(schedule.spans))
+    # The numbers of rows without value, and of components in float64.
+    counts, stop = (ctypes.c_int64 * 2)(), ctypes.c_int32(0)
     call = Call(
         kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), cores(),
-        N, K, D, x.data_ptr(), *map(_pointer, parameters), 0 if shared else U[0].numel(),
-        _pointer(weights), unit, getattr(request, "seed", 0) & (2**64 - 1), len(minima), *map(_pointer, lists), _pointer(minima),
+        N, K, D, x.data_ptr(), offsets.data_ptr(), means.data_ptr(), U.data_ptr(), center.data_ptr(),
+        0 if shared else U.stride(0) if K > 1 else U.numel(), _pointer(weights), unit,
+        getattr(request, "seed", 0) & (2**64 - 1), 0 if minima is None else len(minima), *map(_pointer, lists), _pointer(minima),
         evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient),
-        *map(_pointer, sums or (None,) * 4), counts.data_ptr(), counts.data_ptr() + counts.element_size(),
-        ctypes.addressof(stop),
+        _pointer(S0), _pointer(S1), _pointer(S2), _pointer(total),
+        ctypes.addressof(counts), ctypes.addressof(counts) + ctypes.sizeof(ctypes.c_int64), ctypes.addressof(stop),
     )  # fmt: skip
     run("gmmkeops_evaluate", call, stop, (N, K, D))
-    return sums, minima, int(counts[0])
+    sums = () if S0 is None or S1 is None or S2 is None or total is None else (S0, S1, S2, total)
+    return sums, minima, counts[0]
 
 
-def _lists(schedule: Schedule | None) -> list[Tensor] | list[None]:
+def _doubles(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64)
+
+
+def _lists(schedule: Schedule) -> list[Tensor]:
     """The row ranges, their owners, the pointers, the components and the floors of a schedule."""
-    if schedule is None:
-        return [None] * 5
     assert schedule.floor is not None, "a truncation sets the floors of the schedules that it returns"
     parts = schedule.spans, schedule.owner, schedule.pointer, schedule.index, schedule.floor
     return [part.contiguous() for part in parts]
