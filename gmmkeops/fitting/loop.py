@@ -145,8 +145,9 @@ class Run:
         try:
             while self.iterations < max_iter and self.ending is Ending.MAX_ITER:
                 if self.iterations == _SETTLED:
-                    self.objective = self.objective.settled(self.method.current(self.objective, state))
-                    steps = self.method.steps(self.objective, state)
+                    settled = self.objective.settled(self.method.current(self.objective, state))
+                    if settled is not self.objective:
+                        self.objective, steps = settled, self.method.steps(settled, state)
                 journal.begin(self.iterations, lambda: self.snapshot(state))  # noqa: B023
                 if journal.due:
                     journal.write()

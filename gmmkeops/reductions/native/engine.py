@@ -46,6 +46,9 @@ _MANY = 6
 # Product of rows, components and dimensions from which a call may take longer than a tenth of a second.
 _LONG = 100_000_000
 
+# Two numbers; ctypes creates a new type, which is a cycle of references, whenever it is asked for an array.
+_Counts = ctypes.c_int64 * 2
+
 # Status of an evaluation in source/interface.hpp.
 _OUT_OF_MEMORY = 1
 
@@ -217,7 +220,7 @@ def _call(
     if schedule is not None:
         lists, minima = _lists(schedule), _doubles(len(schedule.spans))
     # The numbers of rows without value, and of components in float64.
-    counts, stop = (ctypes.c_int64 * 2)(), ctypes.c_int32(0)
+    counts, stop = _Counts(), ctypes.c_int32(0)
     call = Call(
         kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), cores(),
         N, K, D, x.data_ptr(), offsets.data_ptr(), means.data_ptr(), U.data_ptr(), center.data_ptr(),
