@@ -1,52 +1,50 @@
-r"""Initial mixtures: centers by k-means or k-means++, and the weights, means and covariances of their clusters.
-
-A Lloyd iteration of k-means is one call of ``moments`` with ``assignment="hard"``. Centers are initialized by greedy k-means++ on
-a subsample; if there are many, several are chosen at a time. References: Arthur and Vassilvitskii 2007, *k-means++: the
-advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
-"""
+r"""Initial mixtures, computed from data."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import accepts, as_choice, as_integer, renamed
-from gmmkeops.components import Moments, SphericalFactor, factor_class, mind_fork
+from gmmkeops.components import Factor, factor_class, mind_fork
 from gmmkeops.data import (
-    NOISE,
-    Batch,
     Source,
     World,
     readable,
     representatives,
-    running_sum,
     table_names,
     trimmed_spread,
 )
+from gmmkeops.fitting.em import EM
+from gmmkeops.fitting.kmeans import (
+    clusters,
+    distinct,
+    kmeans,
+    mixture_of,
+    nearest,
+    random_responsibilities,
+    responsibilities,
+    seeds,
+)
+from gmmkeops.fitting.search import Search, StartReport, sample_size
+from gmmkeops.fitting.state_file import state_bytes, state_of
 from gmmkeops.models import Mixture
 
-__all__ = ["STRATEGIES", "initialize"]
+__all__ = ["STRATEGIES", "initialize", "start_of"]
 
-STRATEGIES = ("random", "kmeans", "kmeans++", "responsibilities")
+STRATEGIES = ("auto", "random", "kmeans", "kmeans++", "responsibilities", "annealed", "split-merge")
+
+# Strategies that search on a sample.
+_SEARCHED = ("auto", "annealed", "split-merge")
 
 # Minimum size of the subsample for k-means; it has at least 20 points per component.
 _SAMPLE = 20_000
 
-# Maximum number of rounds of k-means++. With more centers than rounds, several centers are chosen per round.
-_ROUNDS = 64
-
-# Weight of the pooled covariance in the covariance of each cluster, as a fraction of the average cluster weight.
-_SHARE = 0.01
-
-# Constants relative to a typical variance within clusters: the number added to the pooled variances, and the mean variance above
-# which the contribution of a cluster to the pooled covariance is reduced.
-_FLOOR, _LARGE = 1e-6, 10.0
-
+# Number of columns of points in lists, for the size of the sample.
+_FEATURES = 8
 
 # Argument names of version 0.1, and of other libraries.
 _OLD = {"components": "n_components", "weights": "sample_weight", "runs": "n_init"}
@@ -54,21 +52,23 @@ _WRONG = {name: "n_components" for name in ("k", "K", "n_clusters", "num_compone
     "init": "strategy"
 }
 # Alternative names of strategies.
-_SAME = {"k-means": "kmeans", "k-means++": "kmeans++"}
+_SAME = {"k-means": "kmeans", "k-means++": "kmeans++", "random_from_data": "random"}
 
 
 @accepts(old=_OLD, also={"random_state": "generator"}, wrong=_WRONG)
 def initialize(
     x: Any,
     n_components: int,
-    strategy: str = "kmeans",
+    strategy: str = "auto",
     *,
     covariance_type: str = "full",
     sample_weight: Any = None,
-    n_init: int = 3,
+    n_init: int = 1,
     generator: torch.Generator | int | None = None,
     refine: int = 0,
     backend: str = "auto",
+    penalty: Any = None,
+    prior: str | None = None,
 ) -> Mixture:
     r"""Compute an initial mixture whose components are clusters of the data.
 
@@ -77,20 +77,30 @@ def initialize(
     Args:
         x: Points (N, D), N >= K, data units; or anything that :meth:`gmmkeops.Source.of` accepts.
         n_components: Number of components K.
-        strategy: ``"random"`` (K random points as centers), ``"k-means++"`` (points chosen by k-means++), ``"kmeans"``
-            (k-means++ followed by Lloyd iterations), or ``"responsibilities"`` (random responsibilities).
+        strategy: ``"auto"``: k-means in the standardized columns and in coordinates in which all points are white, followed by up
+            to three rounds in which all components are split, fitted, merged back to K and fitted again, if that improves the
+            objective. ``"split-merge"`` performs the rounds also with less than one point per parameter, ``"annealed"`` performs
+            deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd iterations),
+            ``"k-means++"`` (points chosen by k-means++), ``"random"`` or ``"random_from_data"`` (K random points as centers), or
+            ``"responsibilities"`` (random responsibilities).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         sample_weight: Weight of each point (N,), or None.
-        n_init: Number of runs of k-means or k-means++ on a sample of the points. The best run is used.
+        n_init: Number of runs, of which the best one is used. A search uses other candidates in each run, and ends when it has
+            found the best optimum twice.
         generator: Random number generator or seed; by default one with a fixed seed, so that repeated calls give equal
             mixtures. Torch's global random state is neither used nor changed.
         refine: Number of additional EM steps.
         backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
+        penalty: Penalty of the fit that follows, as for :func:`gmmkeops.fit`, which counts in the objective of a search.
+        prior: With fewer than ten points per parameter, a search uses a weak prior of the covariances, since the likelihood
+            favors components that contain few points. ``"auto"`` also chooses the result by this prior; None chooses the
+            candidate of the best likelihood among those that are not degenerate.
 
     Returns:
-        A float64 mixture in data units with the weight, mean and covariance of each cluster. Each covariance is averaged with a
-        pooled covariance of all clusters, so that the covariance of a small cluster is not singular. The weight of the pooled
-        covariance is a hundredth of the average cluster weight. The pooled covariance is robust to outliers.
+        A float64 mixture in data units. A search, which runs on a sample of at least 500 points and 20 points per parameter for
+        each component, returns the best mixture that it found. Otherwise the mixture has the weight, mean and covariance of each
+        cluster; each covariance is averaged with a pooled covariance of all clusters, whose weight is a hundredth of the average
+        cluster weight, so that the covariance of a small cluster is not singular. The pooled covariance is robust to outliers.
 
     Raises:
         TypeError, ValueError: Points or weights are invalid, fewer than K points have positive weight, or the strategy is
@@ -105,6 +115,43 @@ def initialize(
         >>> gk.initialize(x, 2, "kmeans").means.sort(0).values.round(decimals=2).tolist()
         [[0.05], [5.05]]
     """
+    mixture, _ = start_of(
+        x,
+        n_components,
+        strategy,
+        covariance_type=covariance_type,
+        sample_weight=sample_weight,
+        n_init=n_init,
+        generator=generator,
+        refine=refine,
+        backend=backend,
+        penalty=penalty,
+        prior=prior,
+    )
+    return mixture
+
+
+def start_of(
+    x: Any,
+    n_components: int,
+    strategy: str = "auto",
+    *,
+    covariance_type: str = "full",
+    sample_weight: Any = None,
+    n_init: int = 1,
+    generator: torch.Generator | int | None = None,
+    refine: int = 0,
+    backend: str = "auto",
+    penalty: Any = None,
+    prior: str | None = None,
+    method: EM | None = None,
+) -> tuple[Mixture, StartReport]:
+    """Compute an initial mixture and a report; arguments as for :func:`initialize`.
+
+    Args:
+        method: EM with the settings of the fit that follows; None for the defaults.
+    """
+    began = time.perf_counter()
     mind_fork()
     world = World()
     with world.together(), reductions.threads_for(x):
@@ -129,213 +176,47 @@ def initialize(
                 x, sample_weight = Source.of(x, weights=sample_weight), None
         names = world.tell(x.columns if isinstance(x, Source) else table_names(x))[0]
         with renamed("weights", "sample_weight"):
-            rows, mass, some, chunks = representatives(x, sample_weight, max(_SAMPLE, 20 * K), world, minimum=K)
+            rows, mass, some, chunks = representatives(x, sample_weight, _rows(strategy, K, x, kind), world, minimum=K)
         if some < K:
             raise ValueError(
                 f"n_components={K} requires at least {K} points with positive weight, got {some}; use fewer components."
             )
         generator = world.generator(generator, rows.device)
+        if strategy in _SEARCHED:
+            options: Any = {"penalty": penalty, "prior": prior, "generator": generator, "backend": backend}
+            search = Search(rows, mass, K, kind, tied, method=EM() if method is None else method, **options)
+            mixture, report = search.run(strategy, runs)
+            if world.size > 1:
+                # Rounding errors may differ between the machines of the ranks.
+                mixture = state_of(world.gather_bytes(state_bytes(mixture))[0], rows.device)
+            return mixture.named(names), report
         robust = trimmed_spread(rows, mass)
         if strategy == "responsibilities":
-            return _mixture_of(_shared(rows, mass, K, kind, generator), kind, tied, *robust).named(names)
-        points, masses = _distinct(rows, mass)
+            mixture = mixture_of(random_responsibilities(rows, mass, K, kind, generator), kind, tied, *robust)
+            return mixture.named(names), _report(strategy, 1, len(rows), began)
+        points, masses = distinct(rows, mass)
         if strategy == "kmeans":
-            centers = _kmeans(points, masses, K, generator, backend, runs)
+            centers = kmeans(points, masses, K, generator, backend, runs)
         elif strategy == "kmeans++":
-            tries = [_seed(points, masses, K, generator, spread=True) for _ in range(runs if K > 1 else 1)]
-            centers = min(tries, key=lambda seeds: float(_nearest(points, seeds) @ masses))
+            tries = [seeds(points, masses, K, generator, spread=True) for _ in range(runs if K > 1 else 1)]
+            centers = min(tries, key=lambda seeds: float(nearest(points, seeds) @ masses))
         else:
-            centers = _seed(points, masses, K, generator, spread=False)
-        mixture = _mixture_of(world.added(_clusters(chunks(), centers, kind, backend)), kind, tied, *robust)
+            centers = seeds(points, masses, K, generator, spread=False)
+        mixture = mixture_of(world.added(clusters(chunks(), centers, kind, backend)), kind, tied, *robust)
         for _ in range(refine):
-            mixture = _mixture_of(world.added(_shares(chunks(), mixture, backend)), kind, tied, *robust)
-        return mixture.named(names)
+            mixture = mixture_of(world.added(responsibilities(chunks(), mixture, backend)), kind, tied, *robust)
+        return mixture.named(names), _report(strategy, runs if strategy.startswith("kmeans") else 1, len(rows), began)
 
 
-def _distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Merge and sort equal rows; return the distinct points (M, D), float64, and their total weights (M,).
-
-    With the same random numbers, the result of k-means then does not depend on the order of the rows, and a repeated point has
-    the same effect as a point of larger weight.
-    """
-    if mass is None:
-        mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-    rows, mass = rows[mass > 0], mass[mass > 0]
-    points, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    return points.double(), mass.new_zeros(len(points)).index_add(0, inverse, mass)
+def _rows(strategy: str, K: int, x: Any, kind: type[Factor]) -> int:
+    """Return the maximum number of points of the sample."""
+    if strategy not in _SEARCHED:
+        return max(_SAMPLE, 20 * K)
+    shape: tuple[int, ...] = tuple(getattr(x, "shape", ()))
+    features = x.features if isinstance(x, Source) else shape[1] if len(shape) == 2 else _FEATURES
+    return sample_size(K, features, kind)
 
 
-def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw indices with probabilities proportional to ``mass``, by inversion of its cumulative sum."""
-    total = running_sum(mass)
-    u = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device)
-    return torch.searchsorted(total, u * total[-1]).clamp(max=len(mass) - 1)
-
-
-def _seed(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spread: bool) -> Tensor:
-    """Choose K centers (K, D) among the points: at random by weight, or by greedy k-means++ if ``spread``."""
-    if not spread:
-        # The K smallest of Exponential(1) / mass are draws without replacement; with fewer distinct points, some are repeated.
-        u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
-        order = (-torch.log1p(-u) / mass).argsort()
-        return points[order[torch.arange(K, device=mass.device) % len(order)]]
-    first = _draw(mass, 1, generator)
-    chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
-    while (left := K - sum(map(len, chosen))) > 0:
-        chance = mass * distance
-        # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
-        several = min(left, K // _ROUNDS)
-        candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, 2 + int(math.log(K))), generator)
-        if several > 1:
-            chosen.append(candidates[:several])
-            distance = torch.minimum(distance, _nearest(points, points[chosen[-1]]))
-            continue
-        reach = torch.minimum(distance, ((points[candidates, None] - points) ** 2).sum(-1))
-        best = (reach @ mass).argmin()
-        chosen.append(candidates[best : best + 1])
-        distance = reach[best]
-    return points[torch.cat(chosen)]
-
-
-def _nearest(points: Tensor, centers: Tensor) -> Tensor:
-    """Compute the squared distances (N,) of the points to their nearest centers."""
-    unit = torch.ones(1, 1, dtype=torch.float64, device=points.device)
-    best, _ = reductions.topk(points, centers.new_zeros(len(centers)), centers, unit, 1)
-    return -2 * best[:, 0]
-
-
-def _lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
-    """Iterate k-means until the inertia decreases by a fraction of less than 1e-4; return the centers and the inertia."""
-    last, steps = math.inf, _lloyd_steps(points, mass, centers, backend, iterations)
-    for _ in range(iterations):
-        centers, inertia = next(steps)
-        if last - inertia < 1e-4 * inertia:
-            break
-        last = inertia
-    return centers, inertia
-
-
-def _lloyd_steps(
-    points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int
-) -> Iterator[tuple[Tensor, float]]:
-    """Iterate over the centers after each Lloyd iteration, and the inertia before it."""
-    cloud = reductions.arrange(points, len(centers), sweeps=iterations)
-    offsets, factor = centers.new_zeros(len(centers)), SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
-    nothing = centers.new_zeros(centers.shape[1])
-    total = float(mass.sum())
-    settings = reductions.StepSettings(total, nothing, 1.0, -1.0, (True, False, True), assignment="hard", bare=True)
-    while True:
-        steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
-        if steps:
-            yield from zip(steps.means[1:], (-value for value in steps.totals), strict=True)
-            centers = steps.means[-1]
-        else:
-            arguments = (cloud, offsets, centers, factor)
-            sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
-            centers = sums.means
-            yield centers, -float(sums.total)
-
-
-def _kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:
-    """Compute the centers (K, D) of the best one of ``runs`` runs of k-means on centered points."""
-    offset = mass @ points / mass.sum()
-    points = points - offset
-    found = [
-        _lloyd(points, mass, _seed(points, mass, K, generator, spread=True), backend)
-        for _ in range(runs if K > 1 else 1)
-    ]
-    # Among runs whose inertia is equal up to rounding, the first one is used.
-    least = min(inertia for _, inertia in found)
-    return next(centers for centers, inertia in found if inertia <= least * (1 + 1e-9)) + offset
-
-
-def _shared(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:
-    """Compute moments for random responsibilities (uniform numbers, normalized), in chunks of rows."""
-    D = x.shape[1]
-    center = x[: 1 << 16].double().mean(0)
-    S0, S1, S2 = torch.zeros(K), torch.zeros(K, D), torch.zeros(K, D, D)
-    sums = [part.to(dtype=torch.float64, device=x.device) for part in (S0, S1, S2)]
-    rows = max(1, (1 << 22) // (K + D * D))
-    for start in range(0, len(x), rows):
-        z = x[start : start + rows].double() - center
-        r = torch.rand(len(z), K, generator=generator, dtype=torch.float64, device=x.device)
-        r = r / r.sum(1, keepdim=True)
-        r = r if g is None else r * g[start : start + rows, None]
-        sums[0] += r.sum(0)
-        sums[1] += r.mT @ z
-        sums[2] += (r.mT @ (z[:, :, None] * z[:, None, :]).flatten(1)).unflatten(1, (D, D))
-    mass = sums[0].sum()
-    return Moments(sums[0], sums[1], kind.second_moments(sums[2]), center.expand(K, D), torch.zeros_like(mass), mass)
-
-
-def _clusters(chunks: Iterable[Batch], centers: Tensor, kind: Any, backend: str) -> Moments:
-    """Compute the moments of the clusters, in which each point belongs to its nearest center."""
-    K, D = centers.shape
-    factor = kind.from_covariances(kind.compact(torch.eye(D).to(centers))[None], features=D)
-    sums = Moments.nothing(centers, kind)
-    for chunk in chunks:
-        if len(chunk.points):
-            arguments = (chunk.points, centers.new_zeros(K), centers, factor)
-            part = reductions.moments(*arguments, weights=chunk.weights, assignment="hard", backend=backend)
-            sums = sums + part
-    return sums
-
-
-def _shares(chunks: Iterable[Batch], mixture: Mixture, backend: str) -> Moments:
-    """Compute the moments for the responsibilities of a mixture (E-step)."""
-    sums = Moments.nothing(mixture.means, type(mixture.factor))
-    for chunk in chunks:
-        if len(chunk.points):
-            arguments = (chunk.points, mixture.offsets, mixture.means, mixture.factor)
-            sums = sums + reductions.moments(*arguments, weights=chunk.weights, backend=backend)
-    return sums
-
-
-def _mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Tensor) -> Mixture:
-    """Build a mixture from the moments of clusters, with regularized covariances (see :func:`initialize`).
-
-    ``center`` and ``spread`` (D,) are robust centers and standard deviations of the columns.
-    """
-    K, D = sums.centers.shape
-    about = sums.recenter(sums.means)
-    counts, scatter, mass = about.S0, about.S2, about.mass
-    if kind.isotropic:
-        center, spread = center.abs().amax()[None], spread.norm()[None] / D**0.5
-    variances = kind.variances(kind.mean_scatter(scatter, D)).clamp(min=0) / counts.clamp(min=1e-300)[:, None]
-    noise = NOISE * (sums.means.abs().amax(1, keepdim=True) if kind.isotropic else sums.means.abs())
-    variances = torch.where(variances > noise**2, variances, 0.0)
-    unit = _unit(counts, variances, torch.where(spread > NOISE * center.abs(), spread, 0.0))
-    # In these units a typical cluster has variances of about one. The contribution of each cluster to the pooled covariance is
-    # limited, so that a single outlier or a small cluster does not dominate it.
-    scatter = scatter / kind.outer(unit)
-    share = _SHARE * mass / K
-    limit = torch.ones_like(counts) if tied else _LARGE / (variances / unit**2).mean(1).clamp(min=_LARGE)
-    pooled = (limit.reshape(-1, *[1] * (scatter.ndim - 1)) * scatter).sum(0, keepdim=True) / mass
-    pooled = pooled + _FLOOR * kind.second_moments(torch.eye(D).to(pooled))
-    # An empty cluster gets this weight, so that its logarithm is finite.
-    logits = counts.clamp(min=share).log()
-    # Where a cluster has zero variance, rounding may make the regularized variance smaller than the added constant.
-    floor = (_FLOOR * share / (counts + share)).clamp(min=_FLOOR if tied else 0.0)
-    if tied:
-        scatter, counts, floor = pooled, torch.ones_like(mass)[None], floor[:1]
-    else:
-        scatter, counts = scatter + share * pooled, counts + share
-    spreads = kind.variances(kind.mean_scatter(scatter, D)) / counts[:, None]
-    floor = torch.maximum(floor, 1e-15 * spreads.amax(1))
-    factor, _ = kind.maximize(scatter, counts, D, ridge=spread.new_zeros(D), floor=floor)
-    return Mixture(torch.log_softmax(logits, 0), sums.means, factor.rescale(1 / unit.expand(D)))
-
-
-def _unit(counts: Tensor, variances: Tensor, spread: Tensor) -> Tensor:
-    """Compute a typical standard deviation within clusters for each column (D or 1,), data units.
-
-    It is the weighted median over the clusters. If this is zero, because most clusters are single points or a column is constant,
-    it is the standard deviation of all points, or the largest value of the other columns.
-    """
-    order = variances.argsort(0)
-    below = running_sum(counts[order])
-    place = (below >= 0.5 * below[-1]).int().argmax(0)
-    median = variances.gather(0, order).gather(0, place[None])[0].sqrt()
-    unit = torch.where(median > 0, median, spread)
-    largest = float(unit.amax())
-    return torch.where(unit > 0, unit, largest if largest > 0 else 1e-3)
+def _report(strategy: str, candidates: int, points: int, began: float) -> StartReport:
+    """Return the report of a strategy without a search."""
+    return StartReport(strategy, candidates, 0, 0.0, points, False, time.perf_counter() - began)

@@ -1,0 +1,231 @@
+r"""K-means, and mixtures of the clusters that it finds.
+
+A Lloyd iteration is one call of ``moments`` with ``assignment="hard"``. Centers are initialized by greedy k-means++ on a
+subsample; if there are many, several are chosen at a time. References: Arthur and Vassilvitskii 2007, *k-means++: the
+advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops import reductions
+from gmmkeops.components import Moments, SphericalFactor
+from gmmkeops.data import NOISE, Batch, running_sum
+from gmmkeops.models import Mixture
+
+__all__ = [
+    "clusters",
+    "distinct",
+    "kmeans",
+    "lloyd",
+    "mixture_of",
+    "nearest",
+    "random_responsibilities",
+    "responsibilities",
+    "seeds",
+]
+
+# Maximum number of rounds of k-means++. With more centers than rounds, several centers are chosen per round.
+_ROUNDS = 64
+
+# Weight of the pooled covariance in the covariance of each cluster, as a fraction of the average cluster weight.
+_SHARE = 0.01
+
+# Constants relative to a typical variance within clusters: the number added to the pooled variances, and the mean variance above
+# which the contribution of a cluster to the pooled covariance is reduced.
+_FLOOR, _LARGE = 1e-6, 10.0
+
+
+def distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Merge and sort equal rows; return the distinct points (M, D), float64, and their total weights (M,).
+
+    With the same random numbers, the result of k-means then does not depend on the order of the rows, and a repeated point has
+    the same effect as a point of larger weight.
+    """
+    if mass is None:
+        mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    rows, mass = rows[mass > 0], mass[mass > 0]
+    points, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    return points.double(), mass.new_zeros(len(points)).index_add(0, inverse, mass)
+
+
+def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw indices with probabilities proportional to ``mass``, by inversion of its cumulative sum."""
+    total = running_sum(mass)
+    u = torch.rand(count, generator=generator, dtype=torch.float64, device=mass.device)
+    return torch.searchsorted(total, u * total[-1]).clamp(max=len(mass) - 1)
+
+
+def seeds(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spread: bool) -> Tensor:
+    """Choose K centers (K, D) among the points: at random by weight, or by greedy k-means++ if ``spread``."""
+    if not spread:
+        # The K smallest of Exponential(1) / mass are draws without replacement; with fewer distinct points, some are repeated.
+        u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
+        order = (-torch.log1p(-u) / mass).argsort()
+        return points[order[torch.arange(K, device=mass.device) % len(order)]]
+    first = _draw(mass, 1, generator)
+    chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
+    while (left := K - sum(map(len, chosen))) > 0:
+        chance = mass * distance
+        # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
+        several = min(left, K // _ROUNDS)
+        candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, 2 + int(math.log(K))), generator)
+        if several > 1:
+            chosen.append(candidates[:several])
+            distance = torch.minimum(distance, nearest(points, points[chosen[-1]]))
+            continue
+        reach = torch.minimum(distance, ((points[candidates, None] - points) ** 2).sum(-1))
+        best = (reach @ mass).argmin()
+        chosen.append(candidates[best : best + 1])
+        distance = reach[best]
+    return points[torch.cat(chosen)]
+
+
+def nearest(points: Tensor, centers: Tensor) -> Tensor:
+    """Compute the squared distances (N,) of the points to their nearest centers."""
+    unit = torch.ones(1, 1, dtype=torch.float64, device=points.device)
+    best, _ = reductions.topk(points, centers.new_zeros(len(centers)), centers, unit, 1)
+    return -2 * best[:, 0]
+
+
+def lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
+    """Iterate k-means until the inertia decreases by a fraction of less than 1e-4; return the centers and the inertia."""
+    last, steps = math.inf, _lloyd_steps(points, mass, centers, backend, iterations)
+    for _ in range(iterations):
+        centers, inertia = next(steps)
+        if last - inertia < 1e-4 * inertia:
+            break
+        last = inertia
+    return centers, inertia
+
+
+def _lloyd_steps(
+    points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int
+) -> Iterator[tuple[Tensor, float]]:
+    """Iterate over the centers after each Lloyd iteration, and the inertia before it."""
+    cloud = reductions.arrange(points, len(centers), sweeps=iterations)
+    offsets, factor = centers.new_zeros(len(centers)), SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
+    nothing = centers.new_zeros(centers.shape[1])
+    total = float(mass.sum())
+    settings = reductions.StepSettings(total, nothing, 1.0, -1.0, (True, False, True), assignment="hard", bare=True)
+    while True:
+        steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
+        if steps:
+            yield from zip(steps.means[1:], (-value for value in steps.totals), strict=True)
+            centers = steps.means[-1]
+        else:
+            arguments = (cloud, offsets, centers, factor)
+            sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
+            centers = sums.means
+            yield centers, -float(sums.total)
+
+
+def kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:
+    """Compute the centers (K, D) of the best one of ``runs`` runs of k-means on centered points."""
+    offset = mass @ points / mass.sum()
+    points = points - offset
+    found = [
+        lloyd(points, mass, seeds(points, mass, K, generator, spread=True), backend)
+        for _ in range(runs if K > 1 else 1)
+    ]
+    # Among runs whose inertia is equal up to rounding, the first one is used.
+    least = min(inertia for _, inertia in found)
+    return next(centers for centers, inertia in found if inertia <= least * (1 + 1e-9)) + offset
+
+
+def random_responsibilities(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:
+    """Compute moments for random responsibilities (uniform numbers, normalized), in chunks of rows."""
+    D = x.shape[1]
+    center = x[: 1 << 16].double().mean(0)
+    S0, S1, S2 = torch.zeros(K), torch.zeros(K, D), torch.zeros(K, D, D)
+    sums = [part.to(dtype=torch.float64, device=x.device) for part in (S0, S1, S2)]
+    rows = max(1, (1 << 22) // (K + D * D))
+    for start in range(0, len(x), rows):
+        z = x[start : start + rows].double() - center
+        r = torch.rand(len(z), K, generator=generator, dtype=torch.float64, device=x.device)
+        r = r / r.sum(1, keepdim=True)
+        r = r if g is None else r * g[start : start + rows, None]
+        sums[0] += r.sum(0)
+        sums[1] += r.mT @ z
+        sums[2] += (r.mT @ (z[:, :, None] * z[:, None, :]).flatten(1)).unflatten(1, (D, D))
+    mass = sums[0].sum()
+    return Moments(sums[0], sums[1], kind.second_moments(sums[2]), center.expand(K, D), torch.zeros_like(mass), mass)
+
+
+def clusters(chunks: Iterable[Batch], centers: Tensor, kind: Any, backend: str) -> Moments:
+    """Compute the moments of the clusters, in which each point belongs to its nearest center."""
+    K, D = centers.shape
+    factor = kind.from_covariances(kind.compact(torch.eye(D).to(centers))[None], features=D)
+    sums = Moments.nothing(centers, kind)
+    for chunk in chunks:
+        if len(chunk.points):
+            arguments = (chunk.points, centers.new_zeros(K), centers, factor)
+            part = reductions.moments(*arguments, weights=chunk.weights, assignment="hard", backend=backend)
+            sums = sums + part
+    return sums
+
+
+def responsibilities(chunks: Iterable[Batch], mixture: Mixture, backend: str) -> Moments:
+    """Compute the moments for the responsibilities of a mixture (E-step)."""
+    sums = Moments.nothing(mixture.means, type(mixture.factor))
+    for chunk in chunks:
+        if len(chunk.points):
+            arguments = (chunk.points, mixture.offsets, mixture.means, mixture.factor)
+            sums = sums + reductions.moments(*arguments, weights=chunk.weights, backend=backend)
+    return sums
+
+
+def mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Tensor) -> Mixture:
+    """Build a mixture from the moments of clusters, with regularized covariances (see :func:`initialize`).
+
+    ``center`` and ``spread`` (D,) are robust centers and standard deviations of the columns.
+    """
+    K, D = sums.centers.shape
+    about = sums.recenter(sums.means)
+    counts, scatter, mass = about.S0, about.S2, about.mass
+    if kind.isotropic:
+        center, spread = center.abs().amax()[None], spread.norm()[None] / D**0.5
+    variances = kind.variances(kind.mean_scatter(scatter, D)).clamp(min=0) / counts.clamp(min=1e-300)[:, None]
+    noise = NOISE * (sums.means.abs().amax(1, keepdim=True) if kind.isotropic else sums.means.abs())
+    variances = torch.where(variances > noise**2, variances, 0.0)
+    unit = _unit(counts, variances, torch.where(spread > NOISE * center.abs(), spread, 0.0))
+    # In these units a typical cluster has variances of about one. The contribution of each cluster to the pooled covariance is
+    # limited, so that a single outlier or a small cluster does not dominate it.
+    scatter = scatter / kind.outer(unit)
+    share = _SHARE * mass / K
+    limit = torch.ones_like(counts) if tied else _LARGE / (variances / unit**2).mean(1).clamp(min=_LARGE)
+    pooled = (limit.reshape(-1, *[1] * (scatter.ndim - 1)) * scatter).sum(0, keepdim=True) / mass
+    pooled = pooled + _FLOOR * kind.second_moments(torch.eye(D).to(pooled))
+    # An empty cluster gets this weight, so that its logarithm is finite.
+    logits = counts.clamp(min=share).log()
+    # Where a cluster has zero variance, rounding may make the regularized variance smaller than the added constant.
+    floor = (_FLOOR * share / (counts + share)).clamp(min=_FLOOR if tied else 0.0)
+    if tied:
+        scatter, counts, floor = pooled, torch.ones_like(mass)[None], floor[:1]
+    else:
+        scatter, counts = scatter + share * pooled, counts + share
+    spreads = kind.variances(kind.mean_scatter(scatter, D)) / counts[:, None]
+    floor = torch.maximum(floor, 1e-15 * spreads.amax(1))
+    factor, _ = kind.maximize(scatter, counts, D, ridge=spread.new_zeros(D), floor=floor)
+    return Mixture(torch.log_softmax(logits, 0), sums.means, factor.rescale(1 / unit.expand(D)))
+
+
+def _unit(counts: Tensor, variances: Tensor, spread: Tensor) -> Tensor:
+    """Compute a typical standard deviation within clusters for each column (D or 1,), data units.
+
+    It is the weighted median over the clusters. If this is zero, because most clusters are single points or a column is constant,
+    it is the standard deviation of all points, or the largest value of the other columns.
+    """
+    order = variances.argsort(0)
+    below = running_sum(counts[order])
+    place = (below >= 0.5 * below[-1]).int().argmax(0)
+    median = variances.gather(0, order).gather(0, place[None])[0].sqrt()
+    unit = torch.where(median > 0, median, spread)
+    largest = float(unit.amax())
+    return torch.where(unit > 0, unit, largest if largest > 0 else 1e-3)

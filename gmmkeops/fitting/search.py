@@ -1,0 +1,321 @@
+r"""Search for an initial mixture: k-means in two metrics, then rounds of splitting and merging.
+
+A round splits every component, performs EM steps, merges the least distinct pairs until K components are left, and performs EM
+steps again. Its result is kept only if the objective is better. With few points per parameter, a prior of the covariances counts
+in the objective, since the likelihood alone would favor components that contain few points. References: Zhou, Xu, Fazel and Du
+2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops import reductions
+from gmmkeops.components import Factor, FullFactor, Moments
+from gmmkeops.data import Batch, trimmed_spread
+from gmmkeops.fitting.em import EM
+from gmmkeops.fitting.em_state import EMState
+from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
+from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.ordinary import climb
+from gmmkeops.fitting.preparation import prepared
+from gmmkeops.models import Mixture, merge_down, merged_by, split
+from gmmkeops.penalties import CovariancePrior, as_penalty
+
+__all__ = ["Search", "StartReport", "prior_of", "sample_size"]
+
+# Points per parameter of a component below which the objective of the search contains a prior, and below which no rounds are
+# performed, since they would only fit single points.
+_FEW, _TOO_FEW = 10.0, 1.0
+
+# Points of the sample for each component: at least this many, and this many for each of its parameters; and numbers of a sample.
+_PER_COMPONENT, _PER_PARAMETER, _NUMBERS = 500, 20, 1 << 26
+
+# Points on which k-means runs: at least this many, and this many for each component.
+_CLUSTERED, _EACH = 20_000, 20
+
+# Maximum number of rounds; for several initializations.
+_ROUNDS, _MORE_ROUNDS = 3, 8
+
+# EM steps and tolerances (nats per point) of candidates, after a split, and after a merge.
+_CANDIDATE, _SPLIT, _MERGED = (15, 1e-3), (10, 1e-3), (15, 1e-4)
+
+# Improvement of the objective by a round (nats per point) below which no further one is performed.
+_GAIN = 1e-3
+
+# Relative difference of objectives that are the same optimum.
+_SAME = 1e-3
+
+# EM steps on the likelihood alone, for candidates that a search with a prior has found; and their tolerance.
+_PLAIN = (100, 1e-3)
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """How an initial mixture was found.
+
+    Args:
+        strategy: Name of the strategy.
+        candidates: Number of candidates from which the search started.
+        rounds: Number of rounds of splitting and merging.
+        sweeps: Number of E-steps over K components and all points of the sample; E-steps with 2K components count twice.
+        points: Number of points of the sample.
+        prior: Whether the objective of the search contained a prior of the covariances.
+        seconds: Wall time.
+    """
+
+    strategy: str
+    candidates: int
+    rounds: int
+    sweeps: float
+    points: int
+    prior: bool
+    seconds: float
+
+
+def sample_size(K: int, D: int, kind: type[Factor]) -> int:
+    """Return the number of points (rows) on which K components are searched for."""
+    rows = K * max(_PER_COMPONENT, _PER_PARAMETER * _parameters(kind, D))
+    return max(_CLUSTERED, _EACH * K, min(rows, _NUMBERS // D))
+
+
+def prior_of(x: Tensor, weights: Tensor | None, K: int) -> CovariancePrior:
+    """Return a weak prior of the covariances: D + 2 points with the covariance of all points divided by K^(2/D)."""
+    D = x.shape[1]
+    center, spread = trimmed_spread(x, weights)
+    spread = torch.where(spread > 0, spread, 1.0)
+    z = ((x.double() - center) / spread).clamp_(-10, 10)
+    g = torch.ones(len(z), dtype=torch.float64, device=x.device) if weights is None else weights
+    z = z - g @ z / g.sum()
+    # A constant column would make the covariance singular.
+    covariance = (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(D).to(z)
+    return CovariancePrior(covariance * spread * spread[:, None] / K ** (2 / D), D + 2.0)
+
+
+def _parameters(kind: type[Factor], D: int) -> int:
+    """Count the parameters of a component: weight, mean and covariance."""
+    return 1 + D + kind.count(1, D)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A candidate: the state of EM, whose mixture has been evaluated, and its objective, nats per point."""
+
+    state: EMState
+    value: float
+
+
+class Search:
+    """A search for K components on a sample of the points.
+
+    Args:
+        x: Sample of the points (n, D), data units.
+        weights: Weights (n,), or None.
+        K: Number of components.
+        kind, tied: Family of the components, and whether they share a covariance.
+        method: EM with the ``reg_covar`` of the fit.
+        penalty: Penalty of the fit, or None.
+        prior: ``"auto"`` to judge candidates with a prior of the covariances where points per parameter are few; None to judge
+            them finally by the likelihood (and the penalty) alone.
+        generator: Random number generator.
+        backend: Name of the engine.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Tensor | None,
+        K: int,
+        kind: type[Factor],
+        tied: bool,
+        *,
+        method: EM,
+        penalty: Any,
+        prior: str | None,
+        generator: torch.Generator,
+        backend: str,
+    ) -> None:
+        self.began = time.perf_counter()
+        self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
+        self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
+        self.generator, self.backend, self.prior = generator, backend, prior
+        self.penalty = None if penalty is None else as_penalty(penalty)
+        self.plain = prepared(x, weights, self.penalty, backend, generator, isotropic=kind.isotropic)
+        self.D = x.shape[1]
+        self.ratio = self.plain.count / (K * _parameters(kind, self.D))
+        self.few = self.ratio < _FEW and not tied and K > 1
+        self.objective = self.plain
+        if self.few:
+            added = prior_of(x, weights, K)
+            self.objective = replace(self.plain, penalty=added if self.penalty is None else self.penalty + added)
+        self.sweeps, self.rounds, self.candidates = 0.0, 0, 0
+        self._clustering: tuple[Tensor, Tensor, Mixture] | None = None
+
+    def run(self, strategy: str, n_init: int = 1) -> tuple[Mixture, StartReport]:
+        """Search, and return the best mixture in data units, and a report.
+
+        Args:
+            strategy: ``"auto"``; ``"split-merge"`` performs rounds also with very few points per parameter; ``"annealed"``
+                performs deterministic annealing from k-means instead.
+            n_init: Number of searches from different candidates; fewer if the best optimum has been found twice.
+        """
+        objective = self._arranged()
+        most = _MORE_ROUNDS if n_init >= 5 else _ROUNDS
+        best: _Found | None = None
+        starts: list[_Found] = []
+        seen: list[float] = []
+        for run in range(n_init):
+            candidates = self._sound([self._climbed(objective, each, *_CANDIDATE) for each in self._candidates(run)])
+            starts += candidates
+            found = min(candidates, key=lambda each: each.value)
+            if strategy == "annealed":
+                found = self._annealed(objective, found)
+            elif self.K > 1 and (strategy == "split-merge" or self.ratio >= _TOO_FEW):
+                found = self._improved(objective, found, most)
+            seen.append(found.value)
+            best = found if best is None or found.value < best.value else best
+            if sum(abs(value - best.value) < _SAME for value in seen) > 1:
+                break
+        assert best is not None, "there is at least one run"
+        if self.few and self.prior is None:
+            best = self._by_likelihood([best, *starts])
+        mixture = self.plain.frame.leave(best.state.population.whole(best.state.mixture))
+        return mixture, StartReport(
+            strategy, self.candidates, self.rounds, self.sweeps, len(self.x), self.few, time.perf_counter() - self.began
+        )
+
+    def _arranged(self) -> Objective:
+        """Return the objective, with points sorted for truncation if that saves time."""
+        if self.D > 4:
+            return self.objective
+        one = self._common(self.plain.data.x[: self.K].double())  # type: ignore[attr-defined]
+        return self.objective.truncated(None, one, 100) if len(self.x) >= self.K else self.objective
+
+    def _common(self, means: Tensor) -> Mixture:
+        """Return a mixture with given means and unit covariances, standardized coordinates."""
+        D = self.D
+        factor = self.kind.from_covariances(self.kind.compact(torch.eye(D).to(means))[None], features=D)
+        return Mixture(means.new_zeros(len(means)), means, factor, validate_args=False)
+
+    def _candidates(self, run: int) -> list[Mixture]:
+        """Return the initial mixtures of a run, standardized coordinates: one for each metric."""
+        found = []
+        for root in self._metrics():
+            points, masses = self._sample(root)
+            if run % 3 == 0:
+                centers = kmeans(points, masses, self.K, self.generator, self.backend, 1)
+            else:
+                centers = seeds(points, masses, self.K, self.generator, spread=run % 3 == 1)
+            found.append(self._clustered(centers, root))
+        self.candidates += len(found)
+        return found
+
+    def _metrics(self) -> list[Tensor | None]:
+        """Return the metrics of k-means: that of the standardized columns (None), and that in which all points are white."""
+        if self.D == 1 or self.K == 1:
+            return [None]
+        z = self._points()
+        g = z.new_ones(len(z)) if self.weights is None else self.weights
+        center, spread = trimmed_spread(z, self.weights)
+        near = ((z - center) / torch.where(spread > 0, spread, 1.0)).clamp(-10, 10)
+        near = near - g @ near / g.sum()
+        covariance = (near.mT * g) @ near / g.sum() + 1e-6 * torch.eye(self.D).to(z)
+        values, vectors = torch.linalg.eigh(covariance)
+        return [None, (vectors * values.rsqrt()) / torch.where(spread > 0, spread, 1.0)[:, None]]
+
+    def _points(self) -> Tensor:
+        """Return the points in standardized coordinates, float64."""
+        x: Tensor = self.plain.data.x  # type: ignore[attr-defined]
+        return x.double()
+
+    def _sample(self, root: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return different points for k-means in a metric, and their weights."""
+        z, g = self._points(), self.weights
+        most = max(_CLUSTERED, _EACH * self.K)
+        if len(z) > most:
+            rows = torch.randperm(len(z), generator=self.generator, device=z.device)[:most]
+            z, g = z[rows], None if g is None else g[rows]
+        return distinct(z if root is None else z @ root, g)
+
+    def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
+        """Return the mixture of the clusters about centers (K, D) in a metric."""
+        batch = Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
+        if root is None:
+            sums = clusters([batch], centers, self.kind, self.backend)
+        else:
+            means = torch.linalg.solve(root.mT, centers.mT).mT
+            arguments = (batch.points, centers.new_zeros(len(centers)), means, FullFactor.from_factors(root[None]))
+            found = reductions.moments(
+                *arguments, weights=batch.weights, assignment="hard", backend=self.backend, truncate=0
+            )
+            sums = Moments(
+                found.S0, found.S1, self.kind.second_moments(found.S2), found.centers, found.total, found.mass
+            )
+        center, spread = trimmed_spread(self._points(), self.weights)
+        return mixture_of(sums, self.kind, self.tied, center, spread)
+
+    def _climbed(self, objective: Objective, mixture: Mixture, steps: int, tolerance: float) -> _Found:
+        """Perform EM steps from a mixture in standardized coordinates."""
+        state = self.method.init(objective, mixture)
+        state, value = climb(self.method, objective, state, steps, tolerance)
+        self.sweeps += (state.iteration + 1) * mixture.n_components / self.K
+        return _Found(state, value)
+
+    def _sound(self, found: list[_Found]) -> list[_Found]:
+        """Remove degenerate candidates, if there are others: those with a component of fewer than D + 1 points."""
+        sound = [each for each in found if math.isfinite(each.value) and self._least(each) >= self.D + 1]
+        return sound or [each for each in found if math.isfinite(each.value)] or found
+
+    def _least(self, found: _Found) -> float:
+        """Return the expected number of points of the smallest component."""
+        return float(found.state.population.whole(found.state.mixture).weights.min()) * self.plain.count
+
+    def _improved(self, objective: Objective, found: _Found, most: int) -> _Found:
+        """Split, merge and climb, as long as that improves the objective."""
+        for _ in range(most):
+            other = self._round(objective, found.state.mixture)
+            self.rounds += 1
+            if (
+                other is None
+                or not other.value < found.value
+                or self._least(other) < min(self.D + 1, self._least(found))
+            ):
+                break
+            gain, found = found.value - other.value, other
+            if gain < _GAIN:
+                break
+        return found
+
+    def _round(self, objective: Objective, mixture: Mixture) -> _Found | None:
+        """Return the result of one round; None if a penalty does not apply to another number of components."""
+        try:
+            twice = self._climbed(objective, split(mixture), *_SPLIT).state.mixture
+        except ValueError:
+            return None
+        if twice.n_components < self.K:
+            return None
+        tree = merge_down(twice, self.K)
+        return self._climbed(objective, merged_by(twice, tree.labels(self.K), self.K), *_MERGED)
+
+    def _annealed(self, objective: Objective, found: _Found) -> _Found:
+        """Perform deterministic annealing from a candidate; return the better one of both."""
+        heated = replace(self.method, temperature=(0.3, _CANDIDATE[0]))
+        state = heated.init(objective, found.state.population.whole(found.state.mixture))
+        for _ in range(_CANDIDATE[0]):
+            state, _ = heated.step(objective, state)
+        self.sweeps += 2 * _CANDIDATE[0]
+        other = self._climbed(objective, state.population.whole(state.mixture), *_MERGED)
+        return min([found, other], key=lambda each: each.value)
+
+    def _by_likelihood(self, found: list[_Found]) -> _Found:
+        """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
+        climbed = [
+            self._climbed(self.plain, each.state.population.whole(each.state.mixture), *_PLAIN) for each in found
+        ]
+        return min(self._sound(climbed), key=lambda each: each.value)
