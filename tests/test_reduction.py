@@ -195,3 +195,18 @@ def test_a_split_component_is_merged_again():
     m = mixture(K=5, D=3, spread=20.0)
     tree = merge_down(split(m), 5)
     assert tree.labels(5).tolist() == [0, 1, 2, 3, 4] * 2
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("cost", ["divergence", "bound"])
+@pytest.mark.parametrize("D", [1, 3, 20])
+def test_costs_of_the_library_equal_those_in_torch(covariance_type, cost, D, monkeypatch):
+    m = mixture(K=9, D=D, covariance_type=covariance_type, spread=1.0)
+    logits = m.logits.clone()
+    logits[3] = -math.inf
+    m = gk.Mixture(logits, m.means, m.factor)
+    own = gk.analysis.reduce(m, 3, cost=cost).tree
+    monkeypatch.setattr(gk.reductions, "pair_costs", lambda *arguments: None)
+    expected = gk.analysis.reduce(m, 3, cost=cost).tree
+    assert torch.equal(own.merges, expected.merges)
+    torch.testing.assert_close(own.costs, expected.costs, rtol=1e-8, atol=1e-12)

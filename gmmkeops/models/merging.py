@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops._checks import as_integer
+from gmmkeops.components import Factor
 
 if TYPE_CHECKING:
     from gmmkeops.models.mixture import Mixture
@@ -203,19 +204,6 @@ class _Merger:
         self.merges: list[np.ndarray] = []
         self.costs: list[np.ndarray] = []
         self.count = 0
-        self._set(slice(None), factor)
-
-    def _set(self, index: slice | Tensor, factor) -> None:  # type: ignore[no-untyped-def]
-        """Store the factors, their inverses and determinants of components."""
-        U, logs = factor.U, factor.log_determinant()
-        if self.kind.coupled:
-            V = torch.linalg.solve_triangular(U, torch.eye(self.features).to(U).expand_as(U), upper=True)
-        else:
-            V = 1 / U
-        if isinstance(index, slice):
-            self.U, self.V, self.logs = U.clone(), V.clone(), logs.clone()
-        else:
-            self.U[index], self.V[index], self.logs[index] = U, V, logs
 
     def run(self, n_components: int) -> MergeTree:
         left = self.K
@@ -287,46 +275,59 @@ class _Merger:
         """Compute the costs (P,) of merging pairs (P, 2), nats per point."""
         D = self.features
         numbers = D * (D if self.kind.coupled else 1) + (2 * _POINTS * D if self.sampled else 0)
+        if not self.tied:
+            points = _noise(D).to(self.means) if self.sampled else None
+            found = reductions.pair_costs(self.w, self.means, self.spreads, self.kind, torch.from_numpy(edges), points)
+            if found is not None:
+                return found.numpy()
         parts = np.array_split(edges, max(1, -(-len(edges) * numbers // (4 * _NUMBERS))))
         return np.concatenate(
             [self._cost(torch.from_numpy(part).to(self.means.device)).cpu().numpy() for part in parts]
         )
 
     def _cost(self, pairs: Tensor) -> Tensor:
+        """Compute the costs (P,) of merging pairs (P, 2) by operations of torch."""
         i, j = pairs.unbind(1)
         share, mean, spread = self._merged(i, j)
-        factor, _ = self.kind.nearest(spread, self.features, _FLOOR)
-        logs = factor.log_determinant()
+        whole = self._factor(spread)
+        logs = whole.log_determinant()
         if self.tied:
-            return (self.logs - logs).clamp(min=0)
+            return (self._factor(self.spreads).log_determinant() - logs).clamp(min=0)
         a, b = self.w[i], self.w[j]
-        W = a + b
-        bound = (a * self.logs[i] + b * self.logs[j] - W * logs).clamp(min=0)
+        W, one, two = a + b, self._factor(self.spreads[i]), self._factor(self.spreads[j])
+        bound = (a * one.log_determinant() + b * two.log_determinant() - W * logs).clamp(min=0)
         if not self.sampled:
             return bound
-        U, z = factor.U, _noise(self.features).to(self.means)
+        z = _noise(self.features).to(self.means)
         own = z.square().sum(1)
         found = torch.zeros_like(bound)
-        for this, other, mass, rest in ((i, j, a, b), (j, i, b, a)):
+        for this, other, mine, theirs, mass, rest in ((i, j, one, two, a, b), (j, i, two, one, b, a)):
             # Points of one component, relative to its mean.
-            x = self._map(self.V[this], z)
-            first = mass.log()[:, None] + self.logs[this][:, None] - 0.5 * own
-            second = rest.log()[:, None] + self._exponents(
-                x, self.means[this] - self.means[other], self.U[other], self.logs[other]
+            x = self._map(self._inverse(mine.U), z)
+            first = mass.log()[:, None] + mine.log_determinant()[:, None] - 0.5 * own
+            second = rest.log()[:, None] + self._exponents(x, self.means[this] - self.means[other], theirs)
+            gain = (
+                torch.logaddexp(first, second) - W.log()[:, None] - self._exponents(x, self.means[this] - mean, whole)
             )
-            whole = W.log()[:, None] + self._exponents(x, self.means[this] - mean, U, logs)
-            gain = torch.logaddexp(first, second) - whole
             found = found + torch.where(mass > 0, mass * gain.mean(1), 0.0)
         entropy = -torch.xlogy(share, share) - torch.xlogy(1 - share, 1 - share)
         return torch.minimum(torch.maximum(found, bound - W * entropy), bound).clamp(min=0)
+
+    def _factor(self, spread: Tensor) -> Factor:
+        return self.kind.nearest(spread, self.features, _FLOOR)[0]
+
+    def _inverse(self, U: Tensor) -> Tensor:
+        if not self.kind.coupled:
+            return 1 / U
+        return torch.linalg.solve_triangular(U, torch.eye(self.features).to(U).expand_as(U), upper=True)
 
     def _map(self, matrices: Tensor, z: Tensor) -> Tensor:
         """Compute M_pᵀ z (P, S, D) for vectors z (S, D) or (P, S, D)."""
         return z @ matrices if self.kind.coupled else z * matrices.unsqueeze(-2)
 
-    def _exponents(self, x: Tensor, shift: Tensor, U: Tensor, logs: Tensor) -> Tensor:
-        """Compute the exponents (P, S) of points x + shift, relative to the means of components with factors U."""
-        return logs[:, None] - 0.5 * self._map(U, x + shift[:, None]).square().sum(-1)
+    def _exponents(self, x: Tensor, shift: Tensor, factor: Factor) -> Tensor:
+        """Compute the exponents (P, S) of points x + shift, relative to the means of components."""
+        return factor.log_determinant()[:, None] - 0.5 * self._map(factor.U, x + shift[:, None]).square().sum(-1)
 
     def _best(self, edges: np.ndarray, costs: np.ndarray, most: int) -> np.ndarray:
         """Return the positions of the least costly pairs, in their order; both components of a pair have no better partner."""
@@ -346,15 +347,12 @@ class _Merger:
         _, mean, spread = self._merged(i, j)
         if self.tied:
             spread = self.spreads + (spread - self.spreads).sum(0, keepdim=True)
-        factor, _ = self.kind.nearest(spread, self.features, _FLOOR)
         self.means[i] = mean
         self.w = self.w.index_put((i,), self.w[i] + self.w[j])
         if self.tied:
             self.spreads = spread
-            self._set(slice(None), factor)
         else:
             self.spreads[i] = spread
-            self._set(i, factor)
         self.alive[pairs[:, 1]] = False
         self.merges.append(np.sort(self.node[pairs], 1))
         self.costs.append(costs)

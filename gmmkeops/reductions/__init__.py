@@ -29,6 +29,7 @@ from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, 
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401
+from gmmkeops.reductions.native.pairs import pair_costs as pair_costs
 from gmmkeops.reductions.native.steps import Steps as Steps
 from gmmkeops.reductions.native.steps import StepSettings as StepSettings
 from gmmkeops.reductions.native.steps import em_steps as em_steps

@@ -7,7 +7,7 @@ import os
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Call", "Level", "ListCall", "StepCall", "instruction_set", "load", "reason"]
+__all__ = ["Call", "Level", "ListCall", "PairCall", "StepCall", "instruction_set", "load", "reason"]
 
 # Must equal the number in native/source/interface.hpp.
 _ABI = 3
@@ -64,6 +64,16 @@ class StepCall(ctypes.Structure):
     )
 
 
+class PairCall(ctypes.Structure):
+    """The arguments of the costs of merging pairs of components."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("full", "trace", "threads", "unused")),
+        *((name, ctypes.c_int64) for name in ("dimensions", "columns", "pairs", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("weights", "means", "spreads", "points", "pair", "cost")),
+    )
+
+
 class Level(ctypes.Structure):
     """A level of the kd-tree."""
 
@@ -109,7 +119,8 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"its library cannot be loaded ({error})"
-    sizes = sum(1000**i * ctypes.sizeof(call) for i, call in enumerate((Call, ListCall, StepCall)))
+    library.gmmkeops_sizes.restype = ctypes.c_int64
+    sizes = sum(1000**i * ctypes.sizeof(call) for i, call in enumerate((Call, ListCall, StepCall, PairCall)))
     if library.gmmkeops_abi() != _ABI or library.gmmkeops_sizes() != sizes:
         return "its library belongs to another version; install gmmkeops again"
     return library

@@ -63,6 +63,16 @@ struct StepCall {
   double *drift;            // (steps + 1,), sum of the changes of this cost by those of the fractions
 };
 
+// The costs of merging pairs of components.
+struct PairCall {
+  int32_t full, trace, threads, unused;   // whether covariances are matrices; whether one variance holds for all dimensions
+  int64_t dimensions, columns, pairs, blocks;  // D, numbers of a covariance that is no matrix, pairs, blocks of points
+  const double *weights, *means, *spreads;  // (K,), (K, D), (K, D, D) or (K, columns)
+  const double* points;     // (blocks, D, 24) points of the standard normal distribution, or null for the upper bound
+  const int64_t* pair;      // (pairs, 2)
+  double* cost;             // (pairs,)
+};
+
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:
 //   full:      the rounded mean (D), the remainder U'(rounded mean - mean) (D), U scaled, and the offset
 //   diagonal:  the rounded mean (D), the remainder (D), the factor (D) and the offset

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "interface.hpp"
+#include "pairs.hpp"
 #include "steps.hpp"
 
 #if defined(__x86_64__)
@@ -409,7 +410,7 @@ const Kernel* kernel_of(int isa) {
 
 EXPORT int32_t gmmkeops_abi() { return ABI; }
 
-EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(StepCall); }
+EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(StepCall) + 1000000000 * sizeof(PairCall); }
 
 // Whether this machine has an instruction set: 0 base, 1 AVX2, 2 AVX-512.
 EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
@@ -425,6 +426,20 @@ EXPORT int32_t gmmkeops_evaluate(const Call* call, int32_t isa) {
 EXPORT int32_t gmmkeops_steps(StepCall* call, int32_t isa) {
   try {
     return steps::run(*call, [&](const Call& sweep) { return evaluate(sweep, *kernel_of(isa)); });
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+EXPORT int32_t gmmkeops_pairs(const PairCall* call, int32_t) {
+  try {
+    const int64_t parts = std::clamp<int64_t>(call->pairs / 256, 1, 4096);
+    return share(int(std::min<int64_t>(call->threads, parts)), size_t(parts), [&](size_t part) {
+      pairs::Worker worker(*call);
+      for (int64_t p = call->pairs * part / parts; p < int64_t(call->pairs * (part + 1) / parts); p++)
+        call->cost[p] = worker.cost(call->pair[2 * p], call->pair[2 * p + 1]);
+      return DONE;
+    });
   } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;
   }

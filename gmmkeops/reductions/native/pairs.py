@@ -1,0 +1,58 @@
+"""Costs of merging pairs of components, in the compiled library."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
+from gmmkeops.reductions.cores import cores
+from gmmkeops.reductions.library import PairCall, reason
+from gmmkeops.reductions.native.engine import run
+
+__all__ = ["BLOCK", "pair_costs"]
+
+# Number of points in a block, as in source/pairs.hpp.
+BLOCK = 24
+
+_KINDS = (FullFactor, DiagonalFactor, SphericalFactor)
+
+
+def pair_costs(
+    weights: Tensor, means: Tensor, spreads: Tensor, kind: type[Factor], pairs: Tensor, points: Tensor | None
+) -> Tensor | None:
+    """Compute the costs of merging pairs of components; None if the library does not compute them.
+
+    Args:
+        weights, means: Weights (K,) and means (K, D), float64.
+        spreads: Covariances (K, D, D), (K, D) or (K,), float64.
+        kind: Family of the components.
+        pairs: Pairs of components (P, 2), int64.
+        points: Points (blocks * BLOCK, D) of the standard normal distribution; None for the upper bound.
+    """
+    if kind not in _KINDS or means.device.type != "cpu" or reason() is not None:
+        return None
+    D = means.shape[1]
+    found = torch.empty(len(pairs), dtype=torch.float64)
+    blocks = 0 if points is None else len(points) // BLOCK
+    # One row for each dimension, so that points are neighbors in memory.
+    table = None if points is None else points.view(blocks, BLOCK, D).mT.contiguous()
+    parts = [part.contiguous() for part in (weights, means, spreads, pairs)]
+    call = PairCall(
+        kind is FullFactor,
+        kind is SphericalFactor,
+        cores(),
+        0,
+        D,
+        1 if kind is SphericalFactor else D,
+        len(pairs),
+        blocks,
+        *(part.data_ptr() for part in parts[:3]),
+        None if table is None else table.data_ptr(),
+        parts[3].data_ptr(),
+        found.data_ptr(),
+    )
+    run("gmmkeops_pairs", call, ctypes.c_int32(0), (len(pairs), 1, D * D))
+    return found

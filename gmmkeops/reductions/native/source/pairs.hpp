@@ -1,0 +1,126 @@
+// Costs of merging pairs of components, as in models/merging.py.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "interface.hpp"
+
+namespace pairs {
+
+// Points at which the exponents of a component are evaluated together.
+constexpr int64_t BLOCK = 24;
+
+// One component: its mean, the lower Cholesky factor of its covariance, and the logarithm of the determinant of the inverse factor.
+struct Component {
+  const double* mean;
+  std::vector<double> lower;
+  double logs;
+};
+
+struct Worker {
+  const PairCall& call;
+  const int64_t D, E;
+  const bool full;
+  Component first, second, whole;
+  std::vector<double> mean, spread, x, y;
+
+  explicit Worker(const PairCall& call)
+      : call(call), D(call.dimensions), E(call.full ? call.dimensions * call.dimensions : call.columns), full(call.full),
+        mean(D), spread(E), x(D * BLOCK), y(BLOCK) {
+    for (Component* each : {&first, &second, &whole}) each->lower.resize(E);
+  }
+
+  void factorize(Component& component, const double* mean, const double* spread) const {
+    component.mean = mean;
+    component.logs = 0;
+    double* L = component.lower.data();
+    if (!full) {
+      for (int64_t e = 0; e < E; e++) {
+        L[e] = std::sqrt(std::max(spread[e], 1e-300));
+        component.logs -= std::log(L[e]) * (double(D) / E);
+      }
+      return;
+    }
+    const double noise = 4 * D * std::numeric_limits<double>::epsilon();
+    for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j <= i; j++) {
+      double value = spread[i * D + j];
+      for (int64_t r = 0; r < j; r++) value -= L[i * D + r] * L[j * D + r];
+      if (i == j) {
+        L[i * D + i] = std::sqrt(std::max({value, noise * spread[i * D + i], 1e-300}));
+        component.logs -= std::log(L[i * D + i]);
+      } else L[i * D + j] = value / L[j * D + j];
+    }
+  }
+
+  // Points of a component, relative to its mean: x = L z, one row for each dimension.
+  void draw(const Component& component, const double* z) {
+    for (int64_t d = 0; d < D; d++) {
+      double* into = &x[d * BLOCK];
+      std::fill(into, into + BLOCK, 0.0);
+      for (int64_t r = full ? 0 : d; r <= d; r++) {
+        const double l = component.lower[full ? d * D + r : E == 1 ? 0 : d];
+        for (int64_t s = 0; s < BLOCK; s++) into[s] += l * z[r * BLOCK + s];
+      }
+    }
+  }
+
+  // Exponents at the points x about the mean ``from``.
+  void exponents(const Component& component, const double* from, std::vector<double>& white, double* out) const {
+    for (int64_t s = 0; s < BLOCK; s++) out[s] = 0;
+    for (int64_t d = 0; d < D; d++) {
+      double* row = &white[d * BLOCK];
+      const double shift = from[d] - component.mean[d];
+      for (int64_t s = 0; s < BLOCK; s++) row[s] = x[d * BLOCK + s] + shift;
+      if (full) for (int64_t r = 0; r < d; r++) {
+        const double l = component.lower[d * D + r];
+        for (int64_t s = 0; s < BLOCK; s++) row[s] -= l * white[r * BLOCK + s];
+      }
+      const double inverse = 1 / component.lower[full ? d * D + d : E == 1 ? 0 : d];
+      for (int64_t s = 0; s < BLOCK; s++) row[s] *= inverse, out[s] += row[s] * row[s];
+    }
+    for (int64_t s = 0; s < BLOCK; s++) out[s] = component.logs - 0.5 * out[s];
+  }
+
+  // The cost of a pair of components with positive weights.
+  double cost(int64_t i, int64_t j) {
+    const double a = call.weights[i], b = call.weights[j], W = a + b, share = W > 0 ? a / W : 0.5;
+    const double *mi = call.means + i * D, *mj = call.means + j * D, *si = call.spreads + i * E, *sj = call.spreads + j * E;
+    double square = 0;
+    for (int64_t d = 0; d < D; d++) mean[d] = mj[d] + share * (mi[d] - mj[d]), square += (mi[d] - mj[d]) * (mi[d] - mj[d]);
+    for (int64_t e = 0; e < E; e++) {
+      const double between = full ? (mi[e / D] - mj[e / D]) * (mi[e % D] - mj[e % D]) : E == D && !call.trace ? (mi[e] - mj[e]) * (mi[e] - mj[e]) : square / D;
+      spread[e] = share * si[e] + (1 - share) * sj[e] + share * (1 - share) * between;
+    }
+    factorize(first, mi, si), factorize(second, mj, sj), factorize(whole, mean.data(), spread.data());
+    const double bound = std::max(0.0, a * first.logs + b * second.logs - W * whole.logs);
+    if (!call.points) return bound;
+    std::vector<double>& white = scratch;
+    white.resize(D * BLOCK);
+    double found = 0, own[BLOCK], other[BLOCK], merged[BLOCK];
+    for (int side = 0; side < 2; side++) {
+      const Component &self = side ? second : first, &rest = side ? first : second;
+      const double mass = side ? b : a, left = side ? a : b;
+      if (!(mass > 0)) continue;
+      for (int64_t block = 0; block < call.blocks; block++) {
+        const double* z = call.points + block * D * BLOCK;
+        draw(self, z);
+        exponents(rest, self.mean, white, other);
+        exponents(whole, self.mean, white, merged);
+        for (int64_t s = 0; s < BLOCK; s++) own[s] = 0;
+        for (int64_t d = 0; d < D; d++) for (int64_t s = 0; s < BLOCK; s++) own[s] += z[d * BLOCK + s] * z[d * BLOCK + s];
+        for (int64_t s = 0; s < BLOCK; s++) {
+          const double p = std::log(mass) + self.logs - 0.5 * own[s], q = std::log(left) + other[s];
+          const double high = std::max(p, q), low = std::min(p, q);
+          found += mass * (high + std::log1p(std::exp(low - high)) - std::log(W) - merged[s]) / (call.blocks * BLOCK);
+        }
+      }
+    }
+    const double entropy = (share > 0 ? -share * std::log(share) : 0) + (share < 1 ? -(1 - share) * std::log(1 - share) : 0);
+    return std::max(0.0, std::min(std::max(found, bound - W * entropy), bound));
+  }
+  std::vector<double> scratch;
+};
+
+}  // namespace pairs
