@@ -48,11 +48,22 @@ def distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
     With the same random numbers, the result of k-means then does not depend on the order of the rows, and a repeated point has
     the same effect as a point of larger weight.
     """
+    rows = rows.double()
     if mass is None:
         mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
-    rows, mass = rows[mass > 0], mass[mass > 0]
-    points, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    return points.double(), mass.new_zeros(len(points)).index_add(0, inverse, mass)
+    else:
+        rows, mass = rows[mass > 0], mass[mass > 0]
+    # Rows are sorted by one column, and then by another one where it is equal, from the last column to the first.
+    order = torch.arange(len(rows), device=rows.device)
+    for column in reversed(rows.unbind(1)):
+        order = order[column[order].argsort(stable=True)]
+    rows, mass = rows[order], mass[order]
+    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    new[1:] = (rows[1:] != rows[:-1]).any(1)
+    if bool(new.all()):
+        return rows, mass
+    points = rows[new]
+    return points, mass.new_zeros(len(points)).index_add(0, new.cumsum(0) - 1, mass)
 
 
 def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,9 @@ _GAIN = 1e-3
 # Relative difference of objectives that are the same optimum.
 _SAME = 1e-3
 
+# Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
+_THIN = 1e-4
+
 # EM steps on the likelihood alone, for candidates that a search with a prior has found; and their tolerance.
 _PLAIN = (100, 1e-3)
 
@@ -88,14 +92,18 @@ def sample_size(K: int, D: int, kind: type[Factor]) -> int:
 def prior_of(x: Tensor, weights: Tensor | None, K: int) -> CovariancePrior:
     """Return a weak prior of the covariances: D + 2 points with the covariance of all points divided by K^(2/D)."""
     D = x.shape[1]
-    center, spread = trimmed_spread(x, weights)
+    return CovariancePrior(_robust_covariance(x, weights, *trimmed_spread(x, weights)) / K ** (2 / D), D + 2.0)
+
+
+def _robust_covariance(x: Tensor, weights: Tensor | None, center: Tensor, spread: Tensor) -> Tensor:
+    """Compute the covariance (D, D) of points, with columns that are clipped at ten standard deviations."""
     spread = torch.where(spread > 0, spread, 1.0)
     z = ((x.double() - center) / spread).clamp_(-10, 10)
     g = torch.ones(len(z), dtype=torch.float64, device=x.device) if weights is None else weights
     z = z - g @ z / g.sum()
     # A constant column would make the covariance singular.
-    covariance = (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(D).to(z)
-    return CovariancePrior(covariance * spread * spread[:, None] / K ** (2 / D), D + 2.0)
+    covariance = (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(x.shape[1]).to(z)
+    return covariance * spread * spread[:, None]
 
 
 def _parameters(kind: type[Factor], D: int) -> int:
@@ -155,7 +163,6 @@ class Search:
             added = prior_of(x, weights, K)
             self.objective = replace(self.plain, penalty=added if self.penalty is None else self.penalty + added)
         self.sweeps, self.rounds, self.candidates = 0.0, 0, 0
-        self._clustering: tuple[Tensor, Tensor, Mixture] | None = None
 
     def run(self, strategy: str, n_init: int = 1) -> tuple[Mixture, StartReport]:
         """Search, and return the best mixture in data units, and a report.
@@ -205,43 +212,46 @@ class Search:
 
     def _candidates(self, run: int) -> list[Mixture]:
         """Return the initial mixtures of a run, standardized coordinates: one for each metric."""
+        points, masses = self._different
         found = []
-        for root in self._metrics():
-            points, masses = self._sample(root)
+        for root in self._roots:
+            z = points if root is None else points @ root
             if run % 3 == 0:
-                centers = kmeans(points, masses, self.K, self.generator, self.backend, 1)
+                centers = kmeans(z, masses, self.K, self.generator, self.backend, 1)
             else:
-                centers = seeds(points, masses, self.K, self.generator, spread=run % 3 == 1)
+                centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
             found.append(self._clustered(centers, root))
         self.candidates += len(found)
         return found
 
-    def _metrics(self) -> list[Tensor | None]:
-        """Return the metrics of k-means: that of the standardized columns (None), and that in which all points are white."""
+    @cached_property
+    def _spread(self) -> tuple[Tensor, Tensor]:
+        """Robust centers and standard deviations of the columns (D,), standardized coordinates."""
+        return trimmed_spread(self.plain.data.x, self.weights)  # type: ignore[attr-defined]
+
+    @cached_property
+    def _covariance(self) -> Tensor:
+        """Robust covariance of all points, standardized coordinates."""
+        x: Tensor = self.plain.data.x  # type: ignore[attr-defined]
+        return _robust_covariance(x, self.weights, *self._spread)
+
+    @cached_property
+    def _roots(self) -> list[Tensor | None]:
+        """The metrics of k-means: that of the standardized columns (None), and that in which all points are white (D, D)."""
         if self.D == 1 or self.K == 1:
             return [None]
-        z = self._points()
-        g = z.new_ones(len(z)) if self.weights is None else self.weights
-        center, spread = trimmed_spread(z, self.weights)
-        near = ((z - center) / torch.where(spread > 0, spread, 1.0)).clamp(-10, 10)
-        near = near - g @ near / g.sum()
-        covariance = (near.mT * g) @ near / g.sum() + 1e-6 * torch.eye(self.D).to(z)
-        values, vectors = torch.linalg.eigh(covariance)
-        return [None, (vectors * values.rsqrt()) / torch.where(spread > 0, spread, 1.0)[:, None]]
+        values, vectors = torch.linalg.eigh(self._covariance)
+        return [None, vectors * values.rsqrt()]
 
-    def _points(self) -> Tensor:
-        """Return the points in standardized coordinates, float64."""
+    @cached_property
+    def _different(self) -> tuple[Tensor, Tensor]:
+        """Different points for k-means, standardized coordinates, and their weights."""
         x: Tensor = self.plain.data.x  # type: ignore[attr-defined]
-        return x.double()
-
-    def _sample(self, root: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return different points for k-means in a metric, and their weights."""
-        z, g = self._points(), self.weights
-        most = max(_CLUSTERED, _EACH * self.K)
-        if len(z) > most:
-            rows = torch.randperm(len(z), generator=self.generator, device=z.device)[:most]
-            z, g = z[rows], None if g is None else g[rows]
-        return distinct(z if root is None else z @ root, g)
+        g, most = self.weights, max(_CLUSTERED, _EACH * self.K)
+        if len(x) > most:
+            rows = torch.randperm(len(x), generator=self.generator, device=x.device)[:most]
+            x, g = x[rows], None if g is None else g[rows]
+        return distinct(x, g)
 
     def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
         """Return the mixture of the clusters about centers (K, D) in a metric."""
@@ -254,11 +264,9 @@ class Search:
             found = reductions.moments(
                 *arguments, weights=batch.weights, assignment="hard", backend=self.backend, truncate=0
             )
-            sums = Moments(
-                found.S0, found.S1, self.kind.second_moments(found.S2), found.centers, found.total, found.mass
-            )
-        center, spread = trimmed_spread(self._points(), self.weights)
-        return mixture_of(sums, self.kind, self.tied, center, spread)
+            spread = self.kind.second_moments(found.S2)
+            sums = Moments(found.S0, found.S1, spread, found.centers, found.total, found.mass)
+        return mixture_of(sums, self.kind, self.tied, *self._spread)
 
     def _climbed(self, objective: Objective, mixture: Mixture, steps: int, tolerance: float) -> _Found:
         """Perform EM steps from a mixture in standardized coordinates."""
@@ -318,4 +326,13 @@ class Search:
         climbed = [
             self._climbed(self.plain, each.state.population.whole(each.state.mixture), *_PLAIN) for each in found
         ]
-        return min(self._sound(climbed), key=lambda each: each.value)
+        sound = [each for each in climbed if not self._degenerate(each)]
+        return min(sound or self._sound(climbed), key=lambda each: each.value)
+
+    def _degenerate(self, found: _Found) -> bool:
+        """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction."""
+        if self._least(found) < 2 * (self.D + 1):
+            return True
+        least = torch.linalg.eigvalsh(self._covariance)[0]
+        U = found.state.mixture.factor.matrices()
+        return bool(torch.linalg.matrix_norm(U, 2).amax() ** -2 < _THIN * least)
