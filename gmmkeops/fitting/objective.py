@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -140,6 +141,24 @@ class Objective:
             return Surrogate.none(mixture)
         added = self.penalty.m_step(self.frame.leave(mixture), self.mass * self.unit)
         return self.frame.surrogate(added if self.unit == 1 else added.counted_in(self.unit))
+
+    def pseudo_points(self, mixture: Mixture) -> tuple[Tensor | None, float]:
+        """Return the scatter and the number of the pseudo-points of each covariance, for penalties whose terms are constant.
+
+        The scatter has the shape of second moments of the components of ``mixture``, standardized coordinates.
+        """
+        if self.penalty is None:
+            return None, 0.0
+        kind = type(mixture.factor)
+        if kind not in self._constants:
+            terms = self.surrogate(mixture)
+            scatter = None if terms.scatter is None else kind.second_moments(terms.scatter).contiguous()
+            self._constants[kind] = scatter, terms.degrees
+        return self._constants[kind]
+
+    @cached_property
+    def _constants(self) -> dict[type[Factor], tuple[Tensor | None, float]]:
+        return {}
 
     def project(self, mixture: Mixture) -> tuple[Mixture, Tensor]:
         """Enforce the bounds on the covariances of a standardized mixture; return it and a mask (K,) of changed components."""

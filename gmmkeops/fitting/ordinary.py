@@ -65,8 +65,7 @@ class Block:
         if batch is None:
             return None
         mixture = state.mixture
-        whole = state.population.whole(mixture)
-        prior, kind = objective.surrogate(whole), type(mixture.factor)
+        scatter, degrees = objective.pseudo_points(mixture)
         objective.passes.seen(batch, mixture.n_components)
         settings = reductions.StepSettings(
             objective.mass,
@@ -75,8 +74,8 @@ class Block:
             DEAD_SHARE * DEAD_POINTS / objective.count,
             frozen,
             method.assignment,
-            scatter=None if prior.scatter is None else kind.second_moments(prior.scatter),
-            degrees=prior.degrees,
+            scatter=scatter,
+            degrees=degrees,
         )
         found = reductions.em_steps(
             batch,
@@ -90,7 +89,16 @@ class Block:
             limit=limit,
             tolerance=tolerance,
         )
-        return cls(method, objective, state, found, float(objective.penalized(whole))) if found else None
+        if not found:
+            return None
+        whole = state.population.whole(mixture)
+        if whole is mixture:
+            # The determinants of covariances in data units differ by those of the scales.
+            volume = degrees * mixture.factor.leading * objective.frame.log_volume
+            penalty = (found.priors[0] + volume) / objective.mass
+        else:
+            penalty = float(objective.penalized(whole))
+        return cls(method, objective, state, found, penalty)
 
     def __len__(self) -> int:
         """Return the number of steps."""

@@ -25,6 +25,7 @@ from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.ordinary import climb
+from gmmkeops.fitting.population import Population
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.models import Mixture, merge_down, merged_by, split
 from gmmkeops.penalties import CovariancePrior, as_penalty
@@ -154,7 +155,9 @@ class Search:
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
         self.penalty = None if penalty is None else as_penalty(penalty)
-        self.plain = prepared(x, weights, self.penalty, backend, generator, isotropic=kind.isotropic)
+        # The library is twice as fast in float32; the points are evaluated in float64 if they are too coarse for that.
+        single = torch.float32 if x.device.type == "cpu" else None
+        self.plain = prepared(x, weights, self.penalty, backend, generator, isotropic=kind.isotropic, dtype=single)
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
         self.few = self.ratio < _FEW and not tied and K > 1
@@ -270,7 +273,9 @@ class Search:
 
     def _climbed(self, objective: Objective, mixture: Mixture, steps: int, tolerance: float) -> _Found:
         """Perform EM steps from a mixture in standardized coordinates."""
-        state = self.method.init(objective, mixture)
+        state = EMState(Population.of(mixture), mixture, torch.zeros(mixture.n_components, dtype=torch.bool))
+        if objective.penalty is not None and not objective.penalty.constant:
+            state = self.method.init(objective, mixture)
         state, value = climb(self.method, objective, state, steps, tolerance)
         self.sweeps += (state.iteration + 1) * mixture.n_components / self.K
         return _Found(state, value)
