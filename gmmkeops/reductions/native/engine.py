@@ -5,10 +5,7 @@ Rows that are too far from all components for float32 are evaluated in float64, 
 
 from __future__ import annotations
 
-import ctypes
 import math
-import threading
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -16,7 +13,7 @@ from torch import Tensor
 
 from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.reductions.dense import dense
-from gmmkeops.reductions.library import Call, load, reason
+from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, load, reason, run
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.truncation.bounds import Schedule
@@ -43,9 +40,6 @@ _MANY = 6
 
 # Product of rows, components and dimensions from which a call may take longer than a tenth of a second.
 _LONG = 100_000_000
-
-# Status of an evaluation in source/interface.hpp.
-_OUT_OF_MEMORY = 1
 
 
 class Native:
@@ -187,17 +181,14 @@ def _call(
     parameters = [part.contiguous() for part in (problem.offsets, problem.means, U, problem.center)]
     lists, minima = _lists(schedule), torch.empty(0 if schedule is None else len(schedule.spans), dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
-    stop = ctypes.c_int32(0)
     call = Call(
         kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), torch.get_num_threads(),
         N, K, D, x.data_ptr(), *map(_pointer, parameters), 0 if shared else U[0].numel(),
         _pointer(weights), unit, getattr(request, "seed", 0) & (2**64 - 1), len(minima), *map(_pointer, lists), _pointer(minima),
         evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient),
         *map(_pointer, sums or (None,) * 4), counts.data_ptr(), counts.data_ptr() + counts.element_size(),
-        ctypes.addressof(stop),
     )  # fmt: skip
-    status = _evaluate(call, stop)
-    if status == _OUT_OF_MEMORY:
+    if run("gmmkeops_evaluate", call, is_long=N * K * D >= _LONG) == OUT_OF_MEMORY:
         raise MemoryError(f"There is not enough memory for reductions over {K} components in {D} dimensions.")
     return sums, minima, int(counts[0])
 
@@ -225,34 +216,3 @@ def _scaled(weights: Tensor) -> tuple[Tensor, float, float]:
     exponent = math.frexp(largest)[1]
     unit = 1.0 if abs(exponent) <= _ORDINARY else 2.0 ** max(-1000, min(1000, exponent))
     return (weights.contiguous() if unit == 1 else weights / unit), unit, ratio
-
-
-def _evaluate(call: Call, stop: ctypes.c_int32) -> int:
-    """Call the library; long calls from the main thread run in another one, so that signals such as Ctrl-C end them."""
-    library, instruction_set = load()
-    if (
-        call.rows * call.components * call.dimensions < _LONG
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        return int(library.gmmkeops_evaluate(ctypes.byref(call), instruction_set))
-    found: list[int] = []
-    # An interrupted Thread.join counts the thread as finished, so that the end is an event.
-    finished = threading.Event()
-
-    def work() -> None:
-        try:
-            found.append(library.gmmkeops_evaluate(ctypes.byref(call), instruction_set))
-        finally:
-            finished.set()
-
-    threading.Thread(target=work, name="gmmkeops-native").start()
-    try:
-        finished.wait()
-    except BaseException:
-        # The call reads and writes the memory of tensors, so that it must have ended before they are released.
-        stop.value = 1
-        while not finished.is_set():
-            with suppress(BaseException):
-                finished.wait()
-        raise
-    return found[0]
