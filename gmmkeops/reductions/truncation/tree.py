@@ -165,7 +165,7 @@ class Cloud:
 
 
 def _is_compiled(points: Tensor) -> bool:
-    return not points.is_cuda and unavailable() is None
+    return points.device.type == "cpu" and unavailable() is None
 
 
 def _compiled(

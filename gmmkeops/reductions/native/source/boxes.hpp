@@ -1,4 +1,5 @@
-// Measures the points of one leaf for the boxes of all nodes that contain it; tree.hpp explains the order of the calls.
+// Measures of the points of one leaf for the boxes of all nodes that contain it, and the eigenvectors that are their axes; tree.hpp
+// calls them.
 //
 // Points are relative to the first one of the leaf, and stored by columns.
 #pragma once
@@ -6,6 +7,33 @@
 #include "vectors.hpp"
 
 namespace KERNELS {
+
+// Eigenvectors of a symmetric matrix in the rows of V (D, D), by cyclic Jacobi rotations; the diagonal of A becomes the eigenvalues.
+static void eigenvectors(double* A, double* V, int64_t D) {
+  for (int64_t i = 0; i < D * D; i++) V[i] = i % (D + 1) == 0;
+  for (int sweep = 0; sweep < 50; sweep++) {
+    double off = 0, all = 0;
+    for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++) {
+      const double square = A[i * D + j] * A[i * D + j];
+      all += square, off += i == j ? 0 : square;
+    }
+    if (!(off > 1e-31 * all)) return;
+    for (int64_t p = 0; p < D; p++) for (int64_t q = p + 1; q < D; q++) {
+      const double corner = A[p * D + q], first = A[p * D + p], second = A[q * D + q];
+      if (!(corner * corner > 1e-34 * std::fabs(first * second))) continue;
+      const double theta = (second - first) / (2 * corner);
+      const double t = (theta < 0 ? -1 : 1) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
+      const double c = 1 / std::sqrt(t * t + 1), s = t * c;
+      auto rotate = [&](double* a, double* b) {
+        for (int64_t k = 0; k < D; k++) { const double x = a[k], y = b[k]; a[k] = c * x - s * y, b[k] = s * x + c * y; }
+      };
+      // The columns are the rows, since the matrix is symmetric.
+      rotate(A + p * D, A + q * D), rotate(V + p * D, V + q * D);
+      for (int64_t k = 0; k < D; k++) A[k * D + p] = A[p * D + k], A[k * D + q] = A[q * D + k];
+      A[p * D + p] = first - t * corner, A[q * D + q] = second + t * corner, A[p * D + q] = A[q * D + p] = 0;
+    }
+  }
+}
 
 template <class F> class Leaf {
   typedef Vector<double> V;

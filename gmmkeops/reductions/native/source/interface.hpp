@@ -112,6 +112,8 @@ struct Kernel {
   Status (*run)(const Call&, const Parameters&, Group&);
   // The lists of the children of the parents from ``from`` to ``to``.
   Status (*refine)(const ListCall&, const Level&, bool last, const Lists& parents, int64_t from, int64_t to, Lists& children);
+  // Eigenvectors of a symmetric matrix (D, D), in the rows of the second one; eigenvalues replace the diagonal of the first one.
+  void (*eigenvectors)(double*, double*, int64_t D);
   // Measures the points of one leaf.
   Status (*measure)(const TreeCall&, const Extents&, Measured, int64_t leaf);
 };

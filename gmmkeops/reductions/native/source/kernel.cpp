@@ -66,6 +66,6 @@ static int64_t place(const Call& call, int64_t i, int64_t j) {
 }
 
 extern const Kernel kernel;
-const Kernel kernel = {sums, place, run, refine_any, measure};
+const Kernel kernel = {sums, place, run, refine_any, eigenvectors, measure};
 
 }  // namespace KERNELS

@@ -25,36 +25,11 @@ constexpr double INFINITE = std::numeric_limits<double>::infinity();
 
 bool stopped(const TreeCall& call) { return __atomic_load_n(call.stop, __ATOMIC_RELAXED) != 0; }
 
-// Eigenvectors of a symmetric matrix in the rows of V (D, D), by cyclic Jacobi rotations; the diagonal of A becomes the eigenvalues.
-void jacobi(double* A, double* V, int64_t D) {
-  std::fill(V, V + D * D, 0.0);
-  for (int64_t i = 0; i < D; i++) V[i * D + i] = 1;
-  for (int sweep = 0; sweep < 50; sweep++) {
-    double off = 0, all = 0;
-    for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++) {
-      const double square = A[i * D + j] * A[i * D + j];
-      all += square, off += i == j ? 0 : square;
-    }
-    if (!(off > 1e-31 * all)) return;
-    for (int64_t p = 0; p < D; p++) for (int64_t q = p + 1; q < D; q++) {
-      const double corner = A[p * D + q];
-      if (corner == 0) continue;
-      const double theta = (A[q * D + q] - A[p * D + p]) / (2 * corner);
-      const double t = (theta < 0 ? -1 : 1) / (std::abs(theta) + std::sqrt(theta * theta + 1));
-      const double c = 1 / std::sqrt(t * t + 1), s = t * c;
-      auto rotate = [&](double& a, double& b) { const double first = a; a = c * first - s * b, b = s * first + c * b; };
-      for (int64_t k = 0; k < D; k++) rotate(A[k * D + p], A[k * D + q]);
-      for (int64_t k = 0; k < D; k++) rotate(A[p * D + k], A[q * D + k]), rotate(V[p * D + k], V[q * D + k]);
-      A[p * D + q] = A[q * D + p] = 0;
-    }
-  }
-}
-
 // The order of the points. DS: number of dimensions if it is at most four, otherwise 0.
 template <class F, int DS> class Order {
  public:
-  explicit Order(const TreeCall& call)
-      : call(call), D(DS ? DS : call.dimensions), rows((call.rows + (int64_t(1) << call.depth) - 1) >> call.depth << call.depth),
+  Order(const TreeCall& call, const Kernel& kernel)
+      : call(call), kernel(kernel), D(DS ? DS : call.dimensions), rows((call.rows + (int64_t(1) << call.depth) - 1) >> call.depth << call.depth),
         other(new F[rows * D]), numbers{std::unique_ptr<uint32_t[]>(new uint32_t[rows]), std::unique_ptr<uint32_t[]>(new uint32_t[rows])} {}
 
   Status run() {
@@ -90,6 +65,7 @@ template <class F, int DS> class Order {
     Work(int64_t rows, int64_t D) : inside(new double[rows]), square(D * D), vectors(D * D), mean(D), axis(D) {}
   };
   const TreeCall& call;
+  const Kernel& kernel;
   const int64_t D, rows;
   std::unique_ptr<F[]> other;
   std::unique_ptr<uint32_t[]> numbers[2];
@@ -196,7 +172,7 @@ template <class F, int DS> class Order {
       for (int64_t e = 0; e < d; e++) square[e * D + d] = square[d * D + e];
       square[d * D + d] += PREFERRED * double(D - d);
     }
-    jacobi(square.data(), work.vectors.data(), D);
+    kernel.eigenvectors(square.data(), work.vectors.data(), D);
     int64_t best = 0, most = 0;
     for (int64_t d = 1; d < D; d++) if (square[d * D + d] > square[best * D + best]) best = d;
     std::vector<double>& axis = work.axis;
@@ -219,13 +195,13 @@ template <class F, int DS> class Order {
   }
 };
 
-template <class F> Status order_of_type(const TreeCall& call) {
+template <class F> Status order_of_type(const TreeCall& call, const Kernel& kernel) {
   switch (call.dimensions) {
-    case 1: return Order<F, 1>(call).run();
-    case 2: return Order<F, 2>(call).run();
-    case 3: return Order<F, 3>(call).run();
-    case 4: return Order<F, 4>(call).run();
-    default: return Order<F, 0>(call).run();
+    case 1: return Order<F, 1>(call, kernel).run();
+    case 2: return Order<F, 2>(call, kernel).run();
+    case 3: return Order<F, 3>(call, kernel).run();
+    case 4: return Order<F, 4>(call, kernel).run();
+    default: return Order<F, 0>(call, kernel).run();
   }
 }
 
@@ -285,7 +261,7 @@ Status boxes(const TreeCall& call, const Kernel& kernel) {
     if (l < levels - 1) join(leaves, level, node, call);
     std::vector<double> V(D * D);
     double* axes = level.axes + node * D * D;
-    jacobi(axes, V.data(), D);
+    kernel.eigenvectors(axes, V.data(), D);
     for (int64_t d = 0; d < D; d++) level.semi[node * D + d] = level.reach[node] * std::sqrt(std::max(0.0, axes[d * D + d]) / size(level, node));
     for (int64_t d = 0; d < D; d++) for (int64_t e = 0; e < D; e++) axes[d * D + e] = V[e * D + d];
   });
@@ -322,7 +298,7 @@ Status boxes(const TreeCall& call, const Kernel& kernel) {
 
 Status arrange(const TreeCall& call, const Kernel& kernel) {
   if (call.rank) {
-    const Status status = call.double_points ? order_of_type<double>(call) : order_of_type<float>(call);
+    const Status status = call.double_points ? order_of_type<double>(call, kernel) : order_of_type<float>(call, kernel);
     if (status != DONE) return status;
   }
   return boxes(call, kernel);
