@@ -95,6 +95,17 @@ def test_ties_are_split_by_their_order(monkeypatch):
         assert cloud.rank.tolist() == [2, 0, 3, 1]
 
 
+@pytest.mark.parametrize("N", [12, 20, 28, 100, 900])
+def test_rounding_does_not_choose_the_axis(N, monkeypatch):
+    """Points on a circle have equal variances in all directions, up to rounding."""
+    angle = 2 * torch.pi * torch.arange(N, dtype=torch.float64) / N
+    x = torch.stack([angle.cos(), angle.sin()], 1) + 5
+    assert torch.equal(Cloud.tree(x, N // 2).points[: N // 2, 0] <= 5 + 1e-12, torch.ones(N // 2, dtype=torch.bool))
+    for rows in (N // 2, N // 4):
+        expected = by_torch(monkeypatch, lambda rows=rows: Cloud.tree(x, rows))
+        assert torch.equal(Cloud.tree(x, rows).rank, expected.rank)
+
+
 @pytest.mark.parametrize("kind", ["random", "grid", "periodic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_number_of_threads_gives_the_same_bits(kind, dtype, threads):
