@@ -1,6 +1,6 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
 # make test    the whole test suite in two processes, with real KeOps formulas compiled and run
-# make test-slow  samplers over hundreds of simulated data sets (~25 minutes)
+# make test-slow  samplers over hundreds of simulated data sets, truncation in 200 000 random scenes (~2 hours)
 # make sanitize  the native engine with the address and undefined-behavior sanitizers of the compiler (g++ on Linux)
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
@@ -44,7 +44,7 @@ sanitize: $(READY)
 	CXXFLAGS="$(SANITIZERS) -O1 -g -w" $(BIN)/python setup.py -q build --build-base build/objects --build-lib build/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONPATH=build/sanitized $(BIN)/python -m pytest -p no:cacheprovider -k "not installation and not memory" \
-	tests/test_native.py tests/test_truncation_passes.py
+	tests/test_native.py tests/test_tree.py tests/test_truncation_passes.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,16 +1,33 @@
-"""The compiled library: its calls, how it is loaded, and the choice of the instruction set."""
+"""The compiled library: its calls, how it is loaded and interrupted, and the choice of the instruction set."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Call", "Level", "ListCall", "PairCall", "StepCall", "instruction_set", "load", "reason"]
+__all__ = [
+    "OUT_OF_MEMORY",
+    "Call",
+    "Level",
+    "ListCall",
+    "PairCall",
+    "StepCall",
+    "TreeCall",
+    "instruction_set",
+    "load",
+    "reason",
+    "run",
+]
 
 # Must equal the number in native/source/interface.hpp.
 _ABI = 3
+
+# Status of a call in native/source/interface.hpp.
+OUT_OF_MEMORY = 1
 
 _FOLDER = Path(__file__).parent / "native"
 
@@ -107,6 +124,18 @@ class ListCall(ctypes.Structure):
     )
 
 
+class TreeCall(ctypes.Structure):
+    """The arguments for a kd-tree, or for boxes only."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("double_points", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "dimensions", "depth", "levels")),
+        *((name, ctypes.c_void_p) for name in ("x", "points", "rank", "starts")),
+        ("level", ctypes.POINTER(Level)),
+        ("stop", ctypes.c_void_p),
+    )
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, or one clause that says why it cannot be used."""
@@ -120,7 +149,7 @@ def _library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its library cannot be loaded ({error})"
     library.gmmkeops_sizes.restype = ctypes.c_int64
-    sizes = sum(1000**i * ctypes.sizeof(call) for i, call in enumerate((Call, ListCall, StepCall, PairCall)))
+    sizes = sum(1000**i * ctypes.sizeof(call) for i, call in enumerate((Call, ListCall, TreeCall, StepCall, PairCall)))
     if library.gmmkeops_abi() != _ABI or library.gmmkeops_sizes() != sizes:
         return "its library belongs to another version; install gmmkeops again"
     return library
@@ -156,6 +185,42 @@ def load() -> tuple[ctypes.CDLL, int]:
     if isinstance(library, str) or isinstance(chosen, str):
         raise RuntimeError(f"The native engine cannot be used: {reason()}.")
     return library, chosen
+
+
+def run(function: str, call: ctypes.Structure, *, is_long: bool = False) -> int:
+    """Call a function of the library, and return its status.
+
+    Long calls from the main thread run in another one, so that signals such as Ctrl-C end them.
+    """
+    library, chosen = load()
+    compiled = getattr(library, function)
+    stop = ctypes.c_int32(0)
+    # Steps contain the call of one sweep.
+    sweep = getattr(call, "sweep", call)
+    sweep.stop = ctypes.addressof(stop)
+    if not is_long or threading.current_thread() is not threading.main_thread():
+        return int(compiled(ctypes.byref(call), chosen))
+    found: list[int] = []
+    # An interrupted Thread.join counts the thread as finished, so that the end is an event.
+    finished = threading.Event()
+
+    def work() -> None:
+        try:
+            found.append(compiled(ctypes.byref(call), chosen))
+        finally:
+            finished.set()
+
+    threading.Thread(target=work, name="gmmkeops-native").start()
+    try:
+        finished.wait()
+    except BaseException:
+        # The call reads and writes the memory of tensors, so that it must have ended before they are released.
+        stop.value = 1
+        while not finished.is_set():
+            with suppress(BaseException):
+                finished.wait()
+        raise
+    return found[0]
 
 
 def instruction_set() -> str:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -18,13 +16,13 @@ from torch import Tensor
 from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dense import dense
-from gmmkeops.reductions.library import Call, load, reason
+from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, load, reason, run
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
 
-__all__ = ["ASSIGNMENTS", "RATIO", "Native", "run", "scaled"]
+__all__ = ["ASSIGNMENTS", "LONG", "RATIO", "Native", "scaled"]
 
 # Numbers of requests in source/interface.hpp.
 _REQUESTS = {LogSumExp: 0, Argmax: 1, TopK: 2, PointGradient: 6}
@@ -44,13 +42,10 @@ _COMPARED, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
 _MANY = 6
 
 # Product of rows, components and dimensions from which a call may take longer than a tenth of a second.
-_LONG = 100_000_000
+LONG = 100_000_000
 
 # Two numbers; ctypes creates a new type, which is a cycle of references, whenever it is asked for an array.
 _Counts = ctypes.c_int64 * 2
-
-# Status of an evaluation in source/interface.hpp.
-_OUT_OF_MEMORY = 1
 
 
 class Native:
@@ -220,7 +215,7 @@ def _call(
     if schedule is not None:
         lists, minima = _lists(schedule), _doubles(len(schedule.spans))
     # The numbers of rows without value, and of components in float64.
-    counts, stop = _Counts(), ctypes.c_int32(0)
+    counts = _Counts()
     call = Call(
         kind, family, x.dtype == torch.float64, double, getattr(request, "k", 0), cores(),
         N, K, D, x.data_ptr(), offsets.data_ptr(), means.data_ptr(), U.data_ptr(), center.data_ptr(),
@@ -228,9 +223,10 @@ def _call(
         getattr(request, "seed", 0) & (2**64 - 1), 0 if minima is None else len(minima), *map(_pointer, lists), _pointer(minima),
         evaluation.values.data_ptr(), _pointer(evaluation.labels), _pointer(evaluation.gradient),
         _pointer(S0), _pointer(S1), _pointer(S2), _pointer(total),
-        ctypes.addressof(counts), ctypes.addressof(counts) + ctypes.sizeof(ctypes.c_int64), ctypes.addressof(stop),
+        ctypes.addressof(counts), ctypes.addressof(counts) + ctypes.sizeof(ctypes.c_int64),
     )  # fmt: skip
-    run("gmmkeops_evaluate", call, stop, (N, K, D))
+    if run("gmmkeops_evaluate", call, is_long=N * K * D >= LONG) == OUT_OF_MEMORY:
+        raise MemoryError(f"There is not enough memory for reductions over {K} components in {D} dimensions.")
     sums = () if S0 is None or S1 is None or S2 is None or total is None else (S0, S1, S2, total)
     return sums, minima, counts[0]
 
@@ -260,51 +256,3 @@ def scaled(weights: Tensor) -> tuple[Tensor, float, float]:
     exponent = math.frexp(largest)[1]
     unit = 1.0 if abs(exponent) <= _ORDINARY else 2.0 ** max(-1000, min(1000, exponent))
     return (weights.contiguous() if unit == 1 else weights / unit), unit, ratio
-
-
-def run(name: str, call: ctypes.Structure, stop: ctypes.c_int32, shape: tuple[int, int, int]) -> None:
-    """Call a function of the library; long calls from the main thread run in another one, so that Ctrl-C ends them.
-
-    Args:
-        name: Name of the function.
-        call: Its arguments.
-        stop: The number by which the call is told to end.
-        shape: Numbers of points, components and dimensions.
-
-    Raises:
-        MemoryError: There is not enough memory.
-    """
-    library, instruction_set = load()
-    function = getattr(library, name)
-    found: list[int] = []
-    if math.prod(shape) < _LONG or threading.current_thread() is not threading.main_thread():
-        found.append(function(ctypes.byref(call), instruction_set))
-    else:
-        _apart(lambda: found.append(function(ctypes.byref(call), instruction_set)), stop)
-    if found[0] == _OUT_OF_MEMORY:
-        raise MemoryError(
-            f"There is not enough memory for reductions over {shape[1]} components in {shape[2]} dimensions."
-        )
-
-
-def _apart(work: Callable[[], object], stop: ctypes.c_int32) -> None:
-    """Run a function in another thread; an exception such as KeyboardInterrupt ends it by ``stop``."""
-    # An interrupted Thread.join counts the thread as finished, so that the end is an event.
-    finished = threading.Event()
-
-    def body() -> None:
-        try:
-            work()
-        finally:
-            finished.set()
-
-    threading.Thread(target=body, name="gmmkeops-native").start()
-    try:
-        finished.wait()
-    except BaseException:
-        # The call reads and writes the memory of tensors, so that it must have ended before they are released.
-        stop.value = 1
-        while not finished.is_set():
-            with suppress(BaseException):
-                finished.wait()
-        raise

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.reductions.cores import cores
-from gmmkeops.reductions.library import PairCall, reason
-from gmmkeops.reductions.native.engine import run
+from gmmkeops.reductions.library import OUT_OF_MEMORY, PairCall, reason, run
 
 __all__ = ["BLOCK", "pair_costs"]
 
@@ -54,5 +51,6 @@ def pair_costs(
         parts[3].data_ptr(),
         found.data_ptr(),
     )
-    run("gmmkeops_pairs", call, ctypes.c_int32(0), (len(pairs), 1, D * D))
+    if run("gmmkeops_pairs", call) == OUT_OF_MEMORY:
+        raise MemoryError(f"There is not enough memory for the costs of {len(pairs)} pairs in {D} dimensions.")
     return found

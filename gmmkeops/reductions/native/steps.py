@@ -6,7 +6,6 @@ log-density. All other steps are left to the M-step in torch, which this one equ
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,9 @@ from torch import Tensor
 from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
-from gmmkeops.reductions.library import Call, StepCall
+from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, StepCall, run
 from gmmkeops.reductions.native import native
-from gmmkeops.reductions.native.engine import ASSIGNMENTS, RATIO, run, scaled
+from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
 __all__ = ["StepSettings", "Steps", "em_steps"]
@@ -140,7 +139,7 @@ def em_steps(
         weights, unit, ratio = scaled(weights)
     x, ridge, rounding = x.contiguous(), settings.ridge.contiguous(), batch.rounding
     scatter = None if settings.scatter is None else settings.scatter.contiguous()
-    values, numbers, stop = x.new_empty(N), torch.zeros(2, dtype=torch.int64), ctypes.c_int32(0)
+    values, numbers = x.new_empty(N), torch.zeros(2, dtype=torch.int64)
     fixed = settings.fixed
     sweep = Call(
         request=ASSIGNMENTS[settings.assignment],
@@ -157,7 +156,6 @@ def em_steps(
         values=values.data_ptr(),
         odd=numbers.data_ptr(),
         doubles=numbers.data_ptr() + numbers.element_size(),
-        stop=ctypes.addressof(stop),
     )
     call = StepCall(
         sweep=sweep,
@@ -180,7 +178,8 @@ def em_steps(
         scatter=None if scatter is None else scatter.data_ptr(),
         **{name: table.data_ptr() for name, table in tables.items()},
     )
-    run("gmmkeops_steps", call, stop, (N, K, D))
+    if run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG) == OUT_OF_MEMORY:
+        raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
     # The factors of each step from the rows of their tables.
     rows = {name: tables[name][: call.done + 1].unbind(0) for name in ("logits", "means", "counts", *tensors)}
     parts = zip(*(rows[name] for name in tensors), strict=True)

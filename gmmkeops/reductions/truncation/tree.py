@@ -1,5 +1,8 @@
 """Points sorted into kd-tree leaves: median splits along principal axes, or groups of points with the same label.
 
+On a CPU the compiled library sorts the points and computes the boxes; the code in torch defines the order of the points, which is
+the same in both, and is used on CUDA and without the library.
+
 Reference for the tree: Sproull 1991, *Refinements to nearest-neighbor searching in k-dimensional trees*.
 """
 
@@ -9,9 +12,12 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from gmmkeops.reductions.cores import cores
+from gmmkeops.reductions.library import OUT_OF_MEMORY, Level, TreeCall, run
+from gmmkeops.reductions.library import reason as unavailable
 
 __all__ = ["Boxes", "Cloud"]
 
@@ -21,8 +27,17 @@ _STEP = 3
 # Number of rows from which the principal axis of a node is estimated.
 _AXIS_ROWS = 512
 
+# Principal axes are multiples of 1 / _GRID, so that they, and projections of float32 points on them, do not depend on rounding.
+# Variances along the first coordinates are increased by multiples of _PREFERRED, so that equal ones do not leave the axis
+# undetermined.
+_GRID, _PREFERRED = 1024, 2.0**-20
+
 # Number of rows that are converted to float64 at a time.
 _ROWS = 1 << 19
+
+# Number of coordinates from which the compiled library may take longer than a tenth of a second, and number of rows from which it
+# does not sort them.
+_LONG, _MOST = 1_000_000, 1 << 31
 
 
 @dataclass(frozen=True)
@@ -97,14 +112,18 @@ class Cloud:
     def tree(cls, x: Tensor, rows: int) -> Cloud:
         """Sort points (N, D) by median splits along principal axes, until leaves have at most ``rows`` points."""
         depth = max(0, math.ceil(math.log2(len(x) / rows)))
+        N, D, leaves = *x.shape, 1 << depth
+        size = -(-N // leaves)
+        starts = torch.arange(leaves + 1, device=x.device) * size
+        # Bounding boxes are stored for every few levels.
+        counts = [1 << d for d in sorted(range(depth, 0, -_STEP)) or [0]]
+        if _is_compiled(x) and len(x) < _MOST:
+            points, rank = x.new_empty(size * leaves, D), torch.empty(N, dtype=torch.int64)
+            return cls(points, rank, _compiled(points, starts, counts, depth, x.contiguous(), rank), starts)
         position, points = _ordered(x, depth)
         rank = torch.empty_like(position)
         rank[position] = torch.arange(len(position), device=x.device)
-        # Bounding boxes are stored for every few levels.
-        depths = sorted(range(depth, 0, -_STEP)) or [0]
-        levels = tuple(Boxes.of(points.view(1 << d, -1, x.shape[1])) for d in depths)
-        starts = torch.arange((1 << depth) + 1, device=x.device) * (len(points) >> depth)
-        return cls(points, rank[: len(x)], levels, starts)
+        return cls(points, rank[:N], tuple(Boxes.of(points.view(count, -1, D)) for count in counts), starts)
 
     @classmethod
     def grouped(cls, x: Tensor, labels: Tensor, rows: int) -> Cloud:
@@ -122,6 +141,8 @@ class Cloud:
         points = x[order]
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order), device=x.device)
+        if _is_compiled(points):
+            return cls(points, rank, _compiled(points, starts, [len(owner)]), starts, labeled=True)
         boxes = [Boxes.of(points[a:b][None]) for a, b in pairwise(starts.tolist())]
         level = Boxes(*(torch.cat(column) for column in zip(*(box.tensors for box in boxes), strict=True)))
         return cls(points, rank, (level,), starts, labeled=True)
@@ -144,8 +165,40 @@ class Cloud:
         return torch.stack([self.starts[boxes], self.starts[boxes + 1]], 1)
 
 
+def _is_compiled(points: Tensor) -> bool:
+    return points.device.type == "cpu" and unavailable() is None
+
+
+def _compiled(
+    points: Tensor,
+    starts: Tensor,
+    counts: list[int],
+    depth: int = 0,
+    x: Tensor | None = None,
+    rank: Tensor | None = None,
+) -> tuple[Boxes, ...]:
+    """Compute boxes of levels with ``counts`` nodes by the compiled library; first sort ``x``, if given, into ``points``."""
+    D, leaves = points.shape[1], len(starts) - 1
+    shapes = (D,), (D, D), (D,), (D,), ()
+    levels = tuple(Boxes(*(torch.empty(count, *s, dtype=torch.float64) for s in shapes)) for count in counts)
+    array, above = (Level * len(counts))(), 1
+    for level, boxes, count in zip(array, levels, counts, strict=True):
+        level.__init__(count, count // above, leaves // count, *(part.data_ptr() for part in boxes.tensors))
+        above = count
+    rows = len(points) if x is None else len(x)
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in (x, points, rank, starts))
+    is_double, threads = points.dtype == torch.float64, cores()
+    call = TreeCall(is_double, threads, rows, D, depth, len(counts), *addresses, array)
+    if run("gmmkeops_tree", call, is_long=points.numel() >= _LONG) == OUT_OF_MEMORY:
+        raise MemoryError(f"There is not enough memory to sort {rows} points in {D} dimensions into kd-tree leaves.")
+    return levels
+
+
 def _ordered(x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """Split points ``depth`` times at the median along each node's principal axis; return indices and sorted points."""
+    """Split points ``depth`` times at the median along each node's principal axis; return indices and sorted points.
+
+    The points of each half keep their order. Of points with equal projections, the first ones go to the first half.
+    """
     N, D = x.shape
     M = (-(-N // (1 << depth))) << depth
     position = torch.arange(M, device=x.device)
@@ -159,11 +212,19 @@ def _ordered(x: Tensor, depth: int) -> tuple[Tensor, Tensor]:
 
 
 def _projections(nodes: Tensor) -> Tensor:
-    """Project the points of each node on its principal axis (nodes, size)."""
+    """Project the points of each node on its principal axis (nodes, size), float64."""
     sample = nodes[:, :: max(1, nodes.shape[1] // _AXIS_ROWS)].double()
+    # Differences from the first point are exact enough to make the axes of points far from zero the same everywhere.
+    sample = sample - sample[:, :1]
     sample = sample - sample.mean(1, keepdim=True)
-    _, axes = torch.linalg.eigh(_squares(sample))
-    return torch.bmm(nodes, axes[:, :, -1:].to(nodes.dtype))[:, :, 0]
+    preferred = torch.arange(nodes.shape[2], 0, -1, dtype=torch.float64, device=nodes.device)
+    _, axes = torch.linalg.eigh(_squares(sample) + _PREFERRED * preferred.diag())
+    axis = (_GRID * axes[:, :, -1]).round() / _GRID
+    axis = axis * axis.gather(1, axis.abs().argmax(1, keepdim=True)).sign()
+    along = nodes[:, :, 0].double() * axis[:, :1]
+    for d in range(1, nodes.shape[2]):
+        along += nodes[:, :, d].double() * axis[:, d : d + 1]
+    return along
 
 
 def _squares(z: Tensor) -> Tensor:
@@ -173,7 +234,13 @@ def _squares(z: Tensor) -> Tensor:
 
 
 def _halves(along: Tensor) -> Tensor:
-    """Compute an order of the entries of each row in which no entry of the first half exceeds one of the second half."""
-    if along.is_cuda:
-        return along.argsort(1)
-    return torch.from_numpy(np.argpartition(along.numpy(), along.shape[1] // 2, axis=1))
+    """Compute the indices of the smaller and of the larger half of each row; both ascend, and of ties the first are smaller."""
+    half = along.shape[1] // 2
+    # On CUDA a selection from few long rows uses few cores.
+    largest = (
+        along.sort(1).values[:, half - 1 : half] if along.is_cuda else along.kthvalue(half, 1, keepdim=True).values
+    )
+    smaller, tied = along < largest, along == largest
+    smaller |= tied & (tied.cumsum(1) <= half - smaller.sum(1, keepdim=True))
+    parts = (part.nonzero()[:, 1].view(len(along), half) for part in (smaller, ~smaller))
+    return torch.cat(tuple(parts), 1)

@@ -109,7 +109,25 @@ struct Group {
 // One level of the kd-tree: oriented boxes and enclosing ellipsoids along the same axes.
 struct Level {
   int64_t count, children, leaves;  // boxes, boxes for each of the level above, leaves of each box
-  const double *center, *axes, *half, *semi, *reach;  // (B, D), (B, D, D), (B, D), (B, D), (B,)
+  double *center, *axes, *half, *semi, *reach;  // (B, D), (B, D, D), (B, D), (B, D), (B,)
+};
+
+// The arguments for a kd-tree, as in truncation/tree.py; library.py declares the same fields.
+struct TreeCall {
+  int32_t double_points, threads;
+  int64_t rows, dimensions, depth, levels;
+  const void* x;          // (N, D)
+  void* points;           // (M, D), the result, or sorted points if rank is null
+  int64_t* rank;          // (N,) rows of the points in the result; null for boxes only
+  const int64_t* starts;  // (leaves + 1,) first row of each leaf
+  const Level* level;     // from the coarsest one to the leaves; their arrays are results
+  const int32_t* stop;    // becomes nonzero when the call is to end early
+};
+
+// Measures of the leaves for each of the levels above them.
+enum Measured : int32_t { MOMENTS, EXTREMES, RADII };
+struct Extents {
+  double *low, *high, *radius;  // (leaves, levels, D), (leaves, levels, D), (leaves, levels)
 };
 
 // Candidate lists of some boxes of a level, one after the other; memory of malloc.
@@ -138,4 +156,8 @@ struct Kernel {
   Status (*run)(const Call&, const Parameters&, Group&);
   // The lists of the children of the parents from ``from`` to ``to``.
   Status (*refine)(const ListCall&, const Level&, bool last, const Lists& parents, int64_t from, int64_t to, Lists& children);
+  // Eigenvectors of a symmetric matrix (D, D), in the rows of the second one; eigenvalues replace the diagonal of the first one.
+  void (*eigenvectors)(double*, double*, int64_t D);
+  // Measures the points of one leaf.
+  Status (*measure)(const TreeCall&, const Extents&, Measured, int64_t leaf);
 };

@@ -1,4 +1,5 @@
 // The kernels of one instruction set; compiled once for each of them, with KERNELS as the name of their namespace.
+#include "boxes.hpp"
 #include "lists.hpp"
 #include "tile.hpp"
 
@@ -70,6 +71,6 @@ static int64_t place(const Call& call, int64_t i, int64_t j) {
 }
 
 extern const Kernel kernel;
-const Kernel kernel = {sums, place, run, refine_any};
+const Kernel kernel = {sums, place, run, refine_any, eigenvectors, measure};
 
 }  // namespace KERNELS

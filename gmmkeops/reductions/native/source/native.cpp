@@ -1,18 +1,18 @@
 // The driver: packs the components, shares groups of rows between threads, and adds their sums in order.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
-#include <thread>
 #include <vector>
 
 #include "interface.hpp"
 #include "pairs.hpp"
+#include "share.hpp"
 #include "steps.hpp"
+#include "tree.hpp"
 
 #if defined(__x86_64__)
 namespace avx512 { extern const Kernel kernel; }
@@ -285,33 +285,6 @@ void merge(const Driver& driver, const std::vector<Group>& groups, int64_t sums,
   }
 }
 
-// Runs work(0), ..., work(count - 1) on several threads, until one of them does not end with DONE.
-template <class Work> Status share(int threads, size_t count, Work work) {
-  std::atomic<size_t> next{0};
-  std::atomic<int> status{DONE};
-  auto run = [&] {
-    try {
-      for (size_t i; status == DONE && (i = next++) < count;) {
-        const Status found = work(i);
-        if (found != DONE) status = found;
-      }
-    } catch (const std::bad_alloc&) {
-      status = OUT_OF_MEMORY;
-    }
-  };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; t++) {
-    try {
-      others.emplace_back(run);
-    } catch (const std::exception&) {
-      break;  // the system has no more threads: those that it has do the work
-    }
-  }
-  run();
-  for (std::thread& other : others) other.join();
-  return Status(int(status));
-}
-
 Status evaluate(const Call& given, const Kernel& kernel) {
   Driver driver(given, kernel);
   driver.pack();
@@ -410,7 +383,7 @@ const Kernel* kernel_of(int isa) {
 
 EXPORT int32_t gmmkeops_abi() { return ABI; }
 
-EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(StepCall) + 1000000000 * sizeof(PairCall); }
+EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(TreeCall) + 1000000000 * sizeof(StepCall) + 1000000000000 * sizeof(PairCall); }
 
 // Whether this machine has an instruction set: 0 base, 1 AVX2, 2 AVX-512.
 EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
@@ -440,6 +413,15 @@ EXPORT int32_t gmmkeops_pairs(const PairCall* call, int32_t) {
         call->cost[p] = worker.cost(call->pair[2 * p], call->pair[2 * p + 1]);
       return DONE;
     });
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
+// Sorts points into kd-tree leaves, and computes the boxes of some levels.
+EXPORT int32_t gmmkeops_tree(const TreeCall* call, int32_t isa) {
+  try {
+    return arrange(*call, *kernel_of(isa));
   } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;
   }
