@@ -23,10 +23,10 @@ from gmmkeops.components import as_tensor
 from gmmkeops.data import Source, World, as_dtype, as_weights, chunked, readable
 from gmmkeops.estimators.arrays import as_array, scikit_learn_names, training_data, validated_points
 from gmmkeops.estimators.contract import Estimator, convergence_warning
-from gmmkeops.estimators.initialization import improves, initial_mixture
+from gmmkeops.estimators.initialization import STRATEGIES, improves, searches
 from gmmkeops.estimators.settings import canonical_type, check_settings, described_settings
 from gmmkeops.estimators.warm_start import Continuation, Trace
-from gmmkeops.fitting import Ending, FitResult, Method, Step, describe, fit
+from gmmkeops.fitting import EM, Ending, FitResult, Method, StartReport, Step, describe, fit, start_of
 from gmmkeops.models import Mixture, generator_of
 
 __all__ = ["MixtureEstimator", "features_of"]
@@ -71,7 +71,9 @@ class MixtureEstimator(Estimator, ABC):
         """Return the method with the final ``tol`` and ``max_iter`` of the fit, for a warm start or a new fit."""
 
     @abstractmethod
-    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+    def _initial(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device
+    ) -> tuple[Mixture, StartReport | None]:
         """Compute the initial mixture of a new fit."""
 
     @abstractmethod
@@ -170,14 +172,14 @@ class MixtureEstimator(Estimator, ABC):
         with warnings.catch_warnings(), scikit_learn_names():
             # ``fit`` issues one warning, for the best fit.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
-            for run in range(1 if last is not None else self.n_init):
-                start = self._initial(x, g, generator, device) if last is None else last.to(device)
+            for run in range(1 if last is not None or searches(self.init_params) else self.n_init):
+                start, report = (last.to(device), None) if last is not None else self._initial(x, g, generator, device)
                 result = fit(
                     start if isinstance(x, Source) else start.named(names),
                     x,
                     method,
                     tol=0.0 if continuation.earlier is not None else None,
-                    penalty=getattr(self, "penalty", None),
+                    penalty=self._penalty(start, report),
                     sample_weight=g,
                     truncate=self.truncate,
                     backend=self.backend,
@@ -189,7 +191,7 @@ class MixtureEstimator(Estimator, ABC):
                     generator=generator,
                 )
                 if improves(result, best):
-                    best = result
+                    best = replace(result, report=replace(result.report, start=report))
         assert best is not None, "n_init is at least 1"
         if continuation.converged and not best.report.interrupted:
             best = replace(best, ending=Ending.CONVERGED)
@@ -206,18 +208,28 @@ class MixtureEstimator(Estimator, ABC):
         """Raise an error if a parameter of the constructor is invalid."""
         check_settings(self)
 
-    def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator) -> Mixture:
-        """Compute an initial mixture by ``init_params``."""
-        return initial_mixture(
+    def _by_init_params(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator
+    ) -> tuple[Mixture, StartReport | None]:
+        """Compute an initial mixture by ``init_params``, and a report of how it was found."""
+        method = self._method(False)
+        return start_of(
             x,
-            g,
             self.n_components,
-            self.init_params,
+            STRATEGIES[self.init_params],
             covariance_type=self.covariance_type,
-            method=self._method(False),
+            sample_weight=g,
+            n_init=self.n_init if searches(self.init_params) else 1,
             generator=generator,
             backend=self.backend,
+            penalty=getattr(self, "penalty", None),
+            prior=getattr(self, "prior", None),
+            method=method if isinstance(method, EM) else None,
         )
+
+    def _penalty(self, start: Mixture, report: StartReport | None) -> Any:
+        """Return the penalty of a fit from an initial mixture."""
+        return getattr(self, "penalty", None)
 
     def _verbose_callbacks(self, run: int) -> tuple[Callable[[Step], None], ...]:
         """Return the callbacks that write the lines of ``verbose`` to stderr."""

@@ -14,7 +14,7 @@ from gmmkeops.components import as_tensor, check_finite, factor_class
 from gmmkeops.data import Source
 from gmmkeops.estimators.arrays import as_array
 from gmmkeops.estimators.base import MixtureEstimator
-from gmmkeops.fitting import FitResult, Method
+from gmmkeops.fitting import FitResult, Method, StartReport
 from gmmkeops.models import Mixture
 
 __all__ = ["BayesianGaussianMixture"]
@@ -190,8 +190,11 @@ class BayesianGaussianMixture(MixtureEstimator):
             tol=float(self.tol),
         )
 
-    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
-        return self._by_init_params(x, g, generator).to(device)
+    def _initial(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device
+    ) -> tuple[Mixture, StartReport | None]:
+        start, report = self._by_init_params(x, g, generator)
+        return start.to(device), report
 
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
         if not all(hasattr(self, name) for name in _POSTERIOR) or tuple(self.means_.shape) != shape:

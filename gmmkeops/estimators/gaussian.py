@@ -23,8 +23,9 @@ from gmmkeops.estimators.base import MixtureEstimator, features_of
 from gmmkeops.estimators.saved import packed, unpacked
 from gmmkeops.estimators.settings import combined_method
 from gmmkeops.estimators.warm_start import Trace
-from gmmkeops.fitting import EM, Adam, FitResult, Method
+from gmmkeops.fitting import EM, Adam, FitResult, Method, StartReport, has_few_points, within_prior
 from gmmkeops.models import Mixture, as_mixture, generator_of
+from gmmkeops.penalties import CovariancePrior
 
 __all__ = ["GaussianMixture"]
 
@@ -55,11 +56,17 @@ class GaussianMixture(MixtureEstimator):
             may be set in the method or in the estimator. Different values in both, neither of which is the default, raise an
             error. An option that is set in neither has the default of the method.
         penalty: A penalty (:mod:`gmmkeops.penalties`) or a function of a mixture, nats per point.
+        prior: None for the maximum of the likelihood, as in scikit-learn. "auto" adds a prior of the covariances if there are
+            fewer than ten points per parameter of a component: D + 2 points with the mean covariance of the components of the
+            initial mixture (:class:`gmmkeops.penalties.CovariancePrior`).
         tol: Convergence tolerance of the mean log-likelihood (or penalized objective), nats per point; see :class:`gmmkeops.EM`.
         reg_covar: Constant that EM adds to the diagonals of the covariances, squared data units. Adam does not support it.
         max_iter: Maximum number of iterations.
-        n_init: Number of fits with different initializations, of which the best one is kept.
-        init_params: "kmeans", "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").
+        n_init: Number of initializations, of which the best one is kept. A search compares them itself, before a single fit, and
+            ends when the best optimum has been found twice.
+        init_params: "auto" (k-means in two metrics, then rounds of splitting and merging components, on a sample; see
+            :func:`gmmkeops.initialize`), "split-merge", "annealed", or without a search "kmeans", "k-means++" (or "kpp"),
+            "random" (responsibilities), "random_from_data" (or "points").
         weights_init, means_init, precisions_init: Initial weights (K,), means (K, D), data units, and precisions in the shape of
             the covariances, 1 / squared data units. If None, they are computed by ``init_params``.
         random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. None uses a fixed seed, so that results are
@@ -117,11 +124,12 @@ class GaussianMixture(MixtureEstimator):
         covariance_type: str = "full",
         solver: str | Method[Any] = "em",
         penalty: Any = None,
+        prior: str | None = None,
         tol: float = 1e-3,
         reg_covar: float = 1e-6,
         max_iter: int = 100,
         n_init: int = 1,
-        init_params: str = "kmeans",
+        init_params: str = "auto",
         weights_init: Any = None,
         means_init: Any = None,
         precisions_init: Any = None,
@@ -140,6 +148,7 @@ class GaussianMixture(MixtureEstimator):
         self.covariance_type = covariance_type
         self.solver = solver
         self.penalty = penalty
+        self.prior = prior
         self.tol = tol
         self.reg_covar = reg_covar
         self.max_iter = max_iter
@@ -192,7 +201,7 @@ class GaussianMixture(MixtureEstimator):
             start, memory = self.mixture_.to(x.device), self._memory
             columns = self.mixture_.columns
         else:
-            start, memory = self._initial(x, g, generator_of(self.random_state, x.device), x.device), None
+            start, memory = self._initial(x, g, generator_of(self.random_state, x.device), x.device)[0], None
             columns = None if names is None else tuple(names)
         if memory is not None:
             sums = memory[0]
@@ -315,12 +324,15 @@ class GaussianMixture(MixtureEstimator):
     def _predictive(self) -> tuple[Mixture, float]:
         return self.mixture_, 0.0
 
-    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Mixture:
+    def _initial(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device
+    ) -> tuple[Mixture, StartReport | None]:
         wide: Any = {"dtype": torch.float64, "device": device}
         K, D = self.n_components, features_of(x)
-        logits = means = factor = None
+        logits = means = factor = report = None
         if self.means_init is None or self.weights_init is None or self.precisions_init is None:
-            start = self._by_init_params(x, g, generator).to(device)
+            start, report = self._by_init_params(x, g, generator)
+            start = start.to(device)
             logits, means, factor = start.logits, start.means, start.factor
         if self.weights_init is not None:
             weights = as_tensor(self.weights_init, name="weights_init", **wide)
@@ -334,7 +346,13 @@ class GaussianMixture(MixtureEstimator):
             check_finite(means, name="means_init", rows="component")
         if self.precisions_init is not None:
             factor = self._given_factor(as_tensor(self.precisions_init, name="precisions_init", **wide), K, D)
-        return Mixture(logits, means, factor)
+        return Mixture(logits, means, factor), report
+
+    def _penalty(self, start: Mixture, report: StartReport | None) -> Any:
+        if self.prior is None or report is None or not has_few_points(report.rows, start):
+            return self.penalty
+        added = CovariancePrior(*within_prior(start))
+        return added if self.penalty is None else self.penalty + added
 
     def _given_factor(self, precisions: Tensor, K: int, D: int) -> Factor:
         """Convert ``precisions_init`` to precision factors."""

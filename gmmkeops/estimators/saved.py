@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.components import Moments
-from gmmkeops.fitting import Adam, Checkpoint, FitResult, Method, Report
+from gmmkeops.fitting import Adam, Checkpoint, FitResult, Method, Report, StartReport
 from gmmkeops.penalties import Penalty
 
 __all__ = ["packed", "unpacked"]
@@ -22,7 +22,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 def _known(extra: tuple[type, ...]) -> dict[str, type]:
     """Return the dataclasses whose instances can be written field by field, by name."""
-    found: list[type] = [Checkpoint, Moments, Report, type(Adam().optimizer), *extra]
+    found: list[type] = [Checkpoint, Moments, Report, StartReport, type(Adam().optimizer), *extra]
     waiting: list[type] = [Method, Penalty]
     while waiting:
         cls = waiting.pop()

@@ -8,15 +8,17 @@ from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.fit import fit
 from gmmkeops.fitting.gradient import Adam, Gradient
 from gmmkeops.fitting.identity import describe
-from gmmkeops.fitting.initialization import initialize
+from gmmkeops.fitting.initialization import SEARCHED, initialize, start_of
 from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.result import Ending, FitResult, Report, Step
+from gmmkeops.fitting.result import Ending, FitResult, Report, StartReport, Step
+from gmmkeops.fitting.search import has_few_points, within_prior
 from gmmkeops.fitting.state_file import known
 
 __all__ = [
     "EM",
+    "SEARCHED",
     "Adam",
     "Checkpoint",
     "Ending",
@@ -26,6 +28,7 @@ __all__ = [
     "Method",
     "Objective",
     "Report",
+    "StartReport",
     "Step",
     "as_bytes",
     "check_settings",
@@ -33,6 +36,9 @@ __all__ = [
     "describe",
     "estimate_memory",
     "fit",
+    "has_few_points",
     "initialize",
     "known",
+    "start_of",
+    "within_prior",
 ]

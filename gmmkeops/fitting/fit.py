@@ -20,12 +20,13 @@ from gmmkeops.data import (
     as_generator,
 )
 from gmmkeops.fitting.checkpoint import Checkpoint
+from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.facts import facts
-from gmmkeops.fitting.initialization import initialize
+from gmmkeops.fitting.initialization import start_of
 from gmmkeops.fitting.journal import Journal
 from gmmkeops.fitting.loop import Run
 from gmmkeops.fitting.method import Evaluation, Method
-from gmmkeops.fitting.result import Ending, FitResult, Report, Step
+from gmmkeops.fitting.result import Ending, FitResult, Report, StartReport, Step
 from gmmkeops.fitting.task import Task
 from gmmkeops.models import GMM, Mixture
 from gmmkeops.penalties import Penalty
@@ -136,8 +137,9 @@ def fit(
     world = World()
     with world.together(), recording(), reductions.threads_for(x):
         generator = as_generator(generator, "cpu") if isinstance(generator, numbers.Integral) else generator
+        start, found = _begin(start, x, sample_weight, generator, method, penalty, backend)
         task = Task(
-            _begin(start, x, sample_weight, generator),
+            start,
             method=method,
             penalty=penalty,
             context=context,
@@ -156,9 +158,9 @@ def fit(
         journal = Journal(Checkpoint.of(checkpoint), world)
         saved = None if journal.checkpoint is None else journal.checkpoint.read(task.mixture.means.device, world)
         objective = task.objective(x, sample_weight, columns, journal, saved)
-        found = facts(objective, task.mixture, settings) if settings else {}
+        described = facts(objective, task.mixture, settings) if settings else {}
         single = task.mixture.means.dtype == torch.float32
-        run = Run(objective, task.method, task.tol, task.callbacks, began, found, single=single)
+        run = Run(objective, task.method, task.tol, task.callbacks, began, described, single=single)
         state = _first(run, task) if saved is None else run.resume(saved)
         bar = _bar(task.max_iter, verbose, run)
         try:
@@ -167,7 +169,7 @@ def fit(
                 best = run.go(state, task.max_iter, bar)
         finally:
             _close(bar, run)
-        result = _result(best, run)
+        result = _result(best, run, found)
     if warning := _doubt(run, task.tol, task.max_iter):
         warn(warning, ConvergenceWarning)
     if isinstance(start, GMM):
@@ -176,11 +178,14 @@ def fit(
     return result
 
 
-def _begin(start: Any, x: Any, sample_weight: Any, generator: Any) -> Any:
-    """Return the initial mixture or model; a number of components is initialized from the data."""
-    if isinstance(start, numbers.Integral) and not isinstance(start, bool):
-        return initialize(x, int(start), sample_weight=sample_weight, generator=generator)
-    return start
+def _begin(
+    start: Any, x: Any, sample_weight: Any, generator: Any, method: Any, penalty: Any, backend: str
+) -> tuple[Any, StartReport | None]:
+    """Return the initial mixture or model, and how it was found; a number of components is searched for."""
+    if not isinstance(start, numbers.Integral) or isinstance(start, bool):
+        return start, None
+    options: dict[str, Any] = {"sample_weight": sample_weight, "generator": generator, "backend": backend}
+    return start_of(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
 
 
 def _first(run: Run, task: Task) -> Any:
@@ -211,7 +216,7 @@ def _doubt(run: Run, tol: float, max_iter: int) -> str:
     return ""
 
 
-def _result(best: Evaluation, run: Run) -> FitResult:
+def _result(best: Evaluation, run: Run, start: StartReport | None) -> FitResult:
     """Build the result of a run, in data units, with its report."""
     objective, data = run.objective, run.objective.data
     value, likelihood = best.objective, best.log_likelihood
@@ -236,6 +241,7 @@ def _result(best: Evaluation, run: Run) -> FitResult:
         evaluated_fraction=statistics.evaluated / statistics.pairs if statistics.pairs else 1.0,
         seconds=time.perf_counter() - run.began,
         interrupted=run.ending is Ending.INTERRUPTED,
+        start=start,
     )
     answer = run.method.answer(objective, best.answer)
     mixture = objective.frame.leave(best.mixture)

@@ -29,16 +29,17 @@ from gmmkeops.fitting.kmeans import (
     responsibilities,
     seeds,
 )
-from gmmkeops.fitting.search import Search, StartReport, sample_size
+from gmmkeops.fitting.result import StartReport
+from gmmkeops.fitting.search import Search, sample_size
 from gmmkeops.fitting.state_file import state_bytes, state_of
 from gmmkeops.models import Mixture
 
-__all__ = ["STRATEGIES", "initialize", "start_of"]
+__all__ = ["SEARCHED", "STRATEGIES", "initialize", "start_of"]
 
 STRATEGIES = ("auto", "random", "kmeans", "kmeans++", "responsibilities", "annealed", "split-merge")
 
 # Strategies that search on a sample.
-_SEARCHED = ("auto", "annealed", "split-merge")
+SEARCHED = ("auto", "annealed", "split-merge")
 
 # Minimum size of the subsample for k-means; it has at least 20 points per component.
 _SAMPLE = 20_000
@@ -163,6 +164,8 @@ def start_of(
         as_integer(K, "n_components", 1, clause="must be at least 1")
         runs, refine = as_integer(n_init, "n_init", 1), as_integer(refine, "refine", 0)
         as_choice(backend, "backend", reductions.BACKENDS)
+        if prior is not None:
+            as_choice(prior, "prior", ("auto",))
         settings: dict[str, Any] = {
             "call": "initialize",
             "n_components": K,
@@ -182,10 +185,10 @@ def start_of(
                 f"n_components={K} requires at least {K} points with positive weight, got {some}; use fewer components."
             )
         generator = world.generator(generator, rows.device)
-        if strategy in _SEARCHED:
+        if strategy in SEARCHED:
             options: Any = {"penalty": penalty, "prior": prior, "generator": generator, "backend": backend}
             search = Search(rows, mass, K, kind, tied, method=EM() if method is None else method, **options)
-            mixture, report = search.run(strategy, runs)
+            mixture, report = search.run(strategy, runs, some)
             if world.size > 1:
                 # Rounding errors may differ between the machines of the ranks.
                 mixture = state_of(world.gather_bytes(state_bytes(mixture))[0], rows.device)
@@ -193,7 +196,7 @@ def start_of(
         robust = trimmed_spread(rows, mass)
         if strategy == "responsibilities":
             mixture = mixture_of(random_responsibilities(rows, mass, K, kind, generator), kind, tied, *robust)
-            return mixture.named(names), _report(strategy, 1, len(rows), began)
+            return mixture.named(names), _report(strategy, 1, len(rows), some, began)
         points, masses = distinct(rows, mass)
         if strategy == "kmeans":
             centers = kmeans(points, masses, K, generator, backend, runs)
@@ -205,18 +208,20 @@ def start_of(
         mixture = mixture_of(world.added(clusters(chunks(), centers, kind, backend)), kind, tied, *robust)
         for _ in range(refine):
             mixture = mixture_of(world.added(responsibilities(chunks(), mixture, backend)), kind, tied, *robust)
-        return mixture.named(names), _report(strategy, runs if strategy.startswith("kmeans") else 1, len(rows), began)
+        return mixture.named(names), _report(
+            strategy, runs if strategy.startswith("kmeans") else 1, len(rows), some, began
+        )
 
 
 def _rows(strategy: str, K: int, x: Any, kind: type[Factor]) -> int:
     """Return the maximum number of points of the sample."""
-    if strategy not in _SEARCHED:
+    if strategy not in SEARCHED:
         return max(_SAMPLE, 20 * K)
     shape: tuple[int, ...] = tuple(getattr(x, "shape", ()))
     features = x.features if isinstance(x, Source) else shape[1] if len(shape) == 2 else _FEATURES
     return sample_size(K, features, kind)
 
 
-def _report(strategy: str, candidates: int, points: int, began: float) -> StartReport:
+def _report(strategy: str, candidates: int, points: int, rows: int, began: float) -> StartReport:
     """Return the report of a strategy without a search."""
-    return StartReport(strategy, candidates, 0, 0.0, points, False, time.perf_counter() - began)
+    return StartReport(strategy, candidates, 0, 0.0, points, rows, False, time.perf_counter() - began)

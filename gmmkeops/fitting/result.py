@@ -14,7 +14,7 @@ from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.models import Mixture
 
-__all__ = ["Ending", "FitResult", "Report", "Step"]
+__all__ = ["Ending", "FitResult", "Report", "StartReport", "Step"]
 
 
 class Ending(enum.StrEnum):
@@ -49,6 +49,31 @@ _ENDED = {
 
 
 @dataclass(frozen=True)
+class StartReport:
+    """How an initial mixture was found.
+
+    Args:
+        strategy: Name of the strategy.
+        candidates: Number of candidates from which the search started.
+        rounds: Number of rounds of splitting and merging.
+        sweeps: Number of E-steps over K components and all points of the sample; E-steps with 2K components count twice.
+        points: Number of points of the sample.
+        rows: Number of all points.
+        prior: Whether the objective of the search contained a prior of the covariances.
+        seconds: Wall time.
+    """
+
+    strategy: str
+    candidates: int
+    rounds: int
+    sweeps: float
+    points: int
+    rows: int
+    prior: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Report of a fit: engine, precision, error bounds, pruned and regularized components.
 
@@ -66,6 +91,7 @@ class Report:
         evaluated_fraction: Fraction of all point-component pairs that were evaluated in the last pass.
         seconds: Wall time, including validation and standardization of the data.
         interrupted: Whether Ctrl-C ended the fit.
+        start: How the initial mixture was found; None if it was given.
     """
 
     pruned_components: tuple[int, ...]
@@ -80,6 +106,7 @@ class Report:
     evaluated_fraction: float
     seconds: float
     interrupted: bool
+    start: StartReport | None = None
 
     dead_components = FormerName("pruned_components")
     live_components = FormerName("n_active_components")

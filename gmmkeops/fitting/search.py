@@ -27,10 +27,11 @@ from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.ordinary import climb
 from gmmkeops.fitting.population import Population
 from gmmkeops.fitting.preparation import prepared
+from gmmkeops.fitting.result import StartReport
 from gmmkeops.models import Mixture, merge_down, merged_by, split
 from gmmkeops.penalties import CovariancePrior, as_penalty
 
-__all__ = ["Search", "StartReport", "prior_of", "sample_size"]
+__all__ = ["Search", "has_few_points", "sample_size", "within_prior"]
 
 # Points per parameter of a component below which the objective of the search contains a prior, and below which no rounds are
 # performed, since they would only fit single points.
@@ -61,29 +62,6 @@ _THIN = 1e-4
 _PLAIN = (100, 1e-3)
 
 
-@dataclass(frozen=True)
-class StartReport:
-    """How an initial mixture was found.
-
-    Args:
-        strategy: Name of the strategy.
-        candidates: Number of candidates from which the search started.
-        rounds: Number of rounds of splitting and merging.
-        sweeps: Number of E-steps over K components and all points of the sample; E-steps with 2K components count twice.
-        points: Number of points of the sample.
-        prior: Whether the objective of the search contained a prior of the covariances.
-        seconds: Wall time.
-    """
-
-    strategy: str
-    candidates: int
-    rounds: int
-    sweeps: float
-    points: int
-    prior: bool
-    seconds: float
-
-
 def sample_size(K: int, D: int, kind: type[Factor]) -> int:
     """Return the number of points (rows) on which K components are searched for."""
     rows = K * max(_PER_COMPONENT, _PER_PARAMETER * _parameters(kind, D))
@@ -94,6 +72,17 @@ def prior_of(x: Tensor, weights: Tensor | None, K: int) -> CovariancePrior:
     """Return a weak prior of the covariances: D + 2 points with the covariance of all points divided by K^(2/D)."""
     D = x.shape[1]
     return CovariancePrior(_robust_covariance(x, weights, *trimmed_spread(x, weights)) / K ** (2 / D), D + 2.0)
+
+
+def has_few_points(rows: float, mixture: Mixture) -> bool:
+    """Return whether there are fewer than ten points per parameter of a component."""
+    return rows < _FEW * mixture.n_components * _parameters(type(mixture.factor), mixture.n_features)
+
+
+def within_prior(mixture: Mixture) -> tuple[Tensor, float]:
+    """Return covariance and number of the points of a prior: D + 2 points with the mean covariance within components."""
+    covariances = mixture.factor.covariances().expand(mixture.n_components, -1, -1)
+    return (mixture.weights[:, None, None] * covariances).sum(0), mixture.n_features + 2.0
 
 
 def _robust_covariance(x: Tensor, weights: Tensor | None, center: Tensor, spread: Tensor) -> Tensor:
@@ -167,13 +156,14 @@ class Search:
             self.objective = replace(self.plain, penalty=added if self.penalty is None else self.penalty + added)
         self.sweeps, self.rounds, self.candidates = 0.0, 0, 0
 
-    def run(self, strategy: str, n_init: int = 1) -> tuple[Mixture, StartReport]:
+    def run(self, strategy: str, n_init: int, rows: int) -> tuple[Mixture, StartReport]:
         """Search, and return the best mixture in data units, and a report.
 
         Args:
             strategy: ``"auto"``; ``"split-merge"`` performs rounds also with very few points per parameter; ``"annealed"``
                 performs deterministic annealing from k-means instead.
             n_init: Number of searches from different candidates; fewer if the best optimum has been found twice.
+            rows: Number of all points.
         """
         objective = self._arranged()
         most = _MORE_ROUNDS if n_init >= 5 else _ROUNDS
@@ -197,7 +187,14 @@ class Search:
             best = self._by_likelihood([best, *starts])
         mixture = self.plain.frame.leave(best.state.population.whole(best.state.mixture))
         return mixture, StartReport(
-            strategy, self.candidates, self.rounds, self.sweeps, len(self.x), self.few, time.perf_counter() - self.began
+            strategy,
+            self.candidates,
+            self.rounds,
+            self.sweeps,
+            len(self.x),
+            rows,
+            self.few,
+            time.perf_counter() - self.began,
         )
 
     def _arranged(self) -> Objective:
