@@ -28,7 +28,8 @@ from gmmkeops import penalties as P
 def test_a_converged_fit_has_little_left_to_gain(N, K, strength, accelerate):
     x, tol = tutorial_spiral(N, 1), gk.EM().tol
     penalty = P.SqrtWeights(strength) if strength else None
-    result = gk.fit(gk.initialize(x, K), x, gk.EM(accelerate=accelerate), penalty=penalty, max_iter=2000)
+    start = gk.initialize(x, K, "kmeans", n_init=3)
+    result = gk.fit(start, x, gk.EM(accelerate=accelerate), penalty=penalty, max_iter=2000)
     assert result.converged
     more = gk.fit(result.mixture, x, gk.EM(tol=0), penalty=penalty, max_iter=1000)
     assert result.objective - more.objective <= 3 * tol

@@ -120,6 +120,11 @@ PENALTIES = {
         lambda w: inverse_wishart(w, 7.0 * torch.eye(2), 9.0),
         lambda s, _: P.InverseWishart(7.0 * s**2, 9.0),
     ),
+    "pseudo-points of the covariances": Case(
+        P.CovariancePrior(PSI, 3.0),
+        lambda w: inverse_wishart(w, 3.0 * torch.tensor(PSI), 0.0),
+        lambda s, _: P.CovariancePrior(s**2 * torch.tensor(PSI), 3.0),
+    ),
     "normal-inverse-Wishart": Case(
         P.NormalInverseWishart(M, 3.0, PSI, 5.0),
         lambda w: normal_mean(w, M, 3.0) + inverse_wishart(w, PSI, 5.0),

@@ -41,8 +41,9 @@ def check_settings(estimator: MixtureEstimator) -> None:
         raise ValueError(f"checkpoint stores a single fit, got n_init={e.n_init}; set n_init=1.")
     factor_class(e.covariance_type)
     as_choice(e.init_params, "init_params", list(STRATEGIES))
-    if getattr(e, "prior", None) is not None:
-        as_choice(e.prior, "prior", ("auto",))
+    prior = getattr(e, "prior", None)
+    if prior is not None:
+        as_choice(prior, "prior", ("auto",))
 
 
 def combined_method(estimator: MixtureEstimator, solver: Method[Any]) -> Method[Any]:

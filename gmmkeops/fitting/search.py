@@ -29,7 +29,7 @@ from gmmkeops.fitting.population import Population
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
 from gmmkeops.models import Mixture, merge_down, merged_by, split
-from gmmkeops.penalties import CovariancePrior, as_penalty
+from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
 __all__ = ["Search", "has_few_points", "sample_size", "within_prior"]
 
@@ -46,13 +46,22 @@ _CLUSTERED, _EACH = 20_000, 20
 # Maximum number of rounds; for several initializations.
 _ROUNDS, _MORE_ROUNDS = 3, 8
 
+# Largest dimension in which points are sorted by a kd-tree, and expected number of E-steps.
+_TREE, _SWEEPS = 4, 100
+
 # EM steps and tolerances (nats per point) of candidates, after a split, and after a merge.
 _CANDIDATE, _SPLIT, _MERGED = (15, 1e-3), (10, 1e-3), (15, 1e-4)
+
+# Points times parameters from which E-steps in float32 save time.
+_LONG = 2_000_000
 
 # Improvement of the objective by a round (nats per point) below which no further one is performed.
 _GAIN = 1e-3
 
-# Relative difference of objectives that are the same optimum.
+# Relative difference of objectives that are equal up to rounding.
+_TIE = 1e-7
+
+# Difference of objectives that are the same optimum, nats per point.
 _SAME = 1e-3
 
 # Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
@@ -103,10 +112,17 @@ def _parameters(kind: type[Factor], D: int) -> int:
 
 @dataclass(frozen=True)
 class _Found:
-    """A candidate: the state of EM, whose mixture has been evaluated, and its objective, nats per point."""
+    """A candidate: the state of EM, whose mixture has been evaluated; its objective, nats per point; and the initial mixture."""
 
     state: EMState
     value: float
+    origin: Mixture
+
+
+def _best(found: list[_Found]) -> _Found:
+    """Return the candidate of the lowest objective; the first one of those that are equal up to rounding."""
+    least = min(each.value for each in found)
+    return next((each for each in found if each.value <= least + _TIE * max(1.0, abs(least))), found[0])
 
 
 class Search:
@@ -143,18 +159,46 @@ class Search:
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
-        self.penalty = None if penalty is None else as_penalty(penalty)
+        self.penalty = self._supported(penalty, K)
+        self.doubles = K > 1 and (self.penalty is None or self._accepts(self.penalty, 2 * K))
         # The library is twice as fast in float32; the points are evaluated in float64 if they are too coarse for that.
-        single = torch.float32 if x.device.type == "cpu" else None
+        long = len(x) * K * _parameters(kind, x.shape[1]) >= _LONG
+        single = torch.float32 if long and x.device.type == "cpu" else None
         self.plain = prepared(x, weights, self.penalty, backend, generator, isotropic=kind.isotropic, dtype=single)
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
         self.few = self.ratio < _FEW and not tied and K > 1
         self.objective = self.plain
-        if self.few:
+        if self.few and self.ratio >= _TOO_FEW:
             added = prior_of(x, weights, K)
             self.objective = replace(self.plain, penalty=added if self.penalty is None else self.penalty + added)
         self.sweeps, self.rounds, self.candidates = 0.0, 0, 0
+
+    def _supported(self, penalty: Any, K: int) -> Penalty | None:
+        """Return the penalty, or None if there is none or EM does not support it."""
+        if penalty is None:
+            return None
+        penalty = as_penalty(penalty)
+        try:
+            penalty.m_step(self._any(K), 1.0)
+        except TypeError:
+            return None
+        return penalty
+
+    def _accepts(self, penalty: Penalty, K: int) -> bool:
+        """Return whether a penalty applies to K components."""
+        try:
+            penalty.m_step(self._any(K), 1.0)
+        except ValueError:
+            return False
+        return True
+
+    def _any(self, K: int) -> Mixture:
+        """Return a mixture of K components of the family."""
+        D = self.x.shape[1]
+        means = torch.zeros(K, D, dtype=torch.float64, device=self.x.device)
+        eye = torch.eye(D).to(means).expand(1 if self.tied else K, D, D)
+        return Mixture(means.new_zeros(K), means, self.kind.from_covariances(self.kind.compact(eye), features=D))
 
     def run(self, strategy: str, n_init: int, rows: int) -> tuple[Mixture, StartReport]:
         """Search, and return the best mixture in data units, and a report.
@@ -173,17 +217,20 @@ class Search:
         for run in range(n_init):
             candidates = self._sound([self._climbed(objective, each, *_CANDIDATE) for each in self._candidates(run)])
             starts += candidates
-            found = min(candidates, key=lambda each: each.value)
+            found = _best(candidates)
+            if strategy == "auto" and self.ratio < _TOO_FEW:
+                # A fit of fewer points than parameters stays where it begins, which is the clusters themselves.
+                found = _Found(self._state(found.origin), found.value, found.origin)
             if strategy == "annealed":
                 found = self._annealed(objective, found)
-            elif self.K > 1 and (strategy == "split-merge" or self.ratio >= _TOO_FEW):
+            elif self.doubles and (strategy == "split-merge" or self.ratio >= _TOO_FEW):
                 found = self._improved(objective, found, most)
             seen.append(found.value)
-            best = found if best is None or found.value < best.value else best
+            best = found if best is None else _best([best, found])
             if sum(abs(value - best.value) < _SAME for value in seen) > 1:
                 break
         assert best is not None, "there is at least one run"
-        if self.few and self.prior is None:
+        if self.few and self.prior is None and self.ratio >= _TOO_FEW:
             best = self._by_likelihood([best, *starts])
         mixture = self.plain.frame.leave(best.state.population.whole(best.state.mixture))
         return mixture, StartReport(
@@ -198,17 +245,15 @@ class Search:
         )
 
     def _arranged(self) -> Objective:
-        """Return the objective, with points sorted for truncation if that saves time."""
-        if self.D > 4:
+        """Return the objective, with points sorted by a kd-tree for truncation if that saves time."""
+        if self.D > _TREE or not reductions.may_arrange(len(self.x), self.K, self.D):
             return self.objective
-        one = self._common(self.plain.data.x[: self.K].double())  # type: ignore[attr-defined]
-        return self.objective.truncated(None, one, 100) if len(self.x) >= self.K else self.objective
-
-    def _common(self, means: Tensor) -> Mixture:
-        """Return a mixture with given means and unit covariances, standardized coordinates."""
-        D = self.D
-        factor = self.kind.from_covariances(self.kind.compact(torch.eye(D).to(means))[None], features=D)
-        return Mixture(means.new_zeros(len(means)), means, factor, validate_args=False)
+        x: Tensor = self.plain.data.x  # type: ignore[attr-defined]
+        factor = self.kind.from_covariances(self.kind.compact(torch.eye(self.D).to(x).double())[None], features=self.D)
+        means = x[: self.K].double()
+        return self.objective.truncated(
+            None, Mixture(means.new_zeros(self.K), means, factor, validate_args=False), _SWEEPS
+        )
 
     def _candidates(self, run: int) -> list[Mixture]:
         """Return the initial mixtures of a run, standardized coordinates: one for each metric."""
@@ -270,12 +315,17 @@ class Search:
 
     def _climbed(self, objective: Objective, mixture: Mixture, steps: int, tolerance: float) -> _Found:
         """Perform EM steps from a mixture in standardized coordinates."""
-        state = EMState(Population.of(mixture), mixture, torch.zeros(mixture.n_components, dtype=torch.bool))
+        state = self._state(mixture)
         if objective.penalty is not None and not objective.penalty.constant:
             state = self.method.init(objective, mixture)
         state, value = climb(self.method, objective, state, steps, tolerance)
         self.sweeps += (state.iteration + 1) * mixture.n_components / self.K
-        return _Found(state, value)
+        return _Found(state, value, mixture)
+
+    def _state(self, mixture: Mixture) -> EMState:
+        """Return the state of EM at a mixture of which no component is pruned or singular."""
+        unchanged = torch.zeros(mixture.n_components, dtype=torch.bool, device=mixture.means.device)
+        return EMState(Population.of(mixture), mixture, unchanged)
 
     def _sound(self, found: list[_Found]) -> list[_Found]:
         """Remove degenerate candidates, if there are others: those with a component of fewer than D + 1 points."""
@@ -291,11 +341,9 @@ class Search:
         for _ in range(most):
             other = self._round(objective, found.state.mixture)
             self.rounds += 1
-            if (
-                other is None
-                or not other.value < found.value
-                or self._least(other) < min(self.D + 1, self._least(found))
-            ):
+            if other is None or _best([found, other]) is found:
+                break
+            if self._least(other) < min(self.D + 1, self._least(found)):
                 break
             gain, found = found.value - other.value, other
             if gain < _GAIN:
@@ -303,11 +351,8 @@ class Search:
         return found
 
     def _round(self, objective: Objective, mixture: Mixture) -> _Found | None:
-        """Return the result of one round; None if a penalty does not apply to another number of components."""
-        try:
-            twice = self._climbed(objective, split(mixture), *_SPLIT).state.mixture
-        except ValueError:
-            return None
+        """Return the result of one round; None if fewer than K components are left after the split."""
+        twice = self._climbed(objective, split(mixture), *_SPLIT).state.mixture
         if twice.n_components < self.K:
             return None
         tree = merge_down(twice, self.K)
@@ -321,7 +366,7 @@ class Search:
             state, _ = heated.step(objective, state)
         self.sweeps += 2 * _CANDIDATE[0]
         other = self._climbed(objective, state.population.whole(state.mixture), *_MERGED)
-        return min([found, other], key=lambda each: each.value)
+        return _best([found, other])
 
     def _by_likelihood(self, found: list[_Found]) -> _Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
@@ -329,7 +374,7 @@ class Search:
             self._climbed(self.plain, each.state.population.whole(each.state.mixture), *_PLAIN) for each in found
         ]
         sound = [each for each in climbed if not self._degenerate(each)]
-        return min(sound or self._sound(climbed), key=lambda each: each.value)
+        return _best(sound or self._sound(climbed))
 
     def _degenerate(self, found: _Found) -> bool:
         """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction."""
