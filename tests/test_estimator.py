@@ -163,7 +163,7 @@ def test_scikit_learns_user_guide(X):
     for init in ("kmeans", "random", "random_from_data", "k-means++"):
         r = np.random.RandomState(1)
         first = gk.GaussianMixture(n_components=4, init_params=init, tol=1e-9, max_iter=0, random_state=r).fit(X).means_
-        model = gk.GaussianMixture(n_components=4, means_init=first, tol=1e-9, max_iter=2000, random_state=r).fit(X)
+        model = gk.GaussianMixture(n_components=4, means_init=first, tol=1e-9, max_iter=20_000, random_state=r).fit(X)
         assert model.n_iter_ > 0
     # plot_gmm_selection: a search by BIC
     grid = {"n_components": range(1, 7), "covariance_type": ["spherical", "tied", "diag", "full"]}

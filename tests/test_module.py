@@ -113,7 +113,7 @@ def test_conditional_gmm():
             ValueError,
             "x has 4 rows, expected at least 5",
         ),
-        (lambda: gk.GMM(2).initialize(torch.zeros(9, 2), "best"), ValueError, "strategy must be one of 'random'"),
+        (lambda: gk.GMM(2).initialize(torch.zeros(9, 2), "best"), ValueError, "strategy must be one of 'auto'"),
         (lambda: gk.GMM(2).initialize(torch.zeros(9, 3)), ValueError, "x has 3 columns, expected 2"),
         (
             lambda: gk.GMM(2).assign(random_mixture("full", K=3)),

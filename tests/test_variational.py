@@ -193,7 +193,7 @@ def test_files_minibatches_weights_truncation_and_checkpoints(tmp_path):
     X, rng = clusters(1, N=40_000, K=6)
     X = X.astype(np.float32)
     np.save(tmp_path / "x.npy", X)
-    start = gk.initialize(X, 8)
+    start = gk.initialize(X, 8, "kmeans", n_init=3)
     method = gk.bayes.VariationalBayes(concentration=0.1)
     whole = gk.fit(start, X, method, max_iter=30, tol=0)
     source = gk.fit(start, gk.Source.of(tmp_path / "x.npy", chunk_rows=7000), method, max_iter=30, tol=0)

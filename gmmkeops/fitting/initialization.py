@@ -217,7 +217,7 @@ def _rows(strategy: str, K: int, x: Any, kind: type[Factor]) -> int:
     """Return the maximum number of points of the sample."""
     if strategy not in SEARCHED:
         return max(_SAMPLE, 20 * K)
-    shape: tuple[int, ...] = tuple(getattr(x, "shape", ()))
+    shape: tuple[int, ...] = () if getattr(x, "is_nested", False) else tuple(getattr(x, "shape", ()))
     features = x.features if isinstance(x, Source) else shape[1] if len(shape) == 2 else _FEATURES
     return sample_size(K, features, kind)
 

@@ -57,7 +57,9 @@ def one_thread() -> Iterator[None]:
 
 def threads_for(x: Any) -> AbstractContextManager[None]:
     """Return :func:`one_thread` for points (N, D) of so few numbers that a second thread saves no time, else an empty context."""
-    count = math.prod(getattr(x, "shape", (_MANY,)))
+    # A nested tensor has no shape, and asking for it raises an error.
+    known = not getattr(x, "is_nested", False) and hasattr(x, "shape")
+    count = math.prod(x.shape) if known else _MANY
     return one_thread() if count < _MANY else nullcontext()
 
 
