@@ -209,6 +209,11 @@ class Search:
             n_init: Number of searches from different candidates; fewer if the best optimum has been found twice.
             rows: Number of all points.
         """
+        # Operations of torch are on the K components only, or take a small part of the time.
+        with reductions.one_thread():
+            return self._run(strategy, n_init, rows)
+
+    def _run(self, strategy: str, n_init: int, rows: int) -> tuple[Mixture, StartReport]:
         objective = self._arranged()
         most = _MORE_ROUNDS if n_init >= 5 else _ROUNDS
         best: _Found | None = None

@@ -102,7 +102,7 @@ def statistics(
     mass = torch.tensor(float(count), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
     if weights is None and len(x) > count:
         assert blocks is not None, "only a cloud repeats points"
-        weights = blocks.cloud.enter(x.new_ones(count, dtype=torch.float64))
+        weights = blocks.cloud.ones
 
     S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed), backend)
     return Moments(S0, S1, S2, problem.means + problem.center, total, mass)

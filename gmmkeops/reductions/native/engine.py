@@ -248,11 +248,14 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def scaled(weights: Tensor) -> tuple[Tensor, float, float]:
     """Weights of ordinary size, the power of two that they have been divided by, and the ratio of the extreme nonzero weights."""
-    sizes = weights.abs()
-    largest = float(sizes.amax()) if len(sizes) else 0.0
+    least, most = (float(value) for value in weights.aminmax()) if len(weights) else (0.0, 0.0)
+    largest = max(-least, most)
     if largest == 0:
         return weights.contiguous(), 1.0, 1.0
-    ratio = largest / float(torch.where(sizes > 0, sizes, math.inf).amin())
+    if least <= 0:
+        sizes = weights.abs()
+        least = float(torch.where(sizes > 0, sizes, math.inf).amin())
+    ratio = largest / least
     exponent = math.frexp(largest)[1]
     unit = 1.0 if abs(exponent) <= _ORDINARY else 2.0 ** max(-1000, min(1000, exponent))
     return (weights.contiguous() if unit == 1 else weights / unit), unit, ratio

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -155,6 +156,11 @@ class Cloud:
     def enter(self, values: Tensor) -> Tensor:
         """Sort values of the points (N, ...) into tree order (M, ...), with zeros for repeated points."""
         return values.new_zeros(len(self.points), *values.shape[1:]).index_copy_(0, self.rank, values)
+
+    @cached_property
+    def ones(self) -> Tensor:
+        """Weights of one in tree order (M,), float64, with zeros for repeated points."""
+        return self.enter(self.points.new_ones(len(self.rank), dtype=torch.float64))
 
     def leave(self, values: Tensor) -> Tensor:
         """Reorder values in tree order (M, ...) to the order of the points (N, ...)."""
