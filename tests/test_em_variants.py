@@ -157,3 +157,48 @@ def test_an_average_over_batches_is_far_less_noisy_than_the_last_one():
         for average in (False, True)
     )
     assert float(average.norm()) < 0.3 * float(last.norm())
+
+
+def poor():
+    """Points of six clusters, and a start with two components in one of them and two clusters in one component."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.tensor([[0, 0], [8, 0], [0, 8], [8, 8], [20, 0], [20, 8]]).double()
+    x = centers[torch.arange(1200) % 6] + torch.randn(1200, 2, generator=generator, dtype=torch.float64)
+    means = torch.cat([centers[:4], centers[:2] + 0.5])
+    return x, gk.Mixture(torch.zeros(6).double(), means, gk.FullFactor(torch.zeros(6, 2).double()))
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "dense"}, {"penalty": gk.penalties.SqrtWeights(0.01)}])
+def test_refinement_leaves_a_local_optimum(options):
+    x, start = poor()
+    plain = gk.fit(start, x, gk.EM(), max_iter=500, **options)
+    refined = gk.fit(start, x, gk.EM(refine=True), max_iter=500, **options)
+    assert refined.objective < plain.objective - 0.1
+    assert refined.mixture.n_components == 6
+
+
+def test_refinement_is_not_worse_and_keeps_the_best_optimum():
+    x, _ = poor()
+    best = gk.fit(6, x, gk.EM(tol=1e-8), max_iter=2000)
+    again = gk.fit(best.mixture, x, gk.EM(refine=True, tol=1e-8), max_iter=2000)
+    assert again.objective <= best.objective + 1e-7
+
+
+def test_refinement_uses_components_without_weight():
+    x, start = poor()
+    logits = start.logits.clone()
+    logits[4:] = -float("inf")
+    dead = gk.Mixture(logits, start.means, start.factor)
+    plain = gk.fit(dead, x, gk.EM(), max_iter=300)
+    refined = gk.fit(dead, x, gk.EM(refine=True), max_iter=300)
+    assert plain.report.n_active_components == 4
+    assert refined.report.n_active_components == 6
+    assert refined.objective < plain.objective - 0.1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 10}, {"assignment": "hard"}, {"temperature": (0.5, 3)}, {"frozen_means": True}]
+)
+def test_refinement_is_not_silently_combined(settings):
+    with pytest.raises(ValueError, match="refine=True cannot be combined"):
+        gk.EM(refine=True, **settings)

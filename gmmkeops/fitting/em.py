@@ -20,8 +20,9 @@ from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.ordinary import DEAD_SHARE, Block
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
+from gmmkeops.fitting.rounds import CANDIDATE, ROUNDS, Climber
 from gmmkeops.fitting.squarem import extrapolated
-from gmmkeops.models import Mixture, as_mixture
+from gmmkeops.models import Mixture, as_mixture, split
 
 __all__ = ["EM"]
 
@@ -56,6 +57,10 @@ class EM(Method[EMState]):
             During these iterations no component is pruned, and concave penalties on the weights have no effect.
         accelerate: Whether to extrapolate after every two EM steps by SQUAREM. An extrapolation that increases the objective is
             discarded. An iteration then takes three passes over the data. Ignored if ``batch_size`` is given.
+        refine: Whether to improve the initial mixture before the first iteration, by up to three rounds in which every component
+            is split, the least distinct pairs are merged until K are left, and EM steps follow; a round is kept only if the
+            objective is better (:func:`gmmkeops.initialize`). Components of weight zero are used again. Not combined with
+            ``batch_size``, ``temperature``, frozen parameters or another assignment than ``"soft"``.
         reg_covar: Constant added to the diagonal of each covariance in every M-step, squared data units, as in scikit-learn; all
             eigenvalues are at least as large. With reg_covar, an EM step may increase the negative log-likelihood. It decreases
             the sum of the objective and the term :math:`\frac{1}{2} \text{reg\_covar} \sum_k c_k \operatorname{tr}
@@ -97,6 +102,7 @@ class EM(Method[EMState]):
     average: bool = False
     temperature: tuple[float, int] | None = None
     accelerate: bool = False
+    refine: bool = False
     reg_covar: float = 1e-6
     frozen_weights: bool | Sequence[bool] = False
     frozen_means: bool | Sequence[bool] = False
@@ -110,6 +116,12 @@ class EM(Method[EMState]):
         as_choice(self.assignment, "assignment", reductions.ASSIGNMENTS)
         check_settings(self)
         check_temperature(self.temperature)
+        frozen = any(getattr(self, name) is not False for name in _FROZEN)
+        if self.refine and (self.assignment != "soft" or self.batch_size or self.temperature or frozen):
+            raise ValueError(
+                "refine=True cannot be combined with batch_size, temperature, frozen parameters or another assignment than "
+                "'soft'; refine the mixture first, in a fit of its own."
+            )
 
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
@@ -122,12 +134,23 @@ class EM(Method[EMState]):
                 f"{largest:.2g}) and dominates the covariances; pass a smaller reg_covar, in squared units of the data.",
                 PrecisionWarning,
             )
+        if self.refine and objective.rows:
+            mixture = self._refined(objective, mixture)
         mixture, floored = objective.project(mixture)
         population = Population.of(mixture)
         alive = mixture.log_weights.exp() > 0
         if not bool(alive.all()):
             population, mixture = population.retire(mixture, alive), mixture.select(alive.nonzero()[:, 0])
         return EMState(population, mixture, floored)
+
+    def _refined(self, objective: Objective, mixture: Mixture) -> Mixture:
+        """Improve a mixture by rounds of splitting and merging."""
+        climber = Climber(replace(self, refine=False, accelerate=False, tol=0.0), objective)
+        try:
+            objective.surrogate(split(mixture))
+        except ValueError as error:
+            raise ValueError(f"refine=True needs a penalty that applies to any number of components: {error}") from None
+        return climber.improved(climber.climbed(mixture, *CANDIDATE), ROUNDS).mixture
 
     def current(self, objective: Objective, state: EMState) -> Mixture:
         return state.population.whole(self._active(objective, state))
@@ -389,7 +412,7 @@ class EM(Method[EMState]):
                 "batches by the same number."
             )
         objective = prepared(x, g, penalty, backend, generator, isotropic=mixture.factor.isotropic)
-        state = self.init(objective, objective.frame.enter(mixture.detach().to(torch.float64)))
+        state = replace(self, refine=False).init(objective, objective.frame.enter(mixture.detach().to(torch.float64)))
         seen = objective.mass
         if memory is not None:
             state = replace(state, memory=objective.frame.enter_moments(memory[0]), batches=memory[1])

@@ -8,9 +8,8 @@ in the objective, since the likelihood alone would favor components that contain
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -21,14 +20,12 @@ from gmmkeops import reductions
 from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
-from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.ordinary import climb
-from gmmkeops.fitting.population import Population
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
-from gmmkeops.models import Mixture, merge_down, merged_by, split
+from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of
+from gmmkeops.models import Mixture
 from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
 __all__ = ["Search", "has_few_points", "sample_size", "within_prior"]
@@ -43,23 +40,14 @@ _PER_COMPONENT, _PER_PARAMETER, _NUMBERS = 500, 20, 1 << 26
 # Points on which k-means runs: at least this many, and this many for each component.
 _CLUSTERED, _EACH = 20_000, 20
 
-# Maximum number of rounds; for several initializations.
-_ROUNDS, _MORE_ROUNDS = 3, 8
+# Maximum number of rounds for several initializations.
+_MORE_ROUNDS = 8
 
 # Largest dimension in which points are sorted by a kd-tree, and expected number of E-steps.
 _TREE, _SWEEPS = 4, 100
 
-# EM steps and tolerances (nats per point) of candidates, after a split, and after a merge.
-_CANDIDATE, _SPLIT, _MERGED = (15, 1e-3), (10, 1e-3), (15, 1e-4)
-
 # Points times parameters from which E-steps in float32 save time.
 _LONG = 2_000_000
-
-# Improvement of the objective by a round (nats per point) below which no further one is performed.
-_GAIN = 1e-3
-
-# Relative difference of objectives that are equal up to rounding.
-_TIE = 1e-7
 
 # Difference of objectives that are the same optimum, nats per point.
 _SAME = 1e-3
@@ -110,21 +98,6 @@ def _parameters(kind: type[Factor], D: int) -> int:
     return 1 + D + kind.count(1, D)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A candidate: the state of EM, whose mixture has been evaluated; its objective, nats per point; and the initial mixture."""
-
-    state: EMState
-    value: float
-    origin: Mixture
-
-
-def _best(found: list[_Found]) -> _Found:
-    """Return the candidate of the lowest objective; the first one of those that are equal up to rounding."""
-    least = min(each.value for each in found)
-    return next((each for each in found if each.value <= least + _TIE * max(1.0, abs(least))), found[0])
-
-
 class Search:
     """A search for K components on a sample of the points.
 
@@ -172,7 +145,7 @@ class Search:
         if self.few and self.ratio >= _TOO_FEW:
             added = prior_of(x, weights, K)
             self.objective = replace(self.plain, penalty=added if self.penalty is None else self.penalty + added)
-        self.sweeps, self.rounds, self.candidates = 0.0, 0, 0
+        self.candidates = 0
 
     def _supported(self, penalty: Any, K: int) -> Penalty | None:
         """Return the penalty, or None if there is none or EM does not support it."""
@@ -214,40 +187,41 @@ class Search:
             return self._run(strategy, n_init, rows)
 
     def _run(self, strategy: str, n_init: int, rows: int) -> tuple[Mixture, StartReport]:
-        objective = self._arranged()
-        most = _MORE_ROUNDS if n_init >= 5 else _ROUNDS
-        best: _Found | None = None
-        starts: list[_Found] = []
+        climber, plain = Climber(self.method, self._arranged()), Climber(self.method, self.plain)
+        most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
+        best: Found | None = None
+        starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            candidates = self._sound([self._climbed(objective, each, *_CANDIDATE) for each in self._candidates(run)])
+            candidates = climber.sound([climber.climbed(each, *CANDIDATE) for each in self._candidates(run)])
             starts += candidates
-            found = _best(candidates)
-            if strategy == "auto" and self.ratio < _TOO_FEW:
-                # A fit of fewer points than parameters stays where it begins, which is the clusters themselves.
-                found = _Found(self._state(found.origin), found.value, found.origin)
+            found = best_of(candidates)
             if strategy == "annealed":
-                found = self._annealed(objective, found)
-            elif self.doubles and (strategy == "split-merge" or self.ratio >= _TOO_FEW):
-                found = self._improved(objective, found, most)
+                found = self._annealed(climber, found)
+            elif strategy == "auto" and self.ratio < _TOO_FEW:
+                # A fit of fewer points than parameters stays where it begins, which is the clusters themselves.
+                found = Found(climber.state(found.origin), found.value, found.origin)
+            elif self.doubles:
+                found = climber.improved(found, most)
             seen.append(found.value)
-            best = found if best is None else _best([best, found])
+            best = found if best is None else best_of([best, found])
             if sum(abs(value - best.value) < _SAME for value in seen) > 1:
                 break
         assert best is not None, "there is at least one run"
-        if self.few and self.prior is None and self.ratio >= _TOO_FEW:
-            best = self._by_likelihood([best, *starts])
-        mixture = self.plain.frame.leave(best.state.population.whole(best.state.mixture))
-        return mixture, StartReport(
+        searched_with_prior = self.objective is not self.plain
+        if searched_with_prior and self.prior is None:
+            best = self._by_likelihood(plain, [best, *starts])
+        report = StartReport(
             strategy,
             self.candidates,
-            self.rounds,
-            self.sweeps,
+            climber.rounds,
+            (climber.work + plain.work) / self.K,
             len(self.x),
             rows,
-            self.few,
+            searched_with_prior,
             time.perf_counter() - self.began,
         )
+        return self.plain.frame.leave(best.mixture), report
 
     def _arranged(self) -> Objective:
         """Return the objective, with points sorted by a kd-tree for truncation if that saves time."""
@@ -318,72 +292,24 @@ class Search:
             sums = Moments(found.S0, found.S1, spread, found.centers, found.total, found.mass)
         return mixture_of(sums, self.kind, self.tied, *self._spread)
 
-    def _climbed(self, objective: Objective, mixture: Mixture, steps: int, tolerance: float) -> _Found:
-        """Perform EM steps from a mixture in standardized coordinates."""
-        state = self._state(mixture)
-        if objective.penalty is not None and not objective.penalty.constant:
-            state = self.method.init(objective, mixture)
-        state, value = climb(self.method, objective, state, steps, tolerance)
-        self.sweeps += (state.iteration + 1) * mixture.n_components / self.K
-        return _Found(state, value, mixture)
-
-    def _state(self, mixture: Mixture) -> EMState:
-        """Return the state of EM at a mixture of which no component is pruned or singular."""
-        unchanged = torch.zeros(mixture.n_components, dtype=torch.bool, device=mixture.means.device)
-        return EMState(Population.of(mixture), mixture, unchanged)
-
-    def _sound(self, found: list[_Found]) -> list[_Found]:
-        """Remove degenerate candidates, if there are others: those with a component of fewer than D + 1 points."""
-        sound = [each for each in found if math.isfinite(each.value) and self._least(each) >= self.D + 1]
-        return sound or [each for each in found if math.isfinite(each.value)] or found
-
-    def _least(self, found: _Found) -> float:
-        """Return the expected number of points of the smallest component."""
-        return float(found.state.population.whole(found.state.mixture).weights.min()) * self.plain.count
-
-    def _improved(self, objective: Objective, found: _Found, most: int) -> _Found:
-        """Split, merge and climb, as long as that improves the objective."""
-        for _ in range(most):
-            other = self._round(objective, found.state.mixture)
-            self.rounds += 1
-            if other is None or _best([found, other]) is found:
-                break
-            if self._least(other) < min(self.D + 1, self._least(found)):
-                break
-            gain, found = found.value - other.value, other
-            if gain < _GAIN:
-                break
-        return found
-
-    def _round(self, objective: Objective, mixture: Mixture) -> _Found | None:
-        """Return the result of one round; None if fewer than K components are left after the split."""
-        twice = self._climbed(objective, split(mixture), *_SPLIT).state.mixture
-        if twice.n_components < self.K:
-            return None
-        tree = merge_down(twice, self.K)
-        return self._climbed(objective, merged_by(twice, tree.labels(self.K), self.K), *_MERGED)
-
-    def _annealed(self, objective: Objective, found: _Found) -> _Found:
+    def _annealed(self, climber: Climber, found: Found) -> Found:
         """Perform deterministic annealing from a candidate; return the better one of both."""
-        heated = replace(self.method, temperature=(0.3, _CANDIDATE[0]))
-        state = heated.init(objective, found.state.population.whole(found.state.mixture))
-        for _ in range(_CANDIDATE[0]):
-            state, _ = heated.step(objective, state)
-        self.sweeps += 2 * _CANDIDATE[0]
-        other = self._climbed(objective, state.population.whole(state.mixture), *_MERGED)
-        return _best([found, other])
+        heated = replace(self.method, temperature=(0.3, CANDIDATE[0]))
+        state = heated.init(climber.objective, found.mixture)
+        for _ in range(CANDIDATE[0]):
+            state, _ = heated.step(climber.objective, state)
+        climber.work += 2 * CANDIDATE[0] * self.K
+        return best_of([found, climber.climbed(state.population.whole(state.mixture), *MERGED)])
 
-    def _by_likelihood(self, found: list[_Found]) -> _Found:
+    def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
-        climbed = [
-            self._climbed(self.plain, each.state.population.whole(each.state.mixture), *_PLAIN) for each in found
-        ]
-        sound = [each for each in climbed if not self._degenerate(each)]
-        return _best(sound or self._sound(climbed))
+        climbed = [climber.climbed(each.mixture, *_PLAIN) for each in found]
+        sound = [each for each in climbed if not self._degenerate(climber, each)]
+        return best_of(sound or climber.sound(climbed))
 
-    def _degenerate(self, found: _Found) -> bool:
+    def _degenerate(self, climber: Climber, found: Found) -> bool:
         """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction."""
-        if self._least(found) < 2 * (self.D + 1):
+        if climber.least(found) < 2 * (self.D + 1):
             return True
         least = torch.linalg.eigvalsh(self._covariance)[0]
         U = found.state.mixture.factor.matrices()
