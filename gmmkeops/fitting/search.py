@@ -21,7 +21,7 @@ from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
-from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
 from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of
@@ -67,8 +67,9 @@ def sample_size(K: int, D: int, kind: type[Factor]) -> int:
 
 def prior_of(x: Tensor, weights: Tensor | None, K: int) -> CovariancePrior:
     """Return a weak prior of the covariances: D + 2 points with the covariance of all points divided by K^(2/D)."""
-    D = x.shape[1]
-    return CovariancePrior(_robust_covariance(x, weights, *trimmed_spread(x, weights)) / K ** (2 / D), D + 2.0)
+    center, spread = trimmed_spread(x, weights)
+    covariance = _robust_covariance(x, weights, center, torch.where(spread > 0, spread, 1.0))
+    return CovariancePrior(covariance / K ** (2 / x.shape[1]), x.shape[1] + 2.0)
 
 
 def has_few_points(rows: float, mixture: Mixture) -> bool:
@@ -82,15 +83,14 @@ def within_prior(mixture: Mixture) -> tuple[Tensor, float]:
     return (mixture.weights[:, None, None] * covariances).sum(0), mixture.n_features + 2.0
 
 
-def _robust_covariance(x: Tensor, weights: Tensor | None, center: Tensor, spread: Tensor) -> Tensor:
+def _robust_covariance(x: Tensor, weights: Tensor | None, center: Tensor | float, spread: Tensor | float) -> Tensor:
     """Compute the covariance (D, D) of points, with columns that are clipped at ten standard deviations."""
-    spread = torch.where(spread > 0, spread, 1.0)
     z = ((x.double() - center) / spread).clamp_(-10, 10)
     g = torch.ones(len(z), dtype=torch.float64, device=x.device) if weights is None else weights
     z = z - g @ z / g.sum()
     # A constant column would make the covariance singular.
     covariance = (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(x.shape[1]).to(z)
-    return covariance * spread * spread[:, None]
+    return covariance if isinstance(spread, float) else covariance * spread * spread[:, None]
 
 
 def _parameters(kind: type[Factor], D: int) -> int:
@@ -249,15 +249,10 @@ class Search:
         return found
 
     @cached_property
-    def _spread(self) -> tuple[Tensor, Tensor]:
-        """Robust centers and standard deviations of the columns (D,), standardized coordinates."""
-        return trimmed_spread(self.plain.data.x, self.weights)  # type: ignore[attr-defined]
-
-    @cached_property
     def _covariance(self) -> Tensor:
-        """Robust covariance of all points, standardized coordinates."""
-        x: Tensor = self.plain.data.x  # type: ignore[attr-defined]
-        return _robust_covariance(x, self.weights, *self._spread)
+        """Robust covariance of all points, standardized coordinates, in which columns have deviations of about one."""
+        z: Tensor = self.plain.data.x  # type: ignore[attr-defined]
+        return _robust_covariance(z, self.weights, 0.0, 1.0)
 
     @cached_property
     def _roots(self) -> list[Tensor | None]:
@@ -280,17 +275,40 @@ class Search:
     def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
         """Return the mixture of the clusters about centers (K, D) in a metric."""
         batch = Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
+        means = centers if root is None else torch.linalg.solve(root.mT, centers.mT).mT
+        if (found := self._by_one_step(batch, means, root)) is not None:
+            return found
         if root is None:
-            sums = clusters([batch], centers, self.kind, self.backend)
+            sums = clusters([batch], means, self.kind, self.backend)
         else:
-            means = torch.linalg.solve(root.mT, centers.mT).mT
-            arguments = (batch.points, centers.new_zeros(len(centers)), means, FullFactor.from_factors(root[None]))
-            found = reductions.moments(
+            arguments = (batch.points, means.new_zeros(len(means)), means, FullFactor.from_factors(root[None]))
+            hard = reductions.moments(
                 *arguments, weights=batch.weights, assignment="hard", backend=self.backend, truncate=0
             )
-            spread = self.kind.second_moments(found.S2)
-            sums = Moments(found.S0, found.S1, spread, found.centers, found.total, found.mass)
-        return mixture_of(sums, self.kind, self.tied, *self._spread)
+            sums = Moments(hard.S0, hard.S1, self.kind.second_moments(hard.S2), hard.centers, hard.total, hard.mass)
+        return mixture_of(sums, self.kind, self.tied, *trimmed_spread(batch.points, self.weights))
+
+    def _by_one_step(self, batch: Batch, means: Tensor, root: Tensor | None) -> Mixture | None:
+        """Return the mixture of the clusters by one step of hard EM; None if clusters are small or singular."""
+        if self.tied or (root is not None and self.kind is not FullFactor):
+            return None
+        matrix = torch.eye(self.D).to(means) if root is None else root
+        one = (
+            FullFactor.from_factors(matrix[None])
+            if root is not None
+            else self.kind.from_covariances(self.kind.compact(matrix)[None], features=self.D)
+        )
+        factor = one.replace(**{name: values.expand(self.K, -1) for name, values in one.tensors.items()})
+        least = 4 * (self.D + 1) / self.plain.count
+        settings = reductions.StepSettings(
+            self.plain.mass, means.new_zeros(self.D), FLOOR, least, assignment="hard", bare=True
+        )
+        steps = reductions.em_steps(
+            batch, means.new_zeros(self.K), means, factor, settings, backend=self.backend, limit=1
+        )
+        if not steps:
+            return None
+        return Mixture(steps.logits[1], steps.means[1], steps.factors[1], validate_args=False)
 
     def _annealed(self, climber: Climber, found: Found) -> Found:
         """Perform deterministic annealing from a candidate; return the better one of both."""
