@@ -54,9 +54,11 @@ def distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
     else:
         rows, mass = rows[mass > 0], mass[mass > 0]
     # Rows are sorted by one column, and then by another one where it is equal, from the last column to the first.
-    order = torch.arange(len(rows), device=rows.device)
-    for column in reversed(rows.unbind(1)):
-        order = order[column[order].argsort(stable=True)]
+    order = rows[:, 0].argsort(stable=True)
+    first = rows[order, 0]
+    if bool((first[1:] == first[:-1]).any()):
+        for column in reversed(rows.unbind(1)):
+            order = order[column[order].argsort(stable=True)]
     rows, mass = rows[order], mass[order]
     new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     new[1:] = (rows[1:] != rows[:-1]).any(1)
@@ -82,6 +84,7 @@ def seeds(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
         return points[order[torch.arange(K, device=mass.device) % len(order)]]
     first = _draw(mass, 1, generator)
     chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
+    columns, squares = points.mT.contiguous(), points.square().sum(1)
     while (left := K - sum(map(len, chosen))) > 0:
         chance = mass * distance
         # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
@@ -91,7 +94,9 @@ def seeds(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
             chosen.append(candidates[:several])
             distance = torch.minimum(distance, nearest(points, points[chosen[-1]]))
             continue
-        reach = torch.minimum(distance, ((points[candidates, None] - points) ** 2).sum(-1))
+        # The squared distances (candidates, M); errors by cancellation are small where points are near the origin.
+        reach = torch.addmm(squares, points[candidates], columns, alpha=-2).add_(squares[candidates, None])
+        reach = torch.minimum(distance, reach.clamp_(min=0))
         best = (reach @ mass).argmin()
         chosen.append(candidates[best : best + 1])
         distance = reach[best]

@@ -47,7 +47,7 @@ _MORE_ROUNDS = 8
 _TREE, _SWEEPS = 4, 100
 
 # Points times parameters from which E-steps in float32 save time.
-_LONG = 2_000_000
+_LONG = 300_000
 
 # Difference of objectives that are the same optimum, nats per point.
 _SAME = 1e-3
