@@ -30,7 +30,7 @@ _FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, Spherica
 _MANY = 32
 
 # Largest number of steps of a call, and multiplications that a call with several steps may take (about a millisecond).
-_MOST, _WORK = 16, 4e6
+_MOST, _WORK = 16, 3e7
 
 
 @dataclass(frozen=True)
