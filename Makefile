@@ -43,8 +43,8 @@ test-slow: $(READY)
 sanitize: $(READY)
 	CXXFLAGS="$(SANITIZERS) -O1 -g -w" $(BIN)/python setup.py -q build --build-base build/objects --build-lib build/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONPATH=build/sanitized $(BIN)/python -m pytest -p no:cacheprovider -k "not installation and not memory" \
-	tests/test_native.py tests/test_tree.py tests/test_truncation_passes.py
+	PYTHONPATH=build/sanitized $(BIN)/python -P -m pytest -p no:cacheprovider -k "not installation and not memory" \
+	tests/test_native.py tests/test_em_steps.py tests/test_reduction.py tests/test_tree.py tests/test_truncation_passes.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
