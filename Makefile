@@ -60,6 +60,7 @@ bench: $(READY)
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/engines.py
 	$(BIN)/python bench/choose.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/starts.py
 	$(BIN)/python bench/report.py
 
 bench-gpu: $(READY)

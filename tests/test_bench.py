@@ -20,6 +20,7 @@ import adapters
 import cases
 import measure
 import report
+import starts
 
 import run
 
@@ -101,8 +102,8 @@ def test_rows_of_two_machines_do_not_mix(monkeypatch, tmp_path, capsys):
 
 
 def test_measurements_have_what_a_row_needs(monkeypatch):
-    # Long enough to take longer than the short run on any machine.
-    case = replace(TINY, iterations=(1, 41))
+    # An iteration takes longer than its overhead on any machine.
+    case = replace(TINY, N=100_000, K=30, iterations=(1, 11))
     monkeypatch.setattr(cases, "find", lambda name: case)
     row = measure.em(case, "gmmkeops", cases.cloud(case))
     assert {"seconds", "cold_seconds", "peak_MB", "log_likelihood", "iterations", "engine", "pairs"} <= set(row)
@@ -166,3 +167,25 @@ def test_posteriors_learn():
     for peer, adapter in adapters.BAYES.items():
         *parameters, _ = adapter(case, x, cases.start(case, x))(20)
         assert measure.referee(x, parameters, "cpu") > measure.referee(x, one, "cpu") + 0.3, peer
+
+
+def test_initial_mixtures_are_compared(monkeypatch, tmp_path):
+    monkeypatch.setitem(starts.SETS, "iris", starts.clusters(600, 3, 2, 9.0, noise=0.05))
+    monkeypatch.setattr(starts, "_REPEATS", 1)
+    rows = starts.measured("iris", 0)
+    assert [row["start"] for row in rows] == [starts.THEIRS, *starts.STRATEGIES, starts.PRIOR]
+    values = {row["start"]: row for row in rows}
+    assert values["auto"]["rand"] > 0.99
+    assert values["auto"]["log_likelihood"] >= values["scikit-learn"]["log_likelihood"] - 1e-3
+    assert all(row["N"] == 400 and row["relative_cpu"] > 0 for row in rows)
+    # Likelihoods are averaged, and ratios of times by their logarithms.
+    double = [row | {"unseen": row["unseen"] - 1, "relative_cpu": 4 * row["relative_cpu"]} for row in rows]
+    for row in double:
+        row["unseen"] -= row["start"] == "auto"
+    found = starts.summaries({"rows": rows + double})["iris"]
+    for name, row in values.items():
+        assert found[name]["cpu"] == pytest.approx(2 * row["relative_cpu"])
+    gain = values["auto"]["unseen"] - values["scikit-learn"]["unseen"]
+    assert found["auto"]["gain"] == pytest.approx(gain - 0.5)
+    starts.plot({"rows": [row | {"set": name} for name in starts.SETS for row in rows]}, tmp_path / "starts.png")
+    assert matplotlib.image.imread(tmp_path / "starts.png")[..., :3].std() > 0.02

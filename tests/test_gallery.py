@@ -162,6 +162,23 @@ def penalties(output):
     assert len(live) == 6
 
 
+def starts(output):
+    poor, good, true = map(
+        float,
+        re.search(
+            r'"kmeans": log-likelihood (\S+) .*"auto": log-likelihood (\S+) .*mixture: log-likelihood (\S+)',
+            output,
+            re.S,
+        ).groups(),
+    )
+    assert poor < true - 0.1
+    assert good > true - 1e-3
+    rounds = [float(value) for value in re.findall(r"\d\d components, log-likelihood (\S+)", output)]
+    assert rounds[1] > rounds[0] > poor
+    assert rounds[3] > rounds[2] > poor + 0.02
+    assert float(re.search(r"reduced to 12: log-likelihood (\S+)", output)[1]) > true - 0.02
+
+
 # For each script: how many figures, and what must hold of its output.
 SCRIPTS = {
     "1_model/plot_spiral.py": (2, spiral),
@@ -177,6 +194,7 @@ SCRIPTS = {
     "5_bayes/plot_process.py": (1, process),
     "5_bayes/plot_standard_errors.py": (1, standard_errors),
     "2_fitting/plot_penalties.py": (1, penalties),
+    "2_fitting/plot_starts.py": (3, starts),
     "4_scale/plot_ten_thousand.py": (1, ten_thousand),
     "4_scale/plot_map_coordinates.py": (1, map_coordinates),
     "4_scale/plot_streaming.py": (1, streaming),

@@ -29,6 +29,7 @@ RESULTS = ROOT / "bench/results"
 sys.path.insert(0, str(ROOT / "bench"))
 
 import report  # noqa: E402
+import starts  # noqa: E402
 
 
 def test_code_blocks_run(tmp_path, monkeypatch, capsys):
@@ -129,6 +130,35 @@ def test_the_tables_of_how_to_choose_are_the_committed_results():
         assert f"<!-- end of {part} -->" in (ROOT / "gallery/choose.md").read_text()
     for row in record["truncations"]:
         assert 0 <= row["lost"] <= row["certificate"] <= 1.01e-2
+
+
+def test_the_tables_of_initial_mixtures_are_the_committed_results():
+    record = json.loads((RESULTS / "starts.json").read_text())
+    between = README.split(starts.MARKS[0])[1].split(starts.MARKS[1])[0]
+    assert between.strip() == starts.overview(record)
+    assert (RESULTS / "starts.md").read_text() == starts.page(record)
+    page = (ROOT / "gallery/choose.md").read_text()
+    assert all(mark in page for mark in starts.MARKS)
+    assert matplotlib.image.imread(RESULTS / "starts.png")[..., :3].std() > 0.02
+    found = starts.summaries(record)
+    assert set(found) == set(starts.SETS)
+    synthetic = (
+        "8 clusters and noise",
+        "20 overlapping clusters",
+        "30 unequal clusters",
+        "50 clusters",
+        "noisy curves",
+    )
+    gains = {name: found[name]["auto"]["gain"] - found[name]["kmeans"]["gain"] for name in found}
+    # The sentences of the README and of the page "How to choose".
+    assert sorted(0.01 < gains[name] < 0.155 for name in synthetic) == [False, True, True, True, True]
+    assert max(gains[name] for name in found if name not in synthetic) < 0.005
+    assert gains["iris"] == pytest.approx(-0.08, abs=0.005)
+    times = sorted(row["auto"]["cpu"] for row in found.values())
+    assert max(times[:2]) < 0.5
+    assert (round(times[2], 1), round(times[-1], 1)) == (1.2, 2.8)
+    few = {"iris", "wine", "digits", "30 unequal clusters", "50 clusters"}
+    assert {name for name in found if found[name][starts.PRIOR]["gain"] > found[name]["auto"]["gain"] + 1e-3} == few
 
 
 def test_committed_results_agree_among_peers():

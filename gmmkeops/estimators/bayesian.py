@@ -40,7 +40,8 @@ class BayesianGaussianMixture(MixtureEstimator):
         n_components: Maximum number of components K.
         covariance_type: As for :class:`GaussianMixture`.
         tol: Convergence tolerance of the lower bound, summed over all points, nats (not per point).
-        reg_covar, max_iter, n_init, init_params, random_state, verbose, verbose_interval: As for :class:`GaussianMixture`.
+        reg_covar, max_iter, n_init, random_state, verbose, verbose_interval: As for :class:`GaussianMixture`.
+        init_params: As for :class:`GaussianMixture`, but by default "kmeans".
         weight_concentration_prior_type: "dirichlet_process" (stick-breaking) or "dirichlet_distribution".
         weight_concentration_prior: Concentration of the Dirichlet process or distribution; 1 / K if None.
         mean_precision_prior: Prior precision κ of the means, as a number of pseudo-observations; 1 if None.

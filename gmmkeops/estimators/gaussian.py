@@ -65,8 +65,8 @@ class GaussianMixture(MixtureEstimator):
         n_init: Number of initializations, of which the best one is kept. A search compares them itself, before a single fit, and
             ends when the best optimum has been found twice.
         init_params: "auto" (k-means in two metrics, then rounds of splitting and merging components, on a sample; see
-            :func:`gmmkeops.initialize`), "split-merge", "annealed", or without a search "kmeans", "k-means++" (or "kpp"),
-            "random" (responsibilities), "random_from_data" (or "points").
+            :func:`gmmkeops.initialize`), "split-merge", "annealed", or without a search "kmeans" (the default of scikit-learn),
+            "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").
         weights_init, means_init, precisions_init: Initial weights (K,), means (K, D), data units, and precisions in the shape of
             the covariances, 1 / squared data units. If None, they are computed by ``init_params``.
         random_state: None, an int, or a numpy ``RandomState`` or ``Generator``. None uses a fixed seed, so that results are
@@ -79,7 +79,7 @@ class GaussianMixture(MixtureEstimator):
         device: Device of the computation, e.g. "cuda"; by default that of the data.
         dtype: Precision of the computation and of densities and probabilities, "float32" or "float64". By default it is float32
             for float32 data, else float64. A fit switches to float64 if float32 is not accurate enough.
-        backend: "auto", "keops" or "dense".
+        backend: "auto", "native", "keops" or "dense".
         truncate: Largest fraction of the density of a point that may be neglected (:func:`gmmkeops.fit`); 0 evaluates all
             point-component pairs; None uses approximately the rounding error of the dtype if this saves time.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state of the fit is written and from which it

@@ -71,7 +71,7 @@ def initialize(
     penalty: Any = None,
     prior: str | None = None,
 ) -> Mixture:
-    r"""Compute an initial mixture whose components are clusters of the data.
+    r"""Compute an initial mixture from data, by a search or from clusters.
 
     .. math:: \min_{\mu} \sum_n g_n \min_k \lVert x_n - \mu_k \rVert^2 \qquad \text{(the objective of k-means)}
 
@@ -90,7 +90,7 @@ def initialize(
             found the best optimum twice.
         generator: Random number generator or seed; by default one with a fixed seed, so that repeated calls give equal
             mixtures. Torch's global random state is neither used nor changed.
-        refine: Number of additional EM steps.
+        refine: Number of additional EM steps, for strategies without a search.
         backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
         penalty: Penalty of the fit that follows, as for :func:`gmmkeops.fit`, which counts in the objective of a search.
         prior: With fewer than ten points per parameter, a search uses a weak prior of the covariances, since the likelihood

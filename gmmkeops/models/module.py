@@ -241,8 +241,8 @@ class GMM(nn.Module):
 
         Args:
             x: Points (N, D), N >= K, data units.
-            strategy: ``"random"`` (K random points as centers), ``"kmeans"`` (the best of three runs of k-means) or
-                ``"kmeans++"`` (the best of ten runs).
+            strategy: ``"random"`` (K random points as centers), ``"kmeans"`` (one run of k-means),
+                ``"kmeans++"`` (the best of ten runs), or another strategy of :func:`gmmkeops.initialize`, such as ``"auto"``.
             context: Contexts of the points (N, C). If given, the first layer of the network is initialized for their means and
                 standard deviations; otherwise it is left unchanged, which suits standardized contexts.
             sample_weight: Weight of each point (N,), or None.

@@ -52,9 +52,10 @@ x = x[(x[:, 2] > low - 5) & (x[:, 2] < high + 5)]  # removes outliers such as bi
 print(f"town: {len(x)} returns of {scan.name if scan.exists() else 'a simulated town'}")
 
 # %%
-# Three thousand components are fitted in float32; in standardized coordinates, this resolves millimeters.
+# Three thousand components are fitted in float32; in standardized coordinates, this resolves millimeters. They begin as clusters
+# of k-means, which are compact. The default initial mixture leads to a higher likelihood, with more needles.
 
-start = gk.initialize(x, 3000, generator=torch.Generator().manual_seed(0))
+start = gk.initialize(x, 3000, "kmeans", generator=torch.Generator().manual_seed(0))
 result = gk.fit(start, x, gk.EM(tol=0), max_iter=20, dtype="float32")
 print("town:", result)
 mixture = result.mixture

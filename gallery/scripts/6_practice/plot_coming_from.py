@@ -21,8 +21,9 @@ rng = np.random.default_rng(0)
 X = np.r_[rng.normal(size=(4000, 2)), rng.normal(size=(3000, 2)) * [0.4, 1.5] + [5, 2]]
 
 # %%
-# **From scikit-learn**: change the import. ``sample_weight`` and ``penalty`` are additional arguments. Models can be converted
-# in both directions.
+# **From scikit-learn**: change the import. ``sample_weight`` and ``penalty`` are additional arguments. One default differs:
+# ``init_params="auto"`` searches for an initial mixture; ``init_params="kmeans"`` is scikit-learn's. Models can be converted in
+# both directions.
 
 model = gk.GaussianMixture(n_components=2, covariance_type="full", random_state=0, tol=1e-8, max_iter=500).fit(X)
 theirs = Theirs(n_components=2, random_state=0, tol=1e-8, max_iter=500).fit(X)
