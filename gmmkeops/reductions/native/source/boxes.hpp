@@ -43,7 +43,9 @@ template <class F> class Leaf {
   Leaf(const TreeCall& call, const Extents& extents, int64_t leaf)
       : call(call), extents(extents), leaf(leaf), D(call.dimensions), first(call.starts[leaf]), last(call.starts[leaf + 1]), points((const F*)call.points) {
     const int64_t results = D * (D + 1) / 2 + 2 * call.levels * (D + 1);
-    ready = (memory = (char*)aligned_alloc(64, size_t(D * VECTORS + results) * sizeof(V) + size_t(2 * D * call.levels + 64) / 8 * 64)) != nullptr;
+    // The size of aligned memory must be a multiple of its alignment.
+    const size_t size = size_t(D * VECTORS + results) * sizeof(V) + size_t(2 * D * call.levels + 64) / 8 * 64;
+    ready = (memory = (char*)aligned_alloc(64, (size + 63) / 64 * 64)) != nullptr;
     y = (V*)memory, sums = y + D * VECTORS, shift = (double*)(sums + results), scale = shift + D * call.levels;
     for (int64_t i = 0; ready && i < results; i++) sums[i] = V{};
   }

@@ -40,7 +40,7 @@ template <bool full, int DS> class Refinement {
   Refinement(const ListCall& call, const Level& level, bool last, Growing<int64_t>& boxes, Growing<int64_t>& index, Growing<int64_t>& lengths, Growing<double>& pruned)
       : call(call), level(level), last(last), D(DS ? DS : int(call.dimensions)), boxes(boxes), index(index), lengths(lengths), pruned(pruned) {
     const int64_t vectors = call.components + 8 * D + D * D;
-    ready = (memory = (char*)aligned_alloc(64, size_t(vectors) * sizeof(V))) != nullptr;
+    ready = (memory = (char*)aligned_alloc(64, (size_t(vectors) * sizeof(V) + 63) / 64 * 64)) != nullptr;
     u = (V*)memory, b = u + call.components, half = b + D, semi = half + D, z = semi + D, y = z + D, slope = y + D, axes = slope + D;
   }
   ~Refinement() { free(memory); }
