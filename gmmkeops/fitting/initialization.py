@@ -150,7 +150,7 @@ def start_of(
     """Compute an initial mixture and a report; arguments as for :func:`initialize`.
 
     Args:
-        method: EM with the settings of the fit that follows; None for the defaults.
+        method: EM with the settings of the fit that follows; None for a fit without ``reg_covar``.
     """
     began = time.perf_counter()
     mind_fork()
@@ -187,7 +187,7 @@ def start_of(
         generator = world.generator(generator, rows.device)
         if strategy in SEARCHED:
             options: Any = {"penalty": penalty, "prior": prior, "generator": generator, "backend": backend}
-            search = Search(rows, mass, K, kind, tied, method=EM() if method is None else method, **options)
+            search = Search(rows, mass, K, kind, tied, method=method, **options)
             mixture, report = search.run(strategy, runs, some)
             if world.size > 1:
                 # Rounding errors may differ between the machines of the ranks.

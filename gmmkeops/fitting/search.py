@@ -22,6 +22,7 @@ from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.em_state import EMState
+from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.ordinary import climb
@@ -57,6 +58,9 @@ _LONG = 2_000_000
 
 # Improvement of the objective by a round (nats per point) below which no further one is performed.
 _GAIN = 1e-3
+
+# Ratio of reg_covar and the smallest variance of a column, for fits that have no reg_covar.
+_RIDGE = 1e-6
 
 # Relative difference of objectives that are equal up to rounding.
 _TIE = 1e-7
@@ -133,7 +137,7 @@ class Search:
         weights: Weights (n,), or None.
         K: Number of components.
         kind, tied: Family of the components, and whether they share a covariance.
-        method: EM with the ``reg_covar`` of the fit.
+        method: EM with the ``reg_covar`` of the fit; None for a small fraction of the smallest variance of a column.
         penalty: Penalty of the fit, or None.
         prior: ``"auto"`` to judge candidates with a prior of the covariances where points per parameter are few; None to judge
             them finally by the likelihood (and the penalty) alone.
@@ -149,7 +153,7 @@ class Search:
         kind: type[Factor],
         tied: bool,
         *,
-        method: EM,
+        method: EM | None,
         penalty: Any,
         prior: str | None,
         generator: torch.Generator,
@@ -157,6 +161,9 @@ class Search:
     ) -> None:
         self.began = time.perf_counter()
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
+        # Splits and k-means compare the columns, so that their scale must not depend on their units.
+        frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False)
+        method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
         self.penalty = self._supported(penalty, K)
@@ -164,7 +171,8 @@ class Search:
         # The library is twice as fast in float32; the points are evaluated in float64 if they are too coarse for that.
         long = len(x) * K * _parameters(kind, x.shape[1]) >= _LONG
         single = torch.float32 if long and x.device.type == "cpu" else None
-        self.plain = prepared(x, weights, self.penalty, backend, generator, isotropic=kind.isotropic, dtype=single)
+        settings: Any = {"isotropic": kind.isotropic, "dtype": single, "frame": frame}
+        self.plain = prepared(x, weights, self.penalty, backend, generator, **settings)
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
         self.few = self.ratio < _FEW and not tied and K > 1
