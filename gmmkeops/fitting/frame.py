@@ -43,9 +43,7 @@ class Frame:
     columns: tuple[str, ...] | None = None
 
     @classmethod
-    def of(
-        cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0, rounded: bool = True
-    ) -> Frame:
+    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0, rounded: bool = True) -> Frame:
         """Compute the transformation for points (N, D), from trimmed means and trimmed standard deviations of their columns.
 
         With ``isotropic`` all columns have the same scale, so that spherical factors stay spherical. Without ``rounded`` the
@@ -56,9 +54,7 @@ class Frame:
         return cls.around(shift, spread, isotropic=isotropic, extra=extra, rounded=rounded)
 
     @classmethod
-    def around(
-        cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0, rounded: bool = True
-    ) -> Frame:
+    def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0, rounded: bool = True) -> Frame:
         """Compute the transformation for given centers (D,) and standard deviations (D,) of the columns, data units."""
         if isotropic:
             own = spread[: len(spread) - extra]

@@ -93,8 +93,9 @@ def initialize(
         refine: Number of additional EM steps.
         backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
         penalty: Penalty of the fit that follows, as for :func:`gmmkeops.fit`, which counts in the objective of a search.
-        prior: With fewer than ten points per parameter, a search uses a weak prior of the covariances, since the likelihood
-            favors components that contain few points. ``"auto"`` also chooses the result by this prior; None chooses the
+        prior: With fewer than ten points per parameter, a search uses weak priors of the covariances, since the likelihood
+            favors components that contain few points: first one of the covariance of all points, then, with further rounds, one
+            of the mean covariance within components. ``"auto"`` also chooses the result by this prior; None chooses the
             candidate of the best likelihood among those that are not degenerate.
 
     Returns:

@@ -2,7 +2,8 @@ r"""Search for an initial mixture: k-means in two metrics, then rounds of splitt
 
 A round splits every component, performs EM steps, merges the least distinct pairs until K components are left, and performs EM
 steps again. Its result is kept only if the objective is better. With few points per parameter, a prior of the covariances counts
-in the objective, since the likelihood alone would favor components that contain few points. References: Zhou, Xu, Fazel and Du
+in the objective, since the likelihood alone would favor components that contain few points: first one of the covariance of all
+points, then one of the mean covariance within components. References: Zhou, Xu, Fazel and Du
 2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
 """
 
@@ -238,8 +239,9 @@ class Search:
             if sum(abs(value - best.value) < _SAME for value in seen) > 1:
                 break
         assert best is not None, "there is at least one run"
-        if self.few and self.prior is None and self.ratio >= _TOO_FEW:
-            best = self._by_likelihood([best, *starts])
+        if self.few and self.ratio >= _TOO_FEW:
+            narrowed = self._narrowed(objective, best, most) if self.doubles and strategy != "annealed" else best
+            best = narrowed if self.prior is not None else self._by_likelihood([narrowed, best, *starts])
         mixture = self.plain.frame.leave(best.state.population.whole(best.state.mixture))
         return mixture, StartReport(
             strategy,
@@ -357,6 +359,16 @@ class Search:
             if gain < _GAIN:
                 break
         return found
+
+    def _narrowed(self, objective: Objective, found: _Found, most: int) -> _Found:
+        """Perform rounds with a prior of the mean covariance within components.
+
+        With many components or columns the first prior is much wider than the components, so that its optimum merges some.
+        """
+        whole = found.state.population.whole(found.state.mixture)
+        added = CovariancePrior(*within_prior(self.plain.frame.leave(whole)))
+        narrow = replace(objective, penalty=added if self.penalty is None else self.penalty + added)
+        return self._improved(narrow, self._climbed(narrow, whole, *_MERGED), most)
 
     def _round(self, objective: Objective, mixture: Mixture) -> _Found | None:
         """Return the result of one round; None if fewer than K components are left after the split."""
