@@ -419,6 +419,41 @@ def test_special_points_have_a_start(name, strategy):
             assert report.points == report.rows == len(x)
 
 
+def test_candidates_with_few_points_are_removed_if_there_are_others():
+    x, g = overlapping(), torch.Generator().manual_seed(0)
+    options = {"method": None, "penalty": None, "prior": None, "generator": g, "backend": "auto"}
+    own = Search(x, None, 3, gk.FullFactor, False, **options)
+
+    def candidate(least, value):
+        m = gk.Mixture(torch.tensor([least, 500.0, 500.0]).double().log(), torch.zeros(3, 2).double(), identities)
+        return search._Found(own._state(m), value, m)
+
+    identities = gk.FullFactor.from_factors(torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
+    good, tiny, infinite = candidate(10.0, 3.0), candidate(1.0, 1.0), candidate(10.0, -math.inf)
+    assert own._sound([tiny, good, infinite]) == [good]
+    assert own._sound([tiny, infinite]) == [tiny]
+    assert own._sound([infinite]) == [infinite]
+
+
+def test_runs_alternate_between_kinds_of_candidates(monkeypatch):
+    """Runs begin with k-means, k-means++ and random points in turn, each in two metrics."""
+    seen, kmeans, seeds = [], search.kmeans, search.seeds
+
+    def spy_kmeans(*arguments):
+        seen.append("kmeans")
+        return kmeans(*arguments)
+
+    def spy_seeds(*arguments, spread):
+        seen.append("kmeans++" if spread else "random")
+        return seeds(*arguments, spread=spread)
+
+    monkeypatch.setattr(search, "kmeans", spy_kmeans)
+    monkeypatch.setattr(search, "seeds", spy_seeds)
+    monkeypatch.setattr(search, "_SAME", 0.0)
+    start_of(overlapping(), 5, n_init=4)
+    assert seen == [each for each in ("kmeans", "kmeans++", "random", "kmeans") for _ in range(2)]
+
+
 def test_an_outlier_does_not_hide_the_clusters():
     x, labels = grid_clusters(3, 600, 4)
     x[5] = 1e8
@@ -594,7 +629,9 @@ def test_the_prior_and_a_penalty_are_added():
     without = gk.GaussianMixture(3, penalty=penalty, random_state=0).fit(x)
     assert float(penalty(without.mixture_, len(x))) == pytest.approx(without.score(x) - without.lower_bound_, abs=1e-9)
     assert model.score(x) - model.lower_bound_ > float(penalty(model.mixture_, len(x))) + 0.01
-    assert abs(model.weights_.max() - model.weights_.min()) < 0.3
+    alone = gk.GaussianMixture(3, prior="auto", random_state=0).fit(x)
+    strong = gk.GaussianMixture(3, prior="auto", penalty=gk.penalties.Dirichlet(1e6), random_state=0).fit(x)
+    assert np.ptp(strong.weights_) < 1e-3 < 1e-2 < np.ptp(alone.weights_)
 
 
 def test_the_prior_improves_the_held_out_likelihood_of_wine():

@@ -185,7 +185,6 @@ def _begin(
     if not isinstance(start, numbers.Integral) or isinstance(start, bool):
         return start, None
     options: dict[str, Any] = {"sample_weight": sample_weight, "generator": generator, "backend": backend}
-    method = EM() if method is None else method
     return start_of(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
 
 
