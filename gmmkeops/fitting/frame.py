@@ -3,7 +3,8 @@ r"""Standardized coordinates of a fit: columns are centered and scaled, so that 
 .. math:: x' = (x - m) / s, \qquad \mu' = (\mu - m) / s, \qquad U' = \mathrm{diag}(s)\, U, \qquad
           \log p(x) = \log p'(x') - \sum_d \log s_d
 
-The center m is subtracted in float64 before points are cast. The scale s is a power of two, so that the division is exact.
+The center m is subtracted in float64 before points are cast. The scale s of a fit is a power of two, so that the division is
+exact.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Frame:
 
     Args:
         shift: m (D,), data units, float64.
-        scale: s (D,), data units, powers of two, float64.
+        scale: s (D,), data units, float64; powers of two, if rounded.
         extra: Number of columns at the end that are contexts.
         columns: Names of all columns (D,), or None.
     """
@@ -42,17 +43,18 @@ class Frame:
     columns: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0) -> Frame:
+    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0, rounded: bool = True) -> Frame:
         """Compute the transformation for points (N, D), from trimmed means and trimmed standard deviations of their columns.
 
-        With ``isotropic`` all columns have the same scale, so that spherical factors stay spherical.
+        With ``isotropic`` all columns have the same scale, so that spherical factors stay spherical. Without ``rounded`` the
+        scale is the standard deviation itself, so that changes of the units do not change the standardized points.
         """
         shift, spread = trimmed_spread(x, weights)
         warn_if_coarse(x, spread, shift.abs())
-        return cls.around(shift, spread, isotropic=isotropic, extra=extra)
+        return cls.around(shift, spread, isotropic=isotropic, extra=extra, rounded=rounded)
 
     @classmethod
-    def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0) -> Frame:
+    def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0, rounded: bool = True) -> Frame:
         """Compute the transformation for given centers (D,) and standard deviations (D,) of the columns, data units."""
         if isotropic:
             own = spread[: len(spread) - extra]
@@ -60,11 +62,12 @@ class Frame:
         # The standard deviation of a constant column is rounding noise; it gets the largest scale of the others, or one.
         tiny = spread <= NOISE * shift.abs()
         largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
-        scale = torch.where(tiny, largest, spread).log2().round().exp2()
+        spread = torch.where(tiny, largest, spread)
+        scale = spread.log2().round().exp2()
         # Centers are rounded to multiples of the scale, so that subtraction is exact and does not depend on the sample of the
         # points. For a constant column the center itself is used, so that the column becomes zero.
         shift = torch.where(tiny, shift, (shift / scale).round() * scale)
-        return cls(shift, scale, extra)
+        return cls(shift, scale if rounded else spread, extra)
 
     @cached_property
     def log_volume(self) -> float:

@@ -93,8 +93,9 @@ def initialize(
         refine: Number of additional EM steps, for strategies without a search.
         backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
         penalty: Penalty of the fit that follows, as for :func:`gmmkeops.fit`, which counts in the objective of a search.
-        prior: With fewer than ten points per parameter, a search uses a weak prior of the covariances, since the likelihood
-            favors components that contain few points. ``"auto"`` also chooses the result by this prior; None chooses the
+        prior: With fewer than ten points per parameter, a search uses weak priors of the covariances, since the likelihood
+            favors components that contain few points: first one of the covariance of all points, then, with further rounds, one
+            of the mean covariance within components. ``"auto"`` also chooses the result by this prior; None chooses the
             candidate of the best likelihood among those that are not degenerate.
 
     Returns:
@@ -150,7 +151,7 @@ def start_of(
     """Compute an initial mixture and a report; arguments as for :func:`initialize`.
 
     Args:
-        method: EM with the settings of the fit that follows; None for the defaults.
+        method: EM with the settings of the fit that follows; None for a fit without ``reg_covar``.
     """
     began = time.perf_counter()
     mind_fork()
@@ -187,7 +188,7 @@ def start_of(
         generator = world.generator(generator, rows.device)
         if strategy in SEARCHED:
             options: Any = {"penalty": penalty, "prior": prior, "generator": generator, "backend": backend}
-            search = Search(rows, mass, K, kind, tied, method=EM() if method is None else method, **options)
+            search = Search(rows, mass, K, kind, tied, method=method, **options)
             mixture, report = search.run(strategy, runs, some)
             if world.size > 1:
                 # Rounding errors may differ between the machines of the ranks.

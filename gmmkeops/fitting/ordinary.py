@@ -31,7 +31,7 @@ class Block:
         objective: The objective.
         state: The state before the first step.
         found: Results of the native engine.
-        penalty: Penalty of the mixture before the first step, nats per point.
+        penalty: Penalty of the mixture without the terms in ``found.priors``, nats per point; equal at all steps.
     """
 
     method: EM
@@ -95,9 +95,9 @@ class Block:
         if whole is mixture:
             # The determinants of covariances in data units differ by those of the scales.
             volume = degrees * mixture.factor.leading * objective.frame.log_volume
-            penalty = (found.priors[0] + volume) / objective.mass
+            penalty = volume / objective.mass
         else:
-            penalty = float(objective.penalized(whole))
+            penalty = float(objective.penalized(whole)) - found.priors[0] / objective.mass
         return cls(method, objective, state, found, penalty)
 
     def __len__(self) -> int:
@@ -110,7 +110,8 @@ class Block:
 
     def value(self, t: int) -> float:
         """Return the objective before step t, nats per point."""
-        penalty = self.penalty + (self.found.priors[t] - self.found.priors[0]) / self.objective.mass
+        # The value must not depend on the step at which the block begins, so that fits resume bit by bit.
+        penalty = self.penalty + self.found.priors[t] / self.objective.mass
         return penalty + self.found.costs[t] + self.found.drifts[t] - self.likelihood(t)
 
     def after(self, t: int) -> EMState:

@@ -2,8 +2,9 @@ r"""Search for an initial mixture: k-means in two metrics, then rounds of splitt
 
 A round splits every component, performs EM steps, merges the least distinct pairs until K components are left, and performs EM
 steps again. Its result is kept only if the objective is better. With few points per parameter, a prior of the covariances counts
-in the objective, since the likelihood alone would favor components that contain few points. References: Zhou, Xu, Fazel and Du
-2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
+in the objective, since the likelihood alone would favor components that contain few points: first one of the covariance of all
+points, then one of the mean covariance within components. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda,
+Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gmmkeops import reductions
 from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
+from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
@@ -48,6 +50,9 @@ _TREE, _SWEEPS = 4, 100
 
 # Points times parameters from which E-steps in float32 save time.
 _LONG = 300_000
+
+# Ratio of reg_covar and the smallest variance of a column, for fits that have no reg_covar.
+_RIDGE = 1e-6
 
 # Difference of objectives that are the same optimum, nats per point.
 _SAME = 1e-3
@@ -106,7 +111,7 @@ class Search:
         weights: Weights (n,), or None.
         K: Number of components.
         kind, tied: Family of the components, and whether they share a covariance.
-        method: EM with the ``reg_covar`` of the fit.
+        method: EM with the ``reg_covar`` of the fit; None for a small fraction of the smallest variance of a column.
         penalty: Penalty of the fit, or None.
         prior: ``"auto"`` to judge candidates with a prior of the covariances where points per parameter are few; None to judge
             them finally by the likelihood (and the penalty) alone.
@@ -122,7 +127,7 @@ class Search:
         kind: type[Factor],
         tied: bool,
         *,
-        method: EM,
+        method: EM | None,
         penalty: Any,
         prior: str | None,
         generator: torch.Generator,
@@ -130,6 +135,9 @@ class Search:
     ) -> None:
         self.began = time.perf_counter()
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
+        # Splits and k-means compare the columns, so that their scale must not depend on their units.
+        frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False)
+        method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
         self.penalty = self._supported(penalty, K)
@@ -137,7 +145,8 @@ class Search:
         # The library is twice as fast in float32; the points are evaluated in float64 if they are too coarse for that.
         long = len(x) * K * _parameters(kind, x.shape[1]) >= _LONG
         single = torch.float32 if long and x.device.type == "cpu" else None
-        self.plain = prepared(x, weights, self.penalty, backend, generator, isotropic=kind.isotropic, dtype=single)
+        settings: Any = {"isotropic": kind.isotropic, "dtype": single, "frame": frame}
+        self.plain = prepared(x, weights, self.penalty, backend, generator, **settings)
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
         self.few = self.ratio < _FEW and not tied and K > 1
@@ -209,8 +218,9 @@ class Search:
                 break
         assert best is not None, "there is at least one run"
         searched_with_prior = self.objective is not self.plain
-        if searched_with_prior and self.prior is None:
-            best = self._by_likelihood(plain, [best, *starts])
+        if searched_with_prior:
+            narrowed = self._narrowed(climber, best, most) if self.doubles and strategy != "annealed" else best
+            best = narrowed if self.prior is not None else self._by_likelihood(plain, [narrowed, best, *starts])
         report = StartReport(
             strategy,
             self.candidates,
@@ -309,6 +319,19 @@ class Search:
         if not steps:
             return None
         return Mixture(steps.logits[1], steps.means[1], steps.factors[1], validate_args=False)
+
+    def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:
+        """Perform rounds with a prior of the mean covariance within components.
+
+        With many components or columns the first prior is much wider than the components, so that its optimum merges some.
+        """
+        added = CovariancePrior(*within_prior(self.plain.frame.leave(found.mixture)))
+        penalty = added if self.penalty is None else self.penalty + added
+        narrow = Climber(self.method, replace(climber.objective, penalty=penalty))
+        found = narrow.improved(narrow.climbed(found.mixture, *MERGED), most)
+        climber.work += narrow.work
+        climber.rounds += narrow.rounds
+        return found
 
     def _annealed(self, climber: Climber, found: Found) -> Found:
         """Perform deterministic annealing from a candidate; return the better one of both."""

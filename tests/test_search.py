@@ -1,0 +1,674 @@
+"""Search for an initial mixture: invariance, acceptance of rounds, few points, penalties, reports, and quality of the optimum."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, HAS_NATIVE
+
+import gmmkeops as gk
+from gmmkeops.fitting import initialization, search
+from gmmkeops.fitting.rounds import Climber, Found
+from gmmkeops.fitting.search import Search, has_few_points, prior_of, within_prior
+
+SEARCHES = ("auto", "split-merge", "annealed")
+start_of = initialization.start_of
+
+
+def grid_clusters(seed=0, N=1200, K=6, D=2):
+    """Well separated clusters of different sizes and shapes, and their labels."""
+    rng = np.random.default_rng(seed)
+    places = rng.permuted(np.tile(np.arange(K), (D, 1)), axis=1).T
+    labels = rng.choice(K, N, p=np.arange(2, K + 2) / np.arange(2, K + 2).sum())
+    spread = rng.uniform(0.4, 1.2, (K, D))
+    return torch.from_numpy(12.0 * places[labels] + spread[labels] * rng.standard_normal((N, D))), labels
+
+
+def overlapping(seed=0, N=1500, D=2):
+    rng = np.random.default_rng(seed)
+    means, labels = 2.5 * rng.standard_normal((6, D)), rng.integers(6, size=N)
+    A = rng.standard_normal((6, D, D)) * 0.6 + np.eye(D)
+    return torch.from_numpy(means[labels] + np.einsum("nde,ne->nd", A[labels], rng.standard_normal((N, D))))
+
+
+def same_partition(a, b):
+    pairs = set(zip(a.tolist(), b.tolist(), strict=True))
+    return len(pairs) == len(set(a.tolist())) == len(set(b.tolist()))
+
+
+def objective(mixture, x, penalty=None):
+    return gk.fit(mixture, x, gk.EM(reg_covar=0), penalty=penalty, max_iter=0).objective
+
+
+def sets_of(name):
+    datasets = pytest.importorskip("sklearn.datasets")
+    x = getattr(datasets, f"load_{name}")().data
+    if name == "digits":
+        x = x - x.mean(0)
+        x = x @ np.linalg.svd(x, full_matrices=False)[2][:12].T
+    return x
+
+
+# Invariance
+
+
+@pytest.mark.parametrize("strategy", SEARCHES)
+def test_equal_calls_give_equal_bits_and_leave_global_states(strategy):
+    x = overlapping()
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, report = start_of(x, 4, strategy)
+        assert torch.get_num_threads() == 2
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+        assert random.getstate() == before[2]
+        torch.manual_seed(123)
+        second, again = start_of(x, 4, strategy)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(before[0])
+    assert torch.equal(first.means, second.means)
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.factor.covariances(), second.factor.covariances())
+    assert replace(report, seconds=0.0) == replace(again, seconds=0.0)
+    assert not torch.equal(first.means, start_of(x, 4, strategy, generator=1)[0].means)
+
+
+def test_the_order_of_the_rows_matters_only_by_rounding():
+    x = overlapping()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(3))
+    a, b = gk.initialize(x, 5), gk.initialize(x[order], 5)
+    torch.testing.assert_close(a.means, b.means, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a.weights, b.weights, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", SEARCHES)
+@pytest.mark.parametrize("scale", [(1e-6, 1e-6), (1e6, 1e6), (3.0, 1.0), (1e-6, 1e6), (1e6, 3e-5)])
+def test_units_do_not_change_the_partition(strategy, scale):
+    """Five components of six overlapping clusters have many optima, so that a different metric would find a different one."""
+    x, s = overlapping(4), torch.tensor(scale, dtype=torch.float64)
+    a, b = gk.initialize(x, 5, strategy), gk.initialize(x * s, 5, strategy)
+    torch.testing.assert_close(a.means, b.means / s, rtol=1e-3, atol=1e-3)
+    assert float((a.predict(x) == b.predict(x * s)).double().mean()) > 0.999
+
+
+@pytest.mark.parametrize("method", [gk.EM(reg_covar=0), gk.Adam()])
+def test_units_do_not_change_the_start_of_a_fit(method):
+    x, s = overlapping(5), torch.tensor([1e-6, 1e5], dtype=torch.float64)
+    a, b = (gk.fit(5, points, method, max_iter=0) for points in (x, x * s))
+    assert b.log_likelihood + float(s.log().sum()) == pytest.approx(a.log_likelihood, abs=1e-6)
+
+
+def test_units_do_not_change_the_start_of_few_points():
+    x, s = torch.from_numpy(sets_of("iris")), torch.tensor([1e-6, 1e6, 7.0, 0.3], dtype=torch.float64)
+    a, b = gk.initialize(x, 3, prior="auto"), gk.initialize(x * s, 3, prior="auto")
+    torch.testing.assert_close(a.means, b.means / s, rtol=1e-5, atol=1e-5)
+
+
+def test_shifts_do_not_change_the_partition():
+    x = overlapping(6)
+    shift = torch.tensor([1e9, -1e9], dtype=torch.float64)
+    x = (x + shift) - shift
+    a, b = gk.initialize(x, 5), gk.initialize(x + shift, 5)
+    assert torch.equal(a.predict(x), b.predict(x + shift))
+    torch.testing.assert_close(a.means, b.means - shift, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("covariance_type", FAMILIES)
+def test_weights_have_the_effect_of_repeated_rows(covariance_type):
+    x, _ = grid_clusters(1, 400)
+    counts = torch.randint(0, 4, (400,), generator=torch.Generator().manual_seed(1))
+    given = {"covariance_type": covariance_type}
+    a = gk.initialize(x, 6, sample_weight=counts.double(), **given)
+    rows = x.repeat_interleave(counts, 0)
+    for b in (gk.initialize(rows, 6, **given), gk.initialize(x, 6, sample_weight=counts * 1e-9, **given)):
+        order = [int((a.means - mean).norm(dim=1).argmin()) for mean in b.means]
+        assert sorted(order) == list(range(6))
+        torch.testing.assert_close(a.means[order], b.means, rtol=0, atol=0.02)
+        torch.testing.assert_close(a.weights[order], b.weights, rtol=0, atol=2e-3)
+        assert float((a.log_prob(rows) - b.log_prob(rows)).mean()) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_file_is_searched_as_an_array(tmp_path):
+    x = overlapping(2, N=5000)
+    np.save(tmp_path / "points.npy", x.numpy())
+    source = gk.Source.of(tmp_path / "points.npy", chunk_rows=700)
+    assert len(list(source.chunks())) > 5
+    (a, one), (b, two) = start_of(x, 5), start_of(source, 5)
+    torch.testing.assert_close(a.means, b.means, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a.factor.covariances(), b.factor.covariances(), rtol=1e-6, atol=1e-6)
+    assert (one.points, one.rows) == (two.points, two.rows) == (5000, 5000)
+
+
+@pytest.mark.parametrize("D", [2, 3])
+@pytest.mark.parametrize("covariance_type", FAMILIES)
+def test_separated_clusters_are_found(covariance_type, D):
+    x, labels = grid_clusters(D, K=6, D=D)
+    for strategy in SEARCHES:
+        mixture = gk.initialize(x, 6, strategy, covariance_type=covariance_type)
+        kind, tied = gk.components.factor_class(covariance_type)
+        assert type(mixture.factor) is kind
+        assert mixture.factor.leading == (1 if tied else 6)
+        assert same_partition(mixture.predict(x), torch.from_numpy(labels))
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="the native engine has not been compiled")
+@pytest.mark.parametrize("covariance_type", FAMILIES)
+def test_engines_find_the_same_optimum(covariance_type):
+    x = overlapping(3, N=800)
+    found = []
+    for backend in ("native", "dense"):
+        start = gk.initialize(x, 5, backend=backend, covariance_type=covariance_type)
+        found.append(float(start.log_prob(x).mean()))
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+# Acceptance of rounds
+
+
+def test_rounds_never_increase_the_objective(monkeypatch):
+    seen, improved, one_round = [], Climber.improved, Climber._round
+    rounds = []
+
+    def spy(self, found, most):
+        after = improved(self, found, most)
+        seen.append((found.value, after.value, most))
+        return after
+
+    def spy_round(self, before):
+        found = one_round(self, before)
+        rounds.append(math.inf if found is None else found.value)
+        return found
+
+    monkeypatch.setattr(Climber, "improved", spy)
+    monkeypatch.setattr(Climber, "_round", spy_round)
+    x = overlapping(7)
+    for seed in range(4):
+        seen.clear(), rounds.clear()
+        mixture, report = start_of(x, 7, generator=seed, method=gk.EM(reg_covar=0))
+        ((before, after, most),) = seen
+        assert after == min([before, *rounds])
+        assert report.rounds == len(rounds) <= most == 3
+        assert -float(mixture.log_prob(x).mean()) == pytest.approx(objective(mixture, x), abs=1e-9)
+        # Only the last round may be worse than the one before it.
+        values = [before, *rounds]
+        assert values[:-1] == sorted(values[:-1], reverse=True)
+
+
+def test_a_round_that_is_worse_is_rejected(monkeypatch):
+    one_round, improved, candidates = Climber._round, Climber.improved, []
+
+    def worse(self, before):
+        found = one_round(self, before)
+        shifted = replace(found.state, mixture=found.state.mixture[[0]])
+        return replace(found, state=shifted, value=candidates[-1].value + 0.1)
+
+    def spy(self, found, most):
+        candidates.append(found)
+        after = improved(self, found, most)
+        assert after is found
+        return after
+
+    monkeypatch.setattr(Climber, "_round", worse)
+    monkeypatch.setattr(Climber, "improved", spy)
+    mixture, report = start_of(overlapping(), 5)
+    assert mixture.n_components == 5
+    assert report.rounds == len(candidates) == 1
+
+
+def test_a_round_that_leaves_a_component_without_points_is_rejected(monkeypatch):
+    one_round = Climber._round
+
+    def tiny(self, before):
+        found = one_round(self, before)
+        m = found.state.mixture
+        logits = m.log_weights.clone()
+        logits[0] = -30
+        return replace(found, state=self.state(gk.Mixture(logits, m.means, m.factor)), value=found.value - 1)
+
+    monkeypatch.setattr(Climber, "_round", tiny)
+    assert float(start_of(overlapping(), 5)[0].weights.min()) > 1e-3
+
+
+# Penalties
+
+
+def per_component_mean():
+    return gk.penalties.NormalMean(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), 5.0)
+
+
+PENALTIES = {
+    "none": lambda: None,
+    "sqrt": lambda: gk.penalties.SqrtWeights(0.1),
+    "dirichlet": lambda: gk.penalties.Dirichlet(5.0),
+    "wishart": lambda: gk.penalties.InverseWishart(0.5 * torch.eye(2), 8.0),
+    "dirichlet per component": lambda: gk.penalties.Dirichlet(torch.arange(2.0, 7.0)),
+    "mean per component": per_component_mean,
+    "sum": lambda: gk.penalties.InverseWishart(0.5 * torch.eye(2), 8.0) + 0.5 * gk.penalties.Dirichlet(3.0),
+    "bound": lambda: gk.penalties.EigenvalueFloor(0.3),
+}
+
+
+@pytest.mark.parametrize("n_init", [1, 3])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_the_penalized_objective_is_not_worse_than_that_of_k_means(name, n_init, monkeypatch):
+    x, penalty, found, sound = overlapping(8).double(), PENALTIES[name](), [], Climber.sound
+
+    def spy(self, candidates):
+        kept = sound(self, candidates)
+        found.extend(self.objective.frame.leave(each.mixture) for each in kept)
+        return kept
+
+    monkeypatch.setattr(Climber, "sound", spy)
+    mixture, report = start_of(x, 5, penalty=penalty, n_init=n_init, method=gk.EM(reg_covar=0))
+    values = [objective(each, x, penalty) for each in found]
+    assert len(values) == report.candidates >= 2
+    assert objective(mixture, x, penalty) <= min(values) + 1e-6
+    # Penalties whose arrays have one entry per component do not apply to twice as many components.
+    assert (report.rounds == 0) == ("per component" in name)
+    if n_init == 1:
+        fitted = gk.fit(5, x, gk.EM(reg_covar=0), penalty=penalty, max_iter=300)
+        assert fitted.objective <= min(values) + 1e-6
+
+
+def test_a_penalty_that_only_gradient_methods_support_does_not_count():
+    x = overlapping(8)
+    penalty = lambda m: 0.01 * m.means.square().sum()  # noqa: E731
+    a, b = gk.initialize(x, 5, penalty=penalty), gk.initialize(x, 5)
+    assert torch.equal(a.means, b.means)
+    result = gk.fit(5, x, gk.Adam(), penalty=penalty, max_iter=5, tol=0)
+    assert result.report.start.rounds >= 1
+    assert result.objective < objective_of(a, x, penalty)
+    with pytest.raises(TypeError, match="EM does not support the penalty"):
+        gk.fit(5, x, penalty=penalty)
+
+
+def objective_of(mixture, x, penalty):
+    return float(penalty(mixture) - mixture.log_prob(x).mean())
+
+
+# Few points per parameter
+
+
+def captured(monkeypatch):
+    """Mixtures of K components that a search with few points has climbed without a prior, data units."""
+    plain, climbed = [], Climber.climbed
+
+    def spy(self, mixture, steps, tolerance):
+        found = climbed(self, mixture, steps, tolerance)
+        if self.objective.penalty is None and mixture.n_components == 3:
+            plain.append(self.objective.frame.leave(found.mixture))
+        return found
+
+    monkeypatch.setattr(Climber, "climbed", spy)
+    return plain
+
+
+def is_sound(mixture, x):
+    D = x.shape[1]
+    least = np.linalg.eigvalsh(np.cov(x.T.numpy()))[0]
+    own = float(torch.linalg.eigvalsh(mixture.factor.covariances()).min())
+    return float(mixture.weights.min()) * len(x) >= 2 * (D + 1) and own >= 1e-3 * least
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_without_a_prior_the_best_likelihood_of_the_sound_candidates_is_chosen(seed, monkeypatch):
+    plain = captured(monkeypatch)
+    x = torch.from_numpy(sets_of("wine")[:, :6])
+    mixture, report = start_of(x, 3, generator=seed, n_init=3, method=gk.EM())
+    assert report.prior
+    assert len(plain) >= 3
+    sound = [float(each.log_prob(x).mean()) for each in plain if is_sound(each, x)]
+    assert sound
+    assert float(mixture.log_prob(x).mean()) >= max(sound) - 1e-6
+    assert float(mixture.weights.min()) * len(x) >= 14 - 1e-6
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_prior_the_penalized_objectives_decide(seed, monkeypatch):
+    plain, starts, steps, sound, narrowed = captured(monkeypatch), [], [], Climber.sound, Search._narrowed
+
+    def leave(self, found):
+        return self.objective.frame.leave(found.mixture)
+
+    def spy_sound(self, candidates):
+        kept = sound(self, candidates)
+        starts.extend(leave(self, each) for each in kept)
+        return kept
+
+    def spy_narrowed(self, climber, found, most):
+        after = narrowed(self, climber, found, most)
+        steps.append((leave(climber, found), leave(climber, after)))
+        return after
+
+    monkeypatch.setattr(Climber, "sound", spy_sound)
+    monkeypatch.setattr(Search, "_narrowed", spy_narrowed)
+    x = torch.from_numpy(sets_of("wine")[:, :6])
+    x = (x - x.mean(0)) / x.std(0)
+    mixture, report = start_of(x, 3, generator=seed, n_init=3, prior="auto", method=gk.EM(reg_covar=0))
+    assert report.prior
+    assert not plain
+    ((before, after),) = steps
+    wide, narrow = prior_of(x, None, 3), gk.penalties.CovariancePrior(*within_prior(before))
+
+    def value(each, prior):
+        return float(prior(each, len(x)) - each.log_prob(x).mean())
+
+    assert len(starts) >= 2
+    assert value(before, wide) <= min(value(each, wide) for each in starts) + 1e-6
+    assert value(after, narrow) <= value(before, narrow) + 1e-9
+    assert torch.equal(mixture.means, after.means)
+
+
+def test_many_points_have_no_prior():
+    x = overlapping()
+    assert not start_of(x, 5, prior="auto")[1].prior
+    a, b = gk.initialize(x, 5, prior="auto"), gk.initialize(x, 5)
+    assert torch.equal(a.means, b.means)
+    # 5 components of 6 parameters, and 10 points for each of them.
+    assert start_of(x[:299], 5)[1].prior
+    assert not start_of(x[:300], 5)[1].prior
+    assert has_few_points(299, a)
+    assert not has_few_points(300, a)
+
+
+def special():
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal((60, 2))
+    column = normal.copy()
+    column[:, 1] = 3.0
+    outlier = normal.copy()
+    outlier[7] = 1e8
+    return {
+        "N = K": (normal[:4], 4),
+        "N = K + 1": (normal[:5], 4),
+        "N = 2K": (normal[:8], 4),
+        "equal": (np.ones((20, 2)), 3),
+        "two distinct": (np.repeat([[0.0, 1.0], [5.0, 2.0]], 10, 0), 3),
+        "two distinct, K = 2": (np.repeat([[0.0, 1.0], [5.0, 2.0]], 10, 0), 2),
+        "constant column": (column, 3),
+        "constant column far away": (column + 1e9, 3),
+        "outlier": (outlier, 3),
+        "line": (np.linspace(0, 1, 60)[:, None] * [1.0, 2.0], 3),
+        "K = 1": (normal, 1),
+        "D = 1": (normal[:, :1], 3),
+        "D = 1, many": (rng.standard_normal((500, 1)), 3),
+        "D > N": (rng.standard_normal((6, 9)), 2),
+        "one point": (normal[:1], 1),
+    }
+
+
+@pytest.mark.parametrize("name", special())
+@pytest.mark.parametrize("strategy", SEARCHES)
+def test_special_points_have_a_start(name, strategy):
+    points, K = special()[name]
+    x = torch.from_numpy(points)
+    for covariance_type in FAMILIES if strategy == "auto" else ("full", "tied_spherical"):
+        for prior in (None, "auto") if strategy == "auto" else (None,):
+            mixture, report = start_of(x, K, strategy, covariance_type=covariance_type, prior=prior)
+            assert mixture.n_components == K
+            assert float(mixture.weights.sum()) == pytest.approx(1)
+            assert bool(torch.isfinite(mixture.log_prob(x)).all())
+            assert bool(torch.isfinite(mixture.means).all())
+            assert report.points == report.rows == len(x)
+
+
+def test_candidates_with_few_points_are_removed_if_there_are_others():
+    x, g = overlapping(), torch.Generator().manual_seed(0)
+    options = {"method": None, "penalty": None, "prior": None, "generator": g, "backend": "auto"}
+    search = Search(x, None, 3, gk.FullFactor, False, **options)
+    own = Climber(search.method, search.plain)
+
+    def candidate(least, value):
+        m = gk.Mixture(torch.tensor([least, 500.0, 500.0]).double().log(), torch.zeros(3, 2).double(), identities)
+        return Found(own.state(m), value, m)
+
+    identities = gk.FullFactor.from_factors(torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
+    good, tiny, infinite = candidate(10.0, 3.0), candidate(1.0, 1.0), candidate(10.0, -math.inf)
+    assert own.sound([tiny, good, infinite]) == [good]
+    assert own.sound([tiny, infinite]) == [tiny]
+    assert own.sound([infinite]) == [infinite]
+
+
+def test_runs_alternate_between_kinds_of_candidates(monkeypatch):
+    """Runs begin with k-means, k-means++ and random points in turn, each in two metrics."""
+    seen, kmeans, seeds = [], search.kmeans, search.seeds
+
+    def spy_kmeans(*arguments):
+        seen.append("kmeans")
+        return kmeans(*arguments)
+
+    def spy_seeds(*arguments, spread):
+        seen.append("kmeans++" if spread else "random")
+        return seeds(*arguments, spread=spread)
+
+    monkeypatch.setattr(search, "kmeans", spy_kmeans)
+    monkeypatch.setattr(search, "seeds", spy_seeds)
+    monkeypatch.setattr(search, "_SAME", 0.0)
+    start_of(overlapping(), 5, n_init=4)
+    assert seen == [each for each in ("kmeans", "kmeans++", "random", "kmeans") for _ in range(2)]
+
+
+def test_an_outlier_does_not_hide_the_clusters():
+    x, labels = grid_clusters(3, 600, 4)
+    x[5] = 1e8
+    mixture = gk.initialize(x, 5)
+    rest = torch.arange(600) != 5
+    found = mixture.predict(x)
+    assert same_partition(found[rest], torch.from_numpy(labels)[rest])
+    assert int((found == found[5]).sum()) == 1
+
+
+def test_one_component_has_mean_and_covariance_of_the_points():
+    x = overlapping()
+    mixture = gk.initialize(x, 1)
+    torch.testing.assert_close(mixture.means[0], x.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixture.factor.covariances()[0], torch.cov(x.mT, correction=0), rtol=1e-4, atol=1e-5)
+
+
+# Reports
+
+
+def test_several_initializations_end_early():
+    x, _ = grid_clusters(2)
+    result = gk.GaussianMixture(6, n_init=10, random_state=0).fit(x.numpy()).result_
+    start = result.report.start
+    assert start.candidates == 4 < 20
+    assert len(start_of(x, 6, n_init=1)[0].weights) == 6
+
+
+def test_more_initializations_are_not_worse():
+    x = overlapping(9)
+    values = [float(gk.initialize(x, 8, n_init=n).log_prob(x).mean()) for n in (1, 2, 5)]
+    assert values[0] <= values[1] + 1e-6 <= values[2] + 2e-6
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+@pytest.mark.parametrize("strategy", SEARCHES)
+@pytest.mark.parametrize("penalty", [None, gk.penalties.SqrtWeights(0.1)])
+def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
+    sweeps, candidates = [], []
+    em_steps, moments, clustered = gk.reductions.em_steps, gk.reductions.moments, Search._clustered
+
+    def spy_steps(batch, logits, means, factor, settings, **options):
+        found = em_steps(batch, logits, means, factor, settings, **options)
+        if found and not settings.bare:
+            sweeps.append(len(found) * len(means))
+        return found
+
+    def spy_moments(x, offsets, means, factor, **options):
+        if options.get("assignment", "soft") == "soft":
+            sweeps.append(len(means))
+        return moments(x, offsets, means, factor, **options)
+
+    def spy_clustered(self, centers, root):
+        candidates.append(root)
+        return clustered(self, centers, root)
+
+    monkeypatch.setattr(gk.reductions, "em_steps", spy_steps)
+    monkeypatch.setattr(gk.reductions, "moments", spy_moments)
+    monkeypatch.setattr(Search, "_clustered", spy_clustered)
+    x = overlapping(1, N=400)
+    report = start_of(x, 4, strategy, backend=backend, penalty=penalty, n_init=2)[1]
+    assert report.sweeps == pytest.approx(sum(sweeps) / 4, abs=1e-9)
+    assert report.candidates == len(candidates)
+    assert (report.rounds > 0) == (strategy != "annealed")
+    assert report.strategy == strategy
+    assert report.points == report.rows == 400
+    assert report.seconds > 0
+
+
+def test_the_search_runs_on_a_sample_of_many_points(monkeypatch):
+    monkeypatch.setattr(search, "_CLUSTERED", 1000)
+    x, labels = grid_clusters(4, N=20_000)
+    mixture, report = start_of(x, 6)
+    assert report.points == search.sample_size(6, 2, gk.FullFactor) == 3000
+    assert report.rows == 20_000
+    assert same_partition(mixture.predict(x), torch.from_numpy(labels))
+
+
+def test_a_given_start_has_no_report():
+    x = overlapping()
+    assert gk.fit(gk.initialize(x, 3), x).report.start is None
+    assert gk.fit(3, x).report.start.strategy == "auto"
+    model = gk.GaussianMixture(3, init_params="kmeans", tol=0.1).fit(x)
+    assert model.result_.report.start.strategy == "kmeans"
+
+
+# Quality
+
+
+def noisy(seed):
+    """Eight separated clusters in the plane, and 5 % of noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(8, size=2500)
+    angles = np.arange(8) * math.pi / 4
+    x = 10 * np.stack([np.cos(angles), np.sin(angles)], 1)[labels]
+    x = x + np.stack([rng.uniform(0.3, 0.9, 8), rng.uniform(0.3, 0.9, 8)], 1)[labels] * rng.standard_normal((2500, 2))
+    noise = rng.random(2500) < 0.05
+    x[noise] = rng.uniform(-15, 15, (int(noise.sum()), 2))
+    return x, labels, 8
+
+
+def crowded(seed):
+    """Twenty overlapping clusters in the plane."""
+    rng = np.random.default_rng(seed)
+    means, labels = 4 * rng.standard_normal((20, 2)), rng.integers(20, size=3000)
+    A = rng.standard_normal((20, 2, 2))
+    return means[labels] + np.einsum("nde,ne->nd", A[labels], rng.standard_normal((3000, 2))), labels, 20
+
+
+def wide(seed):
+    """Fifty separated clusters with eight columns."""
+    rng = np.random.default_rng(seed)
+    means, labels = 4 * rng.standard_normal((50, 8)), rng.integers(50, size=5000)
+    A = np.eye(8) + 0.3 * rng.standard_normal((50, 8, 8))
+    return means[labels] + np.einsum("nde,ne->nd", A[labels], rng.standard_normal((5000, 8))), labels, 50
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("points", [noisy, crowded, wide])
+def test_the_optimum_is_as_good_as_that_of_the_truth_and_of_scikit_learn(points, seed):
+    mixture = pytest.importorskip("sklearn.mixture")
+    x, labels, K = points(seed)
+    own = gk.fit(K, x).log_likelihood
+    with np.errstate(all="ignore"):
+        theirs = mixture.GaussianMixture(K, random_state=seed).fit(x).score(x)
+    assert own >= theirs - 0.002
+    if points is not crowded:
+        truth = np.stack([x[labels == k].mean(0) for k in range(K)])
+        covariances = np.stack([np.cov(x[labels == k].T) for k in range(K)])
+        weights = np.bincount(labels) / len(x)
+        assert own >= gk.fit(gk.Mixture(weights=weights, means=truth, covariances=covariances), x).log_likelihood - 0.01
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_iris(seed):
+    model = gk.GaussianMixture(3, random_state=seed).fit(sets_of("iris"))
+    assert model.score(sets_of("iris")) >= -1.21
+    assert model.result_.report.start.prior
+
+
+@pytest.mark.parametrize(("name", "K"), [("iris", 3), ("wine", 3), ("digits", 10)])
+def test_no_component_has_few_points(name, K):
+    x = sets_of(name)
+    for seed in range(10):
+        weights = gk.GaussianMixture(K, random_state=seed).fit(x).weights_
+        assert weights.min() * len(x) >= 2 * (x.shape[1] + 1)
+
+
+# The parameter prior of the estimator
+
+
+def test_the_estimator_adds_the_prior_if_points_are_few():
+    x = sets_of("wine")[:, :6]
+    plain, added = (
+        gk.GaussianMixture(3, prior=prior, random_state=0, tol=1e-6, max_iter=1000) for prior in (None, "auto")
+    )
+    plain.fit(x), added.fit(x)
+    assert plain.lower_bound_ == pytest.approx(plain.score(x), abs=1e-9)
+    assert abs(added.lower_bound_ - added.score(x)) > 0.01
+    start = gk.initialize(x, 3, prior="auto", generator=0)
+    assert within_prior(start)[1] == 8
+    assert plain.score(x) > added.score(x)
+    many = np.concatenate([x + 1e-3 * np.random.default_rng(seed).standard_normal(x.shape) for seed in range(6)])
+    one, two = (gk.GaussianMixture(3, prior=prior, random_state=0).fit(many) for prior in (None, "auto"))
+    assert np.array_equal(one.means_, two.means_)
+    assert two.lower_bound_ == one.lower_bound_
+
+
+def test_the_prior_and_a_penalty_are_added():
+    x = sets_of("wine")[:, :6]
+    penalty = gk.penalties.Dirichlet(20.0)
+    model = gk.GaussianMixture(3, prior="auto", penalty=penalty, random_state=0).fit(x)
+    without = gk.GaussianMixture(3, penalty=penalty, random_state=0).fit(x)
+    assert float(penalty(without.mixture_, len(x))) == pytest.approx(without.score(x) - without.lower_bound_, abs=1e-9)
+    assert model.score(x) - model.lower_bound_ > float(penalty(model.mixture_, len(x))) + 0.01
+    alone = gk.GaussianMixture(3, prior="auto", random_state=0).fit(x)
+    strong = gk.GaussianMixture(3, prior="auto", penalty=gk.penalties.Dirichlet(1e6), random_state=0).fit(x)
+    assert np.ptp(strong.weights_) < 1e-3 < 1e-2 < np.ptp(alone.weights_)
+
+
+def test_the_prior_improves_the_held_out_likelihood_of_wine():
+    x = sets_of("wine")[:, :6]
+    rng, gains = np.random.default_rng(0), []
+    for _ in range(8):
+        order = rng.permutation(len(x))
+        train, test = x[order[:142]], x[order[142:]]
+        scores = [gk.GaussianMixture(3, prior=prior, random_state=0).fit(train).score(test) for prior in (None, "auto")]
+        gains.append(scores[1] - scores[0])
+    assert np.mean(gains) > 0.02
+    assert np.mean(np.array(gains) > 0) > 0.6
+
+
+def test_the_prior_is_a_parameter(tmp_path):
+    x = sets_of("wine")[:, :6]
+    model = gk.GaussianMixture(3, prior="auto")
+    assert model.get_params()["prior"] == "auto"
+    assert gk.GaussianMixture().prior is None
+    assert gk.GaussianMixture().init_params == "auto"
+    clone = pytest.importorskip("sklearn.base").clone(model)
+    assert clone.prior == "auto"
+    model.fit(x).save(tmp_path / "model.safetensors")
+    loaded = gk.GaussianMixture.load(tmp_path / "model.safetensors")
+    assert loaded.prior == "auto"
+    assert loaded.lower_bound_ == model.lower_bound_
+    assert loaded.result_.report.start == model.result_.report.start
+    assert np.array_equal(clone.fit(x).means_, model.means_)
+
+
+@pytest.mark.parametrize("prior", ["Auto", "wishart", 3, True])
+def test_invalid_priors_are_refused(prior):
+    x = overlapping()
+    for call in (lambda: gk.GaussianMixture(3, prior=prior).fit(x), lambda: gk.initialize(x, 3, prior=prior)):
+        with pytest.raises((ValueError, TypeError), match="prior must be") as error:
+            call()
+        assert "auto" in str(error.value)
+        assert "\n" not in str(error.value)
