@@ -29,6 +29,8 @@ import ours
 _ENOUGH, _MOST = 1.0, 200
 # Seconds that the long run of an EM case should take, and the largest factor by which it is lengthened for it.
 _LENGTH, _FACTOR = 0.4, 16
+# Largest number of repetitions of an EM case, and seconds after which they end.
+_REPEATS, _LONG = 5, 3.0
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any]:
@@ -103,11 +105,14 @@ def em(case: Any, peer: str, x: np.ndarray) -> dict[str, Any]:
         return {"error": f"stops after {done} of {long} iterations"}
     many = long * max(1, min(_FACTOR, int(_LENGTH / warm[0])))
     first, second = np.full(2, np.inf), warm if many == long else np.full(2, np.inf)
-    for repeat in range(5 if warm[0] < 1 else 2 if warm[0] < 8 else 1):
+    began = time.perf_counter()
+    for repeat in range(_REPEATS):
         first = np.minimum(first, timed(run, short)[0])
-        # A long run that takes seconds has been timed already.
+        # A long run of the same length has been timed already.
         if repeat or many > long:
             second = np.minimum(second, timed(run, many)[0])
+        if time.perf_counter() - began > _LONG:
+            break
     return {
         **times(np.maximum(second - first, 1e-9) / (many - short)),
         "cold_seconds": float(cold[0]),

@@ -264,7 +264,7 @@ def published(record: dict[str, Any]) -> list[str]:
 
 
 def engine_rates(record: dict[str, Any]) -> list[str]:
-    """Return a sentence on the rates of the native engine."""
+    """Return a sentence on the rates of the native engine, and the plot of all engines."""
     rows = [row for row in roofline.rates(record) if row["engine"] == "native"]
     if not rows:
         return []
@@ -276,6 +276,8 @@ def engine_rates(record: dict[str, Any]) -> list[str]:
         f"The native engine evaluates up to {pairs['pairs_per_s'] / 1e9:.1f}·10⁹ pairs of point and component per second "
         f"({pairs['case']}). It reaches between {least['of_flops']:.0%} ({least['case']}) and {most['of_flops']:.0%} "
         f"({most['case']}) of the {peak / 1e9:.0f} GFLOP/s of float32 matrix products.",
+        "",
+        "![Floating-point rates of the engines and peaks of the machine](bench/results/roofline.png)",
     ]
 
 

@@ -292,7 +292,9 @@ def test_rooflines_count_operations_and_bytes():
     assert found["intensity"] == pytest.approx(51e9 / moved)
     text = "\n".join(report.markdown(record([row])))
     assert f"| c | native | 1 | 51 | {51 / 160:.0%} | 0.012 | 0% |" in text
-    assert "up to 1.0·10⁹ pairs" in report.readme(record([row]))
+    page = report.readme(record([row]))
+    assert "up to 1.0·10⁹ pairs" in page
+    assert "](bench/results/roofline.png)" in page
 
 
 def test_sentences_on_small_fits_follow_from_the_results():
