@@ -41,7 +41,7 @@ class Case:
     peers: tuple[str, ...]
     family: str = "full"
     device: str = "cpu"
-    iterations: tuple[int, int] = (1, 4)
+    iterations: tuple[int, int] = (1, 3)
     target: float | None = None
     limit: float = 75.0
     repeats: int = 2
@@ -161,22 +161,22 @@ _FEW = _ENGINES + _KEOPS
 CASES = (
     _em("full", 200_000, 30, 1, _FEW),
     _em("full", 200_000, 30, 2, _FEW),
-    _em("full", 1_000_000, 30, 3, _FEW + _SINGLE),
-    _em("full", 100_000, 100, 10, _ENGINES + _SINGLE),
-    _em("full", 50_000, 30, 32),
-    _em("full", 20_000, 16, 128),
-    _em("full", 8_000, 4, 512),
+    _em("full", 300_000, 30, 3, _FEW + _SINGLE),
+    _em("full", 50_000, 100, 10, _ENGINES + _SINGLE),
+    _em("full", 30_000, 30, 32),
+    _em("full", 10_000, 16, 128),
+    _em("full", 4_000, 4, 512),
     _em("diag", 100_000, 64, 8, _FEW),
-    _em("diag", 50_000, 128, 64),
-    _em("diag", 20_000, 32, 512),
+    _em("diag", 20_000, 128, 64),
+    _em("diag", 10_000, 32, 512),
     _em("spherical", 200_000, 30, 3, _FEW),
-    _em("spherical", 50_000, 100, 128),
+    _em("spherical", 30_000, 100, 128),
     _em("tied", 200_000, 30, 3, _FEW),
-    _em("tied", 20_000, 30, 64),
+    _em("tied", 10_000, 30, 64),
     # Sizes for which another system publishes times (report.py).
     *(Case(f"{family}, 1048576 x {K}, D={D}", "em", "clusters", 1 << 20, K, D, ("gmmkeops, native",), family, repeats=1)
       for family, K, D in (("full", 32, 8), ("diag", 64, 32), ("tied", 64, 32), ("spherical", 64, 32))),
-    _surface(1_000_000, 1000, "gmmkeops", "gmmkeops, native", "gmmkeops, keops 1e-4", *_PEERS, limit=40),
+    _surface(1_000_000, 1000, "gmmkeops", "gmmkeops, native", "gmmkeops, keops 1e-4", *_PEERS, limit=30),
     _surface(1_000_000, 2000),
     _surface(1_000_000, 4000),
     _surface(1_000_000, 8000, "gmmkeops", "gmmkeops, native", "scikit-learn", iterations=(2, 4), limit=120),
@@ -212,9 +212,9 @@ CASES = (
 def quick(case: Case) -> Case | None:
     """Return a variant of at most 5000 points that shows in seconds whether a kind of case runs; None if another one does."""
     chosen = {
-        "full, 1e6 x 30, D=3",
+        "full, 3e5 x 30, D=3",
         "diag, 1e5 x 64, D=8",
-        "tied, 2e4 x 30, D=64",
+        "tied, 1e4 x 30, D=64",
         "iris x 3, D=4",
         "score, 1000 x 30, D=3",
     }

@@ -127,8 +127,8 @@ def test_the_table_of_cases_is_consistent():
     small = [case for case in map(cases.quick, cases.CASES) if case]
     assert {case.kind for case in small} >= {"em", "small", "score", "loss", "fit"}
     assert max(case.N for case in small) <= 5000
-    assert cases.find("full, 1e6 x 30, D=3").N == 1_000_000
-    assert cases.find("full, 1e6 x 30, D=3", quickly=True).N == 5000
+    assert cases.find("full, 3e5 x 30, D=3").N == 300_000
+    assert cases.find("full, 3e5 x 30, D=3", quickly=True).N == 5000
     for _, name, *_ in report.PUBLISHED[:4]:
         assert cases.find(name).N == 1 << 20
 
@@ -221,8 +221,8 @@ def test_measurements_use_the_given_threads_and_no_kernels_of_another_processor(
 
 
 def test_failures_are_rows():
-    assert run.measure("full, 1e6 x 30, D=3", "nobody's package", 10, 8) == {"error": "is not installed"}
-    assert run.measure("full, 1e6 x 30, D=3", "scikit-learn", 0.01, 8) == {"error": "takes more than 0.01 s"}
+    assert run.measure("full, 3e5 x 30, D=3", "nobody's package", 10, 8) == {"error": "is not installed"}
+    assert run.measure("full, 3e5 x 30, D=3", "scikit-learn", 0.01, 8) == {"error": "takes more than 0.01 s"}
     broken = run.measure("no such case", "scikit-learn", 60, 8)
     assert "StopIteration" in broken["error"]
     assert run.measure("surface, 1e6 x 1000", "scikit-learn", 100, 3) == {"error": "needs more than 3 GB of memory"}
