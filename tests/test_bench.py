@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -218,6 +220,16 @@ def test_measurements_use_the_given_threads_and_no_kernels_of_another_processor(
     assert found["OMP_NUM_THREADS"] == found["OPENBLAS_NUM_THREADS"] == "3"
     assert found["PATH"]
     assert run.measure("peaks", "", 60, 0, threads=1)["threads"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not assign cores")
+def test_measurements_use_as_many_cores_as_threads():
+    program = "import os, sys; sys.path.insert(0, 'bench'); import measure; measure.restrict(); print(os.sched_getaffinity(0))"
+    root, given = Path(__file__).parent.parent, {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str({min(os.sched_getaffinity(0))})
 
 
 def test_failures_are_rows():
