@@ -5,17 +5,22 @@
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
 # make gpu     what works on this device, the suite's checks of every reduction on it, and then bench-gpu (needs CUDA)
-# make bench   every case by every peer that is installed (~10 minutes with scikit-learn alone), tables and plots
+# make bench   every case by this package and other libraries (~40 minutes on two cores; THREADS=1 for one thread), tables and plots
+# make bench-quick  small variants of some cases, in about three minutes, to check the benchmark; results in build/bench
 # make bench-gpu  the same on CUDA, and which engine is faster in which dimension
 #
-# Each target makes .venv and installs into it first, and again only when pyproject.toml, constraints.txt or the sources
-# of the native engine change. GMMKEOPS_REQUIRE_NATIVE=1 makes a failed compilation an error.
+# Each target makes .venv (the first two benchmarks .venv-bench, with the other libraries) and installs into it first, and again
+# only when pyproject.toml, constraints.txt, bench/requirements.txt or the sources of the native engine change.
+# GMMKEOPS_REQUIRE_NATIVE=1 makes a failed compilation an error.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+PEERS := .venv-bench/bin
+PEERS_READY := .venv-bench/.ready
+THREADS ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 
-.PHONY: demo gallery test test-slow sanitize check gpu bench bench-gpu clean
+.PHONY: demo gallery test test-slow sanitize check gpu bench bench-quick bench-gpu clean
 .DEFAULT_GOAL := test
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -25,6 +30,12 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gallery,bench,test]"
+	@touch $@
+
+$(PEERS_READY): pyproject.toml constraints.txt bench/requirements.txt $(NATIVE)
+	$(PYTHON) -m venv .venv-bench
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r bench/requirements.txt -e ".[bench]"
 	@touch $@
 
 demo: $(READY)
@@ -56,12 +67,15 @@ gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 	$(MAKE) bench-gpu
 
-bench: $(READY)
-	$(BIN)/python bench/run.py
-	$(BIN)/python bench/engines.py
-	$(BIN)/python bench/choose.py
-	OMP_NUM_THREADS=1 $(BIN)/python bench/starts.py
-	$(BIN)/python bench/report.py
+bench: $(PEERS_READY)
+	$(PEERS)/python bench/run.py --threads $(THREADS)
+	OMP_NUM_THREADS=$(THREADS) $(PEERS)/python bench/choose.py
+	OMP_NUM_THREADS=1 $(PEERS)/python bench/starts.py
+	$(PEERS)/python bench/report.py
+
+bench-quick: $(PEERS_READY)
+	$(PEERS)/python bench/run.py --quick --threads $(THREADS)
+	$(PEERS)/python bench/report.py build/bench
 
 bench-gpu: $(READY)
 	$(BIN)/python bench/run.py --device cuda
@@ -69,4 +83,4 @@ bench-gpu: $(READY)
 	$(BIN)/python bench/report.py
 
 clean:
-	rm -rf .venv demo build dist *.egg-info gallery/auto gallery/generated
+	rm -rf .venv .venv-bench demo build dist *.egg-info gallery/auto gallery/generated

@@ -1,147 +1,202 @@
-"""One measurement in a process of its own: prints one line of JSON. Started by run.py; see there for what is measured."""
+"""One measurement, in a process that run.py starts: the case, the peer, the memory limit in GB, and "quick" or nothing.
+
+It prints one line of JSON. ``seconds`` are wall-clock time and ``cpu_seconds`` the time of all threads of the process, each the
+smallest of several runs.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import adapters
 import cases
+import ours
 
-# Seconds below which a run is repeated within its process.
-_QUICK = 2.0
+# Seconds that repetitions of a call take in all, and the largest number of repetitions.
+_ENOUGH, _MOST = 1.0, 200
+# Seconds that the long run of an EM case should take, and the largest factor by which it is lengthened for it.
+_LENGTH, _FACTOR = 0.4, 16
+# Largest number of repetitions of an EM case, and seconds after which they end.
+_REPEATS, _LONG = 5, 3.0
 
 
-def timed(function: Any, *arguments: Any) -> tuple[float, Any]:
-    began = time.perf_counter()
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, Any]:
+    """Call a function; return its wall-clock time and CPU time in seconds, and its value."""
+    wall, cpu = time.perf_counter(), time.process_time()
     value = function(*arguments)
-    return time.perf_counter() - began, value
+    return np.array([time.perf_counter() - wall, time.process_time() - cpu]), value
+
+
+def fastest(function: Callable[..., Any], *arguments: Any) -> np.ndarray:
+    """Return the smallest wall-clock time and the smallest CPU time of several calls, at least three."""
+    best, spent, count = np.full(2, np.inf), 0.0, 0
+    while count < 3 or (spent < _ENOUGH and count < _MOST):
+        took, _ = timed(function, *arguments)
+        best, spent, count = np.minimum(best, took), spent + took[0], count + 1
+    return best
 
 
 def peak() -> float:
-    """Most memory that the process has held so far, MB."""
+    """Return the largest memory of the process so far, MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def referee(x: Any, parameters: Any, device: str) -> float:
-    """Mean log-likelihood recomputed in float64 from a peer's parameters, of all points or of every n-th of many."""
+def times(best: np.ndarray) -> dict[str, float]:
+    return {"seconds": float(best[0]), "cpu_seconds": float(best[1])}
+
+
+def referee(case: Any, x: np.ndarray, parameters: Any) -> float:
+    """Compute the mean log-likelihood of parameters in float64, of all points or of every n-th of many."""
     import torch
 
     import gmmkeops as gk
 
-    weights, means, covariances = (torch.as_tensor(part).double() for part in parameters)
-    weights = weights / weights.sum()
-    if covariances.ndim == 1:
-        mixture = gk.Mixture.from_parameters(weights, means, covariances, covariance_type="spherical")
-    else:
-        mixture = gk.Mixture.from_parameters(weights, means, 0.5 * (covariances + covariances.mT))
-    points = torch.from_numpy(x[:: max(1, len(x) // 1_000_000)]).double().to(device)
+    weights, means, covariances = (np.asarray(part, dtype=float) for part in parameters)
+    matrices = cases.dense(covariances, case.K, case.D, case.family)
+    mixture = gk.Mixture.from_parameters(weights / weights.sum(), means, (matrices + matrices.swapaxes(1, 2)) / 2)
+    points = torch.from_numpy(x[:: max(1, len(x) // 1_000_000)]).double().to(case.device)
     with torch.no_grad():
-        return float(mixture.to(device).log_prob(points, truncate=1e-10).mean())
+        return float(mixture.to(case.device).log_prob(points, truncate=1e-10).mean())
 
 
-def roofline() -> dict[str, float]:
-    """This machine's rates with all cores: exponentials a second, and floating-point operations in matrix products."""
+def peaks() -> dict[str, float]:
+    """Measure the largest rates of this machine with the given threads: products, exponentials, and copies of memory."""
     import torch
 
-    found = {}
+    def best(function: Callable[[], Any], repeats: int) -> float:
+        return min(timed(function)[0][0] for _ in range(repeats))
+
+    found: dict[str, float] = {"threads": torch.get_num_threads()}
     values = torch.rand(1 << 22)
     out = torch.empty_like(values)
-    found["exp_per_s"] = len(values) / min(timed(lambda: torch.exp(values, out=out))[0] for _ in range(20))
+    found["exp_per_s"] = len(values) / best(lambda: torch.exp(values, out=out), 20)
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
         a = torch.rand(1536, 1536, dtype=dtype)
         c = torch.empty_like(a)
-        found[f"{name}_flops"] = 2 * 1536**3 / min(timed(lambda a=a, c=c: torch.mm(a, a, out=c))[0] for _ in range(8))
+        found[f"{name}_flops"] = 2 * 1536**3 / best(lambda a=a, c=c: torch.mm(a, a, out=c), 8)
+    # Larger than any cache; every byte is read once and written once.
+    values = torch.zeros(1 << 27)
+    out = torch.empty_like(values)
+    found["bytes_per_s"] = 2 * 4 * len(values) / best(lambda: out.copy_(values), 6)
     return found
 
 
-def em(case: Any, peer: str, x: Any) -> dict[str, Any]:
-    peers = {"em": adapters.EM, "bayes": adapters.BAYES}[case.kind]
-    run = peers[peer](case, x, cases.start(case, x))
+def em(case: Any, peer: str, x: np.ndarray) -> dict[str, Any]:
+    """Time an iteration: a long run minus a short one, by the difference of their iterations."""
+    run = {"em": adapters.EM, "bayes": adapters.BAYES}[case.kind][peer](case, x, cases.start(case, x))
     short, long = case.iterations
     before = peak()
     cold, _ = timed(run, short)
-    # What is quick is easily disturbed: the fastest of several counts.
-    first, second = math.inf, math.inf
-    for _ in range(3 if cold < _QUICK else 2 if cold < 4 * _QUICK else 1):
-        first = min(first, timed(run, short)[0])
-        seconds, (*parameters, note) = timed(run, long)
-        second = min(second, seconds)
-    if (second - first) / (long - short) < 0.05 * first / short:
-        return {"error": "stops before its iterations are done"}
+    warm, (*parameters, note) = timed(run, long)
+    if (done := note.pop("done", long)) < long:
+        return {"error": f"stops after {done} of {long} iterations"}
+    many = long * max(1, min(_FACTOR, int(_LENGTH / warm[0])))
+    first, second = np.full(2, np.inf), warm if many == long else np.full(2, np.inf)
+    began = time.perf_counter()
+    for repeat in range(_REPEATS):
+        first = np.minimum(first, timed(run, short)[0])
+        # A long run of the same length has been timed already.
+        if repeat or many > long:
+            second = np.minimum(second, timed(run, many)[0])
+        if time.perf_counter() - began > _LONG:
+            break
     return {
-        "seconds": (second - first) / (long - short),
-        "cold_seconds": cold,
+        **times(np.maximum(second - first, 1e-9) / (many - short)),
+        "cold_seconds": float(cold[0]),
         "peak_MB": peak() - before,
-        "log_likelihood": referee(x, parameters, case.device),
+        "log_likelihood": referee(case, x, parameters),
         "iterations": long,
+        "timed_iterations": many,
         **note,
     }
 
 
-def loss(case: Any, peer: str, x: Any) -> dict[str, Any]:
+def small(case: Any, peer: str, x: np.ndarray) -> dict[str, Any]:
+    run, long = adapters.EM[peer](case, x, cases.start(case, x)), case.iterations[1]
+    before = peak()
+    cold, (*parameters, note) = timed(run, long)
+    if (done := note.pop("done", long)) < long:
+        return {"error": f"stops after {done} of {long} iterations"}
+    found = {**times(fastest(run, long)), "cold_seconds": float(cold[0]), "peak_MB": peak() - before}
+    return {**found, "log_likelihood": referee(case, x, parameters), "iterations": long, **note}
+
+
+def loss(case: Any, peer: str, x: np.ndarray) -> dict[str, Any]:
     run = adapters.LOSS[peer](case, x)
     before = peak()
     cold, value = timed(run)
-    found = {"seconds": min(timed(run)[0] for _ in range(5)), "cold_seconds": cold, "peak_MB": peak() - before}
-    return found if getattr(run, "other_loss", False) else {**found, "loss": value}
+    return {**times(fastest(run)), "cold_seconds": float(cold[0]), "peak_MB": peak() - before, "loss": value}
 
 
-def score(case: Any, peer: str, x: Any) -> dict[str, Any]:
-    run = adapters.SCORE[peer](case, x, cases.start(case, x))
+def score(case: Any, peer: str, x: np.ndarray) -> dict[str, Any]:
+    scores = adapters.SCORE[peer](case, x, cases.start(case, x))
 
-    def mean() -> float:
-        return float(run().double().mean())
+    def run() -> Any:
+        # A copy to the CPU waits for the device.
+        return scores().cpu() if case.device == "cuda" else scores()
 
     before = peak()
-    cold, value = timed(mean)
-    seconds = min(timed(mean)[0] for _ in range(5))
-    return {"seconds": seconds, "cold_seconds": cold, "peak_MB": peak() - before, "log_likelihood": value}
+    cold, value = timed(run)
+    found = {**times(fastest(run)), "cold_seconds": float(cold[0]), "peak_MB": peak() - before}
+    return {**found, "log_likelihood": float(np.asarray(value, dtype=float).mean())}
 
 
-def fit(case: Any, peer: str, x: Any) -> dict[str, Any]:
+def fit(case: Any, peer: str, x: np.ndarray) -> dict[str, Any]:
     before = peak()
-    seconds, (*parameters, iterations) = timed(adapters.FIT[peer], case, x)
-    likelihood = referee(x, parameters, case.device)
-    return {"seconds": seconds, "peak_MB": peak() - before, "log_likelihood": likelihood, "iterations": iterations}
+    best, (*parameters, iterations) = timed(adapters.FIT[peer], case, x)
+    found = {**times(best), "peak_MB": peak() - before, "iterations": iterations}
+    return {**found, "log_likelihood": referee(case, x, parameters)}
 
 
-def target(case: Any, peer: str, x: Any) -> dict[str, Any]:
+def target(case: Any, peer: str, x: np.ndarray) -> dict[str, Any]:
     before = peak()
-    found = adapters.ours_until(case, x)
-    likelihood = referee(x, found.pop("parameters"), case.device)
-    return {**found, "peak_MB": peak() - before, "log_likelihood": likelihood}
+    best, found = timed(ours.until, case, x)
+    parameters = found.pop("parameters")
+    return {**times(best), **found, "peak_MB": peak() - before, "log_likelihood": referee(case, x, parameters)}
+
+
+KINDS = {"em": em, "bayes": em, "small": small, "loss": loss, "score": score, "fit": fit, "target": target}
+
+
+def restrict() -> None:
+    """Run on as many cores as OMP_NUM_THREADS says, for libraries that do not read it."""
+    if hasattr(os, "sched_setaffinity") and (threads := os.environ.get("OMP_NUM_THREADS")):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(threads)])
 
 
 def main() -> None:
-    name, peer, memory = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    name, peer, memory, quickly = sys.argv[1], sys.argv[2], float(sys.argv[3]), sys.argv[4:] == ["quick"]
     warnings.simplefilter("ignore")
-    if name == "roofline":
-        print(json.dumps(roofline()))
+    restrict()
+    if name == "peaks":
+        print(json.dumps(peaks()))
         return
-    case = cases.find(name)
+    case = cases.find(name, quickly)
     if case.device == "cpu" and memory:
         resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30), int(memory * 2**30)))
     if peer == "KeOps tutorial":
-        # Before gmmkeops, so that the tutorial's formula is compiled as its readers compile it, with KeOps' own flags.
+        # Before gmmkeops, so that the tutorial's formula is compiled with KeOps' own flags.
         import pykeops.torch  # noqa: F401
-    import torch
-
     if case.device == "cuda":
+        import torch
+
         torch.zeros(1, device="cuda")
     x = cases.cloud(case)
     try:
-        row = {"em": em, "bayes": em, "loss": loss, "score": score, "fit": fit, "target": target}[case.kind](
-            case, peer, x
-        )
+        row = KINDS[case.kind](case, peer, x)
         if case.device == "cuda":
             row["peak_MB"] = torch.cuda.max_memory_allocated() / 2**20
     except (MemoryError, RuntimeError) as error:
