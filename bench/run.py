@@ -174,7 +174,7 @@ def main() -> None:
         "rows": [],
     }
     if options.quick:
-        record["what"] += "; variants of the cases with at most 5000 points and 100 components"
+        record["what"] += "; variants of the cases with at most 2000 points and 30 components"
     if options.only and options.save:
         here, record = record["machine"], json.loads(path.read_text())
         if record["machine"] != here:
