@@ -194,6 +194,19 @@ def test_denormal_numbers_outside_of_the_call_remain():
     assert float(torch.tensor(1e-40) * 1.0) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_totals_for_any_number_of_points(instructions, dtype):
+    generator = torch.Generator().manual_seed(0)
+    means, U = torch.randn(3, 2, generator=generator), torch.ones(3, 1)
+    for N in (1, 3, 5, 31, 513, 515, 548, 1027):
+        x = torch.randn(N, 2, generator=generator).to(dtype)
+        own, expected = (
+            reductions.moments(x, torch.zeros(3), means, U, backend=backend, truncate=0)
+            for backend in ("native", "dense")
+        )
+        assert float(own.total) == pytest.approx(float(expected.total), rel=1e-5 if dtype == torch.float32 else 1e-12)
+
+
 def test_interruption_within_a_second():
     x = torch.randn(1_000_000, 8, generator=torch.Generator().manual_seed(0))
     means = torch.randn(4000, 8, generator=torch.Generator().manual_seed(1))

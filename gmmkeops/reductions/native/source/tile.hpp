@@ -397,7 +397,10 @@ template <class F, class Kind, int DS> class Tile {
     else if (odd == 0) {
       double parts[8] = {};
       for (int i = n; i < vectors * W; i++) as(L)[i] = 0;
-      for (int i = 0; i < vectors * W; i += 8) for (int j = 0; j < 8; j++) parts[j] += double(l[i + j]);
+      // Vectors of two numbers need not fill the last eight.
+      const int eights = vectors * W / 8 * 8;
+      for (int i = 0; i < eights; i += 8) for (int j = 0; j < 8; j++) parts[j] += double(l[i + j]);
+      for (int i = eights; i < vectors * W; i++) parts[i - eights] += double(l[i]);
       for (double part : parts) found += part;
     } else
       for (int i = 0; i < n; i++) if (std::isfinite(l[i])) found += double(l[i]);
