@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import os
+import signal
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,3 +205,18 @@ def deterministic(request):
     torch.use_deterministic_algorithms(request.param)
     yield request.param
     torch.use_deterministic_algorithms(False)
+
+
+def interrupted(call, after):
+    """Assert that Ctrl-C ends a call within a second; it is sent ``after`` seconds."""
+    sent = []
+
+    def interrupt():
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(after, interrupt)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert time.monotonic() - sent[0] < 1.0

@@ -104,7 +104,14 @@ def test_steps_of_all_families_equal_those_in_torch(covariance_type, weighted, a
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)
-@pytest.mark.parametrize("prior", [gk.penalties.InverseWishart(0.7, 5.0), gk.penalties.CovariancePrior(0.4, 3.0)])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        gk.penalties.InverseWishart(0.7, 5.0),
+        gk.penalties.CovariancePrior(0.4, 3.0),
+        2 * gk.penalties.InverseWishart(0.7, 5.0) + gk.penalties.CovariancePrior(0.4, 3.0),
+    ],
+)
 def test_priors_of_the_covariances_equal_those_in_torch(covariance_type, prior, monkeypatch):
     x, weights = problem(seed=7)
     counts = counted(monkeypatch)

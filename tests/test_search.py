@@ -624,6 +624,23 @@ def test_the_estimator_adds_the_prior_if_points_are_few():
     assert two.lower_bound_ == one.lower_bound_
 
 
+@pytest.mark.filterwarnings("ignore:The best of 1 fits did not converge")
+def test_the_prior_holds_for_given_parameters_and_warm_starts():
+    """Its value is part of the lower bound, whichever way the initial mixture was found."""
+    x = sets_of("wine")[:, :6]
+    first = gk.GaussianMixture(3, prior="auto", random_state=0).fit(x)
+    given = {"weights_init": first.weights_, "means_init": first.means_, "precisions_init": first.precisions_}
+    again = gk.GaussianMixture(3, prior="auto", max_iter=1, tol=0, **given).fit(x)
+    plain = gk.GaussianMixture(3, max_iter=1, tol=0, **given).fit(x)
+    assert abs(again.lower_bound_ - first.lower_bound_) < 0.1
+    assert abs(plain.lower_bound_ - first.lower_bound_) > 0.2
+    before = first.lower_bound_
+    warm = first.set_params(warm_start=True, tol=1e-9, max_iter=3).fit(x)
+    assert abs(warm.lower_bound_ - before) < 0.1
+    with pytest.raises(ValueError, match="partial_fit does not support prior='auto'"):
+        gk.GaussianMixture(3, prior="auto").partial_fit(x)
+
+
 def test_the_prior_and_a_penalty_are_added():
     x = sets_of("wine")[:, :6]
     penalty = gk.penalties.Dirichlet(20.0)

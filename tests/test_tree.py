@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_native
+from conftest import interrupted, needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,17 +186,7 @@ def test_memory_of_other_shapes():
 
 def test_interruption_within_a_second():
     x = torch.rand(20_000_000, 3, generator=torch.Generator().manual_seed(0))
-    sent = []
-
-    def interrupt():
-        sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    timer = threading.Timer(0.2, interrupt)
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        Cloud.tree(x, 50)
-    assert time.monotonic() - sent[0] < 1.0
+    interrupted(lambda: Cloud.tree(x, 50), 0.2)
     assert Cloud.tree(x[:1000], 50).boxes == 32
 
 

@@ -179,7 +179,7 @@ class MixtureEstimator(Estimator, ABC):
                     x,
                     method,
                     tol=0.0 if continuation.earlier is not None else None,
-                    penalty=self._penalty(start, report),
+                    penalty=self._penalty(x, start, report),
                     sample_weight=g,
                     truncate=self.truncate,
                     backend=self.backend,
@@ -227,8 +227,8 @@ class MixtureEstimator(Estimator, ABC):
             method=method if isinstance(method, EM) else None,
         )
 
-    def _penalty(self, start: Mixture, report: StartReport | None) -> Any:
-        """Return the penalty of a fit from an initial mixture."""
+    def _penalty(self, x: Tensor | Source, start: Mixture, report: StartReport | None) -> Any:
+        """Return the penalty of a fit to points from an initial mixture."""
         return getattr(self, "penalty", None)
 
     def _verbose_callbacks(self, run: int) -> tuple[Callable[[Step], None], ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gmmkeops import analysis, models
 from gmmkeops._checks import renamed
 from gmmkeops.components import Factor, Moments, as_tensor, check_finite, factor_class
-from gmmkeops.data import Source, as_weights, readable
+from gmmkeops.data import Source, World, as_weights, readable
 from gmmkeops.estimators import routing
 from gmmkeops.estimators.arrays import scikit_learn_names, validated_points
 from gmmkeops.estimators.base import MixtureEstimator, features_of
@@ -58,7 +58,7 @@ class GaussianMixture(MixtureEstimator):
         penalty: A penalty (:mod:`gmmkeops.penalties`) or a function of a mixture, nats per point.
         prior: None for the maximum of the likelihood, as in scikit-learn. "auto" adds a prior of the covariances if there are
             fewer than ten points per parameter of a component: D + 2 points with the mean covariance of the components of the
-            initial mixture (:class:`gmmkeops.penalties.CovariancePrior`).
+            initial mixture (:class:`gmmkeops.penalties.CovariancePrior`); not supported by ``partial_fit``.
         tol: Convergence tolerance of the mean log-likelihood (or penalized objective), nats per point; see :class:`gmmkeops.EM`.
         reg_covar: Constant that EM adds to the diagonals of the covariances, squared data units. Adam does not support it.
         max_iter: Maximum number of iterations.
@@ -192,6 +192,11 @@ class GaussianMixture(MixtureEstimator):
     @scikit_learn_names()
     def _partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> GaussianMixture:
         self._check()
+        if self.prior is not None:
+            raise ValueError(
+                f"partial_fit does not support prior={self.prior!r}, since the number of all points is unknown; use fit, or pass "
+                "penalty=gmmkeops.penalties.CovariancePrior(...)."
+            )
         method, resumes = cast(EM, self._method(False)), self._same_model()
         minimum = 1 if resumes else max(self.n_components, 2)
         x, names = validated_points(self, X, fitting=not resumes, minimum=minimum)
@@ -348,8 +353,15 @@ class GaussianMixture(MixtureEstimator):
             factor = self._given_factor(as_tensor(self.precisions_init, name="precisions_init", **wide), K, D)
         return Mixture(logits, means, factor), report
 
-    def _penalty(self, start: Mixture, report: StartReport | None) -> Any:
-        if self.prior is None or report is None or not has_few_points(report.rows, start):
+    def _penalty(self, x: Tensor | Source, start: Mixture, report: StartReport | None) -> Any:
+        if self.prior is None:
+            return self.penalty
+        if report is not None:
+            rows = report.rows
+        else:
+            own = len(x) if isinstance(x, Tensor) else x.survey(alone=World().size == 1).rows
+            rows = sum(World().tell(own))
+        if not has_few_points(rows, start):
             return self.penalty
         added = CovariancePrior(*within_prior(start))
         return added if self.penalty is None else self.penalty + added

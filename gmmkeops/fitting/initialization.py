@@ -30,7 +30,7 @@ from gmmkeops.fitting.kmeans import (
     seeds,
 )
 from gmmkeops.fitting.result import StartReport
-from gmmkeops.fitting.search import Search, sample_size
+from gmmkeops.fitting.search import Search, clustered_size, sample_size
 from gmmkeops.fitting.state_file import state_bytes, state_of
 from gmmkeops.models import Mixture
 
@@ -40,9 +40,6 @@ STRATEGIES = ("auto", "random", "kmeans", "kmeans++", "responsibilities", "annea
 
 # Strategies that search on a sample.
 SEARCHED = ("auto", "annealed", "split-merge")
-
-# Minimum size of the subsample for k-means; it has at least 20 points per component.
-_SAMPLE = 20_000
 
 # Number of columns of points in lists, for the size of the sample.
 _FEATURES = 8
@@ -217,7 +214,7 @@ def start_of(
 def _rows(strategy: str, K: int, x: Any, kind: type[Factor]) -> int:
     """Return the maximum number of points of the sample."""
     if strategy not in SEARCHED:
-        return max(_SAMPLE, 20 * K)
+        return clustered_size(K)
     shape: tuple[int, ...] = () if getattr(x, "is_nested", False) else tuple(getattr(x, "shape", ()))
     features = x.features if isinstance(x, Source) else shape[1] if len(shape) == 2 else _FEATURES
     return sample_size(K, features, kind)

@@ -30,7 +30,7 @@ from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, b
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
-__all__ = ["Search", "has_few_points", "sample_size", "within_prior"]
+__all__ = ["Search", "clustered_size", "has_few_points", "sample_size", "within_prior"]
 
 # Points per parameter of a component below which the objective of the search contains a prior, and below which no rounds are
 # performed, since they would only fit single points.
@@ -64,10 +64,15 @@ _THIN = 1e-4
 _PLAIN = (100, 1e-3)
 
 
+def clustered_size(K: int) -> int:
+    """Return the number of points on which k-means for K clusters runs."""
+    return max(_CLUSTERED, _EACH * K)
+
+
 def sample_size(K: int, D: int, kind: type[Factor]) -> int:
     """Return the number of points (rows) on which K components are searched for."""
     rows = K * max(_PER_COMPONENT, _PER_PARAMETER * _parameters(kind, D))
-    return max(_CLUSTERED, _EACH * K, min(rows, _NUMBERS // D))
+    return max(clustered_size(K), min(rows, _NUMBERS // D))
 
 
 def prior_of(x: Tensor, weights: Tensor | None, K: int) -> CovariancePrior:
@@ -276,7 +281,7 @@ class Search:
     def _different(self) -> tuple[Tensor, Tensor]:
         """Different points for k-means, standardized coordinates, and their weights."""
         x: Tensor = self.plain.data.x  # type: ignore[attr-defined]
-        g, most = self.weights, max(_CLUSTERED, _EACH * self.K)
+        g, most = self.weights, clustered_size(self.K)
         if len(x) > most:
             rows = torch.randperm(len(x), generator=self.generator, device=x.device)[:most]
             x, g = x[rows], None if g is None else g[rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +70,32 @@ class NormalMean(Penalty):
         return center
 
 
+class _PseudoPoints(Penalty):
+    """Base class of priors of the covariances that act as additional points, of the same number for each covariance."""
+
+    @abstractmethod
+    def _scatter(self, mixture: Mixture) -> Tensor:
+        """Return the scatter matrix (D, D) of these points, squared data units."""
+
+    @abstractmethod
+    def _degrees(self, mixture: Mixture) -> float:
+        """Return their number."""
+
+    @property
+    def constant(self) -> bool:
+        return True
+
+    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
+        U = mixture.factor.matrices()
+        log_determinant = -self._degrees(mixture) * mixture.factor.log_determinant().sum()
+        return (log_determinant + 0.5 * (U * (self._scatter(mixture) @ U)).sum()) / points
+
+    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
+        return replace(Surrogate.none(mixture), scatter=self._scatter(mixture), degrees=self._degrees(mixture))
+
+
 @dataclass(frozen=True)
-class InverseWishart(Penalty):
+class InverseWishart(_PseudoPoints):
     r"""Inverse-Wishart prior on each covariance, without its normalizing constant; a tied covariance counts once.
 
     .. math:: \frac1N \sum_k \tfrac{\nu + D + 1}{2} \log |\Sigma_k| + \tfrac12 \mathrm{tr}(\Psi \Sigma_k^{-1})
@@ -99,19 +124,8 @@ class InverseWishart(Penalty):
         _finite("degrees_of_freedom", self.degrees_of_freedom, 0, strict=True)
         _check_matrix("scale", self.scale)
 
-    @property
-    def constant(self) -> bool:
-        return True
-
-    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        U = mixture.factor.matrices()
-        log_determinant = -self._degrees(mixture) * mixture.factor.log_determinant().sum()
-        return (log_determinant + 0.5 * (U * (_matrix("scale", self.scale, mixture) @ U)).sum()) / points
-
-    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
-        return replace(
-            Surrogate.none(mixture), scatter=_matrix("scale", self.scale, mixture), degrees=self._degrees(mixture)
-        )
+    def _scatter(self, mixture: Mixture) -> Tensor:
+        return _matrix("scale", self.scale, mixture)
 
     def _degrees(self, mixture: Mixture) -> float:
         D = mixture.n_features
@@ -121,7 +135,7 @@ class InverseWishart(Penalty):
 
 
 @dataclass(frozen=True)
-class CovariancePrior(Penalty):
+class CovariancePrior(_PseudoPoints):
     r"""Pseudo-points that give each covariance the shape of a given one; a tied covariance counts once.
 
     .. math:: \frac1N \sum_k \tfrac{n}{2} \left( \log |\Sigma_k| + \mathrm{tr}(S\, \Sigma_k^{-1}) \right)
@@ -150,18 +164,11 @@ class CovariancePrior(Penalty):
         _finite("points", self.points, 0, strict=True)
         _check_matrix("covariance", self.covariance)
 
-    @property
-    def constant(self) -> bool:
-        return True
+    def _scatter(self, mixture: Mixture) -> Tensor:
+        return self.points * _matrix("covariance", self.covariance, mixture)
 
-    def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
-        U = mixture.factor.matrices()
-        spread = (U * (_matrix("covariance", self.covariance, mixture) @ U)).sum()
-        return 0.5 * self.points * (spread - 2 * mixture.factor.log_determinant().sum()) / points
-
-    def m_step(self, mixture: Mixture, points: float) -> Surrogate:
-        scatter = self.points * _matrix("covariance", self.covariance, mixture)
-        return replace(Surrogate.none(mixture), scatter=scatter, degrees=float(self.points))
+    def _degrees(self, mixture: Mixture) -> float:
+        return float(self.points)
 
 
 def _check_matrix(name: str, value: Any) -> None:

@@ -123,6 +123,10 @@ class _Sum(Penalty):
     def prunes(self) -> bool:
         return any(part.prunes for part in self.parts)
 
+    @property
+    def constant(self) -> bool:
+        return all(part.constant for part in self.parts)
+
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return sum((part(mixture, points) for part in self.parts), mixture.means.new_zeros(()))
 
@@ -149,6 +153,10 @@ class _Scaled(Penalty):
     @property
     def prunes(self) -> bool:
         return self.factor > 0 and self.part.prunes
+
+    @property
+    def constant(self) -> bool:
+        return self.factor >= 0 and self.part.constant
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.factor * self.part(mixture, points)

@@ -125,15 +125,7 @@ def em_steps(
         return None
     work = N * K * (D * (D + 8) if family == 0 else D + 8)
     count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
-    tensors = factor.tensors
-    widths = {name: tensor.shape[-1] for name, tensor in tensors.items()}
-    shapes = {"logits": (K,), "means": (K, D), "counts": (L,), "total": (), "cost": (), "prior": (), "drift": ()}
-    shapes |= {name: (L, width) for name, width in widths.items()}
-    tables = {name: torch.empty(count + 1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
-    unknown = math.nan if counts is None else counts
-    first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, "drift": drift, **tensors}
-    for name, value in first.items():
-        tables[name][0] = value
+    tables = _tables(count, logits, means, factor, counts, drift)
     mass, unit, ratio = batch.mass, 1.0, 1.0
     if weights is not None:
         weights, unit, ratio = scaled(weights)
@@ -180,10 +172,30 @@ def em_steps(
     )
     if run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG) == OUT_OF_MEMORY:
         raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
-    # The factors of each step from the rows of their tables.
-    rows = {name: tables[name][: call.done + 1].unbind(0) for name in ("logits", "means", "counts", *tensors)}
+    return _results({name: table[: call.done + 1] for name, table in tables.items()}, factor)
+
+
+def _tables(
+    count: int, logits: Tensor, means: Tensor, factor: Factor, counts: Tensor | None, drift: float
+) -> dict[str, Tensor]:
+    """Return arrays with one row before each step and one after the last step, of which the first rows are set."""
+    tensors, L = factor.tensors, factor.leading
+    shapes: dict[str, Any] = {"logits": logits.shape, "means": means.shape, "counts": (L,)}
+    shapes |= {"total": (), "cost": (), "prior": (), "drift": ()}
+    shapes |= {name: (L, tensor.shape[-1]) for name, tensor in tensors.items()}
+    tables = {name: torch.empty(count + 1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    unknown = math.nan if counts is None else counts
+    first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, "drift": drift, **tensors}
+    for name, value in first.items():
+        tables[name][0] = value
+    return tables
+
+
+def _results(tables: dict[str, Tensor], factor: Factor) -> Steps:
+    """Return the results in arrays with one row before each step that was performed, and one after the last one."""
+    tensors = factor.tensors
+    rows = {name: tables[name].unbind(0) for name in ("logits", "means", "counts", *tensors)}
     parts = zip(*(rows[name] for name in tensors), strict=True)
     factors = tuple(factor.replace(**dict(zip(tensors, part, strict=True))) for part in parts)
-    lists = (tables[name][: call.done + 1].tolist() for name in ("total", "cost", "prior", "drift"))
-    totals, costs, priors, drifts = lists
+    totals, costs, priors, drifts = (tables[name].tolist() for name in ("total", "cost", "prior", "drift"))
     return Steps(rows["logits"], rows["means"], factors, rows["counts"], totals[:-1], costs[:-1], priors[:-1], drifts)
