@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,13 @@ def rooflines(record: dict[str, Any], path: Path) -> None:
         rows = [row for row in found if row["engine"] == engine]
         axes.loglog([row["intensity"] for row in rows], [row["flops_per_s"] for row in rows], mark, label=engine)
         if engine == "native":
-            for row in rows:
+            named: list[tuple[float, float]] = []
+            for row in sorted(rows, key=lambda row: -row["flops_per_s"]):
                 place = row["intensity"], row["flops_per_s"]
-                axes.annotate(row["case"], place, fontsize=5, xytext=(3, 3), textcoords="offset points")
+                # A name is left out where it would cover another one; the tables have all cases.
+                if all(abs(math.log10(place[0] / x)) > 1 or place[1] < 0.88 * y for x, y in named):
+                    axes.annotate(row["case"], place, fontsize=5, xytext=(4, -2), textcoords="offset points")
+                    named.append(place)
     low, high = (end([row["intensity"] for row in found]) for end in (min, max))
     x = np.geomspace(min(low, peaks["float32_flops"] / peaks["bytes_per_s"]) / 3, 5 * high, 200)
     axes.loglog(

@@ -275,7 +275,8 @@ def engine_rates(record: dict[str, Any]) -> list[str]:
         "",
         f"The native engine evaluates up to {pairs['pairs_per_s'] / 1e9:.1f}·10⁹ pairs of point and component per second "
         f"({pairs['case']}). It reaches between {least['of_flops']:.0%} ({least['case']}) and {most['of_flops']:.0%} "
-        f"({most['case']}) of the {peak / 1e9:.0f} GFLOP/s of float32 matrix products.",
+        f"({most['case']}) of the {peak / 1e9:.0f} GFLOP/s of float32 matrix products. "
+        "The operations of all pairs are counted, but negligible responsibilities are left out of the sums.",
         "",
         "![Floating-point rates of the engines and peaks of the machine](bench/results/roofline.png)",
     ]

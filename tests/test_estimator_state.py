@@ -217,7 +217,7 @@ def test_a_stream_after_a_fit_begins_at_the_fit(X, batch):
 def test_a_bayesian_warm_start_after_a_change(X, weights, change):
     other = {"dirichlet_process": "dirichlet_distribution"}.get(weights, "dirichlet_process")
     change = {name: other if value == "other" else value for name, value in change.items()}
-    options = {"random_state": 0, "max_iter": 5, "weight_concentration_prior_type": weights}
+    options = {"random_state": 0, "max_iter": 5, "weight_concentration_prior_type": weights, "init_params": "kmeans"}
     model = gk.BayesianGaussianMixture(n_components=3, warm_start=True, **options).fit(X)
     model.set_params(**change).fit(X)
     afresh = gk.BayesianGaussianMixture(**({"n_components": 3} | options | change)).fit(X)

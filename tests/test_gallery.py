@@ -40,8 +40,27 @@ def photograph(output):
 
 def choosing(output):
     assert "choosing: 5 components, full covariances" in output
+    assert "choosing: GaussianMixture: 5 components" in output
+    for criterion in ("held_out", "bic", "icl"):
+        assert f"choosing: {criterion}: 5 components" in output
+    assert "choosing: list: 5 components, full covariances" in output
+    assert float(re.search(r"costs (\d+) times as much", output)[1]) > 10
+    assert "of the 5 remaining components" in output
     assert "choosing: irises: 2 components, full covariances" in output
+    assert float(re.search(r"adjusted Rand index ([\d.]+)", output)[1]) > 0.85
     assert 0.4 < float(re.search(r"silhouette ([\d.]+) on", output)[1]) < 0.65
+
+
+def reducing(output):
+    assert "reducing: 2000 components to 200" in output
+    many, few = map(int, re.search(r"on the table: (\d+) components to (\d+)", output).groups())
+    assert many > 15 * few
+    loss, total = map(float, re.search(r"divergence ([\d.]+) ± .* sum of the costs ([\d.]+)", output).groups())
+    bound = float(re.search(r'cost="bound": ([\d.]+)', output)[1])
+    assert loss < min(bound, total)
+    scores = [float(value) for value in re.findall(r"log-likelihood (-?[\d.]+) nats", output)]
+    assert len(scores) == 4
+    assert scores[0] > scores[2] > max(scores[1], scores[3])
 
 
 def anomalies(output):
@@ -183,7 +202,8 @@ def starts(output):
 SCRIPTS = {
     "1_model/plot_spiral.py": (2, spiral),
     "6_practice/plot_photograph.py": (2, photograph),
-    "3_choosing/plot_choosing.py": (2, choosing),
+    "3_choosing/plot_choosing.py": (4, choosing),
+    "3_choosing/plot_reducing.py": (2, reducing),
     "3_choosing/plot_anomalies.py": (1, anomalies),
     "2_fitting/plot_em_against_adam.py": (1, em_against_adam),
     "6_practice/plot_coming_from.py": (1, coming_from),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gmmkeops as gk
-from gmmkeops.models import merge_down, merged_by, split
+from gmmkeops.models import COSTS, cheapest_merges, merge_down, merged_by, split
 
 TYPES = ("full", "tied", "diag", "tied_diag", "spherical", "tied_spherical")
 
@@ -210,3 +210,20 @@ def test_costs_of_the_library_equal_those_in_torch(covariance_type, cost, D, mon
     expected = gk.analysis.reduce(m, 3, cost=cost).tree
     assert torch.equal(own.merges, expected.merges)
     torch.testing.assert_close(own.costs, expected.costs, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_the_cheapest_single_merges_are_those_of_the_reductions(covariance_type):
+    m = mixture(8, covariance_type=covariance_type, spread=2.0)
+    expected = {tuple(gk.analysis.reduce(m, 7, cost=cost).tree.merges[0].tolist()) for cost in COSTS}
+    found = cheapest_merges(m)
+    assert {tuple(tree.merges[0].tolist()) for tree in found} == expected
+    assert len(found) == len(expected)
+
+
+def test_the_classification_cost_is_the_bound_minus_the_entropy_of_the_weights():
+    m = mixture(2, spread=1.0)
+    bound, loss = (float(merge_down(m, 1, cost=cost).costs[0]) for cost in ("bound", "classification"))
+    a, b = m.weights.tolist()
+    entropy = -(a * math.log(a) + b * math.log(b))
+    assert loss == pytest.approx(bound - entropy, abs=1e-12)

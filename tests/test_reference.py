@@ -496,6 +496,7 @@ def bayesian(family):
 def bayesian_priors():
     model = estimator(
         gk.BayesianGaussianMixture,
+        init_params="kmeans",
         weight_concentration_prior_type="dirichlet_distribution",
         weight_concentration_prior=2.0,
         mean_precision_prior=0.5,
@@ -509,13 +510,13 @@ def bayesian_priors():
 
 @case
 def bayesian_minibatches():
-    model = estimator(gk.BayesianGaussianMixture, batch_size=200, max_iter=2)
+    model = estimator(gk.BayesianGaussianMixture, init_params="kmeans", batch_size=200, max_iter=2)
     return of_estimator(quietly(model.fit, cloud().numpy()), cloud().numpy())
 
 
 @case
 def bayesian_warm_start():
-    model = estimator(gk.BayesianGaussianMixture, warm_start=True, max_iter=2)
+    model = estimator(gk.BayesianGaussianMixture, init_params="kmeans", warm_start=True, max_iter=2)
     for _ in range(2):
         quietly(model.fit, cloud().numpy())
     return of_estimator(model, cloud().numpy())
@@ -638,7 +639,15 @@ def prior(family):
 @case
 def selected():
     table = gk.analysis.select(
-        cloud(), [1, 2, 3], ["full", "tied_diag"], method=gk.EM(tol=0), generator=seeded(1), max_iter=4, backend="dense"
+        cloud(),
+        [1, 2, 3],
+        ["full", "tied_diag"],
+        method=gk.EM(tol=0),
+        strategy="kmeans",
+        runs=3,
+        generator=seeded(1),
+        max_iter=4,
+        backend="dense",
     )
     names = ("log_likelihood", "n_parameters", "bic", "aic", "icl", "n_iter")
     former = {"n_parameters": "parameters", "n_iter": "iterations"}

@@ -14,7 +14,7 @@ from conftest import FAMILIES, HAS_NATIVE
 import gmmkeops as gk
 from gmmkeops.fitting import initialization, search
 from gmmkeops.fitting.rounds import Climber, Found
-from gmmkeops.fitting.search import Search, has_few_points, prior_of, within_prior
+from gmmkeops.fitting.search import Search, covariance_of, has_few_points, prior_of, within_prior
 
 SEARCHES = ("auto", "split-merge", "annealed")
 start_of = initialization.start_of
@@ -356,7 +356,7 @@ def test_with_a_prior_the_penalized_objectives_decide(seed, monkeypatch):
     assert report.prior
     assert not plain
     ((before, after),) = steps
-    wide, narrow = prior_of(x, None, 3), gk.penalties.CovariancePrior(*within_prior(before))
+    wide, narrow = prior_of(covariance_of(x, None), 3), gk.penalties.CovariancePrior(*within_prior(before))
 
     def value(each, prior):
         return float(prior(each, len(x)) - each.log_prob(x).mean())

@@ -101,7 +101,9 @@ def test_every_parameter_and_attribute_of_the_class(X):
     ours = gk.BayesianGaussianMixture(n_components=2, random_state=0).fit(X)
     assert set(theirs.get_params()) <= set(ours.get_params())
     fresh = gk.BayesianGaussianMixture().get_params()
-    assert all(fresh[name] == value for name, value in Theirs().get_params().items())
+    # The tolerance is per point, and the initial mixture is a level of a merge tree.
+    others = {"tol": 1e-6, "max_iter": 1000, "init_params": "auto"}
+    assert all(fresh[name] == value for name, value in (Theirs().get_params() | others).items())
     assert set(vars(theirs)) <= set(vars(ours))
     assert isinstance(ours.weight_concentration_, tuple)
 
@@ -216,7 +218,7 @@ def test_files_minibatches_weights_truncation_and_checkpoints(tmp_path):
 
     steps = gk.bayes.VariationalBayes(concentration=0.1, batch_size=1000)
     mini = gk.fit(start, X, steps, max_iter=4, tol=0)
-    long = gk.fit(start, X, method, max_iter=300, tol=1)
+    long = gk.fit(start, X, method, max_iter=300, tol=1 / len(X))
     assert long.objective - 1e-6 < mini.objective < long.objective + 5e-3
 
 
@@ -240,3 +242,73 @@ def test_bad_priors_get_one_sentence(X, settings, message):
 def test_a_penalty_is_refused(X):
     with pytest.raises(ValueError, match="does not accept a penalty, got SqrtWeights"):
         gk.fit(gk.initialize(X, 2), X, gk.bayes.VariationalBayes(), penalty=gk.penalties.SqrtWeights(1.0))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", TYPES)
+def test_extrapolation_never_lowers_the_bound(kind, weights):
+    X, _ = clusters(3, N=400)
+    start = gk.initialize(X, 8, "kmeans", covariance_type=kind)
+    settings = {"weights": weights, "tol": 0.0}
+    plain = gk.fit(start, X, gk.bayes.VariationalBayes(**settings), max_iter=60)
+    fast = gk.fit(start, X, gk.bayes.VariationalBayes(**settings, accelerate=True), max_iter=20)
+    values = np.array(fast.history["objective"])
+    # Up to rounding and the constant that is added to the variances.
+    assert (np.diff(values) < 1e-7).all()
+    assert fast.objective < np.array(plain.history["objective"])[19] + 1e-6
+    # The bound is that of the posterior which is returned.
+    again = gk.fit(start, X, gk.bayes.VariationalBayes(**settings, begin=fast.posterior), max_iter=0)
+    assert again.objective == pytest.approx(fast.objective, abs=1e-9)
+
+
+def test_extrapolation_saves_iterations_and_ends_at_the_same_posterior():
+    X, _ = clusters(5, N=500, K=3)
+    start = gk.initialize(X, 3, "kmeans")
+    plain, fast = (
+        gk.fit(start, X, gk.bayes.VariationalBayes(tol=1e-12, max_iter=3000, accelerate=accelerate))
+        for accelerate in (False, True)
+    )
+    assert fast.converged
+    assert 3 * fast.n_iter < 3 * plain.n_iter
+    assert torch.allclose(fast.posterior.mixture.means, plain.posterior.mixture.means, atol=1e-3)
+    assert fast.objective == pytest.approx(plain.objective, abs=1e-6)
+
+
+def overlapping(seed, N=1500):
+    rng = np.random.default_rng(seed)
+    means, labels = 3.0 * rng.standard_normal((6, 2)), rng.integers(6, size=N)
+    A = rng.standard_normal((6, 2, 2)) * 0.5 + np.eye(2)
+    return means[labels] + np.einsum("nde,ne->nd", A[labels], rng.standard_normal((N, 2)))
+
+
+def test_levels_have_higher_bounds_than_k_means():
+    """The bounds of all points: never lower by more than a nat, higher in most cases, and equal for two seeds."""
+    gains, spreads = [], []
+    for seed in range(6):
+        X = overlapping(seed)
+        bounds = [
+            gk.BayesianGaussianMixture(n_components=10, random_state=random_state, init_params=init)
+            .fit(X)
+            .evidence_bound_
+            for init, random_state in (("auto", 0), ("auto", 1), ("kmeans", 0))
+        ]
+        gains.append(bounds[0] - bounds[2])
+        spreads.append(abs(bounds[0] - bounds[1]))
+    assert min(gains) > -1
+    assert sum(gain > 1 for gain in gains) >= 4
+    assert np.median(spreads) < 5
+
+
+def test_a_number_of_components_begins_with_a_level(X):
+    result = gk.fit(7, X, gk.bayes.VariationalBayes())
+    assert result.report.start.strategy == "levels"
+    assert result.mixture.n_components == 7
+    assert result.converged
+    assert int((result.mixture.weights > 0.02).sum()) == 4
+    with pytest.raises(ValueError, match="expected at least 9"):
+        gk.fit(9, X[:8], gk.bayes.VariationalBayes())
+
+
+def test_extrapolation_needs_all_points():
+    with pytest.raises(ValueError, match="accelerate=True requires passes over all points"):
+        gk.bayes.VariationalBayes(accelerate=True, batch_size=10)

@@ -5,12 +5,14 @@ r"""Scores, information criteria and anomaly thresholds of a mixture.
     \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N, \qquad \mathrm{AIC} = -2 \sum_n \log p(x_n) + 2P, \qquad
     \mathrm{ICL} = \mathrm{BIC} + 2 \sum_n H(r_n)
 
-Here P is the number of free parameters, and H the entropy of the responsibilities of a point.
+Here P is the number of free parameters, and H the entropy of the responsibilities of a point. With hard assignments, ICL contains
+the negative logarithm of the largest responsibility instead.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,35 +21,71 @@ from gmmkeops._checks import accepts, as_number, renamed
 from gmmkeops.data import chunked, weight_unit
 from gmmkeops.models import Mixture, as_mixture
 
-__all__ = ["CRITERIA", "aic", "anomaly_threshold", "bic", "icl", "score"]
+__all__ = ["CRITERIA", "aic", "anomaly_threshold", "bic", "criteria", "icl", "score"]
 
-CRITERIA = ("bic", "aic", "icl")
+CRITERIA = ("bic", "aic", "icl", "icl_hard")
 
 # Maximum number of responsibilities (rows, K) in memory.
 _CHUNK = 1 << 22
 
 
-@renamed("weights", "sample_weight")
-def _sums(mixture: Mixture, x: Any, weights: Any, *, entropy: bool = False) -> tuple[float, float, float, float]:
-    """Sum log-densities, weights and (if requested) entropies of responsibilities over the points; also return the unit.
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over points, divided by a unit: a power of two near the largest weight, so that extreme weights do not overflow.
 
-    The sums are divided by the unit, a power of two near the largest weight, so that extreme weights do not overflow.
+    Args:
+        total: Sum of the log-densities.
+        count: Sum of the weights.
+        entropies: Sum of the entropies of the responsibilities; 0 if they were not requested.
+        doubts: Sum of the negative logarithms of the largest responsibilities; 0 if they were not requested.
+        unit: The unit.
     """
-    as_mixture(mixture)
-    total = count = entropies = unit = 0.0
-    for chunk in chunked(x, weights, features=mixture.n_features, columns=mixture.columns):
-        with torch.no_grad():
-            values, g = mixture.log_prob(chunk.points).double(), chunk.weights
-            if g is not None and len(g):
-                unit = unit or weight_unit(float(g.max()))
-                g = g / unit
-            total += float(values.sum() if g is None else values @ g)
-            count += float(len(values) if g is None else g.sum())
-            rows = max(1, _CHUNK // mixture.n_components)
-            for first in range(0, len(values) if entropy else 0, rows):
-                h = torch.special.entr(mixture.responsibilities(chunk.points[first : first + rows])).sum(1).double()
-                entropies += float(h.sum() if g is None else h @ g[first : first + rows])
-    return total, count, entropies, unit or 1.0
+
+    total: float
+    count: float
+    entropies: float
+    doubts: float
+    unit: float
+
+    @classmethod
+    @renamed("weights", "sample_weight")
+    def of(cls, mixture: Mixture, x: Any, weights: Any, *, labels: bool = False) -> _Sums:
+        """Compute the sums, with those of responsibilities if ``labels`` is True."""
+        as_mixture(mixture)
+        total = count = entropies = doubts = unit = 0.0
+        for chunk in chunked(x, weights, features=mixture.n_features, columns=mixture.columns):
+            with torch.no_grad():
+                values, g = mixture.log_prob(chunk.points).double(), chunk.weights
+                if g is not None and len(g):
+                    unit = unit or weight_unit(float(g.max()))
+                    g = g / unit
+                total += float(values.sum() if g is None else values @ g)
+                count += float(len(values) if g is None else g.sum())
+                rows = max(1, _CHUNK // mixture.n_components)
+                for first in range(0, len(values) if labels else 0, rows):
+                    r = mixture.responsibilities(chunk.points[first : first + rows])
+                    some = None if g is None else g[first : first + rows]
+                    h, loss = torch.special.entr(r).sum(1).double(), -r.amax(1).log().double()
+                    entropies += float(h.sum() if some is None else h @ some)
+                    doubts += float(loss.sum() if some is None else loss @ some)
+        return cls(total, count, entropies, doubts, unit or 1.0)
+
+    def criteria(self, parameters: int) -> dict[str, float]:
+        """Return all criteria by their names, for a number of free parameters; nats, summed over all points."""
+        unit = self.unit
+        bic = -2 * self.total * unit + parameters * (math.log(self.count) + math.log(unit))
+        return {
+            "bic": bic,
+            "aic": -2 * self.total * unit + 2 * parameters,
+            "icl": bic + 2 * self.entropies * unit,
+            "icl_hard": bic + 2 * self.doubts * unit,
+        }
+
+
+def criteria(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> dict[str, float]:
+    """Compute the mean log-likelihood and all criteria of a mixture in one pass over the points."""
+    sums = _Sums.of(mixture, x, sample_weight, labels=True)
+    return {"log_likelihood": sums.total / sums.count, **sums.criteria(mixture.parameter_count)}
 
 
 @accepts(old={"weights": "sample_weight"})
@@ -62,8 +100,8 @@ def score(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         >>> round(gk.analysis.score(m, [[0.0], [1.0]]), 4)  # -log(2π)/2 - 1/4
         -1.1689
     """
-    total, count, _, _ = _sums(mixture, x, sample_weight)
-    return total / count
+    sums = _Sums.of(mixture, x, sample_weight)
+    return sums.total / sums.count
 
 
 @accepts(old={"weights": "sample_weight"})
@@ -91,8 +129,7 @@ def bic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         >>> gk.analysis.bic(m, x) == -6 * gk.analysis.score(m, x) + 2 * math.log(3)
         True
     """
-    total, count, _, unit = _sums(mixture, x, sample_weight)
-    return -2 * total * unit + mixture.parameter_count * (math.log(count) + math.log(unit))
+    return _Sums.of(mixture, x, sample_weight).criteria(mixture.parameter_count)["bic"]
 
 
 @accepts(old={"weights": "sample_weight"})
@@ -110,15 +147,19 @@ def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         >>> gk.analysis.aic(m, [[0.0], [1.0]]) == -4 * gk.analysis.score(m, [[0.0], [1.0]]) + 2 * 2
         True
     """
-    total, _, _, unit = _sums(mixture, x, sample_weight)
-    return -2 * total * unit + 2 * mixture.parameter_count
+    return _Sums.of(mixture, x, sample_weight).criteria(mixture.parameter_count)["aic"]
 
 
 @accepts(old={"weights": "sample_weight"})
-def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
-    """Compute the integrated completed likelihood criterion (lower is better): BIC plus twice the entropy of responsibilities.
+def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None, hard: bool = False) -> float:
+    """Compute the integrated completed likelihood criterion (lower is better): BIC plus a term for components that overlap.
 
     Arguments, units and errors are as for :func:`bic`.
+
+    Args:
+        hard: False for twice the entropy of the responsibilities (McLachlan and Peel 2000, *Finite mixture models*, section
+            6.10); True for the likelihood of the points and their most probable components, as defined by Biernacki et al. In
+            :func:`select`, the criteria are called ``"icl"`` and ``"icl_hard"``.
 
     Reference:
         Biernacki, Celeux and Govaert 2000, *Assessing a mixture model for clustering with the integrated completed
@@ -131,8 +172,8 @@ def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         >>> round(gk.analysis.icl(m, x) - gk.analysis.bic(m, x), 6) == round(2 * 3 * math.log(2), 6)
         True
     """
-    total, count, entropies, unit = _sums(mixture, x, sample_weight, entropy=True)
-    return 2 * (entropies - total) * unit + mixture.parameter_count * (math.log(count) + math.log(unit))
+    sums = _Sums.of(mixture, x, sample_weight, labels=True)
+    return sums.criteria(mixture.parameter_count)["icl_hard" if hard else "icl"]
 
 
 def anomaly_threshold(mixture: Mixture, x: Any, percentile: float = 5.0) -> float:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gmmkeops._checks import as_choice, as_integer
-from gmmkeops.models import MergeTree, Mixture, as_mixture, merge_down, merged_by
+from gmmkeops.models import COSTS, MergeTree, Mixture, as_mixture, merge_down, merged_by
 
 __all__ = ["MergeTree", "Reduction", "reduce"]
 
@@ -45,8 +45,9 @@ def reduce(mixture: Mixture, n_components: int, *, cost: str = "divergence") -> 
         mixture: A mixture of any family; weights may be zero.
         n_components: Number of components that remain.
         cost: ``"divergence"`` estimates the divergence at fixed quasi-random points; ``"bound"`` uses Runnalls' upper bound,
-            which takes less time and favors merges of components of small weight. Components with a common (tied) covariance
-            always use the bound.
+            which takes less time and favors merges of components of small weight; ``"classification"`` uses the loss of the
+            classification likelihood, which keeps small separate clusters. Components with a common (tied) covariance use the
+            bound instead of the divergence.
 
     Returns:
         The reduced mixture, float64, and the tree of merges; :meth:`MergeTree.labels` tells which components were merged.
@@ -71,7 +72,7 @@ def reduce(mixture: Mixture, n_components: int, *, cost: str = "divergence") -> 
     n = as_integer(n_components, "n_components", 1)
     if n > K:
         raise ValueError(f"n_components must be at most {K}, the number of components, got {n}.")
-    sampled = as_choice(cost, "cost", ("divergence", "bound")) == "divergence"
+    as_choice(cost, "cost", COSTS)
     with torch.no_grad():
-        tree = merge_down(mixture, n, sampled=sampled)
+        tree = merge_down(mixture, n, cost=cost)
         return Reduction(merged_by(mixture, tree.labels(n), n), tree)

@@ -48,7 +48,7 @@ def fit(options: Any) -> int:
     result = model.result_
     facts = {
         "out": str(options.out),
-        "components": model.n_components,
+        "components": model.n_components_,
         "features": model.n_features_in_,
         "log_likelihood": result.log_likelihood,
         "converged": model.converged_,
@@ -71,9 +71,10 @@ def select(options: Any) -> None:
         check_output(options.out, MIXTURES, inputs=source.paths)
     found = select_model(
         source,
-        integers(options.components),
+        options.components if options.components == "auto" else integers(options.components),
         types,
         criterion=options.criterion,
+        max_components=options.most,
         generator=torch.Generator().manual_seed(options.seed),
         max_iter=options.max_iter,
         dtype=options.dtype,
@@ -82,4 +83,4 @@ def select(options: Any) -> None:
     )
     if options.out is not None:
         save(found.best, options.out)
-    report(options, {"criterion": found.criterion, "rows": found.rows}, str(found))
+    report(options, {"criterion": found.criterion, "rows": found.rows, "reason": found.reason}, str(found))

@@ -7,6 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gmmkeops.cli.values import count
+
 __all__ = ["parser"]
 
 _TYPES = ("full", "tied", "diag", "spherical", "tied_diag", "tied_spherical")
@@ -49,7 +51,7 @@ def _add_fit(commands: Any) -> None:
         "  torchrun --nproc-per-node 4 -m gmmkeops.cli fit scan.laz -k 500 --out scan.safetensors",
     )
     _add_points(fit)
-    fit.add_argument("-k", "--components", type=int, required=True, help="number of components")
+    fit.add_argument("-k", "--components", type=count, required=True, help="number of components, or auto to choose it")
     fit.add_argument("--out", type=Path, required=True, help="output file for the mixture (.safetensors)")
     fit.add_argument("--solver", choices=("em", "adam"), default="em", help="default: em")
     fit.add_argument("--batch-size", type=int, help="points per step (default: all points)")
@@ -94,12 +96,22 @@ def _add_select(commands: Any) -> None:
     select = _command(
         commands,
         "fitting.select",
-        "compare numbers of components and covariance types",
-        "  gmmkeops select scan.laz -k 5,10,20 --covariance full,diag --out best.safetensors",
+        "choose the number of components and the covariance type",
+        "  gmmkeops select scan.laz --covariance full,diag --out best.safetensors\n"
+        "  gmmkeops select scan.laz -k 5,10,20",
     )
     _add_points(select)
-    select.add_argument("-k", "--components", required=True, help="numbers of components: 2,4,8 or 1:10 or 10:100:10")
-    select.add_argument("--criterion", choices=("bic", "aic", "icl"), default="bic", help="default: bic")
+    select.add_argument(
+        "-k", "--components", default="auto", help="numbers of components: auto (default), 2,4,8 or 1:10 or 10:100:10"
+    )
+    select.add_argument(
+        "--criterion",
+        choices=("bic", "aic", "icl", "icl_hard", "held_out"),
+        help="default: bic for a list of numbers, held_out for automatic ones",
+    )
+    select.add_argument(
+        "--most", type=int, default=100, metavar="K", help="largest automatic number of components (default: 100)"
+    )
     select.add_argument("--out", type=Path, help="output file for the best mixture (.safetensors)")
     _add_limits(select)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gmmkeops.data import Source
 
-__all__ = ["column", "integers", "listed", "report", "say", "source_of"]
+__all__ = ["column", "count", "integers", "listed", "report", "say", "source_of"]
 
 
 def say(text: str) -> None:
@@ -30,6 +30,11 @@ def listed(text: str) -> list[str]:
 def column(text: str) -> str | int:
     """Convert the name or index of a column; text that is an integer becomes an index."""
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+def count(text: str) -> int | str:
+    """Convert a number of components, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def integers(text: str) -> list[int]:

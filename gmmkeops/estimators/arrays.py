@@ -45,7 +45,7 @@ def training_data(
         with scikit_learn_names():
             source = Source.of(X, weights=sample_weight)
         return source, None, source.columns, as_device(estimator.device) or torch.device("cpu")
-    minimum = max(estimator.n_components, 2) if World().size == 1 else 0
+    minimum = max(estimator.wanted_components or 1, 2) if World().size == 1 else 0
     x, names = validated_points(estimator, X, fitting=True, minimum=minimum)
     g = as_weights(sample_weight, x, name="sample_weight")
     return x, g, None if names is None else tuple(names), x.device

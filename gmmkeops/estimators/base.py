@@ -26,7 +26,7 @@ from gmmkeops.estimators.contract import Estimator, convergence_warning
 from gmmkeops.estimators.initialization import STRATEGIES, improves, searches
 from gmmkeops.estimators.settings import canonical_type, check_settings, described_settings
 from gmmkeops.estimators.warm_start import Continuation, Trace
-from gmmkeops.fitting import EM, Ending, FitResult, Method, StartReport, Step, describe, fit, start_of
+from gmmkeops.fitting import EM, Ending, FitResult, Method, StartReport, Step, describe, fit, split_off, start_of
 from gmmkeops.models import Mixture, generator_of
 
 __all__ = ["MixtureEstimator", "features_of"]
@@ -43,7 +43,7 @@ class MixtureEstimator(Estimator, ABC):
     _estimator_type = "density_estimator"
 
     # Constructor parameters that all estimators have.
-    n_components: int
+    n_components: int | str
     covariance_type: str
     tol: float
     reg_covar: float
@@ -89,6 +89,17 @@ class MixtureEstimator(Estimator, ABC):
         """Return the mixture for predictions and scores, and a constant that is added to its log-densities, nats."""
 
     @property
+    def wanted_components(self) -> int | None:
+        """The parameter ``n_components``; None for ``"auto"``."""
+        return None if isinstance(self.n_components, str) else self.n_components
+
+    def _selection(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, method: Method[Any]
+    ) -> analysis.Selection:
+        """Choose the number of components."""
+        raise NotImplementedError(f"{type(self).__name__} has no n_components={self.n_components!r}")
+
+    @property
     def fitted_(self) -> bool:
         """Whether the estimator has fitted parameters."""
         return hasattr(self, "mixture_")
@@ -115,6 +126,9 @@ class MixtureEstimator(Estimator, ABC):
         with world.together():
             self._check()
             x, g, names, device = training_data(self, X, sample_weight)
+            x, g, validation = split_off(
+                x, g, getattr(self, "validation", None), generator_of(self.random_state, device)
+            )
             self._check_columns(features_of(x))
             last = self._continued(features_of(x), names)
             method = self._method(last is not None)
@@ -125,8 +139,13 @@ class MixtureEstimator(Estimator, ABC):
             if world.size > 1:
                 self._agree(world, sample_weight is None, last is not None)
             generator = world.generator(generator_of(self.random_state, device), device)
+        selection = None
         with reductions.threads_for(x):
-            best = self._best_fit(x, g, names, last, method, continuation, generator, device)
+            if self.wanted_components is None and last is None:
+                selection = self._selection(x, g, generator, method)
+                best = selection.result
+            else:
+                best = self._best_fit(x, g, names, last, method, continuation, generator, device, validation)
         if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
             warn(
                 f"The best of {self.n_init} fits did not converge to tol={method.tol:g} within {method.max_iter} "
@@ -139,11 +158,14 @@ class MixtureEstimator(Estimator, ABC):
         self.result_, self.converged_, self.n_iter_ = best, best.converged, best.n_iter
         self._trace = Trace([*continuation.objectives, *best.history["objective"]], best.log_likelihood, settings)
         self._set_results(best)
+        if selection is not None:
+            self.selection_ = selection
         return self
 
     def _continued(self, features: int, names: Sequence[str] | None) -> Mixture | None:
         """Return the mixture of the last fit for a warm start, or None for a new fit."""
-        last = self._last((self.n_components, features)) if self.warm_start else None
+        K = self.wanted_components or (self.mixture_.n_components if self.fitted_ else 1)
+        last = self._last((K, features)) if self.warm_start else None
         if last is not None and names is not None and self.mixture_.columns not in (None, tuple(names)):
             # The last fit used other columns.
             return None
@@ -166,6 +188,7 @@ class MixtureEstimator(Estimator, ABC):
         continuation: Continuation,
         generator: torch.Generator,
         device: torch.device,
+        validation: Any,
     ) -> FitResult:
         """Return the best of ``n_init`` fits, or a warm-started fit if ``last`` is given."""
         best: FitResult | None = None
@@ -189,6 +212,7 @@ class MixtureEstimator(Estimator, ABC):
                     callback=(*self._verbose_callbacks(run), continuation),
                     verbose=None if self.verbose > 1 else False,
                     generator=generator,
+                    validation=validation,
                 )
                 if improves(result, best):
                     best = replace(result, report=replace(result.report, start=report))
@@ -215,7 +239,7 @@ class MixtureEstimator(Estimator, ABC):
         method = self._method(False)
         return start_of(
             x,
-            self.n_components,
+            self.wanted_components or 1,
             STRATEGIES[self.init_params],
             covariance_type=self.covariance_type,
             sample_weight=g,
@@ -270,7 +294,7 @@ class MixtureEstimator(Estimator, ABC):
         self.covariances_ = shaped(factor.covariances())
         self.precisions_ = shaped(factor.precisions())
         self.precisions_cholesky_ = shaped(factor.matrices())
-        self.n_features_in_ = mixture.n_features
+        self.n_components_, self.n_features_in_ = mixture.n_components, mixture.n_features
         if mixture.columns is not None:
             self.feature_names_in_ = np.array(mixture.columns, dtype=object)
 
@@ -278,7 +302,7 @@ class MixtureEstimator(Estimator, ABC):
         """Return whether the fitted mixture matches the parameters ``n_components`` and ``covariance_type``."""
         return (
             self.fitted_
-            and self.mixture_.n_components == self.n_components
+            and self.wanted_components in (None, self.mixture_.n_components)
             and self._fitted_type == canonical_type(self.covariance_type)
         )
 

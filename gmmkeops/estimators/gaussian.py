@@ -7,7 +7,7 @@ of ``sklearn.mixture`` (Pedregosa et al. 2011, *Scikit-learn: machine learning i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
@@ -38,9 +38,15 @@ _NOT_STORED = (
     "covariances_",
     "precisions_",
     "precisions_cholesky_",
+    "n_components_",
     "n_features_in_",
     "feature_names_in_",
+    "selection_",
 )
+
+
+# Tolerance and maximum number of iterations of the fits of a selection, whose criteria are compared.
+_SELECTION_TOL, _SELECTION_ITERATIONS = 1e-4, 1000
 
 
 class GaussianMixture(MixtureEstimator):
@@ -50,7 +56,9 @@ class GaussianMixture(MixtureEstimator):
               - \text{penalty}(\theta)
 
     Args:
-        n_components: Number of components K.
+        n_components: Number of components K. ``"auto"`` chooses it (:func:`gmmkeops.analysis.select`, with its defaults);
+            not combined with ``n_init``, ``init_params``, initial parameters or a checkpoint. If neither ``tol`` nor ``max_iter``
+            is set, the candidates are then fitted with a tolerance of 1e-4.
         covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
         solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``. ``tol``, ``max_iter`` and ``reg_covar``
             may be set in the method or in the estimator. Different values in both, neither of which is the default, raise an
@@ -85,6 +93,9 @@ class GaussianMixture(MixtureEstimator):
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state of the fit is written and from which it
             resumes; requires ``n_init=1``.
         max_memory: Memory limit of a fit, in bytes or as a string such as "1.5GB" (:func:`gmmkeops.fit`).
+        validation: Held-out points, a source, or the fraction of the points that is held out: the mixture with the highest mean
+            log-likelihood of held-out points is kept (:func:`gmmkeops.fit`); not supported by ``partial_fit`` and by
+            ``n_components="auto"``, whose criteria need all points.
 
     Attributes:
         weights_: Weights (K,). All parameters are float64 numpy arrays, or tensors if the data were a tensor.
@@ -96,6 +107,8 @@ class GaussianMixture(MixtureEstimator):
         n_iter_: Number of iterations of the last ``fit``, or of batches of ``partial_fit``.
         lower_bound_: Mean log-likelihood minus penalty of the fitted parameters, nats per point.
         lower_bounds_: List of the lower bounds before each iteration, nats per point.
+        n_components_: Number of components K.
+        selection_: The :class:`~gmmkeops.analysis.Selection`; exists only after ``fit`` with ``n_components="auto"``.
         mixture_: The fitted :class:`~gmmkeops.Mixture`.
         result_: The :class:`~gmmkeops.FitResult` of the best fit; exists only after ``fit``.
         n_features_in_: Number of columns D.
@@ -119,7 +132,7 @@ class GaussianMixture(MixtureEstimator):
 
     def __init__(
         self,
-        n_components: int = 1,
+        n_components: int | str = 1,
         *,
         covariance_type: str = "full",
         solver: str | Method[Any] = "em",
@@ -143,6 +156,7 @@ class GaussianMixture(MixtureEstimator):
         truncate: float | None = None,
         checkpoint: Any = None,
         max_memory: Any = None,
+        validation: Any = None,
     ) -> None:
         self.n_components = n_components
         self.covariance_type = covariance_type
@@ -167,6 +181,7 @@ class GaussianMixture(MixtureEstimator):
         self.truncate = truncate
         self.checkpoint = checkpoint
         self.max_memory = max_memory
+        self.validation = validation
 
     @property
     def partial_fit(self) -> Callable[..., GaussianMixture]:
@@ -197,8 +212,14 @@ class GaussianMixture(MixtureEstimator):
                 f"partial_fit does not support prior={self.prior!r}, since the number of all points is unknown; use fit, or pass "
                 "penalty=gmmkeops.penalties.CovariancePrior(...)."
             )
+        if self.validation is not None:
+            raise ValueError("partial_fit does not support validation; use fit.")
         method, resumes = cast(EM, self._method(False)), self._same_model()
-        minimum = 1 if resumes else max(self.n_components, 2)
+        if self.wanted_components is None and not resumes:
+            raise ValueError(
+                'partial_fit requires a number of components, got n_components="auto"; call fit first, or set n_components.'
+            )
+        minimum = 1 if resumes else max(self.wanted_components or 1, 2)
         x, names = validated_points(self, X, fitting=not resumes, minimum=minimum)
         self._check_columns(x.shape[1])
         g = as_weights(sample_weight, x, name="sample_weight")
@@ -319,6 +340,33 @@ class GaussianMixture(MixtureEstimator):
             return Adam(max_iter=self.max_iter, tol=float(self.tol))
         raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
 
+    def _selection(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, method: Method[Any]
+    ) -> analysis.Selection:
+        if (
+            self.solver == "em"
+            and isinstance(method, EM)
+            and self.tol == self._default("tol")
+            and self.max_iter == self._default("max_iter")
+        ):
+            method = replace(method, tol=_SELECTION_TOL, max_iter=_SELECTION_ITERATIONS)
+        return analysis.select(
+            x,
+            "auto",
+            [self.covariance_type],
+            method=method,
+            penalty=self.penalty,
+            prior=self.prior,
+            sample_weight=g,
+            generator=generator,
+            truncate=self.truncate,
+            backend=self.backend,
+            dtype=self.dtype,
+            max_memory=self.max_memory,
+            callback=self._verbose_callbacks(0),
+            verbose=None if self.verbose > 1 else False,
+        )
+
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
         return self.mixture_ if self._same_model() and self.mixture_.means.shape == shape else None
 
@@ -333,7 +381,7 @@ class GaussianMixture(MixtureEstimator):
         self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device
     ) -> tuple[Mixture, StartReport | None]:
         wide: Any = {"dtype": torch.float64, "device": device}
-        K, D = self.n_components, features_of(x)
+        K, D = self.wanted_components or 1, features_of(x)
         logits = means = factor = report = None
         if self.means_init is None or self.weights_init is None or self.precisions_init is None:
             start, report = self._by_init_params(x, g, generator)

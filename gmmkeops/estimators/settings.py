@@ -27,7 +27,8 @@ def check_settings(estimator: MixtureEstimator) -> None:
     """
     e = estimator
     for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1), ("verbose_interval", 1)):
-        as_integer(getattr(e, name), name, least)
+        if name != "n_components" or e.n_components != "auto":
+            as_integer(getattr(e, name), name, least)
     as_integer(int(e.verbose) if isinstance(e.verbose, bool) else e.verbose, "verbose", 0)
     for name in ("tol", "reg_covar"):
         as_number(getattr(e, name), name, 0, clause="must be a finite number and not negative")
@@ -41,9 +42,27 @@ def check_settings(estimator: MixtureEstimator) -> None:
         raise ValueError(f"checkpoint stores a single fit, got n_init={e.n_init}; set n_init=1.")
     factor_class(e.covariance_type)
     as_choice(e.init_params, "init_params", list(STRATEGIES))
+    if e.wanted_components is None:
+        _check_automatic(e)
     prior = getattr(e, "prior", None)
     if prior is not None:
         as_choice(prior, "prior", ("auto",))
+
+
+def _check_automatic(e: MixtureEstimator) -> None:
+    """Raise an error if a parameter cannot be combined with ``n_components="auto"``."""
+    if not hasattr(e, "prior"):
+        raise ValueError(
+            f"n_components must be the largest number of components for {type(e).__name__}, which empties those that it does "
+            "not need; got 'auto'."
+        )
+    plain: dict[str, Any] = {"n_init": 1, "init_params": "auto", "checkpoint": None, "validation": None}
+    plain |= dict.fromkeys(("weights_init", "means_init", "precisions_init"))
+    for name, value in plain.items():
+        if getattr(e, name) is not value and getattr(e, name) != value:
+            raise ValueError(
+                f'{name} is not supported by n_components="auto"; omit it, or pass a number of components.'
+            )
 
 
 def combined_method(estimator: MixtureEstimator, solver: Method[Any]) -> Method[Any]:

@@ -8,13 +8,16 @@ from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.fit import fit
 from gmmkeops.fitting.gradient import Adam, Gradient
 from gmmkeops.fitting.identity import describe
-from gmmkeops.fitting.initialization import SEARCHED, initialize, start_of
+from gmmkeops.fitting.initialization import SEARCHED, initialize, shared_mixture, start_of
+from gmmkeops.fitting.levels import Judge, Level, Levels, find_levels
 from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.result import Ending, FitResult, Report, StartReport, Step
-from gmmkeops.fitting.search import has_few_points, within_prior
+from gmmkeops.fitting.search import Search, has_few_points, sample_size, within_prior
+from gmmkeops.fitting.squarem import extrapolated
 from gmmkeops.fitting.state_file import known
+from gmmkeops.fitting.validation import split_off
 
 __all__ = [
     "EM",
@@ -25,9 +28,13 @@ __all__ = [
     "Evaluation",
     "FitResult",
     "Gradient",
+    "Judge",
+    "Level",
+    "Levels",
     "Method",
     "Objective",
     "Report",
+    "Search",
     "StartReport",
     "Step",
     "as_bytes",
@@ -35,10 +42,15 @@ __all__ = [
     "chunk_rows",
     "describe",
     "estimate_memory",
+    "extrapolated",
+    "find_levels",
     "fit",
     "has_few_points",
     "initialize",
     "known",
+    "sample_size",
+    "shared_mixture",
+    "split_off",
     "start_of",
     "within_prior",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, accepts, warn
+from gmmkeops._checks import ConvergenceWarning, accepts, as_integer, warn
 from gmmkeops.components import mind_fork
 from gmmkeops.data import (
     World,
@@ -28,6 +28,7 @@ from gmmkeops.fitting.loop import Run
 from gmmkeops.fitting.method import Evaluation, Method
 from gmmkeops.fitting.result import Ending, FitResult, Report, StartReport, Step
 from gmmkeops.fitting.task import Task
+from gmmkeops.fitting.validation import Validation, split_off
 from gmmkeops.models import GMM, Mixture
 from gmmkeops.penalties import Penalty
 from gmmkeops.reductions import recording
@@ -66,6 +67,7 @@ def fit(
     backend: str = "auto",
     dtype: Any = None,
     max_memory: int | float | str | None = None,
+    validation: Any = None,
 ) -> FitResult:
     r"""Fit a Gaussian mixture to data.
 
@@ -105,6 +107,10 @@ def fit(
         max_memory: Limit on the memory of the fit, without imports and the given points, in bytes or as a string such as
             "1.5GB". If the standardized copy of the points would exceed it, the points are processed chunk by chunk.
 
+        validation: Held-out points (M, D), a source of them, or the fraction of x that is held out: the result is then the
+            mixture of the highest mean log-likelihood of the held-out points among those of all iterations. The history contains
+            these as "validation". It does not end the fit earlier. Not supported with a context.
+
     Returns:
         A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far. With several ranks this needs an
         interrupt of all ranks; if only some are interrupted, all raise an error that names them.
@@ -137,6 +143,7 @@ def fit(
     world = World()
     with world.together(), recording(), reductions.threads_for(x):
         generator = as_generator(generator, "cpu") if isinstance(generator, numbers.Integral) else generator
+        x, sample_weight, validation = split_off(x, sample_weight, validation, generator)
         start, found = _begin(start, x, sample_weight, generator, method, penalty, backend)
         task = Task(
             start,
@@ -154,13 +161,20 @@ def fit(
             max_memory=max_memory,
         )
         x, columns = task.points(x)
+        if validation is not None and task.model is not None:
+            raise ValueError(
+                "validation is not supported for a GMM with a context; evaluate held-out points in a callback."
+            )
         settings = task.agreed(world, x, sample_weight, columns)
         journal = Journal(Checkpoint.of(checkpoint), world)
         saved = None if journal.checkpoint is None else journal.checkpoint.read(task.mixture.means.device, world)
         objective = task.objective(x, sample_weight, columns, journal, saved)
+        held = None if validation is None else Validation.of(validation, objective, columns, world)
+        if settings and held is not None:
+            settings = settings | {"validation": held.mark}
         described = facts(objective, task.mixture, settings) if settings else {}
         single = task.mixture.means.dtype == torch.float32
-        run = Run(objective, task.method, task.tol, task.callbacks, began, described, single=single)
+        run = Run(objective, task.method, task.tol, task.callbacks, began, described, single=single, validation=held)
         state = _first(run, task) if saved is None else run.resume(saved)
         bar = _bar(task.max_iter, verbose, run)
         try:
@@ -185,6 +199,9 @@ def _begin(
     if not isinstance(start, numbers.Integral) or isinstance(start, bool):
         return start, None
     options: dict[str, Any] = {"sample_weight": sample_weight, "generator": generator, "backend": backend}
+    found = method.start(x, as_integer(start, "start", 1), **options) if isinstance(method, Method) else None
+    if found is not None:
+        return found
     return start_of(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
 
 

@@ -34,7 +34,7 @@ from gmmkeops.fitting.search import Search, clustered_size, sample_size
 from gmmkeops.fitting.state_file import state_bytes, state_of
 from gmmkeops.models import Mixture
 
-__all__ = ["SEARCHED", "STRATEGIES", "initialize", "start_of"]
+__all__ = ["SEARCHED", "STRATEGIES", "initialize", "shared_mixture", "start_of"]
 
 STRATEGIES = ("auto", "random", "kmeans", "kmeans++", "responsibilities", "annealed", "split-merge")
 
@@ -187,9 +187,7 @@ def start_of(
             options: Any = {"penalty": penalty, "prior": prior, "generator": generator, "backend": backend}
             search = Search(rows, mass, K, kind, tied, method=method, **options)
             mixture, report = search.run(strategy, runs, some)
-            if world.size > 1:
-                # Rounding errors may differ between the machines of the ranks.
-                mixture = state_of(world.gather_bytes(state_bytes(mixture))[0], rows.device)
+            mixture = shared_mixture(mixture, world, rows.device)
             return mixture.named(names), report
         robust = trimmed_spread(rows, mass)
         if strategy == "responsibilities":
@@ -209,6 +207,14 @@ def start_of(
         return mixture.named(names), _report(
             strategy, runs if strategy.startswith("kmeans") else 1, len(rows), some, began
         )
+
+
+def shared_mixture(mixture: Mixture, world: World, device: torch.device) -> Mixture:
+    """Return the mixture of rank 0, since rounding errors may differ between the machines of the ranks."""
+    if world.size == 1:
+        return mixture
+    found: Mixture = state_of(world.gather_bytes(state_bytes(mixture))[0], device)
+    return found
 
 
 def _rows(strategy: str, K: int, x: Any, kind: type[Factor]) -> int:

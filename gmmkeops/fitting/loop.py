@@ -21,6 +21,7 @@ from gmmkeops.fitting.identity import marks
 from gmmkeops.fitting.method import Evaluation, Method
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.result import FORMER, Ending, Step
+from gmmkeops.fitting.validation import Validation
 
 __all__ = ["Run"]
 
@@ -41,6 +42,7 @@ class Run:
         began: Time at which the fit was called, from ``time.perf_counter``.
         facts: Descriptions of data and settings, which must equal those in a checkpoint.
         single: Whether the initial mixture is float32.
+        validation: Mean log-likelihood of held-out points, by which the best mixture is chosen; or None.
     """
 
     def __init__(
@@ -53,11 +55,14 @@ class Run:
         facts: dict[str, Any],
         *,
         single: bool,
+        validation: Validation | None = None,
     ) -> None:
         self.objective, self.method, self.tol, self.callbacks, self.began = objective, method, tol, callbacks, began
-        self.facts, self.single = facts, single
+        self.facts, self.single, self.validation = facts, single, validation
         self.best: Evaluation | None = None
         self.history: dict[str, list[float]] = {"objective": [], "log_likelihood": [], "seconds": [], "active": []}
+        if validation is not None:
+            self.history["validation"] = []
         self.ending = Ending.MAX_ITER
         # Random identifier of this fit, by which its checkpoint files are recognized.
         self.mark = objective.passes.world.tell(os.urandom(8).hex())[0]
@@ -155,7 +160,7 @@ class Run:
                 if not math.isfinite(now.objective):
                     self.ending = Ending.DIVERGED
                     break
-                if self.best is None or self.method.returns_last or now.objective < self.best.objective:
+                if self._improves(now):
                     self.best = now
                 self._tell(now, bar)
             if self.ending is not Ending.DIVERGED:
@@ -171,6 +176,15 @@ class Run:
             self.ending = Ending.INTERRUPTED
         return self._final(state)
 
+    def _improves(self, now: Evaluation) -> bool:
+        """Return whether an evaluation is the result so far; held-out points are evaluated if there are any."""
+        if self.validation is not None:
+            earlier, value = self.history["validation"], self.validation(now.mixture)
+            best = self.best is None or value > max(earlier)
+            self.history["validation"] = [*earlier, value]
+            return best
+        return self.best is None or self.method.returns_last or now.objective < self.best.objective
+
     def _final(self, state: Any) -> Evaluation:
         """Return the evaluation that is the result of the fit."""
         best = self.best
@@ -178,7 +192,10 @@ class Run:
             # The last step's mixture has not been evaluated yet. It is the result unless the best one is asked for.
             last = self.method.evaluate(self.objective, state)
             slack = 0.0 if best is None else 1e-8 * max(1.0, abs(best.objective))
-            if math.isfinite(last.objective) and (
+            if self.validation is not None:
+                if best is None or self.validation(last.mixture) > max(self.history["validation"]):
+                    best = last
+            elif math.isfinite(last.objective) and (
                 best is None or not best.exact or self.method.returns_last or last.objective <= best.objective + slack
             ):
                 best = last

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from gmmkeops._checks import as_integer, as_number
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.state_file import known
 from gmmkeops.models import Mixture
+
+if TYPE_CHECKING:
+    from gmmkeops.fitting.result import StartReport
 
 __all__ = ["Evaluation", "Method", "check_settings"]
 
@@ -86,6 +89,17 @@ class Method(ABC, Generic[S]):
     def __repr__(self) -> str:
         """Show the settings that differ from their defaults."""
         return f"{type(self).__name__}({', '.join(_changes(self))})"
+
+    def start(
+        self, x: Any, n_components: int, *, covariance_type: str = "full", **options: Any
+    ) -> tuple[Mixture, StartReport] | None:
+        """Find an initial mixture in a way of its own; None for :func:`gmmkeops.initialize`.
+
+        Args:
+            x, n_components, covariance_type: As for :func:`gmmkeops.initialize`.
+            **options: The arguments ``sample_weight``, ``generator`` and ``backend``.
+        """
+        return None
 
     @abstractmethod
     def init(self, objective: Objective, mixture: Mixture) -> S:

@@ -128,7 +128,8 @@ class FitResult:
         n_iter: Number of iterations performed.
         history: Lists with one entry per iteration: "objective" and "log_likelihood" (nats per point, of the mixture at the
             beginning of the iteration; with minibatches a mean over the batches), "seconds" since the call, "active" (number of
-            active components). For EM "objective" includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
+            active components), with ``validation`` also "validation" (mean log-likelihood of the held-out points, nats per
+            point). For EM "objective" includes the effect of ``reg_covar`` (:class:`~gmmkeops.EM`).
         report: Engine, dtype, error bounds, pruned and regularized components.
         answer: Full result of methods that fit more than a mixture: the posterior, a :class:`gmmkeops.bayes.NormalWishart` with
             the expectation ``mixture`` (``objective`` is then the negative evidence lower bound); or the conditional

@@ -75,11 +75,16 @@ def sample_size(K: int, D: int, kind: type[Factor]) -> int:
     return max(clustered_size(K), min(rows, _NUMBERS // D))
 
 
-def prior_of(x: Tensor, weights: Tensor | None, K: int) -> CovariancePrior:
-    """Return a weak prior of the covariances: D + 2 points with the covariance of all points divided by K^(2/D)."""
+def covariance_of(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Compute a robust covariance (D, D) of points (N, D), data units."""
     center, spread = trimmed_spread(x, weights)
-    covariance = _robust_covariance(x, weights, center, torch.where(spread > 0, spread, 1.0))
-    return CovariancePrior(covariance / K ** (2 / x.shape[1]), x.shape[1] + 2.0)
+    return _robust_covariance(x, weights, center, torch.where(spread > 0, spread, 1.0))
+
+
+def prior_of(covariance: Tensor, K: int) -> CovariancePrior:
+    """Return a weak prior of the covariances: D + 2 points with the covariance (D, D) of all points divided by K^(2/D)."""
+    D = len(covariance)
+    return CovariancePrior(covariance / K ** (2 / D), D + 2.0)
 
 
 def has_few_points(rows: float, mixture: Mixture) -> bool:
@@ -155,11 +160,31 @@ class Search:
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
         self.few = self.ratio < _FEW and not tied and K > 1
-        self.objective = self.plain
-        if self.few and self.ratio >= _TOO_FEW:
-            added = prior_of(x, weights, K)
-            self.objective = replace(self.plain, penalty=added if self.penalty is None else self.penalty + added)
+        self.objective = (
+            self._with(self.plain, prior_of(self._spread, K)) if self.few and self.ratio >= _TOO_FEW else self.plain
+        )
         self.candidates = 0
+
+    def judged(self, objective: Objective, K: int) -> Objective:
+        """Return an objective, with the weak prior if there are few points per parameter of K components."""
+        few = self.has_few_points(K)
+        return self._with(objective, prior_of(self._spread, K)) if few else replace(objective, penalty=self.penalty)
+
+    def has_few_points(self, K: int) -> bool:
+        """Return whether there are few points per parameter of K components."""
+        return self.ratio * self.K < _FEW * K and not self.tied
+
+    def narrowed(self, objective: Objective, mixture: Mixture) -> Objective:
+        """Return an objective with a prior of the mean covariance within the components of a standardized mixture."""
+        return self._with(objective, CovariancePrior(*within_prior(self.plain.frame.leave(mixture))))
+
+    def _with(self, objective: Objective, added: CovariancePrior) -> Objective:
+        return replace(objective, penalty=added if self.penalty is None else self.penalty + added)
+
+    @cached_property
+    def _spread(self) -> Tensor:
+        """Robust covariance of all points (D, D), data units."""
+        return covariance_of(self.x, self.weights)
 
     def _supported(self, penalty: Any, K: int) -> Penalty | None:
         """Return the penalty, or None if there is none or EM does not support it."""
@@ -201,13 +226,13 @@ class Search:
             return self._run(strategy, n_init, rows)
 
     def _run(self, strategy: str, n_init: int, rows: int) -> tuple[Mixture, StartReport]:
-        climber, plain = Climber(self.method, self._arranged()), Climber(self.method, self.plain)
+        climber, plain = self.climber(), Climber(self.method, self.plain)
         most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
         best: Found | None = None
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            candidates = climber.sound([climber.climbed(each, *CANDIDATE) for each in self._candidates(run)])
+            candidates = climber.sound([climber.climbed(each, *CANDIDATE) for each in self.begun(run)])
             starts += candidates
             found = best_of(candidates)
             if strategy == "annealed":
@@ -238,6 +263,10 @@ class Search:
         )
         return self.plain.frame.leave(best.mixture), report
 
+    def climber(self) -> Climber:
+        """Return the steps that improve the objective of the search."""
+        return Climber(self.method, self._arranged())
+
     def _arranged(self) -> Objective:
         """Return the objective, with points sorted by a kd-tree for truncation if that saves time."""
         if self.D > _TREE or not reductions.may_arrange(len(self.x), self.K, self.D):
@@ -249,8 +278,11 @@ class Search:
             None, Mixture(means.new_zeros(self.K), means, factor, validate_args=False), _SWEEPS
         )
 
-    def _candidates(self, run: int) -> list[Mixture]:
-        """Return the initial mixtures of a run, standardized coordinates: one for each metric."""
+    def begun(self, run: int) -> list[Mixture]:
+        """Return the initial mixtures of a run, standardized coordinates, one for each metric.
+
+        Runs 0, 3, ... use k-means, runs 1, 4, ... only its initial centers, and runs 2, 5, ... random points.
+        """
         points, masses = self._different
         found = []
         for root in self._roots:
@@ -330,9 +362,7 @@ class Search:
 
         With many components or columns the first prior is much wider than the components, so that its optimum merges some.
         """
-        added = CovariancePrior(*within_prior(self.plain.frame.leave(found.mixture)))
-        penalty = added if self.penalty is None else self.penalty + added
-        narrow = Climber(self.method, replace(climber.objective, penalty=penalty))
+        narrow = Climber(self.method, self.narrowed(climber.objective, found.mixture))
         found = narrow.improved(narrow.climbed(found.mixture, *MERGED), most)
         climber.work += narrow.work
         climber.rounds += narrow.rounds
@@ -350,13 +380,16 @@ class Search:
     def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
         climbed = [climber.climbed(each.mixture, *_PLAIN) for each in found]
-        sound = [each for each in climbed if not self._degenerate(climber, each)]
+        sound = [each for each in climbed if not self.degenerate(each.mixture)]
         return best_of(sound or climber.sound(climbed))
 
-    def _degenerate(self, climber: Climber, found: Found) -> bool:
-        """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction."""
-        if climber.least(found) < 2 * (self.D + 1):
+    def degenerate(self, mixture: Mixture) -> bool:
+        """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction.
+
+        Args:
+            mixture: A mixture in standardized coordinates.
+        """
+        if float(mixture.weights.min()) * self.plain.count < 2 * (self.D + 1):
             return True
         least = torch.linalg.eigvalsh(self._covariance)[0]
-        U = found.state.mixture.factor.matrices()
-        return bool(torch.linalg.matrix_norm(U, 2).amax() ** -2 < _THIN * least)
+        return bool(torch.linalg.matrix_norm(mixture.factor.matrices(), 2).amax() ** -2 < _THIN * least)

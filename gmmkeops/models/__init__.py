@@ -19,7 +19,7 @@ from gmmkeops.models.files import (
     write_table,
     write_whole,
 )
-from gmmkeops.models.merging import MergeTree, merge_down, merged_by, split
+from gmmkeops.models.merging import COSTS, MergeTree, cheapest_merges, merge_down, merged_by, split
 from gmmkeops.models.mixture import Mixture, as_mixture, log_weights
 from gmmkeops.models.module import GMM
 from gmmkeops.models.random_state import generator_of
@@ -27,6 +27,7 @@ from gmmkeops.models.tables import html_table
 
 __all__ = [
     "COMPONENTS",
+    "COSTS",
     "GMM",
     "MIXTURES",
     "TABLES",
@@ -34,6 +35,7 @@ __all__ = [
     "Mixture",
     "as_mixture",
     "as_path",
+    "cheapest_merges",
     "check_output",
     "generator_of",
     "html_table",

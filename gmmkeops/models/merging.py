@@ -24,7 +24,10 @@ from gmmkeops.components import Factor
 if TYPE_CHECKING:
     from gmmkeops.models.mixture import Mixture
 
-__all__ = ["MergeTree", "merge_down", "merged_by", "split"]
+__all__ = ["COSTS", "MergeTree", "cheapest_merges", "merge_down", "merged_by", "split"]
+
+# Costs of a merge: the estimated divergence, its upper bound, and its lower bound.
+COSTS = ("divergence", "bound", "classification")
 
 # Points at which the divergence of a pair is estimated: this many, and their reflections, for each of the two components.
 _POINTS = 12
@@ -48,15 +51,15 @@ _FLOOR = 1e-300
 
 @dataclass(frozen=True)
 class MergeTree:
-    r"""The merges that reduced a mixture, from the least to the most costly ones.
+    r"""The merges that reduced a mixture, in their order: each of them was among the least costly ones.
 
     Components 0, ..., K - 1 are those of the mixture; merge m creates component K + m.
 
     Args:
         merges: Pairs of merged components (M, 2), int64.
-        costs: Cost of each merge (M,), nats per point: the Kullback-Leibler divergence of the pair from the merged component,
-            weighted by the weight of the pair. Their sum is an upper bound on that of the whole mixture, up to the error of the
-            estimate.
+        costs: Cost of each merge (M,), nats per point: an estimate of the Kullback-Leibler divergence of the pair from the merged
+            component, weighted by the weight of the pair, or another cost that was asked for. With Runnalls' upper bounds, the
+            sum is an upper bound on the divergence of the whole mixture.
         n_leaves: Number of components K of the mixture.
 
     Example:
@@ -101,17 +104,35 @@ class MergeTree:
         return torch.from_numpy(rank[inverse.reshape(-1)])
 
 
-def merge_down(mixture: Mixture, n_components: int, *, sampled: bool = True) -> MergeTree:
+def merge_down(mixture: Mixture, n_components: int, *, cost: str = "divergence") -> MergeTree:
     """Merge pairs of components until ``n_components`` are left, the least costly ones first.
 
     Args:
         mixture: A mixture of any family; components may have a weight of zero.
         n_components: Number of components that remain.
-        sampled: Whether to estimate the divergence of each pair at quasi-random points, instead of using Runnalls' upper bound.
-            A common (tied) covariance always uses the bound.
+        cost: ``"divergence"``, estimated for each pair at quasi-random points; ``"bound"``, Runnalls' upper bound; or
+            ``"classification"``, the loss of the classification likelihood, which is the bound minus the entropy of the two
+            weights and may be negative. A common (tied) covariance uses the bound instead of the divergence.
     """
     with reductions.one_thread():
-        return _Merger(mixture, sampled).run(n_components)
+        return _Merger(mixture, cost).run(n_components)
+
+
+def cheapest_merges(mixture: Mixture) -> list[MergeTree]:
+    """Return the different single merges that have the lowest cost, by each of the costs."""
+    with reductions.one_thread():
+        merger = _Merger(mixture, "divergence")
+        pairs = merger.candidates()
+        divergence = merger.divergences(pairs, sampled=not merger.tied)
+        bound = divergence if merger.tied else merger.divergences(pairs, sampled=False)
+        found: dict[int, MergeTree] = {}
+        for costs in (divergence, bound, bound - merger.entropies(pairs)):
+            place = int(costs.argmin())
+            one = slice(place, place + 1)
+            found.setdefault(
+                place, MergeTree(torch.from_numpy(pairs[one]), torch.from_numpy(divergence[one]), merger.K)
+            )
+        return list(found.values())
 
 
 def merged_by(mixture: Mixture, labels: Tensor, n_components: int) -> Mixture:
@@ -189,15 +210,16 @@ class _Merger:
 
     Args:
         mixture: The mixture.
-        sampled: As for :func:`merge_down`.
+        cost: As for :func:`merge_down`.
     """
 
-    def __init__(self, mixture: Mixture, sampled: bool) -> None:
+    def __init__(self, mixture: Mixture, cost: str) -> None:
         factor = mixture.factor.detach().to(torch.float64)
         self.kind, self.features, self.tied = type(factor), factor.features, mixture.tied
         self.w, self.means = mixture.weights.detach().double(), mixture.means.detach().double().clone()
         self.spreads = _spreads(mixture).clone()
-        self.sampled = sampled and not self.tied
+        self.sampled = cost == "divergence" and not self.tied
+        self.classifies = cost == "classification"
         self.K = len(self.w)
         self.alive = np.ones(self.K, dtype=bool)
         self.node = np.arange(self.K)
@@ -207,13 +229,13 @@ class _Merger:
 
     def run(self, n_components: int) -> MergeTree:
         left = self.K
-        edges = self._candidates()
+        edges = self.candidates()
         costs = self._costs(edges)
         everything = left <= _ALL
         while left > n_components:
             if not len(edges) or (left <= _ALL and not everything):
                 everything = left <= _ALL
-                edges = self._candidates()
+                edges = self.candidates()
                 costs = self._costs(edges)
             some = self._best(edges, costs, min(left - n_components, max(1, int(left * _TOGETHER))))
             pairs = edges[some]
@@ -224,7 +246,7 @@ class _Merger:
         found = np.concatenate(self.costs) if self.costs else np.empty(0)
         return MergeTree(torch.from_numpy(merges), torch.from_numpy(found), self.K)
 
-    def _candidates(self) -> np.ndarray:
+    def candidates(self) -> np.ndarray:
         """Return pairs (P, 2) of components that may be merged: all of them, or each component and its nearest ones."""
         index = np.flatnonzero(self.alive)
         if len(index) <= _ALL:
@@ -273,19 +295,32 @@ class _Merger:
 
     def _costs(self, edges: np.ndarray) -> np.ndarray:
         """Compute the costs (P,) of merging pairs (P, 2), nats per point."""
+        costs = self.divergences(edges, sampled=self.sampled)
+        return costs - self.entropies(edges) if self.classifies else costs
+
+    def entropies(self, edges: np.ndarray) -> np.ndarray:
+        """Compute the entropies (P,) of the weights of pairs, times the weights of the pairs."""
+        w = self.w.cpu().numpy()[edges]
+        W = w.sum(1)
+        share = w[:, 0] / np.maximum(W, 1e-300)
+        logs = np.log(np.maximum(np.stack([share, 1 - share]), 1e-300))
+        return -W * (share * logs[0] + (1 - share) * logs[1])
+
+    def divergences(self, edges: np.ndarray, *, sampled: bool) -> np.ndarray:
+        """Compute the divergences (P,) of pairs from their merged components, or upper bounds on them."""
         D = self.features
-        numbers = D * (D if self.kind.coupled else 1) + (2 * _POINTS * D if self.sampled else 0)
+        numbers = D * (D if self.kind.coupled else 1) + (2 * _POINTS * D if sampled else 0)
         if not self.tied:
-            points = _noise(D).to(self.means) if self.sampled else None
+            points = _noise(D).to(self.means) if sampled else None
             found = reductions.pair_costs(self.w, self.means, self.spreads, self.kind, torch.from_numpy(edges), points)
             if found is not None:
                 return found.numpy()
         parts = np.array_split(edges, max(1, -(-len(edges) * numbers // (4 * _NUMBERS))))
         return np.concatenate(
-            [self._cost(torch.from_numpy(part).to(self.means.device)).cpu().numpy() for part in parts]
+            [self._cost(torch.from_numpy(part).to(self.means.device), sampled).cpu().numpy() for part in parts]
         )
 
-    def _cost(self, pairs: Tensor) -> Tensor:
+    def _cost(self, pairs: Tensor, sampled: bool) -> Tensor:
         """Compute the costs (P,) of merging pairs (P, 2) by operations of torch."""
         i, j = pairs.unbind(1)
         share, mean, spread = self._merged(i, j)
@@ -296,7 +331,7 @@ class _Merger:
         a, b = self.w[i], self.w[j]
         W, one, two = a + b, self._factor(self.spreads[i]), self._factor(self.spreads[j])
         bound = (a * one.log_determinant() + b * two.log_determinant() - W * logs).clamp(min=0)
-        if not self.sampled:
+        if not sampled:
             return bound
         z = _noise(self.features).to(self.means)
         own = z.square().sum(1)

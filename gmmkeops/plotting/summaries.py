@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["objective", "selection"]
 
+_LABELS = {
+    "icl_hard": "ICL, hard assignments (lower is better)",
+    "held_out": "held-out log-likelihood (nats per point, higher is better)",
+}
+
 
 def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iteration", **style: Any) -> list[Any]:
     """Plot the objective of a fit, nats per point, against iterations or seconds.
@@ -51,16 +56,17 @@ def objective(result: FitResult, *, ax: Axes | None = None, against: str = "iter
 
 
 def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None = None, **style: Any) -> list[Any]:
-    """Plot an information criterion against the number of components, one line per covariance type.
+    """Plot a criterion against the number of components, one line per covariance type, with markers at models that were fitted.
 
     Args:
-        table: Result of :func:`gmmkeops.analysis.select`.
+        table: Result of :func:`gmmkeops.analysis.select`, or of :func:`gmmkeops.analysis.penalty_path`, whose criterion is
+            plotted against the strength.
         ax: Matplotlib axes; None for the current axes.
-        criterion: "bic", "aic" or "icl"; by default the criterion of the table.
+        criterion: "bic", "aic", "icl" or "icl_hard"; by default the criterion of the table.
         **style: Further arguments of :meth:`matplotlib.axes.Axes.plot`.
 
     Returns:
-        The lines, and the circle around the best model.
+        The lines, and the circle around the best model; it is the model of the table if its criterion is plotted.
 
     Raises:
         TypeError: ``table`` is not a Selection.
@@ -78,21 +84,28 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
         raise TypeError(
             f"table must be a Selection, got {type(table).__name__}; pass the result of gmmkeops.analysis.select."
         )
-    criterion = table.criterion if criterion is None else as_choice(criterion, "criterion", CRITERIA)
+    criterion = (
+        table.criterion if criterion is None else as_choice(criterion, "criterion", (*CRITERIA, table.criterion))
+    )
     ax = current_axes(ax)
+    across = "strength" if "strength" in table.rows[0] else "n_components"
     kinds = list(dict.fromkeys(row["covariance_type"] for row in table.rows))
     drawn: list[Any] = []
     for kind, marker in zip(kinds, "os^Dv*" * len(kinds), strict=False):
-        rows = sorted(
-            (row for row in table.rows if row["covariance_type"] == kind), key=lambda row: row["n_components"]
-        )
-        look = {"marker": marker, "label": kind} | style
-        drawn += ax.plot([row["n_components"] for row in rows], [row[criterion] for row in rows], **look)
-    best = min(table.rows, key=lambda row: row[criterion])
-    drawn.append(
-        ax.scatter([best["n_components"]], [best[criterion]], s=160, facecolors="none", edgecolors="k", zorder=3)
-    )
-    ax.set_xlabel("components")
-    ax.set_ylabel(f"{criterion.upper()} (lower is better)")
+        rows = [row for row in table.rows if row["covariance_type"] == kind and row[criterion] is not None]
+        rows = sorted(rows, key=lambda row: row[across])
+        fitted = [i for i, row in enumerate(rows) if row["fitted"]]
+        look = {"marker": marker, "markevery": fitted, "label": kind} | style
+        drawn += ax.plot([row[across] for row in rows], [row[criterion] for row in rows], **look)
+    best = table.rows[table.place]
+    if criterion != table.criterion:
+        best = min((row for row in table.rows if row[criterion] is not None), key=lambda row: row[criterion])
+    drawn.append(ax.scatter([best[across]], [best[criterion]], s=160, facecolors="none", edgecolors="k", zorder=3))
+    if across == "strength":
+        ax.set_xscale("log")
+        ax.set_xlabel("strength of the penalty (nats per point)")
+    else:
+        ax.set_xlabel("components")
+    ax.set_ylabel(_LABELS.get(criterion, f"{criterion.upper()} (lower is better)"))
     ax.legend()
     return drawn

@@ -29,8 +29,9 @@ BACKENDS = ("auto", *ENGINES)
 # Largest dimension in which points are sorted by a kd-tree; in higher dimensions they are grouped by labels.
 _FEW = 4
 
-# Dimension beyond which bounds over groups of labels take longer than the native engine needs for every pair of diagonal and
-# spherical components (50 000 points, an iteration: K = 256, D = 64: 63 ms, 24 for every pair; D = 32, full: 6, 12).
+# Dimension beyond which points are not sorted on a CPU, also if ε is given: bounds over groups of labels take longer than every
+# pair of diagonal and spherical components (50 000 points, an iteration: K = 256, D = 64: 63 ms, 24 for every pair; D = 32, full:
+# 6, 12), and bounds over leaves of a kd-tree much longer (4000 points, K = 4, D = 512: 16 s, 0.04 for every pair).
 _MANY = 48
 
 # Default ε of truncation for each dtype, about its rounding error in nats per point.
@@ -126,8 +127,9 @@ def arrange(
     Args:
         x: Points (N, D), data units.
         components: Number of components K of the mixtures that will be evaluated.
-        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components. The
-            default is 1e-6 for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
+        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components, and
+            so do more than 48 dimensions on a CPU, where bounds take longer than what they save. The default is 1e-6 for float32
+            points and 1e-12 for float64 points (about their rounding errors), if that saves time.
         sweeps: Expected number of reductions with these points, which decides whether sorting saves time.
         labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions the
             leaves of a kd-tree are not small, and points are grouped by these labels instead. The function is called only if
@@ -163,6 +165,8 @@ def sorted_points(
 ) -> Tensor | Truncation:
     """Sort points for truncation; arguments as for :func:`arrange`, but validated before."""
     labels = None if x.shape[1] <= _FEW else labels
+    if x.shape[1] > _MANY and (labels is None or x.device.type != "cuda"):
+        return x
     if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
         return x
     # A leaf has about the points of two components, within the limits for efficient tiles. Groups of one label are rarely split.
@@ -175,8 +179,6 @@ def _pays(x: Tensor, components: int, sweeps: int, labeled: bool) -> bool:
     """Return whether sorting points (N, D), by labels or by coordinates, probably saves time over ``sweeps`` reductions."""
     N, D = x.shape
     if labeled:
-        if D > _MANY and x.device.type != "cuda" and native.unavailable(torch.device("cpu")) is None:
-            return False
         # Truncation saves time only if tiles are large compared with their overhead: about a thousand rows in 20 dimensions.
         return components >= 16 and N * components >= 1_000_000 and sweeps >= 8 and 20_000 * components <= N * D
     return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000

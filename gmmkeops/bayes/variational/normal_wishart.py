@@ -23,13 +23,16 @@ from gmmkeops._checks import FormerName
 from gmmkeops.bayes.variational.student import StudentMixture
 from gmmkeops.components import Factor, Moments, gamma
 from gmmkeops.data import generator_on, running_sum
-from gmmkeops.fitting import known
+from gmmkeops.fitting import extrapolated, known
 from gmmkeops.models import Mixture
 
 __all__ = ["NormalWishart", "stick_weights"]
 
 # Smallest eigenvalue of a covariance, as a fraction of its largest variance; smaller ones are rounding errors.
 _FLOOR = 1e-28
+
+# Smallest expected number of points in coordinates for extrapolation.
+_FEWEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,33 @@ class NormalWishart:
         new = self.prior.updated(sums, ridge)
         constant = 0.5 * self.mixture.n_features * math.log(2 * math.pi) * sums.mass
         return new, entropy + new.normalizer() - self.prior.normalizer() - constant
+
+    @classmethod
+    def extrapolated(cls, before: NormalWishart, first: NormalWishart, second: NormalWishart) -> NormalWishart | None:
+        """Extrapolate from a posterior and the results of two steps by SQUAREM; None if that is impossible.
+
+        Args:
+            before, first, second: Posteriors of the same prior. The coordinates are the logarithms of the expected numbers of
+                points, the means, and the precision factors.
+        """
+        prior = second.prior
+        assert prior is not None, "posteriors have priors"
+
+        def counted(q: NormalWishart) -> Mixture:
+            n = (q.mean_precision - prior.mean_precision).clamp(min=_FEWEST)
+            return Mixture(n.log(), q.mixture.means, q.mixture.factor, validate_args=False)
+
+        leap = extrapolated(counted(before), counted(first), counted(second))
+        if leap is None:
+            return None
+        total = (second.mean_precision - prior.mean_precision).sum()
+        n = torch.softmax(leap.logits, 0) * total
+        pooled = n.sum(0, keepdim=True) / len(n) if len(prior.degrees) == 1 else n
+        # The expectation of the precisions is that of the factors, whatever the degrees of freedom are.
+        concentration = prior._counted(n)
+        logits = _mean_weights(concentration).clamp(min=1e-300).log()
+        mixture = Mixture(logits, leap.means, leap.factor, validate_args=False)
+        return cls(mixture, concentration, prior.mean_precision + n, prior.degrees + pooled, prior)
 
     carried = FormerName("mapped")
 
