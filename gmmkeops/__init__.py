@@ -26,6 +26,7 @@ __all__ = [
     "BayesianGaussianMixture",
     "Checkpoint",
     "ConvergenceWarning",
+    "DegenerateWarning",
     "DiagonalFactor",
     "Factor",
     "FitResult",
@@ -64,7 +65,7 @@ _MODULES = {
 # Packages of the other public names. They are imported together when the first of these names is used, because importing torch
 # takes one or two seconds, and the command line should report usage errors without this delay.
 _HOMES = {
-    "_checks": ("ConvergenceWarning", "PrecisionWarning"),
+    "_checks": ("ConvergenceWarning", "DegenerateWarning", "PrecisionWarning"),
     "analysis": ("StandardErrors", "standard_errors"),
     "components": ("DiagonalFactor", "Factor", "FullFactor", "Moments", "SphericalFactor"),
     "data": ("Source",),

@@ -23,6 +23,7 @@ import torch
 
 __all__ = [
     "ConvergenceWarning",
+    "DegenerateWarning",
     "FormerKeys",
     "FormerName",
     "PrecisionWarning",
@@ -60,6 +61,18 @@ class ConvergenceWarning(UserWarning):
         ...     result = gk.fit(gk.initialize(x, 3), x, gk.EM(tol=1e-9), max_iter=2)
         >>> result.converged
         False
+    """
+
+
+class DegenerateWarning(UserWarning):
+    """Warning that a component of a fitted mixture has fewer points than its covariance needs.
+
+    Example:
+        >>> import pytest, torch, gmmkeops as gk
+        >>> x = torch.tensor([[0.0], [0.1], [0.2], [9.0]]).double()
+        >>> with pytest.warns(gk.DegenerateWarning):
+        ...     gk.fit(gk.initialize(x, 2, "kmeans"), x).mixture.n_components
+        2
     """
 
 

@@ -49,6 +49,7 @@ def test_fifty_iterations_of_scikit_learn(family, seed):
     assert abs(ours.aic(x.numpy()) - theirs.aic(x.numpy())) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("penalized", [False, True])
@@ -192,6 +193,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_degenerate_clouds_end_finite(shape, family):

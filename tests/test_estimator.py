@@ -157,6 +157,7 @@ def test_given_starts(X):
     assert np.allclose(ours.means_, theirs.means_, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 def test_scikit_learns_user_guide(X):
     """The calls of its mixture chapter's examples, with the import changed."""
     # plot_gmm_init: the start alone, by no iterations

@@ -46,6 +46,7 @@ def test_a_saved_stream_goes_on(X, batch, tmp_path):
     assert twin.n_iter_ == model.n_iter_ == 5
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 @pytest.mark.parametrize("kind", sorted(SHAPES))
 @pytest.mark.parametrize("K", [1, 3])
 def test_files_hold_everything(X, tmp_path, kind, K):

@@ -174,6 +174,7 @@ def run(calls, X, batch, folder):
             check(model, history.kind, X, history.trained)
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 @pytest.mark.parametrize("first", CALLS)
 def test_every_pair_of_calls(first, X, batch, tmp_path):
     for second in CALLS:

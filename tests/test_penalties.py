@@ -339,6 +339,7 @@ class TestPenalty:
         assert resumed.history["objective"] == whole.history["objective"]
         assert torch.equal(resumed.mixture.means, whole.mixture.means)
 
+    @pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
     def test_is_a_value(self, name, tmp_path):
         case = PENALTIES[name]
         penalty = P.as_penalty(case.penalty)

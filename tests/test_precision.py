@@ -290,6 +290,7 @@ def check_likelihood(found, x, mixture):
     assert abs(found - float(right)) <= TOLERANCE * max(1.0, abs(float(right)))
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 @pytest.mark.parametrize("scene", FITS)
 def test_fit(scene):
     """A fit in float32 of float64 or float32 points says of its mixture what float64 says, and leads where float64 leads."""

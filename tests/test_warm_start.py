@@ -91,6 +91,7 @@ def test_a_warm_start_on_other_points_is_compared_with_none_of_the_old(X):
     assert not other.converged_
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 def test_a_warm_start_with_another_long_prior_is_another_fit(X):
     """Printed tensors of more than a thousand entries are shortened, and hide what differs."""
     few, many = torch.full((1200,), 2.0), torch.full((1200,), 2.0)

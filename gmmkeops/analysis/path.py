@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gmmkeops._checks import ConvergenceWarning, as_choice, as_integer, as_number, renamed
+from gmmkeops._checks import ConvergenceWarning, DegenerateWarning, as_choice, as_integer, as_number, renamed
 from gmmkeops.analysis.criteria import CRITERIA, criteria
 from gmmkeops.analysis.selection import Selection
 from gmmkeops.components import factor_class
@@ -94,6 +94,7 @@ def penalty_path(
     with warnings.catch_warnings(), renamed("weights", "sample_weight"):
         # The entry "converged" of the rows replaces the warnings.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", DegenerateWarning)
         start = initialize(
             points, K, covariance_type=covariance_type, sample_weight=g, generator=generator, prior=prior
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import ConvergenceWarning, FormerKeys, accepts, as_choice, as_integer, renamed
+from gmmkeops._checks import ConvergenceWarning, DegenerateWarning, FormerKeys, accepts, as_choice, as_integer, renamed
 from gmmkeops.analysis.automatic import Choice, choose
 from gmmkeops.analysis.criteria import CRITERIA, aic, anomaly_threshold, bic, criteria, icl, score
 from gmmkeops.analysis.silhouette import silhouette
@@ -208,6 +208,7 @@ def select(
     with warnings.catch_warnings(), renamed("weights", "sample_weight"):
         # The entry "converged" of the rows replaces the warnings.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", DegenerateWarning)
         if not automatic:
             if prior is not None:
                 raise ValueError(f'prior={prior!r} requires n_components="auto"; pass penalty= instead.')

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import analysis, reductions
-from gmmkeops._checks import ConvergenceWarning, as_device, warn
+from gmmkeops._checks import ConvergenceWarning, DegenerateWarning, as_device, warn
 from gmmkeops.components import as_tensor
 from gmmkeops.data import Source, World, as_dtype, as_weights, chunked, readable
 from gmmkeops.estimators.arrays import as_array, scikit_learn_names, training_data, validated_points
@@ -26,7 +26,19 @@ from gmmkeops.estimators.contract import Estimator, convergence_warning
 from gmmkeops.estimators.initialization import STRATEGIES, improves, searches
 from gmmkeops.estimators.settings import canonical_type, check_settings, described_settings
 from gmmkeops.estimators.warm_start import Continuation, Trace
-from gmmkeops.fitting import EM, Ending, FitResult, Method, StartReport, Step, describe, fit, split_off, start_of
+from gmmkeops.fitting import (
+    EM,
+    Ending,
+    FitResult,
+    Method,
+    StartReport,
+    Step,
+    describe,
+    fit,
+    split_off,
+    start_of,
+    too_few_points,
+)
 from gmmkeops.models import Mixture, generator_of
 
 __all__ = ["MixtureEstimator", "features_of"]
@@ -152,6 +164,8 @@ class MixtureEstimator(Estimator, ABC):
                 "iterations; raise max_iter or tol, or check for degenerate data.",
                 convergence_warning(),
             )
+        if warning := too_few_points(best):
+            warn(warning, DegenerateWarning)
         # All ranks use the column names of rank 0, which the result contains.
         names = best.mixture.columns if isinstance(x, Source) and names is not None else names
         self._adopt(best.mixture.named(names), torch.is_tensor(X))
@@ -195,6 +209,7 @@ class MixtureEstimator(Estimator, ABC):
         with warnings.catch_warnings(), scikit_learn_names():
             # ``fit`` issues one warning, for the best fit.
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
+            warnings.simplefilter("ignore", DegenerateWarning)
             for run in range(1 if last is not None or searches(self.init_params) else self.n_init):
                 start, report = (last.to(device), None) if last is not None else self._initial(x, g, generator, device)
                 result = fit(

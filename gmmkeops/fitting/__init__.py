@@ -5,7 +5,7 @@
 
 from gmmkeops.fitting.checkpoint import Checkpoint
 from gmmkeops.fitting.em import EM
-from gmmkeops.fitting.fit import fit
+from gmmkeops.fitting.fit import fit, too_few_points
 from gmmkeops.fitting.gradient import Adam, Gradient
 from gmmkeops.fitting.identity import describe
 from gmmkeops.fitting.initialization import SEARCHED, initialize, shared_mixture, start_of
@@ -52,5 +52,6 @@ __all__ = [
     "shared_mixture",
     "split_off",
     "start_of",
+    "too_few_points",
     "within_prior",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, accepts, as_integer, warn
+from gmmkeops._checks import ConvergenceWarning, DegenerateWarning, accepts, as_integer, warn
 from gmmkeops.components import mind_fork
 from gmmkeops.data import (
     World,
@@ -33,7 +33,7 @@ from gmmkeops.models import GMM, Mixture
 from gmmkeops.penalties import Penalty
 from gmmkeops.reductions import recording
 
-__all__ = ["fit"]
+__all__ = ["fit", "too_few_points"]
 
 _logger = logging.getLogger("gmmkeops")
 
@@ -124,6 +124,7 @@ def fit(
 
     Warns:
         ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective became infinite or NaN.
+        DegenerateWarning: A component has fewer points than its covariance needs.
         PrecisionWarning: float32 points are too coarse, or ``reg_covar`` is much larger than the variances.
 
     Reference:
@@ -186,6 +187,8 @@ def fit(
         result = _result(best, run, found)
     if warning := _doubt(run, task.tol, task.max_iter):
         warn(warning, ConvergenceWarning)
+    if warning := too_few_points(result):
+        warn(warning, DegenerateWarning)
     if isinstance(start, GMM):
         _assign(start, result, run.objective.frame.columns)
     _logger.info("%s", result)
@@ -233,6 +236,53 @@ def _doubt(run: Run, tol: float, max_iter: int) -> str:
     return ""
 
 
+def _degenerate(run: Run, best: Evaluation) -> tuple[int, ...]:
+    """Return the components that have fewer points than their covariance needs.
+
+    A covariance matrix is singular for fewer than D + 1 points, and variances for fewer than two. There is no such limit for
+    common, frozen and given covariances, and for those with a prior. A penalty that prunes components makes some of them small.
+    """
+    mixture, objective = best.mixture, run.objective
+    frozen = getattr(run.method, "frozen_covariances", False)
+    if (
+        best.answer is not None
+        or mixture.tied
+        or mixture.n_components == 1
+        or frozen is not False
+        or not run.iterations
+    ):
+        return ()
+    if objective.penalty is not None:
+        try:
+            penalty = objective.penalty
+            if penalty.prunes or penalty.bounds or objective.surrogate(mixture).scatter is not None:
+                return ()
+        except TypeError:
+            # A function of a mixture may be a prior of the covariances.
+            return ()
+    # Expected numbers of points are sums of probabilities, so that they are rounded.
+    points = (mixture.weights[best.active] * objective.count).round()
+    return tuple(best.active[points < _fewest(mixture)].tolist())
+
+
+def _fewest(mixture: Mixture) -> int:
+    """Return the number of points that the covariance of a component needs."""
+    return mixture.n_features + 1 if mixture.factor.coupled else 2
+
+
+def too_few_points(result: FitResult) -> str:
+    """Return the text of the DegenerateWarning of a result, or an empty string."""
+    few = result.report.degenerate_components
+    if not few:
+        return ""
+    named = f"component {few[0]} has" if len(few) == 1 else f"components {', '.join(map(str, few[:5]))} have"
+    more = f" (and {len(few) - 5} more)" if len(few) > 5 else ""
+    return (
+        f"{named}{more} fewer than {_fewest(result.mixture)} points, too few for a covariance of its own; use fewer components, "
+        'a prior (GaussianMixture(prior="auto"), gmmkeops.penalties.CovariancePrior), or another covariance type.'
+    )
+
+
 def _result(best: Evaluation, run: Run, start: StartReport | None) -> FitResult:
     """Build the result of a run, in data units, with its report."""
     objective, data = run.objective, run.objective.data
@@ -258,6 +308,7 @@ def _result(best: Evaluation, run: Run, start: StartReport | None) -> FitResult:
         evaluated_fraction=statistics.evaluated / statistics.pairs if statistics.pairs else 1.0,
         seconds=time.perf_counter() - run.began,
         interrupted=run.ending is Ending.INTERRUPTED,
+        degenerate_components=_degenerate(run, best),
         start=start,
     )
     answer = run.method.answer(objective, best.answer)

@@ -91,6 +91,8 @@ class Report:
         evaluated_fraction: Fraction of all point-component pairs that were evaluated in the last pass.
         seconds: Wall time, including validation and standardization of the data.
         interrupted: Whether Ctrl-C ended the fit.
+        degenerate_components: Indices of components that have fewer points than their covariance needs: D + 1 for a covariance
+            matrix, two for variances. Empty with a prior of the covariances, or a penalty that prunes components.
         start: How the initial mixture was found; None if it was given.
     """
 
@@ -106,6 +108,7 @@ class Report:
     evaluated_fraction: float
     seconds: float
     interrupted: bool
+    degenerate_components: tuple[int, ...] = ()
     start: StartReport | None = None
 
     dead_components = FormerName("pruned_components")

@@ -13,7 +13,6 @@ the mean log-likelihood of cells that were held out from the fit.
 """
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from sklearn.datasets import load_iris
 from sklearn.metrics import adjusted_rand_score
@@ -102,14 +101,9 @@ print(f"choosing: adjusted Rand index {adjusted_rand_score(kind, labels):.3f}")
 
 # %%
 # A penalty that prunes components is another way to choose their number. ``penalty_path`` fits mixtures for increasing strengths,
-# each from the previous one. It then fits the remaining components without the penalty, and compares these fits by BIC. A
-# component of a few points can have so high a density at them that a penalty on its weight does not prune it. Therefore a prior
-# of the covariances is added: 50 pseudo-points with a small multiple of the covariance of the data.
+# each from the previous one. It then fits the remaining components without the penalty, and compares these fits by BIC.
 
-prior = gk.penalties.CovariancePrior(0.05 * x.double().T.cov(), points=50)
-path = gk.analysis.penalty_path(
-    x, 12, np.geomspace(0.01, 10, 10), penalty=lambda strength: gk.penalties.SqrtWeights(strength) + prior
-)
+path = gk.analysis.penalty_path(x, 12)
 print(f"choosing: path: {path.reason}")
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 plotting.selection(path, ax=left)
