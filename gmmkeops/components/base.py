@@ -362,6 +362,20 @@ class Factor(ABC):
         shape = (0.5 * degrees[..., None] * (self.features / own.shape[-1])).expand(len(degrees), *own.shape)
         return self.from_scales(own + 0.5 * (gamma(shape, generator) / shape).log(), self.features)
 
+    def natural_gradient(self, means: Tensor, slopes: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Multiply gradients by the inverse Fisher information of the Gaussian distribution of each component.
+
+        Args:
+            means: Gradient with respect to the means (*B, K, D).
+            slopes: Gradients with respect to :attr:`tensors`, by their names.
+
+        Returns:
+            The natural gradients in the same shapes.
+        """
+        # The scores of a scale of d columns have variance 2 d; those of a mean the precision.
+        columns = self.features / self.log_scales.shape[-1]
+        return means * (-2 * self.log_scales).exp(), {name: slope / (2 * columns) for name, slope in slopes.items()}
+
     @property
     def leading(self) -> int:
         """Leading dimension: K, or 1 when tied."""

@@ -186,6 +186,21 @@ class FullFactor(Factor):
         fixed = FullFactor.from_factors(A)
         return (fixed if self.leading == 1 else self.scatter(suspects[over], fixed)), low
 
+    def natural_gradient(self, means: Tensor, slopes: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        U, D = self.U, self.features
+        row, column = torch.triu_indices(D, D, 1, device=U.device)
+        diagonal = slopes["log_diagonal"] / U.diagonal(dim1=-2, dim2=-1)
+        G = torch.diag_embed(diagonal)
+        G[..., row, column] = slopes["upper"]
+        # For U (I + E) with upper triangular E and z = Uᵀ(x - μ), the scores of E are 1 - z_i² on the diagonal and -z_i z_j
+        # elsewhere; they are uncorrelated, with variances 2 and 1.
+        E = (U.mT @ G).triu()
+        E = E - 0.5 * torch.diag_embed(E.diagonal(dim1=-2, dim2=-1))
+        moved = U @ E
+        L = self.cholesky()
+        found = {"log_diagonal": E.diagonal(dim1=-2, dim2=-1), "upper": moved[..., row, column]}
+        return (L @ (L.mT @ means.unsqueeze(-1))).squeeze(-1), found
+
     @classmethod
     def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[FullFactor, Tensor]:
         floor = torch.as_tensor(floor).to(covariances).expand(len(covariances))

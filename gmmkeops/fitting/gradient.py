@@ -47,6 +47,9 @@ class Gradient(Method[_State]):
         scheduler: Function that creates a learning-rate scheduler from the optimizer; the scheduler is stepped once per
             iteration, e.g. ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 500)``; or None.
         batch_size: Points per step; None for full batches. An iteration is one pass over the data in both cases.
+        natural_gradient: Whether the gradients with respect to means and factors are multiplied by the inverse Fisher information
+            of each component (nGEM), so that narrow components do not take much larger steps than wide ones. The objective is
+            the same. It is useful for a :class:`~gmmkeops.GMM` with a context.
         max_iter: Maximum number of iterations, if not passed to :func:`gmmkeops.fit`.
         tol: Tolerance, nats per point, as for :class:`~gmmkeops.EM`; with 0 all iterations are performed.
         patience: Minimum number of iterations over which the change of the objective is measured.
@@ -54,6 +57,10 @@ class Gradient(Method[_State]):
 
     Raises:
         TypeError, ValueError: A setting is invalid.
+
+    Reference:
+        Chen, Bayrooti and Morad 2026, *Learning mixture density via natural gradient expectation maximization*, arXiv 2602.10602,
+        for ``natural_gradient``.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -67,6 +74,7 @@ class Gradient(Method[_State]):
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     batch_size: int | None = None
+    natural_gradient: bool = False
     max_iter: int = 200
     tol: float = 0.0
     patience: int = 10
@@ -167,7 +175,7 @@ class Gradient(Method[_State]):
 
         def closure() -> float:
             state.optimizer.zero_grad()
-            found.append(state.parameters.loss(objective, batch))
+            found.append(state.parameters.loss(objective, batch, natural=self.natural_gradient))
             return found[-1][0]
 
         state.optimizer.step(closure)
@@ -205,6 +213,7 @@ def Adam(
     betas: tuple[float, float] = (0.9, 0.999),
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     batch_size: int | None = None,
+    natural_gradient: bool = False,
     max_iter: int = 200,
     tol: float = 0.0,
     patience: int = 10,
@@ -214,7 +223,7 @@ def Adam(
     Args:
         lr: Learning rate, in standardized coordinates, in which the standard deviation of each column is about one.
         betas: Decay rates of the two moment estimates.
-        scheduler, batch_size, max_iter, tol, patience: As for :class:`Gradient`.
+        scheduler, batch_size, natural_gradient, max_iter, tol, patience: As for :class:`Gradient`.
 
     Raises:
         ValueError: ``lr`` is not positive, or ``betas`` are not two numbers in [0, 1).
@@ -235,4 +244,4 @@ def Adam(
         if not as_number(beta, "each of betas", 0) < 1:
             raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}.")
 
-    return Gradient(_MakeAdam(lr, betas), scheduler, batch_size, max_iter, tol, patience)
+    return Gradient(_MakeAdam(lr, betas), scheduler, batch_size, natural_gradient, max_iter, tol, patience)

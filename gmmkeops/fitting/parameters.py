@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.data import Batch
 from gmmkeops.fitting.method import Evaluation
+from gmmkeops.fitting.natural import naturally
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.models import GMM, Mixture
@@ -34,8 +35,11 @@ class Parameters(ABC):
         """Leaf tensors of the autograd graph, which an optimizer updates in place."""
 
     @abstractmethod
-    def loss(self, objective: Objective, batch: list[Batch] | None) -> tuple[float, float]:
-        """Compute objective and log-likelihood of a batch or of all points, nats per point, and set gradients of the tensors."""
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> tuple[float, float]:
+        """Compute objective and log-likelihood of a batch or of all points, nats per point, and set gradients of the tensors.
+
+        With ``natural``, gradients with respect to the components are natural gradients.
+        """
 
     @abstractmethod
     def mixture(self) -> Mixture:
@@ -117,8 +121,8 @@ class MixtureParameters(Parameters):
     def mixture(self) -> Mixture:
         return self.population.whole(self._active()).detach()
 
-    def loss(self, objective: Objective, batch: list[Batch] | None) -> tuple[float, float]:
-        active = self._active()
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> tuple[float, float]:
+        active = naturally(self._active()) if natural else self._active()
         likelihood = objective.negative_log_likelihood(active, batch)
         value = likelihood + objective.penalized(self.population.whole(active))
         value.backward()
@@ -219,8 +223,8 @@ class NetworkParameters(Parameters):
             center = next(self.model.parameters()).new_zeros(self.model.context)
             return self.model(center).detach().to(torch.float64)
 
-    def loss(self, objective: Objective, batch: list[Batch] | None) -> tuple[float, float]:
-        return _loss(objective, self.model, batch, backward=True)
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> tuple[float, float]:
+        return _loss(objective, self.model, batch, backward=True, natural=natural)
 
     def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
         return Evaluation(self.mixture(), value, likelihood, exact=exact, answer=self.pack())
@@ -231,7 +235,9 @@ class NetworkParameters(Parameters):
         return self.evaluated(value, likelihood, exact=True)
 
 
-def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backward: bool) -> tuple[float, float]:
+def _loss(
+    objective: Objective, model: GMM, batch: list[Batch] | None, *, backward: bool, natural: bool = False
+) -> tuple[float, float]:
     """Compute objective and log-likelihood of a batch or of all points, on all ranks; with ``backward``, also gradients."""
     D, parameters = model.features, list(model.parameters())
     kind: Any = {"dtype": parameters[0].dtype, "device": parameters[0].device}
@@ -243,7 +249,7 @@ def _loss(objective: Objective, model: GMM, batch: list[Batch] | None, *, backwa
         blocks = zip(part.points.split(rows), part.context.split(rows), g.split(rows), strict=True)
         for x, c, weights in blocks if len(g) else ():
             weights = weights.to(**kind)
-            mixture = model(c.to(**kind))
+            mixture = naturally(model(c.to(**kind))) if natural else model(c.to(**kind))
             logs = mixture.log_prob(x.to(**kind))
             terms = -logs if objective.penalty is None else _penalties(objective, mixture) - logs
             value = (weights * terms).sum()

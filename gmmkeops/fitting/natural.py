@@ -1,0 +1,44 @@
+r"""Natural gradients of the components of a mixture.
+
+.. math:: \nabla_{\mu_k} \to \Sigma_k \nabla_{\mu_k}, \qquad \nabla_{U_k} \to I(U_k)^{-1} \nabla_{U_k}
+
+with the Fisher information I of one Gaussian distribution. The gradient of the log-likelihood of a mixture is that of the
+expected log-likelihood of EM at its responsibilities, so that each component makes a natural-gradient step of its M-step. The
+gradient with respect to the weights is not changed. Reference: Chen, Bayrooti and Morad 2026, *Learning mixture density via
+natural gradient expectation maximization*, arXiv 2602.10602.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmmkeops.components import Factor
+from gmmkeops.models import Mixture
+
+__all__ = ["naturally"]
+
+
+class _Natural(torch.autograd.Function):
+    """Identity of means and of the tensors of a factor, with natural gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Factor, means: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.factor = factor.detach()
+        return means.view_as(means), *(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
+        names = list(ctx.factor.tensors)
+        means, found = ctx.factor.natural_gradient(slopes[0], dict(zip(names, slopes[1:], strict=True)))
+        return None, means, *(found[name] for name in names)
+
+
+def naturally(mixture: Mixture) -> Mixture:
+    """Return an equal mixture through which gradients of means and factors become natural gradients."""
+    factor = mixture.factor
+    means, *tensors = _Natural.apply(factor, mixture.means, *factor.tensors.values())
+    other = factor.replace(**dict(zip(factor.tensors, tensors, strict=True)))
+    return Mixture(mixture.logits, means, other, validate_args=False)
