@@ -71,6 +71,7 @@ bench: $(PEERS_READY)
 	$(PEERS)/python bench/run.py --threads $(THREADS)
 	OMP_NUM_THREADS=$(THREADS) $(PEERS)/python bench/choose.py
 	OMP_NUM_THREADS=1 $(PEERS)/python bench/starts.py
+	OMP_NUM_THREADS=1 $(PEERS)/python bench/how_many.py
 	$(PEERS)/python bench/report.py
 
 bench-quick: $(PEERS_READY)

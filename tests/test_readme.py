@@ -28,6 +28,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "bench/results"
 sys.path.insert(0, str(ROOT / "bench"))
 
+import how_many  # noqa: E402
 import report  # noqa: E402
 import starts  # noqa: E402
 
@@ -130,6 +131,12 @@ def test_the_tables_of_how_to_choose_are_the_committed_results():
         assert f"<!-- end of {part} -->" in (ROOT / "gallery/choose.md").read_text()
     for row in record["truncations"]:
         assert 0 <= row["lost"] <= row["certificate"] <= 1.01e-2
+
+
+def test_the_table_of_numbers_of_components_is_the_committed_result():
+    record = json.loads((RESULTS / "how_many.json").read_text())
+    assert (RESULTS / "how_many.md").read_text() == how_many.page(record)
+    assert "<!-- end of numbers -->" in (ROOT / "gallery/choose.md").read_text()
 
 
 def test_the_tables_of_initial_mixtures_are_the_committed_results():

@@ -379,3 +379,12 @@ def test_a_far_point_whose_component_no_sample_knows_of():
     mixture = gk.Mixture.from_parameters([0.4, 0.6], [[0.0, 0.0, 0.0], [0.0, 60.0, 0.0]], [0.02**2, 0.25], "spherical")
     expected = math.log(0.6) - 1.5 * math.log(2 * math.pi * 0.25) - 0.5 * (100**2 + 60**2) / 0.25
     assert float(mixture.log_prob(x, truncate=1e-6)[-1]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_many_dimensions_are_not_sorted_on_a_cpu():
+    """Bounds over leaves would take much longer there than every pair."""
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.is_tensor(gk.reductions.arrange(x, 64, 1e-4))
+    assert not torch.is_tensor(gk.reductions.arrange(x[:, :4], 64, 1e-4))
+    mixture = gk.Mixture.from_parameters(torch.full((64,), 1 / 64), x[:64], torch.ones(64, 64), "diag")
+    assert torch.equal(mixture.log_prob(x, truncate=1e-4), mixture.log_prob(x, truncate=0))
