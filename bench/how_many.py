@@ -29,6 +29,8 @@ from run import installed, machine
 
 THEIRS = "scikit-learn, BIC of a list"
 SEEDS = 3
+# Known numbers that differ from the numbers of components in starts.py: breast cancer has two classes.
+_KNOWN = {"breast cancer": 2}
 # Largest known number of components for scikit-learn, whose fits take long.
 _THEIRS_MOST = 10
 
@@ -58,6 +60,7 @@ def choices(x: np.ndarray, K: int, seed: int) -> dict[str, Callable[[], int]]:
 def measured(name: str, seed: int) -> list[dict[str, Any]]:
     """Choose the number of components of a set in each way; return one row for each."""
     x, _, K = SETS[name]()
+    K = _KNOWN.get(name, K)
     rows = []
     for which, call in choices(x, K, seed).items():
         began = time.process_time()

@@ -274,9 +274,10 @@ def engine_rates(record: dict[str, Any]) -> list[str]:
     return [
         "",
         f"The native engine evaluates up to {pairs['pairs_per_s'] / 1e9:.1f}·10⁹ pairs of point and component per second "
-        f"({pairs['case']}). It reaches between {least['of_flops']:.0%} ({least['case']}) and {most['of_flops']:.0%} "
-        f"({most['case']}) of the {peak / 1e9:.0f} GFLOP/s of float32 matrix products. "
-        "The operations of all pairs are counted, but negligible responsibilities are left out of the sums.",
+        f"({pairs['case']}). Its nominal rate is the number of operations for all pairs divided by the time. It is between "
+        f"{least['of_flops']:.0%} ({least['case']}) and {most['of_flops']:.0%} ({most['case']}) of the rate of float32 matrix "
+        f"products on this machine, {peak / 1e9:.0f} GFLOP/s. Rates above 100% are possible because the moments of pairs of "
+        "negligible responsibility are skipped.",
         "",
         "![Floating-point rates of the engines and peaks of the machine](bench/results/roofline.png)",
     ]

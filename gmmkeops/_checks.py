@@ -67,6 +67,8 @@ class ConvergenceWarning(UserWarning):
 class DegenerateWarning(UserWarning):
     """Warning that a component of a fitted mixture has fewer points than its covariance needs.
 
+    A covariance matrix needs D + 1 points, and variances need two.
+
     Example:
         >>> import pytest, torch, gmmkeops as gk
         >>> x = torch.tensor([[0.0], [0.1], [0.2], [9.0]]).double()

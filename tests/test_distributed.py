@@ -439,3 +439,38 @@ def test_a_callback_that_does_not_come_back_is_named_on_all_ranks(what, ranks, s
         assert code in (0, 1), errors
         assert re.search(says, text) or (rank == 1 and what == "raises"), (rank, text, errors)
         assert text.endswith("received [2]\n" if rank == 3 else "received []\n"), (text, errors)
+
+
+CHOICE = """
+half = x[: N // 2] if rank == 0 else x[N // 2 :]
+found = {}
+for name, data in (("parts", half), ("equal", x)):
+    for criterion in ("bic", "held_out"):
+        table = gk.analysis.select(data, criterion=criterion)
+        found[name + criterion] = [table.best.n_components, table.rows[table.place]["bic"], table.best.means.sum().item()]
+    table = gk.analysis.select(data, [3, 4, 5])
+    found[name + "list"] = [table.best.n_components, table.rows[table.place]["bic"], table.best.means.sum().item()]
+    path = gk.analysis.penalty_path(data, 5, [0.01, 0.1])
+    found[name + "path"] = [path.best.n_components, path.rows[path.place]["bic"], path.best.means.sum().item()]
+result = gk.fit(start, half, gk.EM(tol=0), max_iter=4, validation=half[:1000])
+found["validation"] = result.history["validation"]
+print(json.dumps(found))
+"""
+
+
+def test_ranks_choose_the_same_model_by_all_points(folder):
+    done = outputs(launch(2, CHOICE, folder))
+    assert [code for code, _, _ in done] == [0, 0], done
+    first, second = (json.loads(out.splitlines()[-1]) for _, out, _ in done)
+    assert first == second
+    x = torch.from_numpy(np.load(folder / "x.npy"))
+    own = gk.fit(gk.initialize(x, 4), x, gk.EM(tol=1e-4, max_iter=1000))
+    for data in ("parts", "equal"):
+        for way in ("bic", "held_out", "list"):
+            n, value, _ = first[data + way]
+            assert n == 4
+            assert value == pytest.approx(gk.analysis.bic(own.mixture, x), rel=1e-4)
+    held = torch.cat([x[:1000], x[10_000:11_000]])
+    start = gk.load(folder / "start.safetensors")
+    plain = gk.fit(start, x, gk.EM(tol=0), max_iter=4, validation=held)
+    assert first["validation"] == pytest.approx(plain.history["validation"], abs=1e-6)

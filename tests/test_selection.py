@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch
 from conftest import random_mixture
 
 import gmmkeops as gk
-from gmmkeops.analysis.automatic import _HeldOutJudge
+from gmmkeops.analysis.automatic import _HeldOutJudge, _LabelJudge
 from gmmkeops.cli.main import main
-from gmmkeops.fitting import Judge, Level
+from gmmkeops.fitting import Judge, Level, Search, find_levels
 
 CRITERIA = ("bic", "aic", "icl", "icl_hard", "held_out")
 
@@ -201,6 +202,41 @@ def test_the_criterion_of_all_points_is_that_of_the_function():
     assert level.log_likelihood == pytest.approx(gk.analysis.score(mixture, x))
 
 
+@pytest.mark.parametrize("criterion", ["aic", "icl", "icl_hard"])
+def test_levels_have_the_criteria_of_the_functions(criterion):
+    mixture = random_mixture("full", K=3)
+    x = mixture.sample(300, generator=torch.Generator().manual_seed(0))
+    level = _LabelJudge(criterion, x, None, 300.0, 1.0).level((mixture,))
+    options = {"hard": True} if criterion == "icl_hard" else {}
+    assert level.value == pytest.approx(getattr(gk.analysis, criterion.removesuffix("_hard"))(mixture, x, **options))
+
+
+def test_levels_of_few_points_are_judged_as_they_will_be_fitted():
+    """The levels have a prior that is much wider than separate clusters; the fit that follows does not have it."""
+    x, _ = clusters(4, N=120)
+
+    def stage(K):
+        search = Search(
+            x,
+            None,
+            K,
+            gk.FullFactor,
+            False,
+            method=None,
+            penalty=None,
+            prior=None,
+            generator=torch.Generator().manual_seed(0),
+            backend="auto",
+        )
+        return (search,), Judge(x, None, 120.0, 1.0)
+
+    levels = find_levels(stage, 10)
+    assert levels.best == 4
+    level = levels.levels[4]
+    fitted = gk.fit(level.mixture, x, gk.EM(tol=1e-8, reg_covar=0), max_iter=1000)
+    assert level.log_likelihood == pytest.approx(fitted.log_likelihood, abs=1e-3)
+
+
 def test_a_sample_estimates_the_criterion_of_all_points():
     """The mean over samples, with mixtures fitted to them, is that of fits to all points."""
     generator = torch.Generator().manual_seed(0)
@@ -305,7 +341,7 @@ def test_wrong_numbers_get_one_sentence():
         gk.analysis.select(x, "many")
     with pytest.raises(TypeError, match='must be "auto" or a list'):
         gk.analysis.select(x, 3)
-    with pytest.raises(ValueError, match="criterion must be"):
+    with pytest.raises(ValueError, match='criterion="held_out" requires'):
         gk.analysis.select(x, [1, 2], criterion="held_out")
     with pytest.raises(ValueError, match='requires n_components="auto"'):
         gk.analysis.select(x, [1, 2], prior="auto")
@@ -378,7 +414,7 @@ def test_a_path_over_given_strengths_and_another_penalty():
     path = gk.analysis.penalty_path(x, 6, [0.3, 0.0], penalty=gk.penalties.WeightEntropy, covariance_type="diag")
     assert [row["strength"] for row in path.rows] == [0.0, 0.3]
     assert path.rows[0]["n_components"] == 6
-    with pytest.raises(ValueError, match="strengths is required"):
+    with pytest.raises(ValueError, match="strengths must be given"):
         gk.analysis.penalty_path(x, 6, penalty=gk.penalties.WeightEntropy)
     with pytest.raises(ValueError, match="strengths must not be empty"):
         gk.analysis.penalty_path(x, 6, [])
@@ -387,3 +423,111 @@ def test_a_path_over_given_strengths_and_another_penalty():
     gk.plotting.selection(path, ax=ax)
     assert ax.get_xlabel() == "strength of the penalty (nats per point)"
     plt.close("all")
+
+
+# Data on which degenerate components are the most likely ones, and small or unequal weights
+
+
+@pytest.mark.parametrize("criterion", ["bic", "held_out"])
+def test_rounded_points_do_not_make_spikes_components(criterion):
+    x, _ = clusters(2, N=2400, step=8.0)
+    assert gk.analysis.select(x.round(), criterion=criterion).best.n_components <= 3
+
+
+@pytest.mark.parametrize("criterion", ["bic", "held_out"])
+def test_equal_points_are_one_component(criterion):
+    x = torch.ones(300, 2).double()
+    assert gk.analysis.select(x, criterion=criterion).best.n_components == 1
+
+
+def test_more_components_than_the_levels_have_are_found(monkeypatch):
+    """The criterion of the fits decides, if it decreases beyond the levels."""
+    from gmmkeops.analysis import automatic
+
+    x, _ = clusters(6, N=900)
+    found_levels = automatic.find_levels
+    monkeypatch.setattr(
+        automatic, "find_levels", lambda stage, most, first=3: _first_best(found_levels(stage, most, first))
+    )
+    assert gk.analysis.select(x, criterion="bic").best.n_components == 6
+
+
+def _first_best(levels):
+    """Levels of which the one with the most components was chosen, without more of them."""
+    return replace(levels, best=min(levels.most, 3)) if levels.most <= 12 else levels
+
+
+def test_a_small_cluster_of_many_points_is_not_excluded():
+    """Its number of points is that of all points, not of the sample."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((150_000, 1))
+    x[:75_000] += 12
+    x[-60:] = 80 + 0.1 * rng.standard_normal((60, 1))
+    assert gk.analysis.select(x, criterion="bic", max_components=4).best.n_components == 3
+
+
+def test_the_standard_error_is_that_of_the_weighted_points():
+    judge = _HeldOutJudge(torch.zeros(6, 1), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]).double(), [torch.arange(6)])
+    base = torch.zeros(6).double()
+    noise = torch.tensor([2.0, -2.0, 2.0, -2.0, 0.0, 0.0]).double()
+    _, error = judge.loss(*fake_levels({1: base, 2: noise}).values())
+    assert error == pytest.approx(1.0)
+
+
+def test_weights_must_count_as_points():
+    x, _ = clusters()
+    with pytest.raises(ValueError, match=r"^sample_weight has a total of 1 for 800 points"):
+        gk.GaussianMixture("auto").fit(x, sample_weight=torch.full((800,), 1 / 800))
+    path = gk.analysis.penalty_path(x, 5, [0.1, 1.0], sample_weight=torch.full((800,), 1 / 800), max_iter=50)
+    assert path.best.n_components >= 4
+
+
+def test_few_points():
+    assert gk.analysis.select(torch.randn(1, 20)).best.n_components == 1
+    with pytest.raises(ValueError, match="requires at least 6 points"):
+        gk.analysis.select(torch.randn(4, 2), criterion="held_out")
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "validation", "start"])
+def test_options_of_a_single_fit_are_refused(name):
+    x, _ = clusters()
+    for call in (gk.analysis.select, lambda x, **options: gk.analysis.penalty_path(x, 3, **options)):
+        with pytest.raises(TypeError, match=f"has no argument {name}"):
+            call(x, **{name: 0.2})
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"), [({"runs": 2}, None), ({"strategy": "kmeans"}, None), ({"max_components": 3}, [1, 2])]
+)
+def test_options_of_the_other_way_are_refused(options, numbers):
+    x, _ = clusters()
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^{name} requires"):
+        gk.analysis.select(x, *([] if numbers is None else [numbers]), **options)
+
+
+def test_units_of_the_default_method():
+    """The constant that is added to the variances does not depend on the units."""
+    x, _ = clusters(2)
+    assert gk.analysis.select(x * 1e-6, criterion="bic").best.n_components == 2
+    assert gk.analysis.penalty_path(x * 1e-6, 4).best.n_components == 2
+
+
+def test_ctrl_c_ends_a_selection(monkeypatch):
+    """The fits so far are the result."""
+    from gmmkeops.analysis import automatic, path
+
+    x, _ = clusters(2)
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        result = gk.fit(*args, **options)
+        return replace(result, report=replace(result.report, interrupted=len(calls) > 2))
+
+    monkeypatch.setattr(automatic, "fit", interrupted)
+    assert gk.analysis.select(x, criterion="bic").best.n_components in (1, 2)
+    assert len(calls) <= 4
+    calls.clear()
+    monkeypatch.setattr(path, "fit", interrupted)
+    assert len(gk.analysis.penalty_path(x, 4).rows) == 1

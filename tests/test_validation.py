@@ -128,3 +128,29 @@ def test_what_is_not_supported_raises(tmp_path):
     model = gk.GMM(2, n_components=3, context=2)
     with pytest.raises(ValueError, match="not supported for a GMM with a context"):
         gk.fit(model, x, gk.Adam(), validation=other, max_iter=2)
+
+
+def test_the_best_of_several_fits_is_that_of_the_held_out_points():
+    x, other = few_points()
+    options = {"init_params": "random", "random_state": 2, "tol": 0, "max_iter": 20, "validation": other}
+    best = gk.GaussianMixture(4, n_init=4, **options).fit(x)
+    start = gk.GaussianMixture(4, n_init=1, **options).fit(x)
+    assert best.score(other) >= start.score(other) - 1e-9
+    singles = [gk.GaussianMixture(4, n_init=runs, **options).fit(x).score(other) for runs in range(1, 5)]
+    assert singles == sorted(singles)
+
+
+def test_a_checkpoint_with_held_out_points_is_not_continued_without(tmp_path):
+    x, other = few_points()
+    start, path = gk.initialize(x, 3, "kmeans"), tmp_path / "c"
+    gk.fit(start, x, gk.EM(tol=0), validation=other, max_iter=3, checkpoint=path)
+    with pytest.raises(ValueError, match="whose validation differs"):
+        gk.fit(start, x, gk.EM(tol=0), max_iter=5, checkpoint=path)
+
+
+def test_held_out_points_need_weight():
+    x, _ = few_points(N=100)
+    weights = torch.zeros(100).double()
+    weights[split_off(x, torch.arange(100.0), 0.1, 1)[1].long()] = 1.0
+    with pytest.raises(ValueError, match="held-out points have a total weight of zero"):
+        gk.fit(2, x, sample_weight=weights, validation=0.1, generator=1)

@@ -25,6 +25,7 @@ from gmmkeops.fitting import (
     has_few_points,
     sample_size,
     shared_mixture,
+    sound_levels,
     start_of,
     within_prior,
 )
@@ -38,6 +39,9 @@ _FOLDS = 3
 
 # Number of searches for a better optimum of each number of components whose information criterion is compared.
 _SEARCHES = 2
+
+# Relative difference of log-likelihoods that are equal up to rounding.
+_TIE = 1e-9
 
 
 class _LabelJudge(Judge):
@@ -71,7 +75,10 @@ class _HeldOutJudge(Judge):
 
     def __init__(self, x: Tensor, weights: Tensor | None, folds: list[Tensor]) -> None:
         rows = torch.cat(folds)
-        super().__init__(x[rows], None if weights is None else weights[rows], 1.0, 1.0)
+        own = None if weights is None else weights[rows]
+        super().__init__(x[rows], own, 1.0, 1.0)
+        # Share of each point in a mean.
+        self.shares = x.new_full((len(rows),), 1 / len(rows), dtype=torch.float64) if own is None else own / own.sum()
         self.parts = [x[fold] for fold in folds]
 
     def level(self, mixtures: tuple[Mixture, ...], seconds: float = 0.0) -> Level:
@@ -81,10 +88,12 @@ class _HeldOutJudge(Judge):
         return Level(mixtures, likelihood, -likelihood, seconds, densities)
 
     def best(self, levels: dict[int, Level]) -> int:
-        top = super().best(levels)
+        levels = sound_levels(levels)
+        top = self.lowest(levels)
         for n in sorted(levels):
             loss, error = self.loss(levels[top], levels[n])
-            if loss <= error:
+            # Equal levels differ by rounding errors.
+            if loss <= error + _TIE * max(1.0, abs(levels[top].value)):
                 return n
         return top
 
@@ -94,7 +103,7 @@ class _HeldOutJudge(Judge):
         assert other.densities is not None, "this judge has computed them"
         loss = one.densities - other.densities
         mean = self.mean(loss)
-        return mean, math.sqrt(self.mean((loss - mean).square()) / len(loss))
+        return mean, math.sqrt(float((self.shares * (loss - mean)).square().sum()))
 
 
 @dataclass(frozen=True)
@@ -125,21 +134,26 @@ class Choice:
         """Say in a sentence why this number of components was chosen."""
         best, judge, levels = self.best, self.levels.judge, self.levels.levels
         if isinstance(judge, _HeldOutJudge):
-            top = min(levels, key=lambda n: levels[n].value)
+            top = judge.lowest(sound_levels(levels))
             loss, error = judge.loss(levels[top], levels[best])
             if top == best:
-                return f"{_counted(best)}: the mean log-likelihood of held-out points is the highest ({-self.value:.4f} nats)."
+                return (
+                    f"{_counted(best)}: the mean log-likelihood of held-out points is the highest ({-self.value:.4f} nats per "
+                    "point)."
+                )
             return (
-                f"{_counted(best)}: the fewest whose mean log-likelihood of held-out points is within one standard error "
-                f"({error:.4f} nats) of the highest, that of {top} (difference {loss:.4f})."
+                f"{_counted(best)}: the fewest whose mean log-likelihood of held-out points is within one standard error of the "
+                f"highest, that of {_counted(top)} (difference {loss:.4f}, its standard error {error:.4f} nats per point)."
             )
         others = ", ".join(
-            f"{n}: {self.values[n]:.1f}" + (", excluded since a component is degenerate" if n in self.excluded else "")
+            f"{_counted(n)}: {self.values[n]:.1f}"
+            + (", excluded since a component is too small or too narrow" if n in self.excluded else "")
             for n in sorted(self.fits)
             if n != best
         )
         named = criterion.upper().replace("_HARD", " with hard assignments")
-        return f"{_counted(best)}: {named} is the lowest ({self.value:.1f}" + (f"; {others})." if others else ").")
+        least = "the lowest of the fits that were not excluded" if self.excluded else "the lowest"
+        return f"{_counted(best)}: {named} is {least} ({self.value:.1f}" + (f"; {others})." if others else ").")
 
 
 def choose(
@@ -174,7 +188,13 @@ def choose(
     world = World()
     rows, mass, count, _ = representatives(x, weights, sample_size(most, D, kind), world)
     total = _total(x, weights, count, world)
+    if total < D + 1 <= count:
+        raise ValueError(
+            f"sample_weight has a total of {total:.3g} for {count} points, but weights count as numbers of points in criteria; "
+            "multiply the weights, for example so that their mean is one."
+        )
     most = max(1, min(most, count // (2 * (D + 1))))
+    effective = count if mass is None else count * float(mass.mean()) ** 2 / float(mass.square().mean())
     backend, em = options.get("backend", "auto"), method if isinstance(method, EM) else None
     settings: Any = {"penalty": penalty, "prior": prior, "generator": generator, "backend": backend, "method": em}
 
@@ -193,8 +213,13 @@ def choose(
         return (search(order, K),), judge
 
     held_out = criterion == "held_out"
+    if held_out and count < 2 * _FOLDS:
+        raise ValueError(
+            f'criterion="held_out" requires at least {2 * _FOLDS} points, got {count}; pass criterion="bic".'
+        )
     levels = find_levels(stage, most)
-    solver = method or EM(tol=1e-4, max_iter=1000)
+    # In units of the data, as the search.
+    solver = method or EM(tol=1e-4, max_iter=1000, reg_covar=levels.searches[0].method.reg_covar)
 
     def fitted(start: Mixture) -> FitResult:
         added = _prior(penalty, prior, count, start)
@@ -211,6 +236,10 @@ def choose(
         )
         return fitted(found)
 
+    def degenerate(result: FitResult) -> bool:
+        search = levels.searches[0]
+        return search.degenerate(search.plain.frame.enter(result.mixture), effective)
+
     best = world.tell(levels.best)[0]
     if held_out:
         return Choice(levels, {best: searched(best)}, {n: each.value for n, each in levels.levels.items()}, best)
@@ -219,13 +248,18 @@ def choose(
     center, best, sound = best, 0, []
     while best != center:
         best = center
+        if best == levels.most < most:
+            # The criterion of fits decreases beyond the levels.
+            levels = find_levels(stage, most, 2 * levels.most)
         for n in range(max(best - 1, 1), min(best + 1, levels.most) + 1):
             if n not in fits:
                 ways = [fitted(shared_mixture(levels.at(n), world, rows.device)), searched(n)]
-                fits[n] = min(ways, key=lambda result: result.objective)
-                values[n] = criteria(fits[n].mixture, x, sample_weight=weights)[criterion]
-        (first,) = levels.searches
-        sound = [n for n, result in fits.items() if not first.degenerate(first.plain.frame.enter(result.mixture))]
+                good = [result for result in ways if not degenerate(result)]
+                fits[n] = min(good or ways, key=lambda result: result.objective)
+                values[n] = criteria(fits[n].mixture, x, weights, world)[criterion]
+                sound += [n] if good else []
+                if any(result.report.interrupted for result in ways):
+                    return Choice(levels, fits, values, min(sound or values, key=lambda n: values[n]))
         center = world.tell(min(sound or values, key=lambda n: values[n]))[0]
     return Choice(levels, fits, values, best, frozenset(fits) - frozenset(sound) - {best})
 
@@ -243,7 +277,7 @@ def _prior(penalty: Any, prior: str | None, count: int, start: Mixture) -> Penal
 
 
 def _total(x: Any, weights: Any, count: int, world: World) -> float:
-    """Return the total weight of all points."""
+    """Return the total weight of all points of all ranks."""
     if isinstance(x, Source):
         return float(world.merged(x.survey(1, alone=world.size == 1)).mass)
     return float(count) if weights is None else float(torch.as_tensor(weights).double().sum())

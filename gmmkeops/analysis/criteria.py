@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gmmkeops._checks import accepts, as_number, renamed
-from gmmkeops.data import chunked, weight_unit
+from gmmkeops.data import World, chunked, weight_unit
 from gmmkeops.models import Mixture, as_mixture
 
 __all__ = ["CRITERIA", "aic", "anomaly_threshold", "bic", "criteria", "icl", "score"]
@@ -82,9 +82,21 @@ class _Sums:
         }
 
 
-def criteria(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> dict[str, float]:
-    """Compute the mean log-likelihood and all criteria of a mixture in one pass over the points."""
-    sums = _Sums.of(mixture, x, sample_weight, labels=True)
+def criteria(mixture: Mixture, x: Any, weights: Any, world: World) -> dict[str, float]:
+    """Compute the mean log-likelihood and all criteria of a mixture in one pass over the points of all ranks.
+
+    Args:
+        mixture: The mixture.
+        x: Points (N, D), or the shard of a source of this rank.
+        weights: Weights (N,), or None.
+        world: The process group.
+    """
+    sums = _Sums.of(mixture, x, weights, labels=True)
+    if world.size > 1:
+        parts = [sums.total, sums.count, sums.entropies, sums.doubts]
+        whole = world.sum(torch.tensor([part * sums.unit for part in parts], dtype=torch.float64))
+        total, count, entropies, doubts = whole.tolist()
+        sums = _Sums(total, count, entropies, doubts, 1.0)
     return {"log_likelihood": sums.total / sums.count, **sums.criteria(mixture.parameter_count)}
 
 
@@ -158,8 +170,9 @@ def icl(mixture: Mixture, x: Any, *, sample_weight: Any = None, hard: bool = Fal
 
     Args:
         hard: False for twice the entropy of the responsibilities (McLachlan and Peel 2000, *Finite mixture models*, section
-            6.10); True for the likelihood of the points and their most probable components, as defined by Biernacki et al. In
-            :func:`select`, the criteria are called ``"icl"`` and ``"icl_hard"``.
+            6.10); True for minus twice the logarithm of the largest responsibility, summed over the points, as in the likelihood
+            of the points and their most probable components (Biernacki et al.). In :func:`select`, the criteria are called
+            ``"icl"`` and ``"icl_hard"``.
 
     Reference:
         Biernacki, Celeux and Govaert 2000, *Assessing a mixture model for clustering with the integrated completed

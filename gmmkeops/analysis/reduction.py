@@ -34,7 +34,7 @@ def reduce(mixture: Mixture, n_components: int, *, cost: str = "divergence") -> 
     r"""Reduce a mixture to fewer components by merging pairs of components, the least costly ones first.
 
     A merged component has the weight, mean and covariance of its pair, so that the mean of the mixture is kept (and its
-    covariance, if the covariances are full). The cost of a merge is
+    covariance, if the covariances are full). The default cost of a merge is
 
     .. math:: d_{ij} = (w_i + w_j) \, \mathrm{KL}\!\left( \tfrac{w_i p_i + w_j p_j}{w_i + w_j} \,\Big\|\, p_{ij} \right)
 
@@ -44,17 +44,20 @@ def reduce(mixture: Mixture, n_components: int, *, cost: str = "divergence") -> 
     Args:
         mixture: A mixture of any family; weights may be zero.
         n_components: Number of components that remain.
-        cost: ``"divergence"`` estimates the divergence at fixed quasi-random points; ``"bound"`` uses Runnalls' upper bound,
-            which takes less time and favors merges of components of small weight; ``"classification"`` uses the loss of the
-            classification likelihood, which keeps small separate clusters. Components with a common (tied) covariance use the
-            bound instead of the divergence.
+        cost: ``"divergence"`` estimates the formula above at fixed quasi-random points. ``"bound"`` is Runnalls' upper bound
+            :math:`\frac12 [(w_i + w_j) \log |\Sigma_{ij}| - w_i \log |\Sigma_i| - w_j \log |\Sigma_j|]`, which takes less time
+            and favors merges of components of small weight. ``"classification"`` is this bound minus
+            :math:`w_i \log \frac{w_i + w_j}{w_i} + w_j \log \frac{w_i + w_j}{w_j}`, the loss of the likelihood of points and
+            labels. It is a lower bound of the divergence, may be negative, and keeps small separate clusters. Components with a
+            common (tied) covariance use the upper bound instead of the divergence.
 
     Returns:
         The reduced mixture, float64, and the tree of merges; :meth:`MergeTree.labels` tells which components were merged.
 
     Raises:
         TypeError: The argument is not a mixture.
-        ValueError: ``n_components`` is not between 1 and the number of components, or the mixture is a batch.
+        ValueError: ``n_components`` is not between 1 and the number of components, the cost is unknown, or the mixture is a
+            batch.
 
     Reference:
         Runnalls 2007, *Kullback-Leibler approach to Gaussian mixture reduction*, IEEE TAES 43.

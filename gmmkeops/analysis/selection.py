@@ -35,9 +35,12 @@ _WRONG = COMPONENTS | {
     "scoring": "criterion=",
 }
 
-# Numbers of points and columns from which the default criterion is the likelihood of held-out points. It is more often right than
-# BIC, which counts all parameters of a small component as if all points determined them, but it needs many points to be precise.
+# Numbers of points and columns from which the default criterion is the likelihood of held-out points. BIC counts all parameters
+# of a small component as if all points determined them, but the likelihood of few held-out points is not precise.
 _MANY_POINTS, _MANY_COLUMNS = 2000, 16
+
+# Smallest number of points for the likelihood of held-out points by default.
+_ENOUGH = 30
 
 # Maximum number of components that is considered by default.
 _MOST = 100
@@ -49,17 +52,18 @@ class Selection:
 
     Args:
         rows: One dict for each model with the keys "covariance_type", "n_components", "log_likelihood" (mean, nats per point),
-            "n_parameters", "bic", "aic", "icl", "icl_hard", "n_iter", "seconds", "converged". Without a list of numbers of
-            components there is a row for each level of the merge tree: "fitted" tells whether the level was fitted to
-            convergence. Other levels have the criterion of a few EM steps on a sample, and None for other criteria. With the
-            criterion "held_out", "held_out" is the mean log-likelihood of held-out points (nats per point), as is
-            "log_likelihood" of levels that were not fitted.
+            "n_parameters", "bic", "aic", "icl", "icl_hard" (nats, summed over all points), "n_iter", "seconds" (wall time),
+            "converged", "fitted". Without a list of numbers of components there is a row for each level of the merge tree, and
+            "fitted" tells whether a mixture was fitted to all points. For other levels, the criterion is an estimate from a
+            sample after a few EM steps, and other criteria are None. With the criterion "held_out", "held_out" is the mean
+            log-likelihood of held-out points (nats per point), as is "log_likelihood" of levels that were not fitted. Rows of
+            :func:`penalty_path` have the key "strength".
         criterion: Name of the criterion that defines the best model.
         results: Results of the fits, in the order of the rows; None for levels that were not fitted.
         place: Index of the best row.
         reason: Why this row is the best, in a sentence.
-        trees: Merge tree of each covariance type, if there was no list of numbers of components; their leaves are the components
-            of the first fit.
+        trees: Merge tree of each covariance type, if there was no list of numbers of components. Its leaves are the components
+            of the mixture from which the merges began; with "held_out", of the first of the three mixtures.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -137,44 +141,53 @@ def select(
     *,
     method: Method[Any] | None = None,
     criterion: str | None = None,
-    max_components: int = _MOST,
-    strategy: str = "auto",
+    max_components: int | None = None,
+    strategy: str | None = None,
     penalty: Any = None,
     prior: str | None = None,
     sample_weight: Any = None,
-    runs: int = 1,
+    runs: int | None = None,
     generator: torch.Generator | int | None = None,
     **options: Any,
 ) -> Selection:
     r"""Choose the number of components and the covariance type.
 
-    With ``n_components="auto"``, a mixture with too many components is fitted to a sample. Then components are merged one after
-    the other, by the best of three costs (:func:`reduce`), with a few EM steps after each merge. The criterion is computed for
-    each of these levels. The number of components of the first fit is doubled until the best level has at most half of them. With
-    ``"held_out"`` there are three samples, from each of which another third of the points is held out (cross-validation), and a
-    mixture with the best number of components is then fitted to all points. With other criteria the best level and its neighbors
-    are fitted to all points, and the best of these fits is chosen. With a list of numbers, a mixture is fitted for each of them.
+    With ``n_components="auto"``, a mixture with too many components is fitted to a sample. Its components are merged step by
+    step, with a few EM steps after each merge, and the criterion is estimated for each of these mixtures, which are called
+    levels. In each step, the cheapest merge by each of the three costs of :func:`reduce` is tried, and the one with the best
+    objective is kept. The first mixture has 16 components. Their number is doubled until the best level has at most half as many,
+    or ``max_components`` is reached.
+
+    With ``"held_out"``, the sample is divided into three parts, each of which is held out once from a fit and its merges
+    (cross-validation). A mixture with the best number of components is then fitted to all points. With other criteria, the best
+    level and its neighbors are fitted to all points, until the best fit has no neighbor that is not fitted. Fits with a component
+    of fewer than 2 (D + 1) points, or with a very small variance in some direction, are chosen only if there are no others.
+
+    With a list of numbers, a mixture is fitted for each of them.
 
     Args:
         x: Points (N, D), data units; or any data that :meth:`gmmkeops.Source.of` accepts.
         n_components: ``"auto"``, or a list of numbers of components.
         covariance_types: List of covariance types.
-        method: Fitting method; by default EM, with a tolerance of 1e-4 for ``"auto"``.
+        method: Fitting method. By default EM; for ``"auto"`` its tolerance is 1e-4 nats per point, and its maximum number of
+            iterations 1000.
         criterion: ``"bic"``, ``"aic"``, ``"icl"`` or ``"icl_hard"`` (:func:`bic`, :func:`aic`, :func:`icl`), or for ``"auto"``
-            ``"held_out"``: the fewest components whose mean log-likelihood of held-out points is within one standard error of the
-            best. The default is ``"bic"``, but ``"held_out"`` for ``"auto"`` with at least 2000 points or 16 columns, where it
-            was right more often on data with known numbers of clusters.
-        max_components: Largest number of components for ``"auto"``, which considers at most one for 2 (D + 1) points.
-        strategy: Initial mixtures for a list of numbers, as for :func:`gmmkeops.initialize`.
+            ``"held_out"``: the fewest components whose mean log-likelihood of held-out points is lower than the highest one by
+            at most one standard error of the difference. The default is ``"bic"``, but ``"held_out"`` for ``"auto"`` with at
+            least 2000 points or 16 columns.
+        max_components: Largest number of components for ``"auto"``, by default 100. At most N / (2 (D + 1)) components are
+            considered.
+        strategy: Initial mixtures for a list of numbers, as for :func:`gmmkeops.initialize`; by default ``"auto"``.
         penalty: Penalty of the fits, as for :func:`gmmkeops.fit`. Criteria do not contain it.
-        prior: As for :class:`gmmkeops.GaussianMixture`; for ``"auto"`` only.
+        prior: As for :class:`gmmkeops.GaussianMixture`; requires ``n_components="auto"``.
         sample_weight: Weight of each point (N,), or None.
-        runs: Number of runs for each initial mixture, for a list of numbers.
+        runs: Number of runs for each initial mixture, for a list of numbers; by default one.
         generator: Random number generator, or a seed. None uses a fixed seed, so that results are reproducible.
-        **options: Further arguments of :func:`gmmkeops.fit`.
+        **options: Further arguments of :func:`gmmkeops.fit` but ``checkpoint``, ``validation`` and ``context``.
 
     Returns:
-        A :class:`Selection`, which :func:`gmmkeops.plotting.selection` plots.
+        A :class:`Selection`, which :func:`gmmkeops.plotting.selection` plots. The fits issue no warnings about convergence and
+        small components: the entry "converged" of the rows and ``report.degenerate_components`` of the results replace them.
 
     Raises:
         TypeError: An argument is unknown or has the wrong type.
@@ -192,32 +205,48 @@ def select(
         2
     """
     automatic = isinstance(n_components, str)
+    for name, value, default, wants in (
+        ("max_components", max_components, None, True),
+        ("prior", prior, None, True),
+        ("strategy", strategy, None, False),
+        ("runs", runs, None, False),
+    ):
+        if value is not default and automatic is not wants:
+            other = 'n_components="auto"' if wants else "a list of numbers of components"
+            raise ValueError(f"{name} requires {other}, got {name}={value!r}; omit it.")
     numbers, types = _checked(n_components, covariance_types, method, options)
     with renamed("weights", "sample_weight"):
         source = Source.of(x, weights=sample_weight) if readable(x) else None
         points: Any = as_points(x) if source is None else source
         g = None if source is not None else as_weights(sample_weight, points, name="sample_weight")
     names = table_names(x) if source is None else source.columns
+    if World().size > 1:
+        # Each rank has a part of the points.
+        with renamed("weights", "sample_weight"):
+            points, g = World().share(Source.of(points, weights=g) if source is None else points), None
     device = points.device if isinstance(points, Tensor) else torch.device("cpu")
     generator = as_generator(generator, device)
     options = options if {"verbose", "progress"} & set(options) else options | {"verbose": False}
     if criterion is None:
         features = points.features if isinstance(points, Source) else points.shape[1]
-        criterion = "held_out" if automatic and (features >= _MANY_COLUMNS or _many(points)) else "bic"
-    as_choice(criterion, "criterion", (*CRITERIA, *(["held_out"] if automatic else [])))
+        rows = _rows(points)
+        many = rows >= _MANY_POINTS or (features >= _MANY_COLUMNS and rows >= _ENOUGH)
+        criterion = "held_out" if automatic and many else "bic"
+    as_choice(criterion, "criterion", (*CRITERIA, "held_out"))
+    if criterion == "held_out" and not automatic:
+        raise ValueError('criterion="held_out" requires n_components="auto"; omit the list, or pass criterion="bic".')
     with warnings.catch_warnings(), renamed("weights", "sample_weight"):
-        # The entry "converged" of the rows replaces the warnings.
+        # Entries of the rows and of the reports replace the warnings.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", DegenerateWarning)
         if not automatic:
-            if prior is not None:
-                raise ValueError(f'prior={prior!r} requires n_components="auto"; pass penalty= instead.')
-            start = {"strategy": strategy, "n_init": as_integer(runs, "runs", 1), "penalty": penalty}
+            n_init = 1 if runs is None else as_integer(runs, "runs", 1)
+            start = {"strategy": "auto" if strategy is None else strategy, "n_init": n_init, "penalty": penalty}
             settings = {"method": method or EM(), "penalty": penalty, "sample_weight": g, **options}
             return _sweep(points, numbers, types, criterion, start, names, generator, settings)
         if prior is not None:
             as_choice(prior, "prior", ("auto",))
-        most = as_integer(max_components, "max_components", 1)
+        most = _MOST if max_components is None else as_integer(max_components, "max_components", 1)
         choices = {
             kind: choose(
                 points,
@@ -237,9 +266,12 @@ def select(
     return _chosen(choices, criterion, points, g)
 
 
-def _many(points: Any) -> bool:
-    """Return whether there are many points on all ranks; a source is assumed to have many."""
-    return isinstance(points, Source) or sum(World().tell(len(points))) >= _MANY_POINTS
+def _rows(points: Any) -> int:
+    """Return the number of points of all ranks."""
+    if isinstance(points, Tensor):
+        return len(points)
+    rows = points.survey(1, alone=World().size == 1).rows if points.rows is None else points.rows
+    return int(sum(World().tell(rows)))
 
 
 def _sweep(
@@ -265,6 +297,10 @@ def _sweep(
             result = fit(start.named(names), points, **settings)
             results.append(result)
             rows.append(_row(kind, result, points, g))
+            if result.report.interrupted:
+                break
+        if results and results[-1] is not None and results[-1].report.interrupted:
+            break
     values = [row[criterion] for row in rows]
     return Selection(rows, criterion, results, values.index(min(values)))
 
@@ -310,6 +346,11 @@ def _checked(
         raise TypeError(f"covariance_types must be a list of names, got {types!r}; pass for example ['full'].")
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method must be a Method such as gmmkeops.EM(), got {type(method).__name__}.")
+    for name in ("checkpoint", "validation", "context", "start"):
+        if name in options:
+            raise TypeError(
+                f"select has no argument {name}, since it performs several fits; omit it, or use gmmkeops.fit."
+            )
     unknown = sorted(set(options) - set(inspect.signature(fit).parameters) - set(getattr(fit, "accepted", ())))
     if unknown:
         raise TypeError(f"select and gmmkeops.fit have no argument {unknown[0]!r}; see help(gmmkeops.fit).")
@@ -329,7 +370,7 @@ def _row(kind: str, result: FitResult, points: Any, weights: Any) -> dict[str, A
             "n_parameters": result.mixture.parameter_count,
             **{
                 name: value
-                for name, value in criteria(result.mixture, points, sample_weight=weights).items()
+                for name, value in criteria(result.mixture, points, weights, World()).items()
                 if name in CRITERIA
             },
             "n_iter": result.n_iter,

@@ -102,15 +102,18 @@ def _add_select(commands: Any) -> None:
     )
     _add_points(select)
     select.add_argument(
-        "-k", "--components", default="auto", help="numbers of components: auto (default), 2,4,8 or 1:10 or 10:100:10"
+        "-k",
+        "--components",
+        default="auto",
+        help="auto (default) to choose the number, or the numbers to compare: 2,4,8, or 1:10, or 10:100:10 (both ends included)",
     )
     select.add_argument(
         "--criterion",
         choices=("bic", "aic", "icl", "icl_hard", "held_out"),
-        help="default: bic for a list of numbers, held_out for automatic ones",
+        help="default: held_out with -k auto, else bic; held_out requires -k auto",
     )
     select.add_argument(
-        "--most", type=int, default=100, metavar="K", help="largest automatic number of components (default: 100)"
+        "--most", type=int, metavar="K", help="largest number of components with -k auto (default: 100)"
     )
     select.add_argument("--out", type=Path, help="output file for the best mixture (.safetensors)")
     _add_limits(select)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,10 @@ def column(text: str) -> str | int:
 
 def count(text: str) -> int | str:
     """Convert a number of components, or "auto"."""
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer or auto, got {text!r}") from None
 
 
 def integers(text: str) -> list[int]:

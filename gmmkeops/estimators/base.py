@@ -105,6 +105,10 @@ class MixtureEstimator(Estimator, ABC):
         """The parameter ``n_components``; None for ``"auto"``."""
         return None if isinstance(self.n_components, str) else self.n_components
 
+    def _selecting(self, method: Method[Any]) -> Method[Any]:
+        """Return the method of the fits of a selection."""
+        return method
+
     def _selection(
         self, x: Tensor | Source, g: Any, generator: torch.Generator, method: Method[Any]
     ) -> analysis.Selection:
@@ -132,6 +136,7 @@ class MixtureEstimator(Estimator, ABC):
             TypeError, ValueError: Parameters or data are invalid; the estimator is then unchanged.
 
         Warns:
+            DegenerateWarning: A component has fewer points than its covariance needs, as for :func:`gmmkeops.fit`.
             ConvergenceWarning: The best of the ``n_init`` fits did not converge.
         """
         world = World()
@@ -151,16 +156,17 @@ class MixtureEstimator(Estimator, ABC):
             if world.size > 1:
                 self._agree(world, sample_weight is None, last is not None)
             generator = world.generator(generator_of(self.random_state, device), device)
-        selection = None
+        selection, which = None, f"The best of {self.n_init} fits"
         with reductions.threads_for(x):
             if self.wanted_components is None and last is None:
-                selection = self._selection(x, g, generator, method)
+                method = self._selecting(method)
+                selection, which = self._selection(x, g, generator, method), "The fit of the chosen model"
                 best = selection.result
             else:
                 best = self._best_fit(x, g, names, last, method, continuation, generator, device, validation)
         if not best.converged and not best.report.interrupted and method.tol > 0 and method.max_iter > 0:
             warn(
-                f"The best of {self.n_init} fits did not converge to tol={method.tol:g} within {method.max_iter} "
+                f"{which} did not converge to tol={method.tol:g} within {method.max_iter} "
                 "iterations; raise max_iter or tol, or check for degenerate data.",
                 convergence_warning(),
             )

@@ -39,12 +39,14 @@ class BayesianGaussianMixture(MixtureEstimator):
     Args:
         n_components: Maximum number of components K.
         covariance_type: As for :class:`GaussianMixture`.
-        tol: Convergence tolerance of the lower bound, nats per point. scikit-learn compares the bound of all points with its
-            ``tol``: its default of 1e-3 is 1e-6 per point for 1000 points.
+        tol: Convergence tolerance: the fit has converged when the lower bound changes by less in an iteration, nats per point.
+            scikit-learn compares the change of the bound summed over all points with its ``tol``. Its default of 1e-3
+            corresponds to 1e-6 nats per point for 1000 points.
         reg_covar, max_iter, n_init, random_state, verbose, verbose_interval: As for :class:`GaussianMixture`.
-        init_params: As for :class:`GaussianMixture`, but "auto" compares posteriors: a mixture with at most ``n_components``
-            components is merged step by step, posteriors are fitted from the level of the best information criterion and its
-            neighbors, with at most 100 iterations each, and the one of the highest bound is continued.
+        init_params: As for :class:`GaussianMixture`, but "auto" compares posteriors. A mixture with at most ``n_components``
+            components is merged step by step. Posteriors are fitted from the mixture of these steps with the lowest BIC, from its
+            neighbors, and from k-means, with at most 100 iterations each. The fit begins with the mixture of the posterior with
+            the highest bound.
         weight_concentration_prior_type: "dirichlet_process" (stick-breaking) or "dirichlet_distribution".
         weight_concentration_prior: Concentration of the Dirichlet process or distribution; 1 / K if None.
         mean_precision_prior: Prior precision κ of the means, as a number of pseudo-observations; 1 if None.
@@ -204,6 +206,7 @@ class BayesianGaussianMixture(MixtureEstimator):
         found = None
         if self.init_params == "auto":
             options: Any = {"sample_weight": g, "generator": generator, "backend": self.backend}
+            options |= {"truncate": self.truncate, "dtype": self.dtype, "max_memory": self.max_memory}
             found = self._method(False).start(
                 x, self.wanted_components or 1, covariance_type=self.covariance_type, **options
             )

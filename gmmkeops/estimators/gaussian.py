@@ -56,17 +56,19 @@ class GaussianMixture(MixtureEstimator):
               - \text{penalty}(\theta)
 
     Args:
-        n_components: Number of components K. ``"auto"`` chooses it (:func:`gmmkeops.analysis.select`, with its defaults);
-            not combined with ``n_init``, ``init_params``, initial parameters or a checkpoint. If neither ``tol`` nor ``max_iter``
-            is set, the candidates are then fitted with a tolerance of 1e-4.
+        n_components: Number of components K. ``"auto"`` chooses it by :func:`gmmkeops.analysis.select` with its default criterion
+            and at most 100 components. It cannot be combined with ``n_init``, ``init_params``, initial parameters, a checkpoint
+            or ``validation``. If neither ``tol`` nor ``max_iter`` is set and ``solver`` is "em", the fits have a tolerance of
+            1e-4 nats per point and at most 1000 iterations.
         covariance_type: "full", "tied" (or "tied_full"), "diag", "spherical", "tied_diag" or "tied_spherical".
         solver: "em", "adam", or a method such as ``gmmkeops.EM(accelerate=True)``. ``tol``, ``max_iter`` and ``reg_covar``
             may be set in the method or in the estimator. Different values in both, neither of which is the default, raise an
             error. An option that is set in neither has the default of the method.
         penalty: A penalty (:mod:`gmmkeops.penalties`) or a function of a mixture, nats per point.
-        prior: None for the maximum of the likelihood, as in scikit-learn. "auto" adds a prior of the covariances if there are
-            fewer than ten points per parameter of a component: D + 2 points with the mean covariance of the components of the
-            initial mixture (:class:`gmmkeops.penalties.CovariancePrior`); not supported by ``partial_fit``.
+        prior: None for the maximum of the likelihood, as in scikit-learn. "auto" adds a prior of the covariances if N < 10 K P,
+            where P is the number of parameters of a component. Its effect on each covariance is that of D + 2 pseudo-points with
+            the mean covariance of the components of the initial mixture (:class:`gmmkeops.penalties.CovariancePrior`). Not
+            supported by ``partial_fit``.
         tol: Convergence tolerance of the mean log-likelihood (or penalized objective), nats per point; see :class:`gmmkeops.EM`.
         reg_covar: Constant that EM adds to the diagonals of the covariances, squared data units. Adam does not support it.
         max_iter: Maximum number of iterations.
@@ -94,7 +96,7 @@ class GaussianMixture(MixtureEstimator):
             resumes; requires ``n_init=1``.
         max_memory: Memory limit of a fit, in bytes or as a string such as "1.5GB" (:func:`gmmkeops.fit`).
         validation: Held-out points, a source, or the fraction of the points that is held out: the mixture with the highest mean
-            log-likelihood of held-out points is kept (:func:`gmmkeops.fit`); not supported by ``partial_fit`` and by
+            log-likelihood of held-out points is kept (:func:`gmmkeops.fit`). Not supported by ``partial_fit``, nor by
             ``n_components="auto"``, whose criteria need all points.
 
     Attributes:
@@ -340,16 +342,14 @@ class GaussianMixture(MixtureEstimator):
             return Adam(max_iter=self.max_iter, tol=float(self.tol))
         raise ValueError(f"solver must be 'em', 'adam' or a method such as gmmkeops.EM(), got {self.solver!r}.")
 
+    def _selecting(self, method: Method[Any]) -> Method[Any]:
+        if self.solver == "em" and self.tol == self._default("tol") and self.max_iter == self._default("max_iter"):
+            return replace(cast(EM, method), tol=_SELECTION_TOL, max_iter=_SELECTION_ITERATIONS)
+        return method
+
     def _selection(
         self, x: Tensor | Source, g: Any, generator: torch.Generator, method: Method[Any]
     ) -> analysis.Selection:
-        if (
-            self.solver == "em"
-            and isinstance(method, EM)
-            and self.tol == self._default("tol")
-            and self.max_iter == self._default("max_iter")
-        ):
-            method = replace(method, tol=_SELECTION_TOL, max_iter=_SELECTION_ITERATIONS)
         return analysis.select(
             x,
             "auto",

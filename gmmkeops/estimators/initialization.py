@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gmmkeops.fitting import SEARCHED, FitResult
 
 __all__ = ["STRATEGIES", "improves", "searches"]
@@ -25,8 +27,15 @@ _TIE = 1e-9
 
 
 def improves(found: FitResult, best: FitResult | None) -> bool:
-    """Return whether a fit has a lower objective than the best one so far."""
+    """Return whether a fit is better than the best one so far, by the likelihood of held-out points if there are any."""
+    if best is not None and "validation" in found.history:
+        return held_out(found) > held_out(best)
     return best is None or found.objective < best.objective - _TIE * max(1.0, abs(best.objective))
+
+
+def held_out(result: FitResult) -> float:
+    """Return the highest mean log-likelihood of held-out points."""
+    return max(result.history["validation"], default=-math.inf)
 
 
 def searches(init_params: str) -> bool:

@@ -27,7 +27,7 @@ def check_settings(estimator: MixtureEstimator) -> None:
     """
     e = estimator
     for name, least in (("n_components", 1), ("max_iter", 0), ("n_init", 1), ("verbose_interval", 1)):
-        if name != "n_components" or e.n_components != "auto":
+        if name != "n_components" or not (isinstance(e.n_components, str) and e.n_components == "auto"):
             as_integer(getattr(e, name), name, least)
     as_integer(int(e.verbose) if isinstance(e.verbose, bool) else e.verbose, "verbose", 0)
     for name in ("tol", "reg_covar"):
@@ -53,13 +53,14 @@ def _check_automatic(e: MixtureEstimator) -> None:
     """Raise an error if a parameter cannot be combined with ``n_components="auto"``."""
     if not hasattr(e, "prior"):
         raise ValueError(
-            f"n_components must be the largest number of components for {type(e).__name__}, which empties those that it does "
-            "not need; got 'auto'."
+            f"n_components must be an integer for {type(e).__name__}, got 'auto'; pass the largest number of components. Those "
+            "that are not needed have almost no weight in the result."
         )
     plain: dict[str, Any] = {"n_init": 1, "init_params": "auto", "checkpoint": None, "validation": None}
     plain |= dict.fromkeys(("weights_init", "means_init", "precisions_init"))
     for name, value in plain.items():
-        if getattr(e, name) is not value and getattr(e, name) != value:
+        given = getattr(e, name)
+        if given is not None if value is None else given != value:
             raise ValueError(
                 f'{name} is not supported by n_components="auto"; omit it, or pass a number of components.'
             )

@@ -9,7 +9,7 @@ from gmmkeops.fitting.fit import fit, too_few_points
 from gmmkeops.fitting.gradient import Adam, Gradient
 from gmmkeops.fitting.identity import describe
 from gmmkeops.fitting.initialization import SEARCHED, initialize, shared_mixture, start_of
-from gmmkeops.fitting.levels import Judge, Level, Levels, find_levels
+from gmmkeops.fitting.levels import FIRST, Judge, Level, Levels, find_levels, sound_levels
 from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import Objective
@@ -21,6 +21,7 @@ from gmmkeops.fitting.validation import split_off
 
 __all__ = [
     "EM",
+    "FIRST",
     "SEARCHED",
     "Adam",
     "Checkpoint",
@@ -50,6 +51,7 @@ __all__ = [
     "known",
     "sample_size",
     "shared_mixture",
+    "sound_levels",
     "split_off",
     "start_of",
     "too_few_points",

@@ -107,9 +107,10 @@ def fit(
         max_memory: Limit on the memory of the fit, without imports and the given points, in bytes or as a string such as
             "1.5GB". If the standardized copy of the points would exceed it, the points are processed chunk by chunk.
 
-        validation: Held-out points (M, D), a source of them, or the fraction of x that is held out: the result is then the
-            mixture of the highest mean log-likelihood of the held-out points among those of all iterations. The history contains
-            these as "validation". It does not end the fit earlier. Not supported with a context.
+        validation: Held-out points (M, D), data units; a source of them; or a fraction of x, which is held out at random. The
+            result is then the mixture with the highest mean log-likelihood of the held-out points among those of all iterations;
+            ``history["validation"]`` contains these values, nats per point. The number of iterations does not change. A given
+            initial mixture should not be computed from the held-out points. Not supported for a GMM with a context.
 
     Returns:
         A :class:`FitResult`. Ctrl-C ends the fit and returns the best mixture so far. With several ranks this needs an
@@ -124,7 +125,8 @@ def fit(
 
     Warns:
         ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective became infinite or NaN.
-        DegenerateWarning: A component has fewer points than its covariance needs.
+        DegenerateWarning: A component has fewer points than its covariance needs: D + 1 for a covariance matrix, two for
+            variances. Not issued for tied or frozen covariances, a prior of the covariances, or a penalty that prunes components.
         PrecisionWarning: float32 points are too coarse, or ``reg_covar`` is much larger than the variances.
 
     Reference:
@@ -144,8 +146,13 @@ def fit(
     world = World()
     with world.together(), recording(), reductions.threads_for(x):
         generator = as_generator(generator, "cpu") if isinstance(generator, numbers.Integral) else generator
+        if validation is not None and isinstance(start, GMM) and start.context:
+            raise ValueError(
+                "validation is not supported for a GMM with a context; evaluate held-out points in a callback."
+            )
         x, sample_weight, validation = split_off(x, sample_weight, validation, generator)
-        start, found = _begin(start, x, sample_weight, generator, method, penalty, backend)
+        others = {"truncate": truncate, "dtype": dtype, "max_memory": max_memory}
+        start, found = _begin(start, x, sample_weight, generator, method, penalty, backend, others)
         task = Task(
             start,
             method=method,
@@ -162,17 +169,13 @@ def fit(
             max_memory=max_memory,
         )
         x, columns = task.points(x)
-        if validation is not None and task.model is not None:
-            raise ValueError(
-                "validation is not supported for a GMM with a context; evaluate held-out points in a callback."
-            )
         settings = task.agreed(world, x, sample_weight, columns)
         journal = Journal(Checkpoint.of(checkpoint), world)
         saved = None if journal.checkpoint is None else journal.checkpoint.read(task.mixture.means.device, world)
         objective = task.objective(x, sample_weight, columns, journal, saved)
         held = None if validation is None else Validation.of(validation, objective, columns, world)
-        if settings and held is not None:
-            settings = settings | {"validation": held.mark}
+        if settings:
+            settings = settings | {"validation": None if held is None else held.mark}
         described = facts(objective, task.mixture, settings) if settings else {}
         single = task.mixture.means.dtype == torch.float32
         run = Run(objective, task.method, task.tol, task.callbacks, began, described, single=single, validation=held)
@@ -196,13 +199,20 @@ def fit(
 
 
 def _begin(
-    start: Any, x: Any, sample_weight: Any, generator: Any, method: Any, penalty: Any, backend: str
+    start: Any,
+    x: Any,
+    sample_weight: Any,
+    generator: Any,
+    method: Any,
+    penalty: Any,
+    backend: str,
+    others: dict[str, Any],
 ) -> tuple[Any, StartReport | None]:
     """Return the initial mixture or model, and how it was found; a number of components is searched for."""
     if not isinstance(start, numbers.Integral) or isinstance(start, bool):
         return start, None
     options: dict[str, Any] = {"sample_weight": sample_weight, "generator": generator, "backend": backend}
-    found = method.start(x, as_integer(start, "start", 1), **options) if isinstance(method, Method) else None
+    found = method.start(x, as_integer(start, "start", 1), **options, **others) if isinstance(method, Method) else None
     if found is not None:
         return found
     return start_of(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
@@ -275,11 +285,11 @@ def too_few_points(result: FitResult) -> str:
     few = result.report.degenerate_components
     if not few:
         return ""
-    named = f"component {few[0]} has" if len(few) == 1 else f"components {', '.join(map(str, few[:5]))} have"
-    more = f" (and {len(few) - 5} more)" if len(few) > 5 else ""
+    shown = ", ".join(map(str, few[:5])) + (f" (and {len(few) - 5} more)" if len(few) > 5 else "")
+    named = f"component {shown} has" if len(few) == 1 else f"components {shown} have"
     return (
-        f"{named}{more} fewer than {_fewest(result.mixture)} points, too few for a covariance of its own; use fewer components, "
-        'a prior (GaussianMixture(prior="auto"), gmmkeops.penalties.CovariancePrior), or another covariance type.'
+        f"{named} fewer than {_fewest(result.mixture)} points (expected number), too few for a covariance of its own; use fewer "
+        'components, a prior (GaussianMixture(prior="auto"), gmmkeops.penalties.CovariancePrior), or another covariance type.'
     )
 
 

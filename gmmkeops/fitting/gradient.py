@@ -47,9 +47,10 @@ class Gradient(Method[_State]):
         scheduler: Function that creates a learning-rate scheduler from the optimizer; the scheduler is stepped once per
             iteration, e.g. ``lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 500)``; or None.
         batch_size: Points per step; None for full batches. An iteration is one pass over the data in both cases.
-        natural_gradient: Whether the gradients with respect to means and factors are multiplied by the inverse Fisher information
-            of each component (nGEM), so that narrow components do not take much larger steps than wide ones. The objective is
-            the same. It is useful for a :class:`~gmmkeops.GMM` with a context.
+        natural_gradient: Whether the gradients with respect to means and precision factors are multiplied by the inverse Fisher
+            information of each Gaussian component (natural-gradient EM, nGEM), so that narrow components do not take much larger
+            steps than wide ones. The gradients with respect to the weights and the objective are unchanged. It is meant for a
+            :class:`~gmmkeops.GMM` with a context, which EM cannot fit.
         max_iter: Maximum number of iterations, if not passed to :func:`gmmkeops.fit`.
         tol: Tolerance, nats per point, as for :class:`~gmmkeops.EM`; with 0 all iterations are performed.
         patience: Minimum number of iterations over which the change of the objective is measured.
@@ -74,11 +75,11 @@ class Gradient(Method[_State]):
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None
     batch_size: int | None = None
-    natural_gradient: bool = False
     max_iter: int = 200
     tol: float = 0.0
     patience: int = 10
     relative_tol: float = 0.0
+    natural_gradient: bool = False
 
     def __repr__(self) -> str:
         if not isinstance(self.optimizer, _MakeAdam):
@@ -98,6 +99,8 @@ class Gradient(Method[_State]):
                 f"scheduler must be a function of an optimizer, or None, got {type(self.scheduler).__name__}; pass for example "
                 "lambda o: torch.optim.lr_scheduler.StepLR(o, 100)."
             )
+        if not isinstance(self.natural_gradient, bool):
+            raise TypeError(f"natural_gradient must be True or False, got {self.natural_gradient!r}.")
         check_settings(self)
 
     def _with(self, parameters: Parameters) -> _State:
@@ -244,4 +247,6 @@ def Adam(
         if not as_number(beta, "each of betas", 0) < 1:
             raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}.")
 
-    return Gradient(_MakeAdam(lr, betas), scheduler, batch_size, natural_gradient, max_iter, tol, patience)
+    return Gradient(
+        _MakeAdam(lr, betas), scheduler, batch_size, max_iter, tol, patience, natural_gradient=natural_gradient
+    )

@@ -20,10 +20,10 @@ from gmmkeops.fitting.rounds import Climber, Found, best_of
 from gmmkeops.fitting.search import Search
 from gmmkeops.models import MergeTree, Mixture, cheapest_merges, merge_down, merged_by
 
-__all__ = ["Judge", "Level", "Levels", "find_levels"]
+__all__ = ["FIRST", "Judge", "Level", "Levels", "find_levels", "sound_levels"]
 
 # Number of components of the first fit. It is doubled as long as the best level has more than half of them.
-_FIRST = 16
+FIRST = 16
 
 # EM steps and tolerances (nats per point): of the first fit, of each of several merges, of the best of them, and of a level
 # without the prior before it is judged.
@@ -46,6 +46,7 @@ class Level:
         value: Criterion (lower is better).
         seconds: Wall time.
         densities: Log-densities of points (n,), nats, for judges that compare them point by point; else None.
+        sound: Whether no component has very few points or is very narrow.
     """
 
     mixtures: tuple[Mixture, ...]
@@ -53,6 +54,7 @@ class Level:
     value: float
     seconds: float = 0.0
     densities: Tensor | None = None
+    sound: bool = True
 
     @property
     def mixture(self) -> Mixture:
@@ -95,8 +97,17 @@ class Judge:
         return -2 * G * likelihood + P * (1 / self.share - 1) + P * math.log(G)
 
     def best(self, levels: dict[int, Level]) -> int:
-        """Return the key of the best level."""
+        """Return the key of the best level; levels that are not sound are considered only if there are no others."""
+        return self.lowest(sound_levels(levels))
+
+    def lowest(self, levels: dict[int, Level]) -> int:
+        """Return the key of the level of the lowest criterion."""
         return min(levels, key=lambda n: levels[n].value)
+
+
+def sound_levels(levels: dict[int, Level]) -> dict[int, Level]:
+    """Return the levels that are sound, or all if none is."""
+    return {n: level for n, level in levels.items() if level.sound} or levels
 
 
 @dataclass(frozen=True)
@@ -135,26 +146,29 @@ class Levels:
         return merged_by(mixture, merge_down(mixture, n_components).labels(n_components), n_components)
 
 
-def find_levels(stage: Callable[[int], tuple[tuple[Search, ...], Judge]], most: int) -> Levels:
+def find_levels(stage: Callable[[int], tuple[tuple[Search, ...], Judge]], most: int, first: int = FIRST) -> Levels:
     """Fit a mixture with enough components to each sample, and merge it step by step.
 
     Args:
         stage: Function that returns searches for K components, one for each sample, and a judge of their mixtures.
         most: Maximum number of components.
+        first: Number of components of the first fit.
     """
     with reductions.one_thread(), torch.no_grad():
-        K = min(_FIRST, most)
+        K = min(first, most)
         while True:
             searches, judge = stage(K)
             descents = [_Descent(search) for search in searches]
             levels: dict[int, Level] = {}
             began = time.perf_counter()
             for found in zip(*(descent.levels() for descent in descents), strict=True):
-                n = found[0].n_components
-                levels[n] = judge.level(found, time.perf_counter() - began)
+                mixtures, sound = tuple(mixture for mixture, _ in found), all(sound for _, sound in found)
+                n = mixtures[0].n_components
+                levels[n] = replace(judge.level(mixtures, time.perf_counter() - began), sound=sound)
                 best, began = judge.best(levels), time.perf_counter()
                 # The criterion needs room for more components, or has become much worse.
-                if n <= K // 2 and ((best > K // 2 and most > K) or (n > _SMALL and 2 * n <= best)):
+                grows, worse = best > K // 2 and most > K, n > _SMALL and 2 * n <= best
+                if n <= K // 2 and levels[best].sound and (grows or worse):
                     break
             if best <= K // 2 or most <= K:
                 return Levels(levels, tuple(descent.tree for descent in descents), best, judge, searches)
@@ -182,17 +196,22 @@ class _Descent:
         merges = np.array(self.merges, dtype=np.int64).reshape(-1, 2)
         return MergeTree(torch.from_numpy(merges), torch.tensor(self.costs, dtype=torch.float64), self.K)
 
-    def levels(self) -> Iterator[Mixture]:
-        """Yield the mixture of each level, data units."""
-        frame, n = self.search.plain.frame, self.K
+    def levels(self) -> Iterator[tuple[Mixture, bool]]:
+        """Yield the mixture of each level, data units, and whether it is sound."""
+        n = self.K
         climber = self._climber(n)
         found = best_of([climber.climbed(mixture, *_OVERFIT) for mixture in self.search.begun(1)])
-        yield frame.leave(self._as_fitted(found.mixture))
+        yield self._shown(found)
         while n > 1:
             fewer = n - max(1, n // _AT_ONCE)
             found = self._merged(found, fewer)
             n = fewer
-            yield frame.leave(self._as_fitted(found.mixture))
+            yield self._shown(found)
+
+    def _shown(self, found: Found) -> tuple[Mixture, bool]:
+        """Return a level in data units, and whether it is sound."""
+        mixture = self._as_fitted(found.mixture)
+        return self.search.plain.frame.leave(mixture), not self.search.degenerate(mixture)
 
     def _as_fitted(self, mixture: Mixture) -> Mixture:
         """Perform EM steps on the objective of the fit that will follow, if the level has a prior that the fit does not have."""

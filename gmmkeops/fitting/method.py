@@ -97,7 +97,7 @@ class Method(ABC, Generic[S]):
 
         Args:
             x, n_components, covariance_type: As for :func:`gmmkeops.initialize`.
-            **options: The arguments ``sample_weight``, ``generator`` and ``backend``.
+            **options: The arguments ``sample_weight``, ``generator``, ``backend``, ``truncate``, ``dtype`` and ``max_memory``.
         """
         return None
 

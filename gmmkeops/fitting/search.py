@@ -383,13 +383,14 @@ class Search:
         sound = [each for each in climbed if not self.degenerate(each.mixture)]
         return best_of(sound or climber.sound(climbed))
 
-    def degenerate(self, mixture: Mixture) -> bool:
+    def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:
         """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction.
 
         Args:
             mixture: A mixture in standardized coordinates.
+            count: Effective number of points to which the mixture was fitted; None for that of the sample.
         """
-        if float(mixture.weights.min()) * self.plain.count < 2 * (self.D + 1):
+        if float(mixture.weights.min()) * (self.plain.count if count is None else count) < 2 * (self.D + 1):
             return True
         least = torch.linalg.eigvalsh(self._covariance)[0]
         return bool(torch.linalg.matrix_norm(mixture.factor.matrices(), 2).amax() ** -2 < _THIN * least)

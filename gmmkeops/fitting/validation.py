@@ -108,6 +108,8 @@ class Validation:
             x = as_points(table_of(validation, columns), name="validation", features=D)
             x = x.to(objective.data.device)
             mark = f"{len(x)} rows, fingerprint {fingerprint(x, weights)}"
+        if weights is not None and not float(weights.sum()) > 0:
+            raise ValueError("the held-out points have a total weight of zero; hold out others, or a larger fraction.")
         found = prepared(
             x,
             weights,
@@ -119,7 +121,7 @@ class Validation:
             world=world,
             frame=objective.frame,
         )
-        return cls(found, mark)
+        return cls(found, mark if world.size == 1 else f"{found.rows} rows")
 
     def __call__(self, mixture: Mixture) -> float:
         """Return the mean log-likelihood of the held-out points under a mixture in standardized coordinates, nats per point."""

@@ -51,15 +51,16 @@ _FLOOR = 1e-300
 
 @dataclass(frozen=True)
 class MergeTree:
-    r"""The merges that reduced a mixture, in their order: each of them was among the least costly ones.
+    r"""Merges that reduce a mixture, in the order in which they were performed.
 
-    Components 0, ..., K - 1 are those of the mixture; merge m creates component K + m.
+    Components 0, ..., K - 1 are those of the mixture; merge m creates component K + m. In the trees of
+    :class:`~gmmkeops.analysis.Selection`, EM steps follow each merge, and the next costs are computed after these steps.
 
     Args:
         merges: Pairs of merged components (M, 2), int64.
-        costs: Cost of each merge (M,), nats per point: an estimate of the Kullback-Leibler divergence of the pair from the merged
-            component, weighted by the weight of the pair, or another cost that was asked for. With Runnalls' upper bounds, the
-            sum is an upper bound on the divergence of the whole mixture.
+        costs: Cost of each merge (M,), nats per point, by the ``cost`` of :func:`~gmmkeops.analysis.reduce`. By default it
+            estimates the Kullback-Leibler divergence of the pair from the merged component, times the weight of the pair. The
+            sum of costs ``"bound"`` is an upper bound on the divergence of the whole mixture.
         n_leaves: Number of components K of the mixture.
 
     Example:

@@ -128,8 +128,8 @@ def arrange(
         x: Points (N, D), data units.
         components: Number of components K of the mixtures that will be evaluated.
         truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components, and
-            so do more than 48 dimensions on a CPU, where bounds take longer than what they save. The default is 1e-6 for float32
-            points and 1e-12 for float64 points (about their rounding errors), if that saves time.
+            so do more than 48 dimensions on a CPU, where computing the bounds takes more time than they save. The default is 1e-6
+            for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
         sweeps: Expected number of reductions with these points, which decides whether sorting saves time.
         labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions the
             leaves of a kd-tree are not small, and points are grouped by these labels instead. The function is called only if

@@ -39,8 +39,8 @@ generator = torch.Generator().manual_seed(0)
 x, kind = truth.sample(40_000, return_labels=True, generator=generator)
 
 # %%
-# ``select`` without a list of numbers chooses the number of components. Each row of the table is a level, which has had a few EM
-# steps on a sample; "fitted" marks a number of components for which a mixture was fitted to all points until convergence. The
+# ``select`` without a list of numbers chooses the number of components. Each row of the table is a level: the mixture after a
+# merge and a few EM steps on a sample. "fitted" marks a number of components for which a mixture was fitted to all points. The
 # last line gives the reason for the choice. For this many points the default criterion is the likelihood of held-out points in
 # threefold cross-validation: the fewest components within one standard error of the highest value are chosen.
 

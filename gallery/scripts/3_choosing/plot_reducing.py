@@ -122,6 +122,6 @@ print(f"reducing: splat files of {sizes[0]:.0f} kB and {sizes[1]:.0f} kB")
 
 # %%
 # The flat table loses a larger fraction of its components than the curved objects, because merges of coplanar components cost
-# little. In the plot, the sum of the costs is always larger than the divergence, so that it is a cautious estimate of the loss.
+# little. In the plot, the sum of the costs is always larger than the divergence, so that it overestimates the loss here.
 # The reduced mixture is also a good initial mixture: after EM steps, its likelihood is higher than that of the fit that begins
 # with k-means.

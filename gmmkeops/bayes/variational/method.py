@@ -45,7 +45,9 @@ class VariationalBayes(Method[_State]):
     r"""Fit a posterior distribution over mixtures; the ``posterior`` of the result is a :class:`NormalWishart`.
 
     The objective is the negative evidence lower bound per point, with all constants. Components are not pruned: the posterior
-    of a component without points equals its prior, and its weight is close to zero.
+    of a component without points equals its prior, and its weight is close to zero. With a number of components instead of an
+    initial mixture, :func:`gmmkeops.fit` compares posteriors from k-means and from mixtures with fewer components, with at most
+    100 iterations each, and begins with the mixture of the best one.
 
     Args:
         weights: Prior on the weights: ``"dirichlet_process"`` (truncated at K) or ``"dirichlet_distribution"``.
@@ -59,12 +61,13 @@ class VariationalBayes(Method[_State]):
         batch_size: Number of points per natural-gradient step, or None for all points. An iteration is one pass over the data.
         step_exponent, step_offset: Step size schedule of minibatches, as for :class:`~gmmkeops.EM`.
         reg_covar: Constant added to the variances, squared data units.
-        accelerate: Whether to extrapolate after every two steps by SQUAREM. An extrapolation that does not increase the bound is
-            discarded. An iteration then takes three passes over the data. Not combined with ``batch_size``.
+        accelerate: Whether to extrapolate after every two steps by SQUAREM (Varadhan and Roland 2008, Scandinavian Journal of
+            Statistics 35). An extrapolation that decreases the bound is discarded. An iteration then takes three passes over the
+            data. Not combined with ``batch_size``.
         max_iter: Maximum number of iterations, if not passed to :func:`gmmkeops.fit`.
-        tol: Tolerance on the evidence lower bound, nats per point: the fit has converged when the bound changed by less over
-            ``patience`` iterations. The bound can still increase by more than that later, if components lose their weight
-            slowly, so that the default is small.
+        tol: Tolerance, nats per point. The fit has converged when the evidence lower bound per point has changed by less than
+            this over ``patience`` iterations. If components lose their weight slowly, the bound can still increase by more
+            later; therefore the default is small.
         relative_tol: Tolerance as a fraction of the bound.
         patience: Number of iterations over which the change is measured.
 

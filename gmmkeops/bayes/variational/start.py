@@ -11,7 +11,7 @@ import torch
 
 from gmmkeops._checks import ConvergenceWarning, renamed
 from gmmkeops.components import factor_class
-from gmmkeops.data import Source, World, as_generator, as_points, as_weights, readable, representatives
+from gmmkeops.data import Source, World, as_generator, as_points, as_weights, readable, representatives, trimmed_spread
 from gmmkeops.fitting import (
     FitResult,
     Judge,
@@ -46,6 +46,7 @@ def best_level(
     sample_weight: Any,
     generator: torch.Generator | int | None,
     backend: str,
+    **options: Any,
 ) -> tuple[Mixture, StartReport]:
     """Fit posteriors from k-means, from the level with the best information criterion and from its neighbors.
 
@@ -54,6 +55,7 @@ def best_level(
         K: Number of components. Those that a level does not have begin without points.
         method: The method.
         covariance_type, sample_weight, generator, backend: As for :func:`gmmkeops.fit` and :func:`gmmkeops.initialize`.
+        **options: Further arguments of :func:`gmmkeops.fit`.
 
     Returns:
         The mixture of the posterior with the highest evidence lower bound, and a report; for very few points that of k-means.
@@ -81,8 +83,8 @@ def best_level(
 
     most = min(K, count // (2 * (D + 1)))
     usual: Any = {"covariance_type": covariance_type, "sample_weight": g, "generator": generator, "backend": backend}
-    if most < 2:
-        # There are too few points for levels.
+    if most < 2 or not bool((trimmed_spread(rows, mass)[1] > 0).any()):
+        # There are too few points for levels, or all are equal.
         return start_of(x, K, "kmeans", **usual)
     levels = find_levels(stage, most)
     found: dict[int, FitResult] = {}
@@ -90,7 +92,10 @@ def best_level(
     capped = replace(method, max_iter=min(_CAP, method.max_iter), begin=None)
 
     def fitted(start: Mixture) -> FitResult:
-        return fit(start, x, capped, sample_weight=g, generator=generator, backend=backend, verbose=False)
+        result = fit(start, x, capped, sample_weight=g, generator=generator, backend=backend, verbose=False, **options)
+        if result.report.interrupted:
+            raise KeyboardInterrupt
+        return result
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
