@@ -446,9 +446,11 @@ def test_more_components_than_the_levels_have_are_found(monkeypatch):
 
     x, _ = clusters(6, N=900)
     found_levels = automatic.find_levels
-    monkeypatch.setattr(
-        automatic, "find_levels", lambda stage, most, first=3: _first_best(found_levels(stage, most, first))
-    )
+
+    def few(stage, most, first=3, **options):
+        return _first_best(found_levels(stage, most, first, **options))
+
+    monkeypatch.setattr(automatic, "find_levels", few)
     assert gk.analysis.select(x, criterion="bic").best.n_components == 6
 
 
@@ -531,3 +533,13 @@ def test_ctrl_c_ends_a_selection(monkeypatch):
     calls.clear()
     monkeypatch.setattr(path, "fit", interrupted)
     assert len(gk.analysis.penalty_path(x, 4).rows) == 1
+
+
+def test_a_progress_bar_shows_the_levels(capsys):
+    x, _ = clusters(2, N=300)
+    gk.analysis.select(x, criterion="bic")
+    assert capsys.readouterr().err == ""
+    gk.analysis.select(x, criterion="bic", verbose=True)
+    said = capsys.readouterr().err
+    assert "levels" in said
+    assert "components=" in said

@@ -217,7 +217,8 @@ def choose(
         raise ValueError(
             f'criterion="held_out" requires at least {2 * _FOLDS} points, got {count}; pass criterion="bic".'
         )
-    levels = find_levels(stage, most)
+    verbose = options.get("verbose", False)
+    levels = find_levels(stage, most, verbose=verbose)
     # In units of the data, as the search.
     solver = method or EM(tol=1e-4, max_iter=1000, reg_covar=levels.searches[0].method.reg_covar)
 
@@ -250,7 +251,7 @@ def choose(
         best = center
         if best == levels.most < most:
             # The criterion of fits decreases beyond the levels.
-            levels = find_levels(stage, most, 2 * levels.most)
+            levels = find_levels(stage, most, 2 * levels.most, verbose=verbose)
         for n in range(max(best - 1, 1), min(best + 1, levels.most) + 1):
             if n not in fits:
                 ways = [fitted(shared_mixture(levels.at(n), world, rows.device)), searched(n)]

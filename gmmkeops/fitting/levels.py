@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,13 +147,20 @@ class Levels:
         return merged_by(mixture, merge_down(mixture, n_components).labels(n_components), n_components)
 
 
-def find_levels(stage: Callable[[int], tuple[tuple[Search, ...], Judge]], most: int, first: int = FIRST) -> Levels:
+def find_levels(
+    stage: Callable[[int], tuple[tuple[Search, ...], Judge]],
+    most: int,
+    first: int = FIRST,
+    *,
+    verbose: bool | None = False,
+) -> Levels:
     """Fit a mixture with enough components to each sample, and merge it step by step.
 
     Args:
         stage: Function that returns searches for K components, one for each sample, and a judge of their mixtures.
         most: Maximum number of components.
         first: Number of components of the first fit.
+        verbose: Whether to show a progress bar; None for one in a terminal.
     """
     with reductions.one_thread(), torch.no_grad():
         K = min(first, most)
@@ -160,19 +168,34 @@ def find_levels(stage: Callable[[int], tuple[tuple[Search, ...], Judge]], most: 
             searches, judge = stage(K)
             descents = [_Descent(search) for search in searches]
             levels: dict[int, Level] = {}
-            began = time.perf_counter()
+            bar, began = _bar(K, verbose), time.perf_counter()
             for found in zip(*(descent.levels() for descent in descents), strict=True):
                 mixtures, sound = tuple(mixture for mixture, _ in found), all(sound for _, sound in found)
                 n = mixtures[0].n_components
                 levels[n] = replace(judge.level(mixtures, time.perf_counter() - began), sound=sound)
                 best, began = judge.best(levels), time.perf_counter()
                 # The criterion needs room for more components, or has become much worse.
+                if bar is not None:
+                    bar.set_postfix(components=n, best=best, refresh=False)
+                    bar.update()
                 grows, worse = best > K // 2 and most > K, n > _SMALL and 2 * n <= best
                 if n <= K // 2 and levels[best].sound and (grows or worse):
                     break
+            if bar is not None:
+                bar.close()
             if best <= K // 2 or most <= K:
                 return Levels(levels, tuple(descent.tree for descent in descents), best, judge, searches)
             K = min(2 * K, most)
+
+
+def _bar(total: int, verbose: bool | None) -> Any:
+    """Create a progress bar over the levels; None if it is disabled."""
+    if verbose is not None and not verbose:
+        return None
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=total, desc="levels", unit="level", disable=None if verbose is None else False)
+    return None if bar.disable else bar
 
 
 class _Descent:
