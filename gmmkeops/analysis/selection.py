@@ -156,7 +156,8 @@ def select(
     step, with a few EM steps after each merge, and the criterion is estimated for each of these mixtures, which are called
     levels. In each step, the cheapest merge by each of the three costs of :func:`reduce` is tried, and the one with the best
     objective is kept. The first mixture has 16 components. Their number is doubled until the best level has at most half as many,
-    or ``max_components`` is reached.
+    or ``max_components`` is reached. For K components the sample has about 1000 K points, or 40 for each parameter if that is
+    more. More points can determine more components, which information criteria take into account, but ``"held_out"`` does not.
 
     With ``"held_out"``, the sample is divided into three parts, each of which is held out once from a fit and its merges
     (cross-validation). A mixture with the best number of components is then fitted to all points. With other criteria, the best
