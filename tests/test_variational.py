@@ -299,7 +299,8 @@ def test_levels_have_higher_bounds_than_k_means():
         spreads.append(abs(levels - again))
     assert sum(gain > 1 for gain in gains) >= 3
     assert min(gains) > -1
-    assert np.median(spreads) < 5
+    # Different k-means initializations lead to bounds that differ by several nats.
+    assert sum(spread < 0.5 for spread in spreads) >= 3
 
 
 def test_empty_components_of_a_level_stay_empty():
