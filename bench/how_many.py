@@ -11,7 +11,6 @@ that overlap may be one cluster, and a simulated cluster that nearly coincides w
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import time
 import warnings
@@ -21,11 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.mixture import GaussianMixture
-from starts import RESULTS, SETS, grid
+from starts import RESULTS, SETS, grid, heading
 
 import gmmkeops as gk
-from gmmkeops import reductions
-from run import installed, machine
 
 THEIRS = "scikit-learn, BIC of a list"
 SEEDS = 3
@@ -108,14 +105,9 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # fits that do not converge, or have components of few points
     gk.analysis.select(np.random.default_rng(0).normal(size=(100, 2)))  # imports
-    record: dict[str, Any] = {
-        "what": "numbers of components chosen for data with known numbers of clusters, and CPU time of one thread in seconds",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine("cpu"),
-        "instruction_set": reductions.instruction_set(),
-        "versions": {name: installed(name) for name in ("gmmkeops", "torch", "numpy", "scikit-learn")},
-        "rows": [],
-    }
+    record = heading(
+        "numbers of components chosen for data with known numbers of clusters, and CPU time of one thread in seconds"
+    )
     for name in SETS:
         if SETS[name]()[1] is None:
             continue

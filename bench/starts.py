@@ -275,6 +275,18 @@ def plot(record: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def heading(what: str) -> dict[str, Any]:
+    """Return a record without rows: what was measured, when, and where."""
+    return {
+        "what": what,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine("cpu"),
+        "instruction_set": reductions.instruction_set(),
+        "versions": {name: installed(name) for name in ("gmmkeops", "torch", "numpy", "scikit-learn")},
+        "rows": [],
+    }
+
+
 def write(record: dict[str, Any]) -> None:
     """Write the tables and the plot."""
     import matplotlib
@@ -299,16 +311,11 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # fits that do not converge, which are counted as they are
-    record: dict[str, Any] = {
-        "what": "log-likelihoods (nats per point), adjusted Rand index, and CPU time of start and fit on one thread as a ratio "
+    record = heading(
+        "log-likelihoods (nats per point), adjusted Rand index, and CPU time of start and fit on one thread as a ratio "
         "to scikit-learn's default fit; the fits of a set and seed alternate in one process, and the smallest of several times "
-        "counts",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine("cpu"),
-        "instruction_set": reductions.instruction_set(),
-        "versions": {name: installed(name) for name in ("gmmkeops", "torch", "numpy", "scikit-learn")},
-        "rows": [],
-    }
+        "counts"
+    )
     for name in SETS:
         for seed in range(SEEDS):
             record["rows"] += measured(name, seed)

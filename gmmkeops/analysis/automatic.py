@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.analysis.criteria import criteria
+from gmmkeops.analysis.criteria import criteria, sample_criteria
 from gmmkeops.components import factor_class
 from gmmkeops.data import Source, World, representatives
 from gmmkeops.fitting import (
@@ -53,14 +53,8 @@ class _LabelJudge(Judge):
 
     def level(self, mixtures: tuple[Mixture, ...], seconds: float = 0.0) -> Level:
         (mixture,) = mixtures
-        likelihood = self.mean(mixture.log_prob(self.x).double())
-        value = self.bic(mixture, likelihood)
-        if self.criterion == "aic":
-            value += mixture.parameter_count * (2 - math.log(self.total))
-        else:
-            r = mixture.responsibilities(self.x)
-            loss = -r.amax(1).log() if self.criterion == "icl_hard" else torch.special.entr(r).sum(1)
-            value += 2 * self.total * self.mean(loss.double())
+        likelihood, found = sample_criteria(mixture, self.x, self.weights, self.total)
+        value = found[self.criterion] + self.optimism(mixture)
         return Level(mixtures, likelihood, value, seconds)
 
 
@@ -115,6 +109,7 @@ class Choice:
         fits: Results of the fits by their numbers of components.
         values: Criteria by numbers of components (lower is better): of the fits, or for "held_out" of the levels.
         best: Number of components of the best fit.
+        criteria: All criteria of the fits, by their numbers of components.
         excluded: Numbers of components of fits that were excluded, since a component of theirs has very few points or is very
             narrow.
     """
@@ -123,6 +118,7 @@ class Choice:
     fits: dict[int, FitResult]
     values: dict[int, float]
     best: int
+    criteria: dict[int, dict[str, float]]
     excluded: frozenset[int] = frozenset()
 
     @property
@@ -227,7 +223,7 @@ def choose(
         return fit(start.named(names), x, solver, penalty=added, sample_weight=weights, generator=generator, **options)
 
     def searched(n: int) -> FitResult:
-        found, _ = start_of(
+        start, _ = start_of(
             x,
             n,
             covariance_type=covariance_type,
@@ -235,7 +231,7 @@ def choose(
             n_init=1 if held_out else _SEARCHES,
             **settings,
         )
-        return fitted(found)
+        return fitted(start)
 
     def degenerate(result: FitResult) -> bool:
         search = levels.searches[0]
@@ -243,9 +239,12 @@ def choose(
 
     best = world.tell(levels.best)[0]
     if held_out:
-        return Choice(levels, {best: searched(best)}, {n: each.value for n, each in levels.levels.items()}, best)
+        result = searched(best)
+        found = {best: criteria(result.mixture, x, weights, world)}
+        return Choice(levels, {best: result}, {n: each.value for n, each in levels.levels.items()}, best, found)
     fits: dict[int, FitResult] = {}
     values: dict[int, float] = {}
+    found = {}
     center, best, sound = best, 0, []
     while best != center:
         best = center
@@ -257,12 +256,13 @@ def choose(
                 ways = [fitted(shared_mixture(levels.at(n), world, rows.device)), searched(n)]
                 good = [result for result in ways if not degenerate(result)]
                 fits[n] = min(good or ways, key=lambda result: result.objective)
-                values[n] = criteria(fits[n].mixture, x, weights, world)[criterion]
+                found[n] = criteria(fits[n].mixture, x, weights, world)
+                values[n] = found[n][criterion]
                 sound += [n] if good else []
                 if any(result.report.interrupted for result in ways):
-                    return Choice(levels, fits, values, min(sound or values, key=lambda n: values[n]))
+                    return Choice(levels, fits, values, min(sound or values, key=lambda n: values[n]), found)
         center = world.tell(min(sound or values, key=lambda n: values[n]))[0]
-    return Choice(levels, fits, values, best, frozenset(fits) - frozenset(sound) - {best})
+    return Choice(levels, fits, values, best, found, frozenset(fits) - frozenset(sound) - {best})
 
 
 def _counted(n: int) -> str:

@@ -82,6 +82,14 @@ class _Sums:
         }
 
 
+def sample_criteria(mixture: Mixture, x: Any, weights: Any, total: float) -> tuple[float, dict[str, float]]:
+    """Compute the mean log-likelihood of a sample, and all criteria for points of this mean and a total weight."""
+    sums = _Sums.of(mixture, x, weights, labels=True)
+    scale = total / sums.count
+    whole = _Sums(sums.total * scale, total, sums.entropies * scale, sums.doubts * scale, 1.0)
+    return sums.total / sums.count, whole.criteria(mixture.parameter_count)
+
+
 def criteria(mixture: Mixture, x: Any, weights: Any, world: World) -> dict[str, float]:
     """Compute the mean log-likelihood and all criteria of a mixture in one pass over the points of all ranks.
 

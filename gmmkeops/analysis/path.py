@@ -12,9 +12,9 @@ import torch
 
 from gmmkeops._checks import ConvergenceWarning, DegenerateWarning, as_choice, as_integer, as_number, renamed
 from gmmkeops.analysis.criteria import CRITERIA, criteria
-from gmmkeops.analysis.selection import Selection
+from gmmkeops.analysis.selection import Selection, given, refuse_single
 from gmmkeops.components import factor_class
-from gmmkeops.data import Source, World, as_generator, as_points, as_weights, readable, table_names
+from gmmkeops.data import World, as_generator
 from gmmkeops.fitting import EM, FitResult, Method, fit, initialize, within_prior
 from gmmkeops.penalties import CovariancePrior, Penalty, SqrtWeights
 
@@ -87,21 +87,10 @@ def penalty_path(
         as_choice(prior, "prior", ("auto",))
     as_choice(criterion, "criterion", CRITERIA)
     kind, _ = factor_class(covariance_type)
-    for name in ("checkpoint", "validation", "context", "start"):
-        if name in options:
-            raise TypeError(f"penalty_path has no argument {name}, since it performs several fits; omit it.")
-    with renamed("weights", "sample_weight"):
-        source = Source.of(x, weights=sample_weight) if readable(x) else None
-        points: Any = as_points(x) if source is None else source
-        g = None if source is not None else as_weights(sample_weight, points, name="sample_weight")
-    names = table_names(x) if source is None else source.columns
-    device = torch.device("cpu") if source is not None else points.device
+    refuse_single(options, "penalty_path")
+    points, g, names, device = given(x, sample_weight)
     # Effective number of points.
     size = None if g is None else float(g.sum()) ** 2 / float(g.square().sum())
-    if World().size > 1:
-        # Each rank has a part of the points.
-        with renamed("weights", "sample_weight"):
-            points, g = World().share(Source.of(points, weights=g) if source is None else points), None
     generator = as_generator(generator, device)
     options = options if {"verbose", "progress"} & set(options) else options | {"verbose": False}
     settings = {"sample_weight": g, "generator": generator, **options}

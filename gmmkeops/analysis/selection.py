@@ -216,16 +216,7 @@ def select(
             other = 'n_components="auto"' if wants else "a list of numbers of components"
             raise ValueError(f"{name} requires {other}, got {name}={value!r}; omit it.")
     numbers, types = _checked(n_components, covariance_types, method, options)
-    with renamed("weights", "sample_weight"):
-        source = Source.of(x, weights=sample_weight) if readable(x) else None
-        points: Any = as_points(x) if source is None else source
-        g = None if source is not None else as_weights(sample_weight, points, name="sample_weight")
-    names = table_names(x) if source is None else source.columns
-    if World().size > 1:
-        # Each rank has a part of the points.
-        with renamed("weights", "sample_weight"):
-            points, g = World().share(Source.of(points, weights=g) if source is None else points), None
-    device = points.device if isinstance(points, Tensor) else torch.device("cpu")
+    points, g, names, device = given(x, sample_weight)
     generator = as_generator(generator, device)
     options = options if {"verbose", "progress"} & set(options) else options | {"verbose": False}
     if criterion is None:
@@ -264,7 +255,29 @@ def select(
             )
             for kind in types
         }
-    return _chosen(choices, criterion, points, g)
+    return _chosen(choices, criterion)
+
+
+def given(x: Any, sample_weight: Any) -> tuple[Any, Tensor | None, Any, torch.device]:
+    """Validate points and weights; return points (or the source of this rank), weights, column names and the device."""
+    with renamed("weights", "sample_weight"):
+        source = Source.of(x, weights=sample_weight) if readable(x) else None
+        points: Any = as_points(x) if source is None else source
+        g = None if source is not None else as_weights(sample_weight, points, name="sample_weight")
+        names = table_names(x) if source is None else source.columns
+        if World().size > 1:
+            # Each rank has a part of the points.
+            points, g = World().share(Source.of(points, weights=g) if source is None else points), None
+    return points, g, names, points.device if isinstance(points, Tensor) else torch.device("cpu")
+
+
+def refuse_single(options: dict[str, Any], name: str) -> None:
+    """Raise an error if options of :func:`gmmkeops.fit` are for a single fit."""
+    for option in ("checkpoint", "validation", "context", "start"):
+        if option in options:
+            raise TypeError(
+                f"{name} has no argument {option}, since it performs several fits; omit it, or use gmmkeops.fit."
+            )
 
 
 def _rows(points: Any) -> int:
@@ -297,7 +310,7 @@ def _sweep(
             start = initialize(points, K, covariance_type=kind, sample_weight=g, generator=same, **begin)
             result = fit(start.named(names), points, **settings)
             results.append(result)
-            rows.append(_row(kind, result, points, g))
+            rows.append(_row(kind, result, criteria(result.mixture, points, g, World())))
             if result.report.interrupted:
                 break
         if results and results[-1] is not None and results[-1].report.interrupted:
@@ -306,7 +319,7 @@ def _sweep(
     return Selection(rows, criterion, results, values.index(min(values)))
 
 
-def _chosen(choices: dict[str, Choice], criterion: str, points: Any, g: Any) -> Selection:
+def _chosen(choices: dict[str, Choice], criterion: str) -> Selection:
     """Return the selection from the choice for each covariance type."""
     rows: list[dict[str, Any]] = []
     results: list[FitResult | None] = []
@@ -316,7 +329,7 @@ def _chosen(choices: dict[str, Choice], criterion: str, points: Any, g: Any) -> 
         for n in sorted({*choice.levels.levels, *choice.fits}):
             result, level = choice.fits.get(n), choice.levels.levels.get(n)
             if result is not None:
-                row = _row(kind, result, points, g)
+                row = _row(kind, result, choice.criteria[n])
             else:
                 assert level is not None, "numbers are those of levels or fits"
                 row = _unfitted(kind, level)
@@ -347,11 +360,7 @@ def _checked(
         raise TypeError(f"covariance_types must be a list of names, got {types!r}; pass for example ['full'].")
     if method is not None and not isinstance(method, Method):
         raise TypeError(f"method must be a Method such as gmmkeops.EM(), got {type(method).__name__}.")
-    for name in ("checkpoint", "validation", "context", "start"):
-        if name in options:
-            raise TypeError(
-                f"select has no argument {name}, since it performs several fits; omit it, or use gmmkeops.fit."
-            )
+    refuse_single(options, "select")
     unknown = sorted(set(options) - set(inspect.signature(fit).parameters) - set(getattr(fit, "accepted", ())))
     if unknown:
         raise TypeError(f"select and gmmkeops.fit have no argument {unknown[0]!r}; see help(gmmkeops.fit).")
@@ -361,19 +370,15 @@ def _checked(
     return whole, names
 
 
-def _row(kind: str, result: FitResult, points: Any, weights: Any) -> dict[str, Any]:
-    """Compute the entries of a row: criteria and convergence of a fit."""
+def _row(kind: str, result: FitResult, found: dict[str, float]) -> dict[str, Any]:
+    """Return the entries of a row: criteria and convergence of a fit."""
     return FormerKeys(
         {
             "covariance_type": kind,
             "n_components": result.mixture.n_components,
             "log_likelihood": result.log_likelihood,
             "n_parameters": result.mixture.parameter_count,
-            **{
-                name: value
-                for name, value in criteria(result.mixture, points, weights, World()).items()
-                if name in CRITERIA
-            },
+            **{name: found[name] for name in CRITERIA},
             "n_iter": result.n_iter,
             "seconds": result.report.seconds,
             "converged": result.converged,

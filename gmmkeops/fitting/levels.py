@@ -94,8 +94,11 @@ class Judge:
 
     def bic(self, mixture: Mixture, likelihood: float) -> float:
         """Return the Bayesian information criterion for a mean log-likelihood of the sample."""
-        P, G = mixture.parameter_count, self.total
-        return -2 * G * likelihood + P * (1 / self.share - 1) + P * math.log(G)
+        return -2 * self.total * likelihood + self.optimism(mixture) + mixture.parameter_count * math.log(self.total)
+
+    def optimism(self, mixture: Mixture) -> float:
+        """Return the correction for the likelihood of the sample, which is higher than that of all points."""
+        return mixture.parameter_count * (1 / self.share - 1)
 
     def best(self, levels: dict[int, Level]) -> int:
         """Return the key of the best level; levels that are not sound are considered only if there are no others."""

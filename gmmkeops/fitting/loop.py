@@ -160,8 +160,7 @@ class Run:
                 if not math.isfinite(now.objective):
                     self.ending = Ending.DIVERGED
                     break
-                if self._improves(now):
-                    self.best = now
+                self._keep(now)
                 self._tell(now, bar)
             if self.ending is not Ending.DIVERGED:
                 journal.begin(self.iterations, lambda: self.snapshot(state))
@@ -176,14 +175,16 @@ class Run:
             self.ending = Ending.INTERRUPTED
         return self._final(state)
 
-    def _improves(self, now: Evaluation) -> bool:
-        """Return whether an evaluation is the result so far; held-out points are evaluated if there are any."""
-        if self.validation is not None:
-            earlier, value = self.history["validation"], self.validation(now.mixture)
-            best = self.best is None or value > max(earlier)
-            self.history["validation"] = [*earlier, value]
-            return best
-        return self.best is None or self.method.returns_last or now.objective < self.best.objective
+    def _keep(self, now: Evaluation) -> None:
+        """Keep an evaluation if it is the best so far, by the held-out points if there are any."""
+        if self.validation is None:
+            better = self.best is None or self.method.returns_last or now.objective < self.best.objective
+        else:
+            value = self.validation(now.mixture)
+            better = self.best is None or value > max(self.history["validation"])
+            self.history["validation"].append(value)
+        if better:
+            self.best = now
 
     def _final(self, state: Any) -> Evaluation:
         """Return the evaluation that is the result of the fit."""
