@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,3 +262,20 @@ def test_files_of_mixtures_know_of_no_fit(X, tmp_path):
             assert not hasattr(model, name)
     with pytest.raises(ValueError, match=r"^covariance_type must be 'tied' as in the mixture, got 'full'; omit it\.$"):
         gk.GaussianMixture.from_mixture(fitted.mixture_, covariance_type="full")
+
+
+def test_ctrl_c_ends_all_initializations(X, monkeypatch):
+    """The fits so far are the result."""
+    from gmmkeops.estimators import base
+
+    calls = []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        result = gk.fit(*args, **options)
+        return replace(result, report=replace(result.report, interrupted=len(calls) == 2))
+
+    monkeypatch.setattr(base, "fit", interrupted)
+    model = gk.GaussianMixture(2, n_init=5, init_params="kmeans", random_state=0).fit(X)
+    assert len(calls) == 2
+    assert model.fitted_

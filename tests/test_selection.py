@@ -531,6 +531,9 @@ def test_ctrl_c_ends_a_selection(monkeypatch):
     assert gk.analysis.select(x, criterion="bic").best.n_components in (1, 2)
     assert len(calls) <= 4
     calls.clear()
+    types = {row["covariance_type"] for row in gk.analysis.select(x, "auto", ["diag", "full"], criterion="bic").rows}
+    assert types == {"diag"}
+    calls.clear()
     monkeypatch.setattr(path, "fit", interrupted)
     assert len(gk.analysis.penalty_path(x, 4).rows) == 1
 

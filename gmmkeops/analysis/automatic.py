@@ -112,6 +112,7 @@ class Choice:
         criteria: All criteria of the fits, by their numbers of components.
         excluded: Numbers of components of fits that were excluded, since a component of theirs has very few points or is very
             narrow.
+        interrupted: Whether Ctrl-C ended a fit, after which there were no others.
     """
 
     levels: Levels
@@ -120,6 +121,7 @@ class Choice:
     best: int
     criteria: dict[int, dict[str, float]]
     excluded: frozenset[int] = frozenset()
+    interrupted: bool = False
 
     @property
     def value(self) -> float:
@@ -241,9 +243,10 @@ def choose(
     if held_out:
         result = searched(best)
         found = {best: criteria(result.mixture, x, weights, world)}
-        return Choice(levels, {best: result}, {n: each.value for n, each in levels.levels.items()}, best, found)
+        values = {n: each.value for n, each in levels.levels.items()}
+        return Choice(levels, {best: result}, values, best, found, interrupted=result.report.interrupted)
     fits: dict[int, FitResult] = {}
-    values: dict[int, float] = {}
+    values = {}
     found = {}
     center, best, sound = best, 0, []
     while best != center:
@@ -260,7 +263,8 @@ def choose(
                 values[n] = found[n][criterion]
                 sound += [n] if good else []
                 if any(result.report.interrupted for result in ways):
-                    return Choice(levels, fits, values, min(sound or values, key=lambda n: values[n]), found)
+                    least = min(sound or values, key=lambda n: values[n])
+                    return Choice(levels, fits, values, least, found, interrupted=True)
         center = world.tell(min(sound or values, key=lambda n: values[n]))[0]
     return Choice(levels, fits, values, best, found, frozenset(fits) - frozenset(sound) - {best})
 

@@ -239,8 +239,9 @@ def select(
         if prior is not None:
             as_choice(prior, "prior", ("auto",))
         most = _MOST if max_components is None else as_integer(max_components, "max_components", 1)
-        choices = {
-            kind: choose(
+        choices: dict[str, Choice] = {}
+        for kind in types:
+            choices[kind] = choose(
                 points,
                 g,
                 kind,
@@ -253,8 +254,8 @@ def select(
                 generator=generator,
                 options=options,
             )
-            for kind in types
-        }
+            if choices[kind].interrupted:
+                break
     return _chosen(choices, criterion)
 
 

@@ -237,6 +237,8 @@ class MixtureEstimator(Estimator, ABC):
                 )
                 if improves(result, best):
                     best = replace(result, report=replace(result.report, start=report))
+                if result.report.interrupted:
+                    break
         assert best is not None, "n_init is at least 1"
         if continuation.converged and not best.report.interrupted:
             best = replace(best, ending=Ending.CONVERGED)
