@@ -32,8 +32,9 @@ def test_the_kept_mixture_is_the_best_of_all_iterations(method):
     assert kept >= max(exact) - 1e-9
     plain = gk.fit(start, x, method, max_iter=40)
     assert kept > gk.analysis.score(plain.mixture, other)
-    # The reported likelihood is that of the training points under the kept mixture.
-    assert result.log_likelihood == pytest.approx(gk.analysis.score(result.mixture, x), abs=0.05)
+    # The reported likelihood is that of the training points under the kept mixture; with minibatches a mean over their updates.
+    tolerance = 0.05 if method.batch_size else 1e-9
+    assert result.log_likelihood == pytest.approx(gk.analysis.score(result.mixture, x), abs=tolerance)
 
 
 def test_a_fraction_is_held_out():
@@ -56,7 +57,9 @@ def test_weights_are_split_with_the_points():
         assert own.tolist() == [row + 1.0 for row in rows]
     result = gk.fit(2, x, validation=0.3, sample_weight=weights, generator=0)
     expected = gk.analysis.score(result.mixture, held.x, sample_weight=held.weights)
-    assert max(result.history["validation"]) == pytest.approx(expected, abs=0.02)
+    # The last mixture may be better than those of all iterations.
+    best = max(result.history["validation"])
+    assert expected == pytest.approx(best, abs=1e-8) or expected > best
 
 
 def test_tables_keep_the_names_of_their_columns():
