@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import gmmkeops as gk
-from gmmkeops.reductions.cores import cores, one_thread, threads_for, user_threads
+from gmmkeops import reductions
+from gmmkeops.data import Batch
+from gmmkeops.reductions.cores import alone, cores, one_thread, threads_for, user_threads
 
 
 @pytest.fixture
@@ -69,3 +71,14 @@ def test_callbacks_of_a_fit_have_the_threads_of_the_user(three):
     )
     assert seen == [3, 3, 3]
     assert torch.get_num_threads() == 3
+
+
+def test_operations_before_an_engine_use_one_thread(three):
+    few, many = torch.zeros(10, 2), torch.zeros(20_000, 2)
+    with alone(few):
+        assert torch.get_num_threads() == 3
+    for points in (many, Batch(many), reductions.arrange(many, 3000, truncate=1e-6)):
+        with alone(points):
+            assert (torch.get_num_threads(), cores()) == (1, 3)
+    with alone(many.to("meta")), alone("text"):
+        assert torch.get_num_threads() == 3

@@ -68,8 +68,10 @@ class ToyEvaluation:
                 return (e.argmax(1),)
             case TopK(k=k):
                 return e.topk(k).values.to(dtype), e.topk(k).indices
-            case PointGradient(weights=g):
-                return (-torch.einsum("n,nk,kde,nke->nd", g, r, self.U @ self.U.mT, z).to(dtype),)
+            case PointGradient(weights=g, values=with_values):
+                g = torch.ones_like(values) if g is None else g
+                after = (values.to(dtype),) if with_values else ()
+                return (-torch.einsum("n,nk,kde,nke->nd", g, r, self.U @ self.U.mT, z).to(dtype), *after)
             case Statistics(weights=g, assignment=assignment):
                 if assignment == "hard":
                     values, r = e.amax(1), torch.nn.functional.one_hot(e.argmax(1), e.shape[1]).double()

@@ -10,6 +10,10 @@ import torch
 from conftest import ENGINES, FAMILIES, make_case
 
 from gmmkeops import FullFactor, reductions
+from gmmkeops.reductions.dispatch import compute
+from gmmkeops.reductions.native.engine import Native
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.protocol import PointGradient
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -72,6 +76,42 @@ def test_signed_weights_and_point_gradient(engine, dtype, family):
     x.grad = None
     reductions.total(x, *case.arguments[1:], weights=g, backend=backend).backward()
     assert float((x.grad - truth["gradient"]).abs().max() / truth["gradient"].abs().max()) < tolerance
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_values", [False, True])
+def test_point_gradient_without_weights_and_with_values(engine, dtype, with_values):
+    backend, device = engine
+    case = make_case("full", dtype, condition=30.0, device=device)
+    problem, truth = Exponents.of(*case.arguments), case.oracle()
+    gradient, *values = compute(problem, None, PointGradient(values=with_values), backend)
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-11
+    assert float((gradient - truth["gradient"]).abs().max() / truth["gradient"].abs().max()) < tolerance
+    assert [error(found, truth["values"]) < VALUE[dtype] / 10 for found in values] == [True] * with_values
+
+
+@pytest.mark.skipif(reductions.native_unavailable() is not None, reason="the native engine is not compiled")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e34])
+def test_values_and_point_gradients_take_one_pass(monkeypatch, dtype, size):
+    case = make_case("full", dtype, condition=30.0)
+    g = size * torch.randn(len(case.x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = case.oracle(g)["gradient"]
+    asked, begin = [], Native.begin
+    monkeypatch.setattr(Native, "begin", lambda self, *args: (asked.append(args[1]), begin(self, *args))[1])
+    x = case.x.clone().requires_grad_()
+    values = reductions.logsumexp(x, *case.arguments[1:], backend="native", truncate=0)
+    values.backward(g.to(dtype))
+    assert asked == [PointGradient(values=True)]
+    away = (x.grad.double() - expected).abs().max() / expected.abs().max()
+    assert float(away) < (2e-5 if dtype == torch.float32 else 1e-11)
+    # A second backward pass with other arguments is not taken from the first one.
+    other = reductions.logsumexp(x + 1, *case.arguments[1:], backend="native", truncate=0)
+    assert not torch.allclose(
+        torch.autograd.grad(other.sum(), x)[0],
+        torch.autograd.grad(reductions.logsumexp(x, *case.arguments[1:], backend="native", truncate=0).sum(), x)[0],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -39,6 +39,9 @@ _logger = logging.getLogger("gmmkeops")
 
 
 # Argument names of version 0.1, and of other libraries.
+# Numbers of covariance matrices from which a second thread saves time in their factorization.
+_MATRICES = 1 << 20
+
 _OLD = {"weights": "sample_weight", "callbacks": "callback", "progress": "verbose"}
 _WRONG = {
     "epochs": "max_iter",
@@ -182,8 +185,8 @@ def fit(
         state = _first(run, task) if saved is None else run.resume(saved)
         bar = _bar(task.max_iter, verbose, run)
         try:
-            # Operations of torch are on the K components only, unless there is a network.
-            with reductions.one_thread() if task.model is None else nullcontext():
+            # Operations of torch are on the parameters only, unless there is a network.
+            with reductions.one_thread() if task.model is None and _is_small(task.mixture) else nullcontext():
                 best = run.go(state, task.max_iter, bar)
         finally:
             _close(bar, run)
@@ -216,6 +219,11 @@ def _begin(
     if found is not None:
         return found
     return start_of(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
+
+
+def _is_small(mixture: Mixture) -> bool:
+    """Return whether a second thread saves no time in operations on the parameters of a mixture."""
+    return mixture.means.numel() * (mixture.n_features if mixture.factor.coupled else 1) < _MATRICES
 
 
 def _first(run: Run, task: Task) -> Any:

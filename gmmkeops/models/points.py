@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gmmkeops.components import as_tensor, check_finite, concrete, ordinary
 from gmmkeops.data import table_of
-from gmmkeops.reductions import recordable
+from gmmkeops.reductions import alone, recordable
 
 if TYPE_CHECKING:
     from gmmkeops.models.mixture import Mixture
@@ -88,7 +88,9 @@ def examined(mixture: Mixture, x: Tensor, parameters: Prepared | None, *, check:
         check: Whether to raise a ValueError if an entry is not finite.
     """
     if parameters is not None and ordinary(x) and x.numel():
-        extent, (low, high) = parameters.extent, x.detach().aminmax()
+        extent = parameters.extent
+        with alone(x):
+            low, high = x.detach().aminmax()
         # The largest distance of a column is at most the sum of the largest entries, of points and, for a center, twice of means.
         reach = max(-low.item(), high.item()) + 2 * extent.mean
         if mixture.n_features * reach * extent.factor < _NEAR:

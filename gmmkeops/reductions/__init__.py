@@ -19,6 +19,7 @@ so that one pass over the data gives the gradients of all parameters and the suf
 """
 
 from gmmkeops.reductions.choice import BACKENDS, arrange, engine, may_arrange
+from gmmkeops.reductions.cores import alone as alone
 from gmmkeops.reductions.cores import one_thread as one_thread
 from gmmkeops.reductions.cores import threads_for as threads_for
 from gmmkeops.reductions.cores import user_threads as user_threads

@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["cores", "on_cores", "one_thread", "threads_for", "user_threads"]
+__all__ = ["alone", "cores", "on_cores", "one_thread", "threads_for", "user_threads"]
 
 T = TypeVar("T")
 
 _logger = logging.getLogger("gmmkeops")
 
 
-# Numbers of a tensor from which a second thread saves time.
-_MANY = 1 << 20
+# Numbers of a tensor from which a second thread saves time, and from which torch uses one.
+_MANY, _PARALLEL = 1 << 20, 1 << 15
 
 # Blocks of :func:`one_thread` that have not ended, and torch's number of threads outside of them.
 _lock = Lock()
@@ -61,6 +61,18 @@ def threads_for(x: Any) -> AbstractContextManager[None]:
     known = not getattr(x, "is_nested", False) and hasattr(x, "shape")
     count = math.prod(x.shape) if known else _MANY
     return one_thread() if count < _MANY else nullcontext()
+
+
+def alone(x: Any) -> AbstractContextManager[None]:
+    """Return a context for operations of torch on points (N, D) just before an engine runs.
+
+    It is :func:`one_thread` on a CPU: after an operation, the other threads of torch wait for the next one for some milliseconds,
+    and use the cores that the threads of an engine need (measured: an engine then took as long with two threads as with one).
+    """
+    x = getattr(x, "points", x)
+    x = x.cloud.points if hasattr(x, "cloud") else x
+    parallel = isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.numel() >= _PARALLEL
+    return one_thread() if parallel else nullcontext()
 
 
 @contextmanager

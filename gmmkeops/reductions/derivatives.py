@@ -43,8 +43,9 @@ def recordable(tensor: Tensor) -> Tensor:
 class Sweep(Protocol):
     """Interface of the reductions from which derivatives are computed; an instance may cache results for its arguments."""
 
-    #: Whether gradients with respect to offsets, means or factors will probably follow the values.
+    #: Whether gradients with respect to offsets, means or factors, or only to the points, will probably follow the values.
     fused: bool
+    pointwise: bool
 
     def anew(self) -> Sweep:
         """Return an instance without cached results, for other arguments."""
@@ -159,8 +160,9 @@ class LogSumExp(Function):
 
     @classmethod
     def of(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, sweep: Sweep) -> Tensor:
-        """Apply the function; the moments for the gradients of a sum or mean are computed in the same pass."""
+        """Apply the function; what gradients need is computed in the same pass: moments for those of a sum or mean, or slopes."""
         sweep.fused = torch.is_grad_enabled() and (offsets.requires_grad or means.requires_grad or U.requires_grad)
+        sweep.pointwise = torch.is_grad_enabled() and x.requires_grad and not sweep.fused
         return cast(Tensor, _applied(cls, x, offsets, means, U, sweep))
 
     @staticmethod
@@ -180,7 +182,7 @@ class LogSumExp(Function):
         arguments = (*saved, None, *(known or (None,) * 3), ctx.sweep, wanted)
         if constant(g, *saved):
             # A backward pass without a graph of its own needs no function with derivatives.
-            found = _Gradient.forward(g.double() if known is None or wanted[0] else g, *arguments)
+            found = _Gradient.forward(g, *arguments)
         else:
             found = _Gradient.apply(g.double(), *arguments)
         return (*_wanted(found, wanted), None)

@@ -12,6 +12,7 @@ from gmmkeops._checks import as_fraction
 from gmmkeops.components import Moments, as_tensor, concrete
 from gmmkeops.data import Batch
 from gmmkeops.reductions.choice import choose, sorted_points
+from gmmkeops.reductions.cores import alone
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.derivatives import recordable
 from gmmkeops.reductions.problem import Exponents, factor_tensor
@@ -139,7 +140,9 @@ class Dispatch:
         valid: Whether the points have been validated.
         setup: Cached result of :func:`setup`, or None.
         fused: Whether gradients with respect to the parameters will probably follow the log-sum-exps.
+        pointwise: Whether only gradients with respect to the points will probably follow.
         sums: Moments for weights of one, S0, S1 and S2, if they were computed together with the log-sum-exps.
+        slopes: Gradients (N, D) of the log-sum-exps with respect to the points, if they were.
     """
 
     blocks: Truncation | None
@@ -148,7 +151,9 @@ class Dispatch:
     valid: bool = False
     setup: _Setup | None = None
     fused: bool = False
+    pointwise: bool = False
     sums: tuple[Tensor, Tensor, Tensor] | None = None
+    slopes: Tensor | None = None
 
     @classmethod
     def of(cls, x: Any, backend: str, truncate: float | None) -> Dispatch:
@@ -156,7 +161,7 @@ class Dispatch:
         return cls(x if isinstance(x, Truncation) else None, backend, truncate, isinstance(x, Batch))
 
     def anew(self) -> Dispatch:
-        return replace(self, setup=None, sums=None)
+        return replace(self, setup=None, sums=None, slopes=None)
 
     def unordered(self, x: Tensor) -> Tensor:
         return x if self.blocks is None else self.blocks.cloud.leave(x)
@@ -169,9 +174,12 @@ class Dispatch:
 
     def values(self, *arguments: Tensor) -> Tensor:
         problem, blocks = self._problem(*arguments)
-        with_sums = Statistics(values=True) if self.fused and blocks is None else None
-        *sums, values = compute(problem, blocks, LogSumExp(), self.backend, with_sums)
-        self.sums = (sums[0], sums[1], sums[2]) if sums else None
+        both: Request | None = None
+        if blocks is None and (self.fused or self.pointwise):
+            both = Statistics(values=True) if self.fused else PointGradient(values=True)
+        *more, values = compute(problem, blocks, LogSumExp(), self.backend, both)
+        self.sums = (more[0], more[1], more[2]) if len(more) > 1 else None
+        self.slopes = more[0] if len(more) == 1 else None
         return values if blocks is None else blocks.cloud.leave(values)
 
     def total(
@@ -183,9 +191,10 @@ class Dispatch:
         return sums.total.clone(), parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
 
     def parameter_gradients(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        problem, blocks = self._problem(*arguments)
-        g = g if blocks is None else blocks.cloud.enter(g)
-        sums = statistics(problem, blocks, g, self.backend)
+        with alone(arguments[0]):
+            problem, blocks = self._problem(*arguments)
+            g = g.double() if blocks is None else blocks.cloud.enter(g.double())
+            sums = statistics(problem, blocks, g, self.backend)
         return parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
 
     def known(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -195,7 +204,13 @@ class Dispatch:
         return parameter_gradients(self._problem(*arguments)[0].U, *self.sums, scale=most) if least == most else None
 
     def point_gradient(self, g: Tensor, *arguments: Tensor) -> Tensor:
-        problem, blocks = self._problem(*arguments)
-        g = g if blocks is None else blocks.cloud.enter(g)
-        (gradient,) = compute(problem, blocks, PointGradient(g), self.backend)
+        if self.slopes is not None and concrete(g):
+            single = g.to(self.slopes.dtype)
+            # Weights beyond the range of float32 may have products within it.
+            g = single if bool(single.sum().isfinite()) else g
+            return g.unsqueeze(1).mul(self.slopes).to(self.slopes.dtype)
+        with alone(arguments[0]):
+            problem, blocks = self._problem(*arguments)
+            g = g.double() if blocks is None else blocks.cloud.enter(g.double())
+            (gradient,) = compute(problem, blocks, PointGradient(g), self.backend)
         return gradient if blocks is None else blocks.cloud.leave(gradient)

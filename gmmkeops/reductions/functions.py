@@ -12,6 +12,7 @@ from gmmkeops._checks import as_choice, as_integer
 from gmmkeops.components import Factor, Moments, as_tensor
 from gmmkeops.data import Batch, as_weights
 from gmmkeops.reductions import plain as _plain
+from gmmkeops.reductions.cores import alone
 from gmmkeops.reductions.derivatives import Attached, LogSumExp, Total
 from gmmkeops.reductions.dispatch import (
     ASSIGNMENTS,
@@ -113,7 +114,8 @@ def logsumexp(
     sweep = Dispatch.of(x, backend, truncate)
     if torch.compiler.is_compiling():
         return _compiled(sweep, *arguments)
-    return LogSumExp.of(*arguments, sweep)
+    with alone(x):
+        return LogSumExp.of(*arguments, sweep)
 
 
 def total(
@@ -153,9 +155,10 @@ def total(
     if torch.compiler.is_compiling():
         values = _compiled(sweep, *arguments).double()
         return values.sum() if g is None else (g * values).sum()
-    if g is not None and g.requires_grad:
-        return (g * LogSumExp.apply(*arguments, sweep).double()).sum()
-    return Total.apply(*arguments, g, sweep)[0]
+    with alone(x):
+        if g is not None and g.requires_grad:
+            return (g * LogSumExp.apply(*arguments, sweep).double()).sum()
+        return Total.apply(*arguments, g, sweep)[0]
 
 
 def _weights(weights: Any, x: Any) -> Tensor | None:
@@ -187,8 +190,9 @@ def argmax(
         >>> gk.reductions.argmax(torch.tensor([[0.1], [0.8]]), torch.zeros(2), torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
         tensor([0, 1])
     """
-    problem, blocks = setup(x, offsets, means, factor, truncate, Argmax().rank)
-    (labels,) = compute(problem, blocks, Argmax(), backend)
+    with alone(x):
+        problem, blocks = setup(x, offsets, means, factor, truncate, Argmax().rank)
+        (labels,) = compute(problem, blocks, Argmax(), backend)
     return labels if blocks is None else blocks.cloud.leave(labels)
 
 
@@ -223,9 +227,10 @@ def topk(
         (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
     k = as_integer(k, "k", 1)
-    problem, blocks = setup(x, offsets, means, factor, truncate, k)
-    as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
-    values, components = compute(problem, blocks, TopK(k), backend)
+    with alone(x):
+        problem, blocks = setup(x, offsets, means, factor, truncate, k)
+        as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
+        values, components = compute(problem, blocks, TopK(k), backend)
     return (values, components) if blocks is None else (blocks.cloud.leave(values), blocks.cloud.leave(components))
 
 
@@ -268,10 +273,11 @@ def moments(
     """
     as_choice(assignment, "assignment", ASSIGNMENTS)
     seed = as_integer(seed, "seed")
-    problem, blocks = setup(x, offsets, means, factor, truncate, Statistics(assignment=assignment).rank)
-    g = x.weights if isinstance(x, Batch) else _weights(weights, problem.x if blocks is None else blocks)
-    g = g if g is None or blocks is None else blocks.cloud.enter(g)
-    sums = statistics(problem, blocks, g, backend, assignment, seed)
+    with alone(x):
+        problem, blocks = setup(x, offsets, means, factor, truncate, Statistics(assignment=assignment).rank)
+        g = x.weights if isinstance(x, Batch) else _weights(weights, problem.x if blocks is None else blocks)
+        g = g if g is None or blocks is None else blocks.cloud.enter(g)
+        sums = statistics(problem, blocks, g, backend, assignment, seed)
     # In one dimension the factors of all families have equal shapes, so S2 is reshaped to that of the given factor.
     shape = factor.spread_shape(factor.features) if isinstance(factor, Factor) else sums.S2.shape[1:]
     return replace(sums, S2=sums.S2.reshape(len(sums.S0), *shape))

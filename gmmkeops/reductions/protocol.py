@@ -87,10 +87,12 @@ class PointGradient:
     r"""Request of the gradient of :math:`\sum_n g_n \ell_n` with respect to the points: one tensor (N, D), in their dtype.
 
     Args:
-        weights: Weights g (N,), float64, possibly negative.
+        weights: Weights g (N,), float64, possibly negative; None for ones.
+        values: Whether to return the log-sum-exps (N,), nats, in the dtype of the points too.
     """
 
-    weights: Tensor
+    weights: Tensor | None = None
+    values: bool = False
 
     rank = 0
 

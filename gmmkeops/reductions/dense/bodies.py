@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from gmmkeops.reductions.dense.tile import Tile
 from gmmkeops.reductions.problem import Exponents
@@ -52,7 +51,7 @@ def body_of(problem: Exponents, request: Request) -> Body:
         case Statistics():
             return _Moments(problem, request)
         case PointGradient():
-            return _Gradient(problem, request.weights)
+            return _Gradient(problem, request)
 
 
 class _LogSumExps:
@@ -165,18 +164,22 @@ class _Moments:
 class _Gradient:
     clamp, featured = True, False
 
-    def __init__(self, problem: Exponents, weights: Tensor) -> None:
+    def __init__(self, problem: Exponents, request: PointGradient) -> None:
         U, mu = problem.U, problem.means
         P = U @ U.mT if problem.is_full else U**2
         linear = (P @ mu[:, :, None])[:, :, 0] if problem.is_full else P * mu
         # Coefficients (K, D + D² or D + D or D + 1) of the gradient of each exponent for 1 and x.
         self.slopes = torch.cat([linear, P.reshape(len(mu), -1)], 1)
-        self.full, self.weights = problem.is_full, weights
+        self.full, self.weights = problem.is_full, request.weights
         self.gradient = torch.empty_like(problem.x)
+        self.values = problem.x.new_empty(problem.shape[0]) if request.values else None
 
     def __call__(self, tile: Tile, start: int, stop: int) -> None:
-        if not tile.sees(tile.softmax()):
+        values = tile.softmax()
+        if not tile.sees(values):
             return
+        if self.values is not None:
+            self.values[start:stop] = values
         D = len(tile.X)
         shares = tile.shares()
         pull_apart = tile.pull(shares)
@@ -185,10 +188,10 @@ class _Gradient:
         found = averages[:D] - ((pull * tile.X).sum(1) if self.full else pull[0] * tile.X)
         if pull_apart is not None:
             found = found - pull_apart
-        self.gradient[start:stop] = (found * self.weights[start:stop]).T
+        self.gradient[start:stop] = (found if self.weights is None else found * self.weights[start:stop]).T
 
     def overflowed(self, tiles: Sequence[Tile]) -> bool:
         return False
 
     def result(self, tiles: Sequence[Tile]) -> Result:
-        return (self.gradient,)
+        return (self.gradient,) if self.values is None else (self.gradient, self.values)

@@ -86,7 +86,7 @@ class _Evaluation:
             case Statistics():
                 return self._moments(self._request.weights, self._request.values)
             case PointGradient():
-                return (self._gradient(self._request.weights).to(self._dtype),)
+                return self._gradient(self._request.weights, self._request.values)
 
     def _replace_far(self, request: LogSumExp | TopK) -> Tensor:
         """Replace the values of rows that are far from all components by those of the dense engine; return these rows (n,)."""
@@ -112,14 +112,16 @@ class _Evaluation:
             S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
         return S0, S1, S2, total, *after
 
-    def _gradient(self, weights: Tensor) -> Tensor:
+    def _gradient(self, weights: Tensor | None, with_values: bool) -> Result:
         values = self._found[0]
         far = self._replace_far(LogSumExp())
+        g = torch.ones_like(values) if weights is None else weights
+        after = (values.to(self._dtype, copy=True),) if with_values else ()
         values[far] = formulas.NO_SHARE
-        gradient = formulas.point_gradient(self.problem, values, weights, self._schedules)
+        gradient = formulas.point_gradient(self.problem, values, g, self._schedules)
         if len(far):
-            (gradient[far],) = evaluate(dense, self.problem.rows(far), PointGradient(weights[far]))
-        return gradient
+            (gradient[far],) = evaluate(dense, self.problem.rows(far), PointGradient(g[far]))
+        return gradient.to(self._dtype), *after
 
 
 def _accurate(problem: Exponents) -> Exponents:

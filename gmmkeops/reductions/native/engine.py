@@ -148,7 +148,7 @@ class _Evaluation:
             case Argmax():
                 return (self.labels,)
             case PointGradient():
-                return (self.gradient,)
+                return (self.gradient, self.values) if self.request.values else (self.gradient,)
             case Statistics():
                 return (self.values,) if self.request.values else ()
         return self.values, self.labels

@@ -27,7 +27,7 @@ __all__ = ["StepSettings", "Steps", "em_steps"]
 _FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
 
 # Dimension of full covariances beyond which the Cholesky factorization of LAPACK is faster.
-_MANY = 32
+_MANY = 128
 
 # Largest number of steps of a call, and multiplications that a call with several steps may take (about a millisecond).
 _MOST, _WORK = 16, 3e7

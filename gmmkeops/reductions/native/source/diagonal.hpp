@@ -46,7 +46,7 @@ template <bool spherical> struct Axes {
     UNROLL for (int k = 0; k < C; k++) UNROLL for (int b = 0; b < N; b++)
       out[k * N + b] = spherical ? fnma(q[k][b], broadcast(p[k][2 * D]), broadcast(p[k][2 * D + 1])) : q[k][b];
   }
-  template <class F, int N> INLINE void pull(const F* p, int D, const Vector<F>* y, Vector<F>* out) {
+  template <class F, int N, int DS> INLINE void pull(const F* p, int D, const Vector<F>* y, Vector<F>* out) {
     for (int d = 0; d < D; d++) UNROLL for (int b = 0; b < N; b++) out[d * N + b] = y[d * N + b] * p[spherical ? 2 * D : 2 * D + d];
   }
 

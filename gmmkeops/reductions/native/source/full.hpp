@@ -136,8 +136,16 @@ struct Full {
   }
 
   // pull (D * N vectors) = U y, the gradient of -log density, but for the scale of U.
-  template <class F, int N> INLINE void pull(const F* p, int D, const Vector<F>* y, Vector<F>* out) {
+  template <class F, int N, int DS> INLINE void pull(const F* p, int D, const Vector<F>* y, Vector<F>* out) {
     const F* u = p + 2 * D;
+    if constexpr (DS > 0) {
+      UNROLL for (int j = 0; j < DS; j++) UNROLL for (int r = j; r < DS; r++) {
+        Vector<F> w = broadcast(*u++);
+        KEEP(w);
+        UNROLL for (int b = 0; b < N; b++) out[j * N + b] = r == j ? y[r * N + b] * w : fma(y[r * N + b], w, out[j * N + b]);
+      }
+      return;
+    }
     for (int i = 0; i < D * N; i++) out[i] = Vector<F>{};
     for (int d = 0, R; d < D; d += R) R = int(panel_height(D - d)), u = pulled<F, N>(u, y, d, R, out);
   }

@@ -3,6 +3,7 @@
 // All structures are plain data. The first one is filled by library.py, which declares the same fields in the same order;
 // change ABI whenever they change.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 constexpr int32_t ABI = 3;
@@ -49,7 +50,7 @@ struct StepCall {
   double mass, scale;       // total weight of all points, and its ratio to the weight of the points of the sweep
   double least;             // smallest weight of a component that is not pruned
   double floor, ceiling;    // smallest variance, and largest sum of the squares of a factor
-  double coarse;            // largest change of an exponent by the rounding of the points, nats
+  double coarse;            // largest norm of the change of a whitened residual by the rounding of the points
   double degrees;           // pseudo-points of each covariance
   double tolerance;         // the call ends when a step decreases the objective by less, nats per point; negative infinity: never
   const double *ridge, *rounding;  // (D,), added to variances; (D,) rounding errors of the points, or null
@@ -106,6 +107,12 @@ struct Group {
   int64_t odd;  // rows whose values are not finite
 };
 
+// Aligned memory of one thread, which its tiles use one after the other.
+struct Memory {
+  char* bytes;
+  size_t size;
+};
+
 // One level of the kd-tree: oriented boxes and enclosing ellipsoids along the same axes.
 struct Level {
   int64_t count, children, leaves;  // boxes, boxes for each of the level above, leaves of each box
@@ -153,11 +160,14 @@ struct Kernel {
   // Position in a component's sums of the product of residuals i >= j, where i = D stands for one; other families: i == j or i = D;
   // spherical ones have the same place for each i == j < D.
   int64_t (*place)(const Call&, int64_t i, int64_t j);
-  Status (*run)(const Call&, const Parameters&, Group&);
+  Status (*run)(const Call&, const Parameters&, Group&, Memory&);
   // The lists of the children of the parents from ``from`` to ``to``.
   Status (*refine)(const ListCall&, const Level&, bool last, const Lists& parents, int64_t from, int64_t to, Lists& children);
   // Eigenvectors of a symmetric matrix (D, D), in the rows of the second one; eigenvalues replace the diagonal of the first one.
   void (*eigenvectors)(double*, double*, int64_t D);
+  // How much a component magnifies relative rounding errors; the inverse of a Cholesky factor (matrices.hpp).
+  double (*magnification)(const double* U, int64_t D, double* space);
+  bool (*invert)(double* matrix, double* inverse, int64_t D, double noise);
   // Measures the points of one leaf.
   Status (*measure)(const TreeCall&, const Extents&, Measured, int64_t leaf);
 };

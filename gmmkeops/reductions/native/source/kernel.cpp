@@ -1,6 +1,7 @@
 // The kernels of one instruction set; compiled once for each of them, with KERNELS as the name of their namespace.
 #include "boxes.hpp"
 #include "lists.hpp"
+#include "matrices.hpp"
 #include "tile.hpp"
 
 namespace KERNELS {
@@ -13,7 +14,7 @@ static int64_t tile_rows(const Call& call, bool wide) {
   return rows < step ? step : rows > 512 ? 512 : rows;
 }
 
-template <class F, class Kind, int DS> static Status sweep(const Call& call, const Parameters& parameters, Group& group) {
+template <class F, class Kind, int DS> static Status sweep(const Call& call, const Parameters& parameters, Group& group, Memory& memory) {
   FlushDenormals flushed;
   const bool whole = call.ranges == 0;
   int64_t rows = tile_rows(call, sizeof(F) == 8), longest = call.components;
@@ -25,7 +26,7 @@ template <class F, class Kind, int DS> static Status sweep(const Call& call, con
       rows = size > rows ? size : rows, longest = length > longest ? length : longest;
     }
   }
-  Tile<F, Kind, DS> tile(call, parameters, group, rows, longest);
+  Tile<F, Kind, DS> tile(call, parameters, group, memory, rows, longest);
   if (!tile.ready) return OUT_OF_MEMORY;
   if (whole) {
     for (int64_t first = group.first; first < group.last; first += rows) {
@@ -45,21 +46,21 @@ template <class F, class Kind, int DS> static Status sweep(const Call& call, con
   return DONE;
 }
 
-template <class F> static Status of_type(const Call& call, const Parameters& parameters, Group& group) {
-  if (call.family == DIAGONAL) return sweep<F, Diagonal, 0>(call, parameters, group);
-  if (call.family == SPHERICAL) return sweep<F, Spherical, 0>(call, parameters, group);
+template <class F> static Status of_type(const Call& call, const Parameters& parameters, Group& group, Memory& memory) {
+  if (call.family == DIAGONAL) return sweep<F, Diagonal, 0>(call, parameters, group, memory);
+  if (call.family == SPHERICAL) return sweep<F, Spherical, 0>(call, parameters, group, memory);
   switch (call.dimensions) {
-    case 1: return sweep<F, Full, 1>(call, parameters, group);
-    case 2: return sweep<F, Full, 2>(call, parameters, group);
-    case 3: return sweep<F, Full, 3>(call, parameters, group);
-    case 4: return sweep<F, Full, 4>(call, parameters, group);
-    default: return sweep<F, Full, 0>(call, parameters, group);
+    case 1: return sweep<F, Full, 1>(call, parameters, group, memory);
+    case 2: return sweep<F, Full, 2>(call, parameters, group, memory);
+    case 3: return sweep<F, Full, 3>(call, parameters, group, memory);
+    case 4: return sweep<F, Full, 4>(call, parameters, group, memory);
+    default: return sweep<F, Full, 0>(call, parameters, group, memory);
   }
 }
 
-static Status run(const Call& call, const Parameters& parameters, Group& group) {
+static Status run(const Call& call, const Parameters& parameters, Group& group, Memory& memory) {
   const bool doubles = call.double_points || call.double_arithmetic;
-  return doubles ? of_type<double>(call, parameters, group) : of_type<float>(call, parameters, group);
+  return doubles ? of_type<double>(call, parameters, group, memory) : of_type<float>(call, parameters, group, memory);
 }
 static int64_t sums(const Call& call) {
   const int64_t D = call.dimensions;
@@ -71,6 +72,6 @@ static int64_t place(const Call& call, int64_t i, int64_t j) {
 }
 
 extern const Kernel kernel;
-const Kernel kernel = {sums, place, run, refine_any, eigenvectors, measure};
+const Kernel kernel = {sums, place, run, refine_any, eigenvectors, magnification, invert, measure};
 
 }  // namespace KERNELS

@@ -34,8 +34,16 @@ constexpr double MAGNIFICATION = 16;
 // Largest error of -mu u by one rounding, in bits of an exponent at a typical point.
 constexpr double EXPANDED = 32;
 
-// Rows of a group, its largest number of groups, and the numbers in their sums together.
-constexpr int64_t GROUP_ROWS = 16384, GROUPS = 64, SUMS = int64_t(1) << 22;
+// Rows and multiplications of a group, the fewest rows of one of several groups, the largest number of groups, and the numbers in
+// the sums of all.
+constexpr int64_t GROUP_ROWS = 4096, FEWEST = 512, GROUPS = 64, SUMS = int64_t(1) << 22;
+constexpr double GROUP_WORK = 1e8;
+
+// Several groups are a multiple of these, so that two and four threads get equal parts.
+constexpr int64_t EVEN = 4;
+
+// Rows by which a group of all rows begins: those of a block of vectors of every instruction set.
+constexpr int64_t STEP = 64;
 
 // Multiplications for which another thread saves time.
 constexpr double WORK = 2e6;
@@ -71,35 +79,6 @@ void triangular(double* U, int64_t D) {
   }
 }
 
-// How much a component magnifies relative rounding errors: the largest over the whitened coordinates y_r of the norm over j of
-// U_jr s_j, where s_j is the standard deviation of coordinate j. NaN or infinite where U is singular.
-double magnification(const double* U, int64_t D, std::vector<double>& inverse) {
-  // Standard deviations are the norms of the columns of U^-1; U is upper triangular.
-  inverse.assign(D * D, 0.0);
-  for (int64_t j = 0; j < D; j++) {
-    inverse[j * D + j] = 1 / U[j * D + j];
-    for (int64_t i = j - 1; i >= 0; i--) {
-      double sum = 0;
-      for (int64_t l = i + 1; l <= j; l++) sum += U[i * D + l] * inverse[l * D + j];
-      inverse[i * D + j] = -sum / U[i * D + i];
-    }
-  }
-  double most = 0;
-  std::vector<double> deviation(D);
-  // Covariance = (U U')^-1 = U^-T U^-1: its diagonal holds the squared norms of the columns of U^-1.
-  for (int64_t j = 0; j < D; j++) {
-    double sum = 0;
-    for (int64_t i = 0; i <= j; i++) sum += inverse[i * D + j] * inverse[i * D + j];
-    deviation[j] = std::sqrt(sum);
-  }
-  for (int64_t r = 0; r < D; r++) {
-    double sum = 0;
-    for (int64_t j = 0; j <= r; j++) sum += U[j * D + r] * deviation[j] * (U[j * D + r] * deviation[j]);
-    if (!(sum <= most)) most = sum;
-  }
-  return std::sqrt(most);
-}
-
 struct Driver {
   const Call& call;
   const Kernel& kernel;
@@ -128,43 +107,54 @@ struct Driver {
 
   void pack() {
     is_wide.assign(K, 0);
-    if (doubles) wide.reset(new double[K * stride]);
-    else single.reset(new float[K * stride]);
-    std::vector<double> packed(stride), inverse, U(full ? D * D : D);
-    bool any_wide = false, expanded = !full && call.request != POINT_GRADIENT;
-    for (int64_t k = 0; k < K; k++) {
-      const bool repeated = k > 0 && call.factor_stride == 0;
-      if (!repeated) load(k, U);
-      if (!doubles) is_wide[k] = needs_doubles(k, U, repeated ? &last_magnification : nullptr, inverse);
-      any_wide |= is_wide[k];
-      if (any_wide && !wide) wide.reset(new double[K * stride]);
-      if (expanded && !is_wide[k]) {
-        double error = 0;
-        for (int64_t d = 0; d < D; d++) { const double e = mean(k, d) * U[d]; error += e * e; }
-        expanded = error <= EXPANDED * EXPANDED;
+    wide.reset(new double[K * stride]);
+    if (!doubles) single.reset(new float[K * stride]);
+    std::atomic<bool> any_wide{false}, expanded{!full && call.request != POINT_GRADIENT};
+    const bool repeated = call.factor_stride == 0;
+    const double work = double(repeated ? 1 : K) * D * D * (full ? D : 1);
+    const int64_t parts = work > WORK ? std::min<int64_t>(K, 4 * call.threads) : 1;
+    const Status status = share(int(std::min<int64_t>(call.threads, parts)), size_t(parts), [&](size_t part) {
+      std::vector<double> space(full ? D * D + D : 0), U(full ? D * D : D);
+      double known = 1;
+      for (int64_t first = K * part / parts, k = first; k < int64_t(K * (part + 1) / parts); k++) {
+        if (k == first || !repeated) {
+          load(k, U);
+          if (full && !doubles) known = kernel.magnification(U.data(), D, space.data());
+        }
+        if (!doubles) is_wide[k] = needs_doubles(k, U, known);
+        if (is_wide[k]) any_wide = true;
+        if (expanded && !is_wide[k]) {
+          double error = 0;
+          for (int64_t d = 0; d < D; d++) { const double e = mean(k, d) * U[d]; error += e * e; }
+          if (!(error <= EXPANDED * EXPANDED)) expanded = false;
+        }
+        double* packed = &wide[k * stride];
+        write(k, U, packed);
+        if (!doubles && !is_wide[k]) std::copy(packed, packed + stride, &single[k * stride]);
       }
-      write(k, U, packed);
-      if (doubles || is_wide[k]) std::copy(packed.begin(), packed.end(), &wide[k * stride]);
-      else std::copy(packed.begin(), packed.end(), &single[k * stride]);
-    }
+      return DONE;
+    });
+    if (status != DONE) throw std::bad_alloc();
     if (expanded) expand();
     parameters = {{single.get(), stride}, {wide.get(), stride}, is_wide.data(), any_wide, deepest(), expanded};
   }
-  double last_magnification = 1;
 
   // Below the largest offset by more than this, float32 exponents have errors of 1e-5 nats and more.
   double deepest() const {
     if (doubles) return call.double_points ? -std::numeric_limits<double>::max() : -double(std::numeric_limits<float>::max());
-    return std::max(*std::max_element(call.offsets, call.offsets + K) - (300.0 + 4.0 * D), -1e38);
+    const auto [least, most] = std::minmax_element(call.offsets, call.offsets + K);
+    // Points of wide components in many dimensions are this much lower than those of narrow ones.
+    const double spread = std::min(*most - *least, 12.0 * D);
+    return std::max(*most - spread - (300.0 + 4.0 * D), -1e38);
   }
   void load(int64_t k, std::vector<double>& U) const {
     const double* from = call.factor + k * call.factor_stride;
     for (int64_t i = 0; i < int64_t(U.size()); i++) U[i] = call.family == SPHERICAL ? from[0] : from[i];
     if (full) triangular(U.data(), D);
   }
-  bool needs_doubles(int64_t k, const std::vector<double>& U, const double* known, std::vector<double>& inverse) {
-    last_magnification = !full ? 1 : known ? *known : magnification(U.data(), D, inverse);
-    bool fine = last_magnification <= MAGNIFICATION;
+  // Whether float32 is too inaccurate for a component, which magnifies errors by a factor.
+  bool needs_doubles(int64_t k, const std::vector<double>& U, double magnified) const {
+    bool fine = magnified <= MAGNIFICATION;
     for (int64_t d = 0; d < D; d++) {
       const double u = std::abs(U[full ? d * D + d : d]), m = std::abs(mean(k, d));
       fine = fine && u >= SMALLEST && u <= LARGEST && m <= LARGEST;
@@ -172,7 +162,7 @@ struct Driver {
     return !fine;
   }
   // The numbers of a component, as described at Packed.
-  void write(int64_t k, const std::vector<double>& U, std::vector<double>& out) const {
+  void write(int64_t k, const std::vector<double>& U, double* out) const {
     const double scale = std::sqrt(0.5 * LOG2E);
     for (int64_t d = 0; d < D; d++) out[d] = rounded(k, d);
     double* at = &out[2 * D];
@@ -207,6 +197,17 @@ struct Driver {
   }
 };
 
+// Multiplications of a call.
+double work_of(const Call& call) {
+  double pairs = double(call.rows) * call.components;
+  if (call.ranges) {
+    pairs = 0;
+    for (int64_t s = 0; s < call.ranges; s++)
+      pairs += double(call.range[2 * s + 1] - call.range[2 * s]) * (call.pointer[call.owner[s] + 1] - call.pointer[call.owner[s]]);
+  }
+  return pairs * call.dimensions * (call.family == FULL ? 0.5 * call.dimensions + 4 : 4);
+}
+
 // Cuts the rows, or the row ranges of the schedule, into groups whose sums are added in order, so that results do not depend on
 // the number of threads.
 std::vector<Group> cut(const Call& call, int64_t sums) {
@@ -214,9 +215,11 @@ std::vector<Group> cut(const Call& call, int64_t sums) {
   const int64_t items = whole ? call.rows : call.ranges;
   int64_t rows = whole ? call.rows : 0;
   for (int64_t r = 0; r < call.ranges; r++) rows += call.range[2 * r + 1] - call.range[2 * r];
-  int64_t count = std::clamp<int64_t>((rows + GROUP_ROWS - 1) / GROUP_ROWS, 1, GROUPS);
+  const double least = std::max(double(rows) / GROUP_ROWS, work_of(call) / GROUP_WORK);
+  int64_t count = int64_t(std::min({least, double(rows) / FEWEST, double(GROUPS)}));
   if (call.request >= SOFT && call.request <= STOCHASTIC)
     count = std::min(count, std::max<int64_t>(8, SUMS / (sums * call.components)));
+  count = count <= 1 ? 1 : (count + EVEN - 1) / EVEN * EVEN;
   std::vector<Group> groups;
   double work = 0;
   auto cost = [&](int64_t s) {
@@ -228,23 +231,13 @@ std::vector<Group> cut(const Call& call, int64_t sums) {
   double done = 0;
   for (int64_t g = 1; g <= count && first < items; g++) {
     int64_t last = first;
-    if (whole) last = items * g / count;
+    if (whole) last = items * g / count / STEP * STEP;
     else while (last < items && (done < work * g / count || last == first)) done += cost(last++);
     if (g == count) last = items;
     groups.push_back({first, last, nullptr, 0.0, 0});
     first = last;
   }
   return groups;
-}
-
-double work_of(const Call& call) {
-  double pairs = double(call.rows) * call.components;
-  if (call.ranges) {
-    pairs = 0;
-    for (int64_t s = 0; s < call.ranges; s++)
-      pairs += double(call.range[2 * s + 1] - call.range[2 * s]) * (call.pointer[call.owner[s] + 1] - call.pointer[call.owner[s]]);
-  }
-  return pairs * call.dimensions * (call.family == FULL ? 0.5 * call.dimensions + 4 : 4);
 }
 
 // Adds the sums of all groups in order, and converts them to moments about the means.
@@ -285,6 +278,12 @@ void merge(const Driver& driver, const std::vector<Group>& groups, int64_t sums,
   }
 }
 
+// Releases the memory of a thread.
+struct Space {
+  Memory memory{nullptr, 0};
+  ~Space() { free(memory.bytes); }
+};
+
 Status evaluate(const Call& given, const Kernel& kernel) {
   Driver driver(given, kernel);
   driver.pack();
@@ -300,7 +299,10 @@ Status evaluate(const Call& given, const Kernel& kernel) {
     for (size_t g = 0; g < groups.size(); g++) groups[g].moments = &space[g * sums * call.components];
   }
   const int threads = int(std::clamp<double>(work_of(call) / WORK, 1, std::min<double>(call.threads, groups.size())));
-  const Status status = share(threads, groups.size(), [&](size_t g) { return kernel.run(call, driver.parameters, groups[g]); });
+  std::vector<Space> spaces(threads);
+  const Status status = share(threads, groups.size(), [&](size_t g, int thread) {
+    return kernel.run(call, driver.parameters, groups[g], spaces[thread].memory);
+  });
   if (status != DONE) return status;
   double total = 0;
   *call.odd = 0;
@@ -398,7 +400,8 @@ EXPORT int32_t gmmkeops_evaluate(const Call* call, int32_t isa) {
 
 EXPORT int32_t gmmkeops_steps(StepCall* call, int32_t isa) {
   try {
-    return steps::run(*call, [&](const Call& sweep) { return evaluate(sweep, *kernel_of(isa)); });
+    const Kernel& kernel = *kernel_of(isa);
+    return steps::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
   } catch (const std::bad_alloc&) {
     return OUT_OF_MEMORY;
   }

@@ -6,25 +6,30 @@
 #include <vector>
 
 #include "interface.hpp"
+#include "share.hpp"
 
 namespace steps {
 
 constexpr double LOG_TWO_PI = 1.8378770664093453;
 
+// Operations on matrices for which another thread saves time.
+constexpr double PARALLEL = 1e6;
+
 struct Steps {
   StepCall& call;
+  const Kernel& kernel;
   const int64_t K, D, L;          // components, dimensions, covariances
   const int64_t E, P;             // numbers of a covariance in ``log_diagonal`` and in ``upper``
   const bool full;
   int64_t spread;                 // numbers of a covariance in S2
-  std::vector<double> offsets, factor, S0, S1, S2, cost, matrix, center;
+  std::vector<double> offsets, factor, S0, S1, S2, cost, along, center;
   double total = 0, prior = 0;
 
-  explicit Steps(StepCall& call)
-      : call(call), K(call.sweep.components), D(call.sweep.dimensions), L(call.tied ? 1 : K),
+  Steps(StepCall& call, const Kernel& kernel)
+      : call(call), kernel(kernel), K(call.sweep.components), D(call.sweep.dimensions), L(call.tied ? 1 : K),
         E(call.sweep.family == SPHERICAL ? 1 : D), P(call.sweep.family == FULL ? D * (D - 1) / 2 : 0),
         full(call.sweep.family == FULL), spread(full ? D * D : E),
-        offsets(K), factor(L * (full ? D * D : E)), S0(K), S1(K * D), S2(K * spread), cost(L), matrix(2 * D * D + D), center(D) {}
+        offsets(K), factor(L * (full ? D * D : E)), S0(K), S1(K * D), S2(K * spread), cost(L), along(D), center(D) {}
 
   // Factors and offsets of the parameters before step t; false if the points are too coarse for them.
   bool prepare(int64_t t) {
@@ -49,7 +54,7 @@ struct Steps {
           for (int64_t j = i + 1; j < D; j++) U[i * D + j] = *upper++, norm += U[i * D + j] * U[i * D + j];
         } else if (i < E) U[i] = u;
         trace += norm * call.ridge[i];
-        if (call.rounding) error += std::sqrt(norm) * call.rounding[i];
+        if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
       }
       cost[l] = 0.5 * trace;
       if (call.scatter) prior += 0.5 * weighted(U) - call.degrees * determinant;
@@ -58,20 +63,20 @@ struct Steps {
         offsets[k] = call.bare ? logits[k] : logits[k] - normalizer + determinant - 0.5 * D * LOG_TWO_PI;
     }
     for (double value : offsets) if (!(std::abs(value) < 1e30)) return false;
-    return coarsest <= call.coarse;
+    return coarsest <= call.coarse * call.coarse;
   }
 
   // The trace of the scatter of the prior times U U'.
-  double weighted(const double* U) const {
+  double weighted(const double* U) {
     double sum = 0;
     if (!full) {
       for (int64_t e = 0; e < E; e++) sum += call.scatter[e] * U[e] * U[e];
       return sum;
     }
-    for (int64_t r = 0; r < D; r++) for (int64_t i = 0; i <= r; i++) {
-      double along = 0;
-      for (int64_t j = 0; j <= r; j++) along += call.scatter[i * D + j] * U[j * D + r];
-      sum += U[i * D + r] * along;
+    for (int64_t i = 0; i < D; i++) {
+      std::fill(along.begin(), along.end(), 0.0);
+      for (int64_t j = 0; j < D; j++) for (int64_t r = j; r < D; r++) along[r] += call.scatter[i * D + j] * U[j * D + r];
+      for (int64_t r = i; r < D; r++) sum += U[i * D + r] * along[r];
     }
     return sum;
   }
@@ -88,7 +93,7 @@ struct Steps {
   // The M-step to the parameters after step t; false if it is not an ordinary one.
   bool maximize(int64_t t) {
     const double *means = call.means + t * K * D, *counts = call.counts + t * L;
-    double *next_means = call.means + (t + 1) * K * D, *next_counts = call.counts + (t + 1) * L;
+    double* next_means = call.means + (t + 1) * K * D;
     std::vector<double> scatter(L * spread), number(L);
     double all = 0;
     for (int64_t k = 0; k < K; k++) {
@@ -97,7 +102,7 @@ struct Steps {
       all += s0;
       const int64_t l = call.tied ? 0 : k;
       number[l] += s0;
-      double *shift = &matrix[2 * D * D], *s1 = &S1[k * D], *s2 = &S2[k * spread], *into = &scatter[l * spread];
+      double *shift = along.data(), *s1 = &S1[k * D], *s2 = &S2[k * spread], *into = &scatter[l * spread];
       for (int64_t d = 0; d < D; d++) {
         next_means[k * D + d] = call.fixed_means ? means[k * D + d] : means[k * D + d] + s1[d] / S0[k];
         shift[d] = next_means[k * D + d] - means[k * D + d];
@@ -109,24 +114,37 @@ struct Steps {
         for (int64_t d = 0; d < D; d++)
           into[E == 1 ? 0 : d] += call.scale * ((E == 1 && d ? 0 : s2[E == 1 ? 0 : d]) - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
     }
-    for (int64_t l = 0; l < L; l++) {
-      number[l] += call.degrees;
-      if (call.scatter) for (int64_t i = 0; i < spread; i++) scatter[l * spread + i] += call.scatter[i];
-      next_counts[l] = number[l] / call.mass;
-      if (call.fixed_covariances) {
-        std::copy_n(call.log_diagonal + (t * L + l) * E, E, call.log_diagonal + ((t + 1) * L + l) * E);
-        std::copy_n(call.upper + (t * L + l) * P, P, call.upper + ((t + 1) * L + l) * P);
-      } else if (!(full ? factorize(t, l, &scatter[l * spread], number[l]) : scales(t, l, &scatter[l * spread], number[l]))) return false;
-    }
+    const int64_t parts = full && L * D * D * D > PARALLEL ? std::min<int64_t>(L, 4 * call.sweep.threads) : 1;
+    const Status status = share(int(std::min<int64_t>(parts, call.sweep.threads)), size_t(parts), [&](size_t part) {
+      std::vector<double> space(full ? 2 * D * D : 0);
+      for (int64_t l = L * part / parts; l < int64_t(L * (part + 1) / parts); l++)
+        if (!covariance(t, l, &scatter[l * spread], number[l], space.data())) return INTERRUPTED;
+      return DONE;
+    });
+    if (status == OUT_OF_MEMORY) throw std::bad_alloc();
+    if (status != DONE) return false;
     for (int64_t k = 0; k < K; k++) {
       const double weight = S0[k] * call.scale / all;
       if (!(weight > call.least)) return false;
       call.logits[(t + 1) * K + k] = call.fixed_weights ? call.logits[t * K + k] : std::log(std::max(weight, 1e-300));
     }
     double now = 0, change = 0;
-    for (int64_t l = 0; l < L; l++) now += counts[l] * cost[l], change += (counts[l] - next_counts[l]) * cost[l];
+    for (int64_t l = 0; l < L; l++) now += counts[l] * cost[l], change += (counts[l] - counts[L + l]) * cost[l];
     call.total[t] = total, call.cost[t] = now, call.prior[t] = prior, call.drift[t + 1] = call.drift[t] + change;
     return std::isfinite(total) && std::isfinite(now);
+  }
+
+  // The factor of covariance l after step t, from the scatter of a number of points.
+  bool covariance(int64_t t, int64_t l, double* scatter, double number, double* space) {
+    number += call.degrees;
+    if (call.scatter) for (int64_t i = 0; i < spread; i++) scatter[i] += call.scatter[i];
+    call.counts[(t + 1) * L + l] = number / call.mass;
+    if (call.fixed_covariances) {
+      std::copy_n(call.log_diagonal + (t * L + l) * E, E, call.log_diagonal + ((t + 1) * L + l) * E);
+      std::copy_n(call.upper + (t * L + l) * P, P, call.upper + ((t + 1) * L + l) * P);
+      return true;
+    }
+    return full ? factorize(t, l, scatter, number, space) : scales(t, l, scatter, number);
   }
 
   // Variances to the logarithms of the factors.
@@ -141,38 +159,28 @@ struct Steps {
     return true;
   }
 
-  // A covariance to the upper factor U of its inverse U U', by its Cholesky factor L: U = L^-T.
-  bool factorize(int64_t t, int64_t l, const double* scatter, double number) {
-    double *lower = matrix.data(), *inverse = lower + D * D;
+  // A covariance to the upper factor U of its inverse U U'. ``space`` holds 2 D D numbers.
+  bool factorize(int64_t t, int64_t l, const double* scatter, double number, double* space) {
+    double *matrix = space, *inverse = space + D * D;
     const double noise = 4 * D * std::numeric_limits<double>::epsilon();
+    for (int64_t i = 0; i < D; i++) {
+      for (int64_t j = i; j < D; j++) matrix[i * D + j] = 0.5 * (scatter[i * D + j] + scatter[j * D + i]) / number;
+      matrix[i * D + i] += call.ridge[i];
+      if (!(matrix[i * D + i] >= call.floor)) return false;
+    }
+    if (!kernel.invert(matrix, inverse, D, noise)) return false;
     double *logs = call.log_diagonal + ((t + 1) * L + l) * E, *upper = call.upper + ((t + 1) * L + l) * P, size = 0;
     for (int64_t i = 0; i < D; i++) {
-      for (int64_t j = 0; j <= i; j++) {
-        double value = 0.5 * (scatter[i * D + j] + scatter[j * D + i]) / number + (i == j ? call.ridge[i] : 0);
-        if (i == j && !(value >= call.floor)) return false;
-        const double variance = value;
-        for (int64_t r = 0; r < j; r++) value -= lower[i * D + r] * lower[j * D + r];
-        if (i == j && !(value > noise * variance)) return false;
-        lower[i * D + j] = i == j ? std::sqrt(value) : value / lower[j * D + j];
-      }
-      inverse[i * D + i] = 1 / lower[i * D + i];
-      for (int64_t j = 0; j < i; j++) {
-        double sum = 0;
-        for (int64_t r = j; r < i; r++) sum += lower[i * D + r] * inverse[r * D + j];
-        inverse[i * D + j] = -sum * inverse[i * D + i];
-      }
-      for (int64_t j = 0; j <= i; j++) size += inverse[i * D + j] * inverse[i * D + j];
-    }
-    for (int64_t i = 0; i < D; i++) {
       logs[i] = std::log(inverse[i * D + i]);
+      for (int64_t j = 0; j <= i; j++) size += inverse[i * D + j] * inverse[i * D + j];
       for (int64_t j = i + 1; j < D; j++) *upper++ = inverse[j * D + i];
     }
     return size <= call.ceiling;
   }
 };
 
-template <class Evaluate> Status run(StepCall& call, Evaluate evaluate) {
-  Steps steps(call);
+template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate) {
+  Steps steps(call, kernel);
   auto objective = [&](int64_t t) { return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t] + call.drift[t]; };
   for (call.done = 0; call.done < call.steps; call.done++) {
     const int64_t t = call.done;

@@ -6,12 +6,14 @@
 
 namespace KERNELS {
 
-// Aligned memory, released at the end; null if there is none.
-struct Memory {
-  char* bytes = nullptr;
-  bool reserve(size_t size) { return (bytes = (char*)aligned_alloc(64, (size + 127) / 64 * 64)) != nullptr; }
-  ~Memory() { free(bytes); }
-};
+// Enlarges the memory of a thread if it must; returns false if there is none.
+INLINE bool reserve(Memory& memory, size_t size) {
+  size = (size + 127) / 64 * 64;
+  if (size <= memory.size) return true;
+  free(memory.bytes);
+  memory.bytes = (char*)aligned_alloc(64, size), memory.size = memory.bytes ? size : 0;
+  return memory.bytes != nullptr;
+}
 
 // A random number in (0, 1] for each row, whatever tile it is in (splitmix64).
 INLINE double uniform(uint64_t seed, uint64_t row) {
@@ -44,8 +46,8 @@ template <class F, class Kind, int DS> class Tile {
   static constexpr bool skipping = DS == 0;
 
  public:
-  Tile(const Call& call, const Parameters& parameters, Group& group, int64_t rows, int64_t longest)
-      : call(call), parameters(parameters), group(group), D(int(call.dimensions)), sums(Kind::sums(call.dimensions)),
+  Tile(const Call& call, const Parameters& parameters, Group& group, Memory& memory, int64_t rows, int64_t longest)
+      : call(call), parameters(parameters), group(group), memory(memory), D(int(call.dimensions)), sums(Kind::sums(call.dimensions)),
         width(int(padded(call.dimensions, W) / W)), deepest(F(parameters.deepest)) {
     if constexpr (sizeof(F) == 4) packed = parameters.single;
     else packed = parameters.wide;
@@ -63,7 +65,7 @@ template <class F, class Kind, int DS> class Tile {
                  best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8), near = take(width * BYTES),
                  points = take(skipping ? T * width * BYTES : 0), which = take(T * sizeof(F)),
                  some = take(skipping ? size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES : 0);
-    ready = memory.reserve(size);
+    ready = reserve(memory, size);
     if (!ready) return;
     char* p = memory.bytes;
     // The last lanes of rows stay zero.
@@ -109,11 +111,11 @@ template <class F, class Kind, int DS> class Tile {
   const Call& call;
   const Parameters& parameters;
   Group& group;
+  Memory& memory;
   Packed<F> packed;
   const int D;
   const int64_t sums;
   const int width;  // vectors of a row of coordinates
-  Memory memory;
   const F deepest;  // smallest value of a row that is evaluated here
   V low;            // smallest values so far, and whether one is not finite
   bool unbounded = false;
@@ -524,37 +526,59 @@ template <class F, class Kind, int DS> class Tile {
   void gradient() {
     V* pull = Z;  // coordinate d of vector v at d * S + v
     for (int d = 0; d < D; d++) for (int v = 0; v < vectors; v++) pull[d * S + v] = V{};
+    if constexpr (DS > 0) pulls_few(pull);
+    else pulls_many(pull);
+    // Factors are scaled by sqrt(log2(e) / 2), so that U y here is the gradient times log2(e) / 2.
+    const double scale = -2 * LN2 * call.unit;
+    F* by = as(R);
+    for (int i = 0; i < n; i++) by[i] = F(scale * weight(i));
+    for (int d = 0; d < D; d++) for (int v = 0; v < vectors; v++) pull[d * S + v] *= R[v];
+    const F* values = as(pull);
+    if (call.double_points) leave((double*)call.gradient + row * D, values);
+    else leave((float*)call.gradient + row * D, values);
+  }
+  // Coordinates of vectors as rows of numbers.
+  template <class T> void leave(T* out, const F* values) {
+    const int dimensions = DS > 0 ? DS : D;
+    for (int i = 0; i < n; i++) for (int d = 0; d < dimensions; d++) out[i * dimensions + d] = T(values[d * S * W + i]);
+  }
+  // In up to four dimensions the sums over all components stay in registers.
+  void pulls_few(V* pull) {
+    for (int w = 0; w < blocks; w++) {
+      const V* e = exponents_at(w, 0);
+      V sums[DS > 0 ? DS * N : 1];
+      UNROLL for (int i = 0; i < DS * N; i++) sums[i] = V{};
+      for (int k = 0; k < K; k++, e += N) {
+        const int64_t c = component(k);
+        V r[N];
+        UNROLL for (int b = 0; b < N; b++) r[b] = e[b] * G[w * N + b];
+        if (wide(c)) { pull_wide(w, c, r, pull); continue; }
+        V q[N], y[DS > 0 ? DS * N : 1], out[DS > 0 ? DS * N : 1];
+        Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, q, y);
+        Kind::template pull<F, N, DS>(numbers(c), D, y, out);
+        UNROLL for (int d = 0; d < DS; d++) UNROLL for (int b = 0; b < N; b++) sums[d * N + b] = fma(r[b], out[d * N + b], sums[d * N + b]);
+      }
+      UNROLL for (int d = 0; d < DS; d++) UNROLL for (int b = 0; b < N; b++) pull[d * S + w * N + b] += sums[d * N + b];
+    }
+  }
+  void pulls_many(V* pull) {
     for (int k = 0; k < K; k++) {
       const int64_t c = component(k);
       for (int w = 0; w < blocks; w++) {
         const V* e = exponents_at(w, k);
-        if (skipping) {
-          const uint16_t* m = mask + int64_t(k) * S + w * N;
-          unsigned any = 0;
-          for (int b = 0; b < N; b++) any |= m[b];
-          if (!any) continue;
-        }
+        const uint16_t* m = mask + int64_t(k) * S + w * N;
+        unsigned any = 0;
+        for (int b = 0; b < N; b++) any |= m[b];
+        if (!any) continue;
         V r[N];
-        for (int b = 0; b < N; b++) {
-          r[b] = e[b] * G[w * N + b];
-          if (skipping && !mask[int64_t(k) * S + w * N + b]) r[b] = V{};
-        }
-        if (wide(c)) pull_wide(w, c, r, pull);
-        else {
-          V q[N];
-          V *y = space, *out = space + D * N;
-          Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, q, y);
-          Kind::template pull<F, N>(numbers(c), D, y, out);
-          for (int d = 0; d < D; d++) UNROLL for (int b = 0; b < N; b++) pull[d * S + w * N + b] = fma(r[b], out[d * N + b], pull[d * S + w * N + b]);
-        }
+        for (int b = 0; b < N; b++) r[b] = m[b] ? e[b] * G[w * N + b] : V{};
+        if (wide(c)) { pull_wide(w, c, r, pull); continue; }
+        V q[N];
+        V *y = space, *out = space + D * N;
+        Kind::template exponents<F, N, DS>(numbers(c), D, X + w * N, S, q, y);
+        Kind::template pull<F, N, DS>(numbers(c), D, y, out);
+        for (int d = 0; d < D; d++) UNROLL for (int b = 0; b < N; b++) pull[d * S + w * N + b] = fma(r[b], out[d * N + b], pull[d * S + w * N + b]);
       }
-    }
-    // Factors are scaled by sqrt(log2(e) / 2), so that U y here is the gradient times log2(e) / 2.
-    const double scale = -2 * LN2 * call.unit;
-    for (int i = 0; i < n; i++) for (int d = 0; d < D; d++) {
-      const double found = scale * weight(i) * double(as(pull)[d * S * W + i]);
-      if (call.double_points) ((double*)call.gradient)[(row + i) * D + d] = found;
-      else ((float*)call.gradient)[(row + i) * D + d] = float(found);
     }
   }
   __attribute__((noinline)) void pull_wide(int w, int64_t c, const V* r, V* pull) {
@@ -563,7 +587,7 @@ template <class F, class Kind, int DS> class Tile {
         VD q[N];
         VD *y = spaceD, *out = spaceD + D * N;
         Kind::template exponents<double, N, DS>(numbers_wide(c), D, XD + (int64_t(w) * PER + part) * N, S * PER, q, y);
-        Kind::template pull<double, N>(numbers_wide(c), D, y, out);
+        Kind::template pull<double, N, DS>(numbers_wide(c), D, y, out);
         for (int d = 0; d < D; d++) for (int i = 0; i < N * WD; i++) {
           F* at = as(pull) + (d * S + w * N) * W + part * N * WD + i;
           *at += F(double(((const F*)r)[part * N * WD + i]) * ((const double*)(out + d * N))[i]);

@@ -1,0 +1,62 @@
+// Factors of covariances in float64. Inner loops run along rows, so that the compiler uses vectors.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace KERNELS {
+
+// How much a component magnifies relative rounding errors: the largest over the whitened coordinates y_r of the norm over j of
+// U_jr s_j, where s_j is the standard deviation of coordinate j. NaN or infinite where U is singular. ``space`` holds D D + D
+// numbers.
+static double magnification(const double* U, int64_t D, double* space) {
+  // Covariance = (U U')^-1 = U^-T U^-1, so that standard deviations are the norms of the columns of U^-1. U is upper triangular,
+  // and each row of its inverse is a sum of the rows below.
+  double *inverse = space, *sums = inverse + D * D;
+  std::memset(space, 0, (D * D + D) * sizeof(double));
+  for (int64_t i = D - 1; i >= 0; i--) {
+    double* row = inverse + i * D;
+    for (int64_t l = i + 1; l < D; l++) {
+      const double u = U[i * D + l];
+      for (int64_t j = l; j < D; j++) row[j] += u * inverse[l * D + j];
+    }
+    for (int64_t j = i + 1; j < D; j++) row[j] = -row[j] / U[i * D + i];
+    row[i] = 1 / U[i * D + i];
+    for (int64_t j = i; j < D; j++) sums[j] += row[j] * row[j];
+  }
+  double* deviation = inverse;
+  for (int64_t j = 0; j < D; j++) deviation[j] = std::sqrt(sums[j]), sums[j] = 0;
+  for (int64_t j = 0; j < D; j++) for (int64_t r = j; r < D; r++) {
+    const double value = U[j * D + r] * deviation[j];
+    sums[r] += value * value;
+  }
+  double most = 0;
+  for (int64_t r = 0; r < D; r++) if (!(sums[r] <= most)) most = sums[r];
+  return std::sqrt(most);
+}
+
+// The inverse transpose U^-T of the upper Cholesky factor U of a matrix (D, D) whose upper triangle is given, and is replaced by
+// the factor; false if a pivot is at most ``noise`` times its diagonal entry.
+static bool invert(double* matrix, double* inverse, int64_t D, double noise) {
+  for (int64_t i = 0; i < D; i++) {
+    double *row = matrix + i * D, *out = inverse + i * D;
+    const double variance = row[i];
+    for (int64_t r = 0; r < i; r++) {
+      const double factor = matrix[r * D + i], *above = matrix + r * D;
+      for (int64_t j = i; j < D; j++) row[j] -= factor * above[j];
+    }
+    if (!(row[i] > noise * variance)) return false;
+    row[i] = std::sqrt(row[i]);
+    const double scale = 1 / row[i];
+    for (int64_t j = i + 1; j < D; j++) row[j] *= scale;
+    for (int64_t j = 0; j < i; j++) out[j] = 0;
+    for (int64_t r = 0; r < i; r++) {
+      const double factor = matrix[r * D + i] * scale, *above = inverse + r * D;
+      for (int64_t j = 0; j <= r; j++) out[j] -= factor * above[j];
+    }
+    out[i] = scale;
+  }
+  return true;
+}
+
+}  // namespace KERNELS
