@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, HAS_NATIVE
 
 import gmmkeops as gk
-from gmmkeops.fitting import initialization, search
+from gmmkeops.fitting import initialization, rounds, search
 from gmmkeops.fitting.rounds import Climber, Found
 from gmmkeops.fitting.search import Search, covariance_of, has_few_points, prior_of, within_prior
 
@@ -496,6 +496,12 @@ def test_more_initializations_are_not_worse():
 def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
     sweeps, candidates = [], []
     em_steps, moments, clustered = gk.reductions.em_steps, gk.reductions.moments, Search._clustered
+    em_round = gk.reductions.em_round
+
+    def spy_round(*arguments, **options):
+        found = em_round(*arguments, **options)
+        sweeps.append(found.work if found else 0)
+        return found
 
     def spy_steps(batch, logits, means, factor, settings, **options):
         found = em_steps(batch, logits, means, factor, settings, **options)
@@ -513,6 +519,7 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
         return clustered(self, centers, root)
 
     monkeypatch.setattr(gk.reductions, "em_steps", spy_steps)
+    monkeypatch.setattr(gk.reductions, "em_round", spy_round)
     monkeypatch.setattr(gk.reductions, "moments", spy_moments)
     monkeypatch.setattr(Search, "_clustered", spy_clustered)
     x = overlapping(1, N=400)
@@ -689,3 +696,55 @@ def test_invalid_priors_are_refused(prior):
             call()
         assert "auto" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+@pytest.mark.parametrize(("D", "N"), [(1, 400), (3, 2000), (3, 120), (9, 2000)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_native_round_equals_that_of_several_calls(family, D, N, weighted, monkeypatch):
+    generator = torch.Generator().manual_seed(D * N)
+    normal = {"generator": generator, "dtype": torch.float64}
+    scales = torch.linspace(0.5, 2, D, dtype=torch.float64)
+    x = 3 * torch.randn(4, D, **normal)[torch.randint(4, (N,), generator=generator)] + scales * torch.randn(
+        N, D, **normal
+    )
+    weights = torch.rand(N, **normal) + 0.5 if weighted else None
+    search = Search(
+        x, weights, 5, *gk.components.factor_class(family), method=None, penalty=None, prior=None, generator=generator,
+        backend="auto",
+    )  # fmt: skip
+    assert (search.objective.penalty is not None) == search.few
+    climber = search.climber()
+    found = climber.climbed(search.begun(1)[0], 5, 0.0)
+    results, native = [], rounds.round_of
+    for whole in (True, False):
+        climber.work = 0
+        monkeypatch.setattr(rounds, "round_of", native if whole else lambda *_: None)
+        assert (
+            rounds.round_of(climber.method, climber.objective, found.state, (10, 1e-3), (15, 1e-4)) is None
+        ) != whole
+        results.append((climber._round(found), climber.work))
+    (fast, fast_work), (slow, slow_work) = results
+    assert fast_work == slow_work
+    assert fast.value == pytest.approx(slow.value, abs=1e-9)
+    for one, other in ((fast.origin, slow.origin), (fast.mixture, slow.mixture)):
+        assert torch.allclose(one.weights, other.weights, atol=1e-8)
+        assert torch.allclose(one.means, other.means, atol=1e-8)
+        assert torch.allclose(one.factor.covariances(), other.factor.covariances(), atol=1e-8)
+
+
+@pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
+def test_a_round_that_is_not_ordinary_takes_several_calls(monkeypatch):
+    """Points on a line make covariances singular, and common covariances are left to several calls."""
+    line = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None] * torch.ones(2, dtype=torch.float64)
+    for x, family in ((line, "full"), (overlapping(1, N=300), "tied")):
+        search = Search(
+            x, None, 3, *gk.components.factor_class(family), method=gk.EM(reg_covar=0), penalty=None, prior=None,
+            generator=torch.Generator().manual_seed(0), backend="auto",
+        )  # fmt: skip
+        climber = search.climber()
+        found = climber.climbed(search.begun(0)[0], 5, 0.0)
+        assert rounds.round_of(climber.method, climber.objective, found.state, (10, 1e-3), (15, 1e-4)) is None
+        after = climber.improved(found, 2)
+        assert after.value <= found.value

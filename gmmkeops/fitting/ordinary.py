@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gmmkeops import reductions
+from gmmkeops.data import Batch
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.population import DEAD_POINTS
-from gmmkeops.models import Mixture
+from gmmkeops.models import HALF, Mixture, merges_singly, noise
 
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["DEAD_SHARE", "Block", "climb"]
+__all__ = ["DEAD_SHARE", "Block", "climb", "round_of"]
 
 # EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
 DEAD_SHARE = 1e-3
@@ -50,33 +51,12 @@ class Block:
             method, objective, state: As for :meth:`EM.step`.
             limit, tolerance: As for :func:`gmmkeops.reductions.em_steps`.
         """
-        given = method.frozen_weights, method.frozen_means, method.frozen_covariances
-        frozen = given[0] is True, given[1] is True, given[2] is True
-        if (
-            (objective.penalty is not None and not objective.penalty.constant)
-            or method.batch_size is not None
-            or method.accelerate
-            or method.assignment == "stochastic"
-            or method.beta(state) < 1
-            or not all(isinstance(mask, bool) for mask in given)
-        ):
+        own = _settings(method, objective, state)
+        if own is None:
             return None
-        batch = objective.whole()
-        if batch is None:
-            return None
+        batch, settings = own
         mixture = state.mixture
-        scatter, degrees = objective.pseudo_points(mixture)
         objective.passes.seen(batch, mixture.n_components)
-        settings = reductions.StepSettings(
-            objective.mass,
-            method.ridge(objective),
-            FLOOR,
-            DEAD_SHARE * DEAD_POINTS / objective.count,
-            frozen,
-            method.assignment,
-            scatter=scatter,
-            degrees=degrees,
-        )
         found = reductions.em_steps(
             batch,
             mixture.logits,
@@ -93,9 +73,7 @@ class Block:
             return None
         whole = state.population.whole(mixture)
         if whole is mixture:
-            # The determinants of covariances in data units differ by those of the scales.
-            volume = degrees * mixture.factor.leading * objective.frame.log_volume
-            penalty = volume / objective.mass
+            penalty = _volume(objective, settings, mixture)
         else:
             penalty = float(objective.penalized(whole)) - found.priors[0] / objective.mass
         return cls(method, objective, state, found, penalty)
@@ -133,6 +111,82 @@ class Block:
         whole, population = state.population.whole(state.mixture), state.population
         exact = self.method.assignment != "hard"
         return Evaluation(whole, self.value(t), self.likelihood(t), population.live, state.floored, exact)
+
+
+def _settings(method: EM, objective: Objective, state: EMState) -> tuple[Batch, reductions.StepSettings] | None:
+    """Return the points and the constants of ordinary steps from a state; None if its steps are not ordinary ones."""
+    given = method.frozen_weights, method.frozen_means, method.frozen_covariances
+    frozen = given[0] is True, given[1] is True, given[2] is True
+    if (
+        (objective.penalty is not None and not objective.penalty.constant)
+        or method.batch_size is not None
+        or method.accelerate
+        or method.assignment == "stochastic"
+        or method.beta(state) < 1
+        or not all(isinstance(mask, bool) for mask in given)
+    ):
+        return None
+    batch = objective.whole()
+    if batch is None:
+        return None
+    scatter, degrees = objective.pseudo_points(state.mixture)
+    settings = reductions.StepSettings(
+        objective.mass,
+        method.ridge(objective),
+        FLOOR,
+        DEAD_SHARE * DEAD_POINTS / objective.count,
+        frozen,
+        method.assignment,
+        scatter=scatter,
+        degrees=degrees,
+    )
+    return batch, settings
+
+
+def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mixture) -> float:
+    """Return the penalty that is the same at all steps, nats per point.
+
+    The determinants of covariances in data units differ by those of the scales.
+    """
+    return settings.degrees * mixture.factor.leading * objective.frame.log_volume / objective.mass
+
+
+def round_of(
+    method: EM, objective: Objective, state: EMState, split: tuple[int, float], merged: tuple[int, float]
+) -> tuple[Mixture, Mixture, float, int] | None:
+    """Split every component, climb, merge and climb again in the native engine, as :meth:`Climber.improved` does otherwise.
+
+    Args:
+        method, objective, state: As for :func:`climb`.
+        split, merged: Steps and tolerances after the split and after the merge.
+
+    Returns:
+        The merged mixture, the mixture that was reached, its objective (as for :func:`climb`), and the number of E-steps times
+        that of the components in them; None if a step is not an ordinary one, or the engine does not compute them.
+    """
+    mixture = state.mixture
+    own = None if mixture.tied or not merges_singly(2 * mixture.n_components) else _settings(method, objective, state)
+    if own is None:
+        return None
+    batch, settings = own
+    found = reductions.em_round(
+        batch,
+        (mixture.logits, mixture.means, mixture.factor),
+        settings,
+        split=split,
+        merged=merged,
+        half=HALF,
+        points=noise(mixture.n_features),
+        backend=objective.backend,
+    )
+    if found is None:
+        return None
+    for _ in (split, merged):
+        objective.passes.seen(batch, mixture.n_components)
+    likelihood = found.total / objective.mass - objective.frame.log_volume
+    value = _volume(objective, settings, mixture) + found.prior / objective.mass + found.cost - likelihood
+    before, after = (Mixture(*parameters, validate_args=False) for parameters in (found.merged, found.reached))
+    return before, after, value, found.work
 
 
 def climb(method: EM, objective: Objective, state: EMState, steps: int, tolerance: float) -> tuple[EMState, float]:

@@ -10,7 +10,7 @@ import torch
 
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.ordinary import climb
+from gmmkeops.fitting.ordinary import climb, round_of
 from gmmkeops.fitting.population import Population
 from gmmkeops.models import Mixture, merge_down, merged_by, split
 
@@ -113,6 +113,11 @@ class Climber:
 
     def _round(self, found: Found) -> Found | None:
         """Return the result of one round; None if fewer components are left after the split than before."""
+        fast = round_of(self.method, self.objective, found.state, _SPLIT, MERGED)
+        if fast is not None:
+            merged, reached, value, work = fast
+            self.work += work
+            return Found(self.state(reached), value, merged)
         K = found.origin.n_components
         twice = self.climbed(split(found.state.mixture), *_SPLIT).state.mixture
         if twice.n_components < K:

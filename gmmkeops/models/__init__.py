@@ -19,7 +19,17 @@ from gmmkeops.models.files import (
     write_table,
     write_whole,
 )
-from gmmkeops.models.merging import COSTS, MergeTree, cheapest_merges, merge_down, merged_by, split
+from gmmkeops.models.merging import (
+    COSTS,
+    HALF,
+    MergeTree,
+    cheapest_merges,
+    merge_down,
+    merged_by,
+    merges_singly,
+    noise,
+    split,
+)
 from gmmkeops.models.mixture import Mixture, as_mixture, log_weights
 from gmmkeops.models.module import GMM
 from gmmkeops.models.random_state import generator_of
@@ -29,6 +39,7 @@ __all__ = [
     "COMPONENTS",
     "COSTS",
     "GMM",
+    "HALF",
     "MIXTURES",
     "TABLES",
     "MergeTree",
@@ -43,6 +54,8 @@ __all__ = [
     "log_weights",
     "merge_down",
     "merged_by",
+    "merges_singly",
+    "noise",
     "principal_axes",
     "read",
     "save",

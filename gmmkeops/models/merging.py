@@ -24,7 +24,17 @@ from gmmkeops.components import Factor
 if TYPE_CHECKING:
     from gmmkeops.models.mixture import Mixture
 
-__all__ = ["COSTS", "MergeTree", "cheapest_merges", "merge_down", "merged_by", "split"]
+__all__ = [
+    "COSTS",
+    "HALF",
+    "MergeTree",
+    "cheapest_merges",
+    "merge_down",
+    "merged_by",
+    "merges_singly",
+    "noise",
+    "split",
+]
 
 # Costs of a merge: the estimated divergence, its upper bound, and its lower bound.
 COSTS = ("divergence", "bound", "classification")
@@ -43,7 +53,7 @@ _TOGETHER = 1 / 16
 _NUMBERS = 1 << 20
 
 # Distance of the halves of a component from its mean, in standard deviations along its longest axis.
-_HALF = 0.7
+HALF = 0.7
 
 # Smallest variance of a merged component relative to its largest one.
 _FLOOR = 1e-300
@@ -119,6 +129,11 @@ def merge_down(mixture: Mixture, n_components: int, *, cost: str = "divergence")
         return _Merger(mixture, cost).run(n_components)
 
 
+def merges_singly(n_components: int) -> bool:
+    """Return whether :func:`merge_down` compares all pairs of so many components, and merges one pair at a time."""
+    return n_components <= _ALL and int(n_components * _TOGETHER) <= 1
+
+
 def cheapest_merges(mixture: Mixture) -> list[MergeTree]:
     """Return the different single merges that have the lowest cost, by each of the costs."""
     with reductions.one_thread():
@@ -166,13 +181,16 @@ def split(mixture: Mixture) -> Mixture:
     if kind.coupled:
         values, vectors = torch.linalg.eigh(spreads)
         axis = vectors[..., -1] * values[..., -1:].clamp(min=0).sqrt()
+        # The first half lies where the longest axis has its largest entry, whose sign is arbitrary.
+        largest = axis.gather(-1, axis.abs().argmax(-1, keepdim=True))
+        axis = torch.where(largest < 0, -axis, axis)
     else:
         variances = kind.variances(spreads).expand(-1, D)
         # The components of a spherical family have no longest axis; they are split along one column after the other.
         longest = variances.argmax(1) if spreads.ndim > 1 else torch.arange(len(spreads), device=means.device) % D
         axis = torch.zeros_like(variances).scatter(1, longest[:, None], variances.gather(1, longest[:, None]).sqrt())
-    shift = (_HALF * axis).expand(K, D)
-    factor, _ = kind.nearest(spreads - _outer(kind, _HALF * axis), D, _FLOOR)
+    shift = (HALF * axis).expand(K, D)
+    factor, _ = kind.nearest(spreads - _outer(kind, HALF * axis), D, _FLOOR)
     both = factor if factor.leading == 1 else factor.select(torch.arange(K, device=means.device).repeat(2))
     logits = mixture.log_weights.detach().double() - math.log(2)
     return mixture._like(logits.repeat(2), torch.cat([means + shift, means - shift]), both).named(mixture.columns)
@@ -194,7 +212,7 @@ def _like(values: Tensor, other: Tensor) -> Tensor:
 
 
 @cache
-def _noise(features: int) -> Tensor:
+def noise(features: int) -> Tensor:
     """Return fixed quasi-random points (2 _POINTS, D) of the standard normal distribution, in pairs z and -z."""
     u = torch.quasirandom.SobolEngine(features, scramble=True, seed=0).draw(_POINTS, dtype=torch.float64)
     z = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-9, 1 - 1e-9))
@@ -312,7 +330,7 @@ class _Merger:
         D = self.features
         numbers = D * (D if self.kind.coupled else 1) + (2 * _POINTS * D if sampled else 0)
         if not self.tied:
-            points = _noise(D).to(self.means) if sampled else None
+            points = noise(D).to(self.means) if sampled else None
             found = reductions.pair_costs(self.w, self.means, self.spreads, self.kind, torch.from_numpy(edges), points)
             if found is not None:
                 return found.numpy()
@@ -334,7 +352,7 @@ class _Merger:
         bound = (a * one.log_determinant() + b * two.log_determinant() - W * logs).clamp(min=0)
         if not sampled:
             return bound
-        z = _noise(self.features).to(self.means)
+        z = noise(self.features).to(self.means)
         own = z.square().sum(1)
         found = torch.zeros_like(bound)
         for this, other, mine, theirs, mass, rest in ((i, j, one, two, a, b), (j, i, two, one, b, a)):

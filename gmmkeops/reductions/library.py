@@ -15,6 +15,7 @@ __all__ = [
     "Level",
     "ListCall",
     "PairCall",
+    "RoundCall",
     "StepCall",
     "TreeCall",
     "instruction_set",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 3
+_ABI = 4
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -81,12 +82,24 @@ class StepCall(ctypes.Structure):
     )
 
 
+class RoundCall(ctypes.Structure):
+    """The arguments of a round of splitting and merging."""
+
+    _fields_ = (
+        ("steps", StepCall),
+        *((name, ctypes.c_int64) for name in ("split_steps", "merged_steps")),
+        *((name, ctypes.c_double) for name in ("split_tolerance", "merged_tolerance", "half")),
+        ("points", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("blocks", "work")),
+    )
+
+
 class PairCall(ctypes.Structure):
     """The arguments of the costs of merging pairs of components."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("full", "trace", "threads", "unused")),
-        *((name, ctypes.c_int64) for name in ("dimensions", "columns", "pairs", "blocks")),
+        *((name, ctypes.c_int64) for name in ("components", "dimensions", "columns", "pairs", "blocks")),
         *((name, ctypes.c_void_p) for name in ("weights", "means", "spreads", "points", "pair", "cost")),
     )
 
@@ -149,7 +162,10 @@ def _library() -> ctypes.CDLL | str:
     except OSError as error:
         return f"its library cannot be loaded ({error})"
     library.gmmkeops_sizes.restype = ctypes.c_int64
-    sizes = sum(1000**i * ctypes.sizeof(call) for i, call in enumerate((Call, ListCall, TreeCall, StepCall, PairCall)))
+    sizes = sum(
+        1000**i * ctypes.sizeof(call)
+        for i, call in enumerate((Call, ListCall, TreeCall, StepCall, PairCall, RoundCall))
+    )
     if library.gmmkeops_abi() != _ABI or library.gmmkeops_sizes() != sizes:
         return "its library belongs to another version; install gmmkeops again"
     return library
@@ -195,8 +211,9 @@ def run(function: str, call: ctypes.Structure, *, is_long: bool = False) -> int:
     library, chosen = load()
     compiled = getattr(library, function)
     stop = ctypes.c_int32(0)
-    # Steps contain the call of one sweep.
-    sweep = getattr(call, "sweep", call)
+    # Rounds contain the call of steps, and these that of a sweep.
+    sweep = getattr(call, "steps", call) if isinstance(call, RoundCall) else call
+    sweep = getattr(sweep, "sweep", sweep)
     sweep.stop = ctypes.addressof(stop)
     if not is_long or threading.current_thread() is not threading.main_thread():
         return int(compiled(ctypes.byref(call), chosen))

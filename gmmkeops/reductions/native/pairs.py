@@ -9,7 +9,7 @@ from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFac
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, PairCall, reason, run
 
-__all__ = ["BLOCK", "pair_costs"]
+__all__ = ["BLOCK", "pair_costs", "table_of"]
 
 # Number of points in a block, as in source/pairs.hpp.
 BLOCK = 24
@@ -33,19 +33,18 @@ def pair_costs(
         return None
     D = means.shape[1]
     found = torch.empty(len(pairs), dtype=torch.float64)
-    blocks = 0 if points is None else len(points) // BLOCK
-    # One row for each dimension, so that points are neighbors in memory.
-    table = None if points is None else points.view(blocks, BLOCK, D).mT.contiguous()
+    table = None if points is None else table_of(points, D)
     parts = [part.contiguous() for part in (weights, means, spreads, pairs)]
     call = PairCall(
         kind is FullFactor,
         kind is SphericalFactor,
         cores(),
         0,
+        len(means),
         D,
         1 if kind is SphericalFactor else D,
         len(pairs),
-        blocks,
+        0 if table is None else len(table),
         *(part.data_ptr() for part in parts[:3]),
         None if table is None else table.data_ptr(),
         parts[3].data_ptr(),
@@ -54,3 +53,8 @@ def pair_costs(
     if run("gmmkeops_pairs", call) == OUT_OF_MEMORY:
         raise MemoryError(f"There is not enough memory for the costs of {len(pairs)} pairs in {D} dimensions.")
     return found
+
+
+def table_of(points: Tensor, features: int) -> Tensor:
+    """Return points (blocks * BLOCK, D) as (blocks, D, BLOCK), so that points are neighbors in memory."""
+    return points.view(-1, BLOCK, features).mT.contiguous()

@@ -21,7 +21,7 @@ from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["StepSettings", "Steps", "em_steps"]
+__all__ = ["StepSettings", "Steps", "described", "em_steps"]
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
 _FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
@@ -117,15 +117,36 @@ def em_steps(
     Returns:
         The results, which may contain no step; None if the native engine does not compute them.
     """
+    own = described(batch, means, factor, settings, backend)
+    if own is None:
+        return None
+    call, _kept = own
+    (N, D), K, full = batch.points.shape, len(means), factor.coupled
+    work = N * K * (D * (D + 8) if full else D + 8)
+    count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
+    tables = _tables(count, logits, means, factor, counts, drift)
+    call.steps, call.tolerance = count, tolerance
+    for name, table in tables.items():
+        setattr(call, name, table.data_ptr())
+    if run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG) == OUT_OF_MEMORY:
+        raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
+    return _results({name: table[: call.done + 1] for name, table in tables.items()}, factor)
+
+
+def described(
+    batch: Batch, means: Tensor, factor: Factor, settings: StepSettings, backend: str
+) -> tuple[StepCall, list[Tensor | None]] | None:
+    """Return the arguments of steps but for their number and tables, and the tensors that must be kept until they are performed.
+
+    Returns:
+        None if the native engine does not compute them.
+    """
     x, weights, family = batch.points, batch.weights, _FAMILIES.get(type(factor))
     if family is None or not isinstance(x, Tensor) or (family == 0 and x.shape[1] > _MANY):
         return None
-    (N, D), K, L = x.shape, len(means), factor.leading
+    (N, D), K = x.shape, len(means)
     if not native.runs(x, family == 0, backend, lambda: Exponents.of(batch, torch.zeros(K), means, factor)):
         return None
-    work = N * K * (D * (D + 8) if family == 0 else D + 8)
-    count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
-    tables = _tables(count, logits, means, factor, counts, drift)
     mass, unit, ratio = batch.mass, 1.0, 1.0
     if weights is not None:
         weights, unit, ratio = scaled(weights)
@@ -151,12 +172,11 @@ def em_steps(
     )
     call = StepCall(
         sweep=sweep,
-        tied=L == 1,
+        tied=factor.leading == 1,
         fixed_weights=fixed[0],
         fixed_means=fixed[1],
         fixed_covariances=fixed[2],
         bare=settings.bare,
-        steps=count,
         mass=settings.mass,
         scale=settings.mass / mass,
         least=settings.least,
@@ -164,15 +184,11 @@ def em_steps(
         ceiling=1 / settings.floor,
         coarse=ROUNDING,
         degrees=settings.degrees,
-        tolerance=tolerance,
         ridge=ridge.data_ptr(),
         rounding=None if rounding is None else rounding.data_ptr(),
         scatter=None if scatter is None else scatter.data_ptr(),
-        **{name: table.data_ptr() for name, table in tables.items()},
     )
-    if run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG) == OUT_OF_MEMORY:
-        raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
-    return _results({name: table[: call.done + 1] for name, table in tables.items()}, factor)
+    return call, [x, weights, ridge, rounding, scatter, values, numbers]
 
 
 def _tables(

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 3;
+constexpr int32_t ABI = 4;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -67,11 +67,21 @@ struct StepCall {
 // The costs of merging pairs of components.
 struct PairCall {
   int32_t full, trace, threads, unused;   // whether covariances are matrices; whether one variance holds for all dimensions
-  int64_t dimensions, columns, pairs, blocks;  // D, numbers of a covariance that is no matrix, pairs, blocks of points
+  int64_t components, dimensions, columns, pairs, blocks;  // K, D, numbers of a covariance that is no matrix, pairs, blocks of points
   const double *weights, *means, *spreads;  // (K,), (K, D), (K, D, D) or (K, columns)
   const double* points;     // (blocks, D, 24) points of the standard normal distribution, or null for the upper bound
   const int64_t* pair;      // (pairs, 2)
   double* cost;             // (pairs,)
+};
+
+// A round of the search for a start, see rounds.hpp. The tables of ``steps`` have two rows, and ``total``, ``cost`` and ``prior`` one.
+struct RoundCall {
+  StepCall steps;
+  int64_t split_steps, merged_steps;            // largest numbers of steps after the split and after the merge
+  double split_tolerance, merged_tolerance;     // their tolerances, nats per point
+  double half;                                  // distance of the halves of a component from its mean, in standard deviations
+  const double* points;                         // as in PairCall
+  int64_t blocks, work;                         // work: E-steps times components; 0 if a step was not an ordinary one
 };
 
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:

@@ -10,6 +10,7 @@
 
 #include "interface.hpp"
 #include "pairs.hpp"
+#include "rounds.hpp"
 #include "share.hpp"
 #include "steps.hpp"
 #include "tree.hpp"
@@ -30,6 +31,9 @@ constexpr double SMALLEST = 1e-12, LARGEST = 1e12;
 // Largest factor by which a component may magnify the rounding errors of float32: the error of an exponent e stays below about
 // 1e-5 max(1, |e|) nats.
 constexpr double MAGNIFICATION = 16;
+
+// Numbers of components that are prepared once for all of their pairs.
+constexpr int64_t PREPARED = int64_t(1) << 24;
 
 // Largest error of -mu u by one rounding, in bits of an exponent at a typical point.
 constexpr double EXPANDED = 32;
@@ -385,7 +389,7 @@ const Kernel* kernel_of(int isa) {
 
 EXPORT int32_t gmmkeops_abi() { return ABI; }
 
-EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(TreeCall) + 1000000000 * sizeof(StepCall) + 1000000000000 * sizeof(PairCall); }
+EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(TreeCall) + 1000000000 * sizeof(StepCall) + 1000000000000 * sizeof(PairCall) + 1000000000000000 * sizeof(RoundCall); }
 
 // Whether this machine has an instruction set: 0 base, 1 AVX2, 2 AVX-512.
 EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
@@ -407,11 +411,33 @@ EXPORT int32_t gmmkeops_steps(StepCall* call, int32_t isa) {
   }
 }
 
+EXPORT int32_t gmmkeops_round(RoundCall* call, int32_t isa) {
+  try {
+    const Kernel& kernel = *kernel_of(isa);
+    return rounds::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
 EXPORT int32_t gmmkeops_pairs(const PairCall* call, int32_t) {
   try {
-    const int64_t parts = std::clamp<int64_t>(call->pairs / 256, 1, 4096);
-    return share(int(std::min<int64_t>(call->threads, parts)), size_t(parts), [&](size_t part) {
-      pairs::Worker worker(*call);
+    const int64_t parts = std::clamp<int64_t>(call->pairs / 256, 1, 4096), K = call->components, D = call->dimensions;
+    const int threads = int(std::min<int64_t>(call->threads, parts));
+    // Components of several pairs are prepared once.
+    std::vector<pairs::Component> components;
+    const int64_t size = (call->full ? D * D : call->columns) + call->blocks * D * pairs::BLOCK;
+    if (call->pairs > K && K * size <= PREPARED) {
+      components.resize(K);
+      const Status status = share(threads, size_t(parts), [&](size_t part) {
+        pairs::Worker worker(*call);
+        for (int64_t k = K * part / parts; k < int64_t(K * (part + 1) / parts); k++) worker.prepare(components[k], k);
+        return DONE;
+      });
+      if (status != DONE) return status;
+    }
+    return share(threads, size_t(parts), [&](size_t part) {
+      pairs::Worker worker(*call, components.empty() ? nullptr : &components);
       for (int64_t p = call->pairs * part / parts; p < int64_t(call->pairs * (part + 1) / parts); p++)
         call->cost[p] = worker.cost(call->pair[2 * p], call->pair[2 * p + 1]);
       return DONE;

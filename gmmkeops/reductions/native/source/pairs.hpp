@@ -12,24 +12,35 @@ namespace pairs {
 // Points at which the exponents of a component are evaluated together.
 constexpr int64_t BLOCK = 24;
 
-// One component: its mean, the lower Cholesky factor of its covariance, and the logarithm of the determinant of the inverse factor.
+// One component: its mean, the lower Cholesky factor of its covariance, the logarithm of the determinant of the inverse factor, and
+// points of the component relative to its mean, one row for each dimension of a block.
 struct Component {
-  const double* mean;
-  std::vector<double> lower;
-  double logs;
+  const double* mean = nullptr;
+  std::vector<double> lower, points;
+  double logs = 0;
 };
 
 struct Worker {
   const PairCall& call;
   const int64_t D, E;
   const bool full;
+  const std::vector<Component>* known;  // the components, if all have been prepared
   Component first, second, whole;
-  std::vector<double> mean, spread, x, y;
+  std::vector<double> mean, spread, white;
+  double share = 0.5;
 
-  explicit Worker(const PairCall& call)
+  explicit Worker(const PairCall& call, const std::vector<Component>* known = nullptr)
       : call(call), D(call.dimensions), E(call.full ? call.dimensions * call.dimensions : call.columns), full(call.full),
-        mean(D), spread(E), x(D * BLOCK), y(BLOCK) {
-    for (Component* each : {&first, &second, &whole}) each->lower.resize(E);
+        known(known), mean(D), spread(E), white(D * BLOCK) {
+    whole.lower.resize(E);
+  }
+
+  void prepare(Component& component, int64_t i) const {
+    component.lower.resize(E);
+    factorize(component, call.means + i * D, call.spreads + i * E);
+    if (!call.points) return;
+    component.points.resize(call.blocks * D * BLOCK);
+    for (int64_t block = 0; block < call.blocks; block++) draw(component, block * D * BLOCK);
   }
 
   void factorize(Component& component, const double* mean, const double* spread) const {
@@ -54,10 +65,11 @@ struct Worker {
     }
   }
 
-  // Points of a component, relative to its mean: x = L z, one row for each dimension.
-  void draw(const Component& component, const double* z) {
+  // Points of a component, relative to its mean: x = L z.
+  void draw(Component& component, int64_t at) const {
+    const double* z = call.points + at;
     for (int64_t d = 0; d < D; d++) {
-      double* into = &x[d * BLOCK];
+      double* into = &component.points[at + d * BLOCK];
       std::fill(into, into + BLOCK, 0.0);
       for (int64_t r = full ? 0 : d; r <= d; r++) {
         const double l = component.lower[full ? d * D + r : E == 1 ? 0 : d];
@@ -66,8 +78,8 @@ struct Worker {
     }
   }
 
-  // Exponents at the points x about the mean ``from``.
-  void exponents(const Component& component, const double* from, std::vector<double>& white, double* out) const {
+  // Exponents at points x about the mean ``from``.
+  void exponents(const Component& component, const double* x, const double* from, double* out) {
     for (int64_t s = 0; s < BLOCK; s++) out[s] = 0;
     for (int64_t d = 0; d < D; d++) {
       double* row = &white[d * BLOCK];
@@ -83,9 +95,10 @@ struct Worker {
     for (int64_t s = 0; s < BLOCK; s++) out[s] = component.logs - 0.5 * out[s];
   }
 
-  // The cost of a pair of components with positive weights.
-  double cost(int64_t i, int64_t j) {
-    const double a = call.weights[i], b = call.weights[j], W = a + b, share = W > 0 ? a / W : 0.5;
+  // Weight, mean and covariance of a merged pair; the weight is returned, and ``share`` becomes the fraction of the first one.
+  double merge(int64_t i, int64_t j) {
+    const double a = call.weights[i], W = a + call.weights[j];
+    share = W > 0 ? a / W : 0.5;
     const double *mi = call.means + i * D, *mj = call.means + j * D, *si = call.spreads + i * E, *sj = call.spreads + j * E;
     double square = 0;
     for (int64_t d = 0; d < D; d++) mean[d] = mj[d] + share * (mi[d] - mj[d]), square += (mi[d] - mj[d]) * (mi[d] - mj[d]);
@@ -93,21 +106,26 @@ struct Worker {
       const double between = full ? (mi[e / D] - mj[e / D]) * (mi[e % D] - mj[e % D]) : E == D && !call.trace ? (mi[e] - mj[e]) * (mi[e] - mj[e]) : square / D;
       spread[e] = share * si[e] + (1 - share) * sj[e] + share * (1 - share) * between;
     }
-    factorize(first, mi, si), factorize(second, mj, sj), factorize(whole, mean.data(), spread.data());
-    const double bound = std::max(0.0, a * first.logs + b * second.logs - W * whole.logs);
+    return W;
+  }
+
+  // The cost of merging a pair of components.
+  double cost(int64_t i, int64_t j) {
+    const double a = call.weights[i], b = call.weights[j], W = merge(i, j);
+    if (!known) prepare(first, i), prepare(second, j);
+    const Component &one = known ? (*known)[i] : first, &two = known ? (*known)[j] : second;
+    factorize(whole, mean.data(), spread.data());
+    const double bound = std::max(0.0, a * one.logs + b * two.logs - W * whole.logs);
     if (!call.points) return bound;
-    std::vector<double>& white = scratch;
-    white.resize(D * BLOCK);
     double found = 0, own[BLOCK], other[BLOCK], merged[BLOCK];
     for (int side = 0; side < 2; side++) {
-      const Component &self = side ? second : first, &rest = side ? first : second;
+      const Component &self = side ? two : one, &rest = side ? one : two;
       const double mass = side ? b : a, left = side ? a : b;
       if (!(mass > 0)) continue;
       for (int64_t block = 0; block < call.blocks; block++) {
-        const double* z = call.points + block * D * BLOCK;
-        draw(self, z);
-        exponents(rest, self.mean, white, other);
-        exponents(whole, self.mean, white, merged);
+        const double *z = call.points + block * D * BLOCK, *x = self.points.data() + block * D * BLOCK;
+        exponents(rest, x, self.mean, other);
+        exponents(whole, x, self.mean, merged);
         for (int64_t s = 0; s < BLOCK; s++) own[s] = 0;
         for (int64_t d = 0; d < D; d++) for (int64_t s = 0; s < BLOCK; s++) own[s] += z[d * BLOCK + s] * z[d * BLOCK + s];
         for (int64_t s = 0; s < BLOCK; s++) {
@@ -120,7 +138,6 @@ struct Worker {
     const double entropy = (share > 0 ? -share * std::log(share) : 0) + (share < 1 ? -(1 - share) * std::log(1 - share) : 0);
     return std::max(0.0, std::min(std::max(found, bound - W * entropy), bound));
   }
-  std::vector<double> scratch;
 };
 
 }  // namespace pairs

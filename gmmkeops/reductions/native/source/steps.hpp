@@ -179,7 +179,8 @@ struct Steps {
   }
 };
 
-template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate) {
+// ``ended`` becomes true if all steps were ordinary ones.
+template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr) {
   Steps steps(call, kernel);
   auto objective = [&](int64_t t) { return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t] + call.drift[t]; };
   for (call.done = 0; call.done < call.steps; call.done++) {
@@ -195,9 +196,11 @@ template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evalu
     if (!steps.maximize(t)) break;
     if (t > 0 && objective(t - 1) - objective(t) < call.tolerance) {
       call.done++;
-      break;
+      if (ended) *ended = true;
+      return DONE;
     }
   }
+  if (ended) *ended = call.done == call.steps;
   return DONE;
 }
 
