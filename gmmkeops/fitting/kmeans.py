@@ -133,8 +133,9 @@ def _lloyd_steps(
     while True:
         steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
         if steps:
-            yield from zip(steps.means[1:], (-value for value in steps.totals), strict=True)
-            centers = steps.means[-1]
+            for t in range(len(steps)):
+                centers = steps.means(t + 1)
+                yield centers, -steps.totals[t]
         else:
             arguments = (cloud, offsets, centers, factor)
             sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)

@@ -97,11 +97,11 @@ class Block:
         if not t:
             return self.state
         found = self.found
-        mixture = Mixture(found.logits[t], found.means[t], found.factors[t], validate_args=False)
+        mixture = Mixture(found.logits(t), found.means(t), found.factor(t), validate_args=False)
         return replace(
             self.state,
             mixture=mixture,
-            counts=found.counts[t],
+            counts=found.counts(t),
             drift=found.drifts[t],
             iteration=self.state.iteration + t,
         )

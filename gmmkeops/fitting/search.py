@@ -355,7 +355,7 @@ class Search:
         )
         if not steps:
             return None
-        return Mixture(steps.logits[1], steps.means[1], steps.factors[1], validate_args=False)
+        return Mixture(steps.logits(1), steps.means(1), steps.factor(1), validate_args=False)
 
     def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:
         """Perform rounds with a prior of the mean covariance within components.

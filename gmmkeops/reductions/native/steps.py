@@ -60,33 +60,44 @@ class StepSettings:
     bare: bool = False
 
 
-@dataclass(frozen=True)
 class Steps:
-    """Results of consecutive steps. Lists of tensors have one entry before each step, and one after the last step.
+    """Results of consecutive steps: parameters before step t < len(steps), and after the last step at t = len(steps).
 
     Args:
-        logits: Log-weights (K,).
-        means: Means (K, D).
-        factors: Precision factors.
-        counts: Fraction of the points (K or 1,) for each covariance.
+        tables: Arrays with one row before each step, and one after the last one.
+        factor: Precision factor of the initial mixture.
+
+    Attributes:
         totals: Weighted log-likelihood before each step, nats.
         costs: Half the ridge times the precisions, weighted by the fractions, before each step, nats.
         priors: Σ_k degrees / 2 log |Σ_k| + 1/2 tr(scatter Σ_k⁻¹) before each step, nats.
         drifts: Sum of the changes of the costs by those of the fractions, before each step and after the last one.
     """
 
-    logits: tuple[Tensor, ...]
-    means: tuple[Tensor, ...]
-    factors: tuple[Factor, ...]
-    counts: tuple[Tensor, ...]
-    totals: list[float]
-    costs: list[float]
-    priors: list[float]
-    drifts: list[float]
+    def __init__(self, tables: dict[str, Tensor], factor: Factor) -> None:
+        self._tables, self._factor = tables, factor
+        totals, costs, priors, self.drifts = tables["numbers"].tolist()
+        self.totals, self.costs, self.priors = totals[:-1], costs[:-1], priors[:-1]
 
     def __len__(self) -> int:
         """Return the number of steps."""
-        return len(self.totals)
+        return len(self.drifts) - 1
+
+    def logits(self, t: int) -> Tensor:
+        """Return the log-weights (K,)."""
+        return self._tables["logits"][t]
+
+    def means(self, t: int) -> Tensor:
+        """Return the means (K, D)."""
+        return self._tables["means"][t]
+
+    def factor(self, t: int) -> Factor:
+        """Return the precision factor."""
+        return self._factor.replace(**{name: self._tables[name][t] for name in self._factor.tensors})
+
+    def counts(self, t: int) -> Tensor:
+        """Return the fraction of the points (K or 1,) for each covariance."""
+        return self._tables["counts"][t]
 
 
 def em_steps(
@@ -126,11 +137,15 @@ def em_steps(
     count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
     tables = _tables(count, logits, means, factor, counts, drift)
     call.steps, call.tolerance = count, tolerance
-    for name, table in tables.items():
-        setattr(call, name, table.data_ptr())
+    # The last four tables are the rows of one.
+    numbers = tables["numbers"]
+    rows = {name: numbers[i].data_ptr() for i, name in enumerate(("total", "cost", "prior", "drift"))}
+    for name, place in ({name: table.data_ptr() for name, table in tables.items() if name != "numbers"} | rows).items():
+        setattr(call, name, place)
     if run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG) == OUT_OF_MEMORY:
         raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
-    return _results({name: table[: call.done + 1] for name, table in tables.items()}, factor)
+    done = call.done + 1
+    return Steps({name: table[:, :done] if name == "numbers" else table for name, table in tables.items()}, factor)
 
 
 def described(
@@ -197,21 +212,13 @@ def _tables(
     """Return arrays with one row before each step and one after the last step, of which the first rows are set."""
     tensors, L = factor.tensors, factor.leading
     shapes: dict[str, Any] = {"logits": logits.shape, "means": means.shape, "counts": (L,)}
-    shapes |= {"total": (), "cost": (), "prior": (), "drift": ()}
     shapes |= {name: (L, tensor.shape[-1]) for name, tensor in tensors.items()}
     tables = {name: torch.empty(count + 1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
     unknown = math.nan if counts is None else counts
-    first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, "drift": drift, **tensors}
+    first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, **tensors}
     for name, value in first.items():
         tables[name][0] = value
+    tables["numbers"] = torch.zeros(4, count + 1, dtype=torch.float64)
+    if drift:
+        tables["numbers"][3, 0] = drift
     return tables
-
-
-def _results(tables: dict[str, Tensor], factor: Factor) -> Steps:
-    """Return the results in arrays with one row before each step that was performed, and one after the last one."""
-    tensors = factor.tensors
-    rows = {name: tables[name].unbind(0) for name in ("logits", "means", "counts", *tensors)}
-    parts = zip(*(rows[name] for name in tensors), strict=True)
-    factors = tuple(factor.replace(**dict(zip(tensors, part, strict=True))) for part in parts)
-    totals, costs, priors, drifts = (tables[name].tolist() for name in ("total", "cost", "prior", "drift"))
-    return Steps(rows["logits"], rows["means"], factors, rows["counts"], totals[:-1], costs[:-1], priors[:-1], drifts)
