@@ -241,3 +241,31 @@ def test_no_step_for_other_engines(monkeypatch):
     counts = counted(monkeypatch)
     gk.fit(start, x, EM(max_iter=3, tol=0), backend="dense", verbose=False)
     assert sum(counts) == 0
+
+
+def test_threads_change_no_bit_of_steps_in_many_dimensions():
+    """Factorizations are shared between threads from about a million operations on."""
+    x, _ = problem(D=48, K=20, N=3000)
+    start = gk.Mixture(
+        torch.zeros(20), x[:20], gk.FullFactor.from_factors(torch.eye(48).double().expand(20, 48, 48).contiguous())
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(gk.fit(start, x, EM(tol=0, max_iter=4, reg_covar=1e-3), verbose=False).mixture)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].means, found[1].means)
+    assert torch.equal(found[0].factor.U, found[1].factor.U)
+
+
+@pytest.mark.parametrize("D", [33, 64, 100])
+def test_steps_in_many_dimensions_equal_torch(D):
+    x, weights = problem(D=D, K=3, N=1200)
+    start = gk.Mixture(
+        torch.zeros(3), x[:3], gk.FullFactor.from_factors(torch.eye(D).double().expand(3, D, D).contiguous())
+    )
+    prior = gk.penalties.CovariancePrior(torch.eye(D).double(), D + 2.0)
+    for penalty in (None, prior):
+        agree(*fits(x, start, weights, max_iter=6, penalty=penalty))

@@ -143,13 +143,21 @@ def _lloyd_steps(
             yield centers, -float(sums.total)
 
 
-def kmeans(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, backend: str, runs: int) -> Tensor:
-    """Compute the centers (K, D) of the best one of ``runs`` runs of k-means on centered points."""
+def kmeans(
+    points: Tensor,
+    mass: Tensor,
+    K: int,
+    generator: torch.Generator,
+    backend: str,
+    runs: int,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Compute the centers (K, D) of the best one of ``runs`` runs of k-means on centered points, which iterate on a dtype."""
     offset = mass @ points / mass.sum()
     points = points - offset
+    same = points.to(dtype)
     found = [
-        lloyd(points, mass, seeds(points, mass, K, generator, spread=True), backend)
-        for _ in range(runs if K > 1 else 1)
+        lloyd(same, mass, seeds(points, mass, K, generator, spread=True), backend) for _ in range(runs if K > 1 else 1)
     ]
     # Among runs whose inertia is equal up to rounding, the first one is used.
     least = min(inertia for _, inertia in found)

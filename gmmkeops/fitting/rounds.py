@@ -113,12 +113,14 @@ class Climber:
 
     def _round(self, found: Found) -> Found | None:
         """Return the result of one round; None if fewer components are left after the split than before."""
-        fast = round_of(self.method, self.objective, found.state, _SPLIT, MERGED)
+        K = found.origin.n_components
+        # Where components have been pruned, fewer are split than are left after the merge.
+        whole = found.state.mixture.n_components == K
+        fast = round_of(self.method, self.objective, found.state, _SPLIT, MERGED) if whole else None
         if fast is not None:
             merged, reached, value, work = fast
             self.work += work
             return Found(self.state(reached), value, merged)
-        K = found.origin.n_components
         twice = self.climbed(split(found.state.mixture), *_SPLIT).state.mixture
         if twice.n_components < K:
             return None

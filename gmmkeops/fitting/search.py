@@ -288,7 +288,7 @@ class Search:
         for root in self._roots:
             z = points if root is None else points @ root
             if run % 3 == 0:
-                centers = kmeans(z, masses, self.K, self.generator, self.backend, 1)
+                centers = kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
             else:
                 centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
             found.append(self._clustered(centers, root))

@@ -63,14 +63,14 @@ template <class F, class Kind, int DS> class Tile {
                  xd = take(doubles ? T * D * 8 : 0), rd = take(doubles ? T * 8 : 0),
                  blockd = take(doubles ? size_t(2) * D * N * BYTES : 0),
                  best = take(call.request == TOP_K ? size_t(call.top) * N * W * 2 * 8 : 0), own = take(D * 8), near = take(width * BYTES),
-                 points = take(skipping ? T * width * BYTES : 0), which = take(T * sizeof(F)),
+                 points = take(skipping ? T * width * BYTES : 0), which = take(T * sizeof(F)), last = take((longest + 1) * sizeof(int)),
                  some = take(skipping ? size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES : 0);
     ready = reserve(memory, size);
     if (!ready) return;
     char* p = memory.bytes;
     // The last lanes of rows stay zero.
     if (skipping) std::memset(p + points, 0, T * width * BYTES), std::memset(p + some, 0, size_t(2 * ROWS_AT_ONCE + 1) * width * BYTES);
-    P = (V*)(p + points), index = (Index<F>*)(p + which), spaceP = (V*)(p + some);
+    P = (V*)(p + points), index = (Index<F>*)(p + which), ends = (int*)(p + last), spaceP = (V*)(p + some);
     X = (V*)(p + x), Z = (V*)(p + z), E = (V*)(p + e), L = (V*)(p + l), G = (V*)(p + g), R = (V*)(p + r), space = (V*)(p + block);
     mask = (uint16_t*)(p + m), used = (int*)(p + v), XD = (VD*)(p + xd), RD = (VD*)(p + rd), spaceD = (VD*)(p + blockd);
     top = (double*)(p + best), residual = (double*)(p + own), center = (F*)(p + near);
@@ -127,7 +127,7 @@ template <class F, class Kind, int DS> class Tile {
   Index<F>* index;                   // rows that matter to a component
   VD *XD, *RD, *spaceD;              // coordinates and responsibilities in float64
   uint16_t* mask;                    // lanes of each component and vector that are not negligible
-  int* used;
+  int *used, *ends;                  // vectors that matter to a component; ends of the points of each component
   double *top, *residual;
   F* center;
 
@@ -508,17 +508,39 @@ template <class F, class Kind, int DS> class Tile {
       else ((int64_t*)R)[i] = last;
     }
   }
-  // Adds each point to the sums of its component, in float64.
+  // Adds each point to the sums of its component: in few dimensions, or if few points have the same one, in float64.
   void assigned() {
-    const int64_t T = S * W;
-    for (int i = 0; i < n; i++) {
-      if (!std::isfinite(as(L)[i])) continue;
-      const int64_t c = label(i);
-      const double g = weight(i);
-      double* out = group.moments + c * sums;
-      const bool in_doubles = wide(c);
-      for (int d = 0; d < D; d++) residual[d] = double(as(X)[d * T + i]) - (in_doubles ? numbers_wide(c)[d] : double(numbers(c)[d]));
-      Kind::moments_of_point(residual, g, D, out);
+    if constexpr (skipping) if (K <= 4 * n) return sorted();
+    for (int i = 0; i < n; i++) if (std::isfinite(as(L)[i])) add_point(i, label(i));
+  }
+  void add_point(int i, int64_t c) {
+    const bool in_doubles = wide(c);
+    for (int d = 0; d < D; d++) residual[d] = double(as(X)[d * S * W + i]) - (in_doubles ? numbers_wide(c)[d] : double(numbers(c)[d]));
+    Kind::moments_of_point(residual, weight(i), D, group.moments + c * sums);
+  }
+  // The points of each component one after the other; exponents are not needed any more.
+  void sorted() {
+    F* weights = as(E);
+    const Index<F>* places = (const Index<F>*)R;
+    std::memset(ends, 0, (K + 1) * sizeof(int));
+    for (int i = 0; i < n; i++) if (std::isfinite(as(L)[i])) ends[places[i] + 1]++;
+    for (int k = 0; k < K; k++) ends[k + 1] += ends[k];
+    for (int i = 0; i < n; i++) if (std::isfinite(as(L)[i])) {
+      const int at = ends[places[i]]++;
+      index[at] = i, weights[at] = F(weight(i));
+    }
+    for (int k = 0, first = 0; k < K; first = ends[k++]) {
+      const int64_t c = component(k);
+      if (wide(c)) {
+        for (int at = first; at < ends[k]; at++) add_point(int(index[at]), c);
+        continue;
+      }
+      if (first == ends[k]) continue;
+      // Numbers of points are exact.
+      double *out = group.moments + c * sums, mass = out[sums - 1];
+      for (int at = first; at < ends[k]; at++) mass += weight(int(index[at]));
+      Kind::moments_of_rows(numbers(c), D, Rows<F>{P, weights + first, index + first, ends[k] - first, width, spaceP}, out);
+      out[sums - 1] = mass;
     }
   }
 
