@@ -38,10 +38,9 @@ struct Call {
   const int32_t* stop;                                  // becomes nonzero when the call is to end early
 };
 
-// EM steps over every pair of a point and a component, without priors but one of the covariances that is constant. ``sweep`` describes the E-step; the steps set its parameters
-// and its sums. A step that needs anything else (a component
-// that would be pruned, a singular covariance, a row without a finite value, points that float32 cannot hold) is not performed,
-// and ends the call.
+// EM steps over every pair of a point and a component, without priors but a constant one of the covariances. ``sweep`` describes
+// the E-step; the steps set its parameters and its sums. A step that needs anything else (a component that would be pruned, a
+// singular covariance, a row without a finite value, points that float32 cannot hold) is not performed, and ends the call.
 struct StepCall {
   Call sweep;
   int32_t tied, fixed_weights, fixed_means, fixed_covariances;

@@ -1,4 +1,4 @@
-// EM steps of ordinary problems without the interpreter: the M-step of m_step.py without priors, for CPUs.
+// EM steps of ordinary problems without the interpreter: the M-step of m_step.py without priors but a constant one, for CPUs.
 #pragma once
 #include <cmath>
 #include <functional>
