@@ -182,7 +182,7 @@ def test_components_without_points_have_no_mass():
         assert not sums.S2[1].any()
 
 
-@pytest.mark.parametrize(("N", "K", "D"), [(100_000, 7, 5), (3000, 40, 48)], ids=["many points", "few points"])
+@pytest.mark.parametrize(("N", "K", "D"), [(100_000, 7, 5), (6000, 80, 48)], ids=["many points", "few points"])
 @pytest.mark.parametrize("family", ["full", "diag", "spherical"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_number_of_threads_changes_no_bit(dtype, family, N, K, D):

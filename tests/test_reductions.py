@@ -94,8 +94,9 @@ def test_point_gradient_without_weights_and_with_values(engine, dtype, with_valu
 @pytest.mark.skipif(reductions.native_unavailable() is not None, reason="the native engine is not compiled")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e34])
-def test_values_and_point_gradients_take_one_pass(monkeypatch, dtype, size):
-    case = make_case("full", dtype, condition=30.0)
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+def test_values_and_point_gradients_take_one_pass(monkeypatch, dtype, size, family):
+    case = make_case(family, dtype, condition=30.0)
     g = size * torch.randn(len(case.x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = case.oracle(g)["gradient"]
     asked, begin = [], Native.begin
@@ -106,6 +107,8 @@ def test_values_and_point_gradients_take_one_pass(monkeypatch, dtype, size):
     assert asked == [PointGradient(values=True)]
     away = (x.grad.double() - expected).abs().max() / expected.abs().max()
     assert float(away) < (2e-5 if dtype == torch.float32 else 1e-11)
+    alone = reductions.logsumexp(*case.arguments, backend="native", truncate=0)
+    assert error(values.detach(), alone.double()) < (1e-5 if dtype == torch.float32 else 1e-13)
     # A second backward pass with other arguments is not taken from the first one.
     other = reductions.logsumexp(x + 1, *case.arguments[1:], backend="native", truncate=0)
     assert not torch.allclose(
@@ -293,3 +296,11 @@ def test_gradients_come_in_the_dtype_of_each_input():
     assert [gradient.dtype for gradient in found] == [torch.float32, torch.float64]
     (gradient,) = torch.autograd.grad(found[1].sum(), means)
     assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("weight", "u"), [(1e39, 1e-2), (1e-40, 1e4)])
+def test_point_gradients_for_weights_beyond_float32(weight, u):
+    """The product of a weight and a slope is in the range of float32, though the weight is not."""
+    x, g = torch.full((4, 1), 1e-3, requires_grad=True), torch.full((4,), weight, dtype=torch.float64)
+    reductions.total(x, torch.zeros(1), torch.zeros(1, 1), torch.full((1, 1), u), weights=g, truncate=0).backward()
+    assert torch.allclose(x.grad.double() / (weight * u * u), -x.detach().double(), rtol=1e-5)

@@ -736,11 +736,11 @@ def test_a_native_round_equals_that_of_several_calls(family, D, N, weighted, mon
 
 @pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
 def test_a_round_that_is_not_ordinary_takes_several_calls(monkeypatch):
-    """Points on a line make covariances singular, and common covariances are left to several calls."""
+    """Points on a line make covariances singular; common covariances, and a single one, are left to several calls."""
     line = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None] * torch.ones(2, dtype=torch.float64)
-    for x, family in ((line, "full"), (overlapping(1, N=300), "tied")):
+    for x, family, K in ((line, "full", 3), (overlapping(1, N=300), "tied", 3), (overlapping(1, N=300), "full", 1)):
         search = Search(
-            x, None, 3, *gk.components.factor_class(family), method=gk.EM(reg_covar=0), penalty=None, prior=None,
+            x, None, K, *gk.components.factor_class(family), method=gk.EM(reg_covar=0), penalty=None, prior=None,
             generator=torch.Generator().manual_seed(0), backend="auto",
         )  # fmt: skip
         climber = search.climber()

@@ -38,10 +38,10 @@ __all__ = ["fit", "too_few_points"]
 _logger = logging.getLogger("gmmkeops")
 
 
-# Argument names of version 0.1, and of other libraries.
 # Numbers of covariance matrices from which a second thread saves time in their factorization.
 _MATRICES = 1 << 20
 
+# Argument names of version 0.1, and of other libraries.
 _OLD = {"weights": "sample_weight", "callbacks": "callback", "progress": "verbose"}
 _WRONG = {
     "epochs": "max_iter",

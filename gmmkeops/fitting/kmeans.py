@@ -130,8 +130,13 @@ def _lloyd_steps(
     nothing = centers.new_zeros(centers.shape[1])
     total = float(mass.sum())
     settings = reductions.StepSettings(total, nothing, 1.0, -1.0, (True, False, True), assignment="hard", bare=True)
+    steps: reductions.Steps | None = None
+    tried = False
     while True:
-        steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
+        # Where a step needs more than the library offers, so do the next ones.
+        if steps or not tried:
+            steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
+            tried = True
         if steps:
             for t in range(len(steps)):
                 centers = steps.means(t + 1)

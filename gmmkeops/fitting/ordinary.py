@@ -154,7 +154,7 @@ def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mi
 def round_of(
     method: EM, objective: Objective, state: EMState, split: tuple[int, float], merged: tuple[int, float]
 ) -> tuple[Mixture, Mixture, float, int] | None:
-    """Split every component, climb, merge and climb again in the native engine, as :meth:`Climber.improved` does otherwise.
+    """Perform a round of :class:`~gmmkeops.fitting.rounds.Climber` in the native engine: split, climb, merge and climb again.
 
     Args:
         method, objective, state: As for :func:`climb`.
@@ -165,7 +165,9 @@ def round_of(
         that of the components in them; None if a step is not an ordinary one, or the engine does not compute them.
     """
     mixture = state.mixture
-    own = None if mixture.tied or not merges_singly(2 * mixture.n_components) else _settings(method, objective, state)
+    # The halves of one component of a common covariance have it, too.
+    singly = mixture.factor.leading > 1 and merges_singly(2 * mixture.n_components)
+    own = _settings(method, objective, state) if singly else None
     if own is None:
         return None
     batch, settings = own
@@ -181,8 +183,7 @@ def round_of(
     )
     if found is None:
         return None
-    for _ in (split, merged):
-        objective.passes.seen(batch, mixture.n_components)
+    objective.passes.seen(batch, mixture.n_components)
     likelihood = found.total / objective.mass - objective.frame.log_volume
     value = _volume(objective, settings, mixture) + found.prior / objective.mass + found.cost - likelihood
     before, after = (Mixture(*parameters, validate_args=False) for parameters in (found.merged, found.reached))

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Lock, Thread
+from threading import Lock, Thread, local
 from typing import Any, TypeVar
 
 import torch
@@ -21,15 +21,34 @@ _logger = logging.getLogger("gmmkeops")
 # Numbers of a tensor from which a second thread saves time, and from which torch uses one.
 _MANY, _PARALLEL = 1 << 20, 1 << 15
 
-# Blocks of :func:`one_thread` that have not ended, and torch's number of threads outside of them.
+
+class _Blocks(local):
+    """Blocks of :func:`one_thread` that the calling thread has not ended, and its number of threads outside of them."""
+
+    depth, number = 0, 1
+
+
+_blocks = _Blocks()
+
+# Blocks of all threads that have not ended, and the number of threads when the first of them began.
 _lock = Lock()
-_blocks, _threads = 0, 1
+_open, _outside = 0, 1
 
 
 def cores() -> int:
     """Return the number of threads that an engine may use: that of torch, outside of blocks of :func:`one_thread`."""
+    return _blocks.number if _blocks.depth else _own_number()
+
+
+def _own_number() -> int:
+    """Return torch's number in the calling thread.
+
+    torch.set_num_threads sets it for the calling thread, and for threads that have not used torch yet. A thread that begins
+    within a block of another one therefore finds one thread, and takes the number that was set before the block.
+    """
+    number = torch.get_num_threads()
     with _lock:
-        return _threads if _blocks else torch.get_num_threads()
+        return _outside if _open and number == 1 else number
 
 
 @contextmanager
@@ -39,20 +58,23 @@ def one_thread() -> Iterator[None]:
     The threads of an operation on small tensors wait for each other longer than the operation takes. On a busy machine an
     operation may take 60 times as long with two threads as with one (measured).
     """
-    global _blocks, _threads
-    with _lock:
-        if not _blocks:
-            _threads = torch.get_num_threads()
-        _blocks += 1
+    global _open, _outside
+    if not _blocks.depth:
+        number = _own_number()
+        with _lock:
+            _outside = _outside if _open else number
+            _open += 1
+        _blocks.number = number
         torch.set_num_threads(1)
+    _blocks.depth += 1
     try:
         yield
     finally:
-        with _lock:
-            _blocks -= 1
-            # torch.set_num_threads affects other threads, too, so that the last block restores the number.
-            if not _blocks:
-                torch.set_num_threads(_threads)
+        _blocks.depth -= 1
+        if not _blocks.depth:
+            torch.set_num_threads(_blocks.number)
+            with _lock:
+                _open -= 1
 
 
 def threads_for(x: Any) -> AbstractContextManager[None]:
@@ -69,23 +91,24 @@ def alone(x: Any) -> AbstractContextManager[None]:
     It is :func:`one_thread` on a CPU: after an operation, the other threads of torch wait for the next one for some milliseconds,
     and use the cores that the threads of an engine need (measured: an engine then took as long with two threads as with one).
     """
-    x = getattr(x, "points", x)
-    x = x.cloud.points if hasattr(x, "cloud") else x
     parallel = isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.numel() >= _PARALLEL
     return one_thread() if parallel else nullcontext()
 
 
 @contextmanager
 def user_threads() -> Iterator[None]:
-    """Restore torch's number of threads while code of the user runs within a block of :func:`one_thread`."""
-    if not _blocks:
+    """Restore torch's number of threads within a block of :func:`one_thread`, for code of the user or of other libraries."""
+    depth, number = _blocks.depth, _blocks.number
+    if not depth:
         yield
         return
-    torch.set_num_threads(_threads)
+    _blocks.depth = 0
+    torch.set_num_threads(number)
     try:
         yield
     finally:
         torch.set_num_threads(1)
+        _blocks.depth, _blocks.number = depth, number
 
 
 def on_cores(work: Callable[[int], T], workers: int, device: torch.device) -> list[T]:

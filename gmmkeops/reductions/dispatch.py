@@ -78,7 +78,7 @@ def compute(
 ) -> Result:
     """Compute a request by the chosen engine, or by the dense one if that fails.
 
-    An engine that computes log-sum-exps and moments in one pass computes the request ``instead``.
+    An engine that computes log-sum-exps together with moments or point gradients in one pass computes the request ``instead``.
     """
     try:
         engine = choose(problem, request, backend)
@@ -173,11 +173,12 @@ class Dispatch:
         return self.setup
 
     def values(self, *arguments: Tensor) -> Tensor:
-        problem, blocks = self._problem(*arguments)
-        both: Request | None = None
-        if blocks is None and (self.fused or self.pointwise):
-            both = Statistics(values=True) if self.fused else PointGradient(values=True)
-        *more, values = compute(problem, blocks, LogSumExp(), self.backend, both)
+        with alone(arguments[0]):
+            problem, blocks = self._problem(*arguments)
+            instead: Request | None = None
+            if blocks is None and (self.fused or self.pointwise):
+                instead = Statistics(values=True) if self.fused else PointGradient(values=True)
+            *more, values = compute(problem, blocks, LogSumExp(), self.backend, instead)
         self.sums = (more[0], more[1], more[2]) if len(more) > 1 else None
         self.slopes = more[0] if len(more) == 1 else None
         return values if blocks is None else blocks.cloud.leave(values)
@@ -185,9 +186,10 @@ class Dispatch:
     def total(
         self, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        problem, blocks = self._problem(x, offsets, means, U)
-        weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
-        sums = statistics(problem, blocks, weights, self.backend)
+        with alone(x):
+            problem, blocks = self._problem(x, offsets, means, U)
+            weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
+            sums = statistics(problem, blocks, weights, self.backend)
         return sums.total.clone(), parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
 
     def parameter_gradients(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:

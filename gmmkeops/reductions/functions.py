@@ -114,8 +114,7 @@ def logsumexp(
     sweep = Dispatch.of(x, backend, truncate)
     if torch.compiler.is_compiling():
         return _compiled(sweep, *arguments)
-    with alone(x):
-        return LogSumExp.of(*arguments, sweep)
+    return LogSumExp.of(*arguments, sweep)
 
 
 def total(
@@ -155,14 +154,19 @@ def total(
     if torch.compiler.is_compiling():
         values = _compiled(sweep, *arguments).double()
         return values.sum() if g is None else (g * values).sum()
-    with alone(x):
-        if g is not None and g.requires_grad:
-            return (g * LogSumExp.apply(*arguments, sweep).double()).sum()
-        return Total.apply(*arguments, g, sweep)[0]
+    if g is not None and g.requires_grad:
+        return (g * LogSumExp.apply(*arguments, sweep).double()).sum()
+    return Total.apply(*arguments, g, sweep)[0]
 
 
 def _weights(weights: Any, x: Any) -> Tensor | None:
     return as_weights(weights, x.cloud.points[: len(x)] if isinstance(x, Truncation) else x, signed=True)
+
+
+def _tensor(x: Any) -> Any:
+    """Return the tensor of points that may be sorted or a batch."""
+    points = x.points if isinstance(x, Batch) else x
+    return points.cloud.points if isinstance(points, Truncation) else points
 
 
 def argmax(
@@ -190,7 +194,7 @@ def argmax(
         >>> gk.reductions.argmax(torch.tensor([[0.1], [0.8]]), torch.zeros(2), torch.tensor([[0.0], [1.0]]), torch.ones(1, 1))
         tensor([0, 1])
     """
-    with alone(x):
+    with alone(_tensor(x)):
         problem, blocks = setup(x, offsets, means, factor, truncate, Argmax().rank)
         (labels,) = compute(problem, blocks, Argmax(), backend)
     return labels if blocks is None else blocks.cloud.leave(labels)
@@ -227,7 +231,7 @@ def topk(
         (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
     k = as_integer(k, "k", 1)
-    with alone(x):
+    with alone(_tensor(x)):
         problem, blocks = setup(x, offsets, means, factor, truncate, k)
         as_integer(k, "k", 1, problem.shape[1], clause=f"must be between 1 and the {problem.shape[1]} components")
         values, components = compute(problem, blocks, TopK(k), backend)
@@ -273,7 +277,7 @@ def moments(
     """
     as_choice(assignment, "assignment", ASSIGNMENTS)
     seed = as_integer(seed, "seed")
-    with alone(x):
+    with alone(_tensor(x)):
         problem, blocks = setup(x, offsets, means, factor, truncate, Statistics(assignment=assignment).rank)
         g = x.weights if isinstance(x, Batch) else _weights(weights, problem.x if blocks is None else blocks)
         g = g if g is None or blocks is None else blocks.cloud.enter(g)

@@ -155,7 +155,7 @@ class Engine(Protocol):
 
     @property
     def one_pass(self) -> bool:
-        """Whether log-sum-exps that are computed with moments take no other pass, and equal those computed alone."""
+        """Whether log-sum-exps that are computed with moments or point gradients take no other pass."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Return None if the engine can run on a device, otherwise the reason, one clause for a warning."""

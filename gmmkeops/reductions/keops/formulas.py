@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmmkeops.reductions.cores import user_threads
 from gmmkeops.reductions.keops.loading import guarded, healing
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.bounds import Schedule
@@ -93,7 +94,8 @@ def _called(problem: Exponents, reduction: Callable[..., Tensor], *arguments: An
     """Call a reduction of KeOps, after waiting for the queued torch operations that compute its inputs."""
     if problem.x.is_cuda:
         torch.cuda.current_stream(problem.x.device).synchronize()
-    return reduction(*arguments, **options)
+    with user_threads():
+        return reduction(*arguments, **options)
 
 
 def _width(problem: Exponents) -> int:

@@ -1,7 +1,7 @@
 """EM steps in the compiled library, for ordinary steps on a CPU: several steps without the interpreter between them.
 
-A step is ordinary if it needs no prior, prunes no component, finds no singular covariance, and if all points have a finite
-log-density. All other steps are left to the M-step in torch, which this one equals up to rounding.
+A step is ordinary if it needs no prior but a constant one, prunes no component, finds no singular covariance, and if all points
+have a finite log-density. All other steps are left to the M-step in torch, which this one equals up to rounding.
 """
 
 from __future__ import annotations

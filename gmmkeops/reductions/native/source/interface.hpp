@@ -1,7 +1,7 @@
 // The call that Python passes to the driver, and the parts of it that the driver passes to the kernels.
 //
-// All structures are plain data. The first one is filled by library.py, which declares the same fields in the same order;
-// change ABI whenever they change.
+// All structures are plain data. library.py declares the calls with the same fields in the same order; change ABI whenever they
+// change.
 #pragma once
 #include <cstddef>
 #include <cstdint>

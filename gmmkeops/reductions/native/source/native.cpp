@@ -40,7 +40,7 @@ constexpr double EXPANDED = 32;
 
 // Rows and multiplications of a group, the fewest rows of one of several groups, the largest number of groups, and the numbers in
 // the sums of all.
-constexpr int64_t GROUP_ROWS = 4096, FEWEST = 512, GROUPS = 64, SUMS = int64_t(1) << 22;
+constexpr int64_t GROUP_ROWS = 4096, FEWEST = 512, GROUPS = 64, SUMS = int64_t(1) << 23;
 constexpr double GROUP_WORK = 1e8;
 
 // Several groups are a multiple of these, so that two and four threads get equal parts.
@@ -117,14 +117,17 @@ struct Driver {
     const bool repeated = call.factor_stride == 0;
     const double work = double(repeated ? 1 : K) * D * D * (full ? D : 1);
     const int64_t parts = work > WORK ? std::min<int64_t>(K, 4 * call.threads) : 1;
+    auto prepare = [&](int64_t k, std::vector<double>& U, std::vector<double>& space) {
+      load(k, U);
+      return full && !doubles ? kernel.magnification(U.data(), D, space.data()) : 1;
+    };
+    std::vector<double> common(full ? D * D : D), scratch(full ? D * D + D : 0);
+    const double magnified = repeated ? prepare(0, common, scratch) : 1;
     const Status status = share(int(std::min<int64_t>(call.threads, parts)), size_t(parts), [&](size_t part) {
-      std::vector<double> space(full ? D * D + D : 0), U(full ? D * D : D);
-      double known = 1;
-      for (int64_t first = K * part / parts, k = first; k < int64_t(K * (part + 1) / parts); k++) {
-        if (k == first || !repeated) {
-          load(k, U);
-          if (full && !doubles) known = kernel.magnification(U.data(), D, space.data());
-        }
+      std::vector<double> space(repeated ? 0 : scratch.size()), own(repeated ? 0 : common.size());
+      for (int64_t k = K * part / parts; k < int64_t(K * (part + 1) / parts); k++) {
+        const double known = repeated ? magnified : prepare(k, own, space);
+        const std::vector<double>& U = repeated ? common : own;
         if (!doubles) is_wide[k] = needs_doubles(k, U, known);
         if (is_wide[k]) any_wide = true;
         if (expanded && !is_wide[k]) {
@@ -143,7 +146,7 @@ struct Driver {
     parameters = {{single.get(), stride}, {wide.get(), stride}, is_wide.data(), any_wide, deepest(), expanded};
   }
 
-  // Below the largest offset by more than this, float32 exponents have errors of 1e-5 nats and more.
+  // Smallest log-sum-exp of a row that float32 evaluates: the errors of much lower exponents are not small any more.
   double deepest() const {
     if (doubles) return call.double_points ? -std::numeric_limits<double>::max() : -double(std::numeric_limits<float>::max());
     const auto [least, most] = std::minmax_element(call.offsets, call.offsets + K);
@@ -220,10 +223,11 @@ std::vector<Group> cut(const Call& call, int64_t sums) {
   int64_t rows = whole ? call.rows : 0;
   for (int64_t r = 0; r < call.ranges; r++) rows += call.range[2 * r + 1] - call.range[2 * r];
   const double least = std::max(double(rows) / GROUP_ROWS, work_of(call) / GROUP_WORK);
-  int64_t count = int64_t(std::min({least, double(rows) / FEWEST, double(GROUPS)}));
+  int64_t count = int64_t(std::ceil(std::min({least, double(rows) / FEWEST, double(GROUPS)})));
   if (call.request >= SOFT && call.request <= STOCHASTIC)
-    count = std::min(count, std::max<int64_t>(8, SUMS / (sums * call.components)));
-  count = count <= 1 ? 1 : (count + EVEN - 1) / EVEN * EVEN;
+    // Sums of two groups, and of eight of many rows each, may take more memory.
+    count = std::min(count, std::max({int64_t(2), std::min<int64_t>(8, rows / GROUP_ROWS), SUMS / (sums * call.components)}));
+  count = count <= 2 ? std::max<int64_t>(count, 1) : (count + EVEN - 1) / EVEN * EVEN;
   std::vector<Group> groups;
   double work = 0;
   auto cost = [&](int64_t s) {
@@ -314,7 +318,11 @@ Status evaluate(const Call& given, const Kernel& kernel) {
   if (call.total) *call.total = total * call.unit;
   if (moments) {
     const int64_t K = call.components, parts = groups.size() * sums * K > PARALLEL ? threads : 1;
-    share(int(parts), size_t(parts), [&](size_t p) { return merge(driver, groups, sums, K * p / parts, K * (p + 1) / parts), DONE; });
+    const Status merged = share(int(parts), size_t(parts), [&](size_t p) {
+      merge(driver, groups, sums, K * p / parts, K * (p + 1) / parts);
+      return DONE;
+    });
+    if (merged != DONE) return merged;
   }
   *call.doubles = std::count(driver.is_wide.begin(), driver.is_wide.end(), 1);
   return DONE;

@@ -83,11 +83,12 @@ struct Climb {
 // Both halves of component k of ``from``, the first table of ``into``; false if one is singular.
 inline bool split(const RoundCall& call, const Climb& from, Climb& into, const Kernel& kernel) {
   const int64_t K = from.K, D = from.D, size = call.steps.sweep.family == FULL ? D * D : from.E;
-  std::vector<double> spread(size), axis(D), space(2 * D * D), axes(D * D);
+  const bool full = call.steps.sweep.family == FULL;
+  std::vector<double> spread(size), axis(D), space(full ? 2 * D * D : 0), axes(full ? D * D : 0);
   for (int64_t k = 0; k < K; k++) {
     from.get(0, k, spread.data(), space);
     std::fill(axis.begin(), axis.end(), 0.0);
-    if (call.steps.sweep.family == FULL) {
+    if (full) {
       std::vector<double> values(spread);
       kernel.eigenvectors(values.data(), axes.data(), D);
       int64_t longest = 0, entry = 0;
@@ -97,7 +98,7 @@ inline bool split(const RoundCall& call, const Climb& from, Climb& into, const K
       for (int64_t d = 0; d < D; d++) axis[d] = call.half * (vector[entry] < 0 ? -length : length) * vector[d];
       for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++) spread[i * D + j] -= axis[i] * axis[j];
     } else {
-      int64_t longest = from.E == 1 && call.steps.sweep.family == SPHERICAL ? k % D : 0;
+      int64_t longest = call.steps.sweep.family == SPHERICAL ? k % D : 0;
       if (call.steps.sweep.family == DIAGONAL) for (int64_t d = 1; d < D; d++) if (spread[d] > spread[longest]) longest = d;
       double& variance = spread[from.E == 1 ? 0 : longest];
       axis[longest] = call.half * std::sqrt(variance);
@@ -118,7 +119,7 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
   const int64_t n = from.K, D = from.D;
   const bool full = call.steps.sweep.family == FULL;
   const int64_t size = full ? D * D : from.E;
-  std::vector<double> weights(n), means(&from.means[t * n * D], &from.means[t * n * D] + n * D), spreads(n * size), space(2 * D * D);
+  std::vector<double> weights(n), means(&from.means[t * n * D], &from.means[t * n * D] + n * D), spreads(n * size), space(full ? 2 * D * D : 0);
   double largest = -INFINITY, sum = 0;
   for (int64_t k = 0; k < n; k++) largest = std::max(largest, from.logits[t * n + k]);
   for (int64_t k = 0; k < n; k++) sum += weights[k] = std::exp(from.logits[t * n + k] - largest);

@@ -118,6 +118,7 @@ struct Steps {
     const Status status = share(int(std::min<int64_t>(parts, call.sweep.threads)), size_t(parts), [&](size_t part) {
       std::vector<double> space(full ? 2 * D * D : 0);
       for (int64_t l = L * part / parts; l < int64_t(L * (part + 1) / parts); l++)
+        // Any status but DONE ends the other threads, too.
         if (!covariance(t, l, &scatter[l * spread], number[l], space.data())) return INTERRUPTED;
       return DONE;
     });
@@ -152,7 +153,7 @@ struct Steps {
     double ridge = 0;
     for (int64_t d = 0; d < D; d++) ridge += call.ridge[d] / D;
     for (int64_t e = 0; e < E; e++) {
-      const double variance = E == 1 && call.sweep.family == SPHERICAL ? scatter[0] / D / number + ridge : scatter[e] / number + call.ridge[e];
+      const double variance = call.sweep.family == SPHERICAL ? scatter[0] / D / number + ridge : scatter[e] / number + call.ridge[e];
       if (!(variance >= call.floor) || !std::isfinite(variance)) return false;
       call.log_diagonal[((t + 1) * L + l) * E + e] = -0.5 * std::log(variance);
     }
@@ -182,7 +183,8 @@ struct Steps {
 // ``ended`` becomes true if all steps were ordinary ones.
 template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr) {
   Steps steps(call, kernel);
-  auto objective = [&](int64_t t) { return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t] + call.drift[t]; };
+  // As in ordinary.py, without the drift.
+  auto objective = [&](int64_t t) { return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t]; };
   for (call.done = 0; call.done < call.steps; call.done++) {
     const int64_t t = call.done;
     if (!steps.prepare(t)) break;

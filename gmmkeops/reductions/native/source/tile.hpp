@@ -47,7 +47,7 @@ template <class F, class Kind, int DS> class Tile {
 
  public:
   Tile(const Call& call, const Parameters& parameters, Group& group, Memory& memory, int64_t rows, int64_t longest)
-      : call(call), parameters(parameters), group(group), memory(memory), D(int(call.dimensions)), sums(Kind::sums(call.dimensions)),
+      : call(call), parameters(parameters), group(group), D(int(call.dimensions)), sums(Kind::sums(call.dimensions)),
         width(int(padded(call.dimensions, W) / W)), deepest(F(parameters.deepest)) {
     if constexpr (sizeof(F) == 4) packed = parameters.single;
     else packed = parameters.wide;
@@ -111,7 +111,6 @@ template <class F, class Kind, int DS> class Tile {
   const Call& call;
   const Parameters& parameters;
   Group& group;
-  Memory& memory;
   Packed<F> packed;
   const int D;
   const int64_t sums;
@@ -551,18 +550,22 @@ template <class F, class Kind, int DS> class Tile {
     if constexpr (DS > 0) pulls_few(pull);
     else pulls_many(pull);
     // Factors are scaled by sqrt(log2(e) / 2), so that U y here is the gradient times log2(e) / 2.
-    const double scale = -2 * LN2 * call.unit;
+    // The unit of the weights may be beyond the range of F.
+    const double scale = -2 * LN2 * call.unit, first = call.unit == 1 ? scale : 1;
     F* by = as(R);
-    for (int i = 0; i < n; i++) by[i] = F(scale * weight(i));
+    for (int i = 0; i < n; i++) by[i] = F(first * weight(i));
     for (int d = 0; d < D; d++) for (int v = 0; v < vectors; v++) pull[d * S + v] *= R[v];
     const F* values = as(pull);
-    if (call.double_points) leave((double*)call.gradient + row * D, values);
-    else leave((float*)call.gradient + row * D, values);
+    if (call.double_points) leave((double*)call.gradient + row * D, values, scale / first);
+    else leave((float*)call.gradient + row * D, values, scale / first);
   }
-  // Coordinates of vectors as rows of numbers.
-  template <class T> void leave(T* out, const F* values) {
+  // Coordinates of vectors times a scale as rows of numbers.
+  template <class T> void leave(T* out, const F* values, double scale) {
     const int dimensions = DS > 0 ? DS : D;
-    for (int i = 0; i < n; i++) for (int d = 0; d < dimensions; d++) out[i * dimensions + d] = T(values[d * S * W + i]);
+    if (scale == 1)
+      for (int i = 0; i < n; i++) for (int d = 0; d < dimensions; d++) out[i * dimensions + d] = T(values[d * S * W + i]);
+    else
+      for (int i = 0; i < n; i++) for (int d = 0; d < dimensions; d++) out[i * dimensions + d] = T(scale * double(values[d * S * W + i]));
   }
   // In up to four dimensions the sums over all components stay in registers.
   void pulls_few(V* pull) {
