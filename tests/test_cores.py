@@ -125,7 +125,7 @@ def test_reductions_in_callbacks_leave_the_threads_of_the_user(three):
 
 
 @pytest.mark.keops
-@pytest.mark.skipif(gk.reductions.keops_unavailable() is not None, reason="KeOps is not available")
+@pytest.mark.skipif(gk.reductions.keops_unavailable(torch.device("cpu")) is not None, reason="KeOps is not available")
 def test_keops_uses_the_threads_of_the_user(three, monkeypatch):
     x = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     seen, called = [], formulas._called

@@ -7,9 +7,13 @@
 
 #include "interface.hpp"
 #include "pairs.hpp"
+#include "share.hpp"
 #include "steps.hpp"
 
 namespace rounds {
+
+// Pairs times squared dimensions from which another thread saves time.
+constexpr double PARALLEL = 50000;
 
 // Steps of some components, whose tables belong to this object.
 struct Climb {
@@ -132,7 +136,13 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
   std::vector<int64_t> alive(n);
   std::vector<double> costs(n * n);
   for (int64_t k = 0; k < n; k++) alive[k] = k, worker.prepare(components[k], k);
-  for (int64_t i = 0; i < n; i++) for (int64_t j = i + 1; j < n; j++) costs[i * n + j] = worker.cost(i, j);
+  const int threads = double(n) * n * D * D > PARALLEL ? call.steps.sweep.threads : 1;
+  const Status status = share(threads, size_t(n), [&](size_t i) {
+    pairs::Worker own(pair, &components);
+    for (int64_t j = i + 1; j < n; j++) costs[i * n + j] = own.cost(i, j);
+    return DONE;
+  });
+  if (status != DONE) throw std::bad_alloc();
   while (int64_t(alive.size()) > into.K) {
     int64_t first = -1, second = -1;
     for (size_t a = 0; a < alive.size(); a++) for (size_t b = a + 1; b < alive.size(); b++)
