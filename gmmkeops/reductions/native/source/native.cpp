@@ -39,8 +39,8 @@ constexpr int64_t PREPARED = int64_t(1) << 24;
 constexpr double EXPANDED = 32;
 
 // Rows and multiplications of a group, the fewest rows of one of several groups, the largest number of groups, and the numbers in
-// the sums of all.
-constexpr int64_t GROUP_ROWS = 4096, FEWEST = 512, GROUPS = 64, SUMS = int64_t(1) << 23;
+// the sums of all: 32 MiB, which malloc keeps for the next call.
+constexpr int64_t GROUP_ROWS = 4096, FEWEST = 512, GROUPS = 64, SUMS = int64_t(1) << 22;
 constexpr double GROUP_WORK = 1e8;
 
 // Several groups are a multiple of these, so that two and four threads get equal parts.
@@ -224,10 +224,11 @@ std::vector<Group> cut(const Call& call, int64_t sums) {
   for (int64_t r = 0; r < call.ranges; r++) rows += call.range[2 * r + 1] - call.range[2 * r];
   const double least = std::max(double(rows) / GROUP_ROWS, work_of(call) / GROUP_WORK);
   int64_t count = int64_t(std::ceil(std::min({least, double(rows) / FEWEST, double(GROUPS)})));
-  if (call.request >= SOFT && call.request <= STOCHASTIC)
-    // Sums of two groups, and of eight of many rows each, may take more memory.
-    count = std::min(count, std::max({int64_t(2), std::min<int64_t>(8, rows / GROUP_ROWS), SUMS / (sums * call.components)}));
-  count = count <= 2 ? std::max<int64_t>(count, 1) : (count + EVEN - 1) / EVEN * EVEN;
+  // Sums of two groups, and of eight of many rows each, may take more memory.
+  const int64_t room = call.request >= SOFT && call.request <= STOCHASTIC ? SUMS / (sums * call.components) : GROUPS;
+  count = std::max<int64_t>(1, std::min(count, std::max({int64_t(2), std::min<int64_t>(8, rows / GROUP_ROWS), room})));
+  const int64_t even = (count + EVEN - 1) / EVEN * EVEN;
+  if (count > 2) count = even <= room ? even : std::max<int64_t>(2, even - (even > count ? EVEN : 0));
   std::vector<Group> groups;
   double work = 0;
   auto cost = [&](int64_t s) {
@@ -303,12 +304,14 @@ Status evaluate(const Call& given, const Kernel& kernel) {
   const bool moments = call.request >= SOFT && call.request <= STOCHASTIC;
   std::unique_ptr<double[]> space;
   if (moments) {
-    space.reset(new double[groups.size() * sums * call.components]());
+    space.reset(new double[groups.size() * sums * call.components]);
     for (size_t g = 0; g < groups.size(); g++) groups[g].moments = &space[g * sums * call.components];
   }
   const int threads = int(std::clamp<double>(work_of(call) / WORK, 1, std::min<double>(call.threads, groups.size())));
   std::vector<Space> spaces(threads);
   const Status status = share(threads, groups.size(), [&](size_t g, int thread) {
+    // The thread that needs new memory first clears it, since the system then clears it, too.
+    if (moments) std::fill_n(groups[g].moments, sums * call.components, 0.0);
     return kernel.run(call, driver.parameters, groups[g], spaces[thread].memory);
   });
   if (status != DONE) return status;
