@@ -130,13 +130,13 @@ def _lloyd_steps(
     nothing = centers.new_zeros(centers.shape[1])
     total = float(mass.sum())
     settings = reductions.StepSettings(total, nothing, 1.0, -1.0, (True, False, True), assignment="hard", bare=True)
-    steps: reductions.Steps | None = None
-    tried = False
+    supported = True
     while True:
-        # Where a step needs more than the library offers, so do the next ones.
-        if steps or not tried:
+        steps = None
+        if supported:
             steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
-            tried = True
+            # If the library cannot compute a step, it cannot compute the next ones either.
+            supported = bool(steps)
         if steps:
             for t in range(len(steps)):
                 centers = steps.means(t + 1)
@@ -157,12 +157,12 @@ def kmeans(
     runs: int,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Compute the centers (K, D) of the best one of ``runs`` runs of k-means on centered points, which iterate on a dtype."""
+    """Compute the centers (K, D) of the best one of ``runs`` runs of k-means on centered points; Lloyd iterations use a dtype."""
     offset = mass @ points / mass.sum()
     points = points - offset
-    same = points.to(dtype)
+    cast = points.to(dtype)
     found = [
-        lloyd(same, mass, seeds(points, mass, K, generator, spread=True), backend) for _ in range(runs if K > 1 else 1)
+        lloyd(cast, mass, seeds(points, mass, K, generator, spread=True), backend) for _ in range(runs if K > 1 else 1)
     ]
     # Among runs whose inertia is equal up to rounding, the first one is used.
     least = min(inertia for _, inertia in found)

@@ -114,7 +114,7 @@ class Climber:
     def _round(self, found: Found) -> Found | None:
         """Return the result of one round; None if fewer components are left after the split than before."""
         K = found.origin.n_components
-        # Where components have been pruned, fewer are split than are left after the merge.
+        # After pruning, the merge leaves more components than were split, which the library does not support.
         whole = found.state.mixture.n_components == K
         fast = round_of(self.method, self.objective, found.state, _SPLIT, MERGED) if whole else None
         if fast is not None:

@@ -258,7 +258,8 @@ def moments(
         weights: Weights g (N,), possibly negative; default: ones.
         assignment: ``"soft"`` weights points by their responsibilities. ``"hard"`` assigns each point to its most probable
             component (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"``
-            draws the component of each point from its responsibilities. The last two always use the dense engine.
+            draws the component of each point from its responsibilities. KeOps has no formulas for these two; the dense engine
+            computes them instead.
         seed: Seed of the stochastic assignment.
 
     Returns:

@@ -212,8 +212,7 @@ def run(function: str, call: ctypes.Structure, *, is_long: bool = False) -> int:
     compiled = getattr(library, function)
     stop = ctypes.c_int32(0)
     # Rounds contain the call of steps, and these that of a sweep.
-    sweep = getattr(call, "steps", call) if isinstance(call, RoundCall) else call
-    sweep = getattr(sweep, "sweep", sweep)
+    sweep = call.steps.sweep if isinstance(call, RoundCall) else getattr(call, "sweep", call)
     sweep.stop = ctypes.addressof(stop)
     if not is_long or threading.current_thread() is not threading.main_thread():
         return int(compiled(ctypes.byref(call), chosen))

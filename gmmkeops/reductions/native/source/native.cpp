@@ -394,6 +394,15 @@ const Kernel* kernel_of(int isa) {
   return isa == 0 ? &base::kernel : nullptr;
 }
 
+// Calls work, and returns its status; exceptions must not reach the caller.
+template <class Work> int32_t guarded(Work work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return OUT_OF_MEMORY;
+  }
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -406,33 +415,27 @@ EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) 
 EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
 
 EXPORT int32_t gmmkeops_evaluate(const Call* call, int32_t isa) {
-  try {
+  return guarded([&]() -> int32_t {
     return evaluate(*call, *kernel_of(isa));
-  } catch (const std::bad_alloc&) {
-    return OUT_OF_MEMORY;
-  }
+  });
 }
 
 EXPORT int32_t gmmkeops_steps(StepCall* call, int32_t isa) {
-  try {
+  return guarded([&]() -> int32_t {
     const Kernel& kernel = *kernel_of(isa);
     return steps::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
-  } catch (const std::bad_alloc&) {
-    return OUT_OF_MEMORY;
-  }
+  });
 }
 
 EXPORT int32_t gmmkeops_round(RoundCall* call, int32_t isa) {
-  try {
+  return guarded([&]() -> int32_t {
     const Kernel& kernel = *kernel_of(isa);
     return rounds::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
-  } catch (const std::bad_alloc&) {
-    return OUT_OF_MEMORY;
-  }
+  });
 }
 
 EXPORT int32_t gmmkeops_pairs(const PairCall* call, int32_t) {
-  try {
+  return guarded([&]() -> int32_t {
     const int64_t parts = std::clamp<int64_t>(call->pairs / 256, 1, 4096), K = call->components, D = call->dimensions;
     const int threads = int(std::min<int64_t>(call->threads, parts));
     // Components of several pairs are prepared once.
@@ -453,27 +456,21 @@ EXPORT int32_t gmmkeops_pairs(const PairCall* call, int32_t) {
         call->cost[p] = worker.cost(call->pair[2 * p], call->pair[2 * p + 1]);
       return DONE;
     });
-  } catch (const std::bad_alloc&) {
-    return OUT_OF_MEMORY;
-  }
+  });
 }
 
 // Sorts points into kd-tree leaves, and computes the boxes of some levels.
 EXPORT int32_t gmmkeops_tree(const TreeCall* call, int32_t isa) {
-  try {
+  return guarded([&]() -> int32_t {
     return arrange(*call, *kernel_of(isa));
-  } catch (const std::bad_alloc&) {
-    return OUT_OF_MEMORY;
-  }
+  });
 }
 
 // The result is released by ``gmmkeops_release``.
 EXPORT int32_t gmmkeops_lists(ListCall* call, int32_t isa) {
-  try {
+  return guarded([&]() -> int32_t {
     return search(*call, *kernel_of(isa));
-  } catch (const std::bad_alloc&) {
-    return OUT_OF_MEMORY;
-  }
+  });
 }
 
 EXPORT void gmmkeops_release(ListCall* call) { release(call->result); }
