@@ -16,13 +16,14 @@ from gmmkeops.reductions.keops import keops
 from gmmkeops.reductions.native import native
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Engine, Request
+from gmmkeops.reductions.triton import triton
 from gmmkeops.reductions.truncation.tree import Cloud
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = ["BACKENDS", "ENGINES", "arrange", "choose", "engine", "may_arrange"]
 
 # Engines by name. The dense engine supports all requests.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (native, keops, dense)}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (native, keops, triton, dense)}
 
 BACKENDS = ("auto", *ENGINES)
 

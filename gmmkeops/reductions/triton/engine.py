@@ -1,0 +1,222 @@
+"""The Triton engine: what its kernels compute, and what is left to the dense engine or computed in float64.
+
+float32 residuals are not accurate enough for narrow rotated components, for points that are far from all components, and for
+weights of very different sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gmmkeops._checks import PrecisionWarning, warn
+from gmmkeops.reductions.dense import dense
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGradient, Request, Result, Statistics, TopK
+from gmmkeops.reductions.triton import loading
+from gmmkeops.reductions.triton.packing import LN2
+from gmmkeops.reductions.triton.residuals import NO_LABEL, NO_SHARE, Residuals
+from gmmkeops.reductions.truncation.bounds import Schedule
+from gmmkeops.reductions.truncation.passes import evaluate
+
+__all__ = ["Triton"]
+
+# Largest numbers of features, and largest k of the largest exponents, which are held in registers.
+_FULL, _DIAGONAL, _TOP = 8, 32, 16
+
+# Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
+_CONDITION = 128.0
+
+# Distance from the largest offset, nats, beyond which differences of float32 exponents are not accurate enough.
+_DEEPEST = 300.0
+
+# Largest ratio of weights whose products with responsibilities float32 holds.
+_RATIO = 2.0**50
+
+# Rows at which the first evaluation of a formula is compared with the dense engine, and the largest errors relative to
+# max(1, |value|).
+_COMPARED, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+class Triton:
+    """Engine of Triton kernels, for CUDA devices."""
+
+    name, title = "triton", "Triton"
+    one_pass = False
+
+    def __init__(self) -> None:
+        self._compared: set[tuple[object, ...]] = set()
+        self._mistrusted: str | None = None
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return self._mistrusted or loading.unavailable(device)
+
+    def unsupported(self, problem: Exponents, request: Request) -> str | None:
+        N, K, D = problem.shape
+        if isinstance(request, TopK) and request.k > _TOP:
+            return f"Triton computes at most {_TOP} exponents of each point"
+        kind, most = ("full", _FULL) if problem.is_full else ("diagonal", _DIAGONAL)
+        if most < D:
+            return f"Triton has no kernels for {kind} factors in {D} dimensions"
+        if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:
+            return "Triton numbers points and parameters by 32 bits"
+        return None
+
+    def begin(self, problem: Exponents, request: Request) -> Evaluation:
+        key = problem.x.device, problem.x.dtype, problem.U.shape[1:]
+        if key not in self._compared:
+            self._compared.add(key)
+            self._compare(problem)
+        return _begun(problem, request)
+
+    def _compare(self, problem: Exponents) -> None:
+        """Compare the log-sum-exps of a few rows with those of the dense engine; a difference beyond rounding is a warning."""
+        count = min(_COMPARED, len(problem.x))
+        few = problem.rows(torch.arange(count, device=problem.x.device) * len(problem.x) // count)
+        evaluation = _begun(few, LogSumExp())
+        evaluation.add(None)
+        (own,), (expected,) = evaluation.result(), evaluate(dense, few, LogSumExp())
+        error = float(((own - expected).abs() / expected.abs().clamp(min=1)).max())
+        if not error <= _TOLERANCE[problem.x.dtype]:
+            self._mistrusted = (
+                f"its results differ from those of the dense engine by {error:.1g} times max(1, |l|) nats"
+            )
+            warn(f"Triton is not used: {self._mistrusted}. Please report this.", PrecisionWarning)
+
+
+def _begun(problem: Exponents, request: Request) -> Evaluation:
+    """Begin an evaluation in the dtype of the points, in float64, or by the dense engine."""
+    weights = getattr(request, "weights", None)
+    found: list[Tensor] = []
+    if problem.is_full:
+        U = problem.U
+        inverse, _ = torch.linalg.inv_ex(U)
+        condition = (U.abs().mT @ inverse.abs().mT).sum(2).amax()
+        found += [condition, U.tril(-1).abs().amax()]
+    if weights is not None:
+        sizes = weights.abs()
+        least, most = torch.where(sizes > 0, sizes, torch.inf).amin(), sizes.amax()
+        unit = torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent.clamp(-1000, 1000))
+        found += [most / least]
+    # One synchronization of the device for all of these numbers.
+    numbers = torch.stack(found).tolist() if found else []
+    ratio = numbers.pop() if weights is not None else 1.0
+    condition, below = numbers if numbers else (1.0, 0.0)
+    if not condition < torch.inf:
+        # Moments of whitened residuals would not determine those of residuals.
+        return dense.begin(problem, request)
+    if below:
+        problem = replace(problem, U=_triangular(problem.U))
+    double = problem.x.dtype == torch.float32 and (condition > _CONDITION or ratio > _RATIO)
+    wide = replace(problem, x=problem.x.double()) if double else problem
+    return _Evaluation(wide, request, problem.x.dtype, None if weights is None else unit)
+
+
+def _triangular(U: Tensor) -> Tensor:
+    """Return upper-triangular factors (K, D, D) with the same products U Uᵀ."""
+    # Uᵀ with its columns reversed is Q R, so that U Uᵀ is Rᵀ R with rows and columns reversed.
+    return torch.linalg.qr(U.mT.flip(2)).R.mT.flip(1, 2)
+
+
+class _Evaluation:
+    """Evaluation in two steps: the log-sum-exps or largest exponents, then the sums that depend on them.
+
+    Rows that are so far from all components that float32 exponents are not accurate enough are evaluated by the dense engine.
+    """
+
+    def __init__(self, problem: Exponents, request: Request, dtype: torch.dtype, unit: Tensor | None) -> None:
+        self.problem, self._request, self._dtype, self._unit = problem, request, dtype, unit
+        self._kernels = Residuals(problem)
+        N, k = len(problem.x), request.rank
+        # Base-2 log-sum-exps (N,) or largest exponents (N, k), relative to the largest offset, and the components of the latter.
+        self._values = problem.x.new_empty((N, k) if k else N)
+        self._labels = problem.x.new_empty((N, k), dtype=torch.int32)
+        # Schedules of row ranges whose lists were long enough; None if all pairs are evaluated.
+        self._schedules: list[Schedule] | None = None
+
+    def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
+        if self._request.rank:
+            minima = self._kernels.largest(self._values, self._labels, schedule)
+        else:
+            minima = self._kernels.logsumexps(self._values, schedule)
+        if schedule is None or minima is None:
+            return None
+        self._schedules = [] if self._schedules is None else self._schedules
+        self._schedules.append(schedule.only(schedule.good(minima)))
+        return schedule, minima
+
+    def result(self) -> Result:
+        request = self._request
+        far = self._far()
+        match request:
+            case LogSumExp():
+                return (self._nats(far),)
+            case Argmax():
+                labels = self._labels[:, 0].long()
+                if len(far):
+                    (labels[far],) = evaluate(dense, self.problem.rows(far), request)
+                return (labels,)
+            case TopK():
+                values, labels = self._kernels.packed.nats(self._values).to(self._dtype), self._labels.long()
+                if len(far):
+                    found, labels[far] = evaluate(dense, self.problem.rows(far), request)
+                    values[far] = found.to(self._dtype)
+                return values, labels
+            case Statistics():
+                return self._moments(request, far)
+            case PointGradient():
+                return self._gradient(request, far)
+
+    def _far(self) -> Tensor:
+        """Return the rows (n,) whose log-sum-exps or largest exponents are beyond the accurate range of float32."""
+        first = self._values if self._values.ndim == 1 else self._values[:, 0]
+        if first.dtype == torch.float32:
+            return (~(first.abs() <= _DEEPEST / LN2)).nonzero()[:, 0]
+        return (~torch.isfinite(first)).nonzero()[:, 0]
+
+    def _nats(self, far: Tensor) -> Tensor:
+        """Return the log-sum-exps or largest exponents (N,), nats, in the dtype of the request."""
+        first = self._values if self._values.ndim == 1 else self._values[:, 0]
+        values = self._kernels.packed.nats(first)
+        if len(far):
+            few, hard = self.problem.rows(far), self._request.rank > 0
+            values[far] = evaluate(dense, few, TopK(1) if hard else LogSumExp())[0].view(-1).double()
+        return values.to(self._dtype)
+
+    def _moments(self, request: Statistics, far: Tensor) -> Result:
+        values, weights = self._nats(far), request.weights
+        g = None if weights is None or self._unit is None else (weights / self._unit).to(self.problem.x.dtype)
+        if request.assignment == "soft":
+            shares = self._values.index_fill(0, far, NO_SHARE)
+        else:
+            labels = self._labels[:, 0] if request.assignment == "hard" else self._drawn(request.seed)
+            shares = labels.index_fill(0, far, NO_LABEL).contiguous()
+        S0, S1, S2 = self._kernels.moments(shares, g, self._schedules)
+        if self._unit is not None:
+            S0, S1, S2 = S0 * self._unit, S1 * self._unit, S2 * self._unit
+        if len(far):
+            few = replace(request, weights=None if weights is None else weights[far], values=False)
+            rest = evaluate(dense, self.problem.rows(far), few)
+            S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
+        total = values.double().sum() if weights is None else values.double() @ weights
+        return S0, S1, S2, total, *((values,) if request.values else ())
+
+    def _drawn(self, seed: int) -> Tensor:
+        """Draw a component (N,), int32, for each point, from its responsibilities."""
+        x = self.problem.x
+        generator = torch.Generator(x.device).manual_seed(seed)
+        uniform = 1 - torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)
+        labels = x.new_empty(len(x), dtype=torch.int32)
+        self._kernels.draws(self._values, uniform, labels, self._schedules)
+        return labels
+
+    def _gradient(self, request: PointGradient, far: Tensor) -> Result:
+        gradient, weights = self._kernels.gradients(self._values, self._schedules), request.weights
+        if len(far):
+            (gradient[far],) = evaluate(dense, self.problem.rows(far), PointGradient())
+        if weights is not None:
+            # Weights beyond the range of float32 may have products within it.
+            gradient = weights[:, None] * gradient.double()
+        return gradient.to(self._dtype), *((self._nats(far),) if request.values else ())

@@ -1,0 +1,251 @@
+"""Kernels in which a thread owns points: log-sum-exps, largest exponents, random labels and gradients.
+
+All of them loop over components, whose parameters are scalars for the threads of a program. The record of a component is
+[c, m, d, u], see :class:`gmmkeops.reductions.triton.packing.Packed`. A tuple of D tensors holds the coordinates of the points.
+
+Each program has a block of rows and a range of components: all of them, or, for ``LISTS``, the entries of ``index_ptr`` that the
+row of ``block_ptr`` (first row, last-plus-one row, first entry, last-plus-one entry) names.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["draws", "gradients", "largest", "logsumexps"]
+
+
+@triton.jit
+def _block(block_ptr, N, K, BN: tl.constexpr, LISTS: tl.constexpr):
+    """Return the rows of the program, the mask of the valid ones, and the first and last-plus-one position of its components."""
+    t = tl.program_id(0)
+    if LISTS:
+        rows = tl.load(block_ptr + 4 * t) + tl.arange(0, BN)
+        valid = rows < tl.load(block_ptr + 4 * t + 1)
+        first = tl.load(block_ptr + 4 * t + 2)
+        last = tl.load(block_ptr + 4 * t + 3)
+    else:
+        rows = t * BN + tl.arange(0, BN)
+        valid = rows < N
+        first = 0
+        last = K
+    return rows, valid, first, last
+
+
+@triton.jit
+def _points(x_ptr, rows, valid, D: tl.constexpr):
+    """Load the coordinates of rows."""
+    x = ()
+    for a in tl.static_range(D):
+        x = x + (tl.load(x_ptr + rows.to(tl.int64) * D + a, mask=valid, other=0.0),)
+    return x
+
+
+@triton.jit
+def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
+    """Return the whitened residuals of points and the exponents c - |y|², for the component whose record begins at p."""
+    z = ()
+    for a in tl.static_range(D):
+        z = z + (x[a] - tl.load(p + 1 + a),)
+    e = tl.load(p)
+    y = ()
+    for a in tl.static_range(D):
+        v = tl.load(p + 1 + D + a)
+        if FAMILY == "full":
+            for b in tl.static_range(a + 1):
+                v += tl.load(p + 1 + 2 * D + a * (a + 1) // 2 + b) * z[b]
+        elif FAMILY == "diagonal":
+            v += tl.load(p + 1 + 2 * D + a) * z[a]
+        else:
+            v += tl.load(p + 1 + 2 * D) * z[a]
+        y = y + (v,)
+        e = e - v * v
+    return y, e
+
+
+@triton.jit
+def _component(index_ptr, position, LISTS: tl.constexpr):
+    """Return the component at a position of the range of the program."""
+    k = position
+    if LISTS:
+        k = tl.load(index_ptr + position)
+    return k
+
+
+@triton.jit
+def _note_least(least_ptr, values, valid, LISTS: tl.constexpr):
+    """Store the smallest value of the rows of the program; -inf if one is NaN."""
+    if LISTS:
+        values = tl.where(values == values, values, float("-inf"))
+        tl.store(least_ptr + tl.program_id(0), tl.min(tl.where(valid, values, float("inf")), 0))
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def logsumexps(
+    x_ptr,
+    p_ptr,
+    o_ptr,
+    least_ptr,
+    block_ptr,
+    index_ptr,
+    N,
+    K,
+    D: tl.constexpr,
+    FAMILY: tl.constexpr,
+    R: tl.constexpr,
+    LISTS: tl.constexpr,
+    BN: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Compute the base-2 log-sum-exps (N,), and their minimum in each block of rows if there are lists."""
+    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    x = _points(x_ptr, rows, valid, D)
+    m = tl.full((BN,), -1e38, x_ptr.dtype.element_ty)
+    s = tl.zeros((BN,), x_ptr.dtype.element_ty)
+    for k in range(first, last, U):
+        n = m
+        es = ()
+        for i in tl.static_range(U):
+            y, e = _exponent(x, p_ptr + _component(index_ptr, k + i, LISTS) * R, D, FAMILY)
+            n = tl.maximum(n, e)
+            es = es + (e,)
+        s = s * tl.exp2(m - n)
+        for i in tl.static_range(U):
+            s += tl.exp2(es[i] - n)
+        m = n
+    values = m + tl.log2(s)
+    tl.store(o_ptr + rows, values, mask=valid)
+    _note_least(least_ptr, values, valid, LISTS)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def largest(
+    x_ptr,
+    p_ptr,
+    o_ptr,
+    label_ptr,
+    least_ptr,
+    block_ptr,
+    index_ptr,
+    N,
+    K,
+    TOP: tl.constexpr,
+    D: tl.constexpr,
+    FAMILY: tl.constexpr,
+    R: tl.constexpr,
+    LISTS: tl.constexpr,
+    BN: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Compute the TOP largest base-2 exponents (N, TOP) and their components; if two are equal, the one that is listed first."""
+    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    x = _points(x_ptr, rows, valid, D)
+    best = ()
+    label = ()
+    for j in tl.static_range(TOP):
+        best = best + (tl.full((BN,), -1e38, x_ptr.dtype.element_ty),)
+        label = label + (tl.zeros((BN,), tl.int32),)
+    for k in range(first, last, U):
+        for i in tl.static_range(U):
+            c = _component(index_ptr, k + i, LISTS)
+            y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
+            c = tl.zeros((BN,), tl.int32) + c
+            better = e > best[0]
+            new = ()
+            names = ()
+            for j in tl.static_range(TOP):
+                # Once a value has been inserted, those after it move down by one place.
+                better = better | (e > best[j])
+                new = new + (tl.where(better, e, best[j]),)
+                names = names + (tl.where(better, c, label[j]),)
+                e = tl.where(better, best[j], e)
+                c = tl.where(better, label[j], c)
+            best = new
+            label = names
+    places = rows.to(tl.int64) * TOP
+    for j in tl.static_range(TOP):
+        tl.store(o_ptr + places + j, best[j], mask=valid)
+        tl.store(label_ptr + places + j, label[j], mask=valid)
+    _note_least(least_ptr, best[TOP - 1], valid, LISTS)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def draws(
+    x_ptr,
+    p_ptr,
+    l_ptr,
+    u_ptr,
+    label_ptr,
+    block_ptr,
+    index_ptr,
+    N,
+    K,
+    D: tl.constexpr,
+    FAMILY: tl.constexpr,
+    R: tl.constexpr,
+    LISTS: tl.constexpr,
+    BN: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Choose the first component at which the running sum of responsibilities reaches a number in (0, 1]."""
+    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    x = _points(x_ptr, rows, valid, D)
+    level = tl.load(l_ptr + rows, mask=valid, other=0.0)
+    u = tl.load(u_ptr + rows, mask=valid, other=1.0)
+    s = tl.zeros((BN,), x_ptr.dtype.element_ty)
+    label = tl.full((BN,), -1, tl.int32)
+    for k in range(first, last, U):
+        for i in tl.static_range(U):
+            c = _component(index_ptr, k + i, LISTS)
+            y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
+            r = tl.exp2(e - level)
+            # If rounding keeps the sum below the number, the last component of positive probability is chosen.
+            label = tl.where((s < u) & (r > 0), c, label)
+            s += r
+    tl.store(label_ptr + rows, label, mask=valid)
+
+
+@triton.jit(do_not_specialize=["N", "K"])
+def gradients(
+    x_ptr,
+    p_ptr,
+    l_ptr,
+    o_ptr,
+    block_ptr,
+    index_ptr,
+    N,
+    K,
+    D: tl.constexpr,
+    FAMILY: tl.constexpr,
+    R: tl.constexpr,
+    LISTS: tl.constexpr,
+    BN: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Compute Σ r U y (N, D) with the scaled factors U of the records, given the base-2 log-sum-exps."""
+    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    x = _points(x_ptr, rows, valid, D)
+    level = tl.load(l_ptr + rows, mask=valid, other=0.0)
+    sums = ()
+    for a in tl.static_range(D):
+        sums = sums + (tl.zeros((BN,), x_ptr.dtype.element_ty),)
+    for k in range(first, last, U):
+        for i in tl.static_range(U):
+            p = p_ptr + _component(index_ptr, k + i, LISTS) * R
+            y, e = _exponent(x, p, D, FAMILY)
+            r = tl.exp2(e - level)
+            q = ()
+            for a in tl.static_range(D):
+                q = q + (r * y[a],)
+            new = ()
+            for b in tl.static_range(D):
+                v = sums[b]
+                if FAMILY == "full":
+                    for a in tl.static_range(b, D):
+                        v += tl.load(p + 1 + 2 * D + a * (a + 1) // 2 + b) * q[a]
+                elif FAMILY == "diagonal":
+                    v += tl.load(p + 1 + 2 * D + b) * q[b]
+                else:
+                    v += tl.load(p + 1 + 2 * D) * q[b]
+                new = new + (v,)
+            sums = new
+    for a in tl.static_range(D):
+        tl.store(o_ptr + rows.to(tl.int64) * D + a, sums[a], mask=valid)

@@ -1,0 +1,80 @@
+"""Import of Triton on first use, and launches of its kernels on a device or by its interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["interpreted", "launch", "unavailable"]
+
+# Smallest major compute capability of CUDA devices, for which Triton generates code.
+_CAPABILITY = 8
+
+
+def interpreted() -> bool:
+    """Return whether kernels are run by Triton's interpreter, on any device; ``TRITON_INTERPRET=1`` asks for it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return the reason, one clause, why Triton cannot run on a device; None if it can. Imports Triton on first use."""
+    if not interpreted():
+        if device.type != "cuda":
+            return f"it runs on CUDA devices only, not on {device.type}"
+        if torch.version.hip is None and (capability := _capability(device))[0] < _CAPABILITY:
+            return (
+                f"the device has compute capability {capability[0]}.{capability[1]}, and Triton needs {_CAPABILITY}.0"
+            )
+    return _failure()
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _failure() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    try:
+        _kernels("rows")
+    except Exception as error:
+        said = str(error).splitlines()[0] if str(error) else ""
+        return f"importing Triton failed ({type(error).__name__}: {said})"
+    return None
+
+
+@functools.cache
+def _kernels(module: str) -> Any:
+    return importlib.import_module(f"gmmkeops.reductions.triton.kernels.{module}")
+
+
+def launch(
+    module: str, kernel: str, device: torch.device, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any
+) -> None:
+    """Launch a kernel of a module of :mod:`gmmkeops.reductions.triton.kernels` on the current stream of a device.
+
+    Args:
+        module, kernel: Names of the module and of the kernel.
+        device: Device of the tensors.
+        grid: Numbers of programs.
+        arguments: Tensors and numbers.
+        warps: Number of warps of a program.
+        constants: Values that are known when the kernel is compiled.
+    """
+    function = getattr(_kernels(module), kernel)
+    if interpreted():
+        # Kernels compute with infinite numbers, for which numpy would issue warnings.
+        with np.errstate(all="ignore"):
+            function[grid](*arguments, **constants, num_warps=warps)
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        function[grid](*arguments, **constants, num_warps=warps)
