@@ -18,6 +18,10 @@ from torch.distributions import Distribution
 
 import gmmkeops as gk
 
+if not torch.cuda.is_available():
+    # Triton's interpreter runs its kernels on the CPU. The variable must be set before Triton is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # For scripts in processes of their own, kB: ru_maxrss may be that of the process they were forked from.
 PEAK = """
 def peak():
@@ -27,16 +31,34 @@ HAS_KEOPS = importlib.util.find_spec("pykeops") is not None
 FAMILIES = [f"{tied}{family}" for tied in ("", "tied_") for family in ("full", "diag", "spherical")]
 
 needs_keops = [pytest.mark.keops, pytest.mark.skipif(not HAS_KEOPS, reason="pykeops is not installed")]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 HAS_NATIVE = gk.reductions.native_unavailable() is None
 needs_native = [pytest.mark.skipif(not HAS_NATIVE, reason="the native engine has not been compiled")]
+needs_interpreter = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs on the CUDA device"),
+]
+needs_triton = [*needs_interpreter[:1], *needs_cuda]
 ENGINES = [
     pytest.param(("native", "cpu"), id="native-cpu", marks=needs_native),
     pytest.param(("dense", "cpu"), id="dense-cpu"),
     pytest.param(("keops", "cpu"), id="keops-cpu", marks=needs_keops),
     pytest.param(("dense", "cuda"), id="dense-cuda", marks=needs_cuda),
     pytest.param(("keops", "cuda"), id="keops-cuda", marks=[*needs_keops, *needs_cuda]),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton),
 ]
+# Kernels of Triton, run by its interpreter.
+INTERPRETED = pytest.param(("triton", "cpu"), id="triton-cpu", marks=needs_interpreter)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark tests of candidate lists by Triton's interpreter as slow, except one."""
+    for item in items:
+        listed = "triton-cpu-lists" in item.name or ("too_short" in item.name and "triton-cpu" in item.name)
+        if listed and "test_every_request[full-dtype0" not in item.name:
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass

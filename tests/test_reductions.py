@@ -280,7 +280,9 @@ def test_bad_input_gets_one_sentence(arguments, kind, message):
 
 
 def test_other_refusals():
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'native', 'keops', 'dense', got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'native', 'keops', 'triton', 'dense', got 'gpu'"
+    ):
         reductions.logsumexp(*GOOD, backend="gpu")
     with pytest.raises(ValueError, match="k must be between 1 and the 3 components"):
         reductions.topk(*GOOD, 4)

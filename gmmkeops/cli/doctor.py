@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from gmmkeops import reductions
-from gmmkeops.reductions import instruction_set, keops_unavailable, native_unavailable
+from gmmkeops.reductions import instruction_set, keops_unavailable, native_unavailable, triton_unavailable
 
 __all__ = ["Finding", "examine"]
 
@@ -41,7 +41,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Check the compiler, KeOps, CUDA and all engines; KeOps formulas are compiled if necessary.
+    """Check the compiler, KeOps, CUDA and all engines; formulas and kernels are compiled if necessary.
 
     Returns:
         Results of the checks.
@@ -100,7 +100,8 @@ def _cuda() -> list[Finding]:
     properties = torch.cuda.get_device_properties(device)
     size = properties.total_memory / 2**30
     found = [Finding("CUDA", True, f"{properties.name}, {size:.0f} GiB, found by torch (CUDA {torch.version.cuda}).")]
-    return [*found, _engine("dense on CUDA", "dense", device), _engine("KeOps on CUDA", "keops", device)]
+    engines = {"dense on CUDA": "dense", "KeOps on CUDA": "keops", "Triton on CUDA": "triton"}
+    return [*found, *(_engine(what, backend, device) for what, backend in engines.items())]
 
 
 def _toolkit(version: str) -> str:
@@ -128,7 +129,10 @@ def _engine(what: str, backend: str, device: torch.device) -> Finding:
         remedy = "pip install pykeops" if "not installed" in reason else ""
         if "does not see CUDA" in reason:
             remedy = _toolkit(torch.version.cuda or "")
-        return Finding(what, False, f"{reason}; the dense engine is used instead.", remedy)
+        return Finding(what, False, f"{reason}; another engine is used instead.", remedy)
+    if backend == "triton" and (reason := triton_unavailable(device)) is not None:
+        remedy = "pip install triton" if "not installed" in reason else ""
+        return Finding(what, False, f"{reason}; another engine is used instead.", remedy)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 2, generator=generator)
     means, offsets = torch.randn(5, 2, generator=generator), torch.zeros(5)
@@ -146,5 +150,6 @@ def _engine(what: str, backend: str, device: torch.device) -> Finding:
     worst = max(float((values - truth).abs().max()), float((found - sums).abs().max()) / 500)
     right = worst < _TOLERANCE and torch.equal(labels, reductions.argmax(x, offsets, means, torch.ones(1, 2)))
     if not right:
-        return Finding(what, False, f"error of {worst:.1e} nats.", "pip install --force-reinstall pykeops keopscore")
+        remedy = "pip install --force-reinstall pykeops keopscore" if backend == "keops" else ""
+        return Finding(what, False, f"error of {worst:.1e} nats.", remedy)
     return Finding(what, True, f"works, with an error of {worst:.0e} nats ({seconds:.1f} s for the first calls).")

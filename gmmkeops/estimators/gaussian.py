@@ -89,7 +89,7 @@ class GaussianMixture(MixtureEstimator):
         device: Device of the computation, e.g. "cuda"; by default that of the data.
         dtype: Precision of the computation and of densities and probabilities, "float32" or "float64". By default it is float32
             for float32 data, else float64. A fit switches to float64 if float32 is not accurate enough.
-        backend: "auto", "native", "keops" or "dense".
+        backend: "auto", "native", "keops", "triton" or "dense".
         truncate: Largest fraction of the density of a point that may be neglected (:func:`gmmkeops.fit`); 0 evaluates all
             point-component pairs; None uses approximately the rounding error of the dtype if this saves time.
         checkpoint: A path, or a :class:`~gmmkeops.Checkpoint`, to which the state of the fit is written and from which it

@@ -94,7 +94,7 @@ def fit(
         truncate: ε in [0, 1): components may be skipped if their total contribution to a point's density is less than this
             fraction (:func:`gmmkeops.reductions.arrange`). The report contains the resulting error bound. 0 evaluates every pair
             of point and component. The default is 1e-6 for float32 and 1e-12 for float64, if this saves time, otherwise 0.
-        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         dtype: Precision of the points, ``"float32"`` or ``"float64"``. By default float32 points are processed in float32 and
             all others in float64. The points are centered in float64 first, so that large coordinates lose no precision in
             float32. If components become so narrow, or points are so distant, that float32 coordinates would change
@@ -312,7 +312,13 @@ def _result(best: Evaluation, run: Run, start: StartReport | None) -> FitResult:
             value = float(objective.penalized(best.mixture)) - likelihood
     active = set(best.active.tolist())
     statistics = objective.passes.statistics.of_all(objective.passes.world)
-    engine = reductions.engine(data.device, objective.backend, features=data.features, full=best.mixture.factor.coupled)
+    engine = reductions.engine(
+        data.device,
+        objective.backend,
+        features=data.features,
+        full=best.mixture.factor.coupled,
+        dtype=torch.float64 if statistics.wide else data.dtype,
+    )
     report = Report(
         pruned_components=tuple(k for k in range(best.mixture.n_components) if k not in active),
         n_active_components=len(active),

@@ -88,7 +88,7 @@ def initialize(
         generator: Random number generator or seed; by default one with a fixed seed, so that repeated calls give equal
             mixtures. Torch's global random state is neither used nor changed.
         refine: Number of additional EM steps, for strategies without a search.
-        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         penalty: Penalty of the fit that follows, as for :func:`gmmkeops.fit`, which counts in the objective of a search.
         prior: With fewer than ten points per parameter, a search uses weak priors of the covariances, since the likelihood
             favors components that contain few points: first one of the covariance of all points, then, with further rounds, one

@@ -81,7 +81,7 @@ class Report:
         pruned_components: Indices of components that were pruned because their expected count became negligible.
         n_active_components: Number of active components.
         regularized_components: Indices of components whose covariance was regularized at least once.
-        engine: ``"native"``, ``"dense"`` or ``"keops"``.
+        engine: ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         device: Device of the computation.
         dtype: Precision of the points (parameters are float64).
         total_weight: Total weight of the points.

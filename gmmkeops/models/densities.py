@@ -38,7 +38,7 @@ def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: f
 
     Args:
         value: Points (*S, D), or (*S, *B, D) for a batch of mixtures; data units. The result has their dtype.
-        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         truncate: Largest fraction of the density of a point that may be neglected; 0 evaluates every component; None is the
             default of :func:`gmmkeops.reductions.arrange`.
 
@@ -47,7 +47,7 @@ def log_prob(mixture: Mixture, value: Any, *, backend: str = "auto", truncate: f
 
     Raises:
         TypeError, ValueError: The points are not numeric, not finite, or do not have D columns; their squared distances
-            overflow their dtype; or ``backend="keops"`` or truncation is requested for a batch of mixtures.
+            overflow their dtype; or ``backend="keops"`` or ``"triton"``, or truncation, is requested for a batch of mixtures.
     """
     x, parameters = as_points_of(mixture, value), prepared(mixture)
     check = mixture._validate_args and concrete(x)
@@ -69,9 +69,11 @@ def _finite_log_prob(
 ) -> Tensor:
     """Compute log-densities (*S, *B) of finite points; ``parameters`` as :func:`prepared` returns them."""
     if mixture.batch_shape:
-        if as_choice(backend, "backend", reductions.BACKENDS) == "keops" or as_fraction(truncate, "truncate"):
+        compiled = as_choice(backend, "backend", reductions.BACKENDS) in ("keops", "triton")
+        if compiled or as_fraction(truncate, "truncate"):
+            named = backend if compiled else "keops"
             raise ValueError(
-                "a batch of mixtures supports neither backend='keops' nor truncation; omit backend and truncate."
+                f"a batch of mixtures supports neither backend={named!r} nor truncation; omit backend and truncate."
             )
         return _batch_log_prob(mixture, x)
     if x.numel() == 0:

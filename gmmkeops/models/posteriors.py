@@ -40,7 +40,7 @@ def responsibilities(
     Args:
         value: Points (*S, D), data units; without ``k`` also (*S, *B, D) for a batch of mixtures.
         k: Number of responsibilities per point, the largest ones; None for all K. The others are not stored.
-        backend: Used with ``k``: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
+        backend: Used with ``k``: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         truncate: Used with ``k``, as for :meth:`log_prob`.
 
     Returns:

@@ -5,8 +5,8 @@ r"""Reductions over points or components without an N x K array: log-sum-exps, l
     e_{nk} = c_k - \tfrac12 \lVert U_k^\top (x_n - \mu_k) \rVert^2, \qquad
     \ell_n = \log \sum_k \exp e_{nk}, \qquad r_{nk} = g_n \exp(e_{nk} - \ell_n)
 
-with offsets c, means μ, precision factors U, weights g and responsibilities r. The engines ``native``, ``keops`` and
-``dense`` have the same interface (:mod:`gmmkeops.reductions.protocol`); none stores an N x K array.
+with offsets c, means μ, precision factors U, weights g and responsibilities r. The engines ``native``, ``keops``,
+``triton`` and ``dense`` have the same interface (:mod:`gmmkeops.reductions.protocol`); none stores an N x K array.
 
 The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
 
@@ -36,6 +36,7 @@ from gmmkeops.reductions.native.steps import Steps as Steps
 from gmmkeops.reductions.native.steps import StepSettings as StepSettings
 from gmmkeops.reductions.native.steps import em_steps as em_steps
 from gmmkeops.reductions.prepared import Prepared as Prepared
+from gmmkeops.reductions.triton.loading import unavailable as triton_unavailable  # noqa: F401
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

@@ -43,24 +43,33 @@ _warned: set[str] = set()
 _logger = logging.getLogger("gmmkeops")
 
 
-def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool = True) -> str:
-    """Return the name of the engine that will be used: ``"native"``, ``"keops"`` or ``"dense"``.
+def engine(
+    problem: Any,
+    backend: str = "auto",
+    *,
+    features: int = 0,
+    full: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Return the name of the engine that will be used: ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
 
     On a CPU ``"auto"`` chooses the native engine, and the dense engine where the native one has not been compiled. On CUDA it
     chooses KeOps in low dimensions (up to 6 with full factors, 16 with diagonal ones), in which the matrix products of the dense
-    engine are too small to use the device fully.
+    engine are too small to use the device fully. It chooses Triton where KeOps cannot run, and for other float32 points that the
+    kernels of Triton support; the dense engine otherwise.
 
     Args:
         problem: The points (N, D), validated exponents, or a device.
-        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         features: Number of features D, if ``problem`` is a device.
         full: Whether factors are full matrices, if ``problem`` is not exponents.
+        dtype: Data type of the points, if ``problem`` is a device.
 
     Raises:
         ValueError: The name of the backend is unknown.
 
     Warns:
-        UserWarning: An engine was chosen but cannot run, so that the dense engine is used. Each reason is reported once.
+        UserWarning: An engine was chosen but cannot run, so that another one is used. Each reason is reported once.
 
     Example:
         >>> import torch, gmmkeops as gk
@@ -70,45 +79,69 @@ def engine(problem: Any, backend: str = "auto", *, features: int = 0, full: bool
     if isinstance(problem, Exponents):
         problem, full = problem.x, problem.is_full
     if isinstance(problem, Tensor):
-        problem, features = problem.device, problem.shape[1]
-    chosen = _chosen(backend, problem, features, full)
-    return chosen.name if _runs(chosen, problem, backend) else dense.name
+        problem, features, dtype = problem.device, problem.shape[1], problem.dtype
+    engines = _preferred(backend, problem, features, full, dtype)
+    return _first(engines, problem, backend, lambda engine: _has_kernels(engine, features, full)).name
 
 
 def choose(problem: Exponents, request: Request, backend: str) -> Engine:
-    """Return the engine that computes a request: the chosen one if it supports the request, otherwise the dense engine.
+    """Return the engine that computes a request: the first of the preferred ones that supports the request and can run.
 
     Warns:
         UserWarning: As for :func:`engine`.
     """
-    chosen = _chosen(backend, problem.x.device, problem.shape[2], problem.is_full)
-    clause = chosen.unsupported(problem, request)
-    if clause is not None:
-        _logger.debug("%s; using the dense engine", clause)
-        return dense
-    if backend == "auto" and problem.x.device.type != "cuda":
-        # It was chosen because it can run.
-        return chosen
-    return chosen if _runs(chosen, problem.x.device, backend) else dense
+    x = problem.x
+    engines = _preferred(backend, x.device, problem.shape[2], problem.is_full, x.dtype)
+    if backend == "auto" and x.device.type != "cuda":
+        # The first one was chosen because it can run.
+        return engines[0] if _supports(engines[0], problem, request) else dense
+    return _first(engines, x.device, backend, lambda engine: _supports(engine, problem, request))
 
 
-def _chosen(backend: str, device: torch.device, features: int, full: bool) -> Engine:
-    """Return the engine with a name, or the fastest one on a device if the name is ``"auto"``."""
+def _preferred(backend: str, device: torch.device, features: int, full: bool, dtype: torch.dtype) -> tuple[Engine, ...]:
+    """Return the engine with a name, or the fastest one on a device if the name is ``"auto"``, and then its substitutes."""
     if not isinstance(backend, str) or backend != "auto":
-        return ENGINES[as_choice(backend, "backend", ("auto", *ENGINES))]
+        return ENGINES[as_choice(backend, "backend", ("auto", *ENGINES))], dense
     if device.type == "cuda":
-        return keops if features <= (6 if full else 16) else dense
-    return native if native.unavailable(device) is None else dense
+        if features <= (6 if full else 16):
+            # For float64 points the dense engine computes what KeOps has no formula for.
+            few = dtype == torch.float32 or keops.unavailable(device) is not None
+            return (keops, triton, dense) if few else (keops, dense)
+        return (triton, dense) if dtype == torch.float32 else (dense,)
+    return (native if native.unavailable(device) is None else dense,)
 
 
-def _runs(engine: Engine, device: torch.device, backend: str) -> bool:
-    """Return whether an engine can run on a device. Each reason why it cannot is reported by a warning once."""
-    reason = engine.unavailable(device)
-    if reason is not None and reason not in _warned:
-        _warned.add(reason)
+def _supports(engine: Engine, problem: Exponents, request: Request) -> bool:
+    clause = engine.unsupported(problem, request)
+    if clause is not None:
+        _logger.debug("%s; using another engine", clause)
+    return clause is None
+
+
+def _has_kernels(engine: Engine, features: int, full: bool) -> bool:
+    return engine is not triton or triton.has_kernels(features, full)
+
+
+def _first(
+    engines: tuple[Engine, ...], device: torch.device, backend: str, supports: Callable[[Engine], bool]
+) -> Engine:
+    """Return the first engine that supports a request and can run on a device; each reason why one cannot is reported once."""
+    failed: tuple[str, str] | None = None
+    for engine in engines:
+        if not supports(engine):
+            continue
+        reason = engine.unavailable(device)
+        if reason is None:
+            break
+        # The dense engine is the next one if Triton, which comes with torch, does not run.
+        if failed is None and not (backend == "auto" and engine is triton):
+            failed = engine.title, reason
+    if failed is not None and failed[1] not in _warned:
+        _warned.add(failed[1])
         wanted = "is the faster engine here" if backend == "auto" else "was requested"
-        warn(f"{engine.title} {wanted} but {reason}; using the dense engine.", UserWarning)
-    return reason is None
+        instead = "the dense engine" if engine is dense else engine.title
+        warn(f"{failed[0]} {wanted} but {failed[1]}; using {instead}.", UserWarning)
+    return engine
 
 
 def arrange(

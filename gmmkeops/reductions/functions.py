@@ -89,7 +89,7 @@ def logsumexp(
         offsets: Offsets c (K,), nats; -inf for a component of weight zero.
         means: Means μ (K, D), data units.
         factor: A :class:`~gmmkeops.Factor`, or a tensor U (K or 1, D, D), (K or 1, D) or (K or 1, 1), 1 / data units.
-        backend: ``"auto"``, ``"native"``, ``"keops"`` or ``"dense"``.
+        backend: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         truncate: As for :func:`arrange`; ignored for points that :func:`arrange` has sorted.
 
     Returns:

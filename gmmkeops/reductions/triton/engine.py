@@ -57,12 +57,15 @@ class Triton:
         N, K, D = problem.shape
         if isinstance(request, TopK) and request.k > _TOP:
             return f"Triton computes at most {_TOP} exponents of each point"
-        kind, most = ("full", _FULL) if problem.is_full else ("diagonal", _DIAGONAL)
-        if most < D:
-            return f"Triton has no kernels for {kind} factors in {D} dimensions"
+        if not self.has_kernels(D, problem.is_full):
+            return f"Triton has no kernels for {'full' if problem.is_full else 'diagonal'} factors in {D} dimensions"
         if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:
             return "Triton numbers points and parameters by 32 bits"
         return None
+
+    def has_kernels(self, features: int, full: bool) -> bool:
+        """Return whether there are kernels for a number of features D and for full or other factors."""
+        return features <= (_FULL if full else _DIAGONAL)
 
     def begin(self, problem: Exponents, request: Request) -> Evaluation:
         key = problem.x.device, problem.x.dtype, problem.U.shape[1:]
@@ -187,13 +190,14 @@ class _Evaluation:
 
     def _moments(self, request: Statistics, far: Tensor) -> Result:
         values, weights = self._nats(far), request.weights
-        g = None if weights is None or self._unit is None else (weights / self._unit).to(self.problem.x.dtype)
+        g = None if weights is None or self._unit is None else weights / self._unit
         if request.assignment == "soft":
             shares = self._values.index_fill(0, far, NO_SHARE)
+            single = None if g is None else g.to(self.problem.x.dtype)
+            S0, S1, S2 = self._kernels.moments(shares, single, self._schedules)
         else:
             labels = self._labels[:, 0] if request.assignment == "hard" else self._drawn(request.seed)
-            shares = labels.index_fill(0, far, NO_LABEL).contiguous()
-        S0, S1, S2 = self._kernels.moments(shares, g, self._schedules)
+            S0, S1, S2 = self._kernels.hard_moments(labels.index_fill(0, far, NO_LABEL), g)
         if self._unit is not None:
             S0, S1, S2 = S0 * self._unit, S1 * self._unit, S2 * self._unit
         if len(far):

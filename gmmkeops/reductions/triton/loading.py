@@ -19,19 +19,19 @@ _CAPABILITY = 8
 
 
 def interpreted() -> bool:
-    """Return whether kernels are run by Triton's interpreter, on any device; ``TRITON_INTERPRET=1`` asks for it."""
+    """Return whether kernels are run by Triton's interpreter, on the CPU; ``TRITON_INTERPRET=1`` asks for it."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def unavailable(device: torch.device) -> str | None:
     """Return the reason, one clause, why Triton cannot run on a device; None if it can. Imports Triton on first use."""
-    if not interpreted():
-        if device.type != "cuda":
-            return f"it runs on CUDA devices only, not on {device.type}"
-        if torch.version.hip is None and (capability := _capability(device))[0] < _CAPABILITY:
-            return (
-                f"the device has compute capability {capability[0]}.{capability[1]}, and Triton needs {_CAPABILITY}.0"
-            )
+    if interpreted():
+        if device.type != "cpu":
+            return "TRITON_INTERPRET is set, and its interpreter runs on a CPU only"
+    elif device.type != "cuda":
+        return f"it runs on CUDA devices only, not on {device.type}"
+    elif torch.version.hip is None and (capability := _capability(device))[0] < _CAPABILITY:
+        return f"the device has compute capability {capability[0]}.{capability[1]}, and Triton needs {_CAPABILITY}.0"
     return _failure()
 
 

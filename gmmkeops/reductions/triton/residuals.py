@@ -106,14 +106,11 @@ class Residuals:
         """Compute S0 (K,), S1 (K, D) and S2 (K, D, D), (K, D) or (K,) about the means, float64, possibly with weights (N,).
 
         Args:
-            values: Base-2 log-sum-exps (N,) in the dtype of the points, or labels (N,), int32.
+            values: Base-2 log-sum-exps (N,) in the dtype of the points.
             weights: Weights (N,), in the dtype of the points; None for ones.
             schedules: Schedules of all rows; None for all pairs.
         """
-        _, K, D = self.problem.shape
-        family = self.packed.family
-        width = 1 + D + {"full": D * (D + 1) // 2, "diagonal": D, "spherical": 1}[family]
-        sums = torch.zeros(width, K, dtype=torch.float64, device=values.device)
+        family, D, sums = self.packed.family, self.problem.shape[2], self._zeros()
         if schedules is None:
             self._all_moments(values, weights, sums)
         else:
@@ -124,19 +121,51 @@ class Residuals:
             return S0, *self._unwhitened(S1, S2)
         rest = self.packed.rest
         moved = S1 - S0[:, None] * rest
-        if family == "spherical":
-            return S0, moved, S2[:, 0] - ((S1 + moved) * rest).sum(1)
-        S2 = S2 - (S1 + moved) * rest
-        return S0, moved, S2.sum(1) if self.problem.U.shape[1:] == (1,) else S2
+        shift = (S1 + moved) * rest
+        return S0, moved, self._shaped(S2 - (shift.sum(1, keepdim=True) if family == "spherical" else shift))
+
+    def _zeros(self) -> Tensor:
+        """Return float64 sums (W, K) of zero: S0, D rows of S1, and the distinct rows of S2."""
+        _, K, D = self.problem.shape
+        width = 1 + D + {"full": D * (D + 1) // 2, "diagonal": D, "spherical": 1}[self.packed.family]
+        return torch.zeros(width, K, dtype=torch.float64, device=self.problem.x.device)
+
+    def hard_moments(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the moments for labels (N,), int32, of which negative ones are left out, and float64 weights (N,)."""
+        problem, family, sums = self.problem, self.packed.family, self._zeros()
+        N, K, D = problem.shape
+        row, column = torch.tril_indices(D, D, device=labels.device)
+        means, components = (
+            problem.means + problem.center,
+            torch.arange(K + 1, dtype=labels.dtype, device=labels.device),
+        )
+        some = max(1, _SLAB // (8 * len(sums)))
+        for start in range(0, N, some):
+            chosen = labels[start : start + some]
+            z = (problem.x[start : start + some].double() - means[chosen.clamp(min=0).long()]).T
+            g = torch.ones_like(z[0]) if weights is None else weights[start : start + some]
+            q = g * z
+            square = q[row] * z[column] if family == "full" else q * z
+            square = square.sum(0, keepdim=True) if family == "spherical" else square
+            found, order = chosen.sort(stable=True)
+            self._add_up(torch.cat([g[None], q, square]), sums, 0, order, torch.searchsorted(found, components))
+        S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :].T
+        return S0, S1, self._shaped(S2)
+
+    def _shaped(self, S2: Tensor) -> Tensor:
+        """Convert the distinct numbers of second moments (K, W - D - 1) to the shape of the result."""
+        K, D = self.problem.means.shape
+        if self.packed.family == "full":
+            row, column = torch.tril_indices(D, D, device=S2.device)
+            square = S2.new_empty(K, D, D)
+            square[:, row, column] = square[:, column, row] = S2
+            return square
+        return S2.sum(1) if self.problem.U.shape[1:] == (1,) else S2
 
     def _unwhitened(self, S1: Tensor, S2: Tensor) -> tuple[Tensor, Tensor]:
         """Convert moments of scaled whitened residuals y to those of residuals z with y = Vᵀ z."""
-        K, D = S1.shape
-        row, column = torch.tril_indices(D, D, device=S1.device)
-        square = S1.new_empty(K, D, D)
-        square[:, row, column] = square[:, column, row] = S2
         V = self.problem.U.mT * (0.5 / LN2) ** 0.5
-        z = torch.linalg.solve_triangular(V, torch.cat([S1[:, :, None], square], 2), upper=False)
+        z = torch.linalg.solve_triangular(V, torch.cat([S1[:, :, None], self._shaped(S2)], 2), upper=False)
         return z[:, :, 0], torch.linalg.solve_triangular(V, z[:, :, 1:].mT, upper=False)
 
     def _all_moments(self, values: Tensor, weights: Tensor | None, sums: Tensor) -> None:
@@ -200,7 +229,7 @@ class Residuals:
             "sums", "moments", x.device, (-(-components // wide), chunks), x, packed.records, values,
             values if weights is None else weights[rows], part, table, index, starts, len(x), components, columns, _CHUNK, D=D,
             FAMILY=packed.family, R=packed.records.shape[1], W=width, WEIGHTED=weights is not None,
-            HARD=not values.is_floating_point(), LISTS=lists is not None, BK=wide, U=_UNROLL if D < 6 else 2, warps=warps,
+            LISTS=lists is not None, BK=wide, U=_UNROLL if D < 6 else 2, warps=warps,
         )  # fmt: skip
         return part
 

@@ -44,30 +44,21 @@ def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
     """Return the whitened residuals of points and the exponents c - |y|², for the component whose record begins at p."""
     z = ()
     for a in tl.static_range(D):
-        z = z + (x[a] - tl.load(p + 1 + a),)
+        z = z + (x[a] - tl.load(p + (1 + a)),)
     e = tl.load(p)
     y = ()
     for a in tl.static_range(D):
-        v = tl.load(p + 1 + D + a)
+        v = tl.load(p + (1 + D + a))
         if FAMILY == "full":
             for b in tl.static_range(a + 1):
-                v += tl.load(p + 1 + 2 * D + a * (a + 1) // 2 + b) * z[b]
+                v += tl.load(p + (1 + 2 * D + a * (a + 1) // 2 + b)) * z[b]
         elif FAMILY == "diagonal":
-            v += tl.load(p + 1 + 2 * D + a) * z[a]
+            v += tl.load(p + (1 + 2 * D + a)) * z[a]
         else:
-            v += tl.load(p + 1 + 2 * D) * z[a]
+            v += tl.load(p + (1 + 2 * D)) * z[a]
         y = y + (v,)
         e = e - v * v
     return y, e
-
-
-@triton.jit
-def _component(index_ptr, position, LISTS: tl.constexpr):
-    """Return the component at a position of the range of the program."""
-    k = position
-    if LISTS:
-        k = tl.load(index_ptr + position)
-    return k
 
 
 @triton.jit
@@ -104,7 +95,10 @@ def logsumexps(
         n = m
         es = ()
         for i in tl.static_range(U):
-            y, e = _exponent(x, p_ptr + _component(index_ptr, k + i, LISTS) * R, D, FAMILY)
+            c = k + i
+            if LISTS:
+                c = tl.load(index_ptr + c)
+            y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
             n = tl.maximum(n, e)
             es = es + (e,)
         s = s * tl.exp2(m - n)
@@ -145,7 +139,9 @@ def largest(
         label = label + (tl.zeros((BN,), tl.int32),)
     for k in range(first, last, U):
         for i in tl.static_range(U):
-            c = _component(index_ptr, k + i, LISTS)
+            c = k + i
+            if LISTS:
+                c = tl.load(index_ptr + c)
             y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
             c = tl.zeros((BN,), tl.int32) + c
             better = e > best[0]
@@ -194,7 +190,9 @@ def draws(
     label = tl.full((BN,), -1, tl.int32)
     for k in range(first, last, U):
         for i in tl.static_range(U):
-            c = _component(index_ptr, k + i, LISTS)
+            c = k + i
+            if LISTS:
+                c = tl.load(index_ptr + c)
             y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
             r = tl.exp2(e - level)
             # If rounding keeps the sum below the number, the last component of positive probability is chosen.
@@ -229,7 +227,10 @@ def gradients(
         sums = sums + (tl.zeros((BN,), x_ptr.dtype.element_ty),)
     for k in range(first, last, U):
         for i in tl.static_range(U):
-            p = p_ptr + _component(index_ptr, k + i, LISTS) * R
+            c = k + i
+            if LISTS:
+                c = tl.load(index_ptr + c)
+            p = p_ptr + c * R
             y, e = _exponent(x, p, D, FAMILY)
             r = tl.exp2(e - level)
             q = ()
@@ -240,11 +241,11 @@ def gradients(
                 v = sums[b]
                 if FAMILY == "full":
                     for a in tl.static_range(b, D):
-                        v += tl.load(p + 1 + 2 * D + a * (a + 1) // 2 + b) * q[a]
+                        v += tl.load(p + (1 + 2 * D + a * (a + 1) // 2 + b)) * q[a]
                 elif FAMILY == "diagonal":
-                    v += tl.load(p + 1 + 2 * D + b) * q[b]
+                    v += tl.load(p + (1 + 2 * D + b)) * q[b]
                 else:
-                    v += tl.load(p + 1 + 2 * D) * q[b]
+                    v += tl.load(p + (1 + 2 * D)) * q[b]
                 new = new + (v,)
             sums = new
     for a in tl.static_range(D):

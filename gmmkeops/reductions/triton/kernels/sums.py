@@ -11,12 +11,11 @@ __all__ = ["add_partial_sums", "moments"]
 
 
 @triton.jit
-def _add_point(
+def _add_points(
     x_ptr,
     l_ptr,
     g_ptr,
-    n,
-    k,
+    n0,
     c,
     m,
     d,
@@ -25,23 +24,22 @@ def _add_point(
     D: tl.constexpr,
     FAMILY: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    HARD: tl.constexpr,
+    U: tl.constexpr,
 ):
-    """Return the sums after point n: S0, S1 and S2 of whitened residuals y if full, otherwise of z = x - m."""
-    z = ()
-    for a in tl.static_range(D):
-        z = z + (tl.load(x_ptr + n * D + a) - m[a],)
-    v = z
-    if FAMILY == "full":
-        v = ()
+    """Return the sums after U points: S0, S1 and S2 of whitened residuals y if full, otherwise of z = x - m."""
+    for i in tl.static_range(U):
+        n = n0 + i
+        z = ()
         for a in tl.static_range(D):
-            y = d[a]
-            for b in tl.static_range(a + 1):
-                y += u[a * (a + 1) // 2 + b] * z[b]
-            v = v + (y,)
-    if HARD:
-        r = tl.where(tl.load(l_ptr + n) == k, c * 0.0 + 1.0, c * 0.0)
-    else:
+            z = z + (tl.load(x_ptr + (n * D + a)) - m[a],)
+        v = z
+        if FAMILY == "full":
+            v = ()
+            for a in tl.static_range(D):
+                y = d[a]
+                for b in tl.static_range(a + 1):
+                    y += u[a * (a + 1) // 2 + b] * z[b]
+                v = v + (y,)
         e = c - tl.load(l_ptr + n)
         for a in tl.static_range(D):
             y = v[a]
@@ -51,26 +49,27 @@ def _add_point(
                 y = u[0] * z[a] + d[a]
             e = e - y * y
         r = tl.exp2(e)
-    if WEIGHTED:
-        r = r * tl.load(g_ptr + n)
-    new = (sums[0] + r,)
-    q = ()
-    for a in tl.static_range(D):
-        q = q + (r * v[a],)
-        new = new + (sums[1 + a] + q[a],)
-    if FAMILY == "full":
+        if WEIGHTED:
+            r = r * tl.load(g_ptr + n)
+        new = (sums[0] + r,)
+        q = ()
         for a in tl.static_range(D):
-            for b in tl.static_range(a + 1):
-                new = new + (sums[1 + D + a * (a + 1) // 2 + b] + q[a] * v[b],)
-    elif FAMILY == "diagonal":
-        for a in tl.static_range(D):
-            new = new + (sums[1 + D + a] + q[a] * v[a],)
-    else:
-        square = sums[1 + D]
-        for a in tl.static_range(D):
-            square += q[a] * v[a]
-        new = new + (square,)
-    return new
+            q = q + (r * v[a],)
+            new = new + (sums[1 + a] + q[a],)
+        if FAMILY == "full":
+            for a in tl.static_range(D):
+                for b in tl.static_range(a + 1):
+                    new = new + (sums[1 + D + a * (a + 1) // 2 + b] + q[a] * v[b],)
+        elif FAMILY == "diagonal":
+            for a in tl.static_range(D):
+                new = new + (sums[1 + D + a] + q[a] * v[a],)
+        else:
+            square = sums[1 + D]
+            for a in tl.static_range(D):
+                square += q[a] * v[a]
+            new = new + (square,)
+        sums = new
+    return sums
 
 
 @triton.jit(do_not_specialize=["N", "K", "M", "C"])
@@ -92,12 +91,11 @@ def moments(
     R: tl.constexpr,
     W: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    HARD: tl.constexpr,
     LISTS: tl.constexpr,
     BK: tl.constexpr,
     U: tl.constexpr,
 ):
-    """Compute partial sums of moments over chunks of C rows, given base-2 log-sum-exps, or labels if HARD, and weights."""
+    """Compute partial sums of moments over chunks of C rows, given base-2 log-sum-exps and weights."""
     t = tl.program_id(1)
     j = tl.program_id(0) * BK + tl.arange(0, BK)
     if LISTS:
@@ -134,10 +132,9 @@ def moments(
         size = n1 - n0
         whole = size // U * U
         for n in range(0, whole, U):
-            for i in tl.static_range(U):
-                sums = _add_point(x_ptr, l_ptr, g_ptr, n + i, k, c, m, d, u, sums, D, FAMILY, WEIGHTED, HARD)
+            sums = _add_points(x_ptr, l_ptr, g_ptr, n, c, m, d, u, sums, D, FAMILY, WEIGHTED, U)
         for n in range(whole, size):
-            sums = _add_point(x_ptr, l_ptr, g_ptr, n, k, c, m, d, u, sums, D, FAMILY, WEIGHTED, HARD)
+            sums = _add_points(x_ptr, l_ptr, g_ptr, n, c, m, d, u, sums, D, FAMILY, WEIGHTED, 1)
         for a in tl.static_range(W):
             tl.store(o_ptr + M.to(tl.int64) * a + j, sums[a], mask=valid)
 
