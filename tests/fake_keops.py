@@ -130,7 +130,7 @@ def install(monkeypatch, folder, *, computes=True, watch=lambda result: None, re
     """Puts the dense LazyTensor in the place of KeOps' own, on every device; or a reason why there is none."""
     lazy = type("LazyTensor", (LazyTensor,), {"computes": computes, "watch": staticmethod(watch)})
     monkeypatch.setattr(_keops, "_compiled", set())
-    monkeypatch.setattr(reductions.choice, "_warned", set())
+    monkeypatch.setattr(reductions.choice, "_told", set())
     lazy = lazy if reason is None else None
     for name, value in {"lazy": lazy, "reason": reason, "pid": None, "lock": folder / "lock"}.items():
         monkeypatch.setitem(_keops._state, name, value)

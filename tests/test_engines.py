@@ -10,8 +10,11 @@ import pytest
 import torch
 from conftest import ENGINES, FAMILIES, INTERPRETED, Case, make_case
 
+import gmmkeops as gk
 from gmmkeops import reductions
 from gmmkeops.reductions import choice
+from gmmkeops.reductions.comparison import Comparison
+from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, Broken, LogSumExp, PointGradient, Statistics, TopK
 
 # A new engine is tested by one more line.
@@ -30,7 +33,7 @@ class Toy:
     def unavailable(self, device):
         return None
 
-    def unsupported(self, problem, request):
+    def unsupported(self, form, request):
         stochastic = isinstance(request, Statistics) and request.assignment == "stochastic"
         return "the toy engine draws no labels" if stochastic else None
 
@@ -86,7 +89,7 @@ class ToyEvaluation:
 @pytest.fixture(autouse=True)
 def _toy(monkeypatch):
     monkeypatch.setitem(choice.ENGINES, "toy", Toy())
-    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "_told", set())
 
 
 @pytest.fixture
@@ -293,3 +296,114 @@ def test_a_request_that_an_engine_does_not_compute_is_left_to_the_dense_one(log)
     assert not toy
     assert [type(request) for request, _ in dense] == [Statistics]
     assert torch.equal(found.S2, reductions.moments(s.x, *s.parameters, backend="dense", **options).S2)
+
+
+REQUESTS = [
+    LogSumExp(),
+    TopK(2),
+    Argmax(),
+    Statistics(),
+    Statistics(assignment="hard"),
+    Statistics(assignment="stochastic", seed=1),
+    PointGradient(torch.ones(300)),
+]
+
+
+class Distorted:
+    """An evaluation whose first or last result is wrong in one place."""
+
+    def __init__(self, evaluation, place):
+        self.evaluation, self.place = evaluation, place
+
+    def add(self, schedule):
+        return self.evaluation.add(schedule)
+
+    def result(self):
+        found = [part.clone() for part in self.evaluation.result()]
+        part = found[self.place].view(-1)
+        part[len(part) // 2] += 1e-2 * (1 + part.abs().max())
+        return tuple(found)
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=repr)
+@pytest.mark.parametrize("family", ["full", "spherical"])
+def test_the_first_results_are_compared_with_float64(request_, family):
+    case = make_case(family, torch.float32, condition=10.0)
+    problem, toy = Exponents.of(*case.arguments), Toy()
+    right = Comparison(toy.begin)
+    right.once(problem, request_)
+    assert right.failure is None
+    soft = isinstance(request_, Statistics) and request_.assignment == "soft"
+    for place in (0, 1, 2) if soft else (0,):
+        asked = []
+
+        def begin(problem, request, asked=asked, place=place):
+            asked.append((problem.shape[0], type(request)))
+            return Distorted(toy.begin(problem, request), place)
+
+        wrong = Comparison(begin)
+        with pytest.raises(Broken, match="its results differ from those of the dense engine in float64 by a fraction"):
+            wrong.once(problem, request_)
+        assert wrong.failure is not None
+        # Once for each kind of request and problem.
+        wrong.once(problem, request_)
+        assert [rows for rows, _ in asked] == [256]
+
+
+def test_numbers_beyond_the_range_of_float32_are_equal():
+    case = make_case("full", torch.float32, condition=10.0)
+    x = case.x.clone()
+    x[7] = 1e25
+    comparison = Comparison(Toy().begin)
+    comparison.once(Exponents.of(x, *case.arguments[1:]), LogSumExp())
+    assert comparison.failure is None
+
+
+@pytest.mark.parametrize("engine", [param for param in ENGINES if "dense" not in param.id])
+def test_every_compiled_engine_is_compared(engine, monkeypatch):
+    backend, device = engine
+    case, asked = make_case("full", torch.float32, condition=10.0, device=device), []
+    monkeypatch.setattr(
+        choice.ENGINES[backend]._comparison, "once", lambda *arguments: asked.append(type(arguments[1]))
+    )
+    reductions.logsumexp(*case.arguments, backend=backend)
+    reductions.moments(*case.arguments, backend=backend)
+    assert asked == [LogSumExp, Statistics]
+    monkeypatch.setattr(choice.ENGINES[backend]._comparison, "failure", "its results are wrong")
+    with pytest.warns(UserWarning, match="was requested but its results are wrong; using the dense engine"):
+        assert reductions.engine(case.x, backend) == "dense"
+
+
+@pytest.mark.parametrize("features", [1, 3, 8, 9, 32, 33, 200])
+@pytest.mark.parametrize("full", [True, False])
+def test_the_table_has_a_line_for_every_problem(features, full):
+    for device in ("cpu", "cuda", "mps"):
+        names = choice._preferred(device, full, features, "auto")
+        assert names[-1] == "dense"
+        assert set(names) <= set(choice.ENGINES)
+        lines = [line for line in choice.TABLE if line.device == device and line.full == full]
+        assert bool(lines) == (device != "mps")
+        first = next((line for line in lines if features <= line.features), None)
+        assert names == (("dense",) if first is None else first.engines)
+    assert all(any(sign.isdigit() for sign in line.figure) for line in choice.TABLE)
+
+
+def test_the_engine_of_a_fit_and_its_reason_are_reported(monkeypatch, caplog):
+    monkeypatch.setitem(choice.ENGINES, "keops", Fragile("add"))
+    s = scene("full", torch.float64, False, "cpu")
+    fit = {"max_iter": 2, "verbose": False, "truncate": 0}
+    start = gk.initialize(s.x, 3, "kmeans", generator=0)
+    report = gk.fit(start, s.x, gk.EM(tol=0), **fit).report
+    assert (report.engine, report.fallback) == ("native" if report.engine == "native" else "dense", None)
+    with pytest.warns(UserWarning, match="The fragile engine was requested but it has lost its library; using"):
+        report = gk.fit(start, s.x, gk.EM(tol=0), backend="keops", **fit).report
+    assert report.engine == "dense"
+    assert report.fallback == "The fragile engine was requested but it has lost its library"
+    monkeypatch.setitem(choice.ENGINES, "keops", Toy())
+    with caplog.at_level("INFO", "gmmkeops"):
+        for _ in range(2):
+            report = gk.fit(start, s.x, gk.EM(tol=0, assignment="stochastic"), backend="keops", **fit).report
+    assert (report.engine, report.fallback) == ("dense", "the toy engine draws no labels")
+    assert [line.message for line in caplog.records].count(
+        "the toy engine draws no labels; using the dense engine."
+    ) == 1

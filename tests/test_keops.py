@@ -198,7 +198,7 @@ GOOD = (torch.zeros(4, 2), torch.zeros(3), torch.zeros(3, 2), torch.ones(3, 2))
 
 def test_missing_keops_is_said_once_and_replaced(monkeypatch):
     monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
-    monkeypatch.setattr(reductions.choice, "_warned", set())
+    monkeypatch.setattr(reductions.choice, "_told", set())
     with pytest.warns(UserWarning, match="KeOps was requested but pykeops is not installed"):
         values = reductions.logsumexp(*GOOD, backend="keops")
     with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,6 @@ import torch
 from conftest import FAMILIES, interrupted, make_case
 
 from gmmkeops import reductions
-from gmmkeops._checks import PrecisionWarning
 from gmmkeops.reductions import choice, library
 from gmmkeops.reductions.native import engine, native
 
@@ -253,9 +253,9 @@ except (MemoryError, RuntimeError) as error:
 @pytest.fixture
 def fresh(monkeypatch):
     """An engine that has compared nothing yet, and no warning that was given before."""
-    monkeypatch.setattr(native, "_compared", set())
-    monkeypatch.setattr(native, "_mistrusted", None)
-    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(native._comparison, "_done", set())
+    monkeypatch.setattr(native._comparison, "failure", None)
+    monkeypatch.setattr(choice, "_told", set())
     library._chosen.cache_clear()
     yield
     library._chosen.cache_clear()
@@ -265,12 +265,13 @@ def test_without_the_library_the_dense_engine_runs(fresh, monkeypatch):
     case = make_case("full", torch.float64)
     expected = reductions.logsumexp(*case.arguments, backend="dense")
     monkeypatch.setattr(library, "_library", lambda: "its library has not been compiled (c++ was not found)")
-    assert reductions.engine(case.x) == "dense"
+    reason = r"its library has not been compiled \(c\+\+ was not found\)"
+    with pytest.warns(UserWarning, match=f"The native engine is the faster engine here but {reason}; using the dense"):
+        assert reductions.engine(case.x) == "dense"
+    # Each reason is reported once.
     assert torch.equal(reductions.logsumexp(*case.arguments), expected)
-    with pytest.warns(
-        UserWarning, match=r"was requested but its library has not been compiled \(c\+\+ was not found\); using"
-    ):
-        assert torch.equal(reductions.logsumexp(*case.arguments, backend="native"), expected)
+    assert torch.equal(reductions.logsumexp(*case.arguments, backend="native"), expected)
+    assert re.fullmatch(f"The native engine was requested but {reason}", reductions.fallback(case.x, "native"))
 
 
 def test_unknown_instruction_set(fresh, monkeypatch):
@@ -283,9 +284,12 @@ def test_wrong_results_are_noticed_at_the_first_use(fresh, monkeypatch):
     expected = reductions.logsumexp(*case.arguments, backend="dense")
     evaluate = engine._Evaluation.result
     monkeypatch.setattr(engine._Evaluation, "result", lambda self: tuple(part + 1 for part in evaluate(self)))
-    with pytest.warns(PrecisionWarning, match="The native engine is not used: its results differ") as record:
-        reductions.logsumexp(*case.arguments)
+    with pytest.warns(
+        UserWarning, match="The native engine is the faster engine here but its results differ"
+    ) as record:
+        assert torch.equal(reductions.logsumexp(*case.arguments), expected)
     assert record[0].filename == __file__
+    assert len(record) == 1
     assert torch.equal(reductions.logsumexp(*case.arguments), expected)
 
 

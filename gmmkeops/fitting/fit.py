@@ -312,20 +312,19 @@ def _result(best: Evaluation, run: Run, start: StartReport | None) -> FitResult:
             value = float(objective.penalized(best.mixture)) - likelihood
     active = set(best.active.tolist())
     statistics = objective.passes.statistics.of_all(objective.passes.world)
-    engine = reductions.engine(
-        data.device,
-        objective.backend,
-        features=data.features,
-        full=best.mixture.factor.coupled,
-        dtype=torch.float64 if statistics.wide else data.dtype,
-    )
+    described: dict[str, Any] = {
+        "features": data.features,
+        "full": best.mixture.factor.coupled,
+        "dtype": torch.float64 if statistics.wide else data.dtype,
+        "assignment": getattr(run.method, "assignment", "soft"),
+    }
     report = Report(
         pruned_components=tuple(k for k in range(best.mixture.n_components) if k not in active),
         n_active_components=len(active),
         regularized_components=() if best.floored is None else tuple(best.floored.nonzero()[:, 0].tolist()),
-        engine=engine,
+        engine=reductions.engine(data.device, objective.backend, **described),
         device=str(data.device),
-        dtype="float64" if statistics.wide else str(data.dtype).removeprefix("torch."),
+        dtype=str(described["dtype"]).removeprefix("torch."),
         total_weight=objective.mass * objective.unit,
         truncate=statistics.epsilon,
         certificate=statistics.certificate,
@@ -334,6 +333,7 @@ def _result(best: Evaluation, run: Run, start: StartReport | None) -> FitResult:
         interrupted=run.ending is Ending.INTERRUPTED,
         degenerate_components=_degenerate(run, best),
         start=start,
+        fallback=reductions.fallback(data.device, objective.backend, **described),
     )
     answer = run.method.answer(objective, best.answer)
     mixture = objective.frame.leave(best.mixture)

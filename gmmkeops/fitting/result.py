@@ -94,6 +94,7 @@ class Report:
         degenerate_components: Indices of components that have fewer points than their covariance needs: D + 1 for a covariance
             matrix, two for variances. Empty with a prior of the covariances, or a penalty that prunes components.
         start: How the initial mixture was found; None if it was given.
+        fallback: Reason why the fastest engine, or the one that was requested, was not used; None if it was.
     """
 
     pruned_components: tuple[int, ...]
@@ -110,6 +111,7 @@ class Report:
     interrupted: bool
     degenerate_components: tuple[int, ...] = ()
     start: StartReport | None = None
+    fallback: str | None = None
 
     dead_components = FormerName("pruned_components")
     live_components = FormerName("n_active_components")

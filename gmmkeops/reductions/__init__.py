@@ -18,7 +18,8 @@ The gradients of :math:`\sum_n g_n \ell_n` follow from the moments of r:
 so that one pass over the data gives the gradients of all parameters and the sufficient statistics of EM.
 """
 
-from gmmkeops.reductions.choice import BACKENDS, arrange, engine, may_arrange
+from gmmkeops.reductions.arrangement import arrange, may_arrange
+from gmmkeops.reductions.choice import BACKENDS, TABLE, engine, fallback
 from gmmkeops.reductions.cores import alone as alone
 from gmmkeops.reductions.cores import one_thread as one_thread
 from gmmkeops.reductions.cores import threads_for as threads_for
@@ -42,11 +43,13 @@ from gmmkeops.reductions.truncation.truncation import Truncation
 __all__ = [
     "ASSIGNMENTS",
     "BACKENDS",
+    "TABLE",
     "Truncation",
     "argmax",
     "arrange",
     "attached",
     "engine",
+    "fallback",
     "logsumexp",
     "may_arrange",
     "moments",

@@ -1,44 +1,63 @@
-"""Choice of the engine, and sorting of the points for truncation."""
+"""Choice of the engine: one table, and what happens where the preferred engine cannot be used."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import as_choice, as_fraction, as_integer, warn
-from gmmkeops.data import Batch, as_points
+from gmmkeops._checks import as_choice, warn
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import keops
 from gmmkeops.reductions.native import native
-from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.protocol import Engine, Request
+from gmmkeops.reductions.problem import Exponents, Form
+from gmmkeops.reductions.protocol import Engine, Request, Statistics
 from gmmkeops.reductions.triton import triton
-from gmmkeops.reductions.truncation.tree import Cloud
-from gmmkeops.reductions.truncation.truncation import Truncation
 
-__all__ = ["BACKENDS", "ENGINES", "arrange", "choose", "engine", "may_arrange"]
+__all__ = ["BACKENDS", "ENGINES", "TABLE", "Line", "choose", "engine", "fallback"]
 
-# Engines by name. The dense engine supports all requests.
+# Engines by name. The dense engine supports all requests on all devices.
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (native, keops, triton, dense)}
 
 BACKENDS = ("auto", *ENGINES)
 
-# Largest dimension in which points are sorted by a kd-tree; in higher dimensions they are grouped by labels.
-_FEW = 4
 
-# Dimension beyond which points are not sorted on a CPU, also if ε is given: bounds over groups of labels take longer than every
-# pair of diagonal and spherical components (50 000 points, an iteration: K = 256, D = 64: 63 ms, 24 for every pair; D = 32, full:
-# 6, 12), and bounds over leaves of a kd-tree much longer (4000 points, K = 4, D = 512: 16 s, 0.04 for every pair).
-_MANY = 48
+@dataclass(frozen=True)
+class Line:
+    """The engines that ``backend="auto"`` uses for some problems, and why.
 
-# Default ε of truncation for each dtype, about its rounding error in nats per point.
-_EPSILON = {torch.float32: 1e-6, torch.float64: 1e-12}
+    Args:
+        device: Type of the device.
+        full: Whether the factors are matrices.
+        features: Largest number of features D.
+        engines: Names of the engines, the fastest one first. The next ones are used where it cannot run.
+        figure: Measured time, or count of compiled instructions, behind this order.
+    """
 
-_warned: set[str] = set()
+    device: str
+    full: bool
+    features: float
+    engines: tuple[str, ...]
+    figure: str
+
+
+# The first line that applies is used. Times of the CPU: an EM iteration with two threads, bench/results/report.md. No engine has
+# been timed on CUDA: instructions are those of the generated code for one pair, which tests/test_triton_compiled.py counts.
+TABLE = (
+    Line("cpu", True, math.inf, ("native", "dense"), "D = 3: native 2.6 ms, dense 36 ms, keops 79 ms (2e5 x 30)"),
+    Line("cpu", False, math.inf, ("native", "dense"), "D = 8: native 2.2 ms, dense 27 ms, keops 140 ms (1e5 x 64)"),
+    Line("cuda", True, 8, ("keops", "triton", "dense"), "D = 3: 0 TODO"),
+    Line("cuda", False, 32, ("keops", "triton", "dense"), "TODO 0"),
+    Line("cuda", True, math.inf, ("triton", "dense"), "TODO 0"),
+    Line("cuda", False, math.inf, ("triton", "dense"), "TODO 0"),
+)
+
+_told: set[str] = set()
 
 _logger = logging.getLogger("gmmkeops")
 
@@ -50,13 +69,13 @@ def engine(
     features: int = 0,
     full: bool = True,
     dtype: torch.dtype = torch.float32,
+    assignment: str = "soft",
 ) -> str:
     """Return the name of the engine that will be used: ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
 
     On a CPU ``"auto"`` chooses the native engine, and the dense engine where the native one has not been compiled. On CUDA it
-    chooses KeOps in low dimensions (up to 6 with full factors, 16 with diagonal ones), in which the matrix products of the dense
-    engine are too small to use the device fully. It chooses Triton where KeOps cannot run, and for other float32 points that the
-    kernels of Triton support; the dense engine otherwise.
+    chooses KeOps in low dimensions (up to 8 with full factors, 32 with diagonal ones), and Triton in higher ones and where KeOps
+    cannot run; the dense engine where neither can. ``gmmkeops doctor --measure`` compares the engines on this machine.
 
     Args:
         problem: The points (N, D), validated exponents, or a device.
@@ -64,6 +83,7 @@ def engine(
         features: Number of features D, if ``problem`` is a device.
         full: Whether factors are full matrices, if ``problem`` is not exponents.
         dtype: Data type of the points, if ``problem`` is a device.
+        assignment: Assignment of the moments that will be computed: ``"soft"``, ``"hard"`` or ``"stochastic"``.
 
     Raises:
         ValueError: The name of the backend is unknown.
@@ -76,12 +96,30 @@ def engine(
         >>> gk.reductions.engine(torch.zeros(5, 3))
         'native'
     """
+    form = _form(problem, features, full, dtype)
+    return _chosen(form, Statistics(assignment=assignment), backend)[0].name
+
+
+def fallback(
+    problem: Any,
+    backend: str = "auto",
+    *,
+    features: int = 0,
+    full: bool = True,
+    dtype: torch.dtype = torch.float32,
+    assignment: str = "soft",
+) -> str | None:
+    """Return the reason why the preferred engine is not used; None if it is. Arguments and warnings as for :func:`engine`."""
+    form = _form(problem, features, full, dtype)
+    return _chosen(form, Statistics(assignment=assignment), backend)[1]
+
+
+def _form(problem: Any, features: int, full: bool, dtype: torch.dtype) -> Form:
     if isinstance(problem, Exponents):
-        problem, full = problem.x, problem.is_full
+        return problem.form
     if isinstance(problem, Tensor):
-        problem, features, dtype = problem.device, problem.shape[1], problem.dtype
-    engines = _preferred(backend, problem, features, full, dtype)
-    return _first(engines, problem, backend, lambda engine: _has_kernels(engine, features, full)).name
+        return Form(problem.device, problem.dtype, len(problem), 1, problem.shape[1], full)
+    return Form(problem, dtype, 1, 1, features, full)
 
 
 def choose(problem: Exponents, request: Request, backend: str) -> Engine:
@@ -90,143 +128,44 @@ def choose(problem: Exponents, request: Request, backend: str) -> Engine:
     Warns:
         UserWarning: As for :func:`engine`.
     """
-    x = problem.x
-    engines = _preferred(backend, x.device, problem.shape[2], problem.is_full, x.dtype)
-    if backend == "auto" and x.device.type != "cuda":
-        # The first one was chosen because it can run.
-        return engines[0] if _supports(engines[0], problem, request) else dense
-    return _first(engines, x.device, backend, lambda engine: _supports(engine, problem, request))
+    return _chosen(problem.form, request, backend)[0]
 
 
-def _preferred(backend: str, device: torch.device, features: int, full: bool, dtype: torch.dtype) -> tuple[Engine, ...]:
-    """Return the engine with a name, or the fastest one on a device if the name is ``"auto"``, and then its substitutes."""
-    if not isinstance(backend, str) or backend != "auto":
-        return ENGINES[as_choice(backend, "backend", ("auto", *ENGINES))], dense
-    if device.type == "cuda":
-        if features <= (6 if full else 16):
-            # For float64 points the dense engine computes what KeOps has no formula for.
-            few = dtype == torch.float32 or keops.unavailable(device) is not None
-            return (keops, triton, dense) if few else (keops, dense)
-        return (triton, dense) if dtype == torch.float32 else (dense,)
-    return (native if native.unavailable(device) is None else dense,)
-
-
-def _supports(engine: Engine, problem: Exponents, request: Request) -> bool:
-    clause = engine.unsupported(problem, request)
-    if clause is not None:
-        _logger.debug("%s; using another engine", clause)
-    return clause is None
-
-
-def _has_kernels(engine: Engine, features: int, full: bool) -> bool:
-    return engine is not triton or triton.has_kernels(features, full)
-
-
-def _first(
-    engines: tuple[Engine, ...], device: torch.device, backend: str, supports: Callable[[Engine], bool]
-) -> Engine:
-    """Return the first engine that supports a request and can run on a device; each reason why one cannot is reported once."""
-    failed: tuple[str, str] | None = None
-    for engine in engines:
-        if not supports(engine):
-            continue
-        reason = engine.unavailable(device)
-        if reason is None:
+def _chosen(form: Form, request: Request, backend: str) -> tuple[Engine, str | None]:
+    """Return the engine, and why it is not the preferred one; each such reason is reported once."""
+    missed: tuple[Engine, str, bool] | None = None
+    for name in _preferred(form.device.type, form.full, form.features, backend):
+        found = ENGINES[name]
+        clause = found.unsupported(form, request)
+        is_missing = clause is None and (clause := found.unavailable(form.device)) is not None
+        if clause is None:
             break
-        # The dense engine is the next one if Triton, which comes with torch, does not run.
-        if failed is None and not (backend == "auto" and engine is triton):
-            failed = engine.title, reason
-    if failed is not None and failed[1] not in _warned:
-        _warned.add(failed[1])
-        wanted = "is the faster engine here" if backend == "auto" else "was requested"
-        instead = "the dense engine" if engine is dense else engine.title
-        warn(f"{failed[0]} {wanted} but {failed[1]}; using {instead}.", UserWarning)
-    return engine
+        if missed is None:
+            missed = found, clause, is_missing
+    return found, None if missed is None else _reported(*missed, found, backend)
 
 
-def arrange(
-    x: Any,
-    components: int,
-    truncate: float | None = None,
-    *,
-    sweeps: int = 1,
-    labels: Callable[[], Tensor] | None = None,
-) -> Tensor | Truncation:
-    r"""Sort points into kd-tree leaves, so that reductions can skip negligible components (block-sparse evaluation).
-
-    All reductions accept the result in place of the points, and return values in the original order of the points. The error of
-    each log-density is then bounded, :math:`0 \le \ell_{true} - \ell_{kept} \le -\log(1 - \varepsilon)`. Labels, the largest
-    exponents and the moments of hard assignments are exact.
-
-    Args:
-        x: Points (N, D), data units.
-        components: Number of components K of the mixtures that will be evaluated.
-        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components, and
-            so do more than 48 dimensions on a CPU, where computing the bounds takes more time than they save. The default is 1e-6
-            for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
-        sweeps: Expected number of reductions with these points, which decides whether sorting saves time.
-        labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions the
-            leaves of a kd-tree are not small, and points are grouped by these labels instead. The function is called only if
-            grouping saves time.
-
-    Returns:
-        The points themselves if sorting does not save time, otherwise a :class:`Truncation`.
-
-    Raises:
-        TypeError, ValueError: Invalid points, or ``truncate`` is not a number in [0, 1).
-
-    Example:
-        >>> import torch, gmmkeops as gk
-        >>> x = torch.linspace(0, 1, 4096)[:, None]
-        >>> cloud = gk.reductions.arrange(x, 64, 1e-4)
-        >>> means = torch.linspace(0, 1, 64)[:, None]
-        >>> sums = gk.reductions.moments(cloud, torch.zeros(64), means, torch.full((1, 1), 64.0))
-        >>> cloud.share < 0.5, 0 <= cloud.certificate <= 1e-4 * 1.0001
-        (True, True)
-    """
-    x = x.points if isinstance(x, Batch) else as_points(x)
-    truncate = as_fraction(truncate, "truncate")
-    components, sweeps = as_integer(components, "components", 1), as_integer(sweeps, "sweeps", 0)
-    return sorted_points(x, components, truncate, sweeps, labels)
+def _reported(missed: Engine, clause: str, is_missing: bool, found: Engine, backend: str) -> str:
+    """Return why the preferred engine is not used; report it if it has not been reported: a failure by a warning."""
+    why = clause
+    if is_missing:
+        why = f"{missed.title} {'is the faster engine here' if backend == 'auto' else 'was requested'} but {clause}"
+    if clause not in _told:
+        _told.add(clause)
+        message = f"{why}; using {'the dense engine' if found is dense else found.title}."
+        if is_missing:
+            warn(message, UserWarning)
+        else:
+            _logger.info(message)
+    return why
 
 
-def sorted_points(
-    x: Tensor,
-    components: int,
-    truncate: float | None,
-    sweeps: int = 1,
-    labels: Callable[[], Tensor] | None = None,
-) -> Tensor | Truncation:
-    """Sort points for truncation; arguments as for :func:`arrange`, but validated before."""
-    labels = None if x.shape[1] <= _FEW else labels
-    if x.shape[1] > _MANY and (labels is None or x.device.type != "cuda"):
-        return x
-    if truncate == 0 or (truncate is None and not _pays(x, components, sweeps, labels is not None)):
-        return x
-    # A leaf has about the points of two components, within the limits for efficient tiles. Groups of one label are rarely split.
-    rows = min(4096, max(1024 if labels is None else 2048, 2 * len(x) // components))
-    cloud = Cloud.tree(x.detach(), rows) if labels is None else Cloud.grouped(x.detach(), labels(), rows)
-    return Truncation(cloud, _EPSILON[x.dtype] if truncate is None else truncate)
-
-
-def _pays(x: Tensor, components: int, sweeps: int, labeled: bool) -> bool:
-    """Return whether sorting points (N, D), by labels or by coordinates, probably saves time over ``sweeps`` reductions."""
-    N, D = x.shape
-    if labeled:
-        # Truncation saves time only if tiles are large compared with their overhead: about a thousand rows in 20 dimensions.
-        return components >= 16 and N * components >= 1_000_000 and sweeps >= 8 and 20_000 * components <= N * D
-    return D <= _FEW and components >= 64 and N * components >= 10_000_000 and components * sweeps >= 1000
-
-
-def may_arrange(rows: int, components: int, dimensions: int) -> bool:
-    """Return whether a fit may sort its points for truncation by default.
-
-    Args:
-        rows, components, dimensions: Numbers of points N, of components K and of features D.
-
-    Example:
-        >>> import gmmkeops as gk
-        >>> gk.reductions.may_arrange(10**6, 1000, 3), gk.reductions.may_arrange(1000, 5, 3)
-        (True, False)
-    """
-    return any(_pays(torch.empty(rows, dimensions, device="meta"), components, 1 << 20, few) for few in (False, True))
+@functools.lru_cache(maxsize=256)
+def _preferred(device: str, full: bool, features: int, backend: str) -> tuple[str, ...]:
+    """Return the names of the engines in the order of preference."""
+    if backend != "auto":
+        return as_choice(backend, "backend", ("auto", *ENGINES)), dense.name
+    for line in TABLE:
+        if line.device == device and line.full == full and features <= line.features:
+            return line.engines
+    return (dense.name,)

@@ -11,7 +11,8 @@ from torch import Tensor
 from gmmkeops._checks import as_fraction
 from gmmkeops.components import Moments, as_tensor, concrete
 from gmmkeops.data import Batch
-from gmmkeops.reductions.choice import choose, sorted_points
+from gmmkeops.reductions.arrangement import sorted_points
+from gmmkeops.reductions.choice import choose
 from gmmkeops.reductions.cores import alone
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.derivatives import recordable

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from gmmkeops.components import Factor, as_tensor, check_finite
 from gmmkeops.data import Batch, as_points
 
-__all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "factor_tensor"]
+__all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor"]
 
 # Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
 # first exponent is infinite.
@@ -23,6 +23,23 @@ OFFSET_FLOOR = -1e30
 
 # Largest number of columns whose extents are compared by Python; torch operations on few numbers take longer.
 _FEW = 64
+
+
+class Form(NamedTuple):
+    """Sizes and types of a problem, by which an engine is chosen.
+
+    Args:
+        device, dtype: Those of the points.
+        rows, components, features: Numbers of points N, of components K and of features D.
+        full: Whether the factors are matrices.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: int
+    components: int
+    features: int
+    full: bool
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,11 @@ class Exponents:
     def is_full(self) -> bool:
         """Whether the factors are matrices."""
         return self.U.shape[1:] == (self.x.shape[1], self.x.shape[1])
+
+    @property
+    def form(self) -> Form:
+        """Sizes and types, by which an engine is chosen."""
+        return Form(self.x.device, self.x.dtype, *self.shape, self.is_full)
 
     def rows(self, index: Any) -> Exponents:
         """Select some of the points."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.problem import Exponents, Form
 from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = [
@@ -160,7 +160,7 @@ class Engine(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Return None if the engine can run on a device, otherwise the reason, one clause for a warning."""
 
-    def unsupported(self, problem: Exponents, request: Request) -> str | None:
+    def unsupported(self, form: Form, request: Request) -> str | None:
         """Return None if the engine supports a request, otherwise the reason, one clause for the log."""
 
     def begin(self, problem: Exponents, request: Request) -> Evaluation:

@@ -17,7 +17,7 @@ from gmmkeops.reductions.dense.bodies import body_of
 from gmmkeops.reductions.dense.products import asked
 from gmmkeops.reductions.dense.rounding import Sizes, size_limits
 from gmmkeops.reductions.dense.tile import Tile
-from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.problem import Exponents, Form
 from gmmkeops.reductions.protocol import Request, Result
 from gmmkeops.reductions.truncation.bounds import Schedule
 
@@ -59,7 +59,7 @@ class Dense:
     def unavailable(self, device: torch.device) -> str | None:
         return None
 
-    def unsupported(self, problem: Exponents, request: Request) -> str | None:
+    def unsupported(self, form: Form, request: Request) -> str | None:
         return None
 
     def begin(self, problem: Exponents, request: Request) -> _Evaluation:

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import formulas, loading
-from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.problem import Exponents, Form
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
@@ -29,15 +30,19 @@ class Keops:
     name, title = "keops", "KeOps"
     one_pass = False
 
-    def unavailable(self, device: torch.device) -> str | None:
-        return loading.unavailable(device)
+    def __init__(self) -> None:
+        self._comparison = Comparison(_Evaluation)
 
-    def unsupported(self, problem: Exponents, request: Request) -> str | None:
+    def unavailable(self, device: torch.device) -> str | None:
+        return self._comparison.failure or loading.unavailable(device)
+
+    def unsupported(self, form: Form, request: Request) -> str | None:
         if isinstance(request, Statistics) and request.assignment != "soft":
             return f"KeOps has no formula for {request.assignment} assignments"
         return None
 
     def begin(self, problem: Exponents, request: Request) -> _Evaluation:
+        self._comparison.once(problem, request)
         return _Evaluation(problem, request)
 
 

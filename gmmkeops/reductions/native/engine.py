@@ -8,17 +8,18 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import PrecisionWarning, warn
+from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, load, reason, run
-from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
+from gmmkeops.reductions.problem import Exponents, Form
+from gmmkeops.reductions.protocol import Argmax, Broken, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
 
@@ -33,10 +34,6 @@ _ROWS, _PAIRS = 512, 1 << 21
 
 # Largest ratio of weights whose products with responsibilities float32 holds, and exponent of weights that need no scaling.
 RATIO, _ORDINARY = 2.0**50, 40
-
-# Rows at which the first evaluation of a dtype and a kind of factors is compared with the dense engine, and the largest errors
-# relative to max(1, |value|).
-_COMPARED, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
 
 # Dimensions from which kernels without AVX2 are slower than the dense engine.
 _MANY = 6
@@ -55,21 +52,20 @@ class Native:
     one_pass = True
 
     def __init__(self) -> None:
-        self._compared: set[tuple[object, ...]] = set()
-        self._mistrusted: str | None = None
+        self._comparison = Comparison(_Evaluation)
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it runs on a CPU only, not on {device.type}"
-        return self._mistrusted or reason()
+        return self._comparison.failure or reason()
 
-    def unsupported(self, problem: Exponents, request: Request) -> str | None:
-        if problem.x.device.type == "cpu" and reason() is None and _is_slow(problem.is_full, problem.shape[2]):
+    def unsupported(self, form: Form, request: Request) -> str | None:
+        if form.device.type == "cpu" and reason() is None and _is_slow(form.full, form.features):
             return "the native engine is slower than the dense one without AVX2"
         return None
 
     def begin(self, problem: Exponents, request: Request) -> _Evaluation:
-        self._compare_once(problem)
+        self._comparison.once(problem, request)
         return _Evaluation(problem, request)
 
     def runs(self, x: Tensor, full: bool, backend: str, problem: Callable[[], Exponents]) -> bool:
@@ -85,27 +81,10 @@ class Native:
             return False
         if _is_slow(full, x.shape[1]):
             return False
-        if (x.dtype, full) not in self._compared:
-            self._compare_once(problem())
-        return self._mistrusted is None
-
-    def _compare_once(self, problem: Exponents) -> None:
-        kind = (problem.x.dtype, problem.is_full)
-        if kind not in self._compared:
-            self._compared.add(kind)
-            self._compare(problem)
-
-    def _compare(self, problem: Exponents) -> None:
-        """Compare the log-sum-exps of a few rows with those of the dense engine; a difference beyond rounding is a warning."""
-        count = min(_COMPARED, len(problem.x))
-        few = problem.rows(torch.arange(count) * len(problem.x) // count)
-        (own,), (expected,) = _Evaluation(few, LogSumExp()).whole(), evaluate(dense, few, LogSumExp())
-        error = float(((own - expected).abs() / expected.abs().clamp(min=1)).max())
-        if not error <= _TOLERANCE[problem.x.dtype]:
-            self._mistrusted = (
-                f"its results differ from those of the dense engine by {error:.1g} times max(1, |l|) nats"
-            )
-            warn(f"The native engine is not used: {self._mistrusted}. Please report this.", PrecisionWarning)
+        if self._comparison.is_due(x, full, LogSumExp):
+            with suppress(Broken):
+                self._comparison.once(problem(), LogSumExp())
+        return self._comparison.failure is None
 
 
 def _is_slow(full: bool, features: int) -> bool:

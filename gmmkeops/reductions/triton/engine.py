@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gmmkeops._checks import PrecisionWarning, warn
+from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
-from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.problem import Exponents, Form
 from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.triton import loading
 from gmmkeops.reductions.triton.packing import LN2
@@ -35,10 +35,6 @@ _DEEPEST = 300.0
 # Largest ratio of weights whose products with responsibilities float32 holds.
 _RATIO = 2.0**50
 
-# Rows at which the first evaluation of a formula is compared with the dense engine, and the largest errors relative to
-# max(1, |value|).
-_COMPARED, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
-
 
 class Triton:
     """Engine of Triton kernels, for CUDA devices."""
@@ -47,18 +43,17 @@ class Triton:
     one_pass = False
 
     def __init__(self) -> None:
-        self._compared: set[tuple[object, ...]] = set()
-        self._mistrusted: str | None = None
+        self._comparison = Comparison(_begun)
 
     def unavailable(self, device: torch.device) -> str | None:
-        return self._mistrusted or loading.unavailable(device)
+        return self._comparison.failure or loading.unavailable(device)
 
-    def unsupported(self, problem: Exponents, request: Request) -> str | None:
-        N, K, D = problem.shape
+    def unsupported(self, form: Form, request: Request) -> str | None:
+        N, K, D = form.rows, form.components, form.features
         if isinstance(request, TopK) and request.k > _TOP:
             return f"Triton computes at most {_TOP} exponents of each point"
-        if not self.has_kernels(D, problem.is_full):
-            return f"Triton has no kernels for {'full' if problem.is_full else 'diagonal'} factors in {D} dimensions"
+        if not self.has_kernels(D, form.full):
+            return f"Triton has no kernels for {'full' if form.full else 'diagonal'} factors in {D} dimensions"
         if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:
             return "Triton numbers points and parameters by 32 bits"
         return None
@@ -68,25 +63,8 @@ class Triton:
         return features <= (_FULL if full else _DIAGONAL)
 
     def begin(self, problem: Exponents, request: Request) -> Evaluation:
-        key = problem.x.device, problem.x.dtype, problem.U.shape[1:]
-        if key not in self._compared:
-            self._compared.add(key)
-            self._compare(problem)
+        self._comparison.once(problem, request)
         return _begun(problem, request)
-
-    def _compare(self, problem: Exponents) -> None:
-        """Compare the log-sum-exps of a few rows with those of the dense engine; a difference beyond rounding is a warning."""
-        count = min(_COMPARED, len(problem.x))
-        few = problem.rows(torch.arange(count, device=problem.x.device) * len(problem.x) // count)
-        evaluation = _begun(few, LogSumExp())
-        evaluation.add(None)
-        (own,), (expected,) = evaluation.result(), evaluate(dense, few, LogSumExp())
-        error = float(((own - expected).abs() / expected.abs().clamp(min=1)).max())
-        if not error <= _TOLERANCE[problem.x.dtype]:
-            self._mistrusted = (
-                f"its results differ from those of the dense engine by {error:.1g} times max(1, |l|) nats"
-            )
-            warn(f"Triton is not used: {self._mistrusted}. Please report this.", PrecisionWarning)
 
 
 def _begun(problem: Exponents, request: Request) -> Evaluation:

@@ -1,0 +1,105 @@
+"""Comparison of a compiled engine with the dense one in float64, at its first use on a device and for a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions.dense import dense
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.protocol import (
+    Argmax,
+    Broken,
+    Evaluation,
+    LogSumExp,
+    PointGradient,
+    Request,
+    Result,
+    Statistics,
+    TopK,
+)
+from gmmkeops.reductions.truncation.passes import evaluate
+
+__all__ = ["Comparison"]
+
+# Number of points that are compared, and largest errors for each dtype of the points: of log-densities relative to
+# max(1, |value|), of sums and gradients relative to the largest one.
+_POINTS, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+# Least scale, so that results that are all zero can be compared.
+_TINY = 1e-300
+
+
+class Comparison:
+    """Comparisons of an engine with the dense engine, each of which is made once.
+
+    Args:
+        begin: Function that begins an evaluation by the engine.
+
+    Attributes:
+        failure: What was found to be wrong, one clause; None if all results were right.
+    """
+
+    def __init__(self, begin: Callable[[Exponents, Request], Evaluation]) -> None:
+        self._begin = begin
+        self._done: set[tuple[object, ...]] = set()
+        self.failure: str | None = None
+
+    def is_due(self, x: Tensor, full: bool, request: type[Request]) -> bool:
+        """Return whether a kind of request has not been compared for such points and factors."""
+        return (x.device, x.dtype, x.shape[1], full, request) not in self._done
+
+    def once(self, problem: Exponents, request: Request) -> None:
+        """Compare the results of a request for some of the points, if that has not been done for such a problem and request.
+
+        Raises:
+            Broken: The results differ by more than rounding errors.
+        """
+        x = problem.x
+        if not len(x) or not self.is_due(x, problem.is_full, type(request)):
+            return
+        self._done.add((x.device, x.dtype, x.shape[1], problem.is_full, type(request)))
+        same = _without_chance(request)
+        count = min(_POINTS, len(x))
+        few = problem.rows(torch.arange(count, device=x.device) * len(x) // count)
+        evaluation = self._begin(few, same)
+        evaluation.add(None)
+        error = _error(same, evaluation.result(), evaluate(dense, replace(few, x=few.x.double()), same))
+        if not error <= _TOLERANCE[x.dtype]:
+            self.failure = f"its results differ from those of the dense engine in float64 by a fraction of {error:.1g}"
+            raise Broken(self.failure)
+
+
+def _without_chance(request: Request) -> Request:
+    """Return a request by the same formula, whose result depends neither on random numbers nor on ties nor on weights."""
+    match request:
+        case Argmax() | Statistics(assignment="hard"):
+            return TopK(1)
+        case Statistics(assignment="soft"):
+            return Statistics()
+        case PointGradient():
+            return PointGradient()
+        case TopK():
+            return request
+        case _:
+            return LogSumExp()
+
+
+def _error(request: Request, own: Result, expected: Result) -> float:
+    """Compute the largest relative error of the results of a request; NaN if a result is."""
+    if isinstance(request, Statistics):
+        S0, S1, S2 = expected[:3]
+        # S1, about the means, may be much smaller than its terms.
+        scales = S0.abs().amax(), (S0.abs().amax() * S2.abs().amax()).sqrt(), S2.abs().amax()
+        pairs = zip(own[:3], (S0, S1, S2), scales, strict=True)
+        return max(float((a - b).abs().amax() / scale.clamp(min=_TINY)) for a, b, scale in pairs)
+    # Numbers beyond the range of the dtype are infinite in both.
+    values = expected[0].to(own[0].dtype)
+    error = torch.where(own[0] == values, 0.0, (own[0] - values).double().abs())
+    if isinstance(request, PointGradient):
+        return float(error.amax() / values.abs().amax().double().clamp(min=_TINY))
+    return float((error / values.double().abs().clamp(min=1)).amax())
