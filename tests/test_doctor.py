@@ -14,8 +14,8 @@ import torch
 from conftest import HAS_KEOPS
 from fake_device import fake_device
 
-from gmmkeops import cli
-from gmmkeops.cli import doctor
+from gmmkeops import cli, reductions
+from gmmkeops.cli import doctor, race
 from gmmkeops.reductions.keops import loading as _keops
 
 
@@ -103,3 +103,51 @@ def test_the_doctor_says_how_keops_finds_the_compiler_of_cuda(monkeypatch, tmp_p
 
     assert run(["export CUDA_PATH=" + str(folder.parent), "export LD_LIBRARY_PATH=" + str(folder)]).strip() == "None"
     assert run(commands).strip() == "libnvrtc.so.13"
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A race of few small problems."""
+    monkeypatch.setattr(race, "_FULL", (2,))
+    monkeypatch.setattr(race, "_DIAGONAL", (3,))
+    monkeypatch.setattr(race, "_KEOPS", 0)
+    monkeypatch.setattr(race, "_CPU", (300, 4))
+
+
+def test_the_engines_are_timed(short, capsys):
+    assert cli.main(["doctor", "--measure", "--json"]) == 0
+    full, diagonal = (row for row in json.loads(capsys.readouterr().out) if row["device"] == "cpu")
+    assert (full["full"], full["features"], full["points"], full["components"]) == (True, 2, 300, 4)
+    assert (diagonal["full"], diagonal["features"]) == (False, 3)
+    for row in (full, diagonal):
+        assert row["chosen"] in row["seconds"]
+        assert row["fastest"] == min(row["seconds"], key=row["seconds"].get)
+        assert all(0 < value < 10 for value in row["seconds"].values())
+        assert "dense" in row["seconds"]
+        assert "at most 0 features" in row["failures"]["keops"]
+        assert set(row["seconds"]) | set(row["failures"]) == set(reductions.BACKENDS[1:])
+
+
+def test_the_table_of_engines_is_printed_with_its_figures(short, capsys, monkeypatch):
+    monkeypatch.setattr(race, "seconds_of", lambda call: (call(), next(clock))[1])
+    clock = iter([2e-3, 1e-3] * 10)
+    assert cli.main(["doctor", "--measure"]) == 0
+    said = capsys.readouterr().out
+    for line in reductions.TABLE:
+        assert f"{', '.join(line.engines)}   ({line.figure})" in said
+    if reductions.native_unavailable() is None and reductions.unavailable("triton", torch.zeros(1, 2)) is not None:
+        assert (
+            "full D=2   300 x 4: native 2 ms, dense 1 ms; auto uses native; dense is faster here: pass backend='dense'"
+            in said
+        )
+
+
+def test_an_engine_that_fails_is_not_timed(short, monkeypatch):
+    def fails(*arguments, backend, **options):
+        raise RuntimeError(f"{backend} has no memory left\nand more")
+
+    monkeypatch.setattr(race.reductions, "moments", fails)
+    row = next(race.race([torch.device("cpu")]))
+    assert row.seconds == {}
+    assert row.failures["dense"] == "dense has no memory left"
+    assert row.chosen in str(row)

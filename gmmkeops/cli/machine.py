@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 
 from gmmkeops import reductions
 from gmmkeops.cli.doctor import examine
+from gmmkeops.cli.race import race
 from gmmkeops.cli.values import integers, listed, report, say
 from gmmkeops.components import factor_class
 
@@ -21,7 +23,9 @@ _SIGNS = {True: "ok", False: "!!", None: "--"}
 
 
 def doctor(options: Any) -> int:
-    """Check the installation and print what was found."""
+    """Check the installation, or time the engines, and print what was found."""
+    if options.measure:
+        return _measure(options)
     findings = examine()
     lines = []
     for finding in findings:
@@ -32,6 +36,26 @@ def doctor(options: Any) -> int:
     else:
         sys.stdout.write("\n".join(lines) + "\n")
     return int(any(finding.ok is False for finding in findings))
+
+
+def _measure(options: Any) -> int:
+    """Time the engines on this machine; print the choices of ``"auto"`` and the figures behind them, and then each row."""
+    if not options.json:
+        sys.stdout.write("backend='auto' uses the first of these engines that can run:\n")
+        for line in reductions.TABLE:
+            most = "" if line.features == math.inf else f" up to D={line.features:.0f}"
+            kind = "full" if line.full else "diagonal, spherical"
+            sys.stdout.write(f"{line.device:<5}{kind}{most}: {', '.join(line.engines)}   ({line.figure})\n")
+        sys.stdout.write("Times on this machine, moments of all points:\n")
+    rows = []
+    for row in race():
+        rows.append(asdict(row) | {"fastest": row.fastest})
+        if not options.json:
+            sys.stdout.write(f"{row}\n")
+            sys.stdout.flush()
+    if options.json:
+        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+    return 0
 
 
 def warmup(options: Any) -> int:

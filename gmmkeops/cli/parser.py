@@ -138,12 +138,14 @@ def _add_files(commands: Any) -> None:
 
 
 def _add_machine(commands: Any) -> None:
-    _command(
+    doctor = _command(
         commands,
         "machine.doctor",
-        "check the installation and suggest fixes",
-        "  gmmkeops doctor\n  gmmkeops doctor --json > report.json",
+        "check the installation and suggest fixes, or time the engines",
+        "  gmmkeops doctor\n  gmmkeops doctor --json > report.json\n"
+        "  gmmkeops doctor --measure      about a minute: which engine is faster on this machine",
     )
+    doctor.add_argument("--measure", action="store_true", help="time all engines on all devices instead")
     warmup = _command(
         commands,
         "machine.warmup",

@@ -20,6 +20,7 @@ so that one pass over the data gives the gradients of all parameters and the suf
 
 from gmmkeops.reductions.arrangement import arrange, may_arrange
 from gmmkeops.reductions.choice import BACKENDS, TABLE, engine, fallback
+from gmmkeops.reductions.choice import unavailable as unavailable
 from gmmkeops.reductions.cores import alone as alone
 from gmmkeops.reductions.cores import one_thread as one_thread
 from gmmkeops.reductions.cores import threads_for as threads_for

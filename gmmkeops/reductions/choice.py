@@ -19,7 +19,7 @@ from gmmkeops.reductions.problem import Exponents, Form
 from gmmkeops.reductions.protocol import Engine, Request, Statistics
 from gmmkeops.reductions.triton import triton
 
-__all__ = ["BACKENDS", "ENGINES", "TABLE", "Line", "choose", "engine", "fallback"]
+__all__ = ["BACKENDS", "ENGINES", "TABLE", "Line", "choose", "engine", "fallback", "unavailable"]
 
 # Engines by name. The dense engine supports all requests on all devices.
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in (native, keops, triton, dense)}
@@ -112,6 +112,12 @@ def fallback(
     """Return the reason why the preferred engine is not used; None if it is. Arguments and warnings as for :func:`engine`."""
     form = _form(problem, features, full, dtype)
     return _chosen(form, Statistics(assignment=assignment), backend)[1]
+
+
+def unavailable(name: str, x: Tensor, *, full: bool = True) -> str | None:
+    """Return the reason, one clause, why an engine cannot compute moments of points (N, D); None if it can."""
+    found, form = ENGINES[name], _form(x, 0, full, x.dtype)
+    return found.unavailable(form.device) or found.unsupported(form, Statistics())
 
 
 def _form(problem: Any, features: int, full: bool, dtype: torch.dtype) -> Form:
