@@ -4,10 +4,11 @@
 # make sanitize  the native engine with the address and undefined-behavior sanitizers of the compiler (g++ on Linux)
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
-# make gpu     what works on this device, the suite's checks of every reduction on it, and then bench-gpu (needs CUDA)
+# make gpu     ten minutes on a CUDA device: are all results right, and which engine is faster where; results in bench/results.
+#              It uses the Python that it is given (make gpu PYTHON=python3), installs nothing, and names what is missing
 # make bench   every case by this package and other libraries (~40 minutes on two cores; THREADS=1 for one thread), tables and plots
 # make bench-quick  small variants of some cases, in about three minutes, to check the benchmark; results in build/bench
-# make bench-gpu  the same on CUDA, and which engine is faster in which dimension
+# make bench-gpu  the same on CUDA
 #
 # Each target makes .venv (the first two benchmarks .venv-bench, with the other libraries) and installs into it first, and again
 # only when pyproject.toml, constraints.txt, bench/requirements.txt or the sources of the native engine change.
@@ -62,10 +63,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-gpu: $(READY)
-	-$(BIN)/gmmkeops doctor
-	$(BIN)/python -m pytest -m gpu
-	$(MAKE) bench-gpu
+gpu:
+	-$(PYTHON) -m gmmkeops.cli doctor
+	$(PYTHON) bench/gpu.py
+	-$(PYTHON) bench/report.py
 
 bench: $(PEERS_READY)
 	$(PEERS)/python bench/run.py --threads $(THREADS)
@@ -80,7 +81,6 @@ bench-quick: $(PEERS_READY)
 
 bench-gpu: $(READY)
 	$(BIN)/python bench/run.py --device cuda
-	$(BIN)/python bench/crossover.py --device cuda --json bench/results/crossover.json
 	$(BIN)/python bench/report.py
 
 clean:

@@ -3,9 +3,10 @@
     python bench/report.py             bench/results, and the tables of the README
     python bench/report.py build/bench the results of a quick run: report.md and the plots in that folder
 
-Reads cpu.json, cuda.json and choose.json as far as they exist. Writes report.md, scaling.png (seconds per iteration against the
-number of components), peers.png (other libraries relative to this package), roofline.png (engines relative to the peaks of the
-machine), the README's tables, and choose.md, the tables of the page "How to choose".
+Reads cpu.json, cuda.json, gpu.json and choose.json as far as they exist. Writes report.md, scaling.png (seconds per iteration
+against the number of components), peers.png (other libraries relative to this package), roofline.png (engines relative to the
+peaks of the machine), the README's tables, choose.md, the tables of the page "How to choose", and gpu.md and gpu.png, the answers
+of a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import report_gpu
 import roofline
 from plots import OURS, by_case, peers, reference, rooflines, scaling
 
@@ -438,6 +440,13 @@ def write(folder: Path) -> None:
             README.write_text(between(README.read_text(), MARKS, readme(record)))
     if (folder / "choose.json").exists():
         (folder / "choose.md").write_text(choices(json.loads((folder / "choose.json").read_text())))
+    if (folder / "gpu.json").exists():
+        answers = json.loads((folder / "gpu.json").read_text())
+        (folder / "gpu.md").write_text("\n".join(report_gpu.tables(answers)).rstrip() + "\n")
+        report_gpu.plot(answers, folder / "gpu.png")
+        print(f"wrote {folder / 'gpu.md'}")
+        if not lines:
+            return
     if not lines:
         raise SystemExit("there are no results yet; run python bench/run.py first.")
     (folder / "report.md").write_text("\n".join(lines).rstrip() + "\n")
