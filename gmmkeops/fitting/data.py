@@ -129,7 +129,8 @@ class Memory(Data):
         """Sort the points for truncation by ``mixture`` (standardized), if that saves time over ``sweeps`` passes."""
 
         def labels() -> Tensor:
-            arguments = (self.x if self.cloud is None else self.cloud, mixture.offsets, mixture.means, mixture.factor)
+            batch = Batch(self.x if self.cloud is None else self.cloud)
+            arguments = (batch, mixture.offsets, mixture.means, mixture.factor)
             return reductions.argmax(*arguments, backend=backend, truncate=0)
 
         if not len(self.x):

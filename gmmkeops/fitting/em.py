@@ -123,6 +123,10 @@ class EM(Method[EMState]):
                 "'soft'; refine the mixture first, in a fit of its own."
             )
 
+    @property
+    def portable(self) -> bool:
+        return True
+
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
         for name in _FROZEN:

@@ -79,13 +79,10 @@ def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
 
 def shaken(objective: Objective, state: EMState) -> EMState:
     """Add noise to the means of a state."""
-    mixture = state.mixture
-    noise = torch.randn(
-        mixture.means.shape, generator=objective.passes.generator, dtype=torch.float64, device=mixture.means.device
-    )
-    return replace(
-        state, mixture=Mixture(mixture.logits, mixture.means + _SHAKE * noise, mixture.factor, validate_args=False)
-    )
+    mixture, generator = state.mixture, objective.passes.generator
+    noise = torch.randn(mixture.means.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    means = mixture.means + _SHAKE * noise.to(mixture.means.device)
+    return replace(state, mixture=Mixture(mixture.logits, means, mixture.factor, validate_args=False))
 
 
 def check_temperature(temperature: Any) -> None:

@@ -56,6 +56,15 @@ class Objective:
     unit: float = 1.0
     model: GMM | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters in standardized coordinates."""
+        return self.frame.shift.device
+
+    def leave(self, mixture: Mixture) -> Mixture:
+        """Convert a mixture from standardized coordinates to data units, on the device of the points."""
+        return self.frame.leave(mixture).to(self.data.device)
+
     @classmethod
     def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Objective:
         """Create an objective without points, for an M-step from given moments of total weight ``mass``."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, as_tensor, check_finite
+from gmmkeops.components import Factor, as_tensor, check_finite, transferred
 from gmmkeops.data import Batch, as_points
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "factor_tensor"]
@@ -69,7 +69,8 @@ class Exponents:
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
         """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
 
-        The points of a :class:`~gmmkeops.data.Batch` have been validated before.
+        The points of a :class:`~gmmkeops.data.Batch` have been validated before. The parameters may then be on the CPU, where
+        they are validated without waiting for the device of the points, to which they are copied.
 
         Raises:
             TypeError, ValueError: An argument is invalid.
@@ -93,7 +94,8 @@ class Exponents:
                 f"factor must have shape (K or 1, D, D), (K or 1, D) or (K or 1, 1) with K={K} and D={D}, "
                 f"got {tuple(U.shape)}."
             )
-        if not points.device == means.device == offsets.device == U.device:
+        place = means.device if isinstance(x, Batch) and means.device.type == "cpu" else points.device
+        if not place == means.device == offsets.device == U.device:
             raise ValueError(
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
@@ -119,13 +121,10 @@ class Exponents:
         if least < OFFSET_FLOOR or most > -OFFSET_FLOOR:
             offsets = offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR)
         center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
-        return cls(
-            x.detach().contiguous(),
-            offsets,
-            means if extent.central else means - center,
-            U if len(U) == K else U.expand(K, *U.shape[1:]),
-            center,
-        )
+        means = means if extent.central else means - center
+        if means.device != x.device:
+            offsets, means, U, center = transferred([offsets, means, U, center], x.device)
+        return cls(x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center)
 
 
 @dataclass(frozen=True)
