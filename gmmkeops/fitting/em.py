@@ -17,7 +17,7 @@ from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tie
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import FLOOR, Objective
-from gmmkeops.fitting.ordinary import DEAD_SHARE, Block
+from gmmkeops.fitting.ordinary import DEAD_SHARE, Block, maximized
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.rounds import CANDIDATE, ROUNDS, Climber
@@ -228,6 +228,8 @@ class EM(Method[EMState]):
 
     def _move(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
         """Perform the M-step, enforce the bounds on the covariances, and prune components of negligible weight."""
+        if (ordinary := maximized(self, objective, state, sums)) is not None:
+            return ordinary
         new = self._m_step(objective, state, sums)
         mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()
