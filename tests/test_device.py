@@ -330,30 +330,6 @@ def test_path(monkeypatch, tmp_path, name, deterministic):
         PATHS[name](Scene(tmp_path))
 
 
-# Kernels, host synchronizations and copies to the device of one iteration, at most: a tenth above what they are today.
-@pytest.mark.filterwarnings("ignore:KeOps is the faster engine here")
-@pytest.mark.parametrize(
-    ("name", "bounds"),
-    [("em", (310, 36, 7)), ("em_float32", (330, 37, 7)), ("adam", (230, 20, 2)), ("variational", (400, 19, 3))],
-)
-def test_costs_of_an_iteration(monkeypatch, tmp_path, name, bounds):
-    method = {"adam": gk.Adam, "variational": gk.bayes.VariationalBayes}.get(name, gk.EM)
-    options = {"dtype": "float32"} if name == "em_float32" else {}
-    with fake_device(monkeypatch) as counts:
-        scene, found = Scene(tmp_path), []
-        for steps in (4, 8):
-            counts.clear()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", gk.ConvergenceWarning)
-                scene.fit(method(tol=0.0), max_iter=steps, backend="dense", **options)
-            found.append(counts.totals)
-            report = counts.report()
-    costs = {what: (found[1][what] - found[0][what]) / 4 for what in found[0]}
-    print(f"{name}: {costs}, and of eight iterations:\n{report}")
-    for (what, cost), bound in zip(costs.items(), bounds, strict=True):
-        assert cost <= bound, what
-
-
 @pytest.mark.filterwarnings("ignore:KeOps is the faster engine here")
 def test_generators_of_the_host_decide_on_the_device(monkeypatch, tmp_path):
     with fake_device(monkeypatch):

@@ -22,8 +22,8 @@ from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
 
-# Number of entries of points that are converted to float64 at a time, so that they stay in cache.
-_NUMBERS = 1 << 17
+# Numbers of entries of points that are converted to float64 at a time, so that they stay in the cache of a CPU, and on a GPU.
+_NUMBERS, _NUMBERS_CUDA = 1 << 17, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Frame:
         shift, scale = self._on(x.device)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
         changed = shift.new_zeros(len(shift))
-        rows = max(1, _NUMBERS // max(1, x.shape[1]))
+        rows = max(1, (_NUMBERS_CUDA if x.is_cuda else _NUMBERS) // max(1, x.shape[1]))
         for part, into in zip(x.split(rows), out.split(rows), strict=True):
             wide = torch.sub(part.double(), shift).div_(scale)
             into.copy_(wide)
