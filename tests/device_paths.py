@@ -198,6 +198,13 @@ def truncated(scene, name):
     scene.fit(METHODS[name](), truncate=1e-4)
 
 
+@path()
+def truncated_in_groups_of_labels(scene):
+    x = scene.x.repeat(10, 2)
+    start = gk.initialize(x, 3, "random", generator=generator())
+    assert scene.fit(gk.EM(), x, start, truncate=1e-3, max_iter=6).report.truncate == 1e-3
+
+
 @path(*METHODS)
 def single_precision(scene, name):
     scene.fit(METHODS[name](), dtype="float32")
@@ -216,6 +223,23 @@ def checkpoint(scene, name):
 def checkpoint_of_minibatches(scene):
     for steps in (2, 4):
         scene.fit(gk.Adam(batch_size=100), checkpoint=scene.folder / "adam", max_iter=steps)
+
+
+@path()
+def checkpoint_within_a_pass(scene):
+    begun = []
+
+    def chunks():
+        begun.append(None)
+        for number, part in enumerate(scene.host.split(100)):
+            if len(begun) == 4 and number == 2:
+                raise OSError("the network is down")
+            yield part
+
+    options = {"checkpoint": gk.Checkpoint(scene.folder / "em", every=1e-9), "max_iter": 4}
+    with pytest.raises(OSError, match="the network is down"):
+        scene.fit(gk.EM(tol=0.0), chunks, **options)
+    scene.fit(gk.EM(tol=0.0), chunks, **options)
 
 
 @path()

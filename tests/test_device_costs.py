@@ -186,6 +186,28 @@ def test_a_fit_on_the_device_is_that_on_the_host(monkeypatch, tmp_path, name, fa
     assert found.report.pruned_components == expected.report.pruned_components
 
 
+@pytest.mark.parametrize("name", ["em", "adam", "variational"])
+def test_a_resumed_fit_costs_the_same(monkeypatch, tmp_path, name):
+    x = points()
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, there = start(x).to("cuda"), on_device(x)
+        fit = lambda steps: gk.fit(  # noqa: E731
+            mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense", checkpoint=tmp_path / "fit"
+        )
+        fit(2)
+        counts[0].clear()
+        fit(6)
+    of_iterations = sum(
+        n for (_, where), n in counts[0].kernels.items() if where.startswith(("fitting/em", "components/m"))
+    )
+    assert of_iterations == 0
+    # Four iterations, and the evaluation of the result.
+    transfers = [
+        n for (what, where), n in counts[0].synchronizations.items() if where.startswith("components/transfer")
+    ]
+    assert sum(transfers) <= 5 + 2
+
+
 def test_penalties_and_methods_of_the_user_receive_tensors_of_the_device(monkeypatch, tmp_path):
     x = points()
 
