@@ -236,10 +236,11 @@ def checkpoint_within_a_pass(scene):
                 raise OSError("the network is down")
             yield part
 
-    options = {"checkpoint": gk.Checkpoint(scene.folder / "em", every=1e-9), "max_iter": 4}
+    options = {"checkpoint": gk.Checkpoint(scene.folder / "em", every=0), "max_iter": 4}
     with pytest.raises(OSError, match="the network is down"):
-        scene.fit(gk.EM(tol=0.0), chunks, **options)
-    scene.fit(gk.EM(tol=0.0), chunks, **options)
+        scene.fit(gk.EM(tol=0.0), gk.Source(chunks, chunk_rows=100), **options)
+    assert (scene.folder / "em.part0").exists()
+    scene.fit(gk.EM(tol=0.0), gk.Source(chunks, chunk_rows=100), **options)
 
 
 @path()
