@@ -157,7 +157,7 @@ def test_a_minibatch_costs_no_more_than_a_pass(monkeypatch, tmp_path, name):
     check(around, {"kernels": 6 * 3 + 6, "synchronizations": 6 + 2, "uploads": 6})
 
 
-@pytest.mark.parametrize(("name", "bounds"), [("em", (165, 27, 2)), ("adam", (110, 17, 1))])
+@pytest.mark.parametrize(("name", "bounds"), [("em", (137, 16, 2)), ("adam", (109, 9, 1))])
 def test_many_parameters_are_on_the_device(monkeypatch, tmp_path, name, bounds):
     x = points()
     monkeypatch.setattr(placement, "_MANY", 1)

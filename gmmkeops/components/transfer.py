@@ -1,4 +1,4 @@
-"""Copies of several small tensors to another device in one transfer."""
+"""Copies of several small tensors to another device, and of several numbers to Python, in one transfer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["transferred"]
+__all__ = ["numbers", "transferred"]
+
+
+def numbers(*scalars: Tensor) -> list[float]:
+    """Return the values of scalars of one dtype as Python numbers, in one transfer from a GPU."""
+    if scalars[0].is_cuda:
+        found: list[float] = torch.stack(scalars).tolist()
+        return found
+    return [scalar.item() for scalar in scalars]
 
 
 def transferred(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -205,7 +205,8 @@ class EM(Method[EMState]):
         if self.beta(state) < 1:
             with torch.no_grad():
                 likelihood = -float(objective.negative_log_likelihood(state.mixture))
-        penalty = float(objective.penalized(state.population.whole(state.mixture)))
+        whole = state.population.whole(state.mixture)
+        penalty = 0.0 if objective.penalty is None else float(objective.penalized(whole))
         if state.counts is None:
             fractions = sums.S0 / sums.mass
             state = replace(state, counts=fractions.sum(0, keepdim=True) if is_tied(state) else fractions)
@@ -239,8 +240,8 @@ class EM(Method[EMState]):
         drift = state.drift + self._ridge_cost(objective, change, before)
         state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
         keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / objective.count
-        frozen = mask_of(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
-        keep |= frozen
+        frozen = mask_of(self.frozen_weights, state.population.parked, "frozen_weights")
+        keep = keep if frozen is None else keep | frozen[state.population.live]
         if self.beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
             return state
         index = keep.nonzero()[:, 0]
@@ -289,7 +290,7 @@ class EM(Method[EMState]):
 
     def ridge(self, objective: Objective) -> Tensor:
         """Convert ``reg_covar`` to standardized coordinates (D,)."""
-        return self.reg_covar / objective.frame.scale**2
+        return objective.frame.variances(self.reg_covar)
 
     def _ridge_cost(self, objective: Objective, counts: Tensor | None, factor: Factor) -> float:
         """Compute ½ reg_covar Σ_k c_k tr Σ_k⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
@@ -307,7 +308,8 @@ class EM(Method[EMState]):
         if leap is None:
             return second
         # Normalizing the extrapolated weights must not change those that are frozen.
-        frozen = mask_of(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
+        frozen = mask_of(self.frozen_weights, second.population.parked, "frozen_weights")
+        frozen = None if frozen is None else frozen[second.population.live]
         logits = solve_weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = objective.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third, sums, there, _ = self._look(objective, replace(second, mixture=leap))

@@ -58,10 +58,12 @@ def is_tied(state: EMState) -> bool:
     return whole.factor.leading == 1 and whole.n_components > 1
 
 
-def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
-    """Convert True, False or a sequence of booleans to a mask (K,)."""
-    if isinstance(value, bool):
-        return torch.full((mixture.n_components,), value, device=mixture.means.device)
+def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor | None:
+    """Convert True, False or a sequence of booleans to a mask (K,); False becomes None."""
+    if value is False:
+        return None
+    if value is True:
+        return torch.ones(mixture.n_components, dtype=torch.bool, device=mixture.means.device)
     mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{name} must be True, False or {mixture.n_components} booleans, got other numbers.")

@@ -93,6 +93,16 @@ class Frame:
         copy = self._copies[device]
         return copy.shift, copy.scale
 
+    def variances(self, variance: float) -> Tensor:
+        """Convert a variance in data units to standardized coordinates (D,)."""
+        if variance not in self._variances:
+            self._variances[variance] = variance / self.scale**2
+        return self._variances[variance]
+
+    @cached_property
+    def _variances(self) -> dict[float, Tensor]:
+        return {}
+
     def _own(self, columns: Tensor) -> Tensor:
         """Remove the entries of the contexts from a tensor with one entry per column."""
         return columns[: len(columns) - self.extra]

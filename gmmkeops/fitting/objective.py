@@ -173,7 +173,7 @@ class Objective:
         """Enforce the bounds on the covariances of a standardized mixture; return it and a mask (K,) of changed components."""
         factor, low = mixture.factor.floored(FLOOR)
         hit = low.expand(mixture.n_components)
-        if bool(low.any()):
+        if factor is not mixture.factor:
             mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
         if self.penalty is None or not self.penalty.bounds:
             return mixture, hit

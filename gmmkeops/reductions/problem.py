@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, as_tensor, check_finite, transferred
+from gmmkeops.components import Factor, as_tensor, check_finite, numbers, transferred
 from gmmkeops.data import Batch, as_points
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "factor_tensor"]
@@ -115,7 +115,7 @@ class Exponents:
             check_finite(means, name="means", rows="component")
         if not math.isfinite(extent.factor):
             check_finite(U, name="factor", rows="component")
-        least, most = (bound.item() for bound in offsets.aminmax())
+        least, most = numbers(*offsets.aminmax())
         if math.isnan(least):
             raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
         if least < OFFSET_FLOOR or most > -OFFSET_FLOOR:
@@ -146,7 +146,9 @@ class Extent:
         """Compute the bounds for means (K, D) and factors (K or 1, ...); they are NaN or infinite if an entry is not finite."""
         mean, central = 0.0, False
         if means.shape[1] <= _FEW:
-            columns = list(zip(*(part.tolist() for part in means.aminmax(dim=0)), strict=True))
+            bounds = means.aminmax(dim=0)
+            parts = torch.stack(tuple(bounds)).tolist() if means.is_cuda else [part.tolist() for part in bounds]
+            columns = list(zip(*parts, strict=True))
             # The largest absolute value of each column; NaN if an entry is NaN.
             sizes = [max(-a, b) for a, b in columns]
             mean = max(sizes, default=0.0) if all(map(math.isfinite, sizes)) else math.nan
@@ -160,8 +162,8 @@ class Extent:
 
 def _size(values: Tensor) -> float:
     """Return the largest absolute value; NaN if an entry is NaN."""
-    least, most = values.aminmax()
-    return max(-least.item(), most.item())
+    least, most = numbers(*values.aminmax())
+    return max(-least, most)
 
 
 def _center(means: Tensor) -> Tensor:
