@@ -76,6 +76,8 @@ class Frame:
 
     def to(self, device: torch.device) -> Frame:
         """Copy the transformation to a device."""
+        if device == self.shift.device:
+            return self
         shift, scale = transferred([self.shift, self.scale], device)
         return replace(self, shift=shift, scale=scale)
 

@@ -63,7 +63,8 @@ class Objective:
 
     def leave(self, mixture: Mixture) -> Mixture:
         """Convert a mixture from standardized coordinates to data units, on the device of the points."""
-        return self.frame.leave(mixture).to(self.data.device)
+        found, device = self.frame.leave(mixture), self.data.device
+        return found if found.means.device == device else found.to(device)
 
     @classmethod
     def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Objective:
