@@ -157,6 +157,22 @@ def test_a_minibatch_costs_no_more_than_a_pass(monkeypatch, tmp_path, name):
     check(around, {"kernels": 6 * 3 + 6, "synchronizations": 6 + 2, "uploads": 6})
 
 
+def test_steps_of_a_stream_copy_moments_and_parameters_only(monkeypatch, tmp_path):
+    x = points()
+    with device(monkeypatch, tmp_path) as (counts, _):
+        mixture, there = start(x).to("cuda"), on_device(x)
+        mixture, memory = gk.EM().update(mixture, there, backend="dense")
+        assert mixture.means.is_cuda
+        assert memory[0].S2.is_cuda
+        counts.clear()
+        gk.EM().update(mixture, there, memory, backend="dense")
+        gk.EM().maximize(mixture, memory[0])
+        places = {where.split(":")[0] for _, where in counts.kernels}
+    # No operation of the M-step.
+    assert not places & {"components/m_step.py", "components/moments.py", "components/full.py", "fitting/em.py"}
+    assert counts.totals["synchronizations"] <= 18
+
+
 @pytest.mark.parametrize(("name", "bounds"), [("em", (137, 16, 2)), ("adam", (109, 9, 1))])
 def test_many_parameters_are_on_the_device(monkeypatch, tmp_path, name, bounds):
     x = points()

@@ -130,6 +130,8 @@ class Moments:
 
     def to(self, device: torch.device) -> Moments:
         """Copy the moments to a device, in one transfer."""
+        if all(part.device == device for part in (self.S0, self.centers, self.mass)):
+            return self
         return Moments(*transferred([self.S0, self.S1, self.S2, self.centers, self.total, self.mass], device))
 
     def select(self, index: Tensor) -> Moments:

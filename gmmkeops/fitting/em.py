@@ -18,6 +18,7 @@ from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.ordinary import DEAD_SHARE, Block, maximized
+from gmmkeops.fitting.placement import parameter_device
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.rounds import CANDIDATE, ROUNDS, Climber
@@ -369,17 +370,19 @@ class EM(Method[EMState]):
             >>> gk.EM().maximize(m, sum(halves)).means.tolist()
             [[1.0]]
         """
+        there, here = mixture.means.device, parameter_device(mixture, self, penalty, None)
+        moments = moments.to(here)
         mass = float(moments.mass)
         if not mass > 0:
             raise ValueError(
                 f"moments must have a positive total weight, got {mass}; pass the sum over at least one point."
             )
-        mixture = mixture.detach().to(torch.float64)
+        mixture = mixture.detach().to(device=here, dtype=torch.float64)
         frame = Frame.around(mixture.mean, mixture.variance.sqrt(), isotropic=mixture.factor.isotropic)
         objective = Objective.without_points(frame, mass, penalty)
         state = self.init(objective, frame.enter(mixture))
         new = self._m_step(objective, state, frame.enter_moments(moments)).mixture
-        return frame.leave(new).named(mixture.columns)
+        return frame.leave(new).to(there).named(mixture.columns)
 
     maximise = FormerName("maximize")
 
@@ -411,6 +414,8 @@ class EM(Method[EMState]):
             TypeError, ValueError: Invalid points or weights.
         """
         x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.n_features)
+        if x.device != mixture.means.device:
+            raise ValueError(f"x is on {x.device}, the mixture on {mixture.means.device}; move one of them with .to().")
         # The random numbers depend on the number of the batch only, so that they are the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
         g = as_weights(sample_weight, x, name="sample_weight")
@@ -419,15 +424,18 @@ class EM(Method[EMState]):
                 f"sample_weight must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights of all "
                 "batches by the same number."
             )
-        objective = prepared(x, g, penalty, backend, generator, isotropic=mixture.factor.isotropic)
+        device = parameter_device(mixture, self, penalty, None)
+        isotropic = mixture.factor.isotropic
+        objective = prepared(x, g, penalty, backend, generator, isotropic=isotropic, parameters=device)
         state = replace(self, refine=False).init(objective, objective.frame.enter(mixture.detach().to(torch.float64)))
         seen = objective.mass
         if memory is not None:
-            state = replace(state, memory=objective.frame.enter_moments(memory[0]), batches=memory[1])
+            before = objective.frame.enter_moments(memory[0].to(device))
+            state = replace(state, memory=before, batches=memory[1])
             seen += memory[2]
         objective = replace(objective, mass=seen)
         state = self._blend(state, self._moments(objective, state, None))
         assert state.memory is not None, "just blended"
         new = self._m_step(objective, state, state.memory).mixture
-        mixture = objective.frame.leave(new).named(mixture.columns)
-        return mixture, (objective.frame.leave_moments(state.memory), state.batches, seen)
+        mixture = objective.leave(new).named(mixture.columns)
+        return mixture, (objective.frame.leave_moments(state.memory).to(x.device), state.batches, seen)
