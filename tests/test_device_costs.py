@@ -173,6 +173,16 @@ def test_steps_of_a_stream_copy_moments_and_parameters_only(monkeypatch, tmp_pat
     assert counts.totals["synchronizations"] <= 18
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_search_for_an_initial_mixture_climbs_on_the_cpu(monkeypatch, tmp_path, dtype):
+    with device(monkeypatch, tmp_path) as (counts, _):
+        there = on_device(points().to(dtype))
+        counts.clear()
+        assert gk.initialize(there, 3, generator=generator()).means.is_cuda
+        places = {where.split(":")[0] for _, where in counts.kernels}
+    assert not places & {"components/m_step.py", "fitting/em.py"}
+
+
 @pytest.mark.parametrize(("name", "bounds"), [("em", (137, 16, 2)), ("adam", (109, 9, 1))])
 def test_many_parameters_are_on_the_device(monkeypatch, tmp_path, name, bounds):
     x = points()

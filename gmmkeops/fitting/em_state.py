@@ -42,6 +42,20 @@ class EMState:
     counts: Tensor | None = None
     drift: float = 0.0
 
+    def to(self, device: torch.device) -> EMState:
+        """Copy the state to a device."""
+        mixture, parked = self.mixture.to(device), self.population.parked
+        parked = mixture if parked is self.mixture else parked.to(device)
+        return replace(
+            self,
+            population=Population(parked, self.population.live.to(device)),
+            mixture=mixture,
+            floored=self.floored.to(device),
+            memory=None if self.memory is None else self.memory.to(device),
+            average=None if self.average is None else self.average.to(device),
+            counts=None if self.counts is None else self.counts.to(device),
+        )
+
 
 class EMStep(NamedTuple):
     """Result of an M-step: the active mixture, a mask (K,) of components that were regularized, and the fraction of the points

@@ -66,6 +66,10 @@ class Objective:
         found, device = self.frame.leave(mixture), self.data.device
         return found if found.means.device == device else found.to(device)
 
+    def placed(self, device: torch.device) -> Objective:
+        """Return the same objective for parameters on a device."""
+        return replace(self, frame=self.frame.to(device))
+
     @classmethod
     def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Objective:
         """Create an objective without points, for an M-step from given moments of total weight ``mass``."""

@@ -12,6 +12,7 @@ from gmmkeops.data import Batch
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import FLOOR, Objective
+from gmmkeops.fitting.placement import parameter_device
 from gmmkeops.fitting.population import DEAD_POINTS
 from gmmkeops.models import HALF, Mixture, merges_singly, noise
 
@@ -222,6 +223,12 @@ def climb(method: EM, objective: Objective, state: EMState, steps: int, toleranc
         The last state whose objective is known, and this objective (without the changes of the ``reg_covar`` term that are
         caused only by changes of the fractions), nats per point.
     """
+    there = state.mixture.means.device
+    here = parameter_device(state.mixture, method, objective.penalty, None)
+    if here != there:
+        # Few parameters on a GPU are moved once, for all steps.
+        best, last = climb(method, objective.placed(here), state.to(here), steps, tolerance)
+        return best.to(there), last
     best, last = state, math.inf
     # The objective of a mixture is known after the E-step of the next step.
     left = steps + 1
