@@ -166,6 +166,10 @@ class EM(Method[EMState]):
         return state.mixture if average is None else self._m_step(objective, state, average).mixture
 
     def evaluate(self, objective: Objective, state: EMState) -> Evaluation:
+        if self.assignment == "soft" and (self.average is False or state.average is None):
+            block = Block.of(self, objective, state, limit=1)
+            if block is not None:
+                return block.evaluation(state, 0)
         return evaluation(objective, state.population, self._active(objective, state), state.floored)
 
     def finished(self, objectives: list[float], tol: float, objective: Objective) -> bool:

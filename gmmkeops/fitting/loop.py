@@ -220,13 +220,27 @@ class Run:
         if bar is not None:
             bar.set_postfix(objective=f"{now.objective:.4f}", active=len(now.active), refresh=False)
             bar.update()
-        history, world = FormerKeys(self.history, FORMER), self.objective.passes.world
-        active = now.active.to(self.objective.data.device) if self.callbacks else now.active
-        step = Step(self.iterations - 1, now.objective, now.log_likelihood, active, history, now, self.objective)
-        with world.callback(), reductions.user_threads():
-            stops = [callback(step) is True for callback in self.callbacks]
-        (stop,) = world.any(any(stops))
-        if self.method.finished(history["objective"], self.tol, self.objective):
+        stop = self._is_stopped(now)
+        if self.method.finished(self.history["objective"], self.tol, self.objective):
             self.ending = Ending.CONVERGED
         elif stop:
             self.ending = Ending.STOPPED
+
+    def _is_stopped(self, now: Evaluation) -> bool:
+        """Call the callbacks of all ranks, and return whether one of them ends the fit."""
+        world = self.objective.passes.world
+        if not self.callbacks and world.size == 1:
+            return False
+        step = Step(
+            self.iterations - 1,
+            now.objective,
+            now.log_likelihood,
+            now.active.to(self.objective.data.device),
+            FormerKeys(self.history, FORMER),
+            now,
+            self.objective,
+        )
+        with world.callback(), reductions.user_threads():
+            stops = [callback(step) is True for callback in self.callbacks]
+        (stop,) = world.any(any(stops))
+        return stop
