@@ -33,6 +33,8 @@ _VIEWS = {
     *("view", "_unsafe_view", "_reshape_alias", "as_strided", "alias", "detach", "lift_fresh", "view_as_real"),
     *("t", "transpose", "permute", "movedim", "expand", "squeeze", "unsqueeze", "diagonal", "unfold"),
     *("slice", "select", "split", "split_with_sizes", "unbind"),
+    # Memory that is reserved, but not written.
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "record_stream"),
 }
 # Operations whose result has a shape that only the device knows, or whose result is a Python value.
 _WAITING = {
@@ -261,7 +263,8 @@ def _run(function, args, kwargs):
             _check_generator(kwargs.get("generator"), name, False)
             return function(*args, **kwargs)
         _check_generator(kwargs.get("generator"), name, True)
-        _counts.kernels[name, _site()] += 1
+        if name not in _VIEWS:
+            _counts.kernels[name, _site()] += 1
         return tree_map(_fake, function(*args, **{**kwargs, "device": "cpu", "pin_memory": None}))
     _check_devices(name, args, [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)])
     _check_generator(kwargs.get("generator"), name, True)
@@ -302,7 +305,8 @@ def _copied(function, source, kwargs):
         _counts.kernels["_to_copy", _site()] += 1
         return FakeTensor(out)
     if _is_device(target):
-        _counts.uploads["copy to the device", _site()] += 1
+        locked = any(source is other for other in _locked)
+        _counts.uploads["copy from page-locked memory" if locked else "copy to the device", _site()] += 1
         return FakeTensor(out)
     return out
 
@@ -359,8 +363,49 @@ class _Named(TorchFunctionMode):
         return function(*map(indexed, args), **{name: indexed(value) for name, value in (kwargs or {}).items()})
 
 
-def _synchronized():
-    _counts.synchronizations["stream", _site()] += 1
+# Tensors in page-locked memory.
+_locked: list[torch.Tensor] = []
+
+
+def _pin(tensor):
+    _locked.append(tensor.clone())
+    return _locked[-1]
+
+
+class FakeStream:
+    """A stream of the device, which records the streams and events that it has waited for."""
+
+    def __init__(self, device=None):
+        self.waited: list[object] = []
+
+    def synchronize(self):
+        _counts.synchronizations["stream", _site()] += 1
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+    def record_event(self):
+        return SimpleNamespace(stream=self)
+
+
+def counted_apart(monkeypatch, module, name):
+    """Counts what happens within a function of a module, for example of an engine, in counts of its own, which are returned."""
+    function, apart = getattr(module, name), Counts()
+    counters = tuple(vars(apart))
+
+    def wrapper(*args, **kwargs):
+        outside = {counter: getattr(_counts, counter) for counter in counters}
+        vars(_counts).update(vars(apart))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            vars(_counts).update(outside)
+
+    monkeypatch.setattr(module, name, wrapper)
+    return apart
 
 
 def on_device(value):
@@ -375,10 +420,16 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=_synchronized))
+    main = FakeStream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", _pin)
+    monkeypatch.setattr(FakeTensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (64 << 30, 80 << 30))
     run = threading.Thread.run
 
@@ -394,3 +445,4 @@ def fake_device(monkeypatch):
             yield _counts
     finally:
         _generators.clear()
+        _locked.clear()

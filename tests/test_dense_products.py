@@ -128,6 +128,37 @@ def test_float32_products_that_will_not_do(high):
     assert torch.equal(sums.S2, reductions.moments(*problem, backend="dense").S2)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_products_where_float64_ones_are_slow(family, high, monkeypatch):
+    """Without a setting of the user: in parts, where they are accurate to 1e-5, and silently not elsewhere."""
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(reductions.dense.engine, "has_slow_double", lambda device: True)
+    monkeypatch.setattr(reductions.dense.products, "_on_tensor_cores", lambda a: a.dtype == torch.float32)
+    case = make_case(family, torch.float32, N=9000, D=3, K=5, condition=2.0)
+    assert error(reductions.logsumexp(*case.arguments, backend="dense"), case.oracle()["values"]) < 1e-5
+    assert False in high
+    high.clear()
+    narrow = (case.x, case.offsets, case.means, 1e3 * case.factor.U)
+    values = reductions.logsumexp(*narrow, backend="dense")
+    monkeypatch.setattr(reductions.dense.engine, "has_slow_double", lambda device: False)
+    assert torch.equal(values, reductions.logsumexp(*narrow, backend="dense"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "slow"),
+    [
+        *(((major, 0), None, False) for major in (6, 7, 8, 9, 10)),
+        *((capability, None, True) for capability in ((6, 1), (7, 5), (8, 6), (8, 9), (10, 3), (12, 0))),
+        ((11, 0), "6.0", False),
+    ],
+)
+def test_devices_with_slow_float64_products(capability, hip, slow, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert reductions.dense.products.has_slow_double(torch.device("cuda", 0)) is slow
+    assert not reductions.dense.products.has_slow_double(torch.device("cpu"))
+
+
 def test_products_in_parts():
     """Three products of eleven bits keep what one of them loses."""
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -34,12 +34,13 @@ start = gk.load(folder + "/start.safetensors")
 """
 
 
-def launch(ranks, script, folder):
+def launch(ranks, script, folder, path=""):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    shared |= {"PYTHONPATH": str(Path(gk.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(Path(gk.__file__).parents[1]), *([path] if path else [])])
+    shared |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
             [sys.executable, "-c", PRELUDE + script, str(folder)],
@@ -474,3 +475,62 @@ def test_ranks_choose_the_same_model_by_all_points(folder):
     start = gk.load(folder / "start.safetensors")
     plain = gk.fit(start, x, gk.EM(tol=0), max_iter=4, validation=held)
     assert first["validation"] == pytest.approx(plain.history["validation"], abs=1e-6)
+
+
+ON_A_DEVICE = """
+import pytest
+from fake_device import fake_device, on_device
+half = torch.from_numpy(x).double()[rank * N // 2:(rank + 1) * N // 2]
+methods = (gk.EM(tol=0), gk.EM(tol=0, batch_size=5000), gk.Adam(), gk.bayes.VariationalBayes(tol=0))
+with pytest.MonkeyPatch.context() as patch, fake_device(patch):
+    found = []
+    for method in methods:
+        result = gk.fit(start.to("cuda"), on_device(half), method, max_iter=3, backend="dense")
+        assert result.mixture.means.is_cuda
+        found.append(result.mixture.to("cpu").means)
+np.save(folder + f"/device-{rank}.npy", torch.stack(found).numpy())
+"""
+
+
+def test_ranks_whose_points_are_on_a_device(folder):
+    for code, _, errors in outputs(launch(2, ON_A_DEVICE, folder, str(Path(__file__).parent))):
+        assert code == 0, errors
+    first, second = (torch.from_numpy(np.load(folder / f"device-{rank}.npy")) for rank in (0, 1))
+    assert torch.equal(first, second)
+    x, start = torch.from_numpy(np.load(folder / "x.npy")).double(), gk.load(folder / "start.safetensors")
+    methods = (gk.EM(tol=0), gk.Adam(), gk.bayes.VariationalBayes(tol=0))
+    for found, method in zip(first[[0, 2, 3]], methods, strict=True):
+        expected = gk.fit(start, x, method, max_iter=3, backend="dense").mixture.means
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("devices", "workers", "others", "expected"),
+    [
+        (0, 2, "False", "gloo"),
+        (2, 2, "True", "nccl"),
+        (1, 2, "False", "gloo"),
+        # Another machine has fewer devices than workers.
+        (2, 2, "False", "gloo"),
+    ],
+)
+def test_ranks_without_a_device_of_their_own_use_gloo(monkeypatch, devices, workers, others, expected):
+    store, chosen = torch.distributed.HashStore(), []
+    for rank in range(3):
+        if rank != 1:
+            torch.distributed.PrefixStore("gmmkeops attempt 0", store).set(f"own device {rank}", others)
+    for name, value in {
+        "RANK": 1,
+        "LOCAL_RANK": 1,
+        "LOCAL_WORLD_SIZE": workers,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(device))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda address: iter([(store, 1, 3)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: chosen.append(backend))
+    gk.distributed.join()
+    assert chosen == ([1 % devices] if devices else []) + [expected]

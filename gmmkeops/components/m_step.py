@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gmmkeops.components.base import Factor
 from gmmkeops.components.moments import Moments
+from gmmkeops.components.transfer import numbers
 
 __all__ = ["Frozen", "MStep", "Surrogate", "m_step", "solve_weights"]
 
@@ -106,15 +107,16 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Boolean masks (K,) of the components whose weight, mean or covariance an M-step does not change."""
+    """Boolean masks (K,) of the components whose weight, mean or covariance an M-step does not change; None for no component."""
 
-    weights: Tensor
-    means: Tensor
-    covariances: Tensor
+    weights: Tensor | None = None
+    means: Tensor | None = None
+    covariances: Tensor | None = None
 
     def select(self, index: Tensor) -> Frozen:
         """Select the masks of some components."""
-        return Frozen(self.weights[index], self.means[index], self.covariances[index])
+        masks = (self.weights, self.means, self.covariances)
+        return Frozen(*(None if mask is None else mask[index] for mask in masks))
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def m_step(
     if kappa:
         pulled = sum((points * mean for points, mean in prior.means), torch.zeros_like(new))
         new = (S0[:, None] * new + pulled) / (S0 + kappa).clamp(min=1e-300)[:, None]
-    new = torch.where(frozen.means[:, None], means, new)
+    if frozen.means is not None:
+        new = torch.where(frozen.means[:, None], means, new)
     scatter = sums.recenter(new).S2 * scale
     if kappa:
         scatter = scatter + prior.spread_about(new, kind)
@@ -187,9 +190,11 @@ def m_step(
         scatter = scatter + kind.second_moments(prior.scatter)
     found, repaired = kind.maximize(scatter, counts, features, ridge=ridge, floor=floor)
     if len(counts) < len(means):
-        found, repaired = factor if bool(frozen.covariances.any()) else found, repaired.expand(len(means))
+        kept = frozen.covariances is not None and bool(frozen.covariances.any())
+        found, repaired = factor if kept else found, repaired.expand(len(means))
     else:
-        keep = frozen.covariances | ~(counts > 1e-200)
+        keep = ~(counts > 1e-200)
+        keep = keep if frozen.covariances is None else keep | frozen.covariances
         if bool(keep.any()):
             index = keep.nonzero()[:, 0]
             found = found.scatter(index, factor.select(index))
@@ -198,24 +203,27 @@ def m_step(
     return MStep(weights, new, found, repaired, counts)
 
 
-def solve_weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -> Tensor:
+def solve_weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor | None = None) -> Tensor:
     """Solve W_k = counts_k / (λ + slopes_k) for log-weights (K,), where all weights sum to one and frozen ones are fixed.
 
     Args:
         counts: Expected counts (K,); negative ones count as zero.
         slopes: Slopes of a penalty of the weights (K,), times the number of points.
         old: Current log-weights (K,), nats.
-        frozen: Boolean mask (K,).
+        frozen: Boolean mask (K,); None for no component.
     """
     counts = counts.clamp(min=0)
-    free = ~frozen
-    if not bool(free.any()):
+    if frozen is not None and not bool(frozen.any()):
+        frozen = None
+    free = None if frozen is None else ~frozen
+    if free is not None and not bool(free.any()):
         return old
-    left = 1 - float(old[frozen].exp().sum()) if bool(frozen.any()) else 1.0
-    a, c = counts[free], slopes[free]
-    if not bool((a > 0).any()) or left <= 0:
+    left = 1.0 if frozen is None else 1 - float(old[frozen].exp().sum())
+    a, c = (counts, slopes) if free is None else (counts[free], slopes[free])
+    some, equal = numbers((a > 0).any(), (c == c[0]).all())
+    if not some or left <= 0:
         return old
-    if bool((c == c[0]).all()):
+    if equal:
         W = left * a / a.sum()
     else:
         # Bracket of λ: each term is at most the sum, and at least its value at the smallest slope.
@@ -230,6 +238,9 @@ def solve_weights(counts: Tensor, slopes: Tensor, old: Tensor, frozen: Tensor) -
                 high = middle
         W = torch.where(a > 0, a / (high + c), torch.zeros_like(a))
         W = left * W / W.sum()
+    found = W.clamp(min=1e-300).log()
+    if free is None:
+        return found
     logits = old.clone()
-    logits[free] = W.clamp(min=1e-300).log()
+    logits[free] = found
     return logits

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import FormerName
+from gmmkeops.components.transfer import transferred
 
 if TYPE_CHECKING:
     from gmmkeops.components.base import Factor
@@ -126,6 +127,12 @@ class Moments:
         """
         square = {3: scale[:, None] * scale, 2: scale**2, 1: scale[0] ** 2}[self.S2.ndim]
         return replace(self, S1=self.S1 * scale, S2=self.S2 * square, centers=centers)
+
+    def to(self, device: torch.device) -> Moments:
+        """Copy the moments to a device, in one transfer."""
+        if all(part.device == device for part in (self.S0, self.centers, self.mass)):
+            return self
+        return Moments(*transferred([self.S0, self.S1, self.S2, self.centers, self.total, self.mass], device))
 
     def select(self, index: Tensor) -> Moments:
         """Select the moments of some components, in the order of an index."""

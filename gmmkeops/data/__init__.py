@@ -11,6 +11,7 @@ from typing import Any
 
 from gmmkeops.data.batch import ROUNDING, Batch
 from gmmkeops.data.columns import listed, table_names, table_of
+from gmmkeops.data.copies import Copies
 from gmmkeops.data.distributed import RankError, World, difference, join
 from gmmkeops.data.generators import DEFAULT_SEED, as_generator, categorical, generator_on, running_sum
 from gmmkeops.data.points import as_dtype, as_points, as_weights, warn_if_coarse, weight_unit
@@ -26,6 +27,7 @@ __all__ = [
     "ROUNDING",
     "SAMPLE",
     "Batch",
+    "Copies",
     "RankError",
     "Source",
     "World",

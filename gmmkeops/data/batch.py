@@ -55,7 +55,8 @@ class Batch:
         """
         if self.rounding is None or self.exact is None:
             return self
-        changes = norms().double().square() @ self.rounding.square()
+        found = norms().double().square()
+        changes = found @ self.rounding.to(found.device).square()
         return self if bool(changes.amax() <= ROUNDING**2) else self.exact()
 
     def in_float64(self) -> Batch:

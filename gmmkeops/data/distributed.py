@@ -32,7 +32,9 @@ def join(backend: str | None = None) -> None:
     the addresses of the previous ones.
 
     Args:
-        backend: ``"gloo"`` or ``"nccl"``; None for ``"nccl"`` if CUDA is available, else ``"gloo"``.
+        backend: ``"gloo"`` or ``"nccl"``; None for ``"nccl"`` if each process of a machine has a CUDA device of its own, else
+            ``"gloo"``, since NCCL does not allow two processes to use one device. Devices are assigned in the order of the
+            processes.
 
     Raises:
         RuntimeError, ValueError: Raised by :mod:`torch.distributed` if the group cannot be joined.
@@ -43,13 +45,17 @@ def join(backend: str | None = None) -> None:
     """
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % devices)
     store, rank, size = next(iter(dist.rendezvous("env://")))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"gmmkeops attempt {attempt}", store)
-    backend = ("nccl" if cuda else "gloo") if backend is None else backend
+    if backend is None:
+        enough = dist.is_nccl_available() and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= devices
+        # The machines may have different numbers of devices, but all ranks need the same backend.
+        store.set(f"own device {rank}", str(enough))
+        backend = "nccl" if all(store.get(f"own device {r}") == b"True" for r in range(size)) else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 

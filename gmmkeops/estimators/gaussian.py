@@ -7,7 +7,7 @@ of ``sklearn.mixture`` (Pedregosa et al. 2011, *Scikit-learn: machine learning i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gmmkeops import analysis, models
 from gmmkeops._checks import renamed
-from gmmkeops.components import Factor, Moments, as_tensor, check_finite, factor_class
+from gmmkeops.components import Factor, as_tensor, check_finite, factor_class
 from gmmkeops.data import Source, World, as_weights, readable
 from gmmkeops.estimators import routing
 from gmmkeops.estimators.arrays import scikit_learn_names, validated_points
@@ -232,9 +232,7 @@ class GaussianMixture(MixtureEstimator):
             start, memory = self._initial(x, g, generator_of(self.random_state, x.device), x.device)[0], None
             columns = None if names is None else tuple(names)
         if memory is not None:
-            sums = memory[0]
-            sums = Moments(*(getattr(sums, field.name).to(x.device) for field in fields(sums)))
-            memory = (sums, *memory[1:])
+            memory = (memory[0].to(x.device), *memory[1:])
         mixture, memory = method.update(start, x, memory, penalty=self.penalty, sample_weight=g, backend=self.backend)
         self._adopt(mixture.named(columns), torch.is_tensor(X))
         self._memory, self.n_iter_, self.converged_ = memory, memory[1], False

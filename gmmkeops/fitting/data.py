@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops.data import Batch, Source
+from gmmkeops.data import Batch, Copies, Source
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.models import Mixture
 
@@ -110,26 +111,31 @@ class Memory(Data):
             return Batch(self.cloud, self.weights, self.first, None, 0, self.rounding, exact)
         return _split(Batch(self.x, self.weights, self.first, None, 0, self.rounding, exact), self.extra)
 
-    def _some(self, rows: Tensor) -> Batch:
+    def _some(self, rows: Tensor, first: int) -> Batch:
         weights = None if self.weights is None else self.weights[rows]
 
         def exact() -> Batch:
             self.refine()
-            return self._some(rows)
+            return self._some(rows, first)
 
-        first = self.first + int(rows[0])
-        return _split(Batch(self.x[rows], weights, first, None, self.truncate, self.rounding, exact), self.extra)
+        batch = Batch(self.x[rows], weights, self.first + first, None, self.truncate, self.rounding, exact)
+        return _split(batch, self.extra)
 
     def minibatches(self, size: int, seed: int) -> Iterator[Batch]:
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed)).to(self.device)
-        for rows in order.split(size) if len(order) else ():
-            yield self._some(rows)
+        if not len(self.x):
+            return
+        generator = torch.Generator(self.device).manual_seed(seed)
+        order = torch.randperm(len(self.x), generator=generator, device=self.device)
+        # The first rows of all batches are read at once, so that batches do not wait for the device.
+        for rows, first in zip(order.split(size), order[::size].tolist(), strict=True):
+            yield self._some(rows, first)
 
     def arranged(self, truncate: float | None, mixture: Mixture, sweeps: int, backend: str) -> Memory:
         """Sort the points for truncation by ``mixture`` (standardized), if that saves time over ``sweeps`` passes."""
 
         def labels() -> Tensor:
-            arguments = (self.x if self.cloud is None else self.cloud, mixture.offsets, mixture.means, mixture.factor)
+            batch = Batch(self.x if self.cloud is None else self.cloud)
+            arguments = (batch, mixture.offsets, mixture.means, mixture.factor)
             return reductions.argmax(*arguments, backend=backend, truncate=0)
 
         if not len(self.x):
@@ -166,21 +172,30 @@ class Stream(Data):
 
     def _standardized(self, batch: Batch, dtype: torch.dtype) -> Batch:
         # This is a method, since a recursive local function would keep its batch alive until the garbage collector runs.
-        weights = None if batch.weights is None else batch.weights.to(self.device)
+        weights = None if batch.weights is None else batch.weights.to(self.device, non_blocking=True)
         weights = weights if weights is None or self.unit == 1 else weights / self.unit
-        points, rounding = self.frame.points(batch.points.to(self.device), dtype)
+        points, rounding = self.frame.points(batch.points.to(self.device, non_blocking=True), dtype)
         exact = None if rounding is None else cache(lambda: self._standardized(batch, torch.float64))
         return _split(Batch(points, weights, batch.first, None, self.truncate, rounding, exact), self.frame.extra)
 
+    def _chunks(self, skip: int = 0, order: list[Any] | None = None) -> Iterator[Batch]:
+        """Iterate over the chunks of one pass, of which the next one is copied while the current one is in use."""
+        copies = Copies(self.device)
+        # No loop variable is used, since it would keep the last chunk in memory while the next one is read.
+        return map(
+            copies.received, self.source.chunks(skip, order, prepare=lambda chunk: copies.sent(chunk, self._enter))
+        )
+
     def batches(self, skip: int = 0) -> Iterator[Batch]:
-        return self.source.chunks(skip, prepare=self._enter)
+        return self._chunks(skip)
 
     def minibatches(self, size: int, seed: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(seed)
+        rows_of = generator if self.device.type == "cpu" else torch.Generator(self.device).manual_seed(seed)
         left: Batch | None = None
-        for batch in self.source.chunks(order=self.source.shuffled(generator), prepare=self._enter):
+        for batch in self._chunks(order=self.source.shuffled(generator)):
             batch = batch if left is None else left.joined(batch)
-            order = torch.randperm(len(batch), generator=generator).to(self.device)
+            order = torch.randperm(len(batch), generator=rows_of, device=self.device)
             parts = list(order.split(size))
             left = batch.rows(parts.pop()) if len(parts[-1]) < size else None
             for rows in parts:

@@ -17,7 +17,8 @@ from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tie
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import FLOOR, Objective
-from gmmkeops.fitting.ordinary import DEAD_SHARE, Block
+from gmmkeops.fitting.ordinary import DEAD_SHARE, Block, maximized
+from gmmkeops.fitting.placement import parameter_device
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.rounds import CANDIDATE, ROUNDS, Climber
@@ -123,6 +124,10 @@ class EM(Method[EMState]):
                 "'soft'; refine the mixture first, in a fit of its own."
             )
 
+    @property
+    def portable(self) -> bool:
+        return True
+
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
         for name in _FROZEN:
@@ -205,7 +210,8 @@ class EM(Method[EMState]):
         if self.beta(state) < 1:
             with torch.no_grad():
                 likelihood = -float(objective.negative_log_likelihood(state.mixture))
-        penalty = float(objective.penalized(state.population.whole(state.mixture)))
+        whole = state.population.whole(state.mixture)
+        penalty = 0.0 if objective.penalty is None else float(objective.penalized(whole))
         if state.counts is None:
             fractions = sums.S0 / sums.mass
             state = replace(state, counts=fractions.sum(0, keepdim=True) if is_tied(state) else fractions)
@@ -228,6 +234,8 @@ class EM(Method[EMState]):
 
     def _move(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
         """Perform the M-step, enforce the bounds on the covariances, and prune components of negligible weight."""
+        if (ordinary := maximized(self, objective, state, sums)) is not None:
+            return ordinary
         new = self._m_step(objective, state, sums)
         mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()
@@ -237,8 +245,8 @@ class EM(Method[EMState]):
         drift = state.drift + self._ridge_cost(objective, change, before)
         state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
         keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / objective.count
-        frozen = mask_of(self.frozen_weights, state.population.parked, "frozen_weights")[state.population.live]
-        keep |= frozen
+        frozen = mask_of(self.frozen_weights, state.population.parked, "frozen_weights")
+        keep = keep if frozen is None else keep | frozen[state.population.live]
         if self.beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
             return state
         index = keep.nonzero()[:, 0]
@@ -287,7 +295,7 @@ class EM(Method[EMState]):
 
     def ridge(self, objective: Objective) -> Tensor:
         """Convert ``reg_covar`` to standardized coordinates (D,)."""
-        return self.reg_covar / objective.frame.scale**2
+        return objective.frame.variances(self.reg_covar)
 
     def _ridge_cost(self, objective: Objective, counts: Tensor | None, factor: Factor) -> float:
         """Compute ½ reg_covar Σ_k c_k tr Σ_k⁻¹ for fractions c (K or 1,) of the points, nats per point; 0 in stepwise EM."""
@@ -305,7 +313,8 @@ class EM(Method[EMState]):
         if leap is None:
             return second
         # Normalizing the extrapolated weights must not change those that are frozen.
-        frozen = mask_of(self.frozen_weights, second.population.parked, "frozen_weights")[second.population.live]
+        frozen = mask_of(self.frozen_weights, second.population.parked, "frozen_weights")
+        frozen = None if frozen is None else frozen[second.population.live]
         logits = solve_weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = objective.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
         third, sums, there, _ = self._look(objective, replace(second, mixture=leap))
@@ -365,17 +374,19 @@ class EM(Method[EMState]):
             >>> gk.EM().maximize(m, sum(halves)).means.tolist()
             [[1.0]]
         """
+        there, here = mixture.means.device, parameter_device(mixture, self, penalty, None)
+        moments = moments.to(here)
         mass = float(moments.mass)
         if not mass > 0:
             raise ValueError(
                 f"moments must have a positive total weight, got {mass}; pass the sum over at least one point."
             )
-        mixture = mixture.detach().to(torch.float64)
+        mixture = mixture.detach().to(device=here, dtype=torch.float64)
         frame = Frame.around(mixture.mean, mixture.variance.sqrt(), isotropic=mixture.factor.isotropic)
         objective = Objective.without_points(frame, mass, penalty)
         state = self.init(objective, frame.enter(mixture))
         new = self._m_step(objective, state, frame.enter_moments(moments)).mixture
-        return frame.leave(new).named(mixture.columns)
+        return frame.leave(new).to(there).named(mixture.columns)
 
     maximise = FormerName("maximize")
 
@@ -407,6 +418,8 @@ class EM(Method[EMState]):
             TypeError, ValueError: Invalid points or weights.
         """
         x = as_points(table_of(x, as_mixture(mixture).columns), features=mixture.n_features)
+        if x.device != mixture.means.device:
+            raise ValueError(f"x is on {x.device}, the mixture on {mixture.means.device}; move one of them with .to().")
         # The random numbers depend on the number of the batch only, so that they are the same in every process.
         generator = torch.Generator(x.device).manual_seed(DEFAULT_SEED + (0 if memory is None else memory[1]))
         g = as_weights(sample_weight, x, name="sample_weight")
@@ -415,15 +428,18 @@ class EM(Method[EMState]):
                 f"sample_weight must not be extremely large or small, got up to {float(g.max()):.3g}; divide the weights of all "
                 "batches by the same number."
             )
-        objective = prepared(x, g, penalty, backend, generator, isotropic=mixture.factor.isotropic)
+        device = parameter_device(mixture, self, penalty, None)
+        isotropic = mixture.factor.isotropic
+        objective = prepared(x, g, penalty, backend, generator, isotropic=isotropic, parameters=device)
         state = replace(self, refine=False).init(objective, objective.frame.enter(mixture.detach().to(torch.float64)))
         seen = objective.mass
         if memory is not None:
-            state = replace(state, memory=objective.frame.enter_moments(memory[0]), batches=memory[1])
+            before = objective.frame.enter_moments(memory[0].to(device))
+            state = replace(state, memory=before, batches=memory[1])
             seen += memory[2]
         objective = replace(objective, mass=seen)
         state = self._blend(state, self._moments(objective, state, None))
         assert state.memory is not None, "just blended"
         new = self._m_step(objective, state, state.memory).mixture
-        mixture = objective.frame.leave(new).named(mixture.columns)
-        return mixture, (objective.frame.leave_moments(state.memory), state.batches, seen)
+        mixture = objective.leave(new).named(mixture.columns)
+        return mixture, (objective.frame.leave_moments(state.memory).to(x.device), state.batches, seen)

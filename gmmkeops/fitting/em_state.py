@@ -42,6 +42,20 @@ class EMState:
     counts: Tensor | None = None
     drift: float = 0.0
 
+    def to(self, device: torch.device) -> EMState:
+        """Copy the state to a device."""
+        mixture, parked = self.mixture.to(device), self.population.parked
+        parked = mixture if parked is self.mixture else parked.to(device)
+        return replace(
+            self,
+            population=Population(parked, self.population.live.to(device)),
+            mixture=mixture,
+            floored=self.floored.to(device),
+            memory=None if self.memory is None else self.memory.to(device),
+            average=None if self.average is None else self.average.to(device),
+            counts=None if self.counts is None else self.counts.to(device),
+        )
+
 
 class EMStep(NamedTuple):
     """Result of an M-step: the active mixture, a mask (K,) of components that were regularized, and the fraction of the points
@@ -58,10 +72,12 @@ def is_tied(state: EMState) -> bool:
     return whole.factor.leading == 1 and whole.n_components > 1
 
 
-def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
-    """Convert True, False or a sequence of booleans to a mask (K,)."""
-    if isinstance(value, bool):
-        return torch.full((mixture.n_components,), value, device=mixture.means.device)
+def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor | None:
+    """Convert True, False or a sequence of booleans to a mask (K,); False becomes None."""
+    if value is False:
+        return None
+    if value is True:
+        return torch.ones(mixture.n_components, dtype=torch.bool, device=mixture.means.device)
     mask = as_tensor(value, name=name, dtype=torch.float64, device=mixture.means.device)
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(f"{name} must be True, False or {mixture.n_components} booleans, got other numbers.")
@@ -79,13 +95,10 @@ def mask_of(value: Any, mixture: Mixture, name: str) -> Tensor:
 
 def shaken(objective: Objective, state: EMState) -> EMState:
     """Add noise to the means of a state."""
-    mixture = state.mixture
-    noise = torch.randn(
-        mixture.means.shape, generator=objective.passes.generator, dtype=torch.float64, device=mixture.means.device
-    )
-    return replace(
-        state, mixture=Mixture(mixture.logits, mixture.means + _SHAKE * noise, mixture.factor, validate_args=False)
-    )
+    mixture, generator = state.mixture, objective.passes.generator
+    noise = torch.randn(mixture.means.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    means = mixture.means + _SHAKE * noise.to(mixture.means.device)
+    return replace(state, mixture=Mixture(mixture.logits, means, mixture.factor, validate_args=False))
 
 
 def check_temperature(temperature: Any) -> None:

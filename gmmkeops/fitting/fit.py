@@ -174,7 +174,7 @@ def fit(
         x, columns = task.points(x)
         settings = task.agreed(world, x, sample_weight, columns)
         journal = Journal(Checkpoint.of(checkpoint), world)
-        saved = None if journal.checkpoint is None else journal.checkpoint.read(task.mixture.means.device, world)
+        saved = None if journal.checkpoint is None else journal.checkpoint.read(task.device, world)
         objective = task.objective(x, sample_weight, columns, journal, saved)
         held = None if validation is None else Validation.of(validation, objective, columns, world)
         if settings:
@@ -336,7 +336,7 @@ def _result(best: Evaluation, run: Run, start: StartReport | None) -> FitResult:
         fallback=reductions.fallback(data.device, objective.backend, **described),
     )
     answer = run.method.answer(objective, best.answer)
-    mixture = objective.frame.leave(best.mixture)
+    mixture = objective.leave(best.mixture)
     return FitResult(mixture, value, likelihood, run.ending, run.iterations, run.history, report, answer)
 
 

@@ -15,15 +15,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Moments
+from gmmkeops.components import Moments, transferred
 from gmmkeops.data import NOISE, trimmed_spread, warn_if_coarse
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import Surrogate
 
 __all__ = ["Frame"]
 
-# Number of entries of points that are converted to float64 at a time, so that they stay in cache.
-_NUMBERS = 1 << 17
+# Numbers of entries of points that are converted to float64 at a time, so that they stay in the cache of a CPU, and on a GPU.
+_NUMBERS, _NUMBERS_CUDA = 1 << 17, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,37 @@ class Frame:
         """Σ log s, nats, which is subtracted from log-densities to convert them to data units."""
         return float(self._own(self.scale).log().sum())
 
+    def to(self, device: torch.device) -> Frame:
+        """Copy the transformation to a device."""
+        if device == self.shift.device:
+            return self
+        shift, scale = transferred([self.shift, self.scale], device)
+        return replace(self, shift=shift, scale=scale)
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, Frame]:
+        """Copies of the transformation for points on other devices."""
+        return {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return shift and scale on the device of points."""
+        if device == self.shift.device:
+            return self.shift, self.scale
+        if device not in self._copies:
+            self._copies[device] = self.to(device)
+        copy = self._copies[device]
+        return copy.shift, copy.scale
+
+    def variances(self, variance: float) -> Tensor:
+        """Convert a variance in data units to standardized coordinates (D,)."""
+        if variance not in self._variances:
+            self._variances[variance] = variance / self.scale**2
+        return self._variances[variance]
+
+    @cached_property
+    def _variances(self) -> dict[float, Tensor]:
+        return {}
+
     def _own(self, columns: Tensor) -> Tensor:
         """Remove the entries of the contexts from a tensor with one entry per column."""
         return columns[: len(columns) - self.extra]
@@ -82,17 +113,22 @@ class Frame:
         """Standardize points (N, D) in float64, and cast them to a dtype.
 
         Returns:
-            The points, and the largest rounding error of each column (D,), float64, or None without rounding errors.
+            The points, and the largest rounding error of each column (D,), float64, on the device of this transformation, or
+            None without rounding errors.
         """
+        shift, scale = self._on(x.device)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        changed = self.shift.new_zeros(len(self.shift))
-        rows = max(1, _NUMBERS // max(1, x.shape[1]))
+        changed = shift.new_zeros(len(shift))
+        rows = max(1, (_NUMBERS_CUDA if x.is_cuda else _NUMBERS) // max(1, x.shape[1]))
         for part, into in zip(x.split(rows), out.split(rows), strict=True):
-            wide = torch.sub(part.double(), self.shift).div_(self.scale)
+            wide = torch.sub(part.double(), shift).div_(scale)
             into.copy_(wide)
             if dtype != torch.float64:
                 changed = torch.maximum(changed, _largest(wide.sub_(into)))
-        return out, changed if dtype != torch.float64 and bool(changed.any()) else None
+        if dtype == torch.float64:
+            return out, None
+        changed = changed.to(self.shift.device)
+        return out, changed if bool(changed.any()) else None
 
     def surrogate(self, surrogate: Surrogate) -> Surrogate:
         """Convert the terms that penalties add to an M-step from data units to standardized coordinates."""
@@ -112,8 +148,9 @@ class Frame:
         return sums.scaled(sums.centers * self.scale + self.shift, self.scale)
 
     def enter(self, mixture: Mixture) -> Mixture:
-        """Convert a mixture from data units to standardized coordinates."""
+        """Convert a mixture from data units to standardized coordinates, on the device of this transformation."""
         shift, scale = self._own(self.shift), self._own(self.scale)
+        mixture = mixture if mixture.means.device == shift.device else mixture.to(shift.device)
         factor = mixture.factor.rescale(scale)
         return Mixture(mixture.logits, (mixture.means - shift) / scale, factor, validate_args=False)
 

@@ -81,6 +81,11 @@ class Gradient(Method[_State]):
     relative_tol: float = 0.0
     natural_gradient: bool = False
 
+    @property
+    def portable(self) -> bool:
+        # Optimizers of the user may have options for a GPU, such as capturable=True.
+        return isinstance(self.optimizer, _MakeAdam)
+
     def __repr__(self) -> str:
         if not isinstance(self.optimizer, _MakeAdam):
             return super().__repr__()

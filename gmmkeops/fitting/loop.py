@@ -122,10 +122,11 @@ class Run:
             # With another number of ranks, or rows in another order, the kd-tree differs and candidate lists are recomputed.
             alike = saved["ranks"] == objective.passes.world.size == 1 and saved["layout"] == journal.layout
             if data.cloud is not None and alike:
-                data.cloud.recall(memory)
+                minima = memory["minima"]
+                data.cloud.recall(memory | {"minima": None if minima is None else minima.to(data.device)})
             self.objective = replace(objective, data=data)
         objective.passes.generator.set_state(saved["generator"].cpu())
-        journal.recall(saved, objective.data.device)
+        journal.recall(saved, objective.device)
         _logger.info("resuming from iteration %d", self.iterations)
         return self.method.unpack(self.objective, saved["state"])
 
@@ -168,7 +169,7 @@ class Run:
         except KeyboardInterrupt:
             self.objective.passes.world.interrupted()
             # Some ranks may have completed the last iteration, and others not.
-            self.best, self.history = journal.agreed((self.best, self.history), self.objective.data.device)
+            self.best, self.history = journal.agreed((self.best, self.history), self.objective.device)
             journal.write()
             if self.best is None:
                 raise
@@ -234,7 +235,7 @@ class Run:
             self.iterations - 1,
             now.objective,
             now.log_likelihood,
-            now.active,
+            now.active.to(self.objective.data.device),
             FormerKeys(self.history, FORMER),
             now,
             self.objective,

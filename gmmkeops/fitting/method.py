@@ -86,6 +86,14 @@ class Method(ABC, Generic[S]):
     relative_tol: float
     patience: int
 
+    @property
+    def portable(self) -> bool:
+        """Whether the parameters may be on the CPU if the points are on another device; by default they are on that device.
+
+        A method then uses the devices of the mixture and of the moments, and draws random numbers on that of the generator.
+        """
+        return False
+
     def __repr__(self) -> str:
         """Show the settings that differ from their defaults."""
         return f"{type(self).__name__}({', '.join(_changes(self))})"

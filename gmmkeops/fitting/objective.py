@@ -56,6 +56,20 @@ class Objective:
     unit: float = 1.0
     model: GMM | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters in standardized coordinates."""
+        return self.frame.shift.device
+
+    def leave(self, mixture: Mixture) -> Mixture:
+        """Convert a mixture from standardized coordinates to data units, on the device of the points."""
+        found, device = self.frame.leave(mixture), self.data.device
+        return found if found.means.device == device else found.to(device)
+
+    def placed(self, device: torch.device) -> Objective:
+        """Return the same objective for parameters on a device."""
+        return replace(self, frame=self.frame.to(device))
+
     @classmethod
     def without_points(cls, frame: Frame, mass: float, penalty: Any) -> Objective:
         """Create an objective without points, for an M-step from given moments of total weight ``mass``."""
@@ -164,7 +178,7 @@ class Objective:
         """Enforce the bounds on the covariances of a standardized mixture; return it and a mask (K,) of changed components."""
         factor, low = mixture.factor.floored(FLOOR)
         hit = low.expand(mixture.n_components)
-        if bool(low.any()):
+        if factor is not mixture.factor:
             mixture = Mixture(mixture.logits, mixture.means, factor, validate_args=False)
         if self.penalty is None or not self.penalty.bounds:
             return mixture, hit

@@ -7,17 +7,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gmmkeops import reductions
+from gmmkeops.components import Moments
 from gmmkeops.data import Batch
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import FLOOR, Objective
+from gmmkeops.fitting.placement import parameter_device
 from gmmkeops.fitting.population import DEAD_POINTS
 from gmmkeops.models import HALF, Mixture, merges_singly, noise
 
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["DEAD_SHARE", "Block", "climb", "round_of"]
+__all__ = ["DEAD_SHARE", "Block", "climb", "maximized", "round_of"]
 
 # EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
 DEAD_SHARE = 1e-3
@@ -115,22 +117,26 @@ class Block:
 
 def _settings(method: EM, objective: Objective, state: EMState) -> tuple[Batch, reductions.StepSettings] | None:
     """Return the points and the constants of ordinary steps from a state; None if its steps are not ordinary ones."""
+    if method.accelerate or method.assignment == "stochastic":
+        return None
+    settings = _constants(method, objective, state)
+    batch = None if settings is None else objective.whole()
+    return None if settings is None or batch is None else (batch, settings)
+
+
+def _constants(method: EM, objective: Objective, state: EMState) -> reductions.StepSettings | None:
+    """Return the constants of the M-step from a state; None if it needs priors that change, or masks."""
     given = method.frozen_weights, method.frozen_means, method.frozen_covariances
     frozen = given[0] is True, given[1] is True, given[2] is True
     if (
         (objective.penalty is not None and not objective.penalty.constant)
         or method.batch_size is not None
-        or method.accelerate
-        or method.assignment == "stochastic"
         or method.beta(state) < 1
         or not all(isinstance(mask, bool) for mask in given)
     ):
         return None
-    batch = objective.whole()
-    if batch is None:
-        return None
     scatter, degrees = objective.pseudo_points(state.mixture)
-    settings = reductions.StepSettings(
+    return reductions.StepSettings(
         objective.mass,
         method.ridge(objective),
         FLOOR,
@@ -140,7 +146,27 @@ def _settings(method: EM, objective: Objective, state: EMState) -> tuple[Batch, 
         scatter=scatter,
         degrees=degrees,
     )
-    return batch, settings
+
+
+def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -> EMState | None:
+    """Perform an ordinary M-step in the library, from moments that another engine has computed.
+
+    Returns:
+        The next state; None if the M-step is not an ordinary one, or the library does not compute it.
+    """
+    if objective.data.device == objective.device or state.counts is None:
+        # On a CPU, blocks of steps contain their E-steps.
+        return None
+    settings = _constants(method, objective, state)
+    if settings is None:
+        return None
+    mixture = state.mixture
+    arguments = (mixture.logits, mixture.means, mixture.factor, settings, state.counts, state.drift)
+    found = reductions.native_m_step(sums, *arguments)
+    if not found:
+        return None
+    after = Mixture(found.logits(1), found.means(1), found.factor(1), validate_args=False)
+    return replace(state, mixture=after, counts=found.counts(1), drift=found.drifts[1])
 
 
 def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mixture) -> float:
@@ -197,6 +223,12 @@ def climb(method: EM, objective: Objective, state: EMState, steps: int, toleranc
         The last state whose objective is known, and this objective (without the changes of the ``reg_covar`` term that are
         caused only by changes of the fractions), nats per point.
     """
+    there = state.mixture.means.device
+    here = parameter_device(state.mixture, method, objective.penalty, None)
+    if here != there:
+        # Few parameters on a GPU are moved once, for all steps.
+        best, last = climb(method, objective.placed(here), state.to(here), steps, tolerance)
+        return best.to(there), last
     best, last = state, math.inf
     # The objective of a mixture is known after the E-step of the next step.
     left = steps + 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmmkeops._checks import PrecisionWarning, warn
+from gmmkeops.components import numbers
 from gmmkeops.data import Batch
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.natural import naturally
@@ -126,7 +127,8 @@ class MixtureParameters(Parameters):
         likelihood = objective.negative_log_likelihood(active, batch)
         value = likelihood + objective.penalized(self.population.whole(active))
         value.backward()
-        return value.item(), -likelihood.item()
+        total, negative = numbers(value.detach(), likelihood.detach())
+        return total, -negative
 
     def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
         return Evaluation(self.mixture(), value, likelihood, self.population.live, self.floored.clone(), exact)
@@ -137,7 +139,7 @@ class MixtureParameters(Parameters):
     def finite(self) -> bool:
         # Standardized parameters are of order one, so values outside these ranges (or NaN) imply divergence.
         ranges = {name: 1e15 for name in self.leaves} | {"log_diagonal": _LARGEST_LOG}
-        return all(bool((leaf.detach().abs() < ranges[name]).all()) for name, leaf in self.leaves.items())
+        return all(numbers(*((leaf.detach().abs() < ranges[name]).all() for name, leaf in self.leaves.items())))
 
     def project(self, objective: Objective) -> None:
         bounded, moved = objective.project(self._active())

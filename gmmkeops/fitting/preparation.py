@@ -82,6 +82,7 @@ def prepared(
     extra: int = 0,
     dtype: torch.dtype | None = None,
     device: Any = None,
+    parameters: torch.device | None = None,
     world: World | None = None,
     truncate: float | None = 0,
     frame: Frame | None = None,
@@ -90,7 +91,8 @@ def prepared(
 ) -> Objective:
     """Create the objective for validated points (N, D) in data units, whose last ``extra`` columns are contexts.
 
-    If ``frame`` is None, the transformation to standardized coordinates is computed from the points.
+    If ``frame`` is None, the transformation to standardized coordinates is computed from the points. It and the parameters are
+    on the device ``parameters``, by default that of the points.
     """
     world = World.alone() if world is None else world
     journal = Journal(None, world) if journal is None else journal
@@ -102,7 +104,8 @@ def prepared(
         survey = _Survey.of_tensor(x, weights, marked=journal.checkpoint is not None)
     else:
         survey = _Survey.of_source(source, world, device)
-    frame = Frame.of(*survey.cloud, isotropic=isotropic, extra=extra) if frame is None else frame
+    if frame is None:
+        frame = Frame.of(*survey.cloud, isotropic=isotropic, extra=extra).to(parameters or device)
     if journal.checkpoint is not None:
         rows_at_once = 0 if source is None else source.size
         seen = survey.cloud[0] if source is None else survey.cloud[0].cpu()

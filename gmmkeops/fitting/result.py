@@ -215,4 +215,4 @@ class Step:
     @cached_property
     def mixture(self) -> Mixture:
         """Mixture at the beginning of the iteration, to which the objective belongs; float64, data units."""
-        return self._objective.frame.leave(self._evaluation.mixture)
+        return self._objective.leave(self._evaluation.mixture)

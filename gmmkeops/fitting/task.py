@@ -19,6 +19,7 @@ from gmmkeops.fitting.journal import Journal
 from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.fitting.method import Method
 from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.placement import parameter_device
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.models import GMM, Mixture
 
@@ -36,6 +37,7 @@ class Task:
     Attributes:
         mixture: The initial mixture; for a network, its mixture at the central context.
         model: The network of a conditional fit, or None.
+        device: Device of the parameters during the fit.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Task:
                     f"truncate must be None or 0 for a GMM with a context, got {self.truncate:g}; do not pass it."
                 )
             self.truncate = 0
+        self.device = parameter_device(self.mixture, self.method, penalty, self.model)
 
     def points(self, x: Any) -> tuple[Any, tuple[str, ...] | None]:
         """Append the contexts to the points as columns; return them, and the names of all columns or None."""
@@ -132,6 +135,7 @@ class Task:
             extra=extra,
             dtype=dtype,
             device=device,
+            parameters=self.device,
             world=world,
             truncate=self.truncate,
             frame=None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra),

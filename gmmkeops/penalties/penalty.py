@@ -16,6 +16,8 @@ from gmmkeops.models import Mixture
 
 __all__ = ["Penalty", "as_penalty"]
 
+_PACKAGE = __name__.split(".")[0] + "."
+
 
 class Penalty(ABC):
     r"""Function of a mixture, in nats per point, that a fit adds to the mean negative log-likelihood.
@@ -47,6 +49,15 @@ class Penalty(ABC):
     def constant(self) -> bool:
         """Whether :meth:`m_step` returns the same pseudo-points of the covariances for all mixtures, and nothing else."""
         return False
+
+    @property
+    def portable(self) -> bool:
+        """Whether a fit may evaluate the penalty for mixtures on the CPU if the points are on another device.
+
+        The penalties of this package accept mixtures on any device. A function or class of the user receives mixtures on the
+        device of the points, since it may use tensors on that device.
+        """
+        return type(self).__module__.startswith(_PACKAGE)
 
     @abstractmethod
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
@@ -127,6 +138,10 @@ class _Sum(Penalty):
     def constant(self) -> bool:
         return all(part.constant for part in self.parts)
 
+    @property
+    def portable(self) -> bool:
+        return all(part.portable for part in self.parts)
+
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return sum((part(mixture, points) for part in self.parts), mixture.means.new_zeros(()))
 
@@ -158,6 +173,10 @@ class _Scaled(Penalty):
     def constant(self) -> bool:
         return self.factor >= 0 and self.part.constant
 
+    @property
+    def portable(self) -> bool:
+        return self.part.portable
+
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.factor * self.part(mixture, points)
 
@@ -175,6 +194,10 @@ class _Scaled(Penalty):
 @dataclass(frozen=True)
 class _Function(Penalty):
     function: Callable[[Mixture], Any]
+
+    @property
+    def portable(self) -> bool:
+        return False
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         value = self.function(mixture)

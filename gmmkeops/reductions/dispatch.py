@@ -97,17 +97,23 @@ def statistics(
     backend: str,
     assignment: str = "soft",
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> Moments:
-    """Compute the moments for points and weights, both in kd-tree order if the points are sorted."""
+    """Compute the moments for points and weights, both in kd-tree order if the points are sorted.
+
+    The result is on ``device``, or on that of the points if it is None.
+    """
     x = problem.x
+    device = device or x.device
     count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
-    mass = torch.tensor(float(count), dtype=torch.float64, device=x.device) if weights is None else weights.sum()
+    mass = torch.tensor(float(count), dtype=torch.float64, device=device) if weights is None else weights.sum()
     if weights is None and len(x) > count:
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.ones
 
     S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed), backend)
-    return Moments(S0, S1, S2, problem.means + problem.center, total, mass)
+    sums = Moments(S0, S1, S2, problem.means + problem.center, total, mass)
+    return sums if device == x.device else sums.to(device)
 
 
 def parameter_gradients(

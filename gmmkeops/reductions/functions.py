@@ -254,7 +254,7 @@ def moments(
 
     Args:
         x, offsets, means, factor, backend, truncate: As for :func:`logsumexp`. The points may also be a batch with validated
-            points and weights.
+            points and weights; the parameters, and then also the moments, may be on the CPU for points on another device.
         weights: Weights g (N,), possibly negative; default: ones.
         assignment: ``"soft"`` weights points by their responsibilities. ``"hard"`` assigns each point to its most probable
             component (classification EM, k-means), and ``total`` is then :math:`\sum_n g_n \max_k e_{nk}`. ``"stochastic"``
@@ -282,7 +282,7 @@ def moments(
         problem, blocks = setup(x, offsets, means, factor, truncate, Statistics(assignment=assignment).rank)
         g = x.weights if isinstance(x, Batch) else _weights(weights, problem.x if blocks is None else blocks)
         g = g if g is None or blocks is None else blocks.cloud.enter(g)
-        sums = statistics(problem, blocks, g, backend, assignment, seed)
+        sums = statistics(problem, blocks, g, backend, assignment, seed, means.device if isinstance(x, Batch) else None)
     # In one dimension the factors of all families have equal shapes, so S2 is reshaped to that of the given factor.
     shape = factor.spread_shape(factor.features) if isinstance(factor, Factor) else sums.S2.shape[1:]
     return replace(sums, S2=sums.S2.reshape(len(sums.S0), *shape))

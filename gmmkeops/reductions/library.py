@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 4
+_ABI = 5
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1

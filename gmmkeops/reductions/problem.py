@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, as_tensor, check_finite
+from gmmkeops.components import Factor, as_tensor, check_finite, numbers, transferred
 from gmmkeops.data import Batch, as_points
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor"]
@@ -91,7 +91,8 @@ class Exponents:
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
         """Validate the arguments of a reduction; see :func:`gmmkeops.reductions.logsumexp` for shapes.
 
-        The points of a :class:`~gmmkeops.data.Batch` have been validated before.
+        The points of a :class:`~gmmkeops.data.Batch` have been validated before. The parameters may then be on the CPU, where
+        they are validated without waiting for the device of the points, to which they are copied.
 
         Raises:
             TypeError, ValueError: An argument is invalid.
@@ -115,7 +116,8 @@ class Exponents:
                 f"factor must have shape (K or 1, D, D), (K or 1, D) or (K or 1, 1) with K={K} and D={D}, "
                 f"got {tuple(U.shape)}."
             )
-        if not points.device == means.device == offsets.device == U.device:
+        place = means.device if isinstance(x, Batch) and means.device.type == "cpu" else points.device
+        if not place == means.device == offsets.device == U.device:
             raise ValueError(
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
@@ -135,19 +137,16 @@ class Exponents:
             check_finite(means, name="means", rows="component")
         if not math.isfinite(extent.factor):
             check_finite(U, name="factor", rows="component")
-        least, most = (bound.item() for bound in offsets.aminmax())
+        least, most = numbers(*offsets.aminmax())
         if math.isnan(least):
             raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
         if least < OFFSET_FLOOR or most > -OFFSET_FLOOR:
             offsets = offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR)
         center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
-        return cls(
-            x.detach().contiguous(),
-            offsets,
-            means if extent.central else means - center,
-            U if len(U) == K else U.expand(K, *U.shape[1:]),
-            center,
-        )
+        means = means if extent.central else means - center
+        if means.device != x.device:
+            offsets, means, U, center = transferred([offsets, means, U, center], x.device)
+        return cls(x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center)
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,9 @@ class Extent:
         """Compute the bounds for means (K, D) and factors (K or 1, ...); they are NaN or infinite if an entry is not finite."""
         mean, central = 0.0, False
         if means.shape[1] <= _FEW:
-            columns = list(zip(*(part.tolist() for part in means.aminmax(dim=0)), strict=True))
+            bounds = means.aminmax(dim=0)
+            parts = torch.stack(tuple(bounds)).tolist() if means.is_cuda else [part.tolist() for part in bounds]
+            columns = list(zip(*parts, strict=True))
             # The largest absolute value of each column; NaN if an entry is NaN.
             sizes = [max(-a, b) for a, b in columns]
             mean = max(sizes, default=0.0) if all(map(math.isfinite, sizes)) else math.nan
@@ -183,8 +184,8 @@ class Extent:
 
 def _size(values: Tensor) -> float:
     """Return the largest absolute value; NaN if an entry is NaN."""
-    least, most = values.aminmax()
-    return max(-least.item(), most.item())
+    least, most = numbers(*values.aminmax())
+    return max(-least, most)
 
 
 def _center(means: Tensor) -> Tensor:

@@ -120,6 +120,10 @@ class VariationalBayes(Method[_State]):
                 f"begin must be a NormalWishart or None, got {type(self.begin).__name__}; pass the posterior of a FitResult."
             )
 
+    @property
+    def portable(self) -> bool:
+        return True
+
     def start(
         self, x: Any, n_components: int, *, covariance_type: str = "full", **options: Any
     ) -> tuple[Mixture, StartReport] | None:
@@ -139,7 +143,7 @@ class VariationalBayes(Method[_State]):
             )
         prior = self._prior(objective, mixture)
         if self.begin is not None:
-            given = self.begin.mapped(objective.frame.enter)
+            given = self.begin.to(mixture.means.device).mapped(objective.frame.enter)
             if given.mixture.means.shape != mixture.means.shape:
                 raise ValueError(
                     f"begin must have means of shape {tuple(mixture.means.shape)}, as the initial mixture, got "
@@ -265,7 +269,7 @@ class VariationalBayes(Method[_State]):
         return self._still(objectives, 1, self._tolerance(objectives, tol))
 
     def answer(self, objective: Objective, found: Any) -> NormalWishart:
-        return found.mapped(objective.frame.leave)
+        return found.mapped(objective.frame.leave).to(objective.data.device)
 
     def current(self, objective: Objective, state: _State) -> Mixture:
         return state.posterior.mixture

@@ -258,6 +258,16 @@ class NormalWishart:
         prior = None if self.prior is None else self.prior.mapped(way)
         return replace(self, mixture=way(self.mixture), prior=prior)
 
+    def to(self, device: torch.device) -> NormalWishart:
+        """Copy the distribution to a device."""
+        if self.mixture.means.device == device:
+            return self
+        concentration, kappa, degrees = (
+            part.to(device) for part in (self.concentration, self.mean_precision, self.degrees)
+        )
+        prior = None if self.prior is None else self.prior.to(device)
+        return NormalWishart(self.mixture.to(device), concentration, kappa, degrees, prior)
+
     def predictive(self) -> StudentMixture:
         r"""Return the posterior predictive distribution, a mixture of Student's t distributions.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gmmkeops._checks import PrecisionWarning, warn
 from gmmkeops.reductions.cores import cores, on_cores
 from gmmkeops.reductions.dense.bodies import body_of
-from gmmkeops.reductions.dense.products import asked
+from gmmkeops.reductions.dense.products import asked, has_slow_double
 from gmmkeops.reductions.dense.rounding import Sizes, size_limits
 from gmmkeops.reductions.dense.tile import Tile
 from gmmkeops.reductions.problem import Exponents, Form
@@ -38,9 +38,10 @@ _PAIRS_PER_THREAD = 500_000
 # Overhead of a tile, in pairs.
 _PAIRS_PER_TILE = 10_000
 
-# Largest error of log-sum-exps ℓ by float32 products, as a fraction of max(1, |ℓ|); number of points for which the error is
-# measured; and largest ratio of the size limit to the sizes at these points.
-_IMPRECISE, _LOOKED_AT, _FURTHER = 1e-4, 256, 8.0
+# Largest error of log-sum-exps ℓ by float32 products, as a fraction of max(1, |ℓ|), if torch's settings allow them, and if they
+# are used because float64 products are slow; number of points for which the error is measured; and largest ratio of the size
+# limit to the sizes at these points.
+_IMPRECISE, _CLOSE, _LOOKED_AT, _FURTHER = 1e-4, 1e-5, 256, 8.0
 
 
 # Function of a loaded tile, its first row, and its last-plus-one row.
@@ -127,12 +128,16 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _float32_limit(problem: Exponents, halvings: int) -> float | None:
     """Compute the largest size (:class:`Sizes`) for which products of float32 points may be computed in float32.
 
-    The result is None if torch's settings do not allow float32 products, or if they are not accurate enough for a sample of the
-    points. Errors grow with the square of the size.
+    The result is None if float64 products are fast and torch's settings do not allow float32 ones, or if these are not accurate
+    enough for a sample of the points. Errors grow with the square of the size.
     """
     N = problem.shape[0]
-    if problem.x.dtype != torch.float32 or N < 32 * _LOOKED_AT or not asked(problem.x.device):
+    if problem.x.dtype != torch.float32 or N < 32 * _LOOKED_AT:
         return None
+    allowed = asked(problem.x.device)
+    if not allowed and not has_slow_double(problem.x.device):
+        return None
+    largest = _IMPRECISE if allowed else _CLOSE
     few = problem.rows(torch.arange(_LOOKED_AT, device=problem.x.device) * (N - 1) // (_LOOKED_AT - 1))
     found = [few.x.new_empty(_LOOKED_AT, dtype=torch.float64) for _ in range(2)]
     label = torch.empty(_LOOKED_AT, dtype=torch.int64, device=problem.x.device)
@@ -144,16 +149,17 @@ def _float32_limit(problem: Exponents, halvings: int) -> float | None:
 
         _run(few, body, _whole(few, halvings), limit is None, False, limit)
     error = float(((found[0] - found[1]).abs() / found[1].abs().clamp(min=1)).max())
-    if error <= _IMPRECISE / 2:
+    if error <= largest / 2:
         sizes = Sizes(problem)
         own = (sizes.lengths[label] * (few.x - problem.center).abs()).sum(1) + sizes.own[label]
         # The median is robust to points that are far from all components.
-        return float(own.median()) * min(_FURTHER, math.sqrt(_IMPRECISE / max(error, 1e-300)))
-    warn(
-        "torch.set_float32_matmul_precision allows float32 products, which are not accurate enough for these data: log-densities "
-        f"l would change by more than {_IMPRECISE / 2:g} * max(1, |l|) nats; using float64 products.",
-        PrecisionWarning,
-    )
+        return float(own.median()) * min(_FURTHER, math.sqrt(largest / max(error, 1e-300)))
+    if allowed:
+        warn(
+            "torch.set_float32_matmul_precision allows float32 products, which are not accurate enough for these data: "
+            f"log-densities l would change by more than {largest / 2:g} * max(1, |l|) nats; using float64 products.",
+            PrecisionWarning,
+        )
     _logger.info("float32 products would change log-densities l by %.1g * max(1, |l|) nats", error)
     return None
 

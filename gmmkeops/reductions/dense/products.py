@@ -14,7 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["asked", "product", "split_product"]
+__all__ = ["asked", "has_slow_double", "product", "split_product"]
+
+# Compute capabilities of the GPUs whose float64 products take at most twice the time of float32 ones; on all others they take 32
+# or 64 times as long (throughput of arithmetic instructions in the CUDA C++ programming guide).
+_FAST_DOUBLE = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def asked(device: torch.device) -> bool:
@@ -25,6 +29,13 @@ def asked(device: torch.device) -> bool:
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     return str(backend.matmul.fp32_precision) in ("tf32", "bf16")
+
+
+def has_slow_double(device: torch.device) -> bool:
+    """Return whether float64 products take many times as long as float32 ones on a device, as on GPUs for graphics."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) not in _FAST_DOUBLE
 
 
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmmkeops.components import DiagonalFactor, Factor, FullFactor, SphericalFactor
+from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
-from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, StepCall, run
+from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, StepCall, reason, run
 from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["StepSettings", "Steps", "described", "em_steps"]
+__all__ = ["StepSettings", "Steps", "described", "em_steps", "native_m_step"]
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
 _FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
@@ -135,17 +135,56 @@ def em_steps(
     (N, D), K, full = batch.points.shape, len(means), factor.coupled
     work = N * K * (D * (D + 8) if full else D + 8)
     count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
-    tables = _tables(count, logits, means, factor, counts, drift)
-    call.steps, call.tolerance = count, tolerance
+    tables, call.tolerance = _tables(count, logits, means, factor, counts, drift), tolerance
+    return _performed("gmmkeops_steps", call, tables, factor, is_long=count * N * K * D >= LONG)
+
+
+def _performed(
+    function: str, call: StepCall, tables: dict[str, Tensor], factor: Factor, *, is_long: bool = False
+) -> Steps:
+    """Call a function of the library that performs steps, and return their results."""
+    call.steps = len(tables["logits"]) - 1
     # The last four tables are the rows of one.
     numbers = tables["numbers"]
     rows = {name: numbers[i].data_ptr() for i, name in enumerate(("total", "cost", "prior", "drift"))}
     for name, place in ({name: table.data_ptr() for name, table in tables.items() if name != "numbers"} | rows).items():
         setattr(call, name, place)
-    if run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG) == OUT_OF_MEMORY:
+    if run(function, call, is_long=is_long) == OUT_OF_MEMORY:
+        K, D = call.sweep.components, call.sweep.dimensions
         raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
     done = call.done + 1
     return Steps({name: table[:, :done] if name == "numbers" else table for name, table in tables.items()}, factor)
+
+
+def native_m_step(
+    sums: Moments,
+    logits: Tensor,
+    means: Tensor,
+    factor: Factor,
+    settings: StepSettings,
+    counts: Tensor,
+    drift: float,
+) -> Steps | None:
+    """Perform the M-step of an EM step whose E-step was performed by any engine.
+
+    Args:
+        sums: Moments of the mixture about its means, on the CPU.
+        logits, means, factor, settings, counts, drift: As for :func:`em_steps`.
+
+    Returns:
+        The results of one step, or of none if the M-step is not an ordinary one; None if the library does not compute it.
+    """
+    family = _FAMILIES.get(type(factor))
+    if family is None or (family == 0 and means.shape[1] > _MANY) or reason() is not None:
+        return None
+    parts = [part.contiguous() for part in (sums.S0, sums.S1, sums.S2, sums.total)]
+    odd = torch.zeros(1, dtype=torch.int64)
+    sweep = Call(
+        family=family, threads=cores(), components=means.shape[0], dimensions=means.shape[1], odd=odd.data_ptr()
+    )
+    sweep.S0, sweep.S1, sweep.S2, sweep.total = (part.data_ptr() for part in parts)
+    call, _kept = _described(sweep, factor, settings, float(sums.mass))
+    return _performed("gmmkeops_maximize", call, _tables(1, logits, means, factor, counts, drift), factor)
 
 
 def described(
@@ -165,10 +204,8 @@ def described(
     mass, unit, ratio = batch.mass, 1.0, 1.0
     if weights is not None:
         weights, unit, ratio = scaled(weights)
-    x, ridge, rounding = x.contiguous(), settings.ridge.contiguous(), batch.rounding
-    scatter = None if settings.scatter is None else settings.scatter.contiguous()
+    x, rounding = x.contiguous(), batch.rounding
     values, numbers = x.new_empty(N), torch.zeros(2, dtype=torch.int64)
-    fixed = settings.fixed
     sweep = Call(
         request=ASSIGNMENTS[settings.assignment],
         family=family,
@@ -185,6 +222,17 @@ def described(
         odd=numbers.data_ptr(),
         doubles=numbers.data_ptr() + numbers.element_size(),
     )
+    call, kept = _described(sweep, factor, settings, mass)
+    call.rounding = None if rounding is None else rounding.data_ptr()
+    return call, [x, weights, rounding, values, numbers, *kept]
+
+
+def _described(
+    sweep: Call, factor: Factor, settings: StepSettings, mass: float
+) -> tuple[StepCall, list[Tensor | None]]:
+    """Return the arguments of steps for a sweep over points of total weight ``mass``, and the tensors that must be kept."""
+    ridge, fixed = settings.ridge.contiguous(), settings.fixed
+    scatter = None if settings.scatter is None else settings.scatter.contiguous()
     call = StepCall(
         sweep=sweep,
         tied=factor.leading == 1,
@@ -200,10 +248,9 @@ def described(
         coarse=ROUNDING,
         degrees=settings.degrees,
         ridge=ridge.data_ptr(),
-        rounding=None if rounding is None else rounding.data_ptr(),
         scatter=None if scatter is None else scatter.data_ptr(),
     )
-    return call, [x, weights, ridge, rounding, scatter, values, numbers]
+    return call, [ridge, scatter]
 
 
 def _tables(

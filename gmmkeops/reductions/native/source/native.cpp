@@ -427,6 +427,19 @@ EXPORT int32_t gmmkeops_steps(StepCall* call, int32_t isa) {
   });
 }
 
+// One EM step from the sums of an E-step that another engine has performed, which S0, S1, S2 and total of the sweep hold.
+EXPORT int32_t gmmkeops_maximize(StepCall* call, int32_t isa) {
+  return guarded([&]() -> int32_t {
+    return steps::run(*call, *kernel_of(isa), [&](const Call& sweep) {
+      const Call& given = call->sweep;
+      const int64_t K = given.components, D = given.dimensions, spread = given.family == FULL ? D * D : given.family == SPHERICAL ? 1 : D;
+      std::copy_n(given.S0, K, sweep.S0), std::copy_n(given.S1, K * D, sweep.S1), std::copy_n(given.S2, K * spread, sweep.S2);
+      *sweep.total = *given.total;
+      return DONE;
+    });
+  });
+}
+
 EXPORT int32_t gmmkeops_round(RoundCall* call, int32_t isa) {
   return guarded([&]() -> int32_t {
     const Kernel& kernel = *kernel_of(isa);

@@ -1,0 +1,293 @@
+"""Kernels, host synchronizations and copies to the device of one iteration of a fit, and of one chunk of a source."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+
+import fake_keops
+import pytest
+import torch
+from fake_device import counted_apart, fake_device, on_device
+
+import gmmkeops as gk
+from gmmkeops.fitting import placement
+from gmmkeops.reductions import dispatch
+
+pytestmark = pytest.mark.filterwarnings("ignore:KeOps is the faster engine here", "ignore::gmmkeops.ConvergenceWarning")
+
+METHODS = {
+    "em": gk.EM,
+    "em_accelerated": lambda **options: gk.EM(accelerate=True, **options),
+    "em_hard": lambda **options: gk.EM(assignment="hard", **options),
+    "adam": gk.Adam,
+    "natural": lambda **options: gk.Adam(natural_gradient=True, **options),
+    "variational": gk.bayes.VariationalBayes,
+}
+FAMILIES = ("full", "tied", "diag", "spherical")
+
+# Kernels, synchronizations and copies to the device of an iteration with one pass, around its engine: the moments are packed and
+# copied to the host, and the parameters are copied to the device.
+AROUND = {"kernels": 2, "synchronizations": 1, "uploads": 1}
+# With weights, their sum.
+WEIGHTED = AROUND | {"kernels": 3}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def points(dimensions=3):
+    means = torch.tensor([[0.0, 0, 0], [5, 1, 0], [0, 6, 2]], dtype=torch.float64)
+    x = means[torch.randint(3, (600,), generator=generator())]
+    return (x + torch.randn(600, 3, generator=generator(1), dtype=torch.float64))[:, :dimensions]
+
+
+def start(x, family="full"):
+    """A mixture of three components about the first points."""
+    variances = torch.ones(3, 3, dtype=torch.float64)
+    covariances = {
+        "full": torch.diag_embed(variances),
+        "tied": torch.eye(3),
+        "diag": variances,
+        "spherical": variances[:, 0],
+    }
+    return gk.Mixture(
+        weights=[0.5, 0.25, 0.25],
+        means=x[[0, 10, 20]],
+        covariances=covariances[family].double(),
+        covariance_type=family,
+    )
+
+
+@contextlib.contextmanager
+def device(monkeypatch, folder):
+    """A fake device without KeOps; the counts around the engine, and those of the engine."""
+    with fake_device(monkeypatch) as counts:
+        fake_keops.install(monkeypatch, folder, reason="there is none on a device that does not exist")
+        yield counts, counted_apart(monkeypatch, dispatch, "evaluate")
+
+
+def of_an_iteration(counts, fit):
+    """The counts of a function of a number of iterations, for one of them; the first ones may be different."""
+    found = []
+    for steps in (4, 8):
+        for each in counts:
+            each.clear()
+        fit(steps)
+        found.append([each.totals for each in counts])
+    print(f"eight iterations: {counts[0].report()}\nengine: {counts[1].report()}")
+    return [{what: (late[what] - early[what]) / 4 for what in early} for early, late in zip(*found, strict=True)]
+
+
+def check(costs, bounds):
+    for what, bound in bounds.items():
+        assert costs[what] <= bound, f"{what}: {costs[what]}, at most {bound}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_an_iteration_copies_moments_and_parameters_only(monkeypatch, tmp_path, name, family):
+    x = points()
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, there = start(x, family).to("cuda"), on_device(x)
+
+        def fit(steps):
+            found = gk.fit(mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense")
+            assert found.mixture.means.is_cuda
+
+        around, engine = of_an_iteration(counts, fit)
+    passes = 3 if name == "em_accelerated" else 1
+    check(around, {what: passes * bound for what, bound in AROUND.items()})
+    # The dense engine is a reference; a compiled one needs fewer kernels, and no synchronization.
+    check(engine, {"kernels": 70 * passes, "synchronizations": 2 * passes, "uploads": 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "bounds"),
+    [
+        ("em", {"dtype": "float32"}, AROUND),
+        ("em", {"sample_weight": True}, WEIGHTED),
+        ("em", {"penalty": gk.penalties.SqrtWeights(0.01)}, AROUND),
+        ("em", {"penalty": gk.penalties.NormalInverseWishart(torch.ones(3), 2.0, 0.5, 5.0)}, AROUND),
+        ("adam", {"dtype": "float32"}, AROUND),
+        ("adam", {"sample_weight": True}, WEIGHTED),
+        ("adam", {"penalty": gk.penalties.SqrtWeights(0.01) + gk.penalties.PrecisionRidge(0.1)}, AROUND),
+        # The indices of the active components, and the mixture in units of the data if it is asked for.
+        ("em", {"callback": lambda step: step.mixture}, AROUND | {"uploads": 6}),
+        ("em", {"validation": 0.2}, {what: 2 * bound for what, bound in AROUND.items()}),
+    ],
+)
+def test_options_cost_no_synchronization(monkeypatch, tmp_path, name, options, bounds):
+    x = points()
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, there = start(x).to("cuda"), on_device(x)
+        if "sample_weight" in options:
+            options = options | {
+                "sample_weight": on_device(torch.rand(600, generator=generator(), dtype=torch.float64))
+            }
+        fit = lambda steps: gk.fit(mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense", **options)  # noqa: E731
+        around, _ = of_an_iteration(counts, fit)
+    check(around, bounds)
+
+
+@pytest.mark.parametrize("name", ["em", "adam"])
+def test_the_budget_holds_with_a_compiled_engine(monkeypatch, tmp_path, name):
+    x = points()
+    with fake_device(monkeypatch) as counts:
+        fake_keops.install(monkeypatch, tmp_path)
+        # A reduction is one kernel, whatever operations the stand-in performs for it.
+        apart = counted_apart(monkeypatch, fake_keops.LazyTensor, "_reduced")
+        mixture, there = start(x).to("cuda"), on_device(x)
+        fit = lambda steps: gk.fit(mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="keops")  # noqa: E731
+        costs, _ = of_an_iteration((counts, apart), fit)
+    # KeOps launches on a stream of its own, for which the engine waits twice in each of two reductions.
+    check(costs, {"kernels": 40, "synchronizations": 4, "uploads": 1})
+
+
+@pytest.mark.parametrize("name", ["em", "adam"])
+def test_a_minibatch_costs_no_more_than_a_pass(monkeypatch, tmp_path, name):
+    x = points()
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, there = start(x).to("cuda"), on_device(x)
+        method = METHODS[name](tol=0.0, batch_size=100)
+        fit = lambda steps: gk.fit(mixture, there, method, max_iter=steps, backend="dense")  # noqa: E731
+        around, _ = of_an_iteration(counts, fit)
+    # Six batches, of which each selects its rows, and the permutation of the rows, with its seed and the first rows of batches.
+    check(around, {"kernels": 6 * 3 + 6, "synchronizations": 6 + 2, "uploads": 6})
+
+
+def test_steps_of_a_stream_copy_moments_and_parameters_only(monkeypatch, tmp_path):
+    x = points()
+    with device(monkeypatch, tmp_path) as (counts, _):
+        mixture, there = start(x).to("cuda"), on_device(x)
+        mixture, memory = gk.EM().update(mixture, there, backend="dense")
+        assert mixture.means.is_cuda
+        assert memory[0].S2.is_cuda
+        counts.clear()
+        gk.EM().update(mixture, there, memory, backend="dense")
+        gk.EM().maximize(mixture, memory[0])
+        places = {where.split(":")[0] for _, where in counts.kernels}
+    # No operation of the M-step.
+    assert not places & {"components/m_step.py", "components/moments.py", "components/full.py", "fitting/em.py"}
+    assert counts.totals["synchronizations"] <= 18
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_search_for_an_initial_mixture_climbs_on_the_cpu(monkeypatch, tmp_path, dtype):
+    with device(monkeypatch, tmp_path) as (counts, _):
+        there = on_device(points().to(dtype))
+        counts.clear()
+        assert gk.initialize(there, 3, generator=generator()).means.is_cuda
+        places = {where.split(":")[0] for _, where in counts.kernels}
+    assert not places & {"components/m_step.py", "fitting/em.py"}
+
+
+@pytest.mark.parametrize(("name", "bounds"), [("em", (137, 16, 2)), ("adam", (109, 9, 1))])
+def test_many_parameters_are_on_the_device(monkeypatch, tmp_path, name, bounds):
+    x = points()
+    monkeypatch.setattr(placement, "_MANY", 1)
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, there = start(x).to("cuda"), on_device(x)
+        fit = lambda steps: gk.fit(mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense")  # noqa: E731
+        around, _ = of_an_iteration(counts, fit)
+    check(around, dict(zip(AROUND, bounds, strict=True)))
+
+
+@pytest.mark.parametrize("many", [1, placement._MANY])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fit_on_the_device_is_that_on_the_host(monkeypatch, tmp_path, name, family, many):
+    x = points()
+    method = METHODS[name](tol=0.0)
+    expected = gk.fit(start(x, family), x, method, max_iter=6, backend="dense")
+    monkeypatch.setattr(placement, "_MANY", many)
+    with device(monkeypatch, tmp_path):
+        found = gk.fit(start(x, family).to("cuda"), on_device(x), method, max_iter=6, backend="dense")
+        mixture = found.mixture.to("cpu")
+    assert torch.allclose(mixture.means, expected.mixture.means, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(mixture.weights, expected.mixture.weights, rtol=1e-10)
+    assert torch.allclose(mixture.covariances, expected.mixture.covariances, rtol=1e-10, atol=1e-10)
+    assert found.history["objective"] == pytest.approx(expected.history["objective"], rel=1e-10)
+    assert found.report.pruned_components == expected.report.pruned_components
+
+
+@pytest.mark.parametrize("name", ["em", "adam", "variational"])
+def test_a_resumed_fit_costs_the_same(monkeypatch, tmp_path, name):
+    x = points()
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, there = start(x).to("cuda"), on_device(x)
+        fit = lambda steps: gk.fit(  # noqa: E731
+            mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense", checkpoint=tmp_path / "fit"
+        )
+        fit(2)
+        counts[0].clear()
+        fit(6)
+    of_iterations = sum(
+        n for (_, where), n in counts[0].kernels.items() if where.startswith(("fitting/em", "components/m"))
+    )
+    assert of_iterations == 0
+    # Four iterations, and the evaluation of the result.
+    transfers = [
+        n for (what, where), n in counts[0].synchronizations.items() if where.startswith("components/transfer")
+    ]
+    assert sum(transfers) <= 5 + 2
+
+
+def test_penalties_and_methods_of_the_user_receive_tensors_of_the_device(monkeypatch, tmp_path):
+    x = points()
+
+    class Ridge(gk.penalties.Dirichlet):
+        def __call__(self, mixture, points=1.0):
+            assert mixture.means.is_cuda
+            return super().__call__(mixture, points)
+
+        def m_step(self, mixture, points):
+            assert mixture.means.is_cuda
+            return super().m_step(mixture, points)
+
+    def of_means(mixture):
+        assert mixture.means.is_cuda
+        return mixture.means.square().sum()
+
+    def sgd(tensors):
+        tensors = list(tensors)
+        assert all(tensor.is_cuda for tensor in tensors)
+        return torch.optim.SGD(tensors, lr=0.01)
+
+    with device(monkeypatch, tmp_path):
+        mixture, there = start(x).to("cuda"), on_device(x)
+        options = {"max_iter": 2, "backend": "dense"}
+        gk.fit(mixture, there, gk.EM(), penalty=2 * (Ridge(2.0) + gk.penalties.SqrtWeights(0.1)), **options)
+        gk.fit(mixture, there, gk.Adam(), penalty=of_means, **options)
+        gk.fit(mixture, there, gk.Gradient(sgd), **options)
+
+
+def test_callbacks_receive_tensors_of_the_device(monkeypatch, tmp_path):
+    x, seen = points(), []
+
+    def callback(step):
+        seen.append((step.active.device.type, step.mixture.means.device.type, step.mixture.factor.device.type))
+
+    with device(monkeypatch, tmp_path):
+        gk.fit(start(x).to("cuda"), on_device(x), gk.EM(), max_iter=2, backend="dense", callback=callback)
+    assert seen == [("cuda", "cuda", "cuda")] * 2
+
+
+def test_chunks_of_a_source_are_copied_from_page_locked_memory(monkeypatch, tmp_path):
+    x = points()
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, source = start(x).to("cuda"), gk.Source(x.numpy(), chunk_rows=200)
+        waited = torch.cuda.current_stream().waited
+        gk.fit(mixture, source, gk.EM(tol=0.0), max_iter=8, backend="dense")
+        # The thread that loads the chunks runs at any time.
+        uploads, synchronizations = (
+            sum((getattr(each, what) for each in counts), start=Counter()) for what in ("uploads", "synchronizations")
+        )
+    # Nine passes over three chunks, the last pass for the result. Chunks are copied from page-locked memory only.
+    place = lambda counter, what: sum(n for (name, where), n in counter.items() if what in (name, where.split(":")[0]))  # noqa: E731
+    assert place(uploads, "fitting/data.py") == place(uploads, "copy from page-locked memory") == 9 * 3
+    # The kernels of each chunk wait for its copy, and the host waits for the moments of the chunk only.
+    assert len(waited) == len(set(map(id, waited))) == 9 * 3
+    assert place(synchronizations, "components/transfer.py") <= 9 * 3 + 1
+    assert place(synchronizations, "fitting/data.py") == place(synchronizations, "fitting/frame.py") - 1 == 0
