@@ -9,7 +9,7 @@ import torch
 
 import gmmkeops as gk
 from gmmkeops import reductions
-from gmmkeops.fitting import EM, Method
+from gmmkeops.fitting import EM, Method, Objective
 from gmmkeops.fitting.ordinary import Block
 from gmmkeops.fitting.population import evaluation
 
@@ -171,6 +171,59 @@ def test_pruned_components_equal_those_in_torch():
     own, expected = fits(x, far)
     agree(own, expected)
     assert own.report.pruned_components == (2,)
+
+
+def m_steps(monkeypatch, x, start, weights=None, max_iter=15, penalty=None, **settings):
+    """Fit by E-steps of the dense engine, with M-steps of the library as for points on a GPU, and in torch; count the former."""
+    counts = []
+
+    def counting(*arguments):
+        found = m_step(*arguments)
+        counts.append(0 if found is None else len(found))
+        return found
+
+    m_step, method = reductions.native_m_step, EM(tol=0.0, max_iter=max_iter, **settings)
+    monkeypatch.setattr(reductions, "native_m_step", counting)
+    options = {"sample_weight": weights, "penalty": penalty, "backend": "dense", "verbose": False}
+    expected = gk.fit(start, x, method, **options)
+    assert not counts
+    # As if the points were on another device than the parameters.
+    monkeypatch.setattr(Objective, "device", property(lambda objective: None))
+    return gk.fit(start, x, method, **options), expected, counts
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reg_covar": 0.05},
+        {"penalty": gk.penalties.InverseWishart(0.7, 5.0)},
+        {"frozen_means": True, "frozen_weights": True},
+        {"frozen_covariances": True},
+        {"assignment": "hard"},
+        {"accelerate": True},
+    ],
+)
+def test_m_steps_from_moments_equal_those_in_torch(covariance_type, settings, monkeypatch):
+    x, weights = problem(seed=3)
+    start = gk.initialize(x, 4, covariance_type=covariance_type, generator=1)
+    own, expected, counts = m_steps(monkeypatch, x, start, weights, **settings)
+    agree(own, expected)
+    assert sum(counts) >= 15
+
+
+def test_m_steps_that_prune_are_left_to_torch(monkeypatch):
+    x, _ = problem(N=200)
+    start = gk.Mixture(
+        weights=[0.5, 0.25, 0.25],
+        means=torch.cat([x[:2], x[:1] + 1e4]),
+        covariances=torch.eye(3, dtype=torch.float64).repeat(3, 1, 1),
+    )
+    own, expected, counts = m_steps(monkeypatch, x, start)
+    agree(own, expected)
+    assert own.report.pruned_components == (2,)
+    assert counts[0] == 0
+    assert sum(counts) == len(counts) - 1
 
 
 @pytest.mark.parametrize("covariance_type", ["full", "diag", "spherical"])

@@ -43,11 +43,14 @@ class Copies:
         """Begin to copy a chunk; called in the thread that loads the chunks.
 
         Args:
-            batch: Points and weights, on the CPU.
+            batch: Points and weights.
             prepare: Function that copies a chunk to the device with ``non_blocking=True``, and converts it there.
         """
         if self.stream is None:
             return Copied(prepare(batch), None)
+        if batch.points.device.type != "cpu":
+            # The function of the user that returned them may have used the current stream.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
         points, weights = _locked(batch.points), None if batch.weights is None else _locked(batch.weights)
         with torch.cuda.stream(self.stream):
             found = prepare(replace(batch, points=points, weights=weights))

@@ -193,7 +193,7 @@ class VariationalBayes(Method[_State]):
         )
 
     def _ridge(self, objective: Objective) -> Tensor:
-        return self.reg_covar / objective.frame.scale**2
+        return objective.frame.variances(self.reg_covar)
 
     def step(self, objective: Objective, state: _State) -> tuple[_State, Evaluation]:
         if self.batch_size is not None:
