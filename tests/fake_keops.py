@@ -63,27 +63,32 @@ class LazyTensor:
     def exp(self):
         return self._new(self.shape[-1], lambda: self.value().exp())
 
+    def __getitem__(self, places):
+        return self._new(len(range(self.shape[-1])[places]), lambda: self.value()[..., places])
+
+    def elem(self, place):
+        return self[place : place + 1]
+
+    def factorize(self, part):
+        """The same formula, which evaluates a part of it only once."""
+        return self._new(self.shape[-1], self.value, part)
+
     def matvecmult(self, vector):
-        D = vector.shape[-1]
-        return self._new(D, lambda: (self.value().unflatten(-1, (D, D)) * vector.value().unsqueeze(-2)).sum(-1), vector)
+        width = vector.shape[-1]
+        product = lambda: (self.value().unflatten(-1, (-1, width)) * vector.value().unsqueeze(-2)).sum(-1)  # noqa: E731
+        return self._new(self.shape[-1] // width, product, vector)
 
     def tensorprod(self, other):
-        D = other.shape[-1]
         product = lambda: (self.value().unsqueeze(-1) * other.value().unsqueeze(-2)).flatten(-2)  # noqa: E731
-        return self._new(self.shape[-1] * D, product, other)
-
-    def concat(self, other):
-        def joined():
-            parts = [lazy.value().expand(*shape, -1) for lazy in (self, other)]
-            return torch.cat(parts, -1)
-
-        shape = _shape(self, other)
-        return self._new(self.shape[-1] + other.shape[-1], joined, other)
+        return self._new(self.shape[-1] * other.shape[-1], product, other)
 
     @staticmethod
     def concatenate(parts, axis=-1):
-        first, second = parts
-        return first.concat(second)
+        def joined():
+            return torch.cat([lazy.value().expand(*shape, -1) for lazy in parts], -1)
+
+        shape = _shape(*parts)
+        return parts[0]._new(sum(lazy.shape[-1] for lazy in parts), joined, *parts)
 
     def _pairs(self, value):
         """The values of pairs that the ranges leave out, replaced."""
@@ -109,7 +114,7 @@ class LazyTensor:
         type(self).watch(result)
         return result
 
-    def sum(self, dim):
+    def sum(self, dim, sum_scheme="auto"):
         if dim == -1:
             return self._new(1, lambda: self.value().sum(-1, keepdim=True))
         return self._reduced(dim, self.shape[-1], lambda: self._pairs(0.0).sum(dim))

@@ -3,15 +3,17 @@ r"""Exponents as KeOps LazyTensors, and their reductions over all pairs or over 
 .. math:: z = x_i - \mu_j, \qquad y = U_j^\top z, \qquad e = c_j - \tfrac12 |y|^2
 
 float32 coordinates are stored as the sum of two float32 numbers, so that :math:`z` is accurate also far from the origin. The main
-formulas are a log-sum-exp over j, and a sum over i of :math:`\exp(e - \ell_i)\, g_i\, (1, z, z z^\top)`. Spherical factors use
-the diagonal formula, and tied ones are expanded. Each formula is compiled once per dimension, family and dtype. Reference:
-Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows* (JMLR 22).
+formulas are a log-sum-exp over j, and a sum over i of :math:`\exp(e - \ell_i)\, g_i\, (1, z, z z^\top)`. Full factors are upper
+triangular; only their triangles are stored, and only the lower triangle of :math:`z z^\top` is summed. Tied factors are expanded.
+Each formula is compiled once per dimension, family and dtype. Reference: Charlier et al. 2021, *Kernel operations on the GPU, with
+autodiff, without memory overflows* (JMLR 22).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +21,14 @@ from torch import Tensor
 
 from gmmkeops.reductions.cores import user_threads
 from gmmkeops.reductions.keops.loading import guarded, healing
+from gmmkeops.reductions.keops.triangles import (
+    lower_product,
+    outer_product,
+    pack,
+    packed_size,
+    symmetric,
+    upper_product,
+)
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.bounds import Schedule
 
@@ -38,56 +48,81 @@ NO_SHARE = 1e30
 
 
 class _Formula:
-    """Residuals and exponents as LazyTensors: over N points, over batches of them, or over the kd-tree leaves of a schedule."""
+    """Residuals and exponents as LazyTensors: over N points, over batches of them, or over the kd-tree leaves of a schedule.
+
+    Args:
+        LazyTensor: The class of KeOps.
+        problem: The exponents; full factors are upper triangular.
+        known: Values (N,) for each point, which are the LazyTensors ``self.known``. The first one is the log-sum-exp.
+        batches: Number of batches into which the points are split.
+        schedule: Row ranges and their candidate lists, instead of batches.
+        gradient: Whether the gradient of the exponents is needed.
+    """
 
     def __init__(
-        self, LazyTensor: Any, problem: Exponents, batches: int | None = None, schedule: Schedule | None = None
+        self,
+        LazyTensor: Any,
+        problem: Exponents,
+        *known: Tensor,
+        batches: int | None = None,
+        schedule: Schedule | None = None,
+        gradient: bool = False,
     ) -> None:
-        _, K, D = problem.shape
-        self.kind: dict[str, Any] = {"dtype": problem.x.dtype, "device": problem.x.device}
-        x = problem.x if schedule is None else problem.x[schedule.rows]
-        x = x.double() - problem.center
-        U = problem.U.expand(K, D) if problem.U.shape[1:] == (1,) else problem.U
-        # The matrix argument of matvecmult is in row-major order, so Uᵀ is stored.
-        U = U.mT if problem.is_full else U
-        self.lead: tuple[int, ...] = ()
-        self.rows = len(x)
+        D, dtype = problem.shape[2], problem.x.dtype
+        self.schedule = schedule
+        rows, chosen = (slice(None), slice(None)) if schedule is None else (schedule.rows, schedule.index)
+        means = _parts(problem.means, dtype)
+        points = [*_parts(problem.x[rows].double() - problem.center, dtype), *(value[rows, None] for value in known)]
+        factors = _factors(problem, gradient)
+        x = _columns(points, dtype)
+        p = _columns([problem.offsets[:, None], *means, *factors], dtype)[chosen]
         if batches is not None:
-            self.lead, self.rows = (1,), -(-len(x) // batches)
-            x = _padded(x, batches * self.rows).view(batches, self.rows, D)
-        self.LazyTensor, self.batches, self.schedule, self.full = LazyTensor, batches, schedule, problem.is_full
-        heads = x.to(problem.x.dtype), problem.means.to(problem.x.dtype)
-        self.z = LazyTensor(heads[0].unsqueeze(-2).contiguous()) - self.j(heads[1])
-        if problem.x.dtype == torch.float32:
-            # A second float32 number for each coordinate, so that residuals are accurate far from the center.
-            rests = x - heads[0], problem.means - heads[1]
-            rest = rests[0].to(heads[0]).unsqueeze(-2).contiguous()
-            self.z = self.z + (LazyTensor(rest) - self.j(rests[1]))
-        U_j = self.j(U.reshape(K, -1))
-        y = U_j.matvecmult(self.z) if self.full else U_j * self.z
-        self.e = self.j(problem.offsets[:, None]) - 0.5 * (y**2).sum(-1)
-        if schedule is not None:
-            self.e.ranges = schedule.ranges()
+            size = -(-len(x) // batches)
+            x = torch.cat([x, x.new_zeros(batches * size - len(x), x.shape[1])])
+            if known:
+                x[len(points[0]) :, len(means) * D] = NO_SHARE
+            x, p = x.view(batches, size, -1), p[None]
+        x_i, p_j = LazyTensor(x.unsqueeze(-2)), LazyTensor(p.unsqueeze(-3))
+        self.z = x_i[:D] - p_j[1 : 1 + D]
+        if len(means) > 1:
+            self.z = self.z + (x_i[D : 2 * D] - p_j[1 + D : 1 + 2 * D])
+        self.known = [x_i.elem(len(means) * D + place) for place in range(len(known))]
+        ends = list(accumulate((factor.shape[1] for factor in factors), initial=1 + len(means) * D))
+        self.factors = [p_j[first:last] for first, last in pairwise(ends)]
+        self.y = lower_product(LazyTensor, self.factors[0], self.z) if problem.is_full else self.factors[0] * self.z
+        self.e = p_j.elem(0) - (self.y**2).sum(-1)
 
-    def j(self, values: Tensor) -> Any:
-        """Create a LazyTensor from values of the components; with a schedule, from those of its concatenated lists."""
-        values = values if self.schedule is None else values[self.schedule.index]
-        return self.LazyTensor(values.to(**self.kind).reshape(*self.lead, 1, len(values), -1).contiguous())
+    def share(self) -> Any:
+        """Create the responsibility exp(e - ℓ) as a LazyTensor; it is zero at padding points."""
+        return (self.e - self.known[0]).exp()
 
-    def i(self, values: Tensor, padding: float = 0.0) -> Any:
-        """Create a LazyTensor from values of the points; ``padding`` is the value at padding points."""
-        values = (values if self.schedule is None else values[self.schedule.rows]).to(self.kind["dtype"])
-        if self.batches is not None:
-            values = _padded(values, self.batches * self.rows, padding).view(self.batches, self.rows)
-        return self.LazyTensor(values[..., None, None].contiguous())
-
-    def shares(self, values: Tensor) -> Any:
-        """Create the responsibilities exp(e - ℓ) as a LazyTensor, given ℓ; they are zero at padding points."""
-        return (self.e - self.i(values, NO_SHARE)).exp()
+    def once(self, formula: Any, *parts: Any) -> Any:
+        """Return a formula that evaluates the residual and other parts once; a part may contain those that follow it."""
+        for part in (*parts, self.z):
+            formula = formula.factorize(part)
+        if self.schedule is not None:
+            formula.ranges = self.schedule.ranges()
+        return formula
 
 
-def _padded(values: Tensor, rows: int, padding: float = 0.0) -> Tensor:
-    return torch.cat([values, values.new_full((rows - values.shape[0], *values.shape[1:]), padding)])
+def _parts(values: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Split float64 values into numbers of a dtype with this sum: two for float32, so that differences are accurate."""
+    head = values.to(dtype)
+    return [head, (values - head).to(dtype)] if dtype == torch.float32 else [head]
+
+
+def _factors(problem: Exponents, gradient: bool) -> list[Tensor]:
+    r"""Return the factors of y = Uᵀz / √2, packed (K, P), and those of its product that is the negative gradient of e."""
+    U = problem.U * math.sqrt(0.5)
+    if not problem.is_full:
+        return [U, 2 * U] if gradient else [U]
+    return [pack(U.mT), pack(2 * U, lower=False)] if gradient else [pack(U.mT)]
+
+
+def _columns(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Concatenate columns, with zeros up to a multiple of 16 bytes, so that a GPU reads four float32 numbers at a time."""
+    missing = -sum(part.shape[1] for part in parts) % (16 // dtype.itemsize)
+    return torch.cat([part.to(dtype) for part in (*parts, parts[0].new_zeros(len(parts[0]), missing))], dim=1)
 
 
 def _called(problem: Exponents, reduction: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
@@ -99,9 +134,9 @@ def _called(problem: Exponents, reduction: Callable[..., Tensor], *arguments: An
 
 
 def _width(problem: Exponents) -> int:
-    """Return the number of entries in the moments of one component."""
+    """Return the number of sums in the moments of one component."""
     D = problem.shape[2]
-    return 1 + D + (D * D if problem.is_full else D)
+    return 1 + D + (packed_size(D) if problem.is_full else problem.U.shape[1])
 
 
 def _slabs(problem: Exponents, schedule: Schedule) -> Iterator[Schedule]:
@@ -137,7 +172,8 @@ def logsumexp(problem: Exponents, schedule: Schedule | None) -> tuple[Tensor]:
     """Compute the log-sum-exps ℓ (N,), or those of the rows of a schedule, nats; not finite if float32 overflows."""
 
     def reduce(schedule: Schedule | None) -> tuple[Tensor]:
-        return (_called(problem, _Formula(LazyTensor, problem, schedule=schedule).e.logsumexp, dim=1).view(-1),)
+        f = _Formula(LazyTensor, problem, schedule=schedule)
+        return (_called(problem, f.once(f.e).logsumexp, dim=1).view(-1),)
 
     with guarded(problem, "logsumexp") as LazyTensor:
         return _listed(problem, schedule, reduce)
@@ -148,7 +184,8 @@ def topk(problem: Exponents, schedule: Schedule | None, k: int) -> tuple[Tensor,
     """Compute the k largest exponents (N, k), nats, and their components (N, k), for all rows or those of a schedule."""
 
     def reduce(schedule: Schedule | None) -> tuple[Tensor, Tensor]:
-        values, places = _called(problem, (-_Formula(LazyTensor, problem, schedule=schedule).e).Kmin_argKmin, k, dim=1)
+        f = _Formula(LazyTensor, problem, schedule=schedule)
+        values, places = _called(problem, f.once(-f.e).Kmin_argKmin, k, dim=1)
         # For lists with fewer than k components, the positions beyond their end are arbitrary.
         index = places.long() if schedule is None else schedule.index[places.long().clamp(0, len(schedule.index) - 1)]
         return -values, index
@@ -167,14 +204,15 @@ def moments(
     used. Partial sums are computed in blocks to limit their memory.
     """
     N, K, D = problem.shape
-    width = _width(problem)
+    width, full, diagonal = _width(problem), problem.is_full, problem.U.shape[1] == D
 
     def look(problem: Exponents, rows: slice, batches: int | None, schedule: Schedule | None) -> Tensor:
-        f = _Formula(LazyTensor, problem, batches, schedule)
-        r = f.shares(values[rows]) * f.i(weights[rows])
-        square = f.z.tensorprod(f.z) if f.full else f.z * f.z
-        summand = (r * LazyTensor.concatenate((f.z, square), axis=-1)).concat(r)
-        return _called(problem, summand.sum, dim=1 if schedule is None else 0).double()
+        f = _Formula(LazyTensor, problem, values[rows], weights[rows], batches=batches, schedule=schedule)
+        r = f.share() * f.known[1]
+        w = r * f.z
+        products = outer_product(LazyTensor, w, f.z) if full else w * f.z if diagonal else (w * f.z).sum(-1)
+        summand = f.once(LazyTensor.concatenate((w, products, r), axis=-1), w, r)
+        return _called(problem, summand.sum, dim=1 if schedule is None else 0, sum_scheme="direct_sum").double()
 
     sums = torch.zeros(K, width, dtype=torch.float64, device=problem.x.device)
     with guarded(problem, "moments", schedules is None) as LazyTensor:
@@ -197,7 +235,7 @@ def moments(
                 for slab in _slabs(problem, schedule):
                     sums.index_add_(0, slab.index, look(problem, slice(None), None, slab))
     S1, S2, S0 = sums[:, :D], sums[:, D:-1], sums[:, -1]
-    return S0, S1, S2.reshape(K, D, D) if problem.is_full else S2
+    return S0, S1, symmetric(S2, D) if full else S2 if diagonal else S2[:, 0]
 
 
 @healing
@@ -205,15 +243,14 @@ def point_gradient(
     problem: Exponents, values: Tensor, weights: Tensor, schedules: Sequence[Schedule] | None = None
 ) -> Tensor:
     """Compute ∂(Σ g ℓ)/∂x (N, D), in the dtype of the points, given ℓ (N,) and weights g (N,)."""
-    N, K, D = problem.shape
-    P = problem.U @ problem.U.mT if problem.is_full else problem.U.expand(K, D) ** 2
+    N, _, D = problem.shape
     averages = problem.x.new_empty(N, D)
     with guarded(problem, "point_gradient") as LazyTensor:
         slabs = [None] if schedules is None else chain.from_iterable(_slabs(problem, part) for part in schedules)
         for slab in slabs:
-            f = _Formula(LazyTensor, problem, schedule=slab)
-            P_j = f.j(P.reshape(K, -1))
-            pull = P_j.matvecmult(f.z) if f.full else P_j * f.z
+            f = _Formula(LazyTensor, problem, values, schedule=slab, gradient=True)
+            r = f.share()
+            pull = upper_product(LazyTensor, f.factors[1], f.y) if problem.is_full else f.factors[1] * f.y
             rows = slice(None) if slab is None else slab.rows
-            averages[rows] = _called(problem, (f.shares(values) * pull).sum, dim=1).view(-1, D)
+            averages[rows] = _called(problem, f.once(r * pull, r, f.y).sum, dim=1).view(-1, D)
     return -weights.to(averages)[:, None] * averages

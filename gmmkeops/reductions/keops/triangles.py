@@ -1,0 +1,84 @@
+r"""Triangular matrices in KeOps formulas: packed entries, products with vectors, and products of the entries of two vectors.
+
+A lower triangular matrix (K, D, D) is stored as the concatenation of its rows without the zeros, so that D = 3 needs 6 numbers
+instead of 9. In more than 16 dimensions a few consecutive rows have the same length, because each product of a row needs a
+piece of generated code.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["lower_product", "outer_product", "pack", "packed_size", "symmetric", "upper_factor", "upper_product"]
+
+# Largest number of blocks of rows. Each takes a piece of generated code, and compilation takes longer.
+_BLOCKS = 16
+
+
+def _bounds(D: int) -> list[tuple[int, int]]:
+    """Return the first row of each block and the row after its last one."""
+    height = -(-D // _BLOCKS)
+    return [(first, min(D, first + height)) for first in range(0, D, height)]
+
+
+def _places(D: int, lower: bool) -> Tensor:
+    """Return the positions (P,) of the packed entries in a row-major D x D matrix."""
+    mask = torch.zeros(D, D, dtype=torch.bool)
+    for first, last in _bounds(D):
+        mask[first:last, : last if lower else D] = True
+        mask[first:last, : 0 if lower else first] = False
+    return mask.view(-1).nonzero()[:, 0]
+
+
+def packed_size(D: int) -> int:
+    """Return the number P of packed entries, D (D + 1) / 2 if D <= 16."""
+    return sum((last - first) * last for first, last in _bounds(D))
+
+
+def pack(matrices: Tensor, lower: bool = True) -> Tensor:
+    """Pack lower or upper triangular matrices (K, D, D) into (K, P)."""
+    return matrices.flatten(1)[:, _places(matrices.shape[-1], lower).to(matrices.device)]
+
+
+def symmetric(packed: Tensor, D: int) -> Tensor:
+    """Return the symmetric matrices (K, D, D) whose lower triangles are packed in (K, P)."""
+    lower = packed.new_zeros(len(packed), D * D)
+    lower[:, _places(D, True).to(packed.device)] = packed
+    lower = lower.view(-1, D, D)
+    return lower.tril() + lower.tril(-1).mT
+
+
+def lower_product(LazyTensor: Any, packed: Any, vector: Any) -> Any:
+    """Create the product (D,) of a packed lower triangular matrix (P,) and a vector (D,), all of them LazyTensors."""
+    return _product(LazyTensor, packed, vector, [(first, last, 0, last) for first, last in _bounds(vector.shape[-1])])
+
+
+def upper_product(LazyTensor: Any, packed: Any, vector: Any) -> Any:
+    """Create the product (D,) of a packed upper triangular matrix (P,) and a vector (D,), all of them LazyTensors."""
+    D = vector.shape[-1]
+    return _product(LazyTensor, packed, vector, [(first, last, first, D) for first, last in _bounds(D)])
+
+
+def _product(LazyTensor: Any, packed: Any, vector: Any, blocks: list[tuple[int, int, int, int]]) -> Any:
+    ends = accumulate((last - first) * (stop - start) for first, last, start, stop in blocks)
+    parts, begin = [], 0
+    for (_, _, start, stop), end in zip(blocks, ends, strict=True):
+        parts.append(packed[begin:end].matvecmult(vector[start:stop]))
+        begin = end
+    return LazyTensor.concatenate(tuple(parts), axis=-1)
+
+
+def outer_product(LazyTensor: Any, left: Any, right: Any) -> Any:
+    """Create the packed lower triangle (P,) of the outer product of two vectors (D,), all of them LazyTensors."""
+    bounds = _bounds(left.shape[-1])
+    return LazyTensor.concatenate(tuple(left[first:last].tensorprod(right[:last]) for first, last in bounds), axis=-1)
+
+
+def upper_factor(U: Tensor) -> Tensor:
+    r"""Return upper triangular factors (K, D, D) of the same precisions :math:`U U^\top`."""
+    # With the order of the rows reversed, Uᵀ = Q R gives an R whose transpose is upper triangular after the reversal is undone.
+    return torch.linalg.qr(U.flip(1).mT).R.mT.flip(1, 2)
