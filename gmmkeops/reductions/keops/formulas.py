@@ -5,15 +5,15 @@ r"""Exponents as KeOps LazyTensors, and their reductions over all pairs or over 
 float32 coordinates are stored as the sum of two float32 numbers, so that :math:`z` is accurate also far from the origin. The main
 formulas are a log-sum-exp over j, and a sum over i of :math:`\exp(e - \ell_i)\, g_i\, (1, z, z z^\top)`. Full factors are upper
 triangular; only their triangles are stored, and only the lower triangle of :math:`z z^\top` is summed. Tied factors are expanded.
-Each formula is compiled once per dimension, family and dtype. Reference: Charlier et al. 2021, *Kernel operations on the GPU, with
-autodiff, without memory overflows* (JMLR 22).
+Each formula is compiled once per dimension, family and dtype. Reference: Charlier et al. 2021, *Kernel operations on the GPU,
+with autodiff, without memory overflows* (JMLR 22).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class _Formula:
         known: Values (N,) for each point, which are the LazyTensors ``self.known``. The first one is the log-sum-exp.
         batches: Number of batches into which the points are split.
         schedule: Row ranges and their candidate lists, instead of batches.
-        gradient: Whether the gradient of the exponents is needed.
+        gradient: Whether to create ``self.pull``, the negative gradient of the exponents with respect to the points.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class _Formula:
         gradient: bool = False,
     ) -> None:
         D, dtype = problem.shape[2], problem.x.dtype
-        self.schedule = schedule
+        self.LazyTensor, self.problem, self.schedule = LazyTensor, problem, schedule
         rows, chosen = (slice(None), slice(None)) if schedule is None else (schedule.rows, schedule.index)
         means = _parts(problem.means, dtype)
         points = [*_parts(problem.x[rows].double() - problem.center, dtype), *(value[rows, None] for value in known)]
@@ -87,10 +87,16 @@ class _Formula:
         if len(means) > 1:
             self.z = self.z + (x_i[D : 2 * D] - p_j[1 + D : 1 + 2 * D])
         self.known = [x_i.elem(len(means) * D + place) for place in range(len(known))]
-        ends = list(accumulate((factor.shape[1] for factor in factors), initial=1 + len(means) * D))
-        self.factors = [p_j[first:last] for first, last in pairwise(ends)]
-        self.y = lower_product(LazyTensor, self.factors[0], self.z) if problem.is_full else self.factors[0] * self.z
+        begin = 1 + len(means) * D
+        self.y = self._product(p_j, begin, self.z, lower_product)
+        self.pull = self._product(p_j, begin + factors[0].shape[1], self.y, upper_product) if gradient else None
         self.e = p_j.elem(0) - (self.y**2).sum(-1)
+
+    def _product(self, p_j: Any, begin: int, vector: Any, product: Callable[..., Any]) -> Any:
+        """Multiply a vector by the factor that begins at an entry of the parameters."""
+        if self.problem.is_full:
+            return product(self.LazyTensor, p_j, begin, vector)
+        return p_j[begin : begin + self.problem.U.shape[1]] * vector
 
     def share(self) -> Any:
         """Create the responsibility exp(e - ℓ) as a LazyTensor; it is zero at padding points."""
@@ -175,7 +181,7 @@ def logsumexp(problem: Exponents, schedule: Schedule | None) -> tuple[Tensor]:
         f = _Formula(LazyTensor, problem, schedule=schedule)
         return (_called(problem, f.once(f.e).logsumexp, dim=1).view(-1),)
 
-    with guarded(problem, "logsumexp") as LazyTensor:
+    with guarded(problem, "logsumexp", schedule is None) as LazyTensor:
         return _listed(problem, schedule, reduce)
 
 
@@ -190,7 +196,7 @@ def topk(problem: Exponents, schedule: Schedule | None, k: int) -> tuple[Tensor,
         index = places.long() if schedule is None else schedule.index[places.long().clamp(0, len(schedule.index) - 1)]
         return -values, index
 
-    with guarded(problem, "topk", k) as LazyTensor:
+    with guarded(problem, "topk", k, schedule is None) as LazyTensor:
         return _listed(problem, schedule, reduce)
 
 
@@ -198,19 +204,19 @@ def topk(problem: Exponents, schedule: Schedule | None, k: int) -> tuple[Tensor,
 def moments(
     problem: Exponents, values: Tensor, weights: Tensor, schedules: Sequence[Schedule] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute S0 (K,), S1 (K, D), S2 (K, D, D) or (K, D) about the means, float64, given ℓ (N,) and weights g (N,).
+    """Compute S0 (K,), S1 (K, D), S2 (K, D, D), (K, D) or (K,) about the means, float64, given ℓ (N,) and weights g (N,).
 
     The points are split into batches, or into the row ranges of schedules, so that partial sums are accurate and a GPU is fully
     used. Partial sums are computed in blocks to limit their memory.
     """
     N, K, D = problem.shape
-    width, full, diagonal = _width(problem), problem.is_full, problem.U.shape[1] == D
+    width, full, single = _width(problem), problem.is_full, problem.U.shape[1:] == (1,)
 
     def look(problem: Exponents, rows: slice, batches: int | None, schedule: Schedule | None) -> Tensor:
         f = _Formula(LazyTensor, problem, values[rows], weights[rows], batches=batches, schedule=schedule)
         r = f.share() * f.known[1]
         w = r * f.z
-        products = outer_product(LazyTensor, w, f.z) if full else w * f.z if diagonal else (w * f.z).sum(-1)
+        products = outer_product(LazyTensor, w, f.z) if full else (w * f.z).sum(-1) if single else w * f.z
         summand = f.once(LazyTensor.concatenate((w, products, r), axis=-1), w, r)
         return _called(problem, summand.sum, dim=1 if schedule is None else 0, sum_scheme="direct_sum").double()
 
@@ -235,7 +241,7 @@ def moments(
                 for slab in _slabs(problem, schedule):
                     sums.index_add_(0, slab.index, look(problem, slice(None), None, slab))
     S1, S2, S0 = sums[:, :D], sums[:, D:-1], sums[:, -1]
-    return S0, S1, symmetric(S2, D) if full else S2 if diagonal else S2[:, 0]
+    return S0, S1, symmetric(S2, D) if full else S2[:, 0] if single else S2
 
 
 @healing
@@ -245,12 +251,11 @@ def point_gradient(
     """Compute ∂(Σ g ℓ)/∂x (N, D), in the dtype of the points, given ℓ (N,) and weights g (N,)."""
     N, _, D = problem.shape
     averages = problem.x.new_empty(N, D)
-    with guarded(problem, "point_gradient") as LazyTensor:
+    with guarded(problem, "point_gradient", schedules is None) as LazyTensor:
         slabs = [None] if schedules is None else chain.from_iterable(_slabs(problem, part) for part in schedules)
         for slab in slabs:
             f = _Formula(LazyTensor, problem, values, schedule=slab, gradient=True)
             r = f.share()
-            pull = upper_product(LazyTensor, f.factors[1], f.y) if problem.is_full else f.factors[1] * f.y
             rows = slice(None) if slab is None else slab.rows
-            averages[rows] = _called(problem, f.once(r * pull, r, f.y).sum, dim=1).view(-1, D)
+            averages[rows] = _called(problem, f.once(r * f.pull, r, f.y).sum, dim=1).view(-1, D)
     return -weights.to(averages)[:, None] * averages

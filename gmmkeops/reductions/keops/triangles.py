@@ -7,7 +7,7 @@ piece of generated code.
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -52,23 +52,31 @@ def symmetric(packed: Tensor, D: int) -> Tensor:
     return lower.tril() + lower.tril(-1).mT
 
 
-def lower_product(LazyTensor: Any, packed: Any, vector: Any) -> Any:
-    """Create the product (D,) of a packed lower triangular matrix (P,) and a vector (D,), all of them LazyTensors."""
-    return _product(LazyTensor, packed, vector, [(first, last, 0, last) for first, last in _bounds(vector.shape[-1])])
+def lower_product(LazyTensor: Any, packed: Any, begin: int, vector: Any) -> Any:
+    """Create the product (D,) of a lower triangular matrix and a vector, as a LazyTensor.
+
+    Args:
+        LazyTensor: The class of KeOps.
+        packed: A LazyTensor that contains the packed matrix (P,).
+        begin: Position of its first entry. Slices of a slice would be copied twice, which takes longer than the products.
+        vector: A LazyTensor (D,).
+    """
+    bounds = _bounds(vector.shape[-1])
+    return _product(LazyTensor, packed, begin, vector, [(first, last, 0, last) for first, last in bounds])
 
 
-def upper_product(LazyTensor: Any, packed: Any, vector: Any) -> Any:
-    """Create the product (D,) of a packed upper triangular matrix (P,) and a vector (D,), all of them LazyTensors."""
+def upper_product(LazyTensor: Any, packed: Any, begin: int, vector: Any) -> Any:
+    """Create the product (D,) of an upper triangular matrix and a vector; arguments as for :func:`lower_product`."""
     D = vector.shape[-1]
-    return _product(LazyTensor, packed, vector, [(first, last, first, D) for first, last in _bounds(D)])
+    return _product(LazyTensor, packed, begin, vector, [(first, last, first, D) for first, last in _bounds(D)])
 
 
-def _product(LazyTensor: Any, packed: Any, vector: Any, blocks: list[tuple[int, int, int, int]]) -> Any:
-    ends = accumulate((last - first) * (stop - start) for first, last, start, stop in blocks)
-    parts, begin = [], 0
-    for (_, _, start, stop), end in zip(blocks, ends, strict=True):
-        parts.append(packed[begin:end].matvecmult(vector[start:stop]))
-        begin = end
+def _product(LazyTensor: Any, packed: Any, begin: int, vector: Any, blocks: list[tuple[int, int, int, int]]) -> Any:
+    ends = list(accumulate(((last - first) * (stop - start) for first, last, start, stop in blocks), initial=begin))
+    parts = [
+        packed[entry:end].matvecmult(vector[start:stop])
+        for (entry, end), (_, _, start, stop) in zip(pairwise(ends), blocks, strict=True)
+    ]
     return LazyTensor.concatenate(tuple(parts), axis=-1)
 
 
