@@ -29,16 +29,16 @@ def test_products_of_packed_triangles_are_those_of_matrices(D):
         assert packed.shape == (4, triangles.packed_size(D))
         # Entries before and after the packed matrix must not be read.
         parameters = LazyTensor(torch.cat([random(4, 3, seed=3), packed, random(4, 2, seed=4)], 1)[None])
-        found = product(LazyTensor, parameters, 3, LazyTensor(vectors)).value()
+        found = product(LazyTensor, parameters, 3, LazyTensor(vectors), D).value()
         assert torch.allclose(found, torch.einsum("kab,nb->nka", triangle, vectors[:, 0]), rtol=1e-12, atol=1e-12)
     assert D > 16 or triangles.packed_size(D) == D * (D + 1) // 2
     assert triangles.packed_size(D) < 0.56 * D**2 + D / 2
 
     weighted = (0.5 + random(5, seed=5)[:, None, None]) * vectors
-    found = triangles.outer_product(LazyTensor, LazyTensor(weighted), LazyTensor(vectors)).value()[:, 0]
+    found = triangles.outer_product(LazyTensor, LazyTensor(weighted), LazyTensor(vectors), D).value()[:, 0]
     expected = torch.einsum("na,nb->nab", weighted[:, 0], vectors[:, 0])
     assert torch.allclose(triangles.symmetric(found, D), expected, rtol=1e-12, atol=1e-12)
-    mixed = triangles.outer_product(LazyTensor, LazyTensor(others), LazyTensor(vectors)).value()[:, 0]
+    mixed = triangles.outer_product(LazyTensor, LazyTensor(others), LazyTensor(vectors), D).value()[:, 0]
     below = torch.einsum("na,nb->nab", others[:, 0], vectors[:, 0]).tril()
     assert torch.allclose(triangles.symmetric(mixed, D).tril(), below, rtol=1e-12, atol=1e-12)
 

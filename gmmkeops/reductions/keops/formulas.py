@@ -95,7 +95,7 @@ class _Formula:
     def _product(self, p_j: Any, begin: int, vector: Any, product: Callable[..., Any]) -> Any:
         """Multiply a vector by the factor that begins at an entry of the parameters."""
         if self.problem.is_full:
-            return product(self.LazyTensor, p_j, begin, vector)
+            return product(self.LazyTensor, p_j, begin, vector, self.problem.shape[2])
         return p_j[begin : begin + self.problem.U.shape[1]] * vector
 
     def share(self) -> Any:
@@ -216,7 +216,7 @@ def moments(
         f = _Formula(LazyTensor, problem, values[rows], weights[rows], batches=batches, schedule=schedule)
         r = f.share() * f.known[1]
         w = r * f.z
-        products = outer_product(LazyTensor, w, f.z) if full else (w * f.z).sum(-1) if single else w * f.z
+        products = outer_product(LazyTensor, w, f.z, D) if full else (w * f.z).sum(-1) if single else w * f.z
         summand = f.once(LazyTensor.concatenate((w, products, r), axis=-1), w, r)
         return _called(problem, summand.sum, dim=1 if schedule is None else 0, sum_scheme="direct_sum").double()
 

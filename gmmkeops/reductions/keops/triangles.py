@@ -52,7 +52,7 @@ def symmetric(packed: Tensor, D: int) -> Tensor:
     return lower.tril() + lower.tril(-1).mT
 
 
-def lower_product(LazyTensor: Any, packed: Any, begin: int, vector: Any) -> Any:
+def lower_product(LazyTensor: Any, packed: Any, begin: int, vector: Any, D: int) -> Any:
     """Create the product (D,) of a lower triangular matrix and a vector, as a LazyTensor.
 
     Args:
@@ -60,14 +60,13 @@ def lower_product(LazyTensor: Any, packed: Any, begin: int, vector: Any) -> Any:
         packed: A LazyTensor that contains the packed matrix (P,).
         begin: Position of its first entry. Slices of a slice would be copied twice, which takes longer than the products.
         vector: A LazyTensor (D,).
+        D: Number of rows. The shape of a LazyTensor does not contain a last dimension of one.
     """
-    bounds = _bounds(vector.shape[-1])
-    return _product(LazyTensor, packed, begin, vector, [(first, last, 0, last) for first, last in bounds])
+    return _product(LazyTensor, packed, begin, vector, [(first, last, 0, last) for first, last in _bounds(D)])
 
 
-def upper_product(LazyTensor: Any, packed: Any, begin: int, vector: Any) -> Any:
+def upper_product(LazyTensor: Any, packed: Any, begin: int, vector: Any, D: int) -> Any:
     """Create the product (D,) of an upper triangular matrix and a vector; arguments as for :func:`lower_product`."""
-    D = vector.shape[-1]
     return _product(LazyTensor, packed, begin, vector, [(first, last, first, D) for first, last in _bounds(D)])
 
 
@@ -80,9 +79,9 @@ def _product(LazyTensor: Any, packed: Any, begin: int, vector: Any, blocks: list
     return LazyTensor.concatenate(tuple(parts), axis=-1)
 
 
-def outer_product(LazyTensor: Any, left: Any, right: Any) -> Any:
+def outer_product(LazyTensor: Any, left: Any, right: Any, D: int) -> Any:
     """Create the packed lower triangle (P,) of the outer product of two vectors (D,), all of them LazyTensors."""
-    bounds = _bounds(left.shape[-1])
+    bounds = _bounds(D)
     return LazyTensor.concatenate(tuple(left[first:last].tensorprod(right[:last]) for first, last in bounds), axis=-1)
 
 
