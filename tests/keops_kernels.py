@@ -31,12 +31,20 @@ class Usage:
     loads: int
 
 
+@dataclass
+class Kernel:
+    """The source of a kernel, and the numbers that it reads from shared memory in each step of its loop."""
+
+    source: str
+    width: int
+
+
 class _Seen(BaseException):
     """Ends a reduction before its formula is compiled for the CPU."""
 
 
 def generated(reduction, D, *, full=True, dtype=torch.float32):
-    """The CUDA source of a reduction: over all pairs, and over ranges (which KeOps uses for batches and for lists too)."""
+    """The CUDA kernels of a reduction: over all pairs, and over ranges (which KeOps uses for batches and for lists too)."""
     assert loading.unavailable(torch.device("cpu")) is None
     import keopscore
     import pykeops.common.keops_io.LoadKeOps as load
@@ -60,18 +68,18 @@ def generated(reduction, D, *, full=True, dtype=torch.float32):
     }
     load.get_keops_dll = record
     # Without CUDA there is no version, which KeOps compares on import.
-    keopscore.cuda_config.get_cuda_version = lambda: 12000
+    keopscore.cuda_config.get_cuda_version = lambda: version() or 12000
     try:
         with contextlib.suppress(_Seen):
             getattr(formulas, reduction)(problem, *arguments[reduction])
-        return [_source(name, *found[0][1:]) for name in ("GpuReduc1D", "GpuReduc1D_ranges")]
+        return [_kernel(name, *found[0][1:]) for name in ("GpuReduc1D", "GpuReduc1D_ranges")]
     finally:
         load.get_keops_dll = request
         keopscore.cuda_config.get_cuda_version = version
 
 
-def _source(name, formula, _chunks, _final_chunks, _highdim, aliases, *rest):
-    """The source of a map-reduce scheme of KeOps, whose constructor asks for a device."""
+def _kernel(name, formula, _chunks, _final_chunks, _highdim, aliases, *rest):
+    """A kernel by a map-reduce scheme of KeOps, whose constructor asks for a device."""
     scheme = getattr(importlib.import_module(f"keopscore.mapreduce.gpu.{name}"), name)
     from keopscore.mapreduce.MapReduce import MapReduce
 
@@ -79,7 +87,7 @@ def _source(name, formula, _chunks, _final_chunks, _highdim, aliases, *rest):
     MapReduce.__init__(maker, formula, aliases, *rest)
     maker.dimy = maker.varloader.dimy
     maker.get_code()
-    return maker.code
+    return Kernel(maker.code, maker.dimy)
 
 
 def _nvrtc():
