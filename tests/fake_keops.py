@@ -21,6 +21,8 @@ def _shape(*lazy):
 class LazyTensor:
     """A formula over rows i and columns j: a tensor (*batch, M or 1, N or 1, d), computed when it is reduced."""
 
+    # The tensors of a formula; not needed here.
+    variables = ()
     # Whether reductions are computed, or zeros of their shape; and a function that is called with every result.
     computes = True
     watch = staticmethod(lambda result: None)

@@ -106,6 +106,8 @@ class _Formula:
         """Return a formula that evaluates the residual and other parts once; a part may contain those that follow it."""
         for part in (*parts, self.z):
             formula = formula.factorize(part)
+        # Each part has brought its variables, for each of which KeOps searches the formula.
+        formula.variables = tuple({id(variable): variable for variable in formula.variables}.values())
         if self.schedule is not None:
             formula.ranges = self.schedule.ranges()
         return formula
