@@ -48,6 +48,7 @@ def generated(reduction, D, *, full=True, dtype=torch.float32):
     assert loading.unavailable(torch.device("cpu")) is None
     import keopscore
     import pykeops.common.keops_io.LoadKeOps as load
+    from pykeops.common.keops_io import keops_binder
 
     found, request = [], load.get_keops_dll
     version = keopscore.cuda_config.get_cuda_version
@@ -66,6 +67,10 @@ def generated(reduction, D, *, full=True, dtype=torch.float32):
         "moments": (values, values.double()),
         "point_gradient": (values, values.double()),
     }
+    # Formulas that this process has used before are not generated again.
+    libraries = {binder: (binder.library, binder.library_params) for binder in keops_binder.values()}
+    for binder in libraries:
+        binder.library, binder.library_params = {}, {}
     load.get_keops_dll = record
     # Without CUDA there is no version, which KeOps compares on import.
     keopscore.cuda_config.get_cuda_version = lambda: version() or 12000
@@ -74,6 +79,8 @@ def generated(reduction, D, *, full=True, dtype=torch.float32):
             getattr(formulas, reduction)(problem, *arguments[reduction])
         return [_kernel(name, *found[0][1:]) for name in ("GpuReduc1D", "GpuReduc1D_ranges")]
     finally:
+        for binder, kept in libraries.items():
+            binder.library, binder.library_params = kept
         load.get_keops_dll = request
         keopscore.cuda_config.get_cuda_version = version
 
