@@ -25,15 +25,6 @@ def _bounds(D: int) -> list[tuple[int, int]]:
     return [(first, min(D, first + height)) for first in range(0, D, height)]
 
 
-def _places(D: int, lower: bool) -> Tensor:
-    """Return the positions (P,) of the packed entries in a row-major D x D matrix."""
-    mask = torch.zeros(D, D, dtype=torch.bool)
-    for first, last in _bounds(D):
-        mask[first:last, : last if lower else D] = True
-        mask[first:last, : 0 if lower else first] = False
-    return mask.view(-1).nonzero()[:, 0]
-
-
 def packed_size(D: int) -> int:
     """Return the number P of packed entries, D (D + 1) / 2 if D <= 16."""
     return sum((last - first) * last for first, last in _bounds(D))
@@ -41,15 +32,17 @@ def packed_size(D: int) -> int:
 
 def pack(matrices: Tensor, lower: bool = True) -> Tensor:
     """Pack lower or upper triangular matrices (K, D, D) into (K, P)."""
-    return matrices.flatten(1)[:, _places(matrices.shape[-1], lower).to(matrices.device)]
+    rows = ((row, first, last) for first, last in _bounds(matrices.shape[-1]) for row in range(first, last))
+    # Views are concatenated by one kernel, and need no indices that would be copied to a GPU.
+    return torch.cat([matrices[:, row, :last] if lower else matrices[:, row, first:] for row, first, last in rows], 1)
 
 
 def symmetric(packed: Tensor, D: int) -> Tensor:
     """Return the symmetric matrices (K, D, D) whose lower triangles are packed in (K, P)."""
-    lower = packed.new_zeros(len(packed), D * D)
-    lower[:, _places(D, True).to(packed.device)] = packed
-    lower = lower.view(-1, D, D)
-    return lower.tril() + lower.tril(-1).mT
+    starts = list(accumulate((last for first, last in _bounds(D) for _ in range(first, last)), initial=0))
+    columns = packed.unbind(1)
+    entries = [columns[starts[max(a, b)] + min(a, b)] for a in range(D) for b in range(D)]
+    return torch.stack(entries, 1).view(-1, D, D)
 
 
 def lower_product(LazyTensor: Any, packed: Any, begin: int, vector: Any, D: int) -> Any:
