@@ -130,13 +130,15 @@ def _prepared(problem: Exponents) -> Exponents:
     """
     if not problem.is_full:
         return problem
-    inverse, _ = torch.linalg.inv_ex(problem.U)
-    condition = (problem.U.abs().mT @ inverse.abs().mT).sum(2).amax()
     # Both properties are read at once, because reading from a GPU waits for it.
-    is_upper, is_narrow = torch.stack([(problem.U.tril(-1) == 0).all(), condition <= _CONDITION]).tolist()
+    checks = [(problem.U.tril(-1) == 0).all()]
+    if problem.x.dtype == torch.float32:
+        inverse, _ = torch.linalg.inv_ex(problem.U)
+        checks.append((problem.U.abs().mT @ inverse.abs().mT).sum(2).amax() <= _CONDITION)
+    is_upper, *is_accurate = torch.stack(checks).tolist()
     if not is_upper:
         return _prepared(replace(problem, U=upper_factor(problem.U)))
-    return problem if is_narrow else replace(problem, x=problem.x.double())
+    return problem if all(is_accurate) else replace(problem, x=problem.x.double())
 
 
 def _far(problem: Exponents, values: Tensor) -> Tensor:
