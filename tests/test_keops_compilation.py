@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import needs_keops
 
 import gmmkeops as gk
+from gmmkeops.reductions.keops import compilation
 
-pytestmark = [*needs_keops, pytest.mark.skipif(sys.platform != "linux", reason="a compiler that is a shell script")]
+
+def compiles(function):
+    """Marks a test that compiles real formulas."""
+    for mark in (*needs_keops, pytest.mark.skipif(sys.platform != "linux", reason="a compiler that is a shell script")):
+        function = mark(function)
+    return function
+
 
 SCRIPT = """
 import json, logging, sys
@@ -36,6 +45,50 @@ gk.reductions.argmax(*arguments, backend="keops")
 gk.reductions.argmax(*arguments, backend="keops")
 print(json.dumps(records))
 """
+
+
+@pytest.fixture
+def keops(monkeypatch):
+    """A module of KeOps that says what it does, in a process in which nothing has been compiled and logging is not set up."""
+    module = SimpleNamespace(KeOps_Message=print)
+    monkeypatch.setitem(sys.modules, "keopscore.binders.LinkCompile", module)
+    monkeypatch.setattr(compilation, "_shown", [])
+    monkeypatch.setattr(compilation, "_logger", logging.Logger("alone"))
+    return module
+
+
+def test_only_the_first_formula_that_is_compiled_is_shown(keops, capsys, tmp_path):
+    for name, compiled in (("cached", False), ("first", True), ("second", True), ("cached", False)):
+        with compilation.announced(name, tmp_path):
+            if compiled:
+                keops.KeOps_Message("Generating code ...", end="")
+                keops.KeOps_Message("OK", use_tag=False)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == [
+        f"KeOps compiles first. The result is kept in {tmp_path}.",
+        "KeOps compiled first in 0.0 s.",
+    ]
+    assert keops.KeOps_Message is print
+
+
+def test_a_compilation_that_fails_has_no_duration(keops, capsys, tmp_path):
+    def fail():
+        with compilation.announced("first", tmp_path):
+            keops.KeOps_Message("Generating code ...")
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    assert capsys.readouterr().err == f"KeOps compiles first. The result is kept in {tmp_path}.\n"
+    assert keops.KeOps_Message is print
+
+
+def test_nothing_is_shown_if_a_level_is_set(keops, capsys, tmp_path):
+    compilation._logger.setLevel(logging.WARNING)
+    with compilation.announced("first", tmp_path):
+        keops.KeOps_Message("Generating code ...")
+    assert capsys.readouterr().err == ""
 
 
 def run(folder, prepare=""):
@@ -77,6 +130,7 @@ def assert_messages(messages, reduction):
     assert 0.5 < float(seconds[1]) < 300
 
 
+@compiles
 def test_the_first_compilation_is_shown_and_all_are_logged(tmp_path):
     shown, records = run(tmp_path)
     assert_messages(shown, "logsumexp")
@@ -86,12 +140,14 @@ def test_the_first_compilation_is_shown_and_all_are_logged(tmp_path):
     assert run(tmp_path) == ([], [])
 
 
+@compiles
 def test_nothing_is_shown_if_logging_is_configured(tmp_path):
     shown, records = run(tmp_path, "logging.basicConfig(level=logging.WARNING)")
     assert shown == []
     assert_messages([message for _, message in records], "topk")
 
 
+@compiles
 def test_keops_prints_nothing_beside_the_messages_if_the_user_has_imported_it(tmp_path):
     shown, records = run(tmp_path, "import pykeops.torch")
     assert_messages(shown, "logsumexp")
