@@ -25,17 +25,17 @@ class LazyTensor:
     computes = True
     watch = staticmethod(lambda result: None)
 
-    def __init__(self, tensor=None, *, shape=None, value=None, ranges=None, like=None):
+    def __init__(self, tensor=None, *, shape=None, value=None, variables=None):
         self.shape = torch.Size(tensor.shape if shape is None else shape)
-        self.value = (lambda: tensor) if value is None else value
-        self.ranges = ranges
-        self.like = tensor.new_empty(0) if like is None else like
-        assert tensor is None or tensor.is_contiguous(), "KeOps reads contiguous memory"
+        # Tensors that a call replaces.
+        self.variables = (SimpleNamespace(tensor=tensor),) if variables is None else variables
+        variable = self.variables[0]
+        self.value = (lambda: variable.tensor) if value is None else value
+        self.ranges = None
 
     def _new(self, width, value, *others):
-        everyone = (self, *others)
-        ranges = next((lazy.ranges for lazy in everyone if lazy.ranges is not None), None)
-        return type(self)(shape=(*_shape(*everyone), width), value=value, ranges=ranges, like=self.like)
+        variables = tuple(variable for lazy in (self, *others) for variable in lazy.variables)
+        return type(self)(shape=(*_shape(self, *others), width), value=value, variables=variables)
 
     def _pointwise(self, other, operation):
         if not isinstance(other, LazyTensor):
@@ -63,27 +63,33 @@ class LazyTensor:
     def exp(self):
         return self._new(self.shape[-1], lambda: self.value().exp())
 
+    def __getitem__(self, places):
+        return self._new(len(range(self.shape[-1])[places]), lambda: self.value()[..., places])
+
+    def elem(self, place):
+        return self[place : place + 1]
+
+    def factorize(self, part):
+        """The same formula, which evaluates a part of it only once."""
+        return self._new(self.shape[-1], lambda: self.value(), part)
+
     def matvecmult(self, vector):
-        D = vector.shape[-1]
-        return self._new(D, lambda: (self.value().unflatten(-1, (D, D)) * vector.value().unsqueeze(-2)).sum(-1), vector)
+        width = vector.shape[-1]
+        product = lambda: (self.value().unflatten(-1, (-1, width)) * vector.value().unsqueeze(-2)).sum(-1)  # noqa: E731
+        return self._new(self.shape[-1] // width, product, vector)
 
     def tensorprod(self, other):
-        D = other.shape[-1]
         product = lambda: (self.value().unsqueeze(-1) * other.value().unsqueeze(-2)).flatten(-2)  # noqa: E731
-        return self._new(self.shape[-1] * D, product, other)
-
-    def concat(self, other):
-        def joined():
-            parts = [lazy.value().expand(*shape, -1) for lazy in (self, other)]
-            return torch.cat(parts, -1)
-
-        shape = _shape(self, other)
-        return self._new(self.shape[-1] + other.shape[-1], joined, other)
+        return self._new(self.shape[-1] * other.shape[-1], product, other)
 
     @staticmethod
     def concatenate(parts, axis=-1):
-        first, second = parts
-        return first.concat(second)
+        def joined():
+            values = [lazy.value() for lazy in parts]
+            shape = torch.broadcast_shapes(*(value.shape[:-1] for value in values))
+            return torch.cat([value.expand(*shape, -1) for value in values], -1)
+
+        return parts[0]._new(sum(lazy.shape[-1] for lazy in parts), joined, *parts)
 
     def _pairs(self, value):
         """The values of pairs that the ranges leave out, replaced."""
@@ -99,31 +105,40 @@ class LazyTensor:
             begin = end
         return torch.where(seen[..., None], found, value)
 
-    def _reduced(self, dim, width, reduction):
-        if type(self).computes:
-            result = reduction()
-        else:
-            shape = [*self.shape[:-1], width]
-            del shape[dim]
-            result = self.like.new_zeros(shape)
-        type(self).watch(result)
-        return result
+    def _reduction(self, dim, width, reduction):
+        """A reduction that has not been called: of points (..., N, d), parameters (..., K, d) and ranges."""
 
-    def sum(self, dim):
+        def called(x, p, ranges=None):
+            assert x.is_contiguous(), "KeOps reads contiguous memory"
+            assert p.is_contiguous(), "KeOps reads contiguous memory"
+            points, parameters = self.variables
+            points.tensor, parameters.tensor, self.ranges = x.unsqueeze(-2), p.unsqueeze(-3), ranges
+            if type(self).computes:
+                result = reduction()
+            else:
+                shape = [*torch.broadcast_shapes(points.tensor.shape[:-1], parameters.tensor.shape[:-1]), width]
+                del shape[dim]
+                result = x.new_zeros(shape)
+            points.tensor = parameters.tensor = None
+            type(self).watch(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        return SimpleNamespace(callfun=called)
+
+    def sum(self, dim, call=True, sum_scheme="auto"):
         if dim == -1:
             return self._new(1, lambda: self.value().sum(-1, keepdim=True))
-        return self._reduced(dim, self.shape[-1], lambda: self._pairs(0.0).sum(dim))
+        return self._reduction(dim, self.shape[-1], lambda: self._pairs(0.0).sum(dim))
 
-    def logsumexp(self, dim):
-        return self._reduced(dim, 1, lambda: self._pairs(-torch.inf).logsumexp(dim))
+    def logsumexp(self, dim, call):
+        return self._reduction(dim, 1, lambda: self._pairs(-torch.inf).logsumexp(dim))
 
-    def argmax(self, dim):
-        return self._reduced(dim, 1, lambda: self._pairs(-torch.inf).argmax(dim))
+    def Kmin_argKmin(self, k, dim, call):
+        def smallest():
+            pairs = self._pairs(torch.inf).squeeze(-1)
+            return tuple(pairs.topk(min(k, pairs.shape[1]), dim=dim, largest=False))
 
-    def Kmin_argKmin(self, k, dim):
-        smallest = self._pairs(torch.inf).squeeze(-1).topk(min(k, self.shape[1]), dim=dim, largest=False)
-        type(self).watch(smallest.values)
-        return smallest.values, smallest.indices
+        return self._reduction(dim, k, smallest)
 
 
 def install(monkeypatch, folder, *, computes=True, watch=lambda result: None, reason=None):

@@ -70,7 +70,8 @@ def warmup(options: Any) -> int:
                 began = time.perf_counter()
                 x = torch.rand(64, D, dtype=dtype, device=device, requires_grad=True)
                 means = torch.rand(2, D, dtype=torch.float64, device=device)
-                unit = torch.eye(D) if factor_class(kind)[0].family == "full" else torch.ones(D)
+                units = {"full": torch.eye(D), "diag": torch.ones(D), "spherical": torch.ones(1)}
+                unit = units[factor_class(kind)[0].family]
                 factor = unit.expand(2, *unit.shape).double().to(device)
                 if reductions.engine(x, "keops") != "keops":
                     raise ValueError("KeOps cannot run on this machine; run gmmkeops doctor to find the cause.")

@@ -10,6 +10,7 @@ from torch import Tensor
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import formulas, loading
+from gmmkeops.reductions.keops.triangles import upper_factor
 from gmmkeops.reductions.problem import Exponents, Form
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.truncation.bounds import Schedule
@@ -53,7 +54,7 @@ class _Evaluation:
     """
 
     def __init__(self, problem: Exponents, request: Request) -> None:
-        self.problem, self._request, self._dtype = _accurate(problem), request, problem.x.dtype
+        self.problem, self._request, self._dtype = _prepared(problem), request, problem.x.dtype
         self._found: tuple[Tensor, ...] = ()
         # Schedules of row ranges whose lists were long enough; None if all pairs are evaluated.
         self._schedules: list[Schedule] | None = None
@@ -110,8 +111,6 @@ class _Evaluation:
         after = (values.to(self._dtype, copy=True),) if with_values else ()
         values[far] = formulas.NO_SHARE
         S0, S1, S2 = formulas.moments(problem, values, g, self._schedules)
-        # Spherical factors use the diagonal formula.
-        S2 = S2.sum(1) if problem.U.shape[1:] == (1,) else S2
         if len(far):
             rest = evaluate(dense, problem.rows(far), Statistics(g[far]))
             S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
@@ -129,16 +128,22 @@ class _Evaluation:
         return gradient.to(self._dtype), *after
 
 
-def _accurate(problem: Exponents) -> Exponents:
-    """Cast the problem to float64 if float32 residuals are not accurate enough.
+def _prepared(problem: Exponents) -> Exponents:
+    """Make full factors upper triangular, and cast the points to float64 if float32 residuals are not accurate enough.
 
     Rounding x - μ to float32 changes an exponent by a multiple of the factor's condition number, at any scale.
     """
-    if problem.x.dtype != torch.float32 or not problem.is_full:
+    if not problem.is_full:
         return problem
-    inverse, _ = torch.linalg.inv_ex(problem.U)
-    condition = (problem.U.abs().mT @ inverse.abs().mT).sum(2).amax()
-    return problem if bool(condition <= _CONDITION) else replace(problem, x=problem.x.double())
+    # Both properties are read at once, because reading from a GPU waits for it.
+    checks = [(problem.U.tril(-1) == 0).all()]
+    if problem.x.dtype == torch.float32:
+        inverse, _ = torch.linalg.inv_ex(problem.U)
+        checks.append((problem.U.abs().mT @ inverse.abs().mT).sum(2).amax() <= _CONDITION)
+    is_upper, *is_accurate = torch.stack(checks).tolist()
+    if not is_upper:
+        return _prepared(replace(problem, U=upper_factor(problem.U)))
+    return problem if all(is_accurate) else replace(problem, x=problem.x.double())
 
 
 def _far(problem: Exponents, values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from gmmkeops.reductions.keops.cache import cache_folder, compiler_failure, refusing_damage, renewed_folder
+from gmmkeops.reductions.keops.compilation import announced
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Broken
 
@@ -204,7 +205,7 @@ def guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
     import fcntl
 
     _state["pid"] = os.getpid()
-    key = (*formula, problem.shape[2], problem.is_full, problem.x.dtype, problem.x.device.type)
+    key = (*formula, problem.shape[2], problem.U.shape[1:], problem.x.dtype, problem.x.device.type)
     try:
         with contextlib.ExitStack() as stack:
             if problem.x.is_cuda:
@@ -213,6 +214,9 @@ def guarded(problem: Exponents, *formula: Any) -> Iterator[Any]:
                 lock = stack.enter_context(open(_state["lock"], "a"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 stack.enter_context(refusing_damage())
+                dtype = str(problem.x.dtype).removeprefix("torch.")
+                described = f"the formula {formula[0]} (D = {problem.shape[2]}, {dtype}, {problem.x.device.type})"
+                stack.enter_context(announced(described, _state["lock"].parent))
             yield _state["lazy"]
         _compiled.add(key)
     except (ImportError, OSError, ValueError, SyntaxError) as error:
