@@ -18,7 +18,7 @@ import torch
 from conftest import make_case
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton import loading, residuals
+from gmmkeops.reductions.triton import loading, partial, residuals, tiles
 from gmmkeops.reductions.truncation.bounds import Schedule
 
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
@@ -31,7 +31,7 @@ def launches(case, rows=1000, components=1000):
     def record(module, kernel, device, grid, *arguments, warps, **constants):
         found.append((module, kernel, arguments, warps, constants))
 
-    for owner in (residuals,):
+    for owner in (residuals, partial, tiles):
         owner.launch = record
     request, family, features, dtype, lists = case
     dtype = getattr(torch, dtype)

@@ -22,8 +22,10 @@ from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = ["FEW", "FEW_FULL", "NO_LABEL", "NO_SHARE", "Residuals"]
 
-# Largest number of features whose moments a thread holds in registers, for diagonal or spherical and for full factors.
-FEW, FEW_FULL = 32, 8
+# Largest number of features whose moments a thread holds in registers, for diagonal or spherical and for full factors; and largest
+# number for which log-sum-exps with full factors take fewer instructions without tensor cores (D = 20: 326 of sm_90 for each
+# pair, 516 with them; D = 32: 906 and 452).
+FEW, FEW_FULL, _SOME_FULL = 32, 8, 20
 
 # Number of components in an unrolled step of a loop over components, and of points in one over points.
 _UNROLL = 4
@@ -50,12 +52,12 @@ class Residuals:
 
     @cached_property
     def packed(self) -> Packed:
-        """The component parameters, in the dtype of the points."""
+        """The component parameters, in the dtype of the points, padded for every number of unrolled steps."""
         return Packed.of(self.problem, _UNROLL)
 
     def logsumexps(self, out: Tensor, schedule: Schedule | None) -> Tensor | None:
         """Compute base-2 log-sum-exps (N,) into ``out``; return their minima (S,), nats, over the row ranges of a schedule."""
-        if self._tiles is not None and self.problem.is_full:
+        if self._tiles is not None and self.problem.is_full and self.problem.shape[2] > _SOME_FULL:
             least = self._tiles.logsumexps(out, schedule)
             return None if least is None else self.packed.nats(least)
         return self._rows("logsumexps", schedule, out, noted=True)
@@ -82,19 +84,19 @@ class Residuals:
         """Launch a kernel of which each thread owns some points; return minima of row ranges if they are noted."""
         problem, packed = self.problem, self.packed
         N, K, D = problem.shape
-        rows, warps = _row_block(D, problem.is_full)
-        steps = -(-K // _UNROLL) * _UNROLL
+        rows, unroll = _row_block(D, problem.is_full, kernel == "gradients")
+        steps = -(-K // unroll) * unroll
         none = packed.records.new_empty(0, dtype=torch.int32)
         least, table, index, grid = packed.records.new_empty(0), none, none, -(-N // rows)
         if schedule is not None:
-            lists = Padded.of(schedule, K, _UNROLL)
+            lists = Padded.of(schedule, K, unroll)
             blocks = Blocks.of(schedule, lists.first, lists.stop, rows, N)
             table, index, grid = blocks.table, lists.index, len(blocks.table)
             least = packed.records.new_empty(grid)
         launch(
             "rows", kernel, problem.x.device, (grid,), problem.x, packed.records, *tensors, *([least] if noted else []), table,
             index, N, steps, **constants, D=D, FAMILY=packed.family, R=packed.records.shape[1], LISTS=schedule is not None,
-            BN=rows, U=_UNROLL, warps=warps,
+            BN=rows, U=unroll, warps=_WARPS,
         )  # fmt: skip
         if schedule is None or not noted:
             return None
@@ -191,11 +193,15 @@ class Residuals:
         return part
 
 
-def _row_block(D: int, full: bool) -> tuple[int, int]:
-    """Return the number of rows of a program and its number of warps, for kernels that own points."""
+def _row_block(D: int, full: bool, gradient: bool) -> tuple[int, int]:
+    """Return the number of rows of a program, and of components in an unrolled step, for kernels that own points."""
     # With four points for each thread a component is loaded for four pairs; in more dimensions their registers do not suffice.
-    many, some = (6, 8) if full else (8, 16)
-    return _WARP * _WARPS * (4 if many >= D else 2 if some >= D else 1), _WARPS
+    if gradient:
+        many, some = (6, 8) if full else (8, 16)
+    else:
+        many, some = (_SOME_FULL, _SOME_FULL) if full else (24, 64)
+    each = 4 if many >= D else 2 if some >= D else 1
+    return _WARP * _WARPS * each, _UNROLL if D <= (8 if full else 32) else 1
 
 
 def _component_block(D: int, full: bool, components: int) -> tuple[int, int]:

@@ -15,10 +15,9 @@ __all__ = ["logsumexps", "moments"]
 
 @triton.jit
 def _halves(v):
-    """Split numbers into two numbers with eleven significant bits each."""
+    """Split numbers into a number with eleven significant bits and the rest, of which tensor cores read eleven bits."""
     head = ((v.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-    rest = v - head
-    return head, ((rest.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return head, v - head
 
 
 @triton.jit
@@ -146,30 +145,42 @@ def moments(
         S1 = tl.zeros((BN, P), tl.float32)
         if FULL:
             S2 = tl.zeros((P, P), tl.float32)
+            cross = tl.zeros((P, P), tl.float32)
         else:
             S2 = tl.zeros((BN, P), tl.float32)
         for n in range(n0, n1, BN):
             rows = n + tl.arange(0, BN)
             valid = rows < n1
             z, y, e = _exponent(_tile(x_ptr, rows, valid, D, P), p, D, P, FULL)
-            r = tl.exp2((c - tl.load(l_ptr + rows, mask=valid, other=1e30)) + e)
+            e += c - tl.load(l_ptr + rows, mask=valid, other=1e30)
+            r = tl.exp2(e)
             if WEIGHTED:
-                r = r * tl.load(g_ptr + rows, mask=valid, other=0.0)
+                g = tl.load(g_ptr + rows, mask=valid, other=0.0)
+                r = g * r
             S0 += r
             if FULL:
-                q = r[:, None] * y
-                q_head, q_rest = _halves(tl.trans(q))
-                y_head, y_rest = _halves(y)
-                S2 = tl.dot(q_rest, y_head, S2, input_precision="tf32")
-                S2 = tl.dot(q_head, y_rest, S2, input_precision="tf32")
-                S2 = tl.dot(q_head, y_head, S2, input_precision="tf32")
+                # The outer products of √r y need one splitting only; weights of both signs have a root of their absolute value.
+                root = tl.where(e >= -126, tl.exp2(0.5 * e), 0.0)
+                if WEIGHTED:
+                    root = root * tl.sqrt(tl.abs(g))
+                v = root[:, None] * y
+                head, rest = _halves(v)
+                left = head
+                if WEIGHTED:
+                    sign = tl.where(g < 0, -1.0, 1.0)
+                    root = sign * root
+                    left = sign[:, None] * head
+                left = tl.trans(left)
+                S1 += root[:, None] * v
+                S2 = tl.dot(left, head, S2, input_precision="tf32")
+                cross = tl.dot(left, rest, cross, input_precision="tf32")
             else:
                 q = r[:, None] * z
+                S1 += q
                 S2 += q * z
-            S1 += q
         tl.store(o_ptr, tl.sum(S0, 0))
         tl.store(o_ptr + 1 + d, tl.sum(S1, 0))
         if FULL:
-            tl.store(o_ptr + 1 + P + d[:, None] * P + d[None, :], S2)
+            tl.store(o_ptr + 1 + P + d[:, None] * P + d[None, :], S2 + cross + tl.trans(cross))
         else:
             tl.store(o_ptr + 1 + P + d, tl.sum(S2, 0))
