@@ -57,13 +57,14 @@ def launches(case, rows=1000, components=1000):
     return found
 
 
-def all_pairs(rows, components, spans=None):
+def all_pairs(rows, components, spans=None, device="cpu"):
     """A schedule of all components for each of some row ranges."""
-    spans = torch.tensor([[0, rows // 2], [rows // 2, rows]] if spans is None else spans)
+    spans = torch.as_tensor([[0, rows // 2], [rows // 2, rows]] if spans is None else spans).to(device)
     T = len(spans)
-    index, pointer = torch.arange(components).repeat(T), torch.arange(T + 1) * components
-    floor = torch.full((T,), -torch.inf, dtype=torch.float64)
-    return Schedule(torch.arange(T), index, pointer, floor, spans, torch.arange(T), floor)
+    lists = torch.arange(T, device=device)
+    index, pointer = torch.arange(components, device=device).repeat(T), torch.arange(T + 1, device=device) * components
+    floor = torch.full((T,), -torch.inf, dtype=torch.float64, device=device)
+    return Schedule(lists, index, pointer, floor, spans, lists, floor)
 
 
 def compiled(launch, capability):

@@ -23,9 +23,12 @@ from gmmkeops.reductions.truncation.passes import evaluate
 
 __all__ = ["Triton"]
 
-# Largest numbers of features, and largest k of the largest exponents, which are held in registers. Kernels for more features
-# than FEW need float32 points.
+# Largest numbers of features, and largest k of the largest exponents, for which the registers of a thread suffice. Kernels for
+# more features than FEW need float32 points.
 _FULL, _DIAGONAL, _TOP = 32, 128, 16
+
+# Largest numbers of features of gradients.
+_FULL_GRADIENT, _DIAGONAL_GRADIENT = 16, 32
 
 # Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
 _CONDITION = 128.0
@@ -60,6 +63,9 @@ class Triton:
             return f"Triton computes at most {_TOP} exponents of each point"
         if not self.has_kernels(D, problem.is_full):
             return f"Triton has no kernels for {'full' if problem.is_full else 'diagonal'} factors in {D} dimensions"
+        most = _FULL_GRADIENT if problem.is_full else _DIAGONAL_GRADIENT
+        if isinstance(request, PointGradient) and most < D:
+            return f"Triton has no kernel for gradients in {D} dimensions"
         if problem.x.dtype != torch.float32 and (FEW_FULL if problem.is_full else FEW) < D:
             return f"Triton has kernels for float32 points only in {D} dimensions"
         if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:

@@ -22,9 +22,9 @@ from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = ["FEW", "FEW_FULL", "NO_LABEL", "NO_SHARE", "Residuals"]
 
-# Largest number of features whose moments a thread holds in registers, for diagonal or spherical and for full factors; and largest
-# number for which log-sum-exps with full factors take fewer instructions without tensor cores (D = 20: 326 of sm_90 for each
-# pair, 516 with them; D = 32: 906 and 452).
+# Largest number of features whose moments a thread holds in registers, for diagonal or spherical and for full factors; and the
+# largest for which log-sum-exps with full factors take fewer instructions without tensor cores (of sm_90, for each pair, without
+# and with them: D = 20: 326 and 516; D = 32: 906 and 452).
 FEW, FEW_FULL, _SOME_FULL = 32, 8, 20
 
 # Number of components in an unrolled step of a loop over components, and of points in one over points.
@@ -84,7 +84,7 @@ class Residuals:
         """Launch a kernel of which each thread owns some points; return minima of row ranges if they are noted."""
         problem, packed = self.problem, self.packed
         N, K, D = problem.shape
-        rows, unroll = _row_block(D, problem.is_full, kernel == "gradients")
+        rows, unroll = _row_block(D, problem.is_full, kernel == "gradients" or constants.get("TOP", 1) > 1)
         steps = -(-K // unroll) * unroll
         none = packed.records.new_empty(0, dtype=torch.int32)
         least, table, index, grid = packed.records.new_empty(0), none, none, -(-N // rows)
@@ -193,15 +193,21 @@ class Residuals:
         return part
 
 
-def _row_block(D: int, full: bool, gradient: bool) -> tuple[int, int]:
-    """Return the number of rows of a program, and of components in an unrolled step, for kernels that own points."""
+def _row_block(D: int, full: bool, sums: bool) -> tuple[int, int]:
+    """Return the number of rows of a program, and of components in an unrolled step, for kernels that own points.
+
+    Args:
+        D: Number of features.
+        full: Whether factors are full.
+        sums: Whether a thread holds more than a few numbers for each of its points.
+    """
     # With four points for each thread a component is loaded for four pairs; in more dimensions their registers do not suffice.
-    if gradient:
+    if sums:
         many, some = (6, 8) if full else (8, 16)
     else:
         many, some = (_SOME_FULL, _SOME_FULL) if full else (24, 64)
     each = 4 if many >= D else 2 if some >= D else 1
-    return _WARP * _WARPS * each, _UNROLL if D <= (8 if full else 32) else 1
+    return _WARP * _WARPS * each, 1 if (FEW_FULL if full else FEW) < D else _UNROLL
 
 
 def _component_block(D: int, full: bool, components: int) -> tuple[int, int]:

@@ -74,9 +74,9 @@ def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
 
 @triton.jit
 def _note_least(least_ptr, values, valid, LISTS: tl.constexpr):
-    """Store the smallest value of the rows of the program; -inf if one is NaN."""
+    """Store the smallest value of the rows of the program; -inf if one is NaN or less than what a kernel begins with."""
     if LISTS:
-        values = tl.where(values == values, values, float("-inf"))
+        values = tl.where(values > -9.9e37, values, float("-inf"))
         tl.store(least_ptr + tl.program_id(0), tl.min(tl.where(valid, values, float("inf")), 0))
 
 

@@ -95,7 +95,7 @@ def logsumexps(
     values = m + tl.log2(s)
     tl.store(o_ptr + rows, values, mask=valid)
     if LISTS:
-        values = tl.where(values == values, values, float("-inf"))
+        values = tl.where(values > -9.9e37, values, float("-inf"))
         tl.store(least_ptr + t, tl.min(tl.where(valid, values, float("inf")), 0))
 
 
