@@ -126,6 +126,7 @@ def main():
                 pairs = constants.get("U", 1) * wide / (32 * warps)
                 rows.append({"case": case, "kernel": launch[1], "capability": capability, **used, "loop": len(loop)})
                 rows[-1] |= {"per_pair": len(loop) / pairs, "shared": kernel.metadata.shared, "warps": warps}
+                rows[-1]["exponentials"] = sorted(set(re.findall(r"ex2[.\w]*", kernel.asm["ptx"])))
     print(json.dumps(rows))
 
 

@@ -23,12 +23,11 @@ from gmmkeops.reductions.truncation.passes import evaluate
 
 __all__ = ["Triton"]
 
-# Largest numbers of features, and largest k of the largest exponents, for which the registers of a thread suffice. Kernels for
-# more features than FEW need float32 points.
+# Largest numbers of features, and largest k of the largest exponents, for which the registers of a thread suffice: for float32
+# points; for their gradients; and for float64 points.
 _FULL, _DIAGONAL, _TOP = 32, 128, 16
-
-# Largest numbers of features of gradients.
 _FULL_GRADIENT, _DIAGONAL_GRADIENT = 16, 32
+_FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 
 # Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
 _CONDITION = 128.0
@@ -66,7 +65,7 @@ class Triton:
         most = _FULL_GRADIENT if problem.is_full else _DIAGONAL_GRADIENT
         if isinstance(request, PointGradient) and most < D:
             return f"Triton has no kernel for gradients in {D} dimensions"
-        if problem.x.dtype != torch.float32 and (FEW_FULL if problem.is_full else FEW) < D:
+        if problem.x.dtype != torch.float32 and not _runs_in_double(problem):
             return f"Triton has kernels for float32 points only in {D} dimensions"
         if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:
             return "Triton numbers points and parameters by 32 bits"
@@ -122,10 +121,15 @@ def _begun(problem: Exponents, request: Request) -> Evaluation:
     if below:
         problem = replace(problem, U=_triangular(problem.U))
     double = problem.x.dtype == torch.float32 and (condition > _CONDITION or ratio > _RATIO)
-    if double and problem.shape[2] > (FEW_FULL if problem.is_full else FEW):
+    if double and not _runs_in_double(problem):
         return dense.begin(problem, request)
     wide = replace(problem, x=problem.x.double()) if double else problem
     return _Evaluation(wide, request, problem.x.dtype, None if weights is None else unit)
+
+
+def _runs_in_double(problem: Exponents) -> bool:
+    """Return whether there are float64 kernels for a number of features."""
+    return problem.shape[2] <= (_FULL_DOUBLE if problem.is_full else _DIAGONAL_DOUBLE)
 
 
 def _triangular(U: Tensor) -> Tensor:

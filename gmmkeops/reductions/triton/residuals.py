@@ -84,7 +84,7 @@ class Residuals:
         """Launch a kernel of which each thread owns some points; return minima of row ranges if they are noted."""
         problem, packed = self.problem, self.packed
         N, K, D = problem.shape
-        rows, unroll = _row_block(D, problem.is_full, kernel == "gradients" or constants.get("TOP", 1) > 1)
+        rows, unroll = _row_block(problem, kernel == "gradients" or constants.get("TOP", 1) > 1)
         steps = -(-K // unroll) * unroll
         none = packed.records.new_empty(0, dtype=torch.int32)
         least, table, index, grid = packed.records.new_empty(0), none, none, -(-N // rows)
@@ -183,7 +183,7 @@ class Residuals:
         problem, packed, rows = self.problem, self.packed, piece.rows
         D, x, values = problem.shape[2], problem.x[rows], values[rows]
         part = x.new_empty(piece.width, piece.columns)
-        wide, warps = _component_block(D, problem.is_full, piece.components)
+        wide, warps = _component_block(problem, piece.components)
         launch(
             "sums", "moments", x.device, (-(-piece.components // wide), piece.chunks), x, packed.records, values,
             values if weights is None else weights[rows], part, *piece.lists(x), len(x), piece.components, piece.columns, _CHUNK,
@@ -193,26 +193,33 @@ class Residuals:
         return part
 
 
-def _row_block(D: int, full: bool, sums: bool) -> tuple[int, int]:
+def _row_block(problem: Exponents, sums: bool) -> tuple[int, int]:
     """Return the number of rows of a program, and of components in an unrolled step, for kernels that own points.
 
     Args:
-        D: Number of features.
-        full: Whether factors are full.
+        problem: Exponents.
         sums: Whether a thread holds more than a few numbers for each of its points.
     """
+    D, full = problem.shape[2], problem.is_full
     # With four points for each thread a component is loaded for four pairs; in more dimensions their registers do not suffice.
     if sums:
         many, some = (6, 8) if full else (8, 16)
     else:
         many, some = (_SOME_FULL, _SOME_FULL) if full else (24, 64)
     each = 4 if many >= D else 2 if some >= D else 1
-    return _WARP * _WARPS * each, 1 if (FEW_FULL if full else FEW) < D else _UNROLL
+    return _WARP * _WARPS * _halved(problem, each), 1 if (FEW_FULL if full else FEW) < D else _UNROLL
 
 
-def _component_block(D: int, full: bool, components: int) -> tuple[int, int]:
+def _component_block(problem: Exponents, components: int) -> tuple[int, int]:
     """Return the number of components of a program and its number of warps, for kernels that own components."""
-    each = (4 if D <= 3 else 2 if D <= 5 else 1) if full else 4 if D <= 8 else 2 if D <= 16 else 1
+    D = problem.shape[2]
+    each = (4 if D <= 3 else 2 if D <= 5 else 1) if problem.is_full else 4 if D <= 8 else 2 if D <= 16 else 1
+    each = _halved(problem, each)
     while each > 1 and components <= _WARP * each // 2:
         each //= 2
     return _WARP * each, 1
+
+
+def _halved(problem: Exponents, each: int) -> int:
+    """Return half of a number for float64 points, which need two registers for each number."""
+    return each if problem.x.dtype == torch.float32 else max(1, each // 2)
