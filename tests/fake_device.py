@@ -363,6 +363,11 @@ def _synchronized():
     _counts.synchronizations["stream", _site()] += 1
 
 
+def count_kernel(name):
+    """Count a kernel that is not an operation of torch."""
+    _counts.kernels[name, _site()] += 1
+
+
 def on_device(value):
     """A copy of a CPU tensor, on the fake device."""
     return FakeTensor(value.detach().clone())

@@ -8,9 +8,10 @@ import re
 import warnings
 
 import fake_keops
+import fake_triton
 import pytest
 import torch
-from conftest import make_case
+from conftest import HAS_TRITON, make_case
 from fake_device import fake_device, on_device
 
 import gmmkeops as gk
@@ -310,6 +311,24 @@ def the_keops_engine(scene):
         m, x = scene.mixture, scene.x.clone().requires_grad_()
         m.log_prob(x, backend="keops").sum().backward()
         m.predict(x.detach(), backend="keops"), m.responsibilities(x.detach(), 2, backend="keops")
+
+
+if HAS_TRITON:
+
+    @path
+    def the_triton_engine(scene):
+        """The interpreter takes milliseconds for each point."""
+        x, g = scene.x[:20], scene.weights[:20]
+        start = gk.initialize(scene.x, 2, covariance_type="diag", generator=generator())
+        with pytest.MonkeyPatch.context() as patch:
+            fake_triton.install(patch)
+            for truncate in (0, 1e-4):
+                scene.fit(gk.EM(), x, backend="triton", truncate=truncate, sample_weight=g, max_iter=1)
+            scene.fit(gk.Adam(), x, backend="triton", truncate=0, max_iter=1)
+            scene.fit(gk.EM(assignment="hard"), x, start, backend="triton", truncate=0, max_iter=1)
+            m, points = scene.mixture, x.clone().requires_grad_()
+            m.log_prob(points, backend="triton").sum().backward()
+            m.predict(x, backend="triton"), m.responsibilities(x, 2, backend="triton")
 
 
 @pytest.mark.filterwarnings(
