@@ -9,9 +9,11 @@ import importlib.util
 from functools import cache
 
 import fake_keops
+import fake_triton
 import numpy as np
 import pytest
 import torch
+from conftest import HAS_TRITON
 from fake_device import on_device
 
 import gmmkeops as gk
@@ -740,3 +742,26 @@ def mixtures_with_keops(scene):
         m.predict(x.detach(), backend="keops"), m.responsibilities(x.detach(), 2, backend="keops")
         traced = gk.Mixture(m.logits, m.means.clone().requires_grad_(), m.factor)
         traced.log_prob(scene.x, backend="keops").sum().backward()
+
+
+if HAS_TRITON:
+
+    @path()
+    def fits_with_triton(scene):
+        """Few points, since the interpreter takes milliseconds for each."""
+        x, g = scene.x[:20], scene.weights[:20]
+        start = gk.initialize(scene.x, 2, covariance_type="diag", generator=generator())
+        with pytest.MonkeyPatch.context() as patch:
+            fake_triton.install(patch)
+            for truncate in (0, 1e-4):
+                scene.fit(gk.EM(), x, backend="triton", truncate=truncate, sample_weight=g, max_iter=1)
+            scene.fit(gk.Adam(), x, backend="triton", truncate=0, max_iter=1)
+            scene.fit(gk.EM(assignment="hard"), x, start, backend="triton", truncate=0, max_iter=1)
+
+    @path()
+    def mixtures_with_triton(scene):
+        with pytest.MonkeyPatch.context() as patch:
+            fake_triton.install(patch)
+            m, x = scene.mixture, scene.x[:20].clone().requires_grad_()
+            m.log_prob(x, backend="triton").sum().backward()
+            m.predict(x.detach(), backend="triton"), m.responsibilities(x.detach(), 2, backend="triton")

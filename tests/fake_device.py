@@ -408,6 +408,11 @@ def counted_apart(monkeypatch, module, name):
     return apart
 
 
+def count_kernel(name):
+    """Count a kernel that is not an operation of torch."""
+    _counts.kernels[name, _site()] += 1
+
+
 def on_device(value):
     """A copy of a CPU tensor, on the fake device."""
     return FakeTensor(value.detach().clone())

@@ -15,7 +15,7 @@ from torch import Tensor
 from gmmkeops.components import Factor, as_tensor, check_finite, numbers, transferred
 from gmmkeops.data import Batch, as_points
 
-__all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor"]
+__all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor", "upper_factor"]
 
 # Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
 # first exponent is infinite.
@@ -204,3 +204,9 @@ def _middle(values: Tensor) -> Tensor:
 def factor_tensor(factor: Factor | Tensor) -> Tensor:
     """Return the tensor U of a factor, computed in float64; tensors are returned unchanged."""
     return factor.to(torch.float64).U if isinstance(factor, Factor) else factor
+
+
+def upper_factor(U: Tensor) -> Tensor:
+    r"""Return upper triangular factors (K, D, D) of the same precisions :math:`U U^\top`."""
+    # With the order of the rows reversed, Uᵀ = Q R gives an R whose transpose is upper triangular after the reversal is undone.
+    return torch.linalg.qr(U.flip(1).mT).R.mT.flip(1, 2)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["asked", "has_slow_double", "product", "split_product"]
+__all__ = ["asked", "has_slow_double", "parts", "product", "split_product"]
 
 # Compute capabilities of the GPUs whose float64 products take at most twice the time of float32 ones; on all others they take 32
 # or 64 times as long (throughput of arithmetic instructions in the CUDA C++ programming guide).
@@ -51,12 +51,13 @@ def _on_tensor_cores(a: Tensor) -> bool:
 
 def split_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Compute the float32 matrix product a b (n, m) by three products of numbers with eleven significant bits."""
-    (a, a_rest), (b, b_rest) = _parts(a), _parts(b)
+    (a, a_rest), (b, b_rest) = parts(a), parts(b)
     out = torch.mm(a_rest, b) if out is None else torch.mm(a_rest, b, out=out)
     return out.addmm_(a, b_rest).addmm_(a, b)
 
 
-def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split float32 numbers into two numbers with eleven significant bits each."""
     head = _rounded(x)
     return head, _rounded(x - head)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import formulas, loading
-from gmmkeops.reductions.keops.triangles import upper_factor
-from gmmkeops.reductions.problem import Exponents, Form
+from gmmkeops.reductions.problem import Exponents, Form, upper_factor
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate

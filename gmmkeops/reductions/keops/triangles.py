@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["lower_product", "outer_product", "pack", "packed_size", "symmetric", "upper_factor", "upper_product"]
+__all__ = ["lower_product", "outer_product", "pack", "packed_size", "symmetric", "upper_product"]
 
 # Largest number of blocks of rows. Each takes a piece of generated code, and compilation takes longer.
 _BLOCKS = 16
@@ -76,9 +76,3 @@ def outer_product(LazyTensor: Any, left: Any, right: Any, D: int) -> Any:
     """Create the packed lower triangle (P,) of the outer product of two vectors (D,), all of them LazyTensors."""
     bounds = _bounds(D)
     return LazyTensor.concatenate(tuple(left[first:last].tensorprod(right[:last]) for first, last in bounds), axis=-1)
-
-
-def upper_factor(U: Tensor) -> Tensor:
-    r"""Return upper triangular factors (K, D, D) of the same precisions :math:`U U^\top`."""
-    # With the order of the rows reversed, Uᵀ = Q R gives an R whose transpose is upper triangular after the reversal is undone.
-    return torch.linalg.qr(U.flip(1).mT).R.mT.flip(1, 2)

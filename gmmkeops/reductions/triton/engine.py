@@ -13,23 +13,26 @@ from torch import Tensor
 
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
-from gmmkeops.reductions.problem import Exponents, Form
+from gmmkeops.reductions.problem import Exponents, Form, upper_factor
 from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.triton import loading
 from gmmkeops.reductions.triton.packing import LN2
-from gmmkeops.reductions.triton.residuals import NO_LABEL, NO_SHARE, Residuals
+from gmmkeops.reductions.triton.residuals import FEW, FEW_FULL, NO_LABEL, NO_SHARE, Residuals
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
 
 __all__ = ["Triton"]
 
-# Largest numbers of features, and largest k of the largest exponents, which are held in registers.
-_FULL, _DIAGONAL, _TOP = 8, 32, 16
+# Largest numbers of features, and largest k of the largest exponents, for which the registers of a thread suffice: for float32
+# points; for their gradients; and for float64 points.
+_FULL, _DIAGONAL, _TOP = 32, 128, 16
+_FULL_GRADIENT, _DIAGONAL_GRADIENT = 16, 32
+_FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 
 # Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
 _CONDITION = 128.0
 
-# Distance from the largest offset, nats, beyond which differences of float32 exponents are not accurate enough.
+# Distance of log-sum-exps from their usual size, nats, beyond which differences of float32 exponents are not accurate enough.
 _DEEPEST = 300.0
 
 # Largest ratio of weights whose products with responsibilities float32 holds.
@@ -54,6 +57,11 @@ class Triton:
             return f"Triton computes at most {_TOP} exponents of each point"
         if not self.has_kernels(D, form.full):
             return f"Triton has no kernels for {'full' if form.full else 'diagonal'} factors in {D} dimensions"
+        most = _FULL_GRADIENT if form.full else _DIAGONAL_GRADIENT
+        if isinstance(request, PointGradient) and most < D:
+            return f"Triton has no kernel for gradients in {D} dimensions"
+        if form.dtype != torch.float32 and not _runs_in_double(form):
+            return f"Triton has kernels for float32 points only in {D} dimensions"
         if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:
             return "Triton numbers points and parameters by 32 bits"
         return None
@@ -89,16 +97,17 @@ def _begun(problem: Exponents, request: Request) -> Evaluation:
         # Moments of whitened residuals would not determine those of residuals.
         return dense.begin(problem, request)
     if below:
-        problem = replace(problem, U=_triangular(problem.U))
+        problem = replace(problem, U=upper_factor(problem.U))
     double = problem.x.dtype == torch.float32 and (condition > _CONDITION or ratio > _RATIO)
+    if double and not _runs_in_double(problem.form):
+        return dense.begin(problem, request)
     wide = replace(problem, x=problem.x.double()) if double else problem
     return _Evaluation(wide, request, problem.x.dtype, None if weights is None else unit)
 
 
-def _triangular(U: Tensor) -> Tensor:
-    """Return upper-triangular factors (K, D, D) with the same products U Uᵀ."""
-    # Uᵀ with its columns reversed is Q R, so that U Uᵀ is Rᵀ R with rows and columns reversed.
-    return torch.linalg.qr(U.mT.flip(2)).R.mT.flip(1, 2)
+def _runs_in_double(form: Form) -> bool:
+    """Return whether there are float64 kernels for a number of features."""
+    return form.features <= (_FULL_DOUBLE if form.full else _DIAGONAL_DOUBLE)
 
 
 class _Evaluation:
@@ -111,7 +120,7 @@ class _Evaluation:
         self.problem, self._request, self._dtype, self._unit = problem, request, dtype, unit
         self._kernels = Residuals(problem)
         N, k = len(problem.x), request.rank
-        # Base-2 log-sum-exps (N,) or largest exponents (N, k), relative to the largest offset, and the components of the latter.
+        # Base-2 log-sum-exps (N,) or largest exponents (N, k), and the components of the latter.
         self._values = problem.x.new_empty((N, k) if k else N)
         self._labels = problem.x.new_empty((N, k), dtype=torch.int32)
         # Schedules of row ranges whose lists were long enough; None if all pairs are evaluated.
@@ -154,7 +163,9 @@ class _Evaluation:
         """Return the rows (n,) whose log-sum-exps or largest exponents are beyond the accurate range of float32."""
         first = self._values if self._values.ndim == 1 else self._values[:, 0]
         if first.dtype == torch.float32:
-            return (~(first.abs() <= _DEEPEST / LN2)).nonzero()[:, 0]
+            packed = self._kernels.packed
+            far = first - ((packed.usual - packed.base) / LN2).to(first.dtype)
+            return (~(far.abs() <= _DEEPEST / LN2)).nonzero()[:, 0]
         return (~torch.isfinite(first)).nonzero()[:, 0]
 
     def _nats(self, far: Tensor) -> Tensor:

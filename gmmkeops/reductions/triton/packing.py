@@ -1,14 +1,16 @@
 r"""Component parameters and schedules in the form that the Triton kernels read.
 
-With :math:`s = \sqrt{\tfrac12 \log_2 e}`, exponents in base 2 relative to the largest offset are
+With :math:`s = \sqrt{\tfrac12 \log_2 e}`, exponents in base 2 relative to a number b are
 
 .. math::
 
-    \tilde e_{nk} = \tilde c_k - \lVert V_k^\top (x_n - m_k) + d_k \rVert^2, \qquad
+    \tilde e_{nk} = \tilde c_k + D s^2 - \lVert V_k^\top (x_n - m_k) + d_k \rVert^2, \qquad
+    \tilde c_k = (c_k - \tfrac12 D - b) \log_2 e, \qquad
     V_k = s\,U_k, \qquad d_k = -V_k^\top (\mu_k - m_k)
 
 where :math:`m_k` is the mean rounded to the dtype of the points. The difference :math:`x_n - m_k` of two floating-point numbers
-has a relative rounding error only, so that coordinates may be large.
+has a relative rounding error only, so that coordinates may be large. The kernels subtract the expected value
+:math:`D s^2` of the squares from partial sums of them.
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gmmkeops.reductions.dense.products import parts
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["LN2", "Blocks", "Packed", "Padded"]
+__all__ = ["LN2", "Blocks", "Packed", "Padded", "tiled_records"]
 
 LN2 = math.log(2.0)
 
 # Offset of components of no weight, by which lists are padded: below the smallest exponent that a kernel stores.
 _NOTHING = -3e38
+
+
+# Largest usual log-sum-exp, nats, for which exponents are relative to zero, so that errors are relative to log-sum-exps.
+_SMALL = 128.0
 
 
 @dataclass(frozen=True)
@@ -38,41 +45,70 @@ class Packed:
         records: The records (at least K + 1, R), in the dtype of the points: offset c; rounded mean m (D); d (D); and the rows of
             the lower triangle of Vᵀ if full, V (D) if diagonal, or its number if spherical.
         rest: Means minus m (K, D), data units, float64.
-        base: Largest offset (scalar), nats, float64.
+        base: Value that base-2 exponents are relative to (scalar), nats, float64.
+        usual: Largest usual log-sum-exp (scalar), nats, float64.
         family: ``"full"``, ``"diagonal"`` or ``"spherical"``.
     """
 
     records: Tensor
     rest: Tensor
     base: Tensor
+    usual: Tensor
     family: str
 
     @classmethod
     def of(cls, problem: Exponents, unroll: int) -> Packed:
         """Pack the parameters; the number of records is a multiple of ``unroll`` that is larger than K."""
         _, K, D = problem.shape
-        dtype = problem.x.dtype
-        base = problem.offsets.amax()
-        means = problem.means + problem.center
-        heads = means.to(dtype)
-        rest = means - heads
-        V = problem.U * math.sqrt(0.5 / LN2)
-        if problem.is_full:
-            row, column = torch.tril_indices(D, D, device=V.device)
-            d, u = -(V.mT @ rest[:, :, None])[:, :, 0], V[:, column, row]
-        else:
-            d, u = -V * rest, V
-        c = ((problem.offsets - base) / LN2)[:, None]
+        base, usual, c, heads, rest, V, d = _scaled(problem)
+        row, column = torch.tril_indices(D, D, device=V.device)
+        u = V[:, column, row] if problem.is_full else V
         family = "full" if problem.is_full else "spherical" if V.shape[1:] == (1,) and D > 1 else "diagonal"
         size = 1 + 2 * D + u.shape[1]
-        records = torch.zeros((K // unroll + 1) * unroll, size, dtype=dtype, device=V.device)
-        records[:K] = torch.cat([c, heads, d, u], 1)
+        records = torch.zeros((K // unroll + 1) * unroll, size, dtype=problem.x.dtype, device=V.device)
+        records[:K] = torch.cat([c[:, None], heads, d, u], 1)
         records[K:, 0] = _NOTHING
-        return cls(records, rest, base, family)
+        return cls(records, rest, base, usual, family)
 
     def nats(self, values: Tensor) -> Tensor:
-        """Convert base-2 exponents relative to the largest offset to nats, float64."""
+        """Convert base-2 exponents to nats, float64."""
         return values.double() * LN2 + self.base
+
+
+def _scaled(problem: Exponents) -> tuple[Tensor, ...]:
+    """Return the base, the largest usual log-sum-exp, and c (K,), m (K, D), μ - m (K, D), V (as U) and d (K, D)."""
+    # At points of a component, exponents are about c - D / 2.
+    expected = problem.offsets - 0.5 * problem.shape[2]
+    usual = expected.amax()
+    base = torch.where(usual.abs() <= _SMALL, 0.0, usual)
+    means = problem.means + problem.center
+    heads = means.to(problem.x.dtype)
+    rest = means - heads
+    V = problem.U * math.sqrt(0.5 / LN2)
+    d = -(V.mT @ rest[:, :, None])[:, :, 0] if problem.is_full else -V * rest
+    c = (expected - base) / LN2
+    if not problem.is_full:
+        # Rounding V changes all squares of a point by the same factor; its expected effect is added to the offset.
+        change = (V.to(heads.dtype) / V).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).square() - 1
+        c = c + change.expand_as(means).sum(1) * (0.5 / LN2)
+    return base, usual, c, heads, rest, V, d
+
+
+def tiled_records(problem: Exponents) -> tuple[Tensor, int]:
+    """Pack the parameters for :mod:`gmmkeops.reductions.triton.kernels.tiles`; return records and padded dimensions P."""
+    _, K, D = problem.shape
+    _, _, c, heads, _, V, d = _scaled(problem)
+    P = max(16, 1 << (D - 1).bit_length())
+    records = torch.zeros(K, 16 + 2 * P + (2 * P * P if problem.is_full else P), dtype=problem.x.dtype, device=V.device)
+    records[:, 0], records[:, 16 : 16 + D], records[:, 16 + P : 16 + P + D] = c, heads, d
+    if problem.is_full:
+        head, _ = parts(V.to(records.dtype))
+        square = records[:, 16 + 2 * P :].view(K, 2, P, P)
+        # The rest of V includes what float32 rounds off.
+        square[:, 0, :D, :D], square[:, 1, :D, :D] = head, parts((V - head).to(records.dtype))[0]
+    else:
+        records[:, 16 + 2 * P : 16 + 2 * P + D] = V
+    return records, P
 
 
 @dataclass(frozen=True)
@@ -115,6 +151,10 @@ class Blocks:
 
     table: Tensor
     range: Tensor
+
+    def minima(self, least: Tensor, schedule: Schedule) -> Tensor:
+        """Compute the minimum over each row range of a schedule (S,), given the minima over the blocks (B,)."""
+        return least.new_full((len(schedule.spans),), torch.inf).scatter_reduce(0, self.range, least, "amin")
 
     @classmethod
     def of(cls, schedule: Schedule, first: Tensor, last: Tensor, rows: int, most: int) -> Blocks:

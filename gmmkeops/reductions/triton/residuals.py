@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,9 +16,16 @@ from torch import Tensor
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.loading import launch
 from gmmkeops.reductions.triton.packing import LN2, Blocks, Packed, Padded
+from gmmkeops.reductions.triton.partial import SLAB, Piece, add_moments, add_up
+from gmmkeops.reductions.triton.tiles import Tiles
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["NO_LABEL", "NO_SHARE", "Residuals"]
+__all__ = ["FEW", "FEW_FULL", "NO_LABEL", "NO_SHARE", "Residuals"]
+
+# Largest number of features whose moments a thread holds in registers, for diagonal or spherical and for full factors; and the
+# largest for which log-sum-exps with full factors take fewer instructions without tensor cores (of sm_90, for each pair, without
+# and with them: D = 20: 326 and 516; D = 32: 906 and 452).
+FEW, FEW_FULL, _SOME_FULL = 32, 8, 20
 
 # Number of components in an unrolled step of a loop over components, and of points in one over points.
 _UNROLL = 4
@@ -29,9 +35,6 @@ _WARP, _WARPS = 32, 4
 
 # Number of rows for each partial sum in the dtype of the points.
 _CHUNK = 256
-
-# Maximum memory for the partial sums of one launch, bytes.
-_SLAB = 1 << 26
 
 # Base-2 log-sum-exp of rows that have no part in the moments, and their label.
 NO_SHARE, NO_LABEL = 1e30, -1
@@ -49,11 +52,14 @@ class Residuals:
 
     @cached_property
     def packed(self) -> Packed:
-        """The component parameters, in the dtype of the points."""
+        """The component parameters, in the dtype of the points, padded for every number of unrolled steps."""
         return Packed.of(self.problem, _UNROLL)
 
     def logsumexps(self, out: Tensor, schedule: Schedule | None) -> Tensor | None:
         """Compute base-2 log-sum-exps (N,) into ``out``; return their minima (S,), nats, over the row ranges of a schedule."""
+        if self._tiles is not None and self.problem.is_full and self.problem.shape[2] > _SOME_FULL:
+            least = self._tiles.logsumexps(out, schedule)
+            return None if least is None else self.packed.nats(least)
         return self._rows("logsumexps", schedule, out, noted=True)
 
     def largest(self, out: Tensor, labels: Tensor, schedule: Schedule | None) -> Tensor | None:
@@ -78,27 +84,23 @@ class Residuals:
         """Launch a kernel of which each thread owns some points; return minima of row ranges if they are noted."""
         problem, packed = self.problem, self.packed
         N, K, D = problem.shape
-        rows, warps = _row_block(D, problem.is_full)
-        steps = -(-K // _UNROLL) * _UNROLL
+        rows, unroll = _row_block(problem, kernel == "gradients" or constants.get("TOP", 1) > 1)
+        steps = -(-K // unroll) * unroll
         none = packed.records.new_empty(0, dtype=torch.int32)
         least, table, index, grid = packed.records.new_empty(0), none, none, -(-N // rows)
         if schedule is not None:
-            lists = self._padded(schedule)
+            lists = Padded.of(schedule, K, unroll)
             blocks = Blocks.of(schedule, lists.first, lists.stop, rows, N)
             table, index, grid = blocks.table, lists.index, len(blocks.table)
             least = packed.records.new_empty(grid)
         launch(
             "rows", kernel, problem.x.device, (grid,), problem.x, packed.records, *tensors, *([least] if noted else []), table,
             index, N, steps, **constants, D=D, FAMILY=packed.family, R=packed.records.shape[1], LISTS=schedule is not None,
-            BN=rows, U=_UNROLL, warps=warps,
+            BN=rows, U=unroll, warps=_WARPS,
         )  # fmt: skip
         if schedule is None or not noted:
             return None
-        found = least.new_full((len(schedule.spans),), torch.inf).scatter_reduce(0, blocks.range, least, "amin")
-        return packed.nats(found)
-
-    def _padded(self, schedule: Schedule) -> Padded:
-        return Padded.of(schedule, self.problem.shape[1], _UNROLL)
+        return packed.nats(blocks.minima(least, schedule))
 
     def moments(
         self, values: Tensor, weights: Tensor | None, schedules: Sequence[Schedule] | None
@@ -110,19 +112,27 @@ class Residuals:
             weights: Weights (N,), in the dtype of the points; None for ones.
             schedules: Schedules of all rows; None for all pairs.
         """
-        family, D, sums = self.packed.family, self.problem.shape[2], self._zeros()
-        if schedules is None:
-            self._all_moments(values, weights, sums)
+        D = self.problem.shape[2]
+        if self._tiles is not None:
+            S0, S1, S2 = self._tiles.add_moments(values, weights, schedules)
+            S2 = S2.sum(1, keepdim=True) if self.packed.family == "spherical" else S2
         else:
-            for schedule in schedules:
-                self._listed_moments(values, weights, sums, schedule)
-        S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :].T
-        if family == "full":
+            sums = self._zeros()
+            add_moments(self.problem.x, sums, schedules, _CHUNK, lambda piece: self._partial(values, weights, piece))
+            S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :].T
+            S2 = self._shaped(S2) if self.packed.family == "full" else S2
+        if self.packed.family == "full":
             return S0, *self._unwhitened(S1, S2)
         rest = self.packed.rest
         moved = S1 - S0[:, None] * rest
         shift = (S1 + moved) * rest
-        return S0, moved, self._shaped(S2 - (shift.sum(1, keepdim=True) if family == "spherical" else shift))
+        S2 = S2 - (shift.sum(1, keepdim=True) if self.packed.family == "spherical" else shift)
+        return S0, moved, self._shaped(S2)
+
+    @cached_property
+    def _tiles(self) -> Tiles | None:
+        """Kernels of tiles, where the sums of moments do not fit into the registers of a thread."""
+        return Tiles(self.problem) if self.problem.shape[2] > (FEW_FULL if self.problem.is_full else FEW) else None
 
     def _zeros(self) -> Tensor:
         """Return float64 sums (W, K) of zero: S0, D rows of S1, and the distinct rows of S2."""
@@ -139,7 +149,7 @@ class Residuals:
             problem.means + problem.center,
             torch.arange(K + 1, dtype=labels.dtype, device=labels.device),
         )
-        some = max(1, _SLAB // (8 * len(sums)))
+        some = max(1, SLAB // (8 * len(sums)))
         for start in range(0, N, some):
             chosen = labels[start : start + some]
             z = (problem.x[start : start + some].double() - means[chosen.clamp(min=0).long()]).T
@@ -148,7 +158,7 @@ class Residuals:
             square = q[row] * z[column] if family == "full" else q * z
             square = square.sum(0, keepdim=True) if family == "spherical" else square
             found, order = chosen.sort(stable=True)
-            self._add_up(torch.cat([g[None], q, square]), sums, 0, order, torch.searchsorted(found, components))
+            add_up(torch.cat([g[None], q, square]), sums, 0, (order, torch.searchsorted(found, components)))
         S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :].T
         return S0, S1, self._shaped(S2)
 
@@ -165,96 +175,51 @@ class Residuals:
     def _unwhitened(self, S1: Tensor, S2: Tensor) -> tuple[Tensor, Tensor]:
         """Convert moments of scaled whitened residuals y to those of residuals z with y = Vᵀ z."""
         V = self.problem.U.mT * (0.5 / LN2) ** 0.5
-        z = torch.linalg.solve_triangular(V, torch.cat([S1[:, :, None], self._shaped(S2)], 2), upper=False)
+        z = torch.linalg.solve_triangular(V, torch.cat([S1[:, :, None], S2], 2), upper=False)
         return z[:, :, 0], torch.linalg.solve_triangular(V, z[:, :, 1:].mT, upper=False)
 
-    def _all_moments(self, values: Tensor, weights: Tensor | None, sums: Tensor) -> None:
-        """Add the moments of all pairs to ``sums`` (W, K)."""
-        N, K, _ = self.problem.shape
-        some = max(1, _SLAB // (self.problem.x.element_size() * sums.numel())) * _CHUNK
-        for start in range(0, N, some):
-            stop = min(N, start + some)
-            chunks = -(-(stop - start) // _CHUNK)
-            part = self._partial(values, weights, len(sums), slice(start, stop), chunks, chunks * K, K)
-            self._add_up(part, sums, chunks)
-
-    def _listed_moments(self, values: Tensor, weights: Tensor | None, sums: Tensor, schedule: Schedule) -> None:
-        """Add the moments over the candidate lists of a schedule to ``sums`` (W, K)."""
-        N, K, _ = self.problem.shape
-        lists = self._padded(schedule)
-        blocks = Blocks.of(schedule, lists.first, lists.last, _CHUNK, N)
-        lengths = blocks.table[:, 3] - blocks.table[:, 2]
-        ends = lengths.cumsum(0)
-        # The two numbers on which the sizes of the launches depend.
-        total, longest = torch.stack([ends[-1], lengths.amax()]).tolist()
-        most = max(longest, _SLAB // (self.problem.x.element_size() * len(sums)))
-        cuts = [0, len(lengths)]
-        if total > most:
-            limits = torch.arange(most, total, max(1, most - longest), device=ends.device)
-            cuts = [0, *torch.searchsorted(ends, limits, right=True).unique().tolist(), len(lengths)]
-        for first, last in pairwise(cuts):
-            if first == last:
-                continue
-            sizes = lengths[first:last].long()
-            starts = sizes.cumsum(0) - sizes
-            columns = total if total <= most else int(sizes.sum())
-            given = blocks.table[first:last], lists.index, starts
-            part = self._partial(values, weights, len(sums), slice(0, N), last - first, columns, longest, given)
-            place = torch.arange(columns, device=ends.device)
-            shift = (blocks.table[first:last, 2] - starts).repeat_interleave(sizes, output_size=columns)
-            component, order = lists.index[place + shift].sort(stable=True)
-            counts = torch.searchsorted(component, torch.arange(K + 1, dtype=component.dtype, device=ends.device))
-            self._add_up(part, sums, 0, order, counts)
-
-    def _partial(
-        self,
-        values: Tensor,
-        weights: Tensor | None,
-        width: int,
-        rows: slice,
-        chunks: int,
-        columns: int,
-        components: int,
-        lists: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """Compute partial sums (W, M) of chunks of rows, for all components or those of lists (table, index, first columns)."""
-        problem, packed = self.problem, self.packed
-        D = problem.shape[2]
-        x, values = problem.x[rows], values[rows]
-        part = x.new_empty(width, columns)
-        wide, warps = _component_block(D, problem.is_full, components)
-        none = values.new_empty(0, dtype=torch.int32)
-        table, index, starts = (none, none, none) if lists is None else lists
+    def _partial(self, values: Tensor, weights: Tensor | None, piece: Piece) -> Tensor:
+        """Compute partial sums (W, M) of chunks of rows."""
+        problem, packed, rows = self.problem, self.packed, piece.rows
+        D, x, values = problem.shape[2], problem.x[rows], values[rows]
+        part = x.new_empty(piece.width, piece.columns)
+        wide, warps = _component_block(problem, piece.components)
         launch(
-            "sums", "moments", x.device, (-(-components // wide), chunks), x, packed.records, values,
-            values if weights is None else weights[rows], part, table, index, starts, len(x), components, columns, _CHUNK, D=D,
-            FAMILY=packed.family, R=packed.records.shape[1], W=width, WEIGHTED=weights is not None,
-            LISTS=lists is not None, BK=wide, U=_UNROLL if D < 6 else 2, warps=warps,
+            "sums", "moments", x.device, (-(-piece.components // wide), piece.chunks), x, packed.records, values,
+            values if weights is None else weights[rows], part, *piece.lists(x), len(x), piece.components, piece.columns, _CHUNK,
+            D=D, FAMILY=packed.family, R=packed.records.shape[1], W=piece.width, WEIGHTED=weights is not None,
+            LISTS=piece.table is not None, BK=wide, U=_UNROLL if D < 6 else 2, warps=warps,
         )  # fmt: skip
         return part
 
-    def _add_up(
-        self, part: Tensor, sums: Tensor, chunks: int, order: Tensor | None = None, pointer: Tensor | None = None
-    ) -> None:
-        """Add partial sums (W, M) to ``sums`` (W, K), in the order of their columns."""
-        width, K = sums.shape
-        none = part.new_empty(0, dtype=torch.int64)
-        launch(
-            "sums", "add_partial_sums", part.device, (-(-K // 32), width), part, sums, none if order is None else order,
-            none if pointer is None else pointer, K, part.shape[1], chunks, LISTS=order is not None, BK=32, BJ=32, warps=4,
-        )  # fmt: skip
 
+def _row_block(problem: Exponents, sums: bool) -> tuple[int, int]:
+    """Return the number of rows of a program, and of components in an unrolled step, for kernels that own points.
 
-def _row_block(D: int, full: bool) -> tuple[int, int]:
-    """Return the number of rows of a program and its number of warps, for kernels that own points."""
+    Args:
+        problem: Exponents.
+        sums: Whether a thread holds more than a few numbers for each of its points.
+    """
+    D, full = problem.shape[2], problem.is_full
     # With four points for each thread a component is loaded for four pairs; in more dimensions their registers do not suffice.
-    many, some = (6, 8) if full else (8, 16)
-    return _WARP * _WARPS * (4 if many >= D else 2 if some >= D else 1), _WARPS
+    if sums:
+        many, some = (6, 8) if full else (8, 16)
+    else:
+        many, some = (_SOME_FULL, _SOME_FULL) if full else (24, 64)
+    each = 4 if many >= D else 2 if some >= D else 1
+    return _WARP * _WARPS * _halved(problem, each), 1 if (FEW_FULL if full else FEW) < D else _UNROLL
 
 
-def _component_block(D: int, full: bool, components: int) -> tuple[int, int]:
+def _component_block(problem: Exponents, components: int) -> tuple[int, int]:
     """Return the number of components of a program and its number of warps, for kernels that own components."""
-    each = (4 if D <= 3 else 2 if D <= 5 else 1) if full else 4 if D <= 8 else 2 if D <= 16 else 1
+    D = problem.shape[2]
+    each = (4 if D <= 3 else 2 if D <= 5 else 1) if problem.is_full else 4 if D <= 8 else 2 if D <= 16 else 1
+    each = _halved(problem, each)
     while each > 1 and components <= _WARP * each // 2:
         each //= 2
     return _WARP * each, 1
+
+
+def _halved(problem: Exponents, each: int) -> int:
+    """Return half of a number for float64 points, which need two registers for each number."""
+    return each if problem.x.dtype == torch.float32 else max(1, each // 2)

@@ -41,11 +41,14 @@ def _points(x_ptr, rows, valid, D: tl.constexpr):
 
 @triton.jit
 def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
-    """Return the whitened residuals of points and the exponents c - |y|², for the component whose record begins at p."""
+    """Return the whitened residuals y of points and the exponents, for the component whose record begins at p.
+
+    The offset c includes the expected value of -|y|². It is taken out of sums of at most eight squares, so that partial sums are
+    small and rounding errors do not grow with D.
+    """
     z = ()
     for a in tl.static_range(D):
         z = z + (x[a] - tl.load(p + (1 + a)),)
-    e = tl.load(p)
     y = ()
     for a in tl.static_range(D):
         v = tl.load(p + (1 + D + a))
@@ -57,15 +60,23 @@ def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
         else:
             v += tl.load(p + (1 + 2 * D)) * z[a]
         y = y + (v,)
-        e = e - v * v
-    return y, e
+        if a % 8 == 0:
+            t = (8 if D - a > 8 else D - a) * 0.7213475204444817 - v * v
+        else:
+            t = t - v * v
+        if a % 8 == 7 or a == D - 1:
+            if a < 8:
+                total = t
+            else:
+                total = total + t
+    return y, tl.load(p) + total
 
 
 @triton.jit
 def _note_least(least_ptr, values, valid, LISTS: tl.constexpr):
-    """Store the smallest value of the rows of the program; -inf if one is NaN."""
+    """Store the smallest value of the rows of the program; -inf if one is NaN or less than what a kernel begins with."""
     if LISTS:
-        values = tl.where(values == values, values, float("-inf"))
+        values = tl.where(values > -9.9e37, values, float("-inf"))
         tl.store(least_ptr + tl.program_id(0), tl.min(tl.where(valid, values, float("inf")), 0))
 
 

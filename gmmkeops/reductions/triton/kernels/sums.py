@@ -40,15 +40,23 @@ def _add_points(
                 for b in tl.static_range(a + 1):
                     y += u[a * (a + 1) // 2 + b] * z[b]
                 v = v + (y,)
-        e = c - tl.load(l_ptr + n)
         for a in tl.static_range(D):
             y = v[a]
             if FAMILY == "diagonal":
                 y = u[a] * z[a] + d[a]
             elif FAMILY == "spherical":
                 y = u[0] * z[a] + d[a]
-            e = e - y * y
-        r = tl.exp2(e)
+            # Squares minus their expected value, as for log-sum-exps.
+            if a % 8 == 0:
+                t = (8 if D - a > 8 else D - a) * 0.7213475204444817 - y * y
+            else:
+                t = t - y * y
+            if a % 8 == 7 or a == D - 1:
+                if a < 8:
+                    total = t
+                else:
+                    total = total + t
+        r = tl.exp2((c - tl.load(l_ptr + n)) + total)
         if WEIGHTED:
             r = r * tl.load(g_ptr + n)
         new = (sums[0] + r,)
@@ -139,18 +147,31 @@ def moments(
             tl.store(o_ptr + M.to(tl.int64) * a + j, sums[a], mask=valid)
 
 
-@triton.jit(do_not_specialize=["K", "M", "chunks"])
+@triton.jit(do_not_specialize=["K", "chunks", "step", "shift", "s_step", "s_shift"])
 def add_partial_sums(
-    o_ptr, s_ptr, order_ptr, pointer_ptr, K, M, chunks, LISTS: tl.constexpr, BK: tl.constexpr, BJ: tl.constexpr
+    o_ptr,
+    s_ptr,
+    order_ptr,
+    pointer_ptr,
+    K,
+    chunks,
+    step,
+    shift,
+    s_step,
+    s_shift,
+    LISTS: tl.constexpr,
+    BK: tl.constexpr,
+    BJ: tl.constexpr,
 ):
     """Add partial sums (W, M) to the totals (W, K), float64, in the order of the chunks.
 
-    With lists, ``order_ptr`` holds the columns of each component one after another, and ``pointer_ptr`` (K + 1,) their ranges.
+    Columns are ``step`` numbers apart and rows ``shift`` numbers, and ``s_step`` and ``s_shift`` for the totals. With lists,
+    ``order_ptr`` holds the columns of each component one after another, and ``pointer_ptr`` (K + 1,) their ranges.
     """
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     w = tl.program_id(1).to(tl.int64)
     valid = k < K
-    o_ptr += w * M
+    o_ptr += w * shift
     j = tl.arange(0, BJ)
     total = tl.zeros((BJ, BK), tl.float64)
     if LISTS:
@@ -167,6 +188,6 @@ def add_partial_sums(
             column = tl.load(order_ptr + first[None, :] + (j0 + j)[:, None], mask=inside, other=0).to(tl.int64)
         else:
             column = (j0 + j).to(tl.int64)[:, None] * K + k[None, :]
-        total += tl.load(o_ptr + column, mask=inside, other=0.0).to(tl.float64)
-    s_ptr += w * K + k
+        total += tl.load(o_ptr + column * step, mask=inside, other=0.0).to(tl.float64)
+    s_ptr += w * s_shift + k.to(tl.int64) * s_step
     tl.store(s_ptr, tl.load(s_ptr, mask=valid, other=0.0) + tl.sum(total, 0), mask=valid)

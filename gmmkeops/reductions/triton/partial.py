@@ -1,0 +1,134 @@
+"""Partial sums of moments over chunks of rows, and their float64 totals without atomic operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gmmkeops.reductions.triton.loading import launch
+from gmmkeops.reductions.triton.packing import Blocks, Padded
+from gmmkeops.reductions.truncation.bounds import Schedule
+
+__all__ = ["SLAB", "Piece", "add_moments", "add_up"]
+
+# Maximum memory for the partial sums of one launch, bytes.
+SLAB = 1 << 26
+
+# Numbers of columns and of partial sums of a program that adds them.
+_COLUMNS, _SUMS = 32, 32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Chunks of rows whose partial sums are computed by one launch.
+
+    Args:
+        rows: Rows of all chunks.
+        chunks: Number of chunks.
+        components: Largest number of components of a chunk.
+        width: Number of partial sums W for each pair of chunk and component.
+        columns: Number of these pairs M.
+        table: Rows of each chunk, and range of its components in ``index`` (chunks, 4), int32; None for all components.
+        index: Components of all lists, int32.
+        starts: First column of each chunk (chunks,).
+    """
+
+    rows: slice
+    chunks: int
+    components: int
+    width: int
+    columns: int
+    table: Tensor | None = None
+    index: Tensor | None = None
+    starts: Tensor | None = None
+
+    def lists(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return table, index and starts; empty tensors on the device of x if there are no lists."""
+        none = x.new_empty(0, dtype=torch.int32)
+        if self.table is None or self.index is None or self.starts is None:
+            return none, none, none
+        return self.table, self.index, self.starts
+
+
+def add_moments(
+    x: Tensor, sums: Tensor, schedules: Sequence[Schedule] | None, chunk: int, partial: Callable[[Piece], Tensor]
+) -> None:
+    """Add the moments of all pairs, or over the candidate lists of schedules, to ``sums`` (W, K), float64.
+
+    Args:
+        x: Points (N, D).
+        sums: The sums.
+        schedules: Schedules of all rows; None for all pairs.
+        chunk: Number of rows for each partial sum.
+        partial: Function that computes the partial sums (W, M) of a piece, in the dtype of the points.
+    """
+    N, (width, K) = len(x), sums.shape
+    most = max(1, SLAB // (x.element_size() * width))
+    if schedules is None:
+        some = max(1, most // K) * chunk
+        for start in range(0, N, some):
+            chunks = -(-(min(N, start + some) - start) // chunk)
+            piece = Piece(slice(start, start + some), chunks, K, width, chunks * K)
+            add_up(partial(piece), sums, chunks)
+        return
+    for schedule in schedules:
+        for piece, places in _pieces(schedule, N, K, width, chunk, most):
+            assert piece.index is not None, "the pieces of a schedule have lists"
+            component, order = piece.index[places].sort(stable=True)
+            pointer = torch.searchsorted(component, torch.arange(K + 1, dtype=component.dtype, device=x.device))
+            add_up(partial(piece), sums, 0, (order, pointer))
+
+
+def _pieces(
+    schedule: Schedule, rows: int, components: int, width: int, chunk: int, most: int
+) -> Iterator[tuple[Piece, Tensor]]:
+    """Split a schedule into pieces of about ``most`` columns; yield them and the position in the lists of each column."""
+    lists = Padded.of(schedule, components, 1)
+    table = Blocks.of(schedule, lists.first, lists.last, chunk, rows).table
+    lengths = (table[:, 3] - table[:, 2]).long()
+    ends = lengths.cumsum(0)
+    # The numbers on which the sizes of the launches depend.
+    total, longest = torch.stack([ends[-1], lengths.amax()]).tolist()
+    most = max(most, 2 * longest)
+    cuts, columns = [0, len(lengths)], [0, total]
+    if total > most:
+        limits = torch.arange(most, total, most - longest, device=ends.device)
+        inner = torch.searchsorted(ends, limits, right=True).unique()
+        before = torch.where(inner > 0, ends[(inner - 1).clamp(min=0)], 0)
+        cuts, columns = [0, *inner.tolist(), len(lengths)], [0, *before.tolist(), total]
+    for (first, last), (start, stop) in zip(pairwise(cuts), pairwise(columns), strict=True):
+        if start == stop:
+            continue
+        sizes, count = lengths[first:last], stop - start
+        starts = sizes.cumsum(0) - sizes
+        shift = (table[first:last, 2] - starts).repeat_interleave(sizes, output_size=count)
+        given = table[first:last], lists.index, starts
+        yield (
+            Piece(slice(0, rows), last - first, longest, width, count, *given),
+            shift + torch.arange(count, device=ends.device),
+        )
+
+
+def add_up(part: Tensor, sums: Tensor, chunks: int, listed: tuple[Tensor, Tensor] | None = None) -> None:
+    """Add partial sums (W, M) to ``sums`` (W, K), float64, in the order of their columns.
+
+    Args:
+        part: Partial sums; without lists, the K columns of each chunk follow one another.
+        sums: The sums.
+        chunks: Number of chunks, without lists.
+        listed: The columns of each component, one component after another, and their ranges (K + 1,).
+    """
+    if listed is None and part.stride(0) == 1 and part.stride(1) == len(part):
+        # Neighboring numbers are added by neighboring threads.
+        part, sums = part.T.reshape(1, -1), sums.T.view(1, -1)
+    width, K = sums.shape
+    none = part.new_empty(0, dtype=torch.int64)
+    order, pointer = (none, none) if listed is None else listed
+    launch(
+        "sums", "add_partial_sums", part.device, (-(-K // _COLUMNS), width), part, sums, order, pointer, K, chunks,
+        part.stride(1), part.stride(0), sums.stride(1), sums.stride(0), LISTS=listed is not None, BK=_COLUMNS, BJ=_SUMS, warps=4,
+    )  # fmt: skip

@@ -1,0 +1,301 @@
+"""The Triton engine, by Triton's interpreter where there is no device: every kernel against float64, and what it leaves out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import INTERPRETED, make_case, needs_triton
+from triton_binaries import all_pairs
+
+from gmmkeops import reductions
+from gmmkeops._checks import PrecisionWarning
+from gmmkeops.reductions import choice
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Statistics, TopK
+from gmmkeops.reductions.triton import engine, loading, partial, residuals, tiles, triton
+
+DEVICES = [INTERPRETED, pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton)]
+CLOSE = 2e-6
+
+pytestmark = pytest.mark.parametrize("on", DEVICES)
+
+# Families, numbers of features and of components. Moments of the last ones are computed by tiles.
+FEW = [
+    *(("full", D, K) for D, K in zip(range(1, 9), (6, 300, 5, 37, 1, 3, 2, 5), strict=True)),
+    *(("tied_full", 4, 6), ("spherical", 1, 3), ("diag", 3, 30), ("diag", 17, 5), ("diag", 32, 3), ("tied_diag", 2, 4)),
+    *(("spherical", 2, 50), ("spherical", 9, 6), ("spherical", 32, 2), ("tied_spherical", 3, 7)),
+]
+MANY = [("full", 9, 3), ("full", 16, 5), ("full", 20, 3), ("tied_full", 32, 2)]
+MANY += [(family, D, 2) for family in ("diag", "spherical") for D in (64, 128)]
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch):
+    """Chunks of so few rows that small cases have several, the last of which is not full."""
+    monkeypatch.setattr(residuals, "_CHUNK", 8)
+    monkeypatch.setattr(tiles, "_CHUNK", 64)
+    monkeypatch.setattr(choice, "_warned", set())
+
+
+def weights_of(x):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(len(x), generator=generator, dtype=torch.float64).to(x.device)
+
+
+def evaluated(problem, request, *schedules):
+    """The result of a request over all pairs or over schedules, and the minima of these."""
+    evaluation = triton.begin(problem, request)
+    found = [evaluation.add(schedule) for schedule in schedules or [None]]
+    return evaluation.result(), found
+
+
+def error(found, expected, scale=None):
+    """The largest error, relative to max(1, |expected|) or to the largest entry of ``scale``."""
+    assert found.shape == expected.shape
+    difference = (found.double() - expected).abs()
+    return float(
+        (difference / expected.abs().clamp(min=1)).max() if scale is None else difference.max() / scale.abs().max()
+    )
+
+
+def check(case, near=CLOSE):
+    """Compare all requests with the oracle: log-sum-exps relative to max(1, |l|), moments relative to those of |g|."""
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x)
+    assert triton.unsupported(problem, Statistics(g)) is None
+    plain, signed, absolute = case.oracle(), case.oracle(g), case.oracle(g.abs())
+    best = plain["e"].topk(min(3, len(case.means)))
+    (values,), _ = evaluated(problem, LogSumExp())
+    assert values.dtype == case.x.dtype
+    assert error(values, plain["values"]) <= near
+    (S0, S1, S2, total), _ = evaluated(problem, Statistics(g))
+    assert error(S0, signed["S0"], absolute["S0"]) <= CLOSE
+    # The sum of absolute residuals is at most this, by the Cauchy-Schwarz inequality.
+    assert error(S1, signed["S1"], (absolute["S0"].max() * absolute["S2"].abs().max()).sqrt()) <= CLOSE
+    assert error(S2, signed["S2"], absolute["S2"]) <= CLOSE
+    assert error(total, signed["total"], g.abs() @ plain["values"].abs()) <= CLOSE
+    if triton.unsupported(problem, PointGradient()) is None:
+        (gradient, same), _ = evaluated(problem, PointGradient(g, values=True))
+        assert error(gradient, signed["gradient"], signed["gradient"]) <= 2 * CLOSE
+        assert torch.equal(same, values)
+    (labels,), _ = evaluated(problem, Argmax())
+    assert torch.equal(labels, best.indices[:, 0])
+    (exponents, components), _ = evaluated(problem, TopK(len(best.values[0])))
+    assert error(exponents, best.values) <= 2 * near
+    assert torch.equal(components, best.indices)
+
+
+@pytest.mark.parametrize(("family", "features", "components"), FEW)
+def test_residuals(on, family, features, components):
+    check(make_case(family, torch.float32, N=21, K=components, D=features, condition=20.0, seed=3, device=on[1]))
+
+
+@pytest.mark.parametrize(("family", "features", "components"), MANY)
+def test_tiles(on, family, features, components):
+    case = make_case(family, torch.float32, N=70, K=components, D=features, condition=20.0, device=on[1])
+    # The squares of 64 and more residuals have a sum that may be much larger than |l|.
+    check(case, CLOSE if features <= 32 else 3 * CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("family", "features"), [("full", 3), ("spherical", 5), ("full", 16), ("diag", 40), ("full", 24)]
+)
+def test_lists_of_all_components_give_the_same_bits(on, family, features):
+    # Row ranges begin at a multiple of the rows of a tile and of a chunk.
+    rows, first = (170, 128) if features >= 16 else (27, 16)
+    case = make_case(family, torch.float32, N=rows, K=6, D=features, condition=20.0, device=on[1])
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x)
+    whole = evaluated(problem, LogSumExp())[0][0]
+    spans = torch.tensor([[0, first], [first, rows]])
+    lists = all_pairs(rows, 6, spans, device=on[1])
+    requests = [LogSumExp(), Statistics(g)]
+    if features < 16:
+        requests += [TopK(2), Statistics(), PointGradient(g), Statistics(assignment="stochastic")]
+    for request in requests:
+        (all_pairs_result, _), (listed, [(_, minima)]) = evaluated(problem, request), evaluated(problem, request, lists)
+        assert all(map(torch.equal, all_pairs_result, listed))
+        if request == LogSumExp():
+            least = torch.stack([whole[start:stop].min() for start, stop in spans.tolist()])
+            assert error(minima, least.double()) <= 1e-6
+
+
+def test_lists_leave_out_components_and_are_repeated(on):
+    """Row ranges with a list of some components have the results of these; those with a floor that is too high are repeated."""
+    case = make_case("full", torch.float32, N=50, K=7, condition=20.0, device=on[1])
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x)
+    some, e = torch.tensor([5, 0, 2], device=on[1]), case.oracle()["e"].clone()
+    lists = all_pairs(50, 7, [[0, 20], [20, 50]], device=on[1])
+    short = type(lists)(
+        lists.boxes, torch.cat([some, lists.index[7:]]), lists.pointer.new_tensor([0, 3, 10]), lists.pruned, lists.spans,
+        lists.owner, lists.floor.new_tensor([-torch.inf, 1e9]),
+    )  # fmt: skip
+    again = lists.only(torch.tensor([False, True], device=on[1]))
+    left_out = torch.ones(7, dtype=torch.bool, device=on[1])
+    left_out[some] = False
+    e[:20, left_out] = -torch.inf
+    r = g[:, None] * e.softmax(1)
+    assert error(evaluated(problem, LogSumExp(), short, again)[0][0], e.logsumexp(1)) <= CLOSE
+    assert torch.equal(evaluated(problem, Argmax(), short, again)[0][0], e.argmax(1))
+    assert error(evaluated(problem, Statistics(g), short, again)[0][0], r.sum(0), r.abs().sum(0)) <= CLOSE
+    (_, components), [(_, minima), _] = evaluated(problem, TopK(4), short, again)
+    assert minima[0] == -torch.inf
+    assert torch.equal(components[20:], e[20:].topk(4).indices)
+
+
+@pytest.mark.parametrize("family", ["diag"])
+def test_partial_sums_are_computed_in_slabs(on, family, monkeypatch):
+    case = make_case(family, torch.float32, N=75, K=5, condition=20.0, device=on[1])
+    problem, lists = Exponents.of(*case.arguments), all_pairs(75, 5, [[0, 10], [10, 50], [50, 75]], device=on[1])
+    requests = Statistics(), Statistics(assignment="hard")
+    before = [evaluated(problem, request, *given)[0] for request in requests for given in ((), (lists,))]
+    made = []
+    add_up = partial.add_up
+    monkeypatch.setattr(partial, "add_up", lambda part, *rest: (made.append(part.shape[1]), add_up(part, *rest)))
+    monkeypatch.setattr(partial, "SLAB", 250)
+    monkeypatch.setattr(residuals, "SLAB", 250)
+    after = [evaluated(problem, request, *given)[0] for request in requests for given in ((), (lists,))]
+    assert len(made) >= 4
+    assert max(made) <= 25
+    for one, other in zip(before, after, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert error(a, b, b) <= 1e-12
+
+
+def test_float64_points_and_narrow_components_are_evaluated_in_float64(on):
+    case = make_case("full", torch.float64, N=30, D=3, condition=1e6, device=on[1])
+    truth = case.oracle()
+    (values,), _ = evaluated(Exponents.of(*case.arguments), LogSumExp())
+    assert error(values, truth["values"]) <= 1e-11
+    rounded = type(case)(case.x.float(), case.offsets, case.means, case.factor)
+    problem, truth = Exponents.of(*rounded.arguments), rounded.oracle()
+    (values,), _ = evaluated(problem, LogSumExp())
+    assert values.dtype == torch.float32
+    assert error(values, truth["values"]) <= 1e-7
+    S2 = evaluated(problem, Statistics())[0][2]
+    assert error(S2, truth["S2"], truth["S2"]) <= 1e-9
+
+
+def test_large_coordinates_and_means_between_float32_numbers(on):
+    case = make_case("full", torch.float32, N=40, D=3, condition=10.0, shift=3e5, device=on[1])
+    means = case.means.double() + 0.01
+    moved = type(case)(case.x, case.offsets, means, case.factor)
+    truth = moved.oracle()
+    (values,), _ = evaluated(Exponents.of(*moved.arguments), LogSumExp())
+    assert error(values, truth["values"]) <= CLOSE
+    for family in ("full", "diag", "spherical"):
+        case = make_case(family, torch.float32, N=40, D=3, condition=10.0, shift=3e5, device=on[1])
+        moved = type(case)(case.x, case.offsets, case.means.double() + 0.01, case.factor)
+        truth, sums = moved.oracle(), evaluated(Exponents.of(*moved.arguments), Statistics())[0]
+        for name, found in zip(("S0", "S1", "S2"), sums, strict=False):
+            assert error(found, truth[name], truth[name]) <= CLOSE
+
+
+def test_factors_that_are_not_triangular_or_are_singular(on):
+    case = make_case("full", torch.float32, N=40, D=3, condition=10.0, device=on[1])
+    truth = case.oracle()
+    Q, _ = torch.linalg.qr(torch.randn(5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    U = case.factor.matrices().double() @ Q.to(on[1])
+    problem = Exponents.of(case.x, case.offsets, case.means, U)
+    assert error(evaluated(problem, LogSumExp())[0][0], truth["values"]) <= CLOSE
+    assert error(evaluated(problem, Statistics())[0][2], truth["S2"], truth["S2"]) <= CLOSE
+    U[1] = 0
+    sums, _ = evaluated(Exponents.of(case.x, case.offsets, case.means, U), Statistics())
+    assert all(bool(torch.isfinite(part).all()) for part in sums)
+
+
+def test_points_far_from_all_components(on):
+    case = make_case("full", torch.float32, N=40, D=2, condition=10.0, device=on[1])
+    case.x[3], case.x[7] = 1e3, torch.tensor([1e12, -1e12])
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x)
+    dense = choice.dense
+    for request in (LogSumExp(), Argmax(), TopK(2), Statistics(g), PointGradient(g), Statistics(g, assignment="hard")):
+        expected = dense.begin(problem, request)
+        expected.add(None)
+        for found, truth in zip(evaluated(problem, request)[0], expected.result(), strict=True):
+            assert torch.isfinite(found).all()
+            assert error(found, truth.double(), truth.double()) <= CLOSE
+
+
+def test_weights_of_any_size_and_components_of_no_weight(on):
+    case = make_case("diag", torch.float32, N=40, K=4, condition=10.0, device=on[1])
+    case.offsets[2] = -torch.inf
+    problem = Exponents.of(*case.arguments)
+    for g in (weights_of(case.x) * 1e200, weights_of(case.x) * 1e-200, weights_of(case.x).exp() ** 60):
+        truth, (S0, _, S2, total) = case.oracle(g), evaluated(problem, Statistics(g))[0]
+        alive = truth["S0"][[0, 1, 3]]
+        assert error(S0[[0, 1, 3]] / alive, torch.ones_like(alive)) <= 1e-4
+        assert S0[2] == 0
+        assert bool((S2[2] == 0).all())
+        assert error(total / truth["total"], torch.ones_like(total)) <= 1e-5
+
+
+@pytest.mark.parametrize("k", [1, 16])
+def test_equal_exponents_are_taken_in_the_order_of_the_components(on, k):
+    x = torch.zeros(3, 2, device=on[1])
+    problem = Exponents.of(
+        x, torch.zeros(20, device=on[1]), torch.ones(20, 2, device=on[1]), torch.ones(1, 2, device=on[1])
+    )
+    _, components = evaluated(problem, TopK(k))[0]
+    assert components.tolist() == [list(range(k))] * 3
+
+
+def test_what_the_engine_does_not_compute(on):
+    case = make_case("diag", torch.float32, N=5, K=20, D=3, device=on[1])
+    problem = Exponents.of(*case.arguments)
+    assert "16 exponents" in triton.unsupported(problem, TopK(17))
+    assert triton.unsupported(problem, Statistics(assignment="stochastic")) is None
+    wide = Exponents.of(*make_case("full", torch.float32, N=5, D=33, device=on[1]).arguments)
+    assert "in 33 dimensions" in triton.unsupported(wide, LogSumExp())
+    many = Exponents.of(*make_case("full", torch.float32, N=5, D=17, device=on[1]).arguments)
+    assert "gradients in 17 dimensions" in triton.unsupported(many, PointGradient())
+    double = Exponents.of(*make_case("full", torch.float64, N=5, D=9, device=on[1]).arguments)
+    assert "float32 points only" in triton.unsupported(double, LogSumExp())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        assert loading.unavailable(torch.device("cpu")) == "it runs on CUDA devices only, not on cpu"
+        patch.setattr(loading, "_capability", lambda device: (7, 5))
+        assert "capability 7.5" in loading.unavailable(torch.device("cuda"))
+
+
+def test_a_wrong_result_at_the_first_use_is_found(on, monkeypatch):
+    case = make_case("full", torch.float32, N=30, device=on[1])
+    logsumexps = residuals.Residuals.logsumexps
+
+    def wrong(self, out, schedule):
+        found = logsumexps(self, out, schedule)
+        out += 1e-3
+        return found
+
+    monkeypatch.setattr(residuals.Residuals, "logsumexps", wrong)
+    monkeypatch.setitem(choice.ENGINES, "triton", engine.Triton())
+    with pytest.warns(PrecisionWarning, match="differ from those of the dense engine"):
+        reductions.logsumexp(*case.arguments, backend="triton")
+    assert "differ" in choice.ENGINES["triton"].unavailable(case.x.device)
+    with pytest.warns(UserWarning, match="Triton was requested but its results differ"):
+        assert reductions.engine(case.x, "triton") == "dense"
+
+
+def test_choice_on_cuda(on, monkeypatch):
+    cuda, runs = torch.device("cuda"), {"keops": None, "triton": None}
+    for chosen in (choice.keops, triton):
+        monkeypatch.setattr(type(chosen), "unavailable", lambda self, device: runs[self.name])
+
+    def names(**options):
+        return [reductions.engine(cuda, features=D, **options) for D in (3, 8, 33, 129)]
+
+    assert names() == ["keops", "triton", "dense", "dense"]
+    assert names(full=False) == ["keops", "keops", "triton", "dense"]
+    assert names(dtype=torch.float64) == ["keops", "dense", "dense", "dense"]
+    runs["keops"] = "its library is missing"
+    with pytest.warns(UserWarning, match=r"KeOps is the faster engine here but its library is missing; using Triton\."):
+        assert names() == ["triton", "triton", "dense", "dense"]
+    assert names(dtype=torch.float64) == ["triton", "dense", "dense", "dense"]
+    runs["triton"] = "it is missing too"
+    assert names() == ["dense"] * 4
+
+
+def test_triton_is_imported_on_first_use(on):
+    code = "import sys, gmmkeops; gmmkeops.reductions.engine(__import__('torch').zeros(2, 2)); print('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -1,0 +1,134 @@
+"""Compile the Triton kernels of the engine for GPUs that are not there, and read their machine code.
+
+Run as a script, with a JSON list of cases (request, family, features, dtype, lists) and compute capabilities; prints JSON. It
+runs in a process of its own, since Triton's interpreter is chosen when Triton is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from conftest import make_case
+
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.triton import loading, partial, residuals, tiles
+from gmmkeops.reductions.truncation.bounds import Schedule
+
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def launches(case, rows=1000, components=1000):
+    """The kernel launches of a case, as (module, kernel, arguments, warps, constants)."""
+    found = []
+
+    def record(module, kernel, device, grid, *arguments, warps, **constants):
+        found.append((module, kernel, arguments, warps, constants))
+
+    for owner in (residuals, partial, tiles):
+        owner.launch = record
+    request, family, features, dtype, lists = case
+    dtype = getattr(torch, dtype)
+    made = make_case(family, dtype, N=rows, K=components, D=features)
+    kernels = residuals.Residuals(Exponents.of(*made.arguments))
+    values, schedule = torch.zeros(rows, dtype=dtype), all_pairs(rows, components) if lists else None
+    schedules = None if schedule is None else [schedule]
+    match request:
+        case "logsumexp":
+            kernels.logsumexps(values, schedule)
+        case "argmax":
+            kernels.largest(values[:, None], torch.zeros(rows, 1, dtype=torch.int32), schedule)
+        case "topk":
+            kernels.largest(torch.zeros(rows, 5, dtype=dtype), torch.zeros(rows, 5, dtype=torch.int32), schedule)
+        case "draws":
+            kernels.draws(values, values, torch.zeros(rows, dtype=torch.int32), schedules)
+        case "gradient":
+            kernels.gradients(values, schedules)
+        case "moments":
+            kernels.moments(values, None, schedules)
+        case "weighted":
+            kernels.moments(values, values, schedules)
+    return found
+
+
+def all_pairs(rows, components, spans=None, device="cpu"):
+    """A schedule of all components for each of some row ranges."""
+    spans = torch.as_tensor([[0, rows // 2], [rows // 2, rows]] if spans is None else spans).to(device)
+    T = len(spans)
+    lists = torch.arange(T, device=device)
+    index, pointer = torch.arange(components, device=device).repeat(T), torch.arange(T + 1, device=device) * components
+    floor = torch.full((T,), -torch.inf, dtype=torch.float64, device=device)
+    return Schedule(lists, index, pointer, floor, spans, lists, floor)
+
+
+def compiled(launch, capability):
+    """The binary of a launch for a compute capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel, arguments, warps, constants = launch
+    function = getattr(loading._kernels(module), kernel)
+    names = function.arg_names
+    given = dict(zip(names, arguments, strict=False))
+    types = {name: TYPES[v.dtype] if isinstance(v, torch.Tensor) else "i32" for name, v in given.items()}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, v in given.items() if isinstance(v, torch.Tensor)}
+    source = ASTSource(function, types | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def tool(name, *arguments):
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(kernel):
+    """The instructions (address, text) of a kernel, and what it uses: registers, stack and local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(kernel.asm["cubin"])
+        lines, usage = tool("cuobjdump", "-sass", path), tool("cuobjdump", "-res-usage", path)
+    found = [re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", line) for line in lines.splitlines()]
+    instructions = [(int(match[1], 16), match[2]) for match in found if match]
+    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return instructions, used
+
+
+def longest_loop(instructions):
+    """The instructions of the longest loop."""
+    places = {address: place for place, (address, _) in enumerate(instructions)}
+    loops = [[]]
+    for place, (address, text) in enumerate(instructions):
+        target = re.search(r"BRA\b.*?(0x[0-9a-f]+)", text)
+        if target and int(target[1], 16) in places and int(target[1], 16) < address:
+            loops.append([text for _, text in instructions[places[int(target[1], 16)] : place + 1]])
+    return max(loops, key=len)
+
+
+def main():
+    rows = []
+    for case in json.loads(sys.argv[1]):
+        for launch in launches(case):
+            for capability in json.loads(sys.argv[2]):
+                kernel = compiled(launch, capability)
+                instructions, used = machine_code(kernel)
+                *_, warps, constants = launch
+                loop = longest_loop(instructions)
+                wide = constants.get("BN", 0) or constants.get("BK", 0)
+                pairs = constants.get("U", 1) * wide / (32 * warps)
+                rows.append({"case": case, "kernel": launch[1], "capability": capability, **used, "loop": len(loop)})
+                rows[-1] |= {"per_pair": len(loop) / pairs, "shared": kernel.metadata.shared, "warps": warps}
+                rows[-1]["exponentials"] = sorted(set(re.findall(r"ex2[.\w]*", kernel.asm["ptx"])))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
