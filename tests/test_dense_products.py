@@ -166,7 +166,7 @@ def test_products_in_parts():
     once = reductions.dense.products._rounded(a) @ reductions.dense.products._rounded(b)
     assert float(((once - exact).abs() / scale).max()) > 1e-5
     assert float(((reductions.dense.products.split_product(a, b) - exact).abs() / scale).max()) < 2**-21
-    head, rest = reductions.dense.products._parts(a)
+    head, rest = reductions.dense.products.parts(a)
     assert float(((head.double() + rest.double()) / a.double() - 1).abs().max()) < 2**-22
     bits = head.view(torch.int32) & 0x1FFF
     assert int(bits.abs().max()) == 0
