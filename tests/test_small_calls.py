@@ -191,10 +191,8 @@ def calls(monkeypatch):
     """The requests that the compiled library evaluates."""
     engine = reductions.native.engine
     found, call = [], engine._call
-    # The first evaluation of a kind is compared with the dense engine.
-    for dtype in (torch.float32, torch.float64):
-        mixture().log_prob(points(dtype=dtype))
-        mixture("diag").log_prob(points(dtype=dtype))
+    # The first evaluation of a kind would be compared with the dense engine.
+    monkeypatch.setattr(reductions.native.native._comparison, "is_due", lambda *arguments: False)
 
     def counted(evaluation, *arguments):
         found.append(type(evaluation.request).__name__)

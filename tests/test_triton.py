@@ -37,7 +37,7 @@ def _short_chunks(monkeypatch):
     """Chunks of so few rows that small cases have several, the last of which is not full."""
     monkeypatch.setattr(residuals, "_CHUNK", 8)
     monkeypatch.setattr(tiles, "_CHUNK", 64)
-    monkeypatch.setattr(choice, "_warned", set())
+    monkeypatch.setattr(choice, "_told", set())
 
 
 def weights_of(x):
