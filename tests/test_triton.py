@@ -239,6 +239,22 @@ def test_equal_exponents_are_taken_in_the_order_of_the_components(on, k):
     )
     _, components = evaluated(problem, TopK(k))[0]
     assert components.tolist() == [list(range(k))] * 3
+    # A larger exponent moves the others down in their order.
+    problem.offsets[19] = 1.0
+    _, components = evaluated(problem, TopK(k))[0]
+    assert components.tolist() == [[19, *range(k - 1)]] * 3
+
+
+def test_draws_have_positive_probability(on):
+    """Rounding may keep the sum of the responsibilities below the random number."""
+    x = torch.zeros(5, 2, device=on[1])
+    offsets = torch.tensor([0.0, 1.0, -torch.inf], device=on[1])
+    problem = Exponents.of(x, offsets, torch.zeros(3, 2, device=on[1]), torch.ones(1, 2, device=on[1]))
+    kernels = residuals.Residuals(problem)
+    values, labels = torch.empty_like(x[:, 0]), torch.empty(5, dtype=torch.int32, device=on[1])
+    kernels.logsumexps(values, None)
+    kernels.draws(values, torch.tensor([1e-30, 0.26, 0.27, 1.0, 1.01], device=on[1]), labels, None)
+    assert labels.tolist() == [0, 0, 1, 1, 1]
 
 
 def test_what_the_engine_does_not_compute(on):
