@@ -218,6 +218,18 @@ def test_points_far_from_all_components(on):
             assert error(found, truth.double(), truth.double()) <= CLOSE
 
 
+def test_points_at_the_end_of_the_range_of_float32(on):
+    """The residuals of such points are infinite, or no numbers."""
+    case = make_case("full", torch.float32, N=40, D=3, condition=10.0, device=on[1])
+    case.x[5], case.x[6] = 3e38, torch.tensor([3e38, -3e38, 3e38])
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x)
+    assert torch.isfinite(evaluated(problem, LogSumExp())[0][0]).all()
+    expected = choice.dense.begin(problem, Statistics(g))
+    expected.add(None)
+    for found, truth in zip(evaluated(problem, Statistics(g))[0][:3], expected.result(), strict=False):
+        assert error(found, truth, truth) <= CLOSE
+
+
 def test_weights_of_any_size_and_components_of_no_weight(on):
     case = make_case("diag", torch.float32, N=40, K=4, condition=10.0, device=on[1])
     case.offsets[2] = -torch.inf
