@@ -192,6 +192,16 @@ def test_large_coordinates_and_means_between_float32_numbers(on):
             assert error(found, truth[name], truth[name]) <= CLOSE
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rounded_factors_and_constants_do_not_shift_log_sum_exps(on, seed):
+    """The factor of a component changes all its squares alike, which adds up over many features."""
+    case = make_case("spherical", torch.float32, N=100, K=1, D=128, condition=1.0, seed=seed, device=on[1])
+    # Log-sum-exps are small, so that they have small rounding errors themselves.
+    shifted = type(case)(case.x, 0 * case.offsets + 64, case.means, case.factor)
+    (values,), _ = evaluated(Exponents.of(*shifted.arguments), LogSumExp())
+    assert abs(float((values - shifted.oracle()["values"]).mean())) <= 5e-7
+
+
 def test_factors_that_are_not_triangular_or_are_singular(on):
     case = make_case("full", torch.float32, N=40, D=3, condition=10.0, device=on[1])
     truth = case.oracle()
