@@ -54,10 +54,11 @@ INTERPRETED = pytest.param(("triton", "cpu"), id="triton-cpu", marks=needs_inter
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark tests of candidate lists by Triton's interpreter as slow, except one."""
+    """Mark tests by Triton's interpreter as slow: tied factors, and candidate lists except for one family."""
     for item in items:
         listed = "triton-cpu-lists" in item.name or ("too_short" in item.name and "triton-cpu" in item.name)
-        if listed and "test_every_request[full-dtype0" not in item.name:
+        tied = "[tied" in item.name and "triton-cpu" in item.name and "test_every_request" in item.name
+        if tied or (listed and "test_every_request[full-dtype0" not in item.name):
             item.add_marker(pytest.mark.slow)
 
 

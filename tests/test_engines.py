@@ -142,7 +142,7 @@ def scene(family, dtype, truncated, device, backend="dense"):
     """A small case, or one of separated components, in which candidate lists leave out most of the pairs."""
     size = {"N": 12_001, "K": 40, "condition": 10.0, "spread": 20.0} if truncated else {"condition": 30.0}
     if truncated and (backend, device) == ("triton", "cpu"):
-        size |= {"N": 3001, "D": 2, "spread": 60.0}
+        size |= {"N": 2049, "D": 2, "spread": 60.0}
     case = make_case(family, dtype, device=device, **size)
     generator = torch.Generator().manual_seed(1)
     g = torch.randn(len(case.x), generator=generator, dtype=torch.float64).to(device)

@@ -192,6 +192,16 @@ def test_large_coordinates_and_means_between_float32_numbers(on):
             assert error(found, truth[name], truth[name]) <= CLOSE
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rounded_factors_and_constants_do_not_shift_log_sum_exps(on, seed):
+    """The factor of a component changes all its squares alike, which adds up over many features."""
+    case = make_case("spherical", torch.float32, N=100, K=1, D=128, condition=1.0, seed=seed, device=on[1])
+    # Log-sum-exps are small, so that they have small rounding errors themselves.
+    shifted = type(case)(case.x, 0 * case.offsets + 64, case.means, case.factor)
+    (values,), _ = evaluated(Exponents.of(*shifted.arguments), LogSumExp())
+    assert abs(float((values - shifted.oracle()["values"]).mean())) <= 5e-7
+
+
 def test_factors_that_are_not_triangular_or_are_singular(on):
     case = make_case("full", torch.float32, N=40, D=3, condition=10.0, device=on[1])
     truth = case.oracle()
@@ -218,6 +228,18 @@ def test_points_far_from_all_components(on):
             assert error(found, truth.double(), truth.double()) <= CLOSE
 
 
+def test_points_at_the_end_of_the_range_of_float32(on):
+    """The residuals of such points are infinite, or no numbers."""
+    case = make_case("full", torch.float32, N=40, D=3, condition=10.0, device=on[1])
+    case.x[5], case.x[6] = 3e38, torch.tensor([3e38, -3e38, 3e38])
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x)
+    assert torch.isfinite(evaluated(problem, LogSumExp())[0][0]).all()
+    expected = choice.dense.begin(problem, Statistics(g))
+    expected.add(None)
+    for found, truth in zip(evaluated(problem, Statistics(g))[0][:3], expected.result(), strict=False):
+        assert error(found, truth, truth) <= CLOSE
+
+
 def test_weights_of_any_size_and_components_of_no_weight(on):
     case = make_case("diag", torch.float32, N=40, K=4, condition=10.0, device=on[1])
     case.offsets[2] = -torch.inf
@@ -239,6 +261,22 @@ def test_equal_exponents_are_taken_in_the_order_of_the_components(on, k):
     )
     _, components = evaluated(problem, TopK(k))[0]
     assert components.tolist() == [list(range(k))] * 3
+    # A larger exponent moves the others down in their order.
+    problem.offsets[19] = 1.0
+    _, components = evaluated(problem, TopK(k))[0]
+    assert components.tolist() == [[19, *range(k - 1)]] * 3
+
+
+def test_draws_have_positive_probability(on):
+    """Rounding may keep the sum of the responsibilities below the random number."""
+    x = torch.zeros(5, 2, device=on[1])
+    offsets = torch.tensor([0.0, 1.0, -torch.inf], device=on[1])
+    problem = Exponents.of(x, offsets, torch.zeros(3, 2, device=on[1]), torch.ones(1, 2, device=on[1]))
+    kernels = residuals.Residuals(problem)
+    values, labels = torch.empty_like(x[:, 0]), torch.empty(5, dtype=torch.int32, device=on[1])
+    kernels.logsumexps(values, None)
+    kernels.draws(values, torch.tensor([1e-30, 0.26, 0.27, 1.0, 1.01], device=on[1]), labels, None)
+    assert labels.tolist() == [0, 0, 1, 1, 1]
 
 
 def test_what_the_engine_does_not_compute(on):

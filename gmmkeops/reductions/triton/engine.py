@@ -182,10 +182,16 @@ class _Evaluation:
     def _moments(self, request: Statistics, far: Tensor) -> Result:
         values, weights = self._nats(far), request.weights
         g = None if weights is None or self._unit is None else weights / self._unit
+        kernels = self._kernels
         if request.assignment == "soft":
             shares = self._values.index_fill(0, far, NO_SHARE)
+            if len(far):
+                # Residuals of these rows may be infinite, and their product with zero would not be a number.
+                x = self.problem.x.clone()
+                x[far] = (self.problem.means[0] + self.problem.center).to(x.dtype)
+                kernels = Residuals(replace(self.problem, x=x))
             single = None if g is None else g.to(self.problem.x.dtype)
-            S0, S1, S2 = self._kernels.moments(shares, single, self._schedules)
+            S0, S1, S2 = kernels.moments(shares, single, self._schedules)
         else:
             labels = self._labels[:, 0] if request.assignment == "hard" else self._drawn(request.seed)
             S0, S1, S2 = self._kernels.hard_moments(labels.index_fill(0, far, NO_LABEL), g)

@@ -4,13 +4,13 @@ With :math:`s = \sqrt{\tfrac12 \log_2 e}`, exponents in base 2 relative to a num
 
 .. math::
 
-    \tilde e_{nk} = \tilde c_k + D s^2 - \lVert V_k^\top (x_n - m_k) + d_k \rVert^2, \qquad
-    \tilde c_k = (c_k - \tfrac12 D - b) \log_2 e, \qquad
+    \tilde e_{nk} = \tilde c_k + D q - \lVert V_k^\top (x_n - m_k) + d_k \rVert^2, \qquad
+    \tilde c_k = (c_k - b) \log_2 e - D q, \qquad
     V_k = s\,U_k, \qquad d_k = -V_k^\top (\mu_k - m_k)
 
 where :math:`m_k` is the mean rounded to the dtype of the points. The difference :math:`x_n - m_k` of two floating-point numbers
-has a relative rounding error only, so that coordinates may be large. The kernels subtract the expected value
-:math:`D s^2` of the squares from partial sums of them.
+has a relative rounding error only, so that coordinates may be large. The kernels subtract squares from :math:`q = 0.71875`, which
+is about their expected value :math:`s^2` and a float32 number, so that their partial sums are small.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ LN2 = math.log(2.0)
 # Offset of components of no weight, by which lists are padded: below the smallest exponent that a kernel stores.
 _NOTHING = -3e38
 
+
+# The number q.
+_SQUARE = 0.71875
 
 # Largest usual log-sum-exp, nats, for which exponents are relative to zero, so that errors are relative to log-sum-exps.
 _SMALL = 128.0
@@ -77,8 +80,8 @@ class Packed:
 
 def _scaled(problem: Exponents) -> tuple[Tensor, ...]:
     """Return the base, the largest usual log-sum-exp, and c (K,), m (K, D), μ - m (K, D), V (as U) and d (K, D)."""
-    # At points of a component, exponents are about c - D / 2.
-    expected = problem.offsets - 0.5 * problem.shape[2]
+    # At points of a component, exponents are about this.
+    expected = problem.offsets - problem.shape[2] * _SQUARE * LN2
     usual = expected.amax()
     base = torch.where(usual.abs() <= _SMALL, 0.0, usual)
     means = problem.means + problem.center

@@ -188,7 +188,7 @@ class Residuals:
             "sums", "moments", x.device, (-(-piece.components // wide), piece.chunks), x, packed.records, values,
             values if weights is None else weights[rows], part, *piece.lists(x), len(x), piece.components, piece.columns, _CHUNK,
             D=D, FAMILY=packed.family, R=packed.records.shape[1], W=piece.width, WEIGHTED=weights is not None,
-            LISTS=piece.table is not None, BK=wide, U=_UNROLL if D < 6 else 2, warps=warps,
+            LISTS=piece.table is not None, BK=wide, U=_point_step(problem), warps=warps,
         )  # fmt: skip
         return part
 
@@ -218,6 +218,13 @@ def _component_block(problem: Exponents, components: int) -> tuple[int, int]:
     while each > 1 and components <= _WARP * each // 2:
         each //= 2
     return _WARP * each, 1
+
+
+def _point_step(problem: Exponents) -> int:
+    """Return the number of points in an unrolled step of a kernel that owns components."""
+    D = problem.shape[2]
+    # With two points, registers of sm_100 are spilled for D = 24, but not for D = 32.
+    return _UNROLL if D < 6 else 1 if not problem.is_full and 16 < D <= 24 else 2
 
 
 def _halved(problem: Exponents, each: int) -> int:

@@ -61,7 +61,7 @@ def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
             v += tl.load(p + (1 + 2 * D)) * z[a]
         y = y + (v,)
         if a % 8 == 0:
-            t = (8 if D - a > 8 else D - a) * 0.7213475204444817 - v * v
+            t = (8 if D - a > 8 else D - a) * 0.71875 - v * v
         else:
             t = t - v * v
         if a % 8 == 7 or a == D - 1:

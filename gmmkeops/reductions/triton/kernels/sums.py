@@ -48,7 +48,7 @@ def _add_points(
                 y = u[0] * z[a] + d[a]
             # Squares minus their expected value, as for log-sum-exps.
             if a % 8 == 0:
-                t = (8 if D - a > 8 else D - a) * 0.7213475204444817 - y * y
+                t = (8 if D - a > 8 else D - a) * 0.71875 - y * y
             else:
                 t = t - y * y
             if a % 8 == 7 or a == D - 1:

@@ -39,7 +39,7 @@ def _exponent(x, p, D: tl.constexpr, P: tl.constexpr, FULL: tl.constexpr):
         y = tl.dot(z_head, head, y, input_precision="tf32")
     else:
         y += tl.load(p + d)[None, :] * z
-    return z, y, tl.sum(tl.where(d < D, 0.7213475204444817, 0.0)[None, :] - y * y, 1)
+    return z, y, tl.sum(tl.where(d < D, 0.71875, 0.0)[None, :] - y * y, 1)
 
 
 @triton.jit
