@@ -207,7 +207,10 @@ def _row_block(problem: Exponents, sums: bool) -> tuple[int, int]:
     else:
         many, some = (_SOME_FULL, _SOME_FULL) if full else (24, 64)
     each = 4 if many >= D else 2 if some >= D else 1
-    return _WARP * _WARPS * _halved(problem, each), 1 if (FEW_FULL if full else FEW) < D else _UNROLL
+    few = FEW_FULL if full else FEW
+    # With four components, uniform registers of sm_100 are spilled for D = 7.
+    unroll = 1 if few < D else 2 if sums and full and D == 7 else _UNROLL
+    return _WARP * _WARPS * _halved(problem, each), unroll
 
 
 def _component_block(problem: Exponents, components: int) -> tuple[int, int]:
