@@ -1,6 +1,7 @@
 # make demo    the spiral and the photograph: numbers here, pictures in demo/
 # make test    the whole test suite in two processes, with real KeOps formulas compiled and run
-# make test-slow  samplers over hundreds of simulated data sets, truncation in 200 000 random scenes (~2 hours)
+# make test-slow  samplers over hundreds of simulated data sets, truncation in 200 000 random scenes, machine code of the Triton
+#                 kernels for four GPUs (~2 hours)
 # make sanitize  the native engine with the address and undefined-behavior sanitizers of the compiler (g++ on Linux)
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks

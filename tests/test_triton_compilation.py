@@ -42,14 +42,16 @@ def test_instructions_for_each_pair_in_three_dimensions(capability):
 
 
 # Numbers of features around those at which the numbers of points and components of a thread change.
-SIZES = [("full", D) for D in (1, 3, 5, 8, 16, 20, 32)] + [("diag", D) for D in (8, 24, 32, 128)] + [("spherical", 128)]
+SIZES = (
+    [("full", D) for D in (1, 3, 5, 7, 8, 16, 20, 32)] + [("diag", D) for D in (8, 24, 32, 128)] + [("spherical", 128)]
+)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("family", "features"), SIZES)
 def test_no_kernel_spills_registers(family, features, capability):
     many = features > (16 if family == "full" else 32)
-    requests = ["logsumexp", "topk", "weighted", *([] if many else ["gradient"])]
+    requests = ["logsumexp", "topk", "moments", "weighted", *([] if many else ["gradient"])]
     for row in measured([(request, family, features, "float32", False) for request in requests], [capability]):
         assert row["LOCAL"] == 0
         assert row["STACK"] == 0, row

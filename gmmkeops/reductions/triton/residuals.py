@@ -188,7 +188,7 @@ class Residuals:
             "sums", "moments", x.device, (-(-piece.components // wide), piece.chunks), x, packed.records, values,
             values if weights is None else weights[rows], part, *piece.lists(x), len(x), piece.components, piece.columns, _CHUNK,
             D=D, FAMILY=packed.family, R=packed.records.shape[1], W=piece.width, WEIGHTED=weights is not None,
-            LISTS=piece.table is not None, BK=wide, U=_point_step(problem), warps=warps,
+            LISTS=piece.table is not None, BK=wide, U=_point_step(problem, wide // _WARP), warps=warps,
         )  # fmt: skip
         return part
 
@@ -207,24 +207,29 @@ def _row_block(problem: Exponents, sums: bool) -> tuple[int, int]:
     else:
         many, some = (_SOME_FULL, _SOME_FULL) if full else (24, 64)
     each = 4 if many >= D else 2 if some >= D else 1
-    return _WARP * _WARPS * _halved(problem, each), 1 if (FEW_FULL if full else FEW) < D else _UNROLL
+    few = FEW_FULL if full else FEW
+    # With four components, uniform registers of sm_100 are spilled for D = 7.
+    unroll = 1 if few < D else 2 if sums and full and D == 7 else _UNROLL
+    return _WARP * _WARPS * _halved(problem, each), unroll
 
 
 def _component_block(problem: Exponents, components: int) -> tuple[int, int]:
     """Return the number of components of a program and its number of warps, for kernels that own components."""
     D = problem.shape[2]
-    each = (4 if D <= 3 else 2 if D <= 5 else 1) if problem.is_full else 4 if D <= 8 else 2 if D <= 16 else 1
+    # With two components for each thread, sm_100 computes pairs of numbers (D = 8: 82 instructions for each pair, 200 with one).
+    each = (4 if D <= 3 else 2) if problem.is_full else 4 if D <= 8 else 2 if D <= 16 else 1
     each = _halved(problem, each)
     while each > 1 and components <= _WARP * each // 2:
         each //= 2
     return _WARP * each, 1
 
 
-def _point_step(problem: Exponents) -> int:
-    """Return the number of points in an unrolled step of a kernel that owns components."""
+def _point_step(problem: Exponents, each: int) -> int:
+    """Return the number of points in an unrolled step of a kernel of which a thread owns ``each`` components."""
     D = problem.shape[2]
-    # With two points, registers of sm_100 are spilled for D = 24, but not for D = 32.
-    return _UNROLL if D < 6 else 1 if not problem.is_full and 16 < D <= 24 else 2
+    # With two points, registers of sm_100 are spilled in these dimensions.
+    single = D > 6 and each == 1 if problem.is_full else 16 < D <= 24
+    return 1 if single else _UNROLL if D < 6 else 2
 
 
 def _halved(problem: Exponents, each: int) -> int:
