@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import HAS_KEOPS
 
+import gmmkeops as gk
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import adapters
@@ -423,3 +425,13 @@ def test_initial_mixtures_are_compared(monkeypatch, tmp_path):
     assert found["auto"]["gain"] == pytest.approx(gain - 0.5)
     starts.plot({"rows": [row | {"set": name} for name in starts.SETS for row in rows]}, tmp_path / "starts.png")
     assert matplotlib.image.imread(tmp_path / "starts.png")[..., :3].std() > 0.02
+
+
+def test_the_table_of_engines_has_the_times_of_the_results():
+    rows = json.loads((Path(__file__).parents[1] / "bench/results/cpu.json").read_text())["rows"]
+    times = {(row["case"], row["peer"]): row.get("seconds") for row in rows}
+    lines = [line for line in gk.reductions.TABLE if line.device == "cpu"]
+    for line, case in zip(lines, ("full, 3e5 x 30, D=3", "diag, 1e5 x 64, D=8"), strict=True):
+        for name in ("native", "dense", "keops"):
+            assert f"{name} {1e3 * times[case, f'gmmkeops, {name}']:.3g} ms" in line.figure
+        assert case.split(", ")[1] in line.figure

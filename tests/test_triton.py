@@ -292,6 +292,8 @@ def test_what_the_engine_does_not_compute(on):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "0")
         assert loading.unavailable(torch.device("cpu")) == "it runs on CUDA devices only, not on cpu"
+        patch.setattr(loading, "_capability", lambda device: None)
+        assert loading.unavailable(torch.device("cuda")) == "torch finds no CUDA device"
         patch.setattr(loading, "_capability", lambda device: (7, 5))
         assert "capability 7.5" in loading.unavailable(torch.device("cuda"))
 
@@ -322,13 +324,15 @@ def test_choice_on_cuda(on, monkeypatch):
     def names(**options):
         return [reductions.engine(cuda, features=D, **options) for D in (3, 8, 33, 129)]
 
-    assert names() == ["keops", "triton", "dense", "dense"]
+    assert names() == ["keops", "keops", "dense", "dense"]
+    assert reductions.engine(cuda, features=16) == "triton"
     assert names(full=False) == ["keops", "keops", "triton", "dense"]
-    assert names(dtype=torch.float64) == ["keops", "dense", "dense", "dense"]
+    assert names(dtype=torch.float64) == ["keops", "keops", "dense", "dense"]
     runs["keops"] = "its library is missing"
     with pytest.warns(UserWarning, match=r"KeOps is the faster engine here but its library is missing; using Triton\."):
         assert names() == ["triton", "triton", "dense", "dense"]
-    assert names(dtype=torch.float64) == ["triton", "dense", "dense", "dense"]
+    assert names(dtype=torch.float64) == ["triton", "triton", "dense", "dense"]
+    assert reductions.fallback(cuda, features=3) == "KeOps is the faster engine here but its library is missing"
     runs["triton"] = "it is missing too"
     assert names() == ["dense"] * 4
 

@@ -62,7 +62,7 @@ class Triton:
             return f"Triton has no kernel for gradients in {D} dimensions"
         if form.dtype != torch.float32 and not _runs_in_double(form):
             return f"Triton has kernels for float32 points only in {D} dimensions"
-        if torch.version.hip is not None and problem.is_full and FEW_FULL < D:
+        if torch.version.hip is not None and form.full and FEW_FULL < D:
             return f"Triton has no kernels for full factors in {D} dimensions on ROCm"
         if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:
             return "Triton numbers points and parameters by 32 bits"

@@ -30,14 +30,16 @@ def unavailable(device: torch.device) -> str | None:
             return "TRITON_INTERPRET is set, and its interpreter runs on a CPU only"
     elif device.type != "cuda":
         return f"it runs on CUDA devices only, not on {device.type}"
-    elif torch.version.hip is None and (capability := _capability(device))[0] < _CAPABILITY:
+    elif (capability := _capability(device)) is None:
+        return "torch finds no CUDA device"
+    elif torch.version.hip is None and capability[0] < _CAPABILITY:
         return f"the device has compute capability {capability[0]}.{capability[1]}, and Triton needs {_CAPABILITY}.0"
     return _failure()
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 @functools.cache
