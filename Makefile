@@ -6,7 +6,8 @@
 # make check   formatter, linter, type checker
 # make gallery every gallery script and all pages of the documentation, in build/site (open index.html), and their checks
 # make gpu     ten minutes on a CUDA device: are all results right, and which engine is faster where; results in bench/results.
-#              It uses the Python that it is given (make gpu PYTHON=python3), installs nothing, and names what is missing
+#              It uses the Python that it is given (make gpu PYTHON=python3), compiles the native engine in this folder, installs
+#              nothing, and names what is missing. The tests for devices follow
 # make bench   every case by this package and other libraries (~40 minutes on two cores; THREADS=1 for one thread), tables and plots
 # make bench-quick  small variants of some cases, in about three minutes, to check the benchmark; results in build/bench
 # make bench-gpu  the same on CUDA
@@ -65,9 +66,11 @@ check: $(READY)
 	$(BIN)/mypy
 
 gpu:
+	-$(PYTHON) setup.py -q build_ext --inplace
 	-$(PYTHON) -m gmmkeops.cli doctor
 	$(PYTHON) bench/gpu.py
 	-$(PYTHON) bench/report.py
+	-$(PYTHON) -m pytest -q -m gpu
 
 bench: $(PEERS_READY)
 	$(PEERS)/python bench/run.py --threads $(THREADS)

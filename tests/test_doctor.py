@@ -151,3 +151,19 @@ def test_an_engine_that_fails_is_not_timed(short, monkeypatch):
     assert row.seconds == {}
     assert row.failures["dense"] == "dense has no memory left"
     assert row.chosen in str(row)
+
+
+def test_an_engine_whose_results_are_wrong_is_found(monkeypatch):
+    """Its first results are compared with float64, and another engine replaces it."""
+    native = reductions.native.native
+    if native.unavailable(torch.device("cpu")) is not None:
+        pytest.skip("the native engine has not been compiled")
+    kind = reductions.native.engine._Evaluation
+    result = kind.result
+    monkeypatch.setattr(native._comparison, "_done", set())
+    monkeypatch.setattr(native._comparison, "failure", None)
+    monkeypatch.setattr(kind, "result", lambda self: tuple(part + 1 for part in result(self)))
+    with pytest.warns(UserWarning, match="a check of 256 points"):
+        found = finding("native on the CPU")
+    assert found.ok is False
+    assert "found a relative error" in found.says

@@ -342,7 +342,7 @@ def test_the_first_results_are_compared_with_float64(request_, family):
             return Distorted(toy.begin(problem, request), place)
 
         wrong = Comparison(begin)
-        with pytest.raises(Broken, match="its results differ from those of the dense engine in float64 by a fraction"):
+        with pytest.raises(Broken, match="a check of 256 points at its first use found a relative error of"):
             wrong.once(problem, request_)
         assert wrong.failure is not None
         # Once for each kind of request and problem.
@@ -357,6 +357,33 @@ def test_numbers_beyond_the_range_of_float32_are_equal():
     comparison = Comparison(Toy().begin)
     comparison.once(Exponents.of(x, *case.arguments[1:]), LogSumExp())
     assert comparison.failure is None
+
+
+def test_gradients_that_cancel_are_right():
+    """Midway between two components the gradient is a difference of equal terms."""
+    means = torch.tensor([[1.57, 2.2], [1.17, 1.8]])
+    x, U = means.mean(0, keepdim=True), torch.eye(2).expand(2, 2, 2)
+    for backend in ("native", "toy"):
+        comparison = Comparison(choice.ENGINES[backend].begin)
+        for dtype in (torch.float32, torch.float64):
+            comparison.once(Exponents.of(x.to(dtype), torch.zeros(2), means, U), PointGradient())
+        assert comparison.failure is None
+
+
+def test_each_kind_of_request_and_family_is_compared(monkeypatch):
+    asked = []
+
+    def begin(problem, request):
+        asked.append((request, tuple(problem.U.shape[1:])))
+        return Toy().begin(problem, request)
+
+    comparison = Comparison(begin)
+    for family in ("diag", "spherical"):
+        problem = Exponents.of(*make_case(family, torch.float32, condition=10.0).arguments)
+        for request in (Statistics(assignment="hard"), Statistics(torch.ones(300)), Statistics(), TopK(1), TopK(2)):
+            comparison.once(problem, request)
+    kinds = [TopK(1), Statistics(), TopK(2)]
+    assert asked == [(kind, shape) for shape in ((3,), (1,)) for kind in kinds]
 
 
 @pytest.mark.parametrize("engine", [param for param in ENGINES if "dense" not in param.id])

@@ -66,7 +66,7 @@ def test_wrong_results_are_seen(run, family, wrong):
     truth[wrong] = truth[wrong] * (1 + 1e-3)
     found = gpu.errors(arguments, g, truth, {"backend": "dense", "truncate": 0}, arguments[0])
     column = {"values": "log-sum-exp", "gradient": "point gradient"}.get(wrong, wrong)
-    assert found[column] > 5e-4
+    assert found[column] > 1e-4
     assert all(found[name] < 2e-6 for name in ("S0", "S1", "S2", "log-sum-exp", "point gradient") if name != column)
 
 

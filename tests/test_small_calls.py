@@ -192,7 +192,7 @@ def calls(monkeypatch):
     engine = reductions.native.engine
     found, call = [], engine._call
     # The first evaluation of a kind would be compared with the dense engine.
-    monkeypatch.setattr(reductions.native.native._comparison, "is_due", lambda *arguments: False)
+    monkeypatch.setattr(reductions.native.native._comparison, "once", lambda *arguments: None)
 
     def counted(evaluation, *arguments):
         found.append(type(evaluation.request).__name__)

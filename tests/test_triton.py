@@ -310,10 +310,68 @@ def test_a_wrong_result_at_the_first_use_is_found(on, monkeypatch):
     monkeypatch.setattr(residuals.Residuals, "logsumexps", wrong)
     monkeypatch.setitem(choice.ENGINES, "triton", engine.Triton())
     expected = reductions.logsumexp(*case.arguments, backend="dense")
-    with pytest.warns(UserWarning, match="Triton was requested but its results differ from those of the dense engine"):
+    with pytest.warns(UserWarning, match="Triton was requested but a check of 30 points at its first use found"):
         assert torch.equal(reductions.logsumexp(*case.arguments, backend="triton"), expected)
-    assert "differ" in choice.ENGINES["triton"].unavailable(case.x.device)
+    assert "check" in choice.ENGINES["triton"].unavailable(case.x.device)
     assert reductions.engine(case.x, "triton") == "dense"
+
+
+def test_lists_that_are_all_too_short(on):
+    """No row range of the first schedule is kept."""
+    generator = torch.Generator().manual_seed(0)
+    x = 100 * torch.rand(2048, 1, generator=generator)
+    means, U = torch.linspace(0, 100, 48)[:, None], torch.full((1, 1, 1), 2.0)
+    x, means, U = (part.to(on[1]) for part in (x, means, U))
+    offsets = torch.zeros(48, device=on[1])
+    cloud = reductions.arrange(x, 48, 1e-6)
+    reductions.logsumexp(cloud, offsets, means, U, backend="dense")
+    cloud.minima = cloud.minima + 60
+    found = reductions.moments(cloud, offsets, means, U, backend="triton")
+    expected = reductions.moments(x, offsets, means, U, backend="dense", truncate=0)
+    assert error(found.S2, expected.S2, expected.S2) <= 1e-5
+
+
+def test_launches_stay_within_the_limits_of_a_grid(on, monkeypatch):
+    """The second axis of a grid has at most 65 535 programs."""
+    grids, launch = [], partial.launch
+    monkeypatch.setattr(partial, "MOST_CHUNKS", 3)
+    for module in (residuals, tiles):
+        monkeypatch.setattr(
+            module, "launch", lambda *arguments, **options: (grids.append(arguments[3]), launch(*arguments, **options))
+        )
+    for family, D in (("diag", 2), ("full", 9)):
+        case = make_case(family, torch.float32, N=300, K=3, D=D, condition=10.0, device=on[1])
+        sums = reductions.moments(*case.arguments, backend="triton", truncate=0)
+        assert error(sums.S2, case.oracle()["S2"], case.oracle()["S2"]) <= CLOSE
+    assert max(grid[1] for grid in grids if len(grid) > 1) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter compiles nothing")
+def test_a_kernel_that_cannot_be_compiled_ends_no_call(on, monkeypatch):
+    case = make_case("full", torch.float32, N=30)
+    expected = reductions.logsumexp(*case.arguments, backend="dense")
+    monkeypatch.setattr(loading, "interpreted", lambda: False)
+    monkeypatch.setattr(loading, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(loading, "_broken", [])
+    monkeypatch.setattr(engine.loading, "unavailable", lambda device: loading._broken[-1] if loading._broken else None)
+
+    class Kernels:
+        def __getattr__(self, name):
+            raise RuntimeError("Failed to find C compiler\nand more")
+
+    monkeypatch.setattr(loading, "_kernels", lambda module: {"rows": Kernels()}.get(module, Kernels()))
+    monkeypatch.setitem(choice.ENGINES, "triton", engine.Triton())
+    with pytest.warns(UserWarning, match=r"Triton was requested but a kernel cannot be compiled .*find C compiler\)"):
+        assert torch.equal(reductions.logsumexp(*case.arguments, backend="triton"), expected)
+
+
+def test_exponents_of_distant_points_in_float64(on):
+    x = torch.full((1, 1), 1e20, dtype=torch.float64, device=on[1])
+    means = torch.tensor([[0.0], [5e19]], dtype=torch.float64, device=on[1])
+    arguments = (x, torch.zeros(2, device=on[1]), means, torch.ones(1, 1, 1, device=on[1]))
+    values, labels = reductions.topk(*arguments, 2, backend="triton")
+    assert labels.tolist() == [[1, 0]]
+    assert values[0].tolist() == pytest.approx([-1.25e39, -5e39])
 
 
 def test_choice_on_cuda(on, monkeypatch):

@@ -15,9 +15,12 @@ from pathlib import Path
 import torch
 
 from gmmkeops import reductions
-from gmmkeops.reductions import instruction_set, keops_unavailable, native_unavailable, triton_unavailable
+from gmmkeops.reductions import instruction_set, native_unavailable
 
 __all__ = ["Finding", "examine"]
+
+# Packages of the engines.
+_PACKAGES = {"keops": "pykeops", "triton": "triton"}
 
 # Largest admissible difference from the float64 values, nats.
 _TOLERANCE = 1e-4
@@ -125,13 +128,10 @@ def _toolkit(version: str) -> str:
 
 def _engine(what: str, backend: str, device: torch.device) -> Finding:
     """Compare three reductions of an engine with those of the dense engine in float64."""
-    if backend == "keops" and (reason := keops_unavailable(device)) is not None:
-        remedy = "pip install pykeops" if "not installed" in reason else ""
+    if (reason := reductions.unavailable(backend, torch.zeros(1, 2, device=device))) is not None:
+        remedy = f"pip install {_PACKAGES[backend]}" if backend in _PACKAGES and "not installed" in reason else ""
         if "does not see CUDA" in reason:
             remedy = _toolkit(torch.version.cuda or "")
-        return Finding(what, False, f"{reason}; another engine is used instead.", remedy)
-    if backend == "triton" and (reason := triton_unavailable(device)) is not None:
-        remedy = "pip install triton" if "not installed" in reason else ""
         return Finding(what, False, f"{reason}; another engine is used instead.", remedy)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 2, generator=generator)
@@ -149,6 +149,9 @@ def _engine(what: str, backend: str, device: torch.device) -> Finding:
     seconds = time.perf_counter() - began
     worst = max(float((values - truth).abs().max()), float((found - sums).abs().max()) / 500)
     right = worst < _TOLERANCE and torch.equal(labels, reductions.argmax(x, offsets, means, torch.ones(1, 2)))
+    # An engine whose first results are wrong is replaced by another one.
+    if (reason := reductions.unavailable(backend, arguments[0])) is not None:
+        return Finding(what, False, f"{reason}; another engine is used instead.")
     if not right:
         remedy = "pip install --force-reinstall pykeops keopscore" if backend == "keops" else ""
         return Finding(what, False, f"error of {worst:.1e} nats.", remedy)

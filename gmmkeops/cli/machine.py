@@ -41,7 +41,10 @@ def doctor(options: Any) -> int:
 def _measure(options: Any) -> int:
     """Time the engines on this machine; print the choices of ``"auto"`` and the figures behind them, and then each row."""
     if not options.json:
-        sys.stdout.write("backend='auto' uses the first of these engines that can run:\n")
+        sys.stdout.write(
+            "backend='auto' uses the first of these engines that can run (in parentheses: figures behind the order; no engine "
+            "has been timed on CUDA yet):\n"
+        )
         for line in reductions.TABLE:
             most = "" if line.features == math.inf else f" up to D={line.features:.0f}"
             kind = "full" if line.full else "diagonal, spherical"

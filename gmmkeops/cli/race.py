@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ __all__ = ["Row", "problem", "race", "seconds_of"]
 
 # Numbers of features of full and of diagonal factors.
 _FULL, _DIAGONAL = (2, 3, 8, 16, 32), (8, 32, 64)
+
+# Ratio of times from which another engine is recommended; smaller differences may be noise.
+_CLEARLY = 1.1
 
 # Numbers of points and components on a CPU and on other devices.
 _CPU, _DEVICE = (50_000, 30), (1_000_000, 1000)
@@ -54,7 +58,9 @@ class Row:
     def __str__(self) -> str:
         times = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in self.seconds.items())
         kind = "full" if self.full else "diag"
-        note = "" if self.chosen == self.fastest else f"; {self.fastest} is faster here: pass backend={self.fastest!r}"
+        slower = self.seconds and self.seconds.get(self.chosen, math.inf) > _CLEARLY * self.seconds[self.fastest]
+        note = f"; {self.fastest} is faster here: pass backend={self.fastest!r}" if slower else ""
+        note += "".join(f"; {name}: {reason}" for name, reason in self.failures.items())
         return (
             f"{self.device:<5}{kind:<5}D={self.features:<4}{self.points} x {self.components}: {times}; "
             f"auto uses {self.chosen}{note}"

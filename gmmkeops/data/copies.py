@@ -54,7 +54,12 @@ class Copies:
         points, weights = _locked(batch.points), None if batch.weights is None else _locked(batch.weights)
         with torch.cuda.stream(self.stream):
             found = prepare(replace(batch, points=points, weights=weights))
-            return Copied(found, self.stream.record_event())
+            ready = self.stream.record_event()
+        for tensor in (batch.points, batch.weights):
+            if tensor is not None and tensor.is_cuda:
+                # The memory of tensors of the user must not be used again before they have been read here.
+                tensor.record_stream(self.stream)
+        return Copied(found, ready)
 
     def received(self, copied: Copied) -> Batch:
         """Return a chunk; the current stream waits until it is complete, and the calling thread does not."""

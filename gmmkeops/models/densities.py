@@ -71,9 +71,10 @@ def _finite_log_prob(
     if mixture.batch_shape:
         compiled = as_choice(backend, "backend", reductions.BACKENDS) in ("keops", "triton")
         if compiled or as_fraction(truncate, "truncate"):
-            named = backend if compiled else "keops"
             raise ValueError(
-                f"a batch of mixtures supports neither backend={named!r} nor truncation; omit backend and truncate."
+                f"a batch of mixtures does not support backend={backend!r}; omit backend."
+                if compiled
+                else "a batch of mixtures does not support truncation; omit truncate."
             )
         return _batch_log_prob(mixture, x)
     if x.numel() == 0:

@@ -58,24 +58,28 @@ TABLE = (
         True,
         8,
         ("keops", "triton", "dense"),
-        "D = 3: keops 37 + 42, triton 22 + 33; D = 8: 105 + 144, 72 + 119",
+        "instructions per pair, D = 3: keops 37 + 42, triton 22 + 33; D = 8: 105 + 144, 72 + 119",
     ),
     Line(
-        "cuda", False, 32, ("keops", "triton", "dense"), "D = 8: triton 37 + 56; keops spills no registers up to D = 32"
+        "cuda",
+        False,
+        32,
+        ("keops", "triton", "dense"),
+        "instructions per pair, D = 8: triton 37 + 56; the code of keops fits into registers up to D = 32",
     ),
     Line(
         "cuda",
         True,
         math.inf,
         ("triton", "dense"),
-        "D = 16: triton 222 for a log-sum-exp; keops 267, and its moments spill",
+        "instructions per pair, D = 16: log-sum-exp by triton 222, by keops 267, whose moments do not fit into registers",
     ),
     Line(
         "cuda",
         False,
         math.inf,
         ("triton", "dense"),
-        "D = 128: no registers are spilled; dense writes N K numbers to memory",
+        "D = 128: the code of triton fits into registers; dense writes tiles of N x K numbers to memory",
     ),
 )
 
@@ -131,7 +135,13 @@ def fallback(
     dtype: torch.dtype = torch.float32,
     assignment: str = "soft",
 ) -> str | None:
-    """Return the reason why the preferred engine is not used; None if it is. Arguments and warnings as for :func:`engine`."""
+    """Return the reason why the preferred engine is not used; None if it is. Arguments and warnings as for :func:`engine`.
+
+    Example:
+        >>> import torch, gmmkeops as gk
+        >>> gk.reductions.fallback(torch.zeros(5, 3)) is None
+        True
+    """
     form = _form(problem, features, full, dtype)
     return _chosen(form, Statistics(assignment=assignment), backend)[1]
 
@@ -161,6 +171,8 @@ def choose(problem: Exponents, request: Request, backend: str) -> Engine:
 
 def _chosen(form: Form, request: Request, backend: str) -> tuple[Engine, str | None]:
     """Return the engine, and why it is not the preferred one; each such reason is reported once."""
+    if not isinstance(backend, str):
+        as_choice(backend, "backend", BACKENDS)
     missed: tuple[Engine, str, bool] | None = None
     for name in _preferred(form.device.type, form.full, form.features, backend):
         found = ENGINES[name]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.problem import Exponents
@@ -25,9 +24,19 @@ from gmmkeops.reductions.truncation.passes import evaluate
 
 __all__ = ["Comparison"]
 
-# Number of points that are compared, and largest errors for each dtype of the points: of log-densities relative to
-# max(1, |value|), of sums and gradients relative to the largest one.
-_POINTS, _TOLERANCE = 256, {torch.float32: 1e-4, torch.float64: 1e-8}
+# Number of points that are compared; fewer, but at least 16, if the product of points and entries of the factors would be large.
+_POINTS, _LEAST, _WORK = 256, 16, 1 << 25
+
+# Largest errors for each dtype of the points: of log-densities relative to max(1, |value|), of sums and gradients relative to the
+# largest one.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+_NAMES = {
+    LogSumExp: "the log-sum-exps",
+    TopK: "the largest exponents",
+    Statistics: "the moments",
+    PointGradient: "the gradients of the points",
+}
 
 
 # Least scale, so that results that are all zero can be compared.
@@ -49,28 +58,28 @@ class Comparison:
         self._done: set[tuple[object, ...]] = set()
         self.failure: str | None = None
 
-    def is_due(self, x: Tensor, full: bool, request: type[Request]) -> bool:
-        """Return whether a kind of request has not been compared for such points and factors."""
-        return (x.device, x.dtype, x.shape[1], full, request) not in self._done
-
     def once(self, problem: Exponents, request: Request) -> None:
         """Compare the results of a request for some of the points, if that has not been done for such a problem and request.
+
+        All pairs of these points and all components are evaluated, without weights.
 
         Raises:
             Broken: The results differ by more than rounding errors.
         """
-        x = problem.x
-        if not len(x) or not self.is_due(x, problem.is_full, type(request)):
+        x, same = problem.x, _without_chance(request)
+        key = x.device, x.dtype, tuple(problem.U.shape[1:]), x.shape[1], same
+        if key in self._done or not len(x):
             return
-        self._done.add((x.device, x.dtype, x.shape[1], problem.is_full, type(request)))
-        same = _without_chance(request)
-        count = min(_POINTS, len(x))
+        count = min(_POINTS, len(x), max(_LEAST, _WORK // problem.U.numel()))
         few = problem.rows(torch.arange(count, device=x.device) * len(x) // count)
         evaluation = self._begin(few, same)
         evaluation.add(None)
-        error = _error(same, evaluation.result(), evaluate(dense, replace(few, x=few.x.double()), same))
+        expected = evaluate(dense, replace(few, x=few.x.double()), same)
+        error = _error(same, evaluation.result(), expected, float(problem.U.abs().amax()))
+        self._done.add(key)
         if not error <= _TOLERANCE[x.dtype]:
-            self.failure = f"its results differ from those of the dense engine in float64 by a fraction of {error:.1g}"
+            found = f"a relative error of {error:.1g} in {_NAMES[type(same)]}"
+            self.failure = f"a check of {count} points at its first use found {found}"
             raise Broken(self.failure)
 
 
@@ -89,8 +98,12 @@ def _without_chance(request: Request) -> Request:
             return LogSumExp()
 
 
-def _error(request: Request, own: Result, expected: Result) -> float:
-    """Compute the largest relative error of the results of a request; NaN if a result is."""
+def _error(request: Request, own: Result, expected: Result, steepest: float) -> float:
+    """Compute the largest relative error of the results of a request; NaN if a result is.
+
+    ``steepest`` is the largest entry of the factors, by which the terms of a gradient are of about this size also where they
+    cancel.
+    """
     if isinstance(request, Statistics):
         S0, S1, S2 = expected[:3]
         # S1, about the means, may be much smaller than its terms.
@@ -101,5 +114,5 @@ def _error(request: Request, own: Result, expected: Result) -> float:
     values = expected[0].to(own[0].dtype)
     error = torch.where(own[0] == values, 0.0, (own[0] - values).double().abs())
     if isinstance(request, PointGradient):
-        return float(error.amax() / values.abs().amax().double().clamp(min=_TINY))
+        return float(error.amax() / values.abs().amax().double().clamp(min=max(steepest, _TINY)))
     return float((error / values.double().abs().clamp(min=1)).amax())

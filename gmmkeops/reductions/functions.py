@@ -282,7 +282,15 @@ def moments(
         problem, blocks = setup(x, offsets, means, factor, truncate, Statistics(assignment=assignment).rank)
         g = x.weights if isinstance(x, Batch) else _weights(weights, problem.x if blocks is None else blocks)
         g = g if g is None or blocks is None else blocks.cloud.enter(g)
-        sums = statistics(problem, blocks, g, backend, assignment, seed, means.device if isinstance(x, Batch) else None)
+        sums = statistics(
+            problem,
+            blocks,
+            g,
+            backend,
+            assignment,
+            seed,
+            getattr(means, "device", None) if isinstance(x, Batch) else None,
+        )
     # In one dimension the factors of all families have equal shapes, so S2 is reshaped to that of the given factor.
     shape = factor.spread_shape(factor.features) if isinstance(factor, Factor) else sums.S2.shape[1:]
     return replace(sums, S2=sums.S2.reshape(len(sums.S0), *shape))

@@ -29,6 +29,9 @@ _FULL, _DIAGONAL, _TOP = 32, 128, 16
 _FULL_GRADIENT, _DIAGONAL_GRADIENT = 16, 32
 _FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 
+# Exponents, base 2, above which kernels are exact: their running maximum begins at -1e38.
+_LOWEST = -9.9e37
+
 # Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
 _CONDITION = 128.0
 
@@ -64,7 +67,7 @@ class Triton:
             return f"Triton has kernels for float32 points only in {D} dimensions"
         if torch.version.hip is not None and form.full and FEW_FULL < D:
             return f"Triton has no kernels for full factors in {D} dimensions on ROCm"
-        if N == 0 or max(N, K * (1 + 2 * D + D * D)) >= 1 << 31:
+        if N == 0 or max(N, K * (16 + 4 * D + 8 * D * D)) >= 1 << 31:
             return "Triton numbers points and parameters by 32 bits"
         return None
 
@@ -136,7 +139,9 @@ class _Evaluation:
         if schedule is None or minima is None:
             return None
         self._schedules = [] if self._schedules is None else self._schedules
-        self._schedules.append(schedule.only(schedule.good(minima)))
+        kept = schedule.only(schedule.good(minima))
+        if len(kept.spans):
+            self._schedules.append(kept)
         return schedule, minima
 
     def result(self) -> Result:
@@ -168,7 +173,7 @@ class _Evaluation:
             packed = self._kernels.packed
             far = first - ((packed.usual - packed.base) / LN2).to(first.dtype)
             return (~(far.abs() <= _DEEPEST / LN2)).nonzero()[:, 0]
-        return (~torch.isfinite(first)).nonzero()[:, 0]
+        return (~(torch.isfinite(first) & (first > _LOWEST))).nonzero()[:, 0]
 
     def _nats(self, far: Tensor) -> Tensor:
         """Return the log-sum-exps or largest exponents (N,), nats, in the dtype of the request."""

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gmmkeops.reductions.protocol import Broken
+
 __all__ = ["interpreted", "launch", "unavailable"]
 
 # Smallest major compute capability of CUDA devices, for which Triton generates code.
@@ -34,7 +36,11 @@ def unavailable(device: torch.device) -> str | None:
         return "torch finds no CUDA device"
     elif torch.version.hip is None and capability[0] < _CAPABILITY:
         return f"the device has compute capability {capability[0]}.{capability[1]}, and Triton needs {_CAPABILITY}.0"
-    return _failure()
+    return _broken[-1] if _broken else _failure()
+
+
+# Reasons of failed launches; the engine is not used afterwards.
+_broken: list[str] = []
 
 
 @functools.cache
@@ -72,11 +78,19 @@ def launch(
         warps: Number of warps of a program.
         constants: Values that are known when the kernel is compiled.
     """
-    function = getattr(_kernels(module), kernel)
     if interpreted():
+        function = getattr(_kernels(module), kernel)
         # Kernels compute with infinite numbers, for which numpy would issue warnings.
         with np.errstate(all="ignore"):
             function[grid](*arguments, **constants, num_warps=warps)
         return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        function[grid](*arguments, **constants, num_warps=warps)
+    try:
+        function = getattr(_kernels(module), kernel)
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            function[grid](*arguments, **constants, num_warps=warps)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        _broken.append(f"a kernel cannot be compiled or launched ({said})")
+        raise Broken(_broken[-1]) from error

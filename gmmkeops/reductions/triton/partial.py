@@ -13,10 +13,13 @@ from gmmkeops.reductions.triton.loading import launch
 from gmmkeops.reductions.triton.packing import Blocks, Padded
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["SLAB", "Piece", "add_moments", "add_up"]
+__all__ = ["MOST_CHUNKS", "SLAB", "Piece", "add_moments", "add_up"]
 
 # Maximum memory for the partial sums of one launch, bytes.
 SLAB = 1 << 26
+
+# Largest number of chunks of one launch: the limit of CUDA for the second axis of a grid.
+MOST_CHUNKS = 65_535
 
 # Numbers of columns and of partial sums of a program that adds them.
 _COLUMNS, _SUMS = 32, 32
@@ -69,7 +72,7 @@ def add_moments(
     N, (width, K) = len(x), sums.shape
     most = max(1, SLAB // (x.element_size() * width))
     if schedules is None:
-        some = max(1, most // K) * chunk
+        some = min(max(1, most // K), MOST_CHUNKS) * chunk
         for start in range(0, N, some):
             chunks = -(-(min(N, start + some) - start) // chunk)
             piece = Piece(slice(start, start + some), chunks, K, width, chunks * K)
@@ -95,9 +98,14 @@ def _pieces(
     total, longest = torch.stack([ends[-1], lengths.amax()]).tolist()
     most = max(most, 2 * longest)
     cuts, columns = [0, len(lengths)], [0, total]
+    places = []
     if total > most:
         limits = torch.arange(most, total, most - longest, device=ends.device)
-        inner = torch.searchsorted(ends, limits, right=True).unique()
+        places.append(torch.searchsorted(ends, limits, right=True))
+    if len(lengths) > MOST_CHUNKS:
+        places.append(torch.arange(MOST_CHUNKS, len(lengths), MOST_CHUNKS, device=ends.device))
+    if places:
+        inner = torch.cat(places).unique()
         before = torch.where(inner > 0, ends[(inner - 1).clamp(min=0)], 0)
         cuts, columns = [0, *inner.tolist(), len(lengths)], [0, *before.tolist(), total]
     for (first, last), (start, stop) in zip(pairwise(cuts), pairwise(columns), strict=True):
