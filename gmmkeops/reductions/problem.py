@@ -101,8 +101,9 @@ class Exponents:
         """Copy the parameters to the CPU, in one transfer, if they are on another device only."""
         if self.host is not None or self.x.device.type == "cpu":
             return self
-        given = transferred([self.offsets, self.means, self.U, self.center], torch.device("cpu"))
-        return replace(self, host=Exponents(given[1][:0], *given))
+        given = [self.offsets, self.means, self.U, self.center]
+        offsets, means, U, center = transferred(given, torch.device("cpu"))
+        return replace(self, host=Exponents(means[:0], offsets, means, U, center))
 
     @classmethod
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
@@ -166,7 +167,9 @@ class Exponents:
             if means.device.type == "cpu":
                 host = cls(means[:0], offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center)
             offsets, means, U, center = transferred([offsets, means, U, center], x.device)
-        return cls(x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center, host)
+        return cls(
+            x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center, host
+        )
 
 
 @dataclass(frozen=True)

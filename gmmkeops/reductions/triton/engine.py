@@ -208,8 +208,11 @@ class _Evaluation:
     def _repeated(self) -> Result:
         """Compute the result in float64 or by the dense engine, for weights of very different sizes."""
         wide = _in_double(self.problem, self._request)
-        for schedule in [None] if self._schedules is None else self._schedules:
-            wide.add(schedule)
+        if self._schedules is None:
+            wide.add(None)
+        for schedule in self._schedules or []:
+            # Their lists were long enough, whatever the rounding errors of other minima are.
+            wide.add(replace(schedule, floor=torch.full_like(schedule.pruned[schedule.owner], -math.inf)))
         return wide.result()
 
     def _nats(self, far: Tensor) -> Tensor:
