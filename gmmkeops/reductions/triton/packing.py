@@ -143,6 +143,9 @@ class Padded:
     @classmethod
     def of(cls, schedule: Schedule, components: int, unroll: int) -> Padded:
         """Pad the lists of a schedule; the length of the result is an upper bound, since its exact length is on the device."""
+        if unroll == 1:
+            last = schedule.pointer[1:]
+            return cls(schedule.index.to(torch.int32), schedule.pointer[:-1], last, last)
         lengths, entries = schedule.pointer.diff(), len(schedule.index)
         padded = (lengths + unroll - 1) // unroll * unroll
         stop = padded.cumsum(0)
@@ -175,12 +178,14 @@ class Blocks:
     def of(cls, schedule: Schedule, first: Tensor, last: Tensor, rows: int, most: int) -> Blocks:
         """Split the row ranges into blocks of at most ``rows`` rows; there are at most ``most`` rows in all of them."""
         start, end = schedule.spans.T
-        ends = ((end - start + rows - 1) // rows).cumsum(0)
+        count = (end - start + rows - 1) // rows
+        ends = count.cumsum(0)
         block = torch.arange(most // rows + len(start), device=ends.device)
         owner = torch.searchsorted(ends, block, right=True)
         inside = owner < len(start)
         owner = owner.clamp(max=len(start) - 1)
-        n0 = start[owner] + (block - ends[owner]) * rows + (end - start + rows - 1)[owner] // rows * rows
-        n1 = torch.minimum(n0 + rows, end[owner])
-        bounds = torch.stack([n0, n1, first[schedule.owner][owner], last[schedule.owner][owner]], 1)
+        ranges = torch.stack([start, end, ends - count, first[schedule.owner], last[schedule.owner]])
+        start, end, before, first, last = ranges[:, owner]
+        n0 = start + (block - before) * rows
+        bounds = torch.stack([n0, torch.minimum(n0 + rows, end), first, last], 1)
         return cls(torch.where(inside[:, None], bounds, 0).to(torch.int32).contiguous(), owner)
