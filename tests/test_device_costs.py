@@ -23,6 +23,8 @@ from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import LogSumExp, PointGradient, Statistics, TopK
 from gmmkeops.reductions.triton import engine, triton
 from gmmkeops.reductions.truncation.passes import evaluate
+from gmmkeops.reductions.truncation.tree import Cloud
+from gmmkeops.reductions.truncation.truncation import Truncation
 
 pytestmark = pytest.mark.filterwarnings("ignore:KeOps is the faster engine here", "ignore::gmmkeops.ConvergenceWarning")
 
@@ -213,6 +215,29 @@ def test_triton_packs_parameters_on_either_device(monkeypatch, family):
             assert torch.equal(part, copied)
             torch.testing.assert_close(part, packed, rtol=1e-6, atol=1e-5)
             torch.testing.assert_close(part.double(), truth.double(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_candidate_lists_with_triton_wait_a_few_times_for_each_level(monkeypatch):
+    centers = 40.0 * torch.arange(8, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.0])
+    x = (centers[torch.arange(200) % 8] + torch.randn(200, 3, generator=generator(), dtype=torch.float64)).float()
+    U = torch.eye(3, dtype=torch.float64).expand(8, 3, 3) * torch.linspace(0.5, 1, 8)[:, None, None]
+    given = torch.linspace(-1, 0, 8, dtype=torch.float64), centers, U
+    expected = evaluate(dense, Exponents.of(x, *given), Statistics())
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        blocks = Truncation(Cloud.tree(on_device(x), 32), 1e-6)
+        problem, blocks = dispatch.setup(blocks, *given, None)
+        evaluate(triton, problem, Statistics(), blocks)
+        counts.clear()
+        found = evaluate(triton, problem, Statistics(), blocks)
+        assert blocks.share < 0.5
+        print(counts.report())
+        levels = len(blocks.cloud.levels)
+        check(counts.totals, {"kernels": 215 + 115 * levels, "synchronizations": 5 + 5 * levels, "uploads": 2})
+        found = [part.cpu() for part in found]
+    for part, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, truth, rtol=1e-5, atol=1e-4)
 
 
 def test_tensors_of_several_dtypes_are_copied_in_one_transfer(monkeypatch):
