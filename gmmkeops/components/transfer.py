@@ -48,5 +48,5 @@ def transferred(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
 
 def _as_bytes(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor as bytes, padded to a multiple of the largest number."""
-    flat = tensor.reshape(-1).view(torch.uint8)
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
     return torch.nn.functional.pad(flat, (0, -len(flat) % _LARGEST)) if len(flat) % _LARGEST else flat
