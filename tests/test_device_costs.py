@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from dataclasses import replace
 
 import fake_keops
+import fake_triton
 import pytest
 import torch
-from fake_device import counted_apart, fake_device, on_device
+from conftest import HAS_TRITON
+from fake_device import CUDA, counted_apart, fake_device, on_device
 
 import gmmkeops as gk
+from gmmkeops.components import transferred
+from gmmkeops.data import Batch
 from gmmkeops.fitting import placement
 from gmmkeops.reductions import dispatch
+from gmmkeops.reductions.dense import dense
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.protocol import LogSumExp, PointGradient, Statistics, TopK
+from gmmkeops.reductions.triton import engine, triton
+from gmmkeops.reductions.truncation.passes import evaluate
+from gmmkeops.reductions.truncation.tree import Cloud
+from gmmkeops.reductions.truncation.truncation import Truncation
 
 pytestmark = pytest.mark.filterwarnings("ignore:KeOps is the faster engine here", "ignore::gmmkeops.ConvergenceWarning")
 
@@ -76,7 +88,7 @@ def of_an_iteration(counts, fit):
             each.clear()
         fit(steps)
         found.append([each.totals for each in counts])
-    print(f"eight iterations: {counts[0].report()}\nengine: {counts[1].report()}")
+    print("eight iterations:", *(each.report() for each in counts), sep="\n")
     return [{what: (late[what] - early[what]) / 4 for what in early} for early, late in zip(*found, strict=True)]
 
 
@@ -143,6 +155,101 @@ def test_the_budget_holds_with_a_compiled_engine(monkeypatch, tmp_path, name):
         costs, _ = of_an_iteration((counts, apart), fit)
     # KeOps launches on a stream of its own, for which the engine waits twice in each of two reductions.
     check(costs, {"kernels": 40, "synchronizations": 4, "uploads": 1})
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
+@pytest.mark.parametrize(
+    ("name", "family", "options"),
+    [
+        ("em", "full", {}),
+        ("em", "diag", {}),
+        ("em", "full", {"sample_weight": True}),
+        ("em_hard", "full", {}),
+        ("adam", "spherical", {}),
+    ],
+)
+def test_the_budget_holds_with_triton(monkeypatch, name, family, options):
+    """Few points, since the interpreter takes milliseconds for each."""
+    x = points().float()
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        mixture, there = start(x.double(), family).to("cuda"), on_device(x[:48])
+        if "sample_weight" in options:
+            g = torch.rand(48, generator=generator(), dtype=torch.float64)
+            options = options | {"sample_weight": on_device(g)}
+        method = METHODS[name](tol=0.0)
+        fit = lambda steps: gk.fit(mixture, there, method, max_iter=steps, backend="triton", truncate=0, **options)  # noqa: E731
+        # The first evaluation is compared with the dense engine.
+        fit(1)
+        (costs,) = of_an_iteration((counts,), fit)
+        assert sum(n for (what, _), n in counts.kernels.items() if what in ("logsumexps", "largest")) >= 8
+    # The parameters are copied to the device in float64 and as records. Hard assignments take more operations.
+    check(costs, {"kernels": 28, "synchronizations": 2, "uploads": 2})
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+def test_triton_packs_parameters_on_either_device(monkeypatch, family):
+    x = points()
+    mixture = start(x, family)
+    x, g = x[:20].float(), torch.randn(20, generator=generator(), dtype=torch.float64)
+    x[3] = 1e6
+    given = mixture.offsets.double(), mixture.means + 1e-9, mixture.factor.U
+    requests = LogSumExp(), Statistics(), Statistics(g), PointGradient(g), Statistics(g, assignment="hard"), TopK(2)
+    expected = [evaluate(dense, Exponents.of(x, *given), request) for request in requests]
+    with fake_device(monkeypatch):
+        fake_triton.install(monkeypatch)
+        there, on_gpu = on_device(x), on_device(g)
+        problems = [Exponents.of(Batch(there), *given), *[Exponents.of(there, *map(on_device, given))] * 2]
+        assert [problem.host is None for problem in problems] == [False, True, True]
+        results = []
+        for problem, many in zip(problems, (10_000, 10_000, 0), strict=True):
+            monkeypatch.setattr(engine, "_MANY", many)
+            for request in requests:
+                moved = replace(request, weights=on_gpu) if getattr(request, "weights", None) is not None else request
+                results.append([part.cpu() for part in evaluate(triton, problem, moved)])
+    count = len(requests)
+    for first, same, other, truths in zip(results, results[count:], results[2 * count :], expected, strict=False):
+        for part, copied, packed, truth in zip(first, same, other, truths, strict=True):
+            assert torch.equal(part, copied)
+            torch.testing.assert_close(part, packed, rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(part.double(), truth.double(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_candidate_lists_with_triton_wait_a_few_times_for_each_level(monkeypatch):
+    centers = 40.0 * torch.arange(8, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.0])
+    x = (centers[torch.arange(200) % 8] + torch.randn(200, 3, generator=generator(), dtype=torch.float64)).float()
+    U = torch.eye(3, dtype=torch.float64).expand(8, 3, 3) * torch.linspace(0.5, 1, 8)[:, None, None]
+    given = torch.linspace(-1, 0, 8, dtype=torch.float64), centers, U
+    expected = evaluate(dense, Exponents.of(x, *given), Statistics())
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        blocks = Truncation(Cloud.tree(on_device(x), 32), 1e-6)
+        problem, blocks = dispatch.setup(blocks, *given, None)
+        evaluate(triton, problem, Statistics(), blocks)
+        counts.clear()
+        found = evaluate(triton, problem, Statistics(), blocks)
+        assert blocks.share < 0.5
+        print(counts.report())
+        levels = len(blocks.cloud.levels)
+        check(counts.totals, {"kernels": 215 + 115 * levels, "synchronizations": 5 + 5 * levels, "uploads": 2})
+        found = [part.cpu() for part in found]
+    for part, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(part, truth, rtol=1e-5, atol=1e-4)
+
+
+def test_tensors_of_several_dtypes_are_copied_in_one_transfer(monkeypatch):
+    given = [torch.arange(6.0)[::2], torch.rand(2, 2).double().T, torch.tensor([7]), torch.empty(0), torch.tensor(2.0)]
+    given.append(torch.ones(1).expand(3))
+    with fake_device(monkeypatch) as counts:
+        found = transferred(given, CUDA)
+        assert counts.totals == {"kernels": 0, "synchronizations": 0, "uploads": 1}
+        found = transferred(found, torch.device("cpu"))
+    for one, other in zip(given, found, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["em", "adam"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -250,6 +251,22 @@ def test_weights_of_any_size_and_components_of_no_weight(on):
         assert S0[2] == 0
         assert bool((S2[2] == 0).all())
         assert error(total / truth["total"], torch.ones_like(total)) <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "features"), [("diag", 3), ("full", 9)])
+def test_weights_of_very_different_sizes_with_lists(on, family, features):
+    """Moments are computed again, by float64 kernels or the dense engine."""
+    case = make_case(family, torch.float32, N=40, K=4, D=features, condition=10.0, device=on[1])
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x).exp() ** 60
+    lists = all_pairs(40, 4, [[0, 20], [20, 40]], device=on[1])
+    again = lists.only(torch.tensor([False, True], device=on[1]))
+    # The minimum of the first row range is at its floor up to rounding errors.
+    short = replace(lists, floor=torch.stack([case.oracle()["values"][:20].min() - 1e-6, lists.floor.new_tensor(1e9)]))
+    expected = evaluated(problem, Statistics(g), lists)[0]
+    found = evaluated(problem, Statistics(g), short, again)[0]
+    for part, other, truth in zip(found, expected, (case.oracle(g)[name] for name in ("S0", "S1", "S2")), strict=False):
+        assert error(part, other, other) <= 1e-12
+        assert error(part, truth, truth) <= 1e-5
 
 
 @pytest.mark.parametrize("k", [1, 16])

@@ -9,6 +9,9 @@ from torch import Tensor
 
 __all__ = ["numbers", "transferred"]
 
+# Size of the largest numbers, bytes, to a multiple of which the memory of each tensor is padded.
+_LARGEST = 8
+
 
 def numbers(*scalars: Tensor) -> list[float]:
     """Return the values of scalars of one dtype as Python numbers, in one transfer from a GPU."""
@@ -19,12 +22,12 @@ def numbers(*scalars: Tensor) -> list[float]:
 
 
 def transferred(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors of one dtype to a device, in one transfer for those on other devices.
+    """Copy tensors to a device, in one transfer for those on other devices.
 
     A transfer from a GPU waits for its kernels, and each transfer takes about ten microseconds.
 
     Args:
-        tensors: Tensors of one dtype, of which those on another device are on the same one.
+        tensors: Tensors, of which those on another device are on the same one.
         device: Device of the results.
 
     Returns:
@@ -33,6 +36,17 @@ def transferred(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
     away = [tensor for tensor in tensors if tensor.device != device]
     if not away:
         return list(tensors)
-    flat = torch.cat([tensor.reshape(-1) for tensor in away]).to(device)
-    parts = iter(flat.split([tensor.numel() for tensor in away]))
-    return [tensor if tensor.device == device else next(parts).view(tensor.shape) for tensor in tensors]
+    one = all(tensor.dtype == away[0].dtype for tensor in away)
+    flats = [tensor.reshape(-1) if one else _as_bytes(tensor) for tensor in away]
+    moved = torch.cat(flats).to(device).split([len(flat) for flat in flats])
+    parts = iter(
+        (part if one else part[: tensor.numel() * tensor.element_size()].view(tensor.dtype)).view(tensor.shape)
+        for part, tensor in zip(moved, away, strict=True)
+    )
+    return [tensor if tensor.device == device else next(parts) for tensor in tensors]
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor as bytes, padded to a multiple of the largest number."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    return torch.nn.functional.pad(flat, (0, -len(flat) % _LARGEST)) if len(flat) % _LARGEST else flat

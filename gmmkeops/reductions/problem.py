@@ -6,7 +6,8 @@ Parameters are stored in float64 relative to a common center, so that large coor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Exponents:
         means: Means relative to the center, μ - center (K, D), data units, float64.
         U: Factors (K, D, D) full, (K, D) diagonal or (K, 1) spherical, 1 / data units, float64.
         center: Common center (D,), data units, float64.
+        host: The same parameters on the CPU, without points, if they were copied from there; otherwise None.
     """
 
     x: Tensor
@@ -59,6 +61,7 @@ class Exponents:
     means: Tensor
     U: Tensor
     center: Tensor
+    host: Exponents | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -77,7 +80,7 @@ class Exponents:
 
     def rows(self, index: Any) -> Exponents:
         """Select some of the points."""
-        return Exponents(self.x[index], self.offsets, self.means, self.U, self.center)
+        return Exponents(self.x[index], self.offsets, self.means, self.U, self.center, self.host)
 
     def components(self, index: slice) -> Exponents:
         """Select some of the components."""
@@ -85,7 +88,22 @@ class Exponents:
 
     def at(self, x: Tensor) -> Exponents:
         """Replace the points by others that have been validated."""
-        return Exponents(x.detach().contiguous(), self.offsets, self.means, self.U, self.center)
+        return Exponents(x.detach().contiguous(), self.offsets, self.means, self.U, self.center, self.host)
+
+    def with_factors(self, factors: Callable[[Tensor], Tensor]) -> Exponents:
+        """Replace the factors U by a function of them, which is computed on the CPU if the parameters are there."""
+        if self.host is None:
+            return replace(self, U=factors(self.U))
+        host = replace(self.host, U=factors(self.host.U))
+        return replace(self, U=host.U.to(self.x.device), host=host)
+
+    def with_host(self) -> Exponents:
+        """Copy the parameters to the CPU, in one transfer, if they are on another device only."""
+        if self.host is not None or self.x.device.type == "cpu":
+            return self
+        given = [self.offsets, self.means, self.U, self.center]
+        offsets, means, U, center = transferred(given, torch.device("cpu"))
+        return replace(self, host=Exponents(means[:0], offsets, means, U, center))
 
     @classmethod
     def of(cls, x: Any, offsets: Any, means: Any, factor: Factor | Tensor) -> Exponents:
@@ -144,9 +162,14 @@ class Exponents:
             offsets = offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR)
         center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
         means = means if extent.central else means - center
+        host = None
         if means.device != x.device:
+            if means.device.type == "cpu":
+                host = cls(means[:0], offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center)
             offsets, means, U, center = transferred([offsets, means, U, center], x.device)
-        return cls(x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center)
+        return cls(
+            x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center, host
+        )
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def _prepared(problem: Exponents) -> Exponents:
         checks.append((problem.U.abs().mT @ inverse.abs().mT).sum(2).amax() <= _CONDITION)
     is_upper, *is_accurate = torch.stack(checks).tolist()
     if not is_upper:
-        return _prepared(replace(problem, U=upper_factor(problem.U)))
+        return _prepared(problem.with_factors(upper_factor))
     return problem if all(is_accurate) else replace(problem, x=problem.x.double())
 
 

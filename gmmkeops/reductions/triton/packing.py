@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gmmkeops.components import transferred
 from gmmkeops.reductions.dense.products import parts
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.bounds import Schedule
@@ -48,22 +49,30 @@ class Packed:
         records: The records (at least K + 1, R), in the dtype of the points: offset c; rounded mean m (D); d (D); and the rows of
             the lower triangle of Vᵀ if full, V (D) if diagonal, or its number if spherical.
         rest: Means minus m (K, D), data units, float64.
-        base: Value that base-2 exponents are relative to (scalar), nats, float64.
-        usual: Largest usual log-sum-exp (scalar), nats, float64.
+        square: Position in a lower triangle of each entry of a symmetric matrix (D * D,), int64.
+        base: Value that base-2 exponents are relative to (scalar), nats, float64. It is on the CPU if the parameters are there.
+        usual: Largest usual log-sum-exp (scalar), nats, float64, on the same device.
         family: ``"full"``, ``"diagonal"`` or ``"spherical"``.
     """
 
     records: Tensor
     rest: Tensor
+    square: Tensor
     base: Tensor
     usual: Tensor
     family: str
 
     @classmethod
     def of(cls, problem: Exponents, unroll: int) -> Packed:
-        """Pack the parameters; the number of records is a multiple of ``unroll`` that is larger than K."""
+        """Pack the parameters; the number of records is a multiple of ``unroll`` that is larger than K.
+
+        Parameters on the CPU are packed there, and copied to the device of the points in one transfer.
+        """
         _, K, D = problem.shape
         base, usual, c, heads, rest, V, d = _scaled(problem)
+        place = torch.arange(D)
+        greater = torch.maximum(place[:, None], place)
+        square = (greater * (greater + 1) // 2 + torch.minimum(place[:, None], place)).view(-1)
         row, column = torch.tril_indices(D, D, device=V.device)
         u = V[:, column, row] if problem.is_full else V
         family = "full" if problem.is_full else "spherical" if V.shape[1:] == (1,) and D > 1 else "diagonal"
@@ -71,23 +80,25 @@ class Packed:
         records = torch.zeros((K // unroll + 1) * unroll, size, dtype=problem.x.dtype, device=V.device)
         records[:K] = torch.cat([c[:, None], heads, d, u], 1)
         records[K:, 0] = _NOTHING
-        return cls(records, rest, base, usual, family)
+        records, rest, square = transferred([records, rest, square], problem.x.device)
+        return cls(records, rest, square, base, usual, family)
 
     def nats(self, values: Tensor) -> Tensor:
         """Convert base-2 exponents to nats, float64."""
-        return values.double() * LN2 + self.base
+        return torch.add(self.base, values.double(), alpha=LN2)
 
 
 def _scaled(problem: Exponents) -> tuple[Tensor, ...]:
     """Return the base, the largest usual log-sum-exp, and c (K,), m (K, D), μ - m (K, D), V (as U) and d (K, D)."""
+    given = problem.host or problem
     # At points of a component, exponents are about this.
-    expected = problem.offsets - problem.shape[2] * _SQUARE * LN2
+    expected = given.offsets - problem.shape[2] * _SQUARE * LN2
     usual = expected.amax()
     base = torch.where(usual.abs() <= _SMALL, 0.0, usual)
-    means = problem.means + problem.center
+    means = given.means + given.center
     heads = means.to(problem.x.dtype)
     rest = means - heads
-    V = problem.U * math.sqrt(0.5 / LN2)
+    V = given.U * math.sqrt(0.5 / LN2)
     d = -(V.mT @ rest[:, :, None])[:, :, 0] if problem.is_full else -V * rest
     c = (expected - base) / LN2
     if not problem.is_full:
@@ -111,6 +122,7 @@ def tiled_records(problem: Exponents) -> tuple[Tensor, int]:
         square[:, 0, :D, :D], square[:, 1, :D, :D] = head, parts((V - head).to(records.dtype))[0]
     else:
         records[:, 16 + 2 * P : 16 + 2 * P + D] = V
+    (records,) = transferred([records], problem.x.device)
     return records, P
 
 
@@ -131,6 +143,9 @@ class Padded:
     @classmethod
     def of(cls, schedule: Schedule, components: int, unroll: int) -> Padded:
         """Pad the lists of a schedule; the length of the result is an upper bound, since its exact length is on the device."""
+        if unroll == 1:
+            last = schedule.pointer[1:]
+            return cls(schedule.index.to(torch.int32), schedule.pointer[:-1], last, last)
         lengths, entries = schedule.pointer.diff(), len(schedule.index)
         padded = (lengths + unroll - 1) // unroll * unroll
         stop = padded.cumsum(0)
@@ -163,12 +178,14 @@ class Blocks:
     def of(cls, schedule: Schedule, first: Tensor, last: Tensor, rows: int, most: int) -> Blocks:
         """Split the row ranges into blocks of at most ``rows`` rows; there are at most ``most`` rows in all of them."""
         start, end = schedule.spans.T
-        ends = ((end - start + rows - 1) // rows).cumsum(0)
+        count = (end - start + rows - 1) // rows
+        ends = count.cumsum(0)
         block = torch.arange(most // rows + len(start), device=ends.device)
         owner = torch.searchsorted(ends, block, right=True)
         inside = owner < len(start)
         owner = owner.clamp(max=len(start) - 1)
-        n0 = start[owner] + (block - ends[owner]) * rows + (end - start + rows - 1)[owner] // rows * rows
-        n1 = torch.minimum(n0 + rows, end[owner])
-        bounds = torch.stack([n0, n1, first[schedule.owner][owner], last[schedule.owner][owner]], 1)
+        ranges = torch.stack([start, end, ends - count, first[schedule.owner], last[schedule.owner]])
+        start, end, before, first, last = ranges[:, owner]
+        n0 = start + (block - before) * rows
+        bounds = torch.stack([n0, torch.minimum(n0 + rows, end), first, last], 1)
         return cls(torch.where(inside[:, None], bounds, 0).to(torch.int32).contiguous(), owner)

@@ -124,9 +124,11 @@ class Residuals:
         if self.packed.family == "full":
             return S0, *self._unwhitened(S1, S2)
         rest = self.packed.rest
-        moved = S1 - S0[:, None] * rest
-        shift = (S1 + moved) * rest
-        S2 = S2 - (shift.sum(1, keepdim=True) if self.packed.family == "spherical" else shift)
+        moved = torch.addcmul(S1, S0[:, None], rest, value=-1)
+        if self.packed.family == "spherical":
+            S2 = S2 - ((S1 + moved) * rest).sum(1, keepdim=True)
+        else:
+            S2 = torch.addcmul(S2, S1 + moved, rest, value=-1)
         return S0, moved, self._shaped(S2)
 
     @cached_property
@@ -166,10 +168,7 @@ class Residuals:
         """Convert the distinct numbers of second moments (K, W - D - 1) to the shape of the result."""
         K, D = self.problem.means.shape
         if self.packed.family == "full":
-            row, column = torch.tril_indices(D, D, device=S2.device)
-            square = S2.new_empty(K, D, D)
-            square[:, row, column] = square[:, column, row] = S2
-            return square
+            return S2[:, self.packed.square].view(K, D, D)
         return S2.sum(1) if self.problem.U.shape[1:] == (1,) else S2
 
     def _unwhitened(self, S1: Tensor, S2: Tensor) -> tuple[Tensor, Tensor]:

@@ -270,8 +270,9 @@ def _drop(u: Tensor, limit: Tensor, before: Tensor, safe: float, *, spend: bool)
     # If exponentials of pruned components underflow, their sum is computed by a log-sum-exp.
     faint = (left < _FAINT) & (limit.abs() < math.inf)
     if bool(faint.any()):
-        others = u[faint].masked_fill(keep[faint], -math.inf)
-        pruned[faint] = torch.logaddexp(others.logsumexp(-1), before[faint])
+        where = faint.nonzero(as_tuple=True)
+        others = u[where].masked_fill(keep[where], -math.inf)
+        pruned[where] = torch.logaddexp(others.logsumexp(-1), before[where])
     return keep, pruned
 
 
@@ -287,13 +288,16 @@ def _refine(
     K = len(bounds.offsets)
     # Chunks of parents, of about equal work.
     work = (lengths * children).cumsum(0)
-    chunks = max(1, min(len(lengths), -(-int(work[-1]) // (_PAIRS_CUDA if limit.is_cuda else _PAIRS))))
-    cuts = torch.searchsorted(work, torch.arange(1, chunks, device=work.device) * (work[-1] / chunks)).unique()
-    parts = [part for part in torch.arange(len(lengths), device=work.device).tensor_split(cuts.cpu()) if len(part)]
+    total, most_components = torch.stack([work[-1], lengths.amax()]).tolist()
+    chunks = max(1, min(len(lengths), -(-total // (_PAIRS_CUDA if limit.is_cuda else _PAIRS))))
+    parts = [torch.arange(len(lengths), device=work.device)]
+    if chunks > 1:
+        cuts = torch.searchsorted(work, torch.arange(1, chunks, device=work.device) * (work[-1] / chunks)).unique()
+        parts = [part for part in parts[0].tensor_split(cuts.cpu()) if len(part)]
 
     def chunk(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         which = parents.boxes[rows][:, None] * children + torch.arange(children, device=rows.device)
-        longest = int(lengths[rows].max())
+        longest = int(lengths[rows].max()) if chunks > 1 else most_components
         place = torch.arange(longest, device=rows.device)
         index = parents.index[(parents.pointer[rows][:, None] + place).clamp(max=len(parents.index) - 1)]
         u = bounds.of(boxes, which, index)
@@ -310,7 +314,10 @@ def _refine(
         wanted = most < math.inf
         keep &= filled & wanted[..., None]
         index = index[:, None].expand_as(u)
-        return which[wanted], index[keep], keep.sum(-1)[wanted], pruned[wanted]
+        # Each selection by a mask waits for a GPU.
+        chosen = wanted.view(-1).nonzero()[:, 0]
+        which, counts, pruned = (part.reshape(-1)[chosen] for part in (which, keep.sum(-1), pruned))
+        return which, index[keep], counts, pruned
 
     workers = 1 if limit.is_cuda else max(1, min(cores(), len(parts)))
     share = -(-len(parts) // workers)

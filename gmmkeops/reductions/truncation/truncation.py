@@ -101,16 +101,20 @@ class Truncation:
         """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None."""
         failed = ~schedule.good(minima)
         low = self._lower(problem, minima)
-        if not single and not bool(failed.all()):
-            pruned = schedule.pruned[schedule.owner][~failed]
+        # Each number that is read from a GPU, and each selection by a mask, waits for it.
+        repeats = bool(failed.any())
+        if not single and len(failed) and not (repeats and bool(failed.all())):
+            pruned, least = schedule.pruned[schedule.owner], low
+            if repeats:
+                pruned, least = pruned[~failed], least[~failed]
             # This is below ε / (1 - ε) for row ranges that reach their floor, up to rounding, which the clamp removes.
-            lost = torch.where(pruned > -math.inf, pruned - low[~failed], -math.inf).clamp(max=self._allowed(single))
+            lost = torch.where(pruned > -math.inf, pruned - least, -math.inf).clamp(max=self._allowed(single))
             self.certificate = max(self.certificate, float(lost.max().exp().log1p()))
         boxes = schedule.boxes[schedule.owner]
         untouched = torch.full_like(self._guess(), math.inf)
         new = untouched.scatter_reduce(0, boxes, low, "amin")
         self.minima = torch.where(new < math.inf, new, self._guess())
-        if not bool(failed.any()):
+        if not repeats:
             return None
         # The results with a list are lower bounds, so that one longer list is sufficient. If it fails because of rounding, or if
         # there is no bound, all components are evaluated.
