@@ -748,3 +748,18 @@ def test_a_round_that_is_not_ordinary_takes_several_calls(monkeypatch):
         assert rounds.round_of(climber.method, climber.objective, found.state, (10, 1e-3), (15, 1e-4)) is None
         after = climber.improved(found, 2)
         assert after.value <= found.value
+
+
+@pytest.mark.filterwarnings("ignore:.*did not converge")
+def test_many_components_of_few_points_are_found_as_well_as_by_kmeans():
+    """Points near a closed surface: the prior of the search is much wider than its components."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = 2 * math.pi * torch.rand(2, 12_000, generator=generator, dtype=torch.float64)
+    rim = 2 + (0.5 + 0.15 * (3 * u).sin()) * v.cos()
+    x = torch.stack([rim * u.cos(), rim * u.sin(), 0.5 * v.sin() + 0.3 * (2 * u).sin()], 1)
+    x = x + 0.005 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    found = {}
+    for strategy in ("auto", "kmeans"):
+        start = gk.initialize(x, 200, strategy, generator=0)
+        found[strategy] = gk.fit(start, x, gk.EM(max_iter=60), verbose=False).log_likelihood
+    assert found["auto"] >= found["kmeans"] + 0.012

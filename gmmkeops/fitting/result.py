@@ -81,7 +81,8 @@ class Report:
         pruned_components: Indices of components that were pruned because their expected count became negligible.
         n_active_components: Number of active components.
         regularized_components: Indices of components whose covariance was regularized at least once.
-        engine: ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
+        engine: ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``. What the numbers of an engine are not accurate enough for,
+            such as distant points, is left to the dense engine.
         device: Device of the computation.
         dtype: Precision of the points (parameters are float64).
         total_weight: Total weight of the points.

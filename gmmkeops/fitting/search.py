@@ -60,6 +60,9 @@ _SAME = 1e-3
 # Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
 _THIN = 1e-4
 
+# Number of components above which clusters are candidates as they are, rather than after EM steps with the prior.
+_MANY = 100
+
 # EM steps on the likelihood alone, for candidates that a search with a prior has found; and their tolerance.
 _PLAIN = (100, 1e-3)
 
@@ -226,7 +229,9 @@ class Search:
             return self._run(strategy, n_init, rows)
 
     def _run(self, strategy: str, n_init: int, rows: int) -> tuple[Mixture, StartReport]:
-        climber, plain = self.climber(), Climber(self.method, self.plain)
+        climber = self.climber()
+        # Without the prior, and with the points in the same order.
+        plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
         most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
         best: Found | None = None
         starts: list[Found] = []
@@ -250,7 +255,13 @@ class Search:
         searched_with_prior = self.objective is not self.plain
         if searched_with_prior:
             narrowed = self._narrowed(climber, best, most) if self.doubles and strategy != "annealed" else best
-            best = narrowed if self.prior is not None else self._by_likelihood(plain, [narrowed, best, *starts])
+            # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
+            others = [each.origin if self.K > _MANY else each.mixture for each in starts]
+            best = (
+                narrowed
+                if self.prior is not None
+                else self._by_likelihood(plain, [narrowed.mixture, best.mixture, *others])
+            )
         report = StartReport(
             strategy,
             self.candidates,
@@ -377,9 +388,9 @@ class Search:
         climber.work += 2 * CANDIDATE[0] * self.K
         return best_of([found, climber.climbed(state.population.whole(state.mixture), *MERGED)])
 
-    def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
+    def _by_likelihood(self, climber: Climber, mixtures: list[Mixture]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
-        climbed = [climber.climbed(each.mixture, *_PLAIN) for each in found]
+        climbed = [climber.climbed(each, *_PLAIN) for each in mixtures]
         sound = [each for each in climbed if not self.degenerate(each.mixture)]
         return best_of(sound or climber.sound(climbed))
 
