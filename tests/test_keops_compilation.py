@@ -140,6 +140,7 @@ def test_the_first_compilation_is_shown_and_all_are_logged(tmp_path):
     assert run(tmp_path) == ([], [])
 
 
+@pytest.mark.slow
 @compiles
 def test_nothing_is_shown_if_logging_is_configured(tmp_path):
     shown, records = run(tmp_path, "logging.basicConfig(level=logging.WARNING)")
@@ -147,6 +148,7 @@ def test_nothing_is_shown_if_logging_is_configured(tmp_path):
     assert_messages([message for _, message in records], "topk")
 
 
+@pytest.mark.slow
 @compiles
 def test_keops_prints_nothing_beside_the_messages_if_the_user_has_imported_it(tmp_path):
     shown, records = run(tmp_path, "import pykeops.torch")
