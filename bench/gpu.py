@@ -1,4 +1,4 @@
-"""What a CUDA device answers in ten minutes: are the results right, and which engine is faster where.
+"""Checks of all results on a CUDA device, and times of the engines there, in ten minutes.
 
     python bench/gpu.py                       all questions, results in bench/results/gpu.json
     python bench/gpu.py --only engines lists  some of them; the others keep their former answers

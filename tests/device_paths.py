@@ -1,4 +1,4 @@
-"""What users call, as small functions of a scene of tensors on a device, which fail where CUDA would refuse.
+"""Public calls, as small functions of tensors on a device, which fail where CUDA would raise an error.
 
 Functions are registered by :func:`path`, once for each of its cases.
 """

@@ -70,7 +70,7 @@ class LazyTensor:
         return self[place : place + 1]
 
     def factorize(self, part):
-        """The same formula, which evaluates a part of it only once."""
+        """Return the formula unchanged; KeOps would evaluate the given part only once."""
         return self._new(self.shape[-1], lambda: self.value(), part)
 
     def matvecmult(self, vector):
@@ -156,7 +156,7 @@ def install(monkeypatch, folder, *, computes=True, watch=_nothing, reason=None):
     comparison = reductions.keops.keops._comparison
     monkeypatch.setattr(comparison, "_done", set())
     if watch is not _nothing:
-        # Where calls are counted, or give zeros, the first ones are not compared with the dense engine.
+        # If calls are counted, or return zeros, the first ones are not compared with the dense engine.
         monkeypatch.setattr(comparison, "once", lambda *arguments: None)
     lazy = lazy if reason is None else None
     for name, value in {"lazy": lazy, "reason": reason, "pid": None, "lock": folder / "lock"}.items():

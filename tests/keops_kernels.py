@@ -23,7 +23,7 @@ REDUCTIONS = ("logsumexp", "topk", "moments", "point_gradient")
 
 @dataclass
 class Usage:
-    """What a thread of a kernel uses: registers, and bytes of local memory (the stack, registers written to it and read back)."""
+    """Resources of a thread of a kernel: registers, and bytes of local memory (stack, spilled registers)."""
 
     registers: int
     stack: int
@@ -115,7 +115,7 @@ def missing():
 
 
 def usage(source, architecture="sm_90"):
-    """What a kernel uses, as ptxas says it; compiled as KeOps does, with fast functions."""
+    """Return the resources of a kernel as ptxas reports them; it is compiled with fast functions, as by KeOps."""
     options = [f"-arch={architecture}", "--ptxas-options=-v", "-use_fast_math"]
     library = _nvrtc()
     log = _by_nvcc(source, options) if library is None else _by_nvrtc(library, source, options)

@@ -25,7 +25,7 @@ DRAWING = ("initialize_a_family", "variants_of_em", "variational", "samples", "c
 )
 @pytest.mark.parametrize(
     ("name", "deterministic"),
-    # Where draws and cumulative sums are computed in another way under deterministic algorithms, both ways are taken.
+    # Draws and cumulative sums are computed in another way under deterministic algorithms, so that these paths run both ways.
     [*((name, True) for name in PATHS), *((name, False) for name in PATHS if name.split("[")[0] in DRAWING)],
     indirect=["deterministic"],
 )

@@ -23,7 +23,7 @@ def _compiler():
 def test_no_kernel_of_full_factors_spills_registers(reduction, D):
     """The test needs NVRTC (``pip install nvidia-cuda-nvrtc``, or ``nvidia-cuda-nvrtc-cu12``) or nvcc, but no CUDA device.
 
-    Of both architectures, Hopper and Ampere, a thread has at most 255 registers. In 12 dimensions the moments of a component are
+    On both architectures, Hopper and Ampere, a thread has at most 255 registers. In 12 dimensions the moments of a component are
     91 sums, its mean has 24 numbers and its factor 78.
     """
     for kernel in keops_kernels.generated(reduction, D):

@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def measured(cases, capabilities):
-    """What the compiler reports for cases (request, family, features, dtype, lists), one row for each kernel."""
+    """Return the report of the compiler for cases (request, family, features, dtype, lists), one row for each kernel."""
     folder = Path(__file__).parent
     # Triton compiles only in a process that does not use its interpreter.
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}

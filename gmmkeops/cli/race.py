@@ -137,4 +137,8 @@ def _row(arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, Factor]) -> 
             )
         except RuntimeError as error:
             found.failures[name] = str(error).splitlines()[0]
+        if (reason := reductions.unavailable(name, x, full=full)) is not None:
+            # It failed or was wrong during these calls, and another engine has replaced it.
+            found.failures[name] = reason
+            found.seconds.pop(name, None)
     return found

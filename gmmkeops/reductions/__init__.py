@@ -39,7 +39,6 @@ from gmmkeops.reductions.native.steps import StepSettings as StepSettings
 from gmmkeops.reductions.native.steps import em_steps as em_steps
 from gmmkeops.reductions.native.steps import native_m_step as native_m_step
 from gmmkeops.reductions.prepared import Prepared as Prepared
-from gmmkeops.reductions.triton.loading import unavailable as triton_unavailable  # noqa: F401
 from gmmkeops.reductions.truncation.truncation import Truncation
 
 __all__ = [

@@ -65,7 +65,7 @@ class Triton:
         N, K, D = form.rows, form.components, form.features
         if isinstance(request, TopK) and request.k > _TOP:
             return f"Triton computes at most {_TOP} exponents of each point"
-        if not self.has_kernels(D, form.full):
+        if (_FULL if form.full else _DIAGONAL) < D:
             return f"Triton has no kernels for {'full' if form.full else 'diagonal'} factors in {D} dimensions"
         most = _FULL_GRADIENT if form.full else _DIAGONAL_GRADIENT
         if isinstance(request, PointGradient) and most < D:
@@ -77,10 +77,6 @@ class Triton:
         if N == 0 or max(N, K * (16 + 4 * D + 8 * D * D)) >= 1 << 31:
             return "Triton numbers points and parameters by 32 bits"
         return None
-
-    def has_kernels(self, features: int, full: bool) -> bool:
-        """Return whether there are kernels for a number of features D and for full or other factors."""
-        return features <= (_FULL if full else _DIAGONAL)
 
     def begin(self, problem: Exponents, request: Request) -> Evaluation:
         self._comparison.once(problem, request)

@@ -10,11 +10,11 @@ row of ``block_ptr`` (first row, last-plus-one row, first entry, last-plus-one e
 import triton
 import triton.language as tl
 
-__all__ = ["draws", "gradients", "largest", "logsumexps"]
+__all__ = ["block_of", "draws", "gradients", "largest", "logsumexps", "note_least"]
 
 
 @triton.jit
-def _block(block_ptr, N, K, BN: tl.constexpr, LISTS: tl.constexpr):
+def block_of(block_ptr, N, K, BN: tl.constexpr, LISTS: tl.constexpr):
     """Return the rows of the program, the mask of the valid ones, and the first and last-plus-one position of its components."""
     t = tl.program_id(0)
     if LISTS:
@@ -73,7 +73,7 @@ def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
 
 
 @triton.jit
-def _note_least(least_ptr, values, valid, LISTS: tl.constexpr):
+def note_least(least_ptr, values, valid, LISTS: tl.constexpr):
     """Store the smallest value of the rows of the program; -inf if one is NaN or less than what a kernel begins with."""
     if LISTS:
         values = tl.where(values > -9.9e37, values, float("-inf"))
@@ -98,7 +98,7 @@ def logsumexps(
     U: tl.constexpr,
 ):
     """Compute the base-2 log-sum-exps (N,), and their minimum in each block of rows if there are lists."""
-    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     m = tl.full((BN,), -1e38, x_ptr.dtype.element_ty)
     s = tl.zeros((BN,), x_ptr.dtype.element_ty)
@@ -118,7 +118,7 @@ def logsumexps(
         m = n
     values = m + tl.log2(s)
     tl.store(o_ptr + rows, values, mask=valid)
-    _note_least(least_ptr, values, valid, LISTS)
+    note_least(least_ptr, values, valid, LISTS)
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -141,7 +141,7 @@ def largest(
     U: tl.constexpr,
 ):
     """Compute the TOP largest base-2 exponents (N, TOP) and their components; if two are equal, the one that is listed first."""
-    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     best = ()
     label = ()
@@ -171,7 +171,7 @@ def largest(
     for j in tl.static_range(TOP):
         tl.store(o_ptr + places + j, best[j], mask=valid)
         tl.store(label_ptr + places + j, label[j], mask=valid)
-    _note_least(least_ptr, best[TOP - 1], valid, LISTS)
+    note_least(least_ptr, best[TOP - 1], valid, LISTS)
 
 
 @triton.jit(do_not_specialize=["N", "K"])
@@ -193,7 +193,7 @@ def draws(
     U: tl.constexpr,
 ):
     """Choose the first component at which the running sum of responsibilities reaches a number in (0, 1]."""
-    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     level = tl.load(l_ptr + rows, mask=valid, other=0.0)
     u = tl.load(u_ptr + rows, mask=valid, other=1.0)
@@ -230,7 +230,7 @@ def gradients(
     U: tl.constexpr,
 ):
     """Compute Σ r U y (N, D) with the scaled factors U of the records, given the base-2 log-sum-exps."""
-    rows, valid, first, last = _block(block_ptr, N, K, BN, LISTS)
+    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     level = tl.load(l_ptr + rows, mask=valid, other=0.0)
     sums = ()

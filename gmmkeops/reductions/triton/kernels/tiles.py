@@ -10,6 +10,8 @@ full factors the heads (P, P) and the rests (P, P) of V, otherwise (P). Padding 
 import triton
 import triton.language as tl
 
+from gmmkeops.reductions.triton.kernels.rows import block_of, note_least
+
 __all__ = ["logsumexps", "moments"]
 
 
@@ -68,17 +70,7 @@ def logsumexps(
     BN: tl.constexpr,
 ):
     """Compute the base-2 log-sum-exps (N,), and their minimum in each block of rows if there are lists."""
-    t = tl.program_id(0)
-    if LISTS:
-        rows = tl.load(block_ptr + 4 * t) + tl.arange(0, BN)
-        valid = rows < tl.load(block_ptr + 4 * t + 1)
-        first = tl.load(block_ptr + 4 * t + 2)
-        last = tl.load(block_ptr + 4 * t + 3)
-    else:
-        rows = t * BN + tl.arange(0, BN)
-        valid = rows < N
-        first = 0
-        last = K
+    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
     x = _tile(x_ptr, rows, valid, D, P)
     m = tl.full((BN,), -1e38, x_ptr.dtype.element_ty)
     s = tl.zeros((BN,), x_ptr.dtype.element_ty)
@@ -94,9 +86,7 @@ def logsumexps(
         m = n
     values = m + tl.log2(s)
     tl.store(o_ptr + rows, values, mask=valid)
-    if LISTS:
-        values = tl.where(values > -9.9e37, values, float("-inf"))
-        tl.store(least_ptr + t, tl.min(tl.where(valid, values, float("inf")), 0))
+    note_least(least_ptr, values, valid, LISTS)
 
 
 @triton.jit(do_not_specialize=["N", "K", "C"])
