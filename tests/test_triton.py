@@ -333,7 +333,7 @@ def test_a_wrong_result_at_the_first_use_is_found(on, monkeypatch):
     assert reductions.engine(case.x, "triton") == "dense"
 
 
-def test_lists_that_are_all_too_short(on):
+def test_lists_none_of_which_is_long_enough(on):
     """No row range of the first schedule is kept."""
     generator = torch.Generator().manual_seed(0)
     x = 100 * torch.rand(2048, 1, generator=generator)
