@@ -14,10 +14,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +149,46 @@ _COMPARED = (
     ("spherical", 128),
 )
 _FORMULAS = (("full", 3), ("diag", 3))
+
+
+def compilation(run: Run) -> Iterator[Row]:
+    """How long do the first calls take, in which kernels are compiled? In as many processes as there are cores."""
+    if run.device == "cpu":
+        yield {"skipped": "the kernels for CUDA are not compiled for this device"}
+        return
+    tasks = [(run, name, *form) for name in run.engines if name != "dense" for form in _forms(name)]
+    # KeOps compiles parts of itself at its first formula; other processes would do the same at the same time.
+    first = next((task for task in tasks if task[1] == "keops"), tasks[0])
+    yield _first_calls(first)
+    tasks.remove(first)
+    workers = min(len(tasks), max(1, len(os.sched_getaffinity(0)) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_first_calls, tasks)
+
+
+def _forms(engine: str) -> list[tuple[str, int]]:
+    """List the families and numbers of features for which the questions below use an engine."""
+    most = {"full": 12, "diag": 32} if engine == "keops" else {"full": 32, "diag": 128}
+    few = [("full", D) for D in (*range(2, 9), 12, 16, 32)] + [("diag", D) for D in (3, 4, 16, 32, 64, 128)]
+    return [(family, D) for family, D in few if most[family] >= D]
+
+
+def _first_calls(task: tuple[Run, str, str, int]) -> Row:
+    """Call every request once; return the time that it took."""
+    from gmmkeops import reductions
+
+    run, name, family, D = task
+    # Numbers that are multiples of 16 are specialized: as those of the questions below, N is one and K is not.
+    x, *parameters = problem(run, 8192, 40, D, family)
+    options: Row = {"backend": name, "truncate": 0}
+    began = time.perf_counter()
+    try:
+        reductions.logsumexp(x, *parameters, **options)
+        reductions.moments(x, *parameters, **options)
+        reductions.argmax(x, *parameters, **options)
+    except Exception as error:  # Compilers have errors of their own.
+        return {"engine": name, "family": family, "D": D, "skipped": str(error).splitlines()[0]}
+    return {"engine": name, "family": family, "D": D, "first calls s": time.perf_counter() - began}
 
 
 def correctness(run: Run) -> Iterator[Row]:
@@ -481,7 +524,19 @@ def _gmmxx(case: Any, x: Any) -> Callable[[int], Any]:
 
 QUESTIONS: dict[str, Callable[[Run], Iterator[Row]]] = {
     question.__name__: question
-    for question in (correctness, engines, dimensions, batches, tiles, lists, iteration, setup, loss, peers)
+    for question in (
+        compilation,
+        correctness,
+        engines,
+        dimensions,
+        batches,
+        tiles,
+        lists,
+        iteration,
+        setup,
+        loss,
+        peers,
+    )
 }
 
 

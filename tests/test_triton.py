@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ from gmmkeops import reductions
 from gmmkeops.reductions import choice
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Statistics, TopK
-from gmmkeops.reductions.triton import engine, loading, partial, residuals, tiles, triton
+from gmmkeops.reductions.triton import columns, engine, loading, partial, residuals, tiles, triton
 
 DEVICES = [INTERPRETED, pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton)]
 CLOSE = 2e-6
@@ -87,21 +89,93 @@ def check(case, near=CLOSE):
     assert torch.equal(components, best.indices)
 
 
+@pytest.fixture
+def slow_double(monkeypatch):
+    """A device with slow float64 arithmetic, on which kernels are used for any number of features."""
+    monkeypatch.setattr(engine, "has_slow_double", lambda device: True)
+
+
 @pytest.mark.parametrize(("family", "features", "components"), FEW)
+@pytest.mark.usefixtures("slow_double")
 def test_residuals(on, family, features, components):
     check(make_case(family, torch.float32, N=21, K=components, D=features, condition=20.0, seed=3, device=on[1]))
 
 
 @pytest.mark.parametrize(("family", "features", "components"), MANY)
+@pytest.mark.usefixtures("slow_double")
 def test_tiles(on, family, features, components):
     case = make_case(family, torch.float32, N=70, K=components, D=features, condition=20.0, device=on[1])
     # The squares of 64 and more residuals have a sum that may be much larger than |l|.
     check(case, CLOSE if features <= 32 else 3 * CLOSE)
 
 
+@pytest.mark.parametrize(("family", "features", "components"), [*MANY, ("full", 40, 7), ("diag", 200, 35)])
+def test_products(on, family, features, components, monkeypatch):
+    """Moments, and log-sum-exps of many features, by float64 products with a kernel for the sums of exponentials."""
+    case = make_case(family, torch.float32, N=70, K=components, D=features, condition=20.0, device=on[1])
+    launched = []
+    for name in ("logsumexps", "share"):
+        method = getattr(columns.Softmax, name)
+        monkeypatch.setattr(
+            columns.Softmax, name, lambda *given, name=name, method=method: (launched.append(name), method(*given))[1]
+        )
+    problem, g = Exponents.of(*case.arguments), weights_of(case.x)
+    assert triton.unsupported(problem.form, Statistics(g)) is None
+    plain, signed, absolute = case.oracle(), case.oracle(g), case.oracle(g.abs())
+    for weights, truth in ((g, signed), (None, plain)):
+        (S0, S1, S2, total, values), _ = evaluated(problem, Statistics(weights, values=True))
+        assert error(values, plain["values"]) <= CLOSE / 10
+        for found, name in ((S0, "S0"), (S1, "S1"), (S2, "S2")):
+            assert error(found, truth[name], absolute[name] + plain[name].abs()) <= CLOSE / 2
+        assert error(total, truth["total"], g.abs() @ plain["values"].abs()) <= CLOSE / 10
+    assert set(launched) == {"share"}
+    launched.clear()
+    (values,), _ = evaluated(problem, LogSumExp())
+    assert error(values, plain["values"]) <= CLOSE
+    assert set(launched) == ({"logsumexps"} if features > (16 if "full" in family else 24) else set())
+
+
+def test_products_of_distant_points_and_components_of_no_weight(on):
+    """Points that are far from all components have one of them; components of no weight have none."""
+    case = make_case("full", torch.float32, N=70, K=40, D=18, device=on[1])
+    case.offsets[3::5] = -math.inf
+    case.x[7] *= 1e6
+    problem = Exponents.of(*case.arguments)
+    truth = case.oracle()
+    (S0, _, S2, _, values), _ = evaluated(problem, Statistics(values=True))
+    assert error(values, truth["values"]) <= CLOSE
+    assert error(S0, truth["S0"], truth["S0"]) <= CLOSE
+    assert error(S2, truth["S2"], truth["S2"]) <= CLOSE
+    assert S0[3::5].abs().max() == 0
+    assert error(evaluated(problem, LogSumExp())[0][0], truth["values"]) <= CLOSE
+
+
+def test_responsibilities_of_a_tile(on):
+    """The kernel in both dtypes, for numbers of components and of points that are no multiples of its blocks."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, (K, N) in itertools.product((torch.float32, torch.float64), ((1, 3), (35, 33), (70, 64))):
+        E = 40 * torch.randn(K, N, generator=generator, dtype=dtype).to(on[1])
+        g = torch.randn(N, generator=generator, dtype=torch.float64).to(on[1])
+        E[0, 0] = -1e30
+        expected, softmax = E.double().logsumexp(0), columns.Softmax()
+        r = (E.double() - expected).exp()
+        negligible = E.double() - E.double().amax(0) < -80.0
+        assert error(softmax.logsumexps(E), expected) <= CLOSE
+        for weights in (None, g):
+            own = E.clone()
+            assert error(softmax.share(own, weights, 80.0), expected) <= CLOSE
+            assert error(own, r if weights is None else g * r) <= CLOSE
+            assert not own[negligible].any()
+    # Rows without a finite sum are found by their log-sum-exps.
+    E = torch.zeros(3, 4, dtype=torch.float64, device=on[1])
+    E[:, 0], E[1, 1], E[1, 2] = -math.inf, math.inf, math.nan
+    assert columns.Softmax().logsumexps(E).isfinite().tolist() == [False, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("family", "features"), [("full", 3), ("spherical", 5), ("full", 16), ("diag", 40), ("full", 24)]
 )
+@pytest.mark.usefixtures("slow_double")
 def test_lists_of_all_components_give_the_same_bits(on, family, features):
     # Row ranges begin at a multiple of the rows of a tile and of a chunk.
     rows, first = (170, 128) if features >= 16 else (27, 16)
@@ -301,7 +375,8 @@ def test_what_the_engine_does_not_compute(on):
     assert "16 exponents" in triton.unsupported(problem.form, TopK(17))
     assert triton.unsupported(problem.form, Statistics(assignment="stochastic")) is None
     wide = Exponents.of(*make_case("full", torch.float32, N=5, D=33, device=on[1]).arguments)
-    assert "in 33 dimensions" in triton.unsupported(wide.form, LogSumExp())
+    assert triton.unsupported(wide.form, LogSumExp()) is None
+    assert "in 33 dimensions" in triton.unsupported(wide.form, Argmax())
     many = Exponents.of(*make_case("full", torch.float32, N=5, D=17, device=on[1]).arguments)
     assert "gradients in 17 dimensions" in triton.unsupported(many.form, PointGradient())
     double = Exponents.of(*make_case("full", torch.float64, N=5, D=9, device=on[1]).arguments)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gmmkeops import __version__
 from gmmkeops.cli.values import count
 
 __all__ = ["parser"]
@@ -17,7 +17,7 @@ _TYPES = ("full", "tied", "diag", "spherical", "tied_diag", "tied_spherical")
 def parser() -> argparse.ArgumentParser:
     """Build the parser of all commands; ``run`` names the module in this folder and the function of a command."""
     made = argparse.ArgumentParser(prog="gmmkeops", description="Gaussian mixture models for large data sets.")
-    made.add_argument("--version", action="version", version=f"gmmkeops {version('gmmkeops')}")
+    made.add_argument("--version", action="version", version=f"gmmkeops {__version__}")
     commands = made.add_subparsers(dest="command", required=True, metavar="command")
     _add_fit(commands)
     _add_evaluation(commands)

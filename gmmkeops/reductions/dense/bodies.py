@@ -62,7 +62,7 @@ class _LogSumExps:
         self.values = problem.x.new_zeros(problem.shape[0])
 
     def __call__(self, tile: Tile, start: int, stop: int) -> None:
-        found = tile.softmax()
+        found = tile.logsumexps()
         if tile.sees(found):
             self.values[start:stop] = found
 
@@ -125,14 +125,15 @@ class _Moments:
         self.values = problem.x.new_zeros(problem.shape[0]) if request.values else None
 
     def __call__(self, tile: Tile, start: int, stop: int) -> None:
+        weights = None if self.weights is None else self.weights[start:stop]
         if self.assignment == "soft":
-            values = tile.softmax()
+            values = tile.assign(weights)
         elif self.assignment == "hard":
             values = tile.onehot()
         else:
             values = tile.draw(self.seed + start)
         if tile.sees(values):
-            tile.add(values, None if self.weights is None else self.weights[start:stop])
+            tile.add(values, weights)
             if self.values is not None:
                 self.values[start:stop] = values
 

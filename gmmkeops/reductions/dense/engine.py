@@ -16,7 +16,7 @@ from gmmkeops.reductions.cores import cores, on_cores
 from gmmkeops.reductions.dense.bodies import body_of
 from gmmkeops.reductions.dense.products import asked, has_slow_double
 from gmmkeops.reductions.dense.rounding import Sizes, size_limits
-from gmmkeops.reductions.dense.tile import Tile
+from gmmkeops.reductions.dense.tile import Columns, Tile
 from gmmkeops.reductions.problem import Exponents, Form
 from gmmkeops.reductions.protocol import Request, Result
 from gmmkeops.reductions.truncation.bounds import Schedule
@@ -63,15 +63,16 @@ class Dense:
     def unsupported(self, form: Form, request: Request) -> str | None:
         return None
 
-    def begin(self, problem: Exponents, request: Request) -> _Evaluation:
-        return _Evaluation(problem, request)
+    def begin(self, problem: Exponents, request: Request, columns: Columns | None = None) -> _Evaluation:
+        """Begin an evaluation; other engines pass a kernel for the sums of exponentials over the ``columns`` of a tile."""
+        return _Evaluation(problem, request, columns)
 
 
 class _Evaluation:
     """Evaluation by tiles. It is repeated with smaller tiles if memory is exhausted, and with clamped exponents on overflow."""
 
-    def __init__(self, problem: Exponents, request: Request) -> None:
-        self.problem = problem
+    def __init__(self, problem: Exponents, request: Request, columns: Columns | None) -> None:
+        self.problem, self._columns = problem, columns
         self._body = body_of(problem, request)
         self._clamp, self._halvings = self._body.clamp, 0
         self._tiles: list[Tile] = []
@@ -98,7 +99,9 @@ class _Evaluation:
                 tiles = _whole(self.problem, self._halvings) if split is None else _row_ranges(split)
                 # Exponents beyond the range of float32 cannot be computed by float32 products.
                 limit = None if self._clamp else self._limit
-                return split, _run(self.problem, self._body, tiles, self._clamp, self._body.featured, limit)
+                return split, _run(
+                    self.problem, self._body, tiles, self._clamp, self._body.featured, limit, self._columns
+                )
             except (MemoryError, RuntimeError) as error:
                 # Tiles with fewer than 32 rows would not need less memory.
                 if not _is_out_of_memory(error) or _tile_rows(self.problem, self._halvings) <= 32:
@@ -190,6 +193,7 @@ def _run(
     clamp: bool,
     featured: bool,
     limit: float | None,
+    columns: Columns | None = None,
 ) -> list[Tile]:
     """Run ``body`` over tiles, with float32 products for tiles whose sizes are within ``limit``; None for float64 products."""
     K = problem.shape[1]
@@ -209,7 +213,7 @@ def _run(
         bounds = None if bool(sizes.most((problem.x - problem.center).abs().amax(0)) <= most) else sizes
 
     def new(limit: float | None) -> Tile:
-        return Tile(problem, max(rows), max(pairs), clamp, featured, bounds, limit, limit is None)
+        return Tile(problem, max(rows), max(pairs), clamp, featured, bounds, limit, limit is None, columns)
 
     def run(worker: int) -> list[Tile]:
         tile, deputy = new(limit), None

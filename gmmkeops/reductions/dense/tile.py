@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from gmmkeops.reductions.dense.products import product
 from gmmkeops.reductions.dense.rounding import Sizes, size_limits
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["Tile"]
+__all__ = ["Columns", "Tile"]
 
 # Smallest ratio of dimensions to components of a tile for which whitened residuals cost less than the features (measured in 10 to
 # 64 dimensions).
@@ -36,6 +36,19 @@ _FEW = 6
 
 # Maximum number of entries of an array of residuals x - μ_k.
 _ROOM, _ROOM_CUDA = 1 << 18, 1 << 24
+
+
+class Columns(Protocol):
+    """Sums of exponentials over the components of a tile, by one kernel instead of several torch operations."""
+
+    def logsumexps(self, E: Tensor) -> Tensor:
+        """Return the log-sum-exps (rows,) of exponents (components, rows), nats, in their dtype."""
+
+    def share(self, E: Tensor, weights: Tensor | None, depth: float) -> Tensor:
+        """Overwrite exponents (components, rows), nats, by responsibilities times weights (rows,); return the log-sum-exps.
+
+        Responsibilities whose exponents are more than ``depth`` nats below the largest one of a point are zero.
+        """
 
 
 class Tile:
@@ -49,6 +62,7 @@ class Tile:
         sizes: Sizes of the components, for the rounding bounds of each tile; None if all tiles are known to be within the limits.
         most: Largest size for which a tile may use float32 products; None for float64 products.
         precise: Whether to compute products of float32 points in float64.
+        columns: Kernel for the sums of exponentials of float32 points; None for torch operations.
     """
 
     def __init__(
@@ -61,20 +75,23 @@ class Tile:
         sizes: Sizes | None,
         most: float | None,
         precise: bool,
+        columns: Columns | None = None,
     ) -> None:
         _, K, D = problem.shape
         x = problem.x
-        self.problem, self.clamp, self.featured = problem, clamp, featured
+        self.problem, self.clamp, self.featured, self.columns = problem, clamp, featured, columns
         wide: dict[str, Any] = {"dtype": torch.float64 if precise else x.dtype, "device": x.device}
         self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
         # Spherical features contain |x|² as one column. For D = 1 the diagonal formulas apply to all families.
         products = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
         self._features = torch.empty((1 + D + products) * rows, **wide)
         self._e = torch.empty(pairs, **wide)
-        self._r = torch.empty(pairs, dtype=x.dtype, device=x.device)
+        self._r: Tensor | None = None
         self._truths: Tensor | None = None
         self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.width = self.height = 0
+        # Whether the exponents have been overwritten by weighted responsibilities.
+        self._is_shared = False
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
         self.sums = torch.zeros(K, 1 + D + products, dtype=torch.float64, device=x.device)
@@ -120,6 +137,13 @@ class Tile:
         U = p.U.expand_as(p.means)
         return [(U[:, d : d + 1].contiguous(), (U * p.means)[:, d : d + 1], slice(d, d + 1)) for d in range(D)]
 
+    @property
+    def R(self) -> Tensor:
+        """Buffer (components, rows) in the dtype of the points, for exponentials."""
+        if self._r is None:
+            self._r = torch.empty(self._e.shape, dtype=self.problem.x.dtype, device=self._e.device)
+        return self._r[: self.height * self.width].view(self.height, self.width)
+
     def _narrow(self, rows: int, components: int) -> None:
         """Create views of the buffers for a tile of a new shape."""
         D = self.problem.means.shape[1]
@@ -132,7 +156,7 @@ class Tile:
             self.products = None
         self.width, self.height = rows, components
         pairs = rows * components
-        self.E, self.R = self._e[:pairs].view(components, rows), self._r[:pairs].view(components, rows)
+        self.E = self._e[:pairs].view(components, rows)
 
     def load(self, start: int, stop: int, index: Tensor | None = None) -> bool:
         """Load the centered rows start:stop, and compute features and exponents ``self.E`` (components, rows).
@@ -140,7 +164,7 @@ class Tile:
         Returns:
             Whether the products of this tile are accurate enough; if not, the exponents are not computed.
         """
-        p, self.index = self.problem, index
+        p, self.index, self._is_shared = self.problem, index, False
         height = p.means.shape[0] if index is None else len(index)
         if (stop - start, height) != (self.width, self.height):
             self._narrow(stop - start, height)
@@ -314,7 +338,7 @@ class Tile:
             self._add(shares) if self.few else self._keep(product(shares, self.F.T))
         elif self.few:
             self._add(self.shares(weights))
-        elif len(self.F) < self.height:
+        elif len(self.F) < self.height and not self._is_shared:
             # Weights and normalization are applied to the smaller factor of the product.
             self._keep(product(self._unscaled(), self.F.mul_(self._scaling(weights)).T))
             self.F[0] = 1
@@ -333,6 +357,17 @@ class Tile:
             self.sums += sums
         else:
             self.sums.index_add_(0, self.index, sums.to(self.sums.dtype))
+
+    def logsumexps(self) -> Tensor:
+        """Return the log-sum-exps (rows,), nats; the exponents ``self.E`` may be overwritten."""
+        return self.softmax() if self.columns is None else self.columns.logsumexps(self.E)
+
+    def assign(self, weights: Tensor | None) -> Tensor:
+        """Compute soft responsibilities, which :meth:`add` uses with the same weights; return the log-sum-exps (rows,)."""
+        if self.columns is None:
+            return self.softmax()
+        self._is_shared = True
+        return self.columns.share(self.E, weights, self.depth)
 
     def softmax(self) -> Tensor:
         """Fill ``self.R`` with exponentials relative to the largest one of each point; return the log-sum-exps (rows,).
@@ -357,8 +392,8 @@ class Tile:
         return scale if weights is None else scale.mul_(weights)
 
     def shares(self, weights: Tensor | None = None) -> Tensor:
-        """Compute weighted responsibilities (components, rows) from ``self.R``, which may be overwritten."""
-        return self._unscaled().mul_(self._scaling(weights))
+        """Return weighted responsibilities (components, rows), of :meth:`assign` or from ``self.R``, which may be overwritten."""
+        return self.E if self._is_shared else self._unscaled().mul_(self._scaling(weights))
 
     def onehot(self) -> Tensor:
         """Fill ``self.R`` with hard responsibilities; return the largest exponents (rows,)."""
