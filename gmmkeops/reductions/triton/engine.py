@@ -34,10 +34,8 @@ _FULL, _DIAGONAL, _TOP = 32, 128, 16
 _FULL_GRADIENT, _DIAGONAL_GRADIENT = 16, 32
 _FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 
-# Smallest numbers of features, for full and for diagonal factors, for which float64 products take less time than the kernels, for
-# log-sum-exps and for moments. H200, 1e6 points and 1000 components, kernels and products: log-sum-exps, D = 12 full: 7.9 and
-# 10 ms, D = 32: 51 and 28 ms; moments, D = 12: 62 and 23 ms; diagonal D = 16: 12.6 and 20 ms, D = 32: 27.6 and 20 ms.
-_PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25)}
+# Smallest numbers of features, for full and for diagonal factors, for which float64 products take less time than the kernels.
+_PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25), Argmax: (24, 48)}
 
 # Exponents, base 2, above which kernels are exact: their running maximum begins at -1e38.
 _LOWEST = -9.9e37
