@@ -120,7 +120,8 @@ def _tile_rows(problem: Exponents, halvings: int = 0) -> int:
     N, K, D = problem.shape
     width = K + (D * (D + 1) // 2 if problem.is_full else D)
     size = _TILE_CUDA if problem.x.is_cuda else _TILE_CPU
-    rows = max(1, min(N, max(32, size // width), _ROWS_CPU if not problem.x.is_cuda else N))
+    # Multiples of 32 align the rows of matrices on CUDA.
+    rows = max(1, min(N, max(32, size // width // 32 * 32), _ROWS_CPU if not problem.x.is_cuda else N))
     return max(min(rows, 32), rows >> halvings)
 
 

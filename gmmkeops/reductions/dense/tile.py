@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gmmkeops.data import running_sum
 from gmmkeops.reductions.dense.products import product
@@ -33,6 +34,9 @@ __all__ = ["Columns", "Tile"]
 # Smallest ratio of dimensions to components of a tile for which whitened residuals cost less than the features (measured in 10 to
 # 64 dimensions).
 _FEW = 6
+
+# Number of which the number of features of a tile on CUDA is made a multiple, so that the rows of matrices are aligned.
+_ALIGNED = 8
 
 # Maximum number of entries of an array of residuals x - μ_k.
 _ROOM, _ROOM_CUDA = 1 << 18, 1 << 24
@@ -84,7 +88,10 @@ class Tile:
         self.full, self.spherical = problem.is_full, problem.U.shape[1:] == (1,)
         # Spherical features contain |x|² as one column. For D = 1 the diagonal formulas apply to all families.
         products = D * (D + 1) // 2 if self.full else 1 if self.spherical else D
-        self._features = torch.empty((1 + D + products) * rows, **wide)
+        # Rows of Φ, and with rows of zeros that align those of other matrices.
+        self.features = 1 + D + products
+        self._padded = -(-self.features // _ALIGNED) * _ALIGNED if x.is_cuda else self.features
+        self._features = torch.empty(self._padded * rows, **wide)
         self._e = torch.empty(pairs, **wide)
         self._r: Tensor | None = None
         self._truths: Tensor | None = None
@@ -94,7 +101,7 @@ class Tile:
         self._is_shared = False
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
-        self.sums = torch.zeros(K, 1 + D + products, dtype=torch.float64, device=x.device)
+        self.sums = torch.zeros(K, self.features, dtype=torch.float64, device=x.device)
         # Moments about their own means, of the components that are evaluated from residuals.
         self.own: Tensor | None = None
         self.total = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -109,7 +116,7 @@ class Tile:
         self.apart_moments: Tensor | None = None
         self.moments_limit, self.limit = size_limits(x.dtype)
         if self.quadratic:
-            self.natural = self._natural().to(**wide)
+            self.natural = pad(self._natural(), (0, self._padded - self.features)).to(**wide)
         else:
             self.whitening = self._whitening()
 
@@ -148,10 +155,9 @@ class Tile:
         """Create views of the buffers for a tile of a new shape."""
         D = self.problem.means.shape[1]
         if rows != self.width:
-            # Φ (P, rows): a row of ones, the points X (D, rows), then the products of their coordinates.
-            P = self.sums.shape[1]
-            self.F = self._features[: P * rows].view(P, rows)
-            self.F[0] = 1
+            # Φ (P, rows): a row of ones, the points X (D, rows), the products of their coordinates, and rows of zeros.
+            self.F = self._features[: self._padded * rows].view(self._padded, rows)
+            self.F[0], self.F[self.features :] = 1, 0
             self.X = self.F[1 : D + 1]
             self.products = None
         self.width, self.height = rows, components
@@ -229,9 +235,9 @@ class Tile:
 
     def _multiply(self) -> None:
         """Compute the features that are products of coordinates."""
-        D, square = len(self.X), self.F[len(self.X) + 1 :]
+        D, square = len(self.X), self.F[len(self.X) + 1 : self.features]
         if self.spherical:
-            torch.sum(self.X * self.X, 0, out=self.F[-1])
+            torch.sum(self.X * self.X, 0, out=square[0])
             return
         if self.products is None:
             parts = square.split(list(range(D, 0, -1))) if self.full else [square]
@@ -353,6 +359,7 @@ class Tile:
         self._keep(torch.cat([product(shares, self.F[: D + 1].T), products], 1))
 
     def _keep(self, sums: Tensor) -> None:
+        sums = sums[:, : self.features]
         if self.index is None:
             self.sums += sums
         else:
