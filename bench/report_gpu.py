@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot", "tables"]
+__all__ = ["compared", "plot", "tables"]
 
-_COLORS = {"keops": "C1", "triton": "C0", "dense": "C2", "native": "C3"}
+_COLORS = {"triton": "C0", "keops": "C1", "dense": "C2", "native": "C3"}
 
 
 def shown(value: Any) -> str:
@@ -19,10 +19,30 @@ def shown(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def compared(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a table with the times of all engines, one row for each family and number of features."""
+    rows = [row for name in ("engines", "dimensions") for row in record["questions"].get(name, {"rows": []})["rows"]]
+    engines = [name for name in _COLORS if any(row["engine"] == name and "moments ms" in row for row in rows)]
+    lines = [
+        "| ms: log-sum-exps / moments / labels | " + " | ".join(engines) + " |",
+        "| --- |" + " --- |" * len(engines),
+    ]
+    for kind in dict.fromkeys((row["family"], row["D"]) for row in rows):
+        times = {row["engine"]: row for row in rows if (row["family"], row["D"]) == kind and "skipped" not in row}
+        cells = [
+            " / ".join(shown(times[name][f"{what} ms"]) for what in ("log-sum-exp", "moments", "labels"))
+            if name in times
+            else "-"
+            for name in engines
+        ]
+        lines.append(f"| {kind[0]}, D = {kind[1]} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def tables(record: dict[str, Any]) -> list[str]:
-    """Return the lines of a page with one table for each question."""
+    """Return the lines of a page: a table that compares the engines, and one for each question."""
     found = record["environment"]
-    lines = ["# Answers of a GPU", ""]
+    lines = ["# Answers of a GPU", "", "<!-- engines -->", "", *compared(record), "", "<!-- end of engines -->", ""]
     lines += [", ".join(f"{name} {value}" for name, value in found.items() if name != "missing") + ".", ""]
     lines += [f"- {name} was missing: no results of {what}." for name, what in found["missing"].items()]
     for name, answer in record["questions"].items():

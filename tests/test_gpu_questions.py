@@ -53,6 +53,9 @@ def test_all_questions_are_answered(tmp_path, capsys):
     head = lines.index("| family | D | N | K | engine | log-sum-exp ms | moments ms | labels ms | auto |")
     first = next(row for row in record["questions"]["engines"]["rows"] if "moments ms" in row)
     assert f"| {first['moments ms']:.3g} |" in lines[head + 2]
+    summary = report_gpu.compared(record)
+    shown = " / ".join(f"{first[f'{what} ms']:.3g}" for what in ("log-sum-exp", "moments", "labels"))
+    assert any(line.startswith(f"| {first['family']}, D = {first['D']} |") and shown in line for line in summary)
     assert report_gpu.plot(record, tmp_path / "gpu.png")
     assert matplotlib.image.imread(tmp_path / "gpu.png").std() > 0.01
 
