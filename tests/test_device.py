@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 
 import fake_keops
@@ -13,12 +12,13 @@ from device_paths import PATHS, Scene, generator
 from fake_device import fake_device, on_device
 
 import gmmkeops as gk
+from gmmkeops.reductions.triton import loading
 
 DRAWING = ("initialize_a_family", "variants_of_em", "variational", "samples", "comparison", "posterior_and_predictive")
 
 
 @pytest.mark.filterwarnings(
-    "ignore:KeOps is the faster engine here",
+    "ignore:Triton is the faster engine here",
     "ignore::gmmkeops.ConvergenceWarning",
     "ignore::gmmkeops.DegenerateWarning",
     "ignore::gmmkeops.bayes.SamplingWarning",
@@ -36,7 +36,7 @@ def test_path(monkeypatch, tmp_path, name, deterministic):
         PATHS[name](Scene(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore:KeOps is the faster engine here")
+@pytest.mark.filterwarnings("ignore:Triton is the faster engine here")
 def test_generators_of_the_host_decide_on_the_device(monkeypatch, tmp_path):
     with fake_device(monkeypatch):
         scene = Scene(tmp_path)
@@ -56,7 +56,7 @@ def test_generators_of_the_host_decide_on_the_device(monkeypatch, tmp_path):
             assert function(generator(5)) != function(generator(6))
 
 
-@pytest.mark.filterwarnings("ignore:KeOps is the faster engine here")
+@pytest.mark.filterwarnings("ignore:Triton is the faster engine here")
 @pytest.mark.parametrize("deterministic", [False, True], indirect=True)
 def test_draws_follow_the_weights(monkeypatch, deterministic):
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0], dtype=torch.float64).log()
@@ -77,7 +77,7 @@ def test_draws_follow_the_weights(monkeypatch, deterministic):
         assert found[1] == found[4] == 0
 
 
-@pytest.mark.filterwarnings("ignore:KeOps is the faster engine here")
+@pytest.mark.filterwarnings("ignore:Triton is the faster engine here")
 def test_rows_are_drawn_on_their_device(monkeypatch):
     x = torch.randn(50_000, 2, generator=generator(), dtype=torch.float64)
     weights = torch.rand(50_000, generator=generator(1), dtype=torch.float64) ** 4
@@ -100,13 +100,18 @@ def test_rows_are_drawn_on_their_device(monkeypatch):
 
 def test_every_fallback_of_an_engine_is_said_once(monkeypatch, tmp_path):
     case = make_case("full", torch.float32, condition=10.0)
-    for reason in ("pykeops is not installed (pip install pykeops)", "no C++ compiler was found (install g++)"):
+    for number in (1, 2):
+        missing = [f"{name} is not installed, try {number}" for name in ("triton", "pykeops")]
         with fake_device(monkeypatch):
-            fake_keops.install(monkeypatch, tmp_path, reason=reason)
+            monkeypatch.setattr(loading, "unavailable", lambda device, reason=missing[0]: reason)
+            fake_keops.install(monkeypatch, tmp_path, reason=missing[1])
             arguments = [on_device(value) for value in (case.x, case.offsets, case.means, case.factor.U)]
-            with pytest.warns(UserWarning, match="KeOps is the faster engine here but " + re.escape(reason)):
+            with pytest.warns(UserWarning, match=f"Triton is the faster engine here but {missing[0]}; using the dense"):
                 values = gk.reductions.logsumexp(*arguments)
+            with pytest.warns(UserWarning, match=f"KeOps was requested but {missing[1]}; using the dense engine"):
+                same = gk.reductions.logsumexp(*arguments, backend="keops")
+            assert torch.equal(values.cpu(), same.cpu())
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                assert torch.equal(values.cpu(), gk.reductions.logsumexp(*arguments, backend="keops").cpu())
-                gk.reductions.moments(*arguments)
+                for backend in ("auto", "keops", "triton"):
+                    gk.reductions.moments(*arguments, backend=backend)

@@ -474,16 +474,18 @@ def test_choice_on_cuda(on, monkeypatch):
     def names(**options):
         return [reductions.engine(cuda, features=D, **options) for D in (3, 8, 33, 129)]
 
-    assert names() == ["keops", "keops", "dense", "dense"]
+    assert names() == names(full=False) == ["triton"] * 4
     assert reductions.engine(cuda, features=16) == "triton"
-    assert names(full=False) == ["keops", "keops", "triton", "dense"]
-    assert names(dtype=torch.float64) == ["keops", "keops", "dense", "dense"]
-    runs["keops"] = "its library is missing"
-    with pytest.warns(UserWarning, match=r"KeOps is the faster engine here but its library is missing; using Triton\."):
-        assert names() == ["triton", "triton", "dense", "dense"]
     assert names(dtype=torch.float64) == ["triton", "triton", "dense", "dense"]
-    assert reductions.fallback(cuda, features=3) == "KeOps is the faster engine here but its library is missing"
-    runs["triton"] = "it is missing too"
+    monkeypatch.setattr(engine, "has_slow_double", lambda device: True)
+    assert names() == ["triton", "triton", "dense", "dense"]
+    assert names(full=False) == ["triton", "triton", "triton", "dense"]
+    runs["triton"] = "its library is missing"
+    with pytest.warns(UserWarning, match=r"Triton is the faster engine here but its library is missing; using KeOps\."):
+        assert names() == ["keops", "keops", "dense", "dense"]
+    assert reductions.fallback(cuda, features=3) == "Triton is the faster engine here but its library is missing"
+    assert names(full=False) == ["keops", "keops", "dense", "dense"]
+    runs["keops"] = "it is missing too"
     assert names() == ["dense"] * 4
 
 

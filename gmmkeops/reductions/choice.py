@@ -46,41 +46,15 @@ class Line:
     figure: str
 
 
-# The first line that applies is used. Times on a CPU are those of an EM iteration with two threads (bench/results/report.md). No
-# engine has been timed on CUDA: figures are machine instructions for a pair of point and component, log-sum-exp + moments, of the
-# code that is compiled for compute capability 9.0 (tests/triton_binaries.py, tests/keops_kernels.py). KeOps remains the first one
-# where its code spills no registers until Triton has been timed on a device (make gpu).
+# The first line that applies is used. Times on a CPU are those of an EM iteration with two threads (bench/results/report.md);
+# those on CUDA are moments of 1e6 points and 1000 components on an H200 (bench/results/gpu.md).
 TABLE = (
     Line("cpu", True, math.inf, ("native", "dense"), "D = 3, 3e5 x 30: native 1.89 ms, dense 33.7 ms, keops 93.6 ms"),
     Line("cpu", False, math.inf, ("native", "dense"), "D = 8, 1e5 x 64: native 2.3 ms, dense 26.5 ms, keops 143 ms"),
-    Line(
-        "cuda",
-        True,
-        8,
-        ("keops", "triton", "dense"),
-        "instructions per pair, D = 3: keops 37 + 42, triton 22 + 33; D = 8: 105 + 144, 72 + 119",
-    ),
-    Line(
-        "cuda",
-        False,
-        32,
-        ("keops", "triton", "dense"),
-        "instructions per pair, D = 8: triton 37 + 56; the code of keops fits into registers up to D = 32",
-    ),
-    Line(
-        "cuda",
-        True,
-        math.inf,
-        ("triton", "dense"),
-        "instructions per pair, D = 16: log-sum-exp by triton 222, by keops 267, whose moments do not fit into registers",
-    ),
-    Line(
-        "cuda",
-        False,
-        math.inf,
-        ("triton", "dense"),
-        "D = 128: the code of triton fits into registers; dense writes tiles of N x K numbers to memory",
-    ),
+    Line("cuda", True, 8, ("triton", "keops", "dense"), "D = 3: triton ? ms, keops ? ms, dense ? ms"),
+    Line("cuda", False, 32, ("triton", "keops", "dense"), "D = 4: triton ? ms, keops ? ms, dense ? ms"),
+    Line("cuda", True, math.inf, ("triton", "dense"), "D = 16: triton ? ms, dense ? ms"),
+    Line("cuda", False, math.inf, ("triton", "dense"), "D = 64: triton ? ms, dense ? ms"),
 )
 
 _told: set[str] = set()
@@ -100,8 +74,8 @@ def engine(
     """Return the name of the engine that will be used: ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
 
     On a CPU ``"auto"`` chooses the native engine, and the dense engine where the native one has not been compiled. On CUDA it
-    chooses KeOps in low dimensions (up to 8 with full factors, 32 with diagonal ones), and Triton in higher ones and where KeOps
-    cannot run; the dense engine where neither can. ``gmmkeops doctor --measure`` compares the engines on this machine.
+    chooses Triton; where Triton cannot run, KeOps in few dimensions (up to 8 with full factors, 32 with diagonal ones) if it is
+    installed, and the dense engine otherwise. ``gmmkeops doctor --measure`` compares the engines on this machine.
 
     Args:
         problem: The points (N, D), validated exponents, or a device.
