@@ -92,7 +92,12 @@ def check(case, near=CLOSE):
 @pytest.fixture
 def slow_double(monkeypatch):
     """A device with slow float64 arithmetic, on which kernels are used for any number of features."""
-    monkeypatch.setattr(engine, "has_slow_double", lambda device: True)
+    monkeypatch.setattr(engine, "_has_fast_double", lambda device: False)
+
+
+@pytest.fixture
+def fast_double(monkeypatch):
+    monkeypatch.setattr(engine, "_has_fast_double", lambda device: True)
 
 
 @pytest.mark.parametrize(("family", "features", "components"), FEW)
@@ -110,6 +115,7 @@ def test_tiles(on, family, features, components):
 
 
 @pytest.mark.parametrize(("family", "features", "components"), [*MANY, ("full", 40, 7), ("diag", 200, 35)])
+@pytest.mark.usefixtures("fast_double")
 def test_products(on, family, features, components, monkeypatch):
     """Moments, and log-sum-exps of many features, by float64 products with a kernel for the sums of exponentials."""
     case = make_case(family, torch.float32, N=70, K=components, D=features, condition=20.0, device=on[1])
@@ -135,6 +141,7 @@ def test_products(on, family, features, components, monkeypatch):
     assert set(launched) == ({"logsumexps"} if features > (16 if "full" in family else 24) else set())
 
 
+@pytest.mark.usefixtures("fast_double")
 def test_products_of_distant_points_and_components_of_no_weight(on):
     """Points that are far from all components have one of them; components of no weight have none."""
     case = make_case("full", torch.float32, N=70, K=40, D=18, device=on[1])
@@ -369,13 +376,15 @@ def test_draws_have_positive_probability(on):
     assert labels.tolist() == [0, 0, 1, 1, 1]
 
 
-def test_what_the_engine_does_not_compute(on):
+def test_what_the_engine_does_not_compute(on, monkeypatch):
     case = make_case("diag", torch.float32, N=5, K=20, D=3, device=on[1])
     problem = Exponents.of(*case.arguments)
     assert "16 exponents" in triton.unsupported(problem.form, TopK(17))
     assert triton.unsupported(problem.form, Statistics(assignment="stochastic")) is None
     wide = Exponents.of(*make_case("full", torch.float32, N=5, D=33, device=on[1]).arguments)
-    assert triton.unsupported(wide.form, LogSumExp()) is None
+    for fast in (False, True):
+        monkeypatch.setattr(engine, "_has_fast_double", lambda device, fast=fast: fast)
+        assert (triton.unsupported(wide.form, LogSumExp()) is None) == fast
     assert "in 33 dimensions" in triton.unsupported(wide.form, TopK(2))
     many = Exponents.of(*make_case("full", torch.float32, N=5, D=17, device=on[1]).arguments)
     assert "gradients in 17 dimensions" in triton.unsupported(many.form, PointGradient())
@@ -474,10 +483,11 @@ def test_choice_on_cuda(on, monkeypatch):
     def names(**options):
         return [reductions.engine(cuda, features=D, **options) for D in (3, 8, 33, 129)]
 
+    monkeypatch.setattr(engine, "_has_fast_double", lambda device: True)
     assert names() == names(full=False) == ["triton"] * 4
     assert reductions.engine(cuda, features=16) == "triton"
     assert names(dtype=torch.float64) == ["triton", "triton", "dense", "dense"]
-    monkeypatch.setattr(engine, "has_slow_double", lambda device: True)
+    monkeypatch.setattr(engine, "_has_fast_double", lambda device: False)
     assert names() == ["triton", "triton", "dense", "dense"]
     assert names(full=False) == ["triton", "triton", "triton", "dense"]
     runs["triton"] = "its library is missing"

@@ -101,7 +101,11 @@ def _by_products(form: Form, request: Request) -> bool:
     if form.dtype != torch.float32 or (isinstance(request, Statistics) and request.assignment != "soft"):
         return False
     full, diagonal = _PRODUCTS.get(type(request), (math.inf, math.inf))
-    return form.features >= (full if form.full else diagonal) and form.rows > 0 and not has_slow_double(form.device)
+    return form.features >= (full if form.full else diagonal) and form.rows > 0 and _has_fast_double(form.device)
+
+
+def _has_fast_double(device: torch.device) -> bool:
+    return device.type == "cuda" and not has_slow_double(device)
 
 
 class _Products:
