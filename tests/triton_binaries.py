@@ -21,7 +21,7 @@ from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton import loading, partial, residuals, tiles
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.float16: "*fp16", torch.int64: "*i64"}
 
 
 def launches(case, rows=1000, components=1000):
