@@ -33,10 +33,14 @@ from gmmkeops.reductions.triton.loading import launch
 from gmmkeops.reductions.triton.packing import LN2, _scaled
 from gmmkeops.reductions.triton.partial import Piece, add_moments
 
-__all__ = ["MOST", "Products", "Tiling", "is_accurate"]
+__all__ = ["MOST", "MOST_DIAGONAL", "Products", "Tiling", "is_accurate"]
 
-# Largest number of features.
-MOST = 128
+# Largest numbers of features, for spherical and for diagonal factors.
+MOST, MOST_DIAGONAL = 128, 64
+
+# Largest unit of exponents, for which errors of log-sum-exps are about 1e-5 nats, and largest spread, for which errors of second
+# moments are about 1e-6 of their largest entry. Errors are proportional to these numbers.
+_UNIT, _SPREAD = 2.0**-7, 64.0
 
 # Expected value of a squared scaled whitened residual, log2(e) / 2.
 _SQUARE = 0.5 / LN2
@@ -77,6 +81,7 @@ class Tiling:
         components: Number of components of a tile.
         warps: Number of warps of a program.
         stages: Number of tiles that are loaded ahead, plus one.
+        columns: Number of columns of a block of a tile.
         chunk: Number of rows for each partial sum of moments, a multiple of ``rows``.
     """
 
@@ -84,6 +89,7 @@ class Tiling:
     components: int
     warps: int
     stages: int
+    columns: int = 128
     chunk: int = 2048
 
 
@@ -95,11 +101,14 @@ class _Grid:
         reference: Reference point a (D,), a float32 number, data units.
         factor: Factors 1 / h (D,), float32 numbers, 1 / data units.
         units: Units w of the exponents of each component (K,), base 2.
+        spread: Largest squared ratio of a coordinate of a mean and the largest standard deviation of the components in that
+            feature (scalar), by which digits of second moments cancel; zero for spherical factors, for which they do not.
     """
 
     reference: Tensor
     factor: Tensor
     units: Tensor
+    spread: Tensor
 
     @classmethod
     def of(cls, problem: Exponents) -> _Grid:
@@ -118,14 +127,15 @@ class _Grid:
             squares = inner.square() + (inner + norm / u[:, 0]).square()
             h = torch.maximum((squares.amax() / _EXACT).sqrt(), outer.amax() / _WHOLE)
             factor = _power(1 / h).expand(D)
-            return cls(reference, factor, (u[:, 0] / factor[0]).square() * _SQUARE)
+            return cls(reference, factor, (u[:, 0] / factor[0]).square() * _SQUARE, mu.new_zeros(()))
         factor = _power(_WHOLE / outer)
         # Sums of absolute values of products over the features, for points in range.
         inner = (u * mu).square().sum(1).sqrt()
-        most = (inner + norm) * (3 * inner + norm) * _SQUARE
+        most = _SQUARE * (2 * inner + norm).square()
         digits = _SQUARE * (u / factor).square() * torch.maximum(2 * mu * factor, mu.new_tensor(1 / _HALVED))
         units = torch.maximum(most / _EXACT, digits.amax(1) / _WHOLE)
-        return cls(reference, factor, torch.exp2(units.log2().ceil()))
+        spread = (mu.amax(0) * u.amin(0)).square().amax()
+        return cls(reference, factor, torch.exp2(units.log2().ceil()), spread)
 
 
 def _power(values: Tensor) -> Tensor:
@@ -135,12 +145,26 @@ def _power(values: Tensor) -> Tensor:
 
 def _reference(least: Tensor, most: Tensor) -> Tensor:
     """Return float32 numbers between bounds, with so few digits that differences of float32 numbers from them are often exact."""
-    unit = _power(0.25 * (most - least)).clamp(min=torch.finfo(torch.float32).tiny)
+    unit = _power(most - least).clamp(min=torch.finfo(torch.float32).tiny)
     return ((0.5 * (least + most)) / unit).round().mul(unit).float().double()
 
 
 def _is_spherical(problem: Exponents) -> bool:
     return problem.U.shape[1:] == (1,)
+
+
+def is_accurate(problem: Exponents) -> bool:
+    """Return whether the kernels are as accurate for a problem as those of residuals.
+
+    This is decided by the parameters only, of which two numbers are read from their device. It is false if components are narrow
+    compared with the distances of their means, or with other components.
+    """
+    if problem.is_full or problem.shape[2] > (MOST if _is_spherical(problem) else MOST_DIAGONAL):
+        return False
+    grid = _Grid.of(problem)
+    unit, spread = numbers(grid.units.amax(), grid.spread)
+    # The comparisons are false for NaN.
+    return 0 < unit <= _UNIT and spread <= _SPREAD
 
 
 @dataclass(frozen=True)
@@ -154,6 +178,7 @@ class _Parameters:
         means: Means relative to the reference point (K, D), data units, float64.
         factor: Factors (D,), 1 / data units, float64.
         square: Value of q for which the kernels compute zero (K,), float64.
+        centers: Integers near the expected entries of points of a component (KP, W), float16; diagonal only.
     """
 
     digits: Tensor
@@ -162,6 +187,7 @@ class _Parameters:
     means: Tensor
     factor: Tensor
     square: Tensor
+    centers: Tensor
 
     @classmethod
     def of(cls, problem: Exponents) -> _Parameters:
@@ -186,9 +212,11 @@ class _Parameters:
         table[:, : len(c)] = torch.stack([c, w, J])
         numbers = torch.zeros(2, P, dtype=torch.float32, device=c.device)
         numbers[:, :D] = torch.stack([grid.reference, grid.factor])
-        return cls(
-            *transferred([digits, table.float(), numbers, mu, grid.factor, own - J], problem.x.device)
-        )
+        centers = digits[0, :0]
+        if not _is_spherical(problem):
+            centers = _rows(torch.cat([m, m.square() * _HALVED], 1).round().half(), D, P)
+        arrays = [digits, table.float(), numbers, mu, grid.factor, own - J, centers]
+        return cls(*transferred(arrays, problem.x.device))
 
 
 def _digits(values: Tensor) -> list[Tensor]:
@@ -283,7 +311,7 @@ class Products:
             launch(
                 "products", "logsumexps", out.device, (-(-len(part) // tiling.rows),), points.digits, points.numbers, p.digits,
                 p.numbers, part, len(part), K, points.numbers.shape[1], p.numbers.shape[1], W=self._width,
-                DIAGONAL=not _is_spherical(self.problem), BN=tiling.rows, BK=tiling.components, STAGES=tiling.stages,
+                BW=min(tiling.columns, self._width), DIAGONAL=not _is_spherical(self.problem), BN=tiling.rows, BK=tiling.components, STAGES=tiling.stages,
                 warps=tiling.warps,
             )  # fmt: skip
 
@@ -308,12 +336,18 @@ class Products:
             self.problem.x, sums.T, None, tiling.chunk, lambda piece: self._partial(values, weights, piece, tiling)
         )
         sums *= _SCALE if unit is None else _SCALE * unit.double()
-        S0, first = sums[:, W], sums[:, :D] / p.factor
-        S1 = torch.addcmul(first, S0[:, None], p.means, value=-1)
+        S0 = sums[:, W]
         if _is_spherical(self.problem):
+            S1 = torch.addcmul(sums[:, :D] / p.factor, S0[:, None], p.means, value=-1)
             return S0, S1, (sums[:, W + 1] + S0 * p.square) / p.factor[0].square()
-        S2 = sums[:, P : P + D] / (_HALVED * p.factor.square())
-        return S0, S1, torch.addcmul(S2, first + S1, p.means, value=-1)
+        # Sums of r (z - a) and r (z² / 2048 - b) with the centers a and b.
+        m, S0 = p.means * p.factor, S0[:, None]
+        a, b = p.centers[:K, :D].double(), p.centers[:K, P : P + D].double()
+        S1 = torch.addcmul(sums[:, :D], S0, a - m)
+        # z² - m² = (z - m)² + 2 m (z - m).
+        S2 = torch.addcmul(sums[:, P : P + D] / _HALVED, S0, b / _HALVED - m.square())
+        S2 = torch.addcmul(S2, m, S1, value=-2)
+        return S0[:, 0], S1 / p.factor, S2 / p.factor.square()
 
     def _partial(self, values: Tensor, weights: Tensor | None, piece: Piece, tiling: Tiling) -> Tensor:
         """Compute partial sums (W + 4, M) of chunks of rows."""
@@ -328,30 +362,31 @@ class Products:
             level, M = values[start:stop], points.numbers.shape[1]
             launch(
                 "products", "moments", values.device, (-(-K // tiling.components), chunks), points.digits[:, place:],
-                points.numbers[:, place:], p.digits, p.numbers, level,
+                points.numbers[:, place:], p.digits, p.numbers, p.centers,
+                level,
                 level if weights is None else weights[start:stop], part[first * K :], len(level), K, M, p.numbers.shape[1],
-                tiling.chunk, W=self._width, DIAGONAL=not _is_spherical(self.problem), WEIGHTED=weights is not None,
+                tiling.chunk, W=self._width, BW=min(tiling.columns, self._width), DIAGONAL=not _is_spherical(self.problem), WEIGHTED=weights is not None,
                 BN=tiling.rows, BK=tiling.components, STAGES=tiling.stages, warps=tiling.warps,
             )  # fmt: skip
         return part.T
 
 
 def _value_tiling(device: torch.device, width: int) -> Tiling:
-    """Return the sizes of the kernel of log-sum-exps, so that its tiles fit into shared memory."""
-    if _shared_memory(device) >= _BIG:
-        return Tiling(128, 64, 8, 3) if width <= 128 else Tiling(128, 32, 8, 2)
-    return Tiling(64, 32, 4, 2)
+    """Return the sizes of the kernel of log-sum-exps, so that its tiles fit into registers and shared memory."""
+    if _shared_memory(device) < _BIG:
+        return Tiling(64, 32, 4, 2, columns=64)
+    return Tiling(128, 64 if width > 64 else 128, 8, 2)
 
 
 def _sum_tiling(device: torch.device, width: int) -> Tiling:
-    """Return the sizes of the kernel of moments, so that its tiles fit into shared memory."""
-    if _shared_memory(device) >= _BIG:
-        return Tiling(64, 64, 4, 3) if width <= 128 else Tiling(32, 64, 4, 2)
-    return Tiling(32, 32, 4, 2)
+    """Return the sizes of the kernel of moments, so that its tiles fit into registers and shared memory."""
+    if _shared_memory(device) < _BIG:
+        return Tiling(32, 32, 4, 2, columns=64)
+    return Tiling(64, 128, 8, 2)
 
 
-# Shared memory of a program, bytes, from which the larger sizes fit: that of compute capabilities 8.0, 9.0 and 10.0.
-_BIG = 160 * 1024
+# Shared memory of a program, bytes, from which the larger sizes fit: that of compute capabilities 9.0 and 10.0.
+_BIG = 200 * 1024
 
 
 def _shared_memory(device: torch.device) -> int:

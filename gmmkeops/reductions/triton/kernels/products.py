@@ -50,7 +50,7 @@ def split(
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     d = tl.arange(0, P)
     inside = (rows < N)[:, None] & (d < D)[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    x = tl.load(x_ptr + (rows[:, None] * D + d[None, :]), mask=inside, other=0.0)
     z = (x - tl.load(a_ptr + d)[None, :]) * tl.load(a_ptr + P + d)[None, :]
     z = tl.where(inside, z, 0.0)
     # The comparison is false for NaN.
@@ -58,8 +58,8 @@ def split(
     z = tl.where(good[:, None], z, 0.0)
     whole = _integer(z)
     rest = z - whole
-    step = M.to(tl.int64) * W
-    digit_ptr += rows.to(tl.int64)[:, None] * W + d[None, :]
+    step = M * W
+    digit_ptr += rows[:, None] * W + d[None, :]
     _store_digits(digit_ptr, step, whole, rest)
     more = rest * (2 * whole + rest)
     if DIAGONAL:
@@ -77,21 +77,32 @@ def split(
 
 
 @triton.jit
-def _digits(digit_ptr, step, first, B: tl.constexpr, W: tl.constexpr):
-    """Load the digits of consecutive rows, three tiles (B, W)."""
-    digit_ptr += (first + tl.arange(0, B)).to(tl.int64)[:, None] * W + tl.arange(0, W)[None, :]
-    return tl.load(digit_ptr), tl.load(digit_ptr + step), tl.load(digit_ptr + 2 * step)
+def _digits(digit_ptr, step, first, B: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
+    """Load the digits of consecutive rows: three tiles (B, BW) for each block of columns."""
+    # Offsets from a common pointer take few registers.
+    place = tl.arange(0, B)[:, None] * W + tl.arange(0, BW)[None, :]
+    found = ()
+    for b in tl.static_range(W // BW):
+        for digit in tl.static_range(3):
+            found = found + (tl.load(digit_ptr + (first * W + digit * step + b * BW) + place),)
+    return found
 
 
 @triton.jit
-def _products(a, b):
+def _products(a, b, BLOCKS: tl.constexpr):
     """Return the products of the integers of two tiles of rows, and the sum of the next five products."""
     small = tl.dot(a[2], tl.trans(b[0]))
-    small = tl.dot(a[0], tl.trans(b[2]), small)
-    small = tl.dot(a[1], tl.trans(b[1]), small)
-    small = tl.dot(a[1], tl.trans(b[0]), small)
-    small = tl.dot(a[0], tl.trans(b[1]), small)
-    return tl.dot(a[0], tl.trans(b[0])), small
+    for i in tl.static_range(BLOCKS):
+        if i > 0:
+            small = tl.dot(a[3 * i + 2], tl.trans(b[3 * i]), small)
+        small = tl.dot(a[3 * i], tl.trans(b[3 * i + 2]), small)
+        small = tl.dot(a[3 * i + 1], tl.trans(b[3 * i + 1]), small)
+        small = tl.dot(a[3 * i + 1], tl.trans(b[3 * i]), small)
+        small = tl.dot(a[3 * i], tl.trans(b[3 * i + 1]), small)
+    large = tl.dot(a[0], tl.trans(b[0]))
+    for i in tl.static_range(1, BLOCKS):
+        large = tl.dot(a[3 * i], tl.trans(b[3 * i]), large)
+    return large, small
 
 
 @triton.jit(do_not_specialize=["N", "K", "M", "KP"])
@@ -106,6 +117,7 @@ def logsumexps(
     M,
     KP,
     W: tl.constexpr,
+    BW: tl.constexpr,
     DIAGONAL: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -114,14 +126,14 @@ def logsumexps(
     """Compute the base-2 log-sum-exps (N,). Component parameters ``p_ptr`` (3, KP) are c, w and J."""
     n0 = tl.program_id(0) * BN
     rows = n0 + tl.arange(0, BN)
-    x = _digits(digit_ptr, M.to(tl.int64) * W, n0, BN, W)
+    x = _digits(digit_ptr, M * W, n0, BN, W, BW)
     whole = tl.load(row_ptr + rows)
     missing = tl.load(row_ptr + M + rows)
     m = tl.full((BN,), -1e38, tl.float32)
     s = tl.zeros((BN,), tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
-        large, small = _products(x, _digits(p_digit_ptr, KP * W, k0, BK, W))
+        large, small = _products(x, _digits(p_digit_ptr, KP * W, k0, BK, W, BW), W // BW)
         c = tl.load(p_ptr + k)
         w = tl.load(p_ptr + KP + k)
         J = tl.load(p_ptr + 2 * KP + k)
@@ -146,6 +158,7 @@ def moments(
     row_ptr,
     p_digit_ptr,
     p_ptr,
+    a_ptr,
     l_ptr,
     g_ptr,
     o_ptr,
@@ -155,6 +168,7 @@ def moments(
     KP,
     C,
     W: tl.constexpr,
+    BW: tl.constexpr,
     DIAGONAL: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BN: tl.constexpr,
@@ -168,20 +182,26 @@ def moments(
     k0 = tl.program_id(0) * BK
     chunk = tl.program_id(1)
     k = k0 + tl.arange(0, BK)
-    p = _digits(p_digit_ptr, KP * W, k0, BK, W)
+    p = _digits(p_digit_ptr, KP * W, k0, BK, W, BW)
     # Responsibilities times 2**14 are in the middle of the range of float16.
     c = tl.load(p_ptr + k) + 14.0
     w = tl.load(p_ptr + KP + k)
     J = tl.load(p_ptr + 2 * KP + k)
+    if DIAGONAL:
+        center = ()
+        for b in tl.static_range(W // BW):
+            center = center + (tl.load(a_ptr + (k[:, None] * W + b * BW + tl.arange(0, BW)[None, :])),)
     S0 = tl.zeros((BK,), tl.float32)
     Sq = tl.zeros((BK,), tl.float32)
-    S = tl.zeros((BK, W), tl.float32)
+    S = ()
+    for b in tl.static_range(W // BW):
+        S = S + (tl.zeros((BK, BW), tl.float32),)
     first = chunk * C
     for n0 in tl.range(first, tl.minimum(first + C, N), BN, num_stages=STAGES):
         rows = n0 + tl.arange(0, BN)
-        x = _digits(digit_ptr, M.to(tl.int64) * W, n0, BN, W)
+        x = _digits(digit_ptr, M * W, n0, BN, W, BW)
         level = tl.load(l_ptr + rows, mask=rows < N, other=1e30)
-        large, small = _products(p, x)
+        large, small = _products(p, x, W // BW)
         if DIAGONAL:
             q = (J[:, None] + large) + small
         else:
@@ -191,19 +211,33 @@ def moments(
         r = tl.exp2((c[:, None] - w[:, None] * q) - level[None, :])
         if WEIGHTED:
             r *= tl.load(g_ptr + rows, mask=rows < N, other=0.0)[None, :]
-        S0 += tl.sum(r, 1)
-        if not DIAGONAL:
-            Sq += tl.sum(r * q, 1)
         r_head = r.to(tl.float16)
         r_rest = (r - r_head.to(tl.float32)).to(tl.float16)
-        part = tl.dot(r_rest, x[0])
         if DIAGONAL:
-            part = tl.dot(r_head, x[2], part)
-        part = tl.dot(r_head, x[1], part)
-        S += tl.dot(r_head, x[0], part)
+            # The sums have the same responsibilities, so that their errors cancel.
+            r = r_head.to(tl.float32) + r_rest.to(tl.float32)
+        else:
+            Sq += tl.sum(r * q, 1)
+        total = tl.sum(r, 1)
+        S0 += total
+        # This product with one makes the compiler convert the centers here, where they need few registers.
+        one = (total * 0.0 + 1.0).to(tl.float16)[:, None]
+        new = ()
+        for b in tl.static_range(W // BW):
+            if DIAGONAL:
+                part = tl.dot(r_head, x[3 * b], -total[:, None] * (one * center[b]).to(tl.float32))
+                part = tl.dot(r_rest, x[3 * b], part)
+                part = tl.dot(r_head, x[3 * b + 2], part)
+                new = new + (S[b] + tl.dot(r_head, x[3 * b + 1], part),)
+            else:
+                part = tl.dot(r_rest, x[3 * b])
+                part = S[b] + tl.dot(r_head, x[3 * b + 1], part)
+                new = new + (part + tl.dot(r_head, x[3 * b]),)
+        S = new
     o_ptr += (chunk.to(tl.int64) * K + k) * (W + 4)
     real = k < K
-    tl.store(o_ptr[:, None] + tl.arange(0, W)[None, :], S, mask=real[:, None])
+    for b in tl.static_range(W // BW):
+        tl.store(o_ptr[:, None] + (b * BW + tl.arange(0, BW))[None, :], S[b], mask=real[:, None])
     tl.store(o_ptr + W, S0, mask=real)
     tl.store(o_ptr + (W + 1), Sq, mask=real)
     # The last two numbers are padding.
