@@ -38,9 +38,9 @@ __all__ = ["MOST", "MOST_DIAGONAL", "Products", "Tiling", "is_accurate"]
 # Largest numbers of features, for spherical and for diagonal factors.
 MOST, MOST_DIAGONAL = 128, 64
 
-# Largest unit of exponents, for which errors of log-sum-exps are about 1e-5 nats, and largest spread, for which errors of second
-# moments are about 1e-6 of their largest entry. Errors are proportional to these numbers.
-_UNIT, _SPREAD = 2.0**-7, 64.0
+# Largest unit of exponents in 128 dimensions, and largest spread. Up to these, errors of log-sum-exps are at most about those of
+# kernels of residuals, and errors of second moments are about 2e-6 of their largest entry. They grow in proportion.
+_UNIT, _SPREAD = 2.0**-7, 128.0
 
 # Expected value of a squared scaled whitened residual, log2(e) / 2.
 _SQUARE = 0.5 / LN2
@@ -164,7 +164,7 @@ def is_accurate(problem: Exponents) -> bool:
     grid = _Grid.of(problem)
     unit, spread = numbers(grid.units.amax(), grid.spread)
     # The comparisons are false for NaN.
-    return 0 < unit <= _UNIT and spread <= _SPREAD
+    return 0 < unit <= _UNIT * math.sqrt(problem.shape[2] / MOST) and spread <= _SPREAD
 
 
 @dataclass(frozen=True)

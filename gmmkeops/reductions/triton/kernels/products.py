@@ -183,8 +183,7 @@ def moments(
     chunk = tl.program_id(1)
     k = k0 + tl.arange(0, BK)
     p = _digits(p_digit_ptr, KP * W, k0, BK, W, BW)
-    # Responsibilities times 2**14 are in the middle of the range of float16.
-    c = tl.load(p_ptr + k) + 14.0
+    c = tl.load(p_ptr + k)
     w = tl.load(p_ptr + KP + k)
     J = tl.load(p_ptr + 2 * KP + k)
     if DIAGONAL:
@@ -208,7 +207,8 @@ def moments(
             whole = tl.load(row_ptr + rows)
             missing = tl.load(row_ptr + M + rows)
             q = ((whole[None, :] + J[:, None]) + large) + (missing[None, :] + small)
-        r = tl.exp2((c[:, None] - w[:, None] * q) - level[None, :])
+        # Responsibilities times 2**14 are in the middle of the range of float16.
+        r = tl.exp2((c[:, None] - w[:, None] * q) - level[None, :]) * 16384.0
         if WEIGHTED:
             r *= tl.load(g_ptr + rows, mask=rows < N, other=0.0)[None, :]
         r_head = r.to(tl.float16)
@@ -227,7 +227,9 @@ def moments(
             if DIAGONAL:
                 part = tl.dot(r_head, x[3 * b], -total[:, None] * (one * center[b]).to(tl.float32))
                 part = tl.dot(r_rest, x[3 * b], part)
+                # Squares are small numbers in these units, so that their second and third digits matter.
                 part = tl.dot(r_head, x[3 * b + 2], part)
+                part = tl.dot(r_rest, x[3 * b + 1], part)
                 new = new + (S[b] + tl.dot(r_head, x[3 * b + 1], part),)
             else:
                 part = tl.dot(r_rest, x[3 * b])
