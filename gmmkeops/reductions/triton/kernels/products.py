@@ -1,7 +1,7 @@
 """Kernels that compute exponents of tiles of points and components by matrix products: log-sum-exps and partial sums of moments.
 
 Each point and each component has three rows of W float16 digits, of which the first ones are integers, see
-:mod:`gmmkeops.reductions.triton.products`. Tensor cores compute the products of digits exactly and add them in float32. The
+:mod:`gmmkeops.reductions.triton.digits`. Tensor cores compute the products of digits exactly and add them in float32. The
 numbers of rows are padded to multiples of the sizes of tiles, so that no masks are needed.
 """
 
