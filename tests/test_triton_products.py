@@ -79,7 +79,7 @@ def check(case, tiling=SMALL):
     ],
 )  # fmt: skip
 def test_products(on, family, features, components, points):
-    spread = 2.0 if "spherical" in family else 0.7
+    spread = 2.0 if "spherical" in family else 0.5
     settings = {"condition": 4.0, "spread": spread, "seed": 2, "device": on[1]}
     check(make_case(family, torch.float32, N=points, K=components, D=features, **settings))
 
@@ -93,7 +93,7 @@ def test_sizes_of_the_device(on, family, features):
     check_moments(case, some.moments(values, None))
 
 
-@pytest.mark.parametrize(("family", "features", "spread"), [("spherical", 40, 5.0), ("diag", 40, 2.0)])
+@pytest.mark.parametrize(("family", "features", "spread"), [("spherical", 40, 5.0), ("diag", 40, 1.0)])
 def test_large_coordinates(on, family, features, spread):
     case = make_case(family, torch.float32, N=60, K=5, D=features, condition=2.0, shift=1e4, spread=1.0, device=on[1])
     # Means between float32 numbers, and points that are not near one of them.
@@ -157,7 +157,7 @@ def test_digits_represent_points(on, family):
 @pytest.mark.parametrize("family", ["spherical", "diag"])
 def test_sums_of_integers_are_exact(on, family):
     """For points up to 310 nats from a component, sums of products of integers, and integers of points, are below 2**24."""
-    case = make_case(family, torch.float32, N=40, K=6, D=32, condition=4.0, spread=2.0, device=on[1])
+    case = make_case(family, torch.float32, N=40, K=6, D=32, condition=4.0, spread=8.0, device=on[1])
     far = Case(case.x, case.offsets, case.means, case.factor)
     generator = torch.Generator().manual_seed(1)
     y = torch.nn.functional.normalize(torch.randn(40, 32, generator=generator, dtype=torch.float64), dim=1) * 25.0
@@ -221,7 +221,10 @@ def test_narrow_components_are_refused(on, family, features, narrow):
         )
         if is_accurate(Exponents.of(*case.arguments)):
             widths.append(width)
-            errors.append(error(log_sum_exps(case)[1], case.oracle()["values"]))
+            values, nats = log_sum_exps(case)
+            errors.append(error(nats, case.oracle()["values"]))
+            g = weights_of(case.x)
+            check_moments(case, kernels(case).moments(values, g.float()), g)
         else:
             assert width < 1
     assert min(widths) > narrow

@@ -40,9 +40,10 @@ MOST, MOST_DIAGONAL = 128, 64
 # Factor of squares of the entries of points.
 HALVED = 2.0**-11
 
-# Largest unit of exponents in 128 dimensions, and largest spread. Up to these, errors of log-sum-exps are at most about those of
-# kernels of residuals, and errors of second moments are about 2e-6 of their largest entry. They grow in proportion.
-_UNIT, _SPREAD = 2.0**-7, 128.0
+# Largest unit of exponents in 128 dimensions, and largest spread for few components and for many. Up to these, errors of
+# log-sum-exps are about those of kernels of residuals, and errors of second moments are about 2e-6 of their largest entry. They
+# grow in proportion. With many components, a tile has few points of each, which tensor cores add with smaller errors.
+_UNIT, _SPREAD, _SPREAD_MANY, _MANY = 2.0**-7, 32.0, 128.0, 64
 
 # Largest number of binary digits of a factor of points, in either direction.
 _BINARY = 100.0
@@ -134,9 +135,10 @@ def is_accurate(problem: Exponents) -> bool:
     if problem.is_full or problem.shape[2] > (MOST if is_spherical(problem) else MOST_DIAGONAL):
         return False
     grid = Grid.of(problem)
+    most = _SPREAD if problem.shape[1] < _MANY else _SPREAD_MANY
     unit, spread, binary = numbers(grid.units.amax(), grid.spread, grid.factor.log2().abs().amax())
     # The comparisons are false for NaN.
-    return binary <= _BINARY and 0 < unit <= _UNIT * math.sqrt(problem.shape[2] / MOST) and spread <= _SPREAD
+    return binary <= _BINARY and 0 < unit <= _UNIT * math.sqrt(problem.shape[2] / MOST) and spread <= most
 
 
 @dataclass(frozen=True)

@@ -89,19 +89,31 @@ def _digits(digit_ptr, step, first, B: tl.constexpr, W: tl.constexpr, BW: tl.con
 
 
 @triton.jit
-def _products(a, b, BLOCKS: tl.constexpr):
-    """Return the products of the integers of two tiles of rows, and the sum of the next five products."""
-    small = tl.dot(a[2], tl.trans(b[0]))
+def _product(x, p, total, BY_ROW: tl.constexpr):
+    """Add the products of points and components, of which the former are rows or columns."""
+    if BY_ROW:
+        total = tl.dot(x, tl.trans(p), total)
+    else:
+        total = tl.dot(p, tl.trans(x), total)
+    return total
+
+
+@triton.jit
+def _products(x, p, zero, BLOCKS: tl.constexpr, BY_ROW: tl.constexpr):
+    """Return the products of the integers of points and components, and the sum of the next five products.
+
+    The order of the sums does not depend on whether points are rows or columns, so that the exponents do not either.
+    """
+    small = zero
     for i in tl.static_range(BLOCKS):
-        if i > 0:
-            small = tl.dot(a[3 * i + 2], tl.trans(b[3 * i]), small)
-        small = tl.dot(a[3 * i], tl.trans(b[3 * i + 2]), small)
-        small = tl.dot(a[3 * i + 1], tl.trans(b[3 * i + 1]), small)
-        small = tl.dot(a[3 * i + 1], tl.trans(b[3 * i]), small)
-        small = tl.dot(a[3 * i], tl.trans(b[3 * i + 1]), small)
-    large = tl.dot(a[0], tl.trans(b[0]))
-    for i in tl.static_range(1, BLOCKS):
-        large = tl.dot(a[3 * i], tl.trans(b[3 * i]), large)
+        small = _product(x[3 * i + 2], p[3 * i], small, BY_ROW)
+        small = _product(x[3 * i], p[3 * i + 2], small, BY_ROW)
+        small = _product(x[3 * i + 1], p[3 * i + 1], small, BY_ROW)
+        small = _product(x[3 * i + 1], p[3 * i], small, BY_ROW)
+        small = _product(x[3 * i], p[3 * i + 1], small, BY_ROW)
+    large = zero
+    for i in tl.static_range(BLOCKS):
+        large = _product(x[3 * i], p[3 * i], large, BY_ROW)
     return large, small
 
 
@@ -133,7 +145,8 @@ def logsumexps(
     s = tl.zeros((BN,), tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
-        large, small = _products(x, _digits(p_digit_ptr, KP * W, k0, BK, W, BW), W // BW)
+        p = _digits(p_digit_ptr, KP * W, k0, BK, W, BW)
+        large, small = _products(x, p, tl.zeros((BN, BK), tl.float32), W // BW, True)
         c = tl.load(p_ptr + k)
         w = tl.load(p_ptr + KP + k)
         J = tl.load(p_ptr + 2 * KP + k)
@@ -200,7 +213,7 @@ def moments(
         rows = n0 + tl.arange(0, BN)
         x = _digits(digit_ptr, M * W, n0, BN, W, BW)
         level = tl.load(l_ptr + rows, mask=rows < N, other=1e30)
-        large, small = _products(p, x, W // BW)
+        large, small = _products(x, p, tl.zeros((BK, BN), tl.float32), W // BW, False)
         if DIAGONAL:
             q = (J[:, None] + large) + small
         else:
@@ -213,10 +226,7 @@ def moments(
             r *= tl.load(g_ptr + rows, mask=rows < N, other=0.0)[None, :]
         r_head = r.to(tl.float16)
         r_rest = (r - r_head.to(tl.float32)).to(tl.float16)
-        if DIAGONAL:
-            # The sums have the same responsibilities, so that their errors cancel.
-            r = r_head.to(tl.float32) + r_rest.to(tl.float32)
-        else:
+        if not DIAGONAL:
             Sq += tl.sum(r * q, 1)
         total = tl.sum(r, 1)
         S0 += total
