@@ -54,7 +54,7 @@ _SQUARE = 0.5 / LN2
 # Distance of log-sum-exps from their usual size, nats, up to which points are in the range of the kernels; with a margin.
 _DEEPEST = 310.0
 
-# Largest integers that are digits, and largest sum of products of integers that is exact.
+# Largest integer with eleven bits, and largest sum of products of integers that is exact.
 _WHOLE, _EXACT = 2047.0, 2.0**24
 
 # Number of components to which parameters are padded: a multiple of the components of all tiles.
@@ -92,14 +92,12 @@ class Grid:
         mu = (means - reference).abs()
         # Largest norm of the whitened residuals of points in range.
         norm = math.sqrt(D + 2 * (_DEEPEST + math.log(K)))
-        outer = (mu + norm / u).amax(0)
         if is_spherical(problem):
             inner = mu.square().sum(1).sqrt()
             squares = inner.square() + (inner + norm / u[:, 0]).square()
-            h = torch.maximum((squares.amax() / _EXACT).sqrt(), outer.amax() / _WHOLE)
-            factor = _power(1 / h).expand(D)
+            factor = _power((_EXACT / squares.amax()).sqrt()).expand(D)
             return cls(reference, factor, (u[:, 0] / factor[0]).square() * _SQUARE, mu.new_zeros(()))
-        factor = _power(_WHOLE / outer)
+        factor = _power(_WHOLE / (mu + norm / u).amax(0))
         # Sums of absolute values of products over the features, for points in range.
         inner = (u * mu).square().sum(1).sqrt()
         most = _SQUARE * (2 * inner + norm).square()

@@ -54,9 +54,11 @@ def split(
     z = (x - tl.load(a_ptr + d)[None, :]) * tl.load(a_ptr + P + d)[None, :]
     z = tl.where(inside, z, 0.0)
     # The comparison is false for NaN.
-    good = tl.min((tl.abs(z) <= 2047.0).to(tl.int32), 1) > 0
+    most: tl.constexpr = 2047.0 if DIAGONAL else 4095.0
+    good = tl.min((tl.abs(z) <= most).to(tl.int32), 1) > 0
     z = tl.where(good[:, None], z, 0.0)
-    whole = _integer(z)
+    # Integers beyond 2048 are even.
+    whole = _integer(z).to(tl.float16).to(tl.float32)
     rest = z - whole
     step = M * W
     digit_ptr += rows[:, None] * W + d[None, :]
