@@ -10,7 +10,7 @@ import torch
 from conftest import INTERPRETED, Case, make_case, needs_triton
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton import products
+from gmmkeops.reductions.triton import partial, products
 from gmmkeops.reductions.triton.digits import is_accurate
 from gmmkeops.reductions.triton.products import Products, Tiling
 from gmmkeops.reductions.triton.residuals import NO_SHARE, Residuals
@@ -122,6 +122,10 @@ def test_points_are_split_in_slabs(on, family, chunk, monkeypatch):
     g, tiling = weights_of(case.x), replace(SMALL, chunk=chunk)
     whole, _ = log_sum_exps(case, tiling)
     before = kernels(case, tiling).moments(whole, g.float())
+    # Several launches for points that have all been split.
+    monkeypatch.setattr(partial, "SLAB", 4 * 68 * 3 * 2)
+    for one, other in zip(before, kernels(case, tiling).moments(whole, g.float()), strict=True):
+        assert torch.equal(one, other)
     monkeypatch.setattr(products, "_SLAB", 1)
     assert kernels(case)._slab == 256
     values, _ = log_sum_exps(case, tiling)
@@ -134,9 +138,12 @@ def test_points_are_split_in_slabs(on, family, chunk, monkeypatch):
 def test_digits_represent_points(on, family):
     """The sums of the digits are the entries of the points, and their first digits are integers."""
     case = make_case(family, torch.float32, N=40, K=3, D=20, condition=2.0, shift=3.0, device=on[1])
+    a, factor = kernels(case)._parameters.grid[:, :20].double()
+    # Entries near the largest ones.
+    large = torch.tensor([2001.3, 2046.9, -2045.2, -1.5] if family == "diag" else [3001.3, 3500.9, -2051.2, -1.5])
+    case.x[:4, 5] = (a[5] + large.double().to(on[1]) / factor[5]).float()
     some = kernels(case)
-    p, points = some._parameters, some._all
-    a, factor = p.grid[:, :20].double()
+    points = some._all
     z = (case.x.double() - a) * factor
     square = z.square() / 2048
     digits = points.digits.double()

@@ -26,7 +26,7 @@ _PAD = 256
 _SPLIT = 32
 
 # Maximum memory for points that have been split, bytes. They are kept if they all fit.
-_SLAB = 1 << 29
+_SLAB = 1 << 30
 
 # Factor of responsibilities in the kernels.
 _SCALE = 2.0**-14
