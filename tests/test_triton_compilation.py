@@ -59,6 +59,22 @@ def test_no_kernel_spills_registers(family, features, capability):
         assert row["shared"] <= 99 * 1024
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("family", "features"), [("spherical", 32), ("spherical", 64), ("spherical", 128), ("diag", 32), ("diag", 64)]
+)
+def test_products_of_tiles(family, features, capability):
+    rows = [
+        row for row in measured([("products", family, features, "float32", False)], [capability]) if row["products"]
+    ]
+    assert sorted(row["kernel"] for row in rows) == ["logsumexps", "moments", "moments"]
+    for row in rows:
+        assert row["LOCAL"] == row["STACK"] == 0, row
+        assert row["shared"] <= (227 if capability == 90 else 99) * 1024
+        # Products of tiles on sm_90 are computed by groups of warps.
+        assert row["products"] == (["HGMMA"] if capability == 90 else ["HMMA"])
+
+
 def test_lists_and_float64_points():
     cases = [(request, "full", 3, dtype, True) for request in REQUESTS for dtype in ("float32", "float64")]
     cases += [(request, "spherical", 2, "float64", False) for request in REQUESTS]

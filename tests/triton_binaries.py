@@ -18,20 +18,26 @@ import torch
 from conftest import make_case
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton import loading, partial, residuals, tiles
+from gmmkeops.reductions.triton import loading, partial, products, residuals, tiles
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
 
 
-def launches(case, rows=1000, components=1000):
+def launches(case, rows=1000, components=1000, capability=80):
     """The kernel launches of a case, as (module, kernel, arguments, warps, constants)."""
     found = []
 
     def record(module, kernel, device, grid, *arguments, warps, **constants):
         found.append((module, kernel, arguments, warps, constants))
 
-    for owner in (residuals, partial, tiles):
+    for owner in (residuals, partial, tiles, products):
         owner.launch = record
     request, family, features, dtype, lists = case
     dtype = getattr(torch, dtype)
@@ -54,6 +60,12 @@ def launches(case, rows=1000, components=1000):
             kernels.moments(values, None, schedules)
         case "weighted":
             kernels.moments(values, values, schedules)
+        case "products":
+            products._capability = lambda device: capability // 10
+            some = products.Products(kernels.problem)
+            some.logsumexps(values)
+            some.moments(values, None)
+            some.moments(values, values)
     return found
 
 
@@ -116,8 +128,8 @@ def longest_loop(instructions):
 def main():
     rows = []
     for case in json.loads(sys.argv[1]):
-        for launch in launches(case):
-            for capability in json.loads(sys.argv[2]):
+        for capability in json.loads(sys.argv[2]):
+            for launch in launches(case, capability=capability):
                 kernel = compiled(launch, capability)
                 instructions, used = machine_code(kernel)
                 *_, warps, constants = launch
@@ -126,6 +138,9 @@ def main():
                 pairs = constants.get("U", 1) * wide / (32 * warps)
                 rows.append({"case": case, "kernel": launch[1], "capability": capability, **used, "loop": len(loop)})
                 rows[-1] |= {"per_pair": len(loop) / pairs, "shared": kernel.metadata.shared, "warps": warps}
+                rows[-1]["products"] = sorted(
+                    {text for _, text in instructions for text in re.findall(r"\b(?:UTC)?HG?MMA\b", text)}
+                )
                 rows[-1]["exponentials"] = sorted(set(re.findall(r"ex2[.\w]*", kernel.asm["ptx"])))
     print(json.dumps(rows))
 
