@@ -66,12 +66,22 @@ class Exponents:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Numbers of points, components and features (N, K, D)."""
-        return self.x.shape[0], self.means.shape[0], self.means.shape[1]
+        return self.x.shape[0], *(self.host or self).means.shape
 
     @property
     def is_full(self) -> bool:
         """Whether the factors are matrices."""
-        return self.U.shape[1:] == (self.x.shape[1], self.x.shape[1])
+        return (self.host or self).U.shape[1:] == (self.x.shape[1], self.x.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Number of entries of the last dimension of the factors."""
+        return (self.host or self).U.shape[-1]
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of all factors."""
+        return (self.host or self).U.numel()
 
     @property
     def form(self) -> Form:

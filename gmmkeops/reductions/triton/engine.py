@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gmmkeops.components import numbers
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
+from gmmkeops.reductions.library import reason
 from gmmkeops.reductions.problem import Exponents, Form, upper_factor
 from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.triton import loading
@@ -44,9 +44,10 @@ _DEEPEST = 300.0
 # not divided by their size.
 _RATIO, _ORDINARY = 2.0**50, 20
 
-# Largest number of entries of the factors for which parameters are packed on the CPU, to which those on the device are copied. On
-# one core this takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for 5e4; it saves about forty kernels.
-_MANY = 10_000
+# Largest number of entries of the factors for which parameters are packed on the CPU, to which those on the device are copied, by
+# torch and by the compiled library. On one core torch takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for 5e4;
+# the library takes TIME; either saves about forty kernels.
+_MANY, _MANY_COMPILED = 10_000, 50_000
 
 
 class Triton:
@@ -85,29 +86,27 @@ class Triton:
 
 def _begun(problem: Exponents, request: Request) -> Evaluation:
     """Begin an evaluation in the dtype of the points, in float64, or by the dense engine."""
-    problem = problem.with_host() if problem.U.numel() <= _MANY else replace(problem, host=None)
-    condition = 1.0
-    if problem.is_full:
-        U = (problem.host or problem).U
-        inverse, _ = torch.linalg.inv_ex(U)
-        # The row sums of |Uᵀ| |U⁻ᵀ|.
-        condition = (U.abs() * inverse.abs().sum(1)[:, :, None]).sum(1).amax()
-        condition, below = numbers(condition, U.tril(-1).abs().amax())
-        if not condition < math.inf:
-            # Moments of whitened residuals would not determine those of residuals.
-            return dense.begin(problem, request)
-        if below:
-            problem = problem.with_factors(upper_factor)
+    few = problem.entries <= (_MANY if reason() is not None else _MANY_COMPILED)
+    problem = problem.with_host() if few else replace(problem, host=None)
+    kernels = Residuals(problem)
+    condition, is_triangular = kernels.condition()
+    if not condition < math.inf:
+        # Moments of whitened residuals would not determine those of residuals.
+        return dense.begin(problem, request)
+    if not is_triangular:
+        problem = problem.with_factors(upper_factor)
+        kernels = Residuals(problem)
     if problem.x.dtype == torch.float32 and condition > _CONDITION:
         return _in_double(problem, request)
-    return _Evaluation(problem, request, problem.x.dtype)
+    return _Evaluation(problem, request, problem.x.dtype, kernels)
 
 
 def _in_double(problem: Exponents, request: Request) -> Evaluation:
     """Begin an evaluation for float32 points in float64, or by the dense engine if there are no float64 kernels."""
     if not _runs_in_double(problem.form):
         return dense.begin(problem, request)
-    return _Evaluation(replace(problem, x=problem.x.double()), request, problem.x.dtype)
+    wide = replace(problem, x=problem.x.double())
+    return _Evaluation(wide, request, problem.x.dtype, Residuals(wide))
 
 
 def _runs_in_double(form: Form) -> bool:
@@ -121,9 +120,8 @@ class _Evaluation:
     Rows that are so far from all components that float32 exponents are not accurate enough are evaluated by the dense engine.
     """
 
-    def __init__(self, problem: Exponents, request: Request, dtype: torch.dtype) -> None:
-        self.problem, self._request, self._dtype = problem, request, dtype
-        self._kernels = Residuals(problem)
+    def __init__(self, problem: Exponents, request: Request, dtype: torch.dtype, kernels: Residuals) -> None:
+        self.problem, self._request, self._dtype, self._kernels = problem, request, dtype, kernels
         N, k = len(problem.x), request.rank
         # Base-2 log-sum-exps (N,) or largest exponents (N, k), and the components of the latter.
         self._values = problem.x.new_empty((N, k) if k else N)

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 5;
+constexpr int32_t ABI = 6;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -81,6 +81,21 @@ struct RoundCall {
   double half;                                  // distance of the halves of a component from its mean, in standard deviations
   const double* points;                         // as in PairCall
   int64_t blocks, work;                         // work: E-steps times components; 0 if a step was not an ordinary one
+};
+
+// Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and
+// those of its factor; its sums are S0, D rows of S1, and the distinct rows of S2.
+struct RecordCall {
+  int32_t family, double_points;                        // whether records are float64 instead of float32
+  int64_t components, dimensions, records;              // K, D, number of records, of which those after the K-th have no weight
+  const double *offsets, *means, *factor, *center;      // as in Call
+  int64_t factor_stride;                                // as in Call
+  void* record;                                         // (records, 1 + 2 D + numbers of a factor)
+  double* rest;                                         // (K, D), means minus rounded means
+  double base, usual, condition;                        // base and largest usual log-sum-exp, nats; condition number of full factors
+  const double* sums;                                   // (1 + D + distinct numbers of S2, K)
+  double *S0, *S1, *S2;
+  int64_t triangular;                                   // whether full factors are upper triangular
 };
 
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:
