@@ -111,9 +111,11 @@ def statistics(
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.ones
 
-    S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed), backend)
-    sums = Moments(S0, S1, S2, problem.means + problem.center, total, mass)
-    return sums if device == x.device else sums.to(device)
+    away = device != x.device
+    request = Statistics(weights, assignment, seed, on_cpu=away and device.type == "cpu")
+    S0, S1, S2, total = compute(problem, blocks, request, backend)
+    given = problem.host if away and problem.host is not None else problem
+    return Moments(S0, S1, S2, given.means + given.center, total, mass).to(device)
 
 
 def parameter_gradients(

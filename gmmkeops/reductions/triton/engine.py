@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gmmkeops.components import transferred
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.library import reason
@@ -33,6 +34,9 @@ _FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 
 # Exponents, base 2, above which kernels are exact: their running maximum begins at -1e38.
 _LOWEST = -9.9e37
+
+# Number above all exponents and below NO_SHARE.
+_LARGEST = 1e29
 
 # Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
 _CONDITION = 128.0
@@ -109,6 +113,19 @@ def _in_double(problem: Exponents, request: Request) -> Evaluation:
     return _Evaluation(wide, request, problem.x.dtype, Residuals(wide))
 
 
+def _extreme_sizes(weights: Tensor) -> list[Tensor]:
+    """Return the least positive and the largest absolute value of weights (N,), two scalars."""
+    sizes = weights.abs()
+    return [sizes.masked_fill(sizes == 0, math.inf).amin(), sizes.amax()]
+
+
+def _ratio_and_unit(least: float, most: float) -> tuple[float, float]:
+    """Return the ratio of the extreme sizes of weights, and the number by which weights are divided."""
+    exponent = math.frexp(most)[1] if math.isfinite(most) else 0
+    unit = 1.0 if abs(exponent) <= _ORDINARY else math.ldexp(1.0, min(max(exponent, -1000), 1000))
+    return most / least, unit
+
+
 def _runs_in_double(form: Form) -> bool:
     """Return whether there are float64 kernels for a number of features."""
     return form.features <= (_FULL_DOUBLE if form.full else _DIAGONAL_DOUBLE)
@@ -150,6 +167,8 @@ class _Evaluation:
     def result(self) -> Result:
         request = self._request
         weights = request.weights if isinstance(request, Statistics) else None
+        if isinstance(request, Statistics) and (found := self._moments_on_cpu(request)) is not None:
+            return found
         far, ratio, unit = self._numbers(weights)
         if ratio > _RATIO and self.problem.x.dtype == torch.float32:
             return self._repeated()
@@ -184,8 +203,7 @@ class _Evaluation:
         usual = (packed.usual - packed.base) / LN2
         read = [*first.aminmax()]
         if weights is not None:
-            sizes = weights.abs()
-            read += [sizes.masked_fill(sizes == 0, math.inf).amin(), sizes.amax()]
+            read += _extreme_sizes(weights)
         if single and usual.device == first.device:
             read.append(usual)
         found = torch.stack(read).tolist()
@@ -197,12 +215,7 @@ class _Evaluation:
             far = (~((first - middle).abs() <= depth)).nonzero()[:, 0]
         elif not single and not (math.isfinite(least) and math.isfinite(most) and least > _LOWEST):
             far = (~(torch.isfinite(first) & (first > _LOWEST))).nonzero()[:, 0]
-        if weights is None:
-            return far, 1.0, 1.0
-        least, most = found[2:]
-        exponent = math.frexp(most)[1] if math.isfinite(most) else 0
-        unit = 1.0 if abs(exponent) <= _ORDINARY else math.ldexp(1.0, min(max(exponent, -1000), 1000))
-        return far, most / least, unit
+        return far, *((1.0, 1.0) if weights is None else _ratio_and_unit(*found[2:]))
 
     def _repeated(self) -> Result:
         """Compute the result in float64 or by the dense engine, for weights of very different sizes."""
@@ -222,6 +235,55 @@ class _Evaluation:
             few, hard = self.problem.rows(far), self._request.rank > 0
             values[far] = evaluate(dense, few, TopK(1) if hard else LogSumExp())[0].view(-1).double()
         return values.to(self._dtype)
+
+    def _moments_on_cpu(self, request: Statistics) -> Result | None:
+        """Compute moments for soft assignments on the CPU, with one transfer if no row is far.
+
+        The kernels are launched before the numbers are known that decide how to compute the moments. Rows that are far have no
+        part in their sums, which are discarded if weights are of unusual size or if values are not finite.
+
+        Returns:
+            None if the moments must be computed in another way.
+        """
+        kernels, weights, values = self._kernels, request.weights, self._values
+        compiled, (N, K, _) = kernels.compiled, self.problem.shape
+        known = request.on_cpu and request.assignment == "soft" and not request.values and self._schedules is None
+        if not known or compiled is None or kernels.is_tiled:
+            return None
+        dtype, width = values.dtype, kernels.sums_shape[0]
+        lowest = (compiled.usual - compiled.base - _DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
+        shares = torch.threshold(values, lowest, NO_SHARE)
+        # The sums, the sum of values or log-densities, the largest value, and the extreme sizes of weights.
+        found = torch.zeros(width * K + 4, dtype=torch.float64, device=values.device)
+        sums, total, largest, sizes = found.split([width * K, 1, 1, 2])
+        kernels.add_sums(sums.view(width, K), shares, None if weights is None else weights.to(dtype), None)
+        if weights is None:
+            torch.sum(values, 0, dtype=torch.float64, out=total[0])
+        else:
+            torch.dot(kernels.packed.nats(values), weights, out=total[0])
+            torch.stack(_extreme_sizes(weights), out=sizes)
+        torch.amax(shares, 0, out=largest.view(dtype)[0])
+        found = found.cpu()
+        sums, total, largest, sizes = found.split([width * K, 1, 1, 2])
+        most = largest.view(dtype)[0].item()
+        if weights is not None:
+            ratio, unit = _ratio_and_unit(*sizes.tolist())
+            if unit != 1 or (ratio > _RATIO and dtype == torch.float32):
+                return None
+        if not most < _LARGEST and not (most == shares.new_tensor(NO_SHARE).item() and bool(sums.isfinite().all())):
+            return None
+        S0, S1, S2 = compiled.moments(self.problem.host or self.problem, sums)
+        if most < _LARGEST:
+            total = total[0] if weights is not None else compiled.base * N + LN2 * total[0]
+            return S0, S1, S2, total
+        is_far = shares == NO_SHARE
+        far = is_far.nonzero()[:, 0]
+        few = replace(request, weights=None if weights is None else weights[far])
+        rest = evaluate(dense, self.problem.rows(far), few)
+        nats = kernels.packed.nats(values).masked_fill(is_far, 0.0)
+        total = rest[3] + (nats.sum() if weights is None else nats @ weights)
+        more = transferred([*rest[:3], total], S0.device)
+        return S0 + more[0], S1 + more[1], S2 + more[2].reshape(S2.shape), more[3]
 
     def _moments(self, request: Statistics, far: Tensor, unit: float) -> Result:
         weights, kernels = request.weights, self._kernels
