@@ -1,0 +1,214 @@
+"""The parts of the Triton engine on the CPU: records of the compiled library, and moments that are computed in one transfer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import HAS_TRITON, make_case
+
+from gmmkeops import reductions
+from gmmkeops.reductions import choice
+from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.protocol import LogSumExp, Statistics
+from gmmkeops.reductions.triton import compiled, engine, residuals, triton
+from gmmkeops.reductions.triton.compiled import CompiledRecords
+from gmmkeops.reductions.triton.packing import Packed, family_of
+from gmmkeops.reductions.triton.residuals import Residuals
+from gmmkeops.reductions.truncation.passes import evaluate
+
+pytestmark = pytest.mark.skipif(reductions.native_unavailable() is not None, reason="the library is not compiled")
+interpreted = pytest.mark.skipif(
+    not HAS_TRITON or torch.cuda.is_available(), reason="Triton is not installed, or runs on the CUDA device"
+)
+
+CASES = [
+    *(("full", D, K) for D, K in zip(range(1, 9), (6, 13, 5, 1, 3, 2, 4, 1), strict=True)),
+    *(("tied_full", 4, 6), ("tied_full", 2, 1), ("spherical", 1, 3), ("diag", 1, 4), ("diag", 3, 7), ("diag", 32, 1)),
+    *(("tied_diag", 2, 4), ("spherical", 2, 8), ("spherical", 32, 2), ("tied_spherical", 3, 7)),
+]
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    """A function that lets torch pack the parameters."""
+    return lambda: monkeypatch.setattr(compiled, "reason", lambda: "it has not been compiled")
+
+
+def problem_of(family, features, components, dtype, shift=0.0):
+    case = make_case(family, dtype, N=40, K=components, D=features, condition=30.0, shift=shift)
+    means = case.means.double() + 1e-9 * torch.randn(case.means.shape, generator=torch.Generator().manual_seed(1))
+    return Exponents.of(case.x, case.offsets, means, case.factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("family", "features", "components"), CASES)
+def test_records_equal_those_of_torch(family, features, components, dtype, without_library):
+    given = problem_of(family, features, components, dtype)
+    parameters = given.offsets, given.means, given.U
+    far, heavy = torch.full_like(given.offsets, 1e3), given.offsets.clone()
+    heavy[-1] = -1e30
+    problems = [
+        given,
+        problem_of(family, features, components, dtype, shift=1e5),
+        # Exponents relative to the usual one, a component of zero weight, and a factor of zero.
+        replace(given, offsets=far),
+        replace(given, offsets=heavy),
+        *([] if given.is_full else [replace(given, U=torch.zeros_like(given.U))]),
+    ]
+    assert all(part.device.type == "cpu" for part in parameters)
+    found = [Residuals(problem) for problem in problems]
+    assert all(kernels.compiled is not None for kernels in found)
+    packed = [(kernels.packed, kernels.condition()) for kernels in found]
+    without_library()
+    eps = torch.finfo(dtype).eps
+    for problem, (own, condition) in zip(problems, packed, strict=True):
+        other = Residuals(problem)
+        assert other.compiled is None
+        theirs = other.packed
+        assert own.records.shape == theirs.records.shape
+        assert own.records.dtype == dtype
+        assert own.family == theirs.family
+        torch.testing.assert_close(own.records, theirs.records, rtol=2 * eps, atol=1e-12)
+        torch.testing.assert_close(own.rest, theirs.rest, rtol=0, atol=0)
+        torch.testing.assert_close(torch.stack([own.base, own.usual]), torch.stack([theirs.base, theirs.usual]))
+        assert condition == pytest.approx(other.condition(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("family", "features", "components"), CASES)
+def test_moments_of_sums_equal_those_of_torch(family, features, components, monkeypatch):
+    problem = problem_of(family, features, components, torch.float32, shift=10.0)
+    kernels = Residuals(problem)
+    sums = torch.randn(kernels.sums_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = kernels.compiled.moments(problem, sums)
+    monkeypatch.setattr(Residuals, "add_sums", lambda self, into, *_: into.copy_(sums))
+    for own, truth in zip(found, kernels.moments(problem.x[:, 0], None, None), strict=True):
+        assert own.shape == truth.shape
+        torch.testing.assert_close(own, truth, rtol=1e-11, atol=1e-11)
+
+
+def test_factors_that_are_singular_or_not_triangular():
+    problem = problem_of("full", 3, 4, torch.float32)
+    U = problem.U.clone()
+    U[2, 1, 1] = 0
+    assert Residuals(replace(problem, U=U)).compiled.condition == torch.inf
+    U = problem.U.clone()
+    U[1, 2, 0] = 1e-200
+    assert CompiledRecords.of(replace(problem, U=U), "full", 4) is None
+    condition, is_triangular = Residuals(replace(problem, U=U)).condition()
+    assert not is_triangular
+    assert condition == pytest.approx(Residuals(problem).condition()[0], rel=1e-9)
+
+
+def test_parameters_of_another_device_are_packed_there():
+    problem = problem_of("diag", 3, 4, torch.float32)
+    away = Exponents(*(part.to("meta") for part in (problem.x, problem.offsets, problem.means, problem.U, problem.center)))
+    assert CompiledRecords.of(away, "diagonal", 4) is None
+    assert CompiledRecords.of(replace(away, host=problem), "diagonal", 4) is not None
+
+
+def _at_once(monkeypatch, problem, request):
+    """The result of a request, after the first use; and how often numbers were read before the moments were computed."""
+    monkeypatch.setattr(residuals, "_CHUNK", 8)
+    monkeypatch.setattr(choice, "_told", set())
+    reads = []
+    numbers = engine._Evaluation._numbers
+    triton.begin(problem, request)
+    monkeypatch.setattr(engine._Evaluation, "_numbers", lambda self, weights: reads.append(1) or numbers(self, weights))
+    return evaluate(triton, problem, request), len(reads)
+
+
+def _weights(problem):
+    return torch.randn(len(problem.x), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def _compare(found, truth, weights, problem):
+    """Compare moments with the dense engine, relative to those for the absolute weights."""
+    absolute = evaluate(choice.dense, problem, Statistics(None if weights is None else weights.abs()))
+    scales = absolute[0].max(), (absolute[0].max() * absolute[2].abs().max()).sqrt(), absolute[2].abs().max()
+    for part, expected, scale in zip(found[:3], truth[:3], scales, strict=True):
+        assert part.shape == expected.shape
+        assert part.dtype == torch.float64
+        assert float((part - expected).abs().max() / scale) <= 3e-6
+    assert float((found[3] - truth[3]).abs() / absolute[3].abs().clamp(min=1)) <= 3e-6
+
+
+@interpreted
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("family", "features"), [("full", 3), ("tied_full", 2), ("diag", 4), ("spherical", 2)])
+def test_moments_are_computed_before_numbers_are_read(family, features, dtype, is_weighted, monkeypatch):
+    problem = problem_of(family, features, 5, dtype)
+    weights = _weights(problem) if is_weighted else None
+    # Exponents relative to zero, and to the usual one.
+    for shift in (0.0, 500.0):
+        moved = replace(problem, offsets=problem.offsets + shift)
+        request = Statistics(weights, on_cpu=True)
+        found, reads = _at_once(monkeypatch, moved, request)
+        assert not reads
+        _compare(found, evaluate(choice.dense, moved, request), weights, moved)
+
+
+@interpreted
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 500.0])
+def test_rows_that_are_far_are_added(shift, is_weighted, monkeypatch):
+    problem = problem_of("full", 2, 5, torch.float32)
+    problem.x[3], problem.x[7], problem.x[11] = 1e3, torch.tensor([1e12, -1e12]), 60.0
+    problem = replace(problem, offsets=problem.offsets + shift)
+    weights = _weights(problem) if is_weighted else None
+    request = Statistics(weights, on_cpu=True)
+    values = evaluate(choice.dense, problem, LogSumExp())[0] - shift
+    assert int((values < -engine._DEEPEST).sum()) == 3
+    found, reads = _at_once(monkeypatch, problem, request)
+    assert not reads
+    truth = evaluate(choice.dense, problem, request)
+    for part, expected in zip(found, truth, strict=True):
+        assert float((part - expected).abs().max() / expected.abs().max()) <= 3e-6
+    # Without these rows the moments are right, too; their own ones are larger by many orders of magnitude.
+    index = torch.ones(len(problem.x), dtype=torch.bool)
+    index[[3, 7, 11]] = False
+    g = torch.ones(len(index), dtype=torch.float64) if weights is None else weights.clone()
+    g[~index] = 0
+    found, reads = _at_once(monkeypatch, problem, Statistics(g, on_cpu=True))
+    assert not reads
+    few = problem.rows(index)
+    _compare(found, evaluate(choice.dense, few, Statistics(g[index])), g[index], few)
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["end of the range", "large", "small", "very different", "zero"])
+def test_moments_that_must_be_computed_in_another_way(case, monkeypatch):
+    problem = problem_of("full", 3, 4, torch.float32)
+    weights = _weights(problem)
+    if case == "end of the range":
+        problem.x[5], problem.x[6] = 3e38, torch.tensor([3e38, -3e38, 3e38])
+    elif case == "very different":
+        weights = weights.exp() ** 60
+    elif case == "zero":
+        weights = 0 * weights
+    else:
+        weights = weights * (1e200 if case == "large" else 1e-200)
+    request = Statistics(weights, on_cpu=True)
+    found, reads = _at_once(monkeypatch, problem, request)
+    assert (reads > 0) == (case != "zero")
+    # The total at the end of the range is beyond that of float32.
+    count = 3 if case == "end of the range" else 4
+    for part, expected in zip(found[:count], evaluate(choice.dense, problem, request)[:count], strict=True):
+        assert float((part - expected).abs().max()) <= 3e-6 * float(expected.abs().max())
+
+
+@interpreted
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+def test_without_the_library(family, monkeypatch, without_library):
+    problem = problem_of(family, 3, 5, torch.float32)
+    without_library()
+    monkeypatch.setattr(engine, "reason", lambda: "it has not been compiled")
+    weights = _weights(problem)
+    assert isinstance(Residuals(problem).packed, Packed)
+    assert family_of(problem) == {"diag": "diagonal"}.get(family, family)
+    for request in (Statistics(weights, on_cpu=True), Statistics(on_cpu=True)):
+        found, reads = _at_once(monkeypatch, problem, request)
+        assert reads
+        _compare(found, evaluate(choice.dense, problem, request), request.weights, problem)
