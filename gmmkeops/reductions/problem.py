@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor", "uppe
 # Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
 # first exponent is infinite.
 OFFSET_FLOOR = -1e30
+
+# Names of the parameters of exponents.
+_PARAMETERS = ("offsets", "means", "U", "center")
 
 # Largest number of columns whose extents are compared by Python; torch operations on few numbers take longer.
 _FEW = 64
@@ -54,6 +57,9 @@ class Exponents:
         U: Factors (K, D, D) full, (K, D) diagonal or (K, 1) spherical, 1 / data units, float64.
         center: Common center (D,), data units, float64.
         host: The same parameters on the CPU, without points, if they were copied from there; otherwise None.
+
+    Parameters that are given on the CPU for points on another device are copied there when one of them is first used, since
+    engines may need the ones on the CPU only.
     """
 
     x: Tensor
@@ -62,6 +68,26 @@ class Exponents:
     U: Tensor
     center: Tensor
     host: Exponents | None = None
+
+    @classmethod
+    def _away(cls, x: Tensor, host: Exponents) -> Exponents:
+        """Create exponents whose parameters are on the CPU so far."""
+        found = object.__new__(cls)
+        vars(found).update(x=x, host=host)
+        return found
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor:
+            """Copy the parameters to the device of the points, in one transfer."""
+            if name not in _PARAMETERS:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            offsets, means, U, center = (getattr(self.host, part) for part in _PARAMETERS)
+            # The factors of tied covariances share their memory.
+            given = U[:1] if U.stride(0) == 0 else U
+            offsets, means, given, center = transferred([offsets, means, given, center], self.x.device)
+            vars(self).update(zip(_PARAMETERS, (offsets, means, given.expand(U.shape), center), strict=True))
+            return vars(self)[name]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -172,14 +198,12 @@ class Exponents:
             offsets = offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR)
         center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
         means = means if extent.central else means - center
-        host = None
-        if means.device != x.device:
-            if means.device.type == "cpu":
-                host = cls(means[:0], offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center)
-            offsets, means, U, center = transferred([offsets, means, U, center], x.device)
-        return cls(
-            x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center, host
-        )
+        U, x = U if len(U) == K else U.expand(K, *U.shape[1:]), x.detach().contiguous()
+        if means.device == x.device:
+            return cls(x, offsets, means, U, center)
+        if means.device.type == "cpu":
+            return cls._away(x, cls(means[:0], offsets, means, U, center))
+        return cls(x, *transferred([offsets, means, U, center], x.device))
 
 
 @dataclass(frozen=True)
