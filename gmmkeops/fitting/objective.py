@@ -110,7 +110,7 @@ class Objective:
         seed = self.passes.seed() if assignment == "stochastic" else 0
 
         def sums_of(batch: Batch) -> tuple[Any, bool, Moments]:
-            accurate = batch.accurate(factor.detach().row_norms)
+            accurate = batch.accurate(lambda: factor.row_norms().detach())
             x = accurate.points
             if isinstance(x, Tensor) and accurate.truncate != 0:
                 x = reductions.arrange(replace(accurate, points=x), len(means), accurate.truncate)

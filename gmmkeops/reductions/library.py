@@ -12,6 +12,7 @@ from pathlib import Path
 __all__ = [
     "OUT_OF_MEMORY",
     "Call",
+    "ExtentCall",
     "Level",
     "ListCall",
     "PairCall",
@@ -120,6 +121,17 @@ class RecordCall(ctypes.Structure):
     )
 
 
+class ExtentCall(ctypes.Structure):
+    """The arguments for bounds on parameters."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("components", "dimensions", "numbers")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "means", "factor")),
+        *((name, ctypes.c_double) for name in ("least", "most", "mean", "largest")),
+        ("central", ctypes.c_int64),
+    )
+
+
 class Level(ctypes.Structure):
     """A level of the kd-tree."""
 
@@ -166,7 +178,7 @@ class TreeCall(ctypes.Structure):
 
 
 # The calls in the order of ``gmmkeops_size`` in native/source/native.cpp.
-_CALLS = (Call, ListCall, TreeCall, StepCall, PairCall, RoundCall, RecordCall)
+_CALLS = (Call, ListCall, TreeCall, StepCall, PairCall, RoundCall, RecordCall, ExtentCall)
 
 
 @cache

@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, as_tensor, check_finite, numbers, transferred
+from gmmkeops.components import Factor, as_tensor, check_finite, numbers, ordinary, transferred
 from gmmkeops.data import Batch, as_points
+from gmmkeops.reductions.library import ExtentCall, reason, run
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor", "upper_factor"]
 
 # Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
 # first exponent is infinite.
 OFFSET_FLOOR = -1e30
+
+# Largest number of entries of parameters whose extents are computed on one core.
+_SERIAL = 50_000
 
 # Names of the parameters of exponents.
 _PARAMETERS = ("offsets", "means", "U", "center")
@@ -176,7 +180,7 @@ class Exponents:
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
-        return cls.of_shaped(points, offsets, means, U, Extent.of(means, U))
+        return cls.of_shaped(points, offsets, means, U, Extent.of(means, U, offsets))
 
     @classmethod
     def of_shaped(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, extent: Extent) -> Exponents:
@@ -191,7 +195,7 @@ class Exponents:
             check_finite(means, name="means", rows="component")
         if not math.isfinite(extent.factor):
             check_finite(U, name="factor", rows="component")
-        least, most = numbers(*offsets.aminmax())
+        least, most = extent.offsets or numbers(*offsets.aminmax())
         if math.isnan(least):
             raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
         if least < OFFSET_FLOOR or most > -OFFSET_FLOOR:
@@ -214,15 +218,19 @@ class Extent:
         mean: Largest absolute value of the entries of the means, data units.
         factor: Largest absolute value of the entries of the factors, 1 / data units.
         central: Whether the common center of the means is known to be zero.
+        offsets: Smallest and largest offset, nats, NaN if one is; None if they have not been computed.
     """
 
     mean: float
     factor: float
     central: bool
+    offsets: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, means: Tensor, U: Tensor) -> Extent:
+    def of(cls, means: Tensor, U: Tensor, offsets: Tensor | None = None) -> Extent:
         """Compute the bounds for means (K, D) and factors (K or 1, ...); they are NaN or infinite if an entry is not finite."""
+        if offsets is not None and (found := cls._compiled(means, U, offsets)) is not None:
+            return found
         mean, central = 0.0, False
         if means.shape[1] <= _FEW:
             bounds = means.aminmax(dim=0)
@@ -237,6 +245,26 @@ class Extent:
         elif means.numel():
             mean = _size(means)
         return cls(mean, _size(U) if U.numel() else 0.0, central)
+
+
+    @classmethod
+    def _compiled(cls, means: Tensor, U: Tensor, offsets: Tensor) -> Extent | None:
+        """Compute the bounds by one call of the compiled library; None without it, and for other tensors than it reads."""
+        given = offsets, means, U
+        if (
+            means.shape[1] > _FEW
+            or means.numel() > _SERIAL
+            or U.numel() > _SERIAL
+            or not ordinary(*given)
+            or not all(
+                part.device.type == "cpu" and part.dtype == torch.float64 and part.is_contiguous() for part in given
+            )
+            or reason() is not None
+        ):
+            return None
+        call = ExtentCall(*means.shape, U.numel(), *(part.data_ptr() for part in given))
+        run("gmmkeops_extent", call)
+        return cls(call.mean, call.largest, bool(call.central), (call.least, call.most))
 
 
 def _size(values: Tensor) -> float:

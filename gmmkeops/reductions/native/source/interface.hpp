@@ -98,6 +98,15 @@ struct RecordCall {
   int64_t triangular;                                   // whether full factors are upper triangular
 };
 
+// Bounds on parameters, see records.hpp and problem.py.
+struct ExtentCall {
+  int64_t components, dimensions, numbers;              // K, D, numbers of all factors
+  const double *offsets, *means, *factor;               // (K,), (K, D), (numbers,)
+  double least, most;                                   // extreme offsets; NaN if one is
+  double mean, largest;                                 // largest absolute values of means and factors; not finite if an entry is not
+  int64_t central;                                      // whether the common center of the means is known to be zero
+};
+
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:
 //   full:      the rounded mean (D), the remainder U'(rounded mean - mean) (D), U scaled, and the offset
 //   diagonal:  the rounded mean (D), the remainder (D), the factor (D) and the offset

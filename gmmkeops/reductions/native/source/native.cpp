@@ -412,7 +412,7 @@ EXPORT int32_t gmmkeops_abi() { return ABI; }
 
 // Sizes of the calls, in the order of library.py; 0 after the last one.
 EXPORT int64_t gmmkeops_size(int32_t i) {
-  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall)};
+  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall)};
   return i < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[i] : 0;
 }
 
@@ -458,6 +458,12 @@ EXPORT int32_t gmmkeops_pack(RecordCall* call, int32_t) {
     call->triangular = call->double_points ? records::pack<double>(*call) : records::pack<float>(*call);
     return DONE;
   });
+}
+
+// Computes bounds on parameters.
+EXPORT int32_t gmmkeops_extent(ExtentCall* call, int32_t) {
+  records::measure(*call);
+  return DONE;
 }
 
 // Converts the sums of a GPU engine to moments.

@@ -1,4 +1,5 @@
-// Parameters of the components in the form that the kernels of a GPU read, and the moments that they return; for CPUs.
+// Parameters of the components in the form that the kernels of a GPU read, the moments that these return, and bounds on the
+// parameters; for CPUs.
 //
 // The equations are those of triton/packing.py and triton/residuals.py, whose results these equal up to rounding.
 #pragma once
@@ -15,6 +16,32 @@ constexpr double LN2 = 0.6931471805599453;
 // Expected square of a scaled whitened residual; usual exponent up to which exponents are relative to zero, nats; offset of
 // components of no weight.
 constexpr double SQUARE = 0.71875, SMALL = 128, NOTHING = -3e38;
+
+// Extreme numbers of an array whose elements are ``stride`` apart; both are NaN if one is.
+static void extremes(const double* values, int64_t count, int64_t stride, double& least, double& most) {
+  double low = INFINITY, high = -INFINITY;
+  bool is_nan = false;
+  for (int64_t i = 0; i < count; i++) {
+    const double value = values[i * stride];
+    low = value < low ? value : low, high = value > high ? value : high, is_nan |= value != value;
+  }
+  least = is_nan ? NAN : low, most = is_nan ? NAN : high;
+}
+
+// The numbers of Extent in problem.py.
+static void measure(ExtentCall& call) {
+  extremes(call.offsets, call.components, 1, call.least, call.most);
+  double low, high;
+  extremes(call.factor, call.numbers, 1, low, high);
+  call.largest = std::isnan(low) ? NAN : std::max(-low, high), call.mean = 0, call.central = 1;
+  for (int64_t d = 0; d < call.dimensions; d++) {
+    extremes(call.means + d, call.components, call.dimensions, low, high);
+    const double size = std::max(-low, high);
+    call.mean = std::isfinite(size) && std::isfinite(call.mean) ? std::max(call.mean, size) : NAN;
+    // As for the numbers 3.9 and 8 there.
+    call.central &= size <= 3.9 * (high - low);
+  }
+}
 
 static int64_t entries(const RecordCall& call) {
   const int64_t D = call.dimensions;
