@@ -455,7 +455,9 @@ EXPORT int32_t gmmkeops_round(RoundCall* call, int32_t isa) {
 // Writes the records of components.
 EXPORT int32_t gmmkeops_pack(RecordCall* call, int32_t) {
   return guarded([&]() -> int32_t {
-    call->triangular = call->double_points ? records::pack<double>(*call) : records::pack<float>(*call);
+    call->triangular = records::with_dimensions(call->dimensions, [&](auto D) {
+      return call->double_points ? records::pack<double, D>(*call) : records::pack<float, D>(*call);
+    });
     return DONE;
   });
 }
@@ -469,7 +471,7 @@ EXPORT int32_t gmmkeops_extent(ExtentCall* call, int32_t) {
 // Converts the sums of a GPU engine to moments.
 EXPORT int32_t gmmkeops_unpack(const RecordCall* call, int32_t) {
   return guarded([&]() -> int32_t {
-    records::unpack(*call);
+    records::with_dimensions(call->dimensions, [&](auto D) { records::unpack<D>(*call); });
     return DONE;
   });
 }

@@ -5,6 +5,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "interface.hpp"
@@ -48,16 +49,32 @@ static int64_t entries(const RecordCall& call) {
   return call.family == FULL ? D * D : call.family == SPHERICAL ? 1 : D;
 }
 
+// Calls work with the number of dimensions as a constant if it is small, so that the compiler unrolls loops, and else with 0.
+template <class Work> auto with_dimensions(int64_t D, Work work) {
+  switch (D) {
+    case 1: return work(std::integral_constant<int, 1>());
+    case 2: return work(std::integral_constant<int, 2>());
+    case 3: return work(std::integral_constant<int, 3>());
+    case 4: return work(std::integral_constant<int, 4>());
+    case 5: return work(std::integral_constant<int, 5>());
+    case 6: return work(std::integral_constant<int, 6>());
+    case 7: return work(std::integral_constant<int, 7>());
+    case 8: return work(std::integral_constant<int, 8>());
+    default: return work(std::integral_constant<int, 0>());
+  }
+}
+
 // The largest column sum of |U'| |U^-T|, which bounds the condition number of an upper triangular matrix; infinite where it is
 // singular. ``space`` holds D D + D numbers.
-static double condition(const double* U, int64_t D, double* space) {
+template <int N> double condition(const double* U, int64_t dimensions, double* space) {
+  const int64_t D = N ? N : dimensions;
   double *inverse = space, *sums = inverse + D * D;
   std::fill_n(space, D * D + D, 0.0);
   for (int64_t i = D - 1; i >= 0; i--) {
     double* row = inverse + i * D;
     for (int64_t l = i + 1; l < D; l++) for (int64_t j = l; j < D; j++) row[j] += U[i * D + l] * inverse[l * D + j];
-    for (int64_t j = i + 1; j < D; j++) row[j] = -row[j] / U[i * D + i];
     row[i] = 1 / U[i * D + i];
+    for (int64_t j = i + 1; j < D; j++) row[j] *= -row[i];
     for (int64_t j = i; j < D; j++) sums[j] += std::abs(row[j]);
   }
   double most = 0;
@@ -71,8 +88,8 @@ static double condition(const double* U, int64_t D, double* space) {
 }
 
 // Writes the records of all components in numbers of one type; false if a full factor is not upper triangular.
-template <class F> bool pack(RecordCall& call) {
-  const int64_t K = call.components, D = call.dimensions, E = entries(call), P = call.family == FULL ? D * (D + 1) / 2 : E;
+template <class F, int N> bool pack(RecordCall& call) {
+  const int64_t K = call.components, D = N ? N : call.dimensions, E = entries(call), P = call.family == FULL ? D * (D + 1) / 2 : E;
   const int64_t width = 1 + 2 * D + P;
   const double scale = std::sqrt(0.5 / LN2);
   double usual = -INFINITY;
@@ -92,7 +109,7 @@ template <class F> bool pack(RecordCall& call) {
     if (call.family == FULL) {
       for (int64_t i = 1; i < D; i++) for (int64_t j = 0; j < i; j++) if (U[i * D + j] != 0) return false;
       // A tied factor has one condition number.
-      if (!k || call.factor_stride) call.condition = std::max(call.condition, condition(U, D, space.data()));
+      if (!k || call.factor_stride) call.condition = std::max(call.condition, condition<N>(U, D, space.data()));
       for (int64_t a = 0; a < D; a++) {
         double sum = 0;
         for (int64_t b = 0; b <= a; b++) sum += V[b * D + a] * rest[b], *u++ = F(V[b * D + a]);
@@ -119,10 +136,10 @@ template <class F> bool pack(RecordCall& call) {
 }
 
 // Converts sums of whitened residuals (full factors) or of residuals from the rounded means to moments about the means.
-static void unpack(const RecordCall& call) {
-  const int64_t K = call.components, D = call.dimensions;
+template <int N> void unpack(const RecordCall& call) {
+  const int64_t K = call.components, D = N ? N : call.dimensions;
   const double scale = std::sqrt(0.5 / LN2);
-  std::vector<double> X(call.family == FULL ? D * (D + 1) : 0);
+  std::vector<double> X(call.family == FULL ? D * (D + 1) : 0), reciprocal(D);
   for (int64_t k = 0; k < K; k++) {
     const double *U = call.factor + k * call.factor_stride, *sums = call.sums + k, *rest = call.rest + k * D;
     double *S1 = call.S1 + k * D, s0 = sums[0];
@@ -140,6 +157,7 @@ static void unpack(const RecordCall& call) {
     }
     // The solution z of V' z = y is computed row by row, for y = S1 (the last column) and for the columns of S2.
     double* S2 = call.S2 + k * D * D;
+    for (int64_t i = 0; i < D; i++) reciprocal[i] = 1 / (scale * U[i * D + i]);
     for (int64_t i = 0; i < D; i++) {
       double* row = &X[i * (D + 1)];
       for (int64_t j = 0; j < D; j++) {
@@ -148,14 +166,14 @@ static void unpack(const RecordCall& call) {
       }
       row[D] = sums[(1 + i) * K];
       for (int64_t r = 0; r < i; r++) for (int64_t j = 0; j <= D; j++) row[j] -= scale * U[r * D + i] * X[r * (D + 1) + j];
-      for (int64_t j = 0; j <= D; j++) row[j] /= scale * U[i * D + i];
+      for (int64_t j = 0; j <= D; j++) row[j] *= reciprocal[i];
       S1[i] = row[D];
     }
     for (int64_t i = 0; i < D; i++) {
       double* row = S2 + i * D;
       for (int64_t j = 0; j < D; j++) row[j] = X[j * (D + 1) + i];
       for (int64_t r = 0; r < i; r++) for (int64_t j = 0; j < D; j++) row[j] -= scale * U[r * D + i] * S2[r * D + j];
-      for (int64_t j = 0; j < D; j++) row[j] /= scale * U[i * D + i];
+      for (int64_t j = 0; j < D; j++) row[j] *= reciprocal[i];
     }
   }
 }
