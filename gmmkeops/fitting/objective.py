@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class Objective:
             if isinstance(x, Tensor) and accurate.truncate != 0:
                 x = reductions.arrange(replace(accurate, points=x), len(means), accurate.truncate)
             sums = reductions.moments(
-                replace(accurate, points=x),
+                accurate if x is accurate.points else replace(accurate, points=x),
                 offsets,
                 means,
                 factor,
@@ -126,11 +126,11 @@ class Objective:
             )
             return x, accurate is not batch, sums
 
-        nothing = Moments.nothing(means, type(factor))
+        nothing = partial(Moments.nothing, means, type(factor))
         if batches is None:
             return self.passes.total(self.data, nothing, sums_of)
         parts = [sums_of(batch)[2] for batch in batches if len(batch)]
-        return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing)
+        return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing())
 
     def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
         """Compute the mean negative log-likelihood of all points or of batches, data units, nats per point; differentiable."""

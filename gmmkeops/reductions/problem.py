@@ -288,7 +288,9 @@ def _middle(values: Tensor) -> Tensor:
 
 def factor_tensor(factor: Factor | Tensor) -> Tensor:
     """Return the tensor U of a factor, computed in float64; tensors are returned unchanged."""
-    return factor.to(torch.float64).U if isinstance(factor, Factor) else factor
+    if isinstance(factor, Factor):
+        return (factor if factor.dtype == torch.float64 else factor.to(torch.float64)).U
+    return factor
 
 
 def upper_factor(U: Tensor) -> Tensor:

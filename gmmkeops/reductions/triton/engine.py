@@ -254,28 +254,26 @@ class _Evaluation:
         lowest = (compiled.usual - compiled.base - _DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
         shares = torch.threshold(values, lowest, NO_SHARE)
         # The sums, the sum of values or log-densities, the largest value, and the extreme sizes of weights.
-        found = torch.zeros(width * K + 4, dtype=torch.float64, device=values.device)
-        sums, total, largest, sizes = found.split([width * K, 1, 1, 2])
-        kernels.add_sums(sums.view(width, K), shares, None if weights is None else weights.to(dtype), None)
+        end = width * K
+        found = torch.zeros(end + 4, dtype=torch.float64, device=values.device)
+        kernels.add_sums(found[:end].view(width, K), shares, None if weights is None else weights.to(dtype), None)
         if weights is None:
-            torch.sum(values, 0, dtype=torch.float64, out=total[0])
+            torch.sum(values, 0, dtype=torch.float64, out=found[end])
         else:
-            torch.dot(kernels.packed.nats(values), weights, out=total[0])
-            torch.stack(_extreme_sizes(weights), out=sizes)
-        torch.amax(shares, 0, out=largest.view(dtype)[0])
+            torch.dot(kernels.packed.nats(values), weights, out=found[end])
+            torch.stack(_extreme_sizes(weights), out=found[end + 2 :])
+        torch.amax(shares, 0, out=found[end + 1 : end + 2].view(dtype)[0])
         found = found.cpu()
-        sums, total, largest, sizes = found.split([width * K, 1, 1, 2])
-        most = largest.view(dtype)[0].item()
+        sums, most, total = found[:end], found[end + 1 : end + 2].view(dtype)[0].item(), found[end]
         if weights is not None:
-            ratio, unit = _ratio_and_unit(*sizes.tolist())
+            ratio, unit = _ratio_and_unit(*found[end + 2 :].tolist())
             if unit != 1 or (ratio > _RATIO and dtype == torch.float32):
                 return None
         if not most < _LARGEST and not (most == shares.new_tensor(NO_SHARE).item() and bool(sums.isfinite().all())):
             return None
         S0, S1, S2 = compiled.moments(self.problem.host or self.problem, sums)
         if most < _LARGEST:
-            total = total[0] if weights is not None else compiled.base * N + LN2 * total[0]
-            return S0, S1, S2, total
+            return S0, S1, S2, total if weights is not None else compiled.base * N + LN2 * total
         is_far = shares == NO_SHARE
         far = is_far.nonzero()[:, 0]
         few = replace(request, weights=None if weights is None else weights[far])
