@@ -239,10 +239,10 @@ class EM(Method[EMState]):
 
     def _moments(self, objective: Objective, state: EMState, batch: list[Batch] | None) -> Moments:
         mixture, beta = state.mixture, self.beta(state)
-        factor, offsets = mixture.factor, mixture.offsets
-        if beta < 1:
-            factor, offsets = factor.rescale(torch.full_like(objective.frame.scale, beta**0.5)), beta * offsets
-        return objective.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
+        if beta == 1:
+            return objective.mixture_moments(mixture, batch, assignment=self.assignment)
+        factor = mixture.factor.rescale(torch.full_like(objective.frame.scale, beta**0.5))
+        return objective.moments(beta * mixture.offsets, mixture.means, factor, batch, assignment=self.assignment)
 
     def _move(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
         """Perform the M-step, enforce the bounds on the covariances, and prune components of negligible weight."""

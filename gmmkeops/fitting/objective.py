@@ -132,6 +132,22 @@ class Objective:
         parts = [sums_of(batch)[2] for batch in batches if len(batch)]
         return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing())
 
+    def mixture_moments(
+        self, mixture: Mixture, batches: list[Batch] | None = None, *, assignment: str = "soft"
+    ) -> Moments:
+        """Compute the moments of a mixture, with arguments and result as for :meth:`moments`."""
+        batch = self.whole() if batches is None and self.data.device != self.device else None
+        if batch is not None and assignment != "stochastic":
+            parameters = mixture.logits, mixture.means, mixture.factor
+            sums = reductions.mixture_moments(
+                batch, *parameters, mass=self.mass, assignment=assignment, backend=self.backend
+            )
+            if sums is not None:
+                self.passes.seen(batch, mixture.n_components)
+                self.passes.journal.swept(sums)
+                return sums
+        return self.moments(mixture.offsets, mixture.means, mixture.factor, batches, assignment=assignment)
+
     def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
         """Compute the mean negative log-likelihood of all points or of batches, data units, nats per point; differentiable."""
         offsets, means, factor = mixture.offsets, mixture.means, mixture.factor

@@ -16,6 +16,7 @@ __all__ = [
     "Level",
     "ListCall",
     "PairCall",
+    "ParameterCall",
     "RecordCall",
     "RoundCall",
     "StepCall",
@@ -121,6 +122,19 @@ class RecordCall(ctypes.Structure):
     )
 
 
+class ParameterCall(ctypes.Structure):
+    """The arguments for offsets and factors of a mixture."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("family", "tied")),
+        *((name, ctypes.c_int64) for name in ("components", "dimensions")),
+        *((name, ctypes.c_void_p) for name in ("logits", "means", "log_diagonal", "upper", "rounding")),
+        ("coarse", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("offsets", "factor")),
+        ("valid", ctypes.c_int64),
+    )
+
+
 class ExtentCall(ctypes.Structure):
     """The arguments for bounds on parameters."""
 
@@ -178,7 +192,7 @@ class TreeCall(ctypes.Structure):
 
 
 # The calls in the order of ``gmmkeops_size`` in native/source/native.cpp.
-_CALLS = (Call, ListCall, TreeCall, StepCall, PairCall, RoundCall, RecordCall, ExtentCall)
+_CALLS = (Call, ListCall, TreeCall, StepCall, PairCall, RoundCall, RecordCall, ExtentCall, ParameterCall)
 
 
 @cache

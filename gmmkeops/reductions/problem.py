@@ -74,8 +74,8 @@ class Exponents:
     host: Exponents | None = None
 
     @classmethod
-    def _away(cls, x: Tensor, host: Exponents) -> Exponents:
-        """Create exponents whose parameters are on the CPU so far."""
+    def of_host(cls, x: Tensor, host: Exponents) -> Exponents:
+        """Create exponents for points on another device than the parameters, which are valid and on the CPU."""
         found = object.__new__(cls)
         vars(found).update(x=x, host=host)
         return found
@@ -206,7 +206,7 @@ class Exponents:
         if means.device == x.device:
             return cls(x, offsets, means, U, center)
         if means.device.type == "cpu":
-            return cls._away(x, cls(means[:0], offsets, means, U, center))
+            return cls.of_host(x, cls(means[:0], offsets, means, U, center))
         return cls(x, *transferred([offsets, means, U, center], x.device))
 
 

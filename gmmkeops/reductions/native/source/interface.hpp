@@ -98,6 +98,17 @@ struct RecordCall {
   int64_t triangular;                                   // whether full factors are upper triangular
 };
 
+// Offsets and factors of a mixture, from the parameters as factors store them.
+struct ParameterCall {
+  int32_t family, tied;
+  int64_t components, dimensions;
+  const double *logits, *means, *log_diagonal, *upper;  // (K,), (K, D), (K or 1, D or 1), (K or 1, D (D - 1) / 2)
+  const double* rounding;                               // as in StepCall
+  double coarse;                                        // as in StepCall
+  double *offsets, *factor;                             // (K,), (K or 1, numbers of a factor)
+  int64_t valid;      // whether all numbers are finite, the center of the means is zero, and the points are not too coarse
+};
+
 // Bounds on parameters, see records.hpp and problem.py.
 struct ExtentCall {
   int64_t components, dimensions, numbers;              // K, D, numbers of all factors

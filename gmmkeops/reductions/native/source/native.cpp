@@ -412,7 +412,7 @@ EXPORT int32_t gmmkeops_abi() { return ABI; }
 
 // Sizes of the calls, in the order of library.py; 0 after the last one.
 EXPORT int64_t gmmkeops_size(int32_t i) {
-  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall)};
+  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall)};
   return i < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[i] : 0;
 }
 
@@ -460,6 +460,12 @@ EXPORT int32_t gmmkeops_pack(RecordCall* call, int32_t) {
     });
     return DONE;
   });
+}
+
+// Computes the offsets and factors of a mixture.
+EXPORT int32_t gmmkeops_parameters(ParameterCall* call, int32_t) {
+  call->valid = records::with_dimensions(call->dimensions, [&](auto D) { return records::prepare<D>(*call); });
+  return DONE;
 }
 
 // Computes bounds on parameters.

@@ -12,7 +12,10 @@
 
 namespace records {
 
-constexpr double LN2 = 0.6931471805599453;
+constexpr double LN2 = 0.6931471805599453, LOG_TWO_PI = 1.8378770664093453;
+
+// The center of the means is zero if all columns are at most this multiple of their range away from zero, see problem.py.
+constexpr double CENTRAL = 3.9;
 
 // Expected square of a scaled whitened residual; usual exponent up to which exponents are relative to zero, nats; offset of
 // components of no weight.
@@ -39,8 +42,7 @@ static void measure(ExtentCall& call) {
     extremes(call.means + d, call.components, call.dimensions, low, high);
     const double size = std::max(-low, high);
     call.mean = std::isfinite(size) && std::isfinite(call.mean) ? std::max(call.mean, size) : NAN;
-    // As for the numbers 3.9 and 8 there.
-    call.central &= size <= 3.9 * (high - low);
+    call.central &= size <= CENTRAL * (high - low);
   }
 }
 
@@ -62,6 +64,45 @@ template <class Work> auto with_dimensions(int64_t D, Work work) {
     case 8: return work(std::integral_constant<int, 8>());
     default: return work(std::integral_constant<int, 0>());
   }
+}
+
+// Computes offsets and factors; false if they are not valid.
+template <int N> bool prepare(ParameterCall& call) {
+  const int64_t K = call.components, D = N ? N : call.dimensions, L = call.tied ? 1 : K, E = call.family == SPHERICAL ? 1 : D;
+  double largest = -INFINITY, sum = 0;
+  for (int64_t k = 0; k < K; k++) largest = std::max(largest, call.logits[k]);
+  for (int64_t k = 0; k < K; k++) sum += std::exp(call.logits[k] - largest);
+  const double constant = largest + std::log(sum) + 0.5 * D * LOG_TWO_PI, *upper = call.upper;
+  double* U = call.factor;
+  for (int64_t l = 0; l < L; l++) {
+    const double* logs = call.log_diagonal + l * E;
+    double determinant = 0, error = 0;
+    for (int64_t i = 0; i < D; i++) {
+      const double u = E == 1 && i ? U[-1] : std::exp(logs[E == 1 ? 0 : i]);
+      determinant += logs[E == 1 ? 0 : i];
+      double norm = u * u;
+      if (call.family == FULL) {
+        for (int64_t j = 0; j < i; j++) *U++ = 0;
+        *U++ = u;
+        for (int64_t j = i + 1; j < D; j++) norm += *upper * *upper, *U++ = *upper++;
+      } else if (i < E) *U++ = u;
+      if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
+      if (!std::isfinite(norm)) return false;
+    }
+    if (!(error <= call.coarse * call.coarse)) return false;
+    for (int64_t k = l; k < (call.tied ? K : l + 1); k++) {
+      const double offset = call.logits[k] + determinant - constant;
+      call.offsets[k] = offset;
+      // Components of weight zero have other offsets, see problem.py.
+      if (!(std::abs(offset) < 1e30)) return false;
+    }
+  }
+  for (int64_t d = 0; d < D; d++) {
+    double low, high;
+    extremes(call.means + d, K, D, low, high);
+    if (!(std::max(-low, high) <= CENTRAL * (high - low)) || !std::isfinite(high - low)) return false;
+  }
+  return true;
 }
 
 // The largest column sum of |U'| |U^-T|, which bounds the condition number of an upper triangular matrix; infinite where it is
