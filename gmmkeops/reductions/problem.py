@@ -83,14 +83,16 @@ class Exponents:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Tensor:
-            """Copy the parameters to the device of the points, in one transfer."""
+            """Copy the parameters that are not on the device of the points there, in one transfer."""
             if name not in _PARAMETERS:
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            offsets, means, U, center = (getattr(self.host, part) for part in _PARAMETERS)
+            given = {part: getattr(self.host, part) for part in _PARAMETERS if part not in vars(self)}
             # The factors of tied covariances share their memory.
-            given = U[:1] if U.stride(0) == 0 else U
-            offsets, means, given, center = transferred([offsets, means, given, center], self.x.device)
-            vars(self).update(zip(_PARAMETERS, (offsets, means, given.expand(U.shape), center), strict=True))
+            tied = "U" in given and given["U"].stride(0) == 0
+            flat = [part[:1] if tied and place == "U" else part for place, part in given.items()]
+            found = transferred(flat, self.x.device)
+            for place, part in zip(given, found, strict=True):
+                vars(self)[place] = part.expand(given[place].shape)
             return vars(self)[name]
 
     @property
@@ -180,7 +182,23 @@ class Exponents:
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
+        if points.is_cuda and place == points.device and U.numel() <= _SERIAL and reason() is None:
+            return cls._copied(points, offsets, means, U)
         return cls.of_shaped(points, offsets, means, U, Extent.of(means, U, offsets))
+
+    @classmethod
+    def _copied(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Exponents:
+        """Validate few parameters on another device than the CPU, to which they are copied in one transfer.
+
+        Otherwise the validation would wait for the device several times.
+        """
+        given = [part.to(torch.float64) for part in (offsets, means, U)]
+        copies = transferred(given, torch.device("cpu"))
+        host = cls.of_shaped(copies[1][:0], *copies, Extent.of(copies[1], copies[2], copies[0]))
+        found = cls.of_host(x.detach().contiguous(), host)
+        if host.offsets is copies[0] and host.means is copies[1]:
+            vars(found).update(offsets=given[0], means=given[1], U=given[2].expand(host.U.shape))
+        return found
 
     @classmethod
     def of_shaped(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, extent: Extent) -> Exponents:

@@ -146,9 +146,12 @@ def _performed(
     call.steps = len(tables["logits"]) - 1
     # The last four tables are the rows of one.
     numbers = tables["numbers"]
-    rows = {name: numbers[i].data_ptr() for i, name in enumerate(("total", "cost", "prior", "drift"))}
-    for name, place in ({name: table.data_ptr() for name, table in tables.items() if name != "numbers"} | rows).items():
-        setattr(call, name, place)
+    place, width = numbers.data_ptr(), numbers.shape[1] * numbers.element_size()
+    for i, name in enumerate(("total", "cost", "prior", "drift")):
+        setattr(call, name, place + i * width)
+    for name, table in tables.items():
+        if name != "numbers":
+            setattr(call, name, table.data_ptr())
     if run(function, call, is_long=is_long) == OUT_OF_MEMORY:
         K, D = call.sweep.components, call.sweep.dimensions
         raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
