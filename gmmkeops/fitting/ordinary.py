@@ -148,9 +148,7 @@ def _constants(method: EM, objective: Objective, state: EMState) -> reductions.S
     )
 
 
-def maximized(
-    method: EM, objective: Objective, state: EMState, sums: Moments
-) -> tuple[EMState, float] | None:
+def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -> tuple[EMState, float] | None:
     """Perform an ordinary M-step in the library, from moments that another engine has computed.
 
     Returns:

@@ -107,8 +107,12 @@ def statistics(
     x = problem.x
     device = device or x.device
     count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
-    mass = float(count) if weights is None else mass
-    weight = weights.sum() if mass is None else torch.tensor(mass, dtype=torch.float64, device=device)
+    if weights is not None and mass is None:
+        weight = weights.sum()
+    else:
+        weight = torch.tensor(
+            float(count) if mass is None or weights is None else mass, dtype=torch.float64, device=device
+        )
     if weights is None and len(x) > count:
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.ones

@@ -193,10 +193,11 @@ class Exponents:
         Otherwise the validation would wait for the device several times.
         """
         given = [part.to(torch.float64) for part in (offsets, means, U)]
-        copies = transferred(given, torch.device("cpu"))
-        host = cls.of_shaped(copies[1][:0], *copies, Extent.of(copies[1], copies[2], copies[0]))
+        own_offsets, own_means, own_U = transferred(given, torch.device("cpu"))
+        extent = Extent.of(own_means, own_U, own_offsets)
+        host = cls.of_shaped(own_means[:0], own_offsets, own_means, own_U, extent)
         found = cls.of_host(x.detach().contiguous(), host)
-        if host.offsets is copies[0] and host.means is copies[1]:
+        if host.offsets is own_offsets and host.means is own_means:
             vars(found).update(offsets=given[0], means=given[1], U=given[2].expand(host.U.shape))
         return found
 
@@ -225,7 +226,8 @@ class Exponents:
             return cls(x, offsets, means, U, center)
         if means.device.type == "cpu":
             return cls.of_host(x, cls(means[:0], offsets, means, U, center))
-        return cls(x, *transferred([offsets, means, U, center], x.device))
+        offsets, means, U, center = transferred([offsets, means, U, center], x.device)
+        return cls(x, offsets, means, U, center)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,6 @@ class Extent:
         elif means.numel():
             mean = _size(means)
         return cls(mean, _size(U) if U.numel() else 0.0, central)
-
 
     @classmethod
     def _compiled(cls, means: Tensor, U: Tensor, offsets: Tensor) -> Extent | None:

@@ -1,4 +1,4 @@
-"""The parts of the Triton engine on the CPU: records of the compiled library, and moments that are computed in one transfer."""
+"""Few parameters on the CPU: how they are validated, packed as records, and used for moments in one transfer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HAS_TRITON, make_case
+from conftest import FAMILIES, HAS_TRITON, make_case
 
+import gmmkeops as gk
 from gmmkeops import reductions
+from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions import choice
-from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.away import mixture_moments
+from gmmkeops.reductions.problem import Exponents, Extent
 from gmmkeops.reductions.protocol import LogSumExp, Statistics
 from gmmkeops.reductions.triton import compiled, engine, residuals, triton
 from gmmkeops.reductions.triton.compiled import CompiledRecords
@@ -103,9 +106,80 @@ def test_factors_that_are_singular_or_not_triangular():
 
 def test_parameters_of_another_device_are_packed_there():
     problem = problem_of("diag", 3, 4, torch.float32)
-    away = Exponents(*(part.to("meta") for part in (problem.x, problem.offsets, problem.means, problem.U, problem.center)))
+    away = Exponents(
+        *(part.to("meta") for part in (problem.x, problem.offsets, problem.means, problem.U, problem.center))
+    )
     assert CompiledRecords.of(away, "diagonal", 4) is None
     assert CompiledRecords.of(replace(away, host=problem), "diagonal", 4) is not None
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, 1e4])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 3), (5, 1), (7, 4), (2, 64)])
+def test_extents_equal_those_of_torch(sizes, shift):
+    generator = torch.Generator().manual_seed(0)
+    K, D = sizes
+    random = {"generator": generator, "dtype": torch.float64}
+    means, U, offsets = shift + torch.randn(K, D, **random), torch.randn(K, D, D, **random), torch.randn(K, **random)
+    cases = [(means, U, offsets)]
+    for broken in range(3):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            case = [part.clone() for part in (means, U, offsets)]
+            case[broken].view(-1)[-1] = value
+            cases.append(tuple(case))
+    for means, U, offsets in cases:
+        found, expected = Extent.of(means, U, offsets), Extent.of(means, U)
+        assert found.offsets is not None
+        truths = expected.mean, expected.factor, *offsets.aminmax()
+        for own, truth in zip((found.mean, found.factor, *found.offsets), truths, strict=True):
+            assert own == pytest.approx(float(truth), nan_ok=True)
+        assert found.central == expected.central
+    assert Extent.of(means[:, :0], U, offsets).central
+
+
+MIXTURES = [(family, D) for family in FAMILIES for D in (1, 2, 9)]
+
+
+@pytest.mark.parametrize("assignment", ["soft", "hard"])
+@pytest.mark.parametrize(("family", "features"), MIXTURES)
+def test_moments_of_a_mixture(family, features, assignment):
+    case = make_case(family, torch.float64, N=60, K=4, D=features, condition=20.0)
+    logits = torch.randn(4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    mixture = gk.Mixture(logits, case.means, case.factor)
+    weights = _weights(case)
+    for g in (None, weights):
+        batch = Batch(case.x, g, rounding=torch.full((features,), 1e-9, dtype=torch.float64))
+        parameters = mixture.logits, mixture.means, mixture.factor
+        found = mixture_moments(batch, *parameters, mass=float(batch.mass), assignment=assignment, backend="dense")
+        arguments = mixture.offsets, mixture.means, mixture.factor
+        expected = reductions.moments(batch, *arguments, assignment=assignment, backend="dense")
+        for name in ("S0", "S1", "S2", "centers", "total", "mass"):
+            own, truth = getattr(found, name), getattr(expected, name)
+            torch.testing.assert_close(own, truth, rtol=1e-10, atol=1e-10)
+
+
+def test_mixtures_whose_parameters_are_converted_in_another_way():
+    case = make_case("full", torch.float64, N=60, K=4, D=3, condition=20.0)
+    logits, means, factor = torch.zeros(4, dtype=torch.float64), case.means, case.factor
+    batch = Batch(case.x)
+    moments = lambda logits, means, factor, batch=batch: mixture_moments(batch, logits, means, factor, mass=60.0)  # noqa: E731
+    assert moments(logits, means, factor) is not None
+    changed = lambda part, value: part.clone().index_fill_(0, torch.tensor([1]), value)  # noqa: E731
+    assert moments(changed(logits, -torch.inf), means, factor) is None
+    assert moments(changed(logits, torch.nan), means, factor) is None
+    for value in (torch.nan, torch.inf):
+        assert moments(logits, changed(means, value), factor) is None
+        for name, part in factor.tensors.items():
+            assert moments(logits, means, factor.replace(**factor.tensors | {name: changed(part, value)})) is None
+    # Means that are far from the origin have another center, and the rounding errors of the points may be too large.
+    assert moments(logits, means + 1e4, factor) is None
+    U = factor.U.norm(dim=2).amax(0)
+    limits = {False: 0.99, True: 1.01}
+    for is_coarse, size in limits.items():
+        one = torch.zeros(3, dtype=torch.float64)
+        one[0] = size * ROUNDING / U[0]
+        assert (moments(logits, means, factor, Batch(case.x, rounding=one)) is None) == is_coarse
+    assert moments(logits.float(), means, factor) is None
+    assert moments(logits, means.requires_grad_(), factor) is None
 
 
 def _at_once(monkeypatch, problem, request):
