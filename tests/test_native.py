@@ -266,6 +266,7 @@ def test_without_the_library_the_dense_engine_runs(fresh, monkeypatch):
     case = make_case("full", torch.float64)
     expected = reductions.logsumexp(*case.arguments, backend="dense")
     monkeypatch.setattr(library, "_library", lambda: "its library has not been compiled (c++ was not found)")
+    library._chosen.cache_clear()
     reason = r"its library has not been compiled \(c\+\+ was not found\)"
     with pytest.warns(UserWarning, match=f"The native engine is the faster engine here but {reason}; using the dense"):
         assert reductions.engine(case.x) == "dense"

@@ -130,9 +130,10 @@ class Moments:
 
     def to(self, device: torch.device) -> Moments:
         """Copy the moments to a device, in one transfer."""
-        if all(part.device == device for part in (self.S0, self.centers, self.mass)):
+        parts = self.S0, self.S1, self.S2, self.centers, self.total, self.mass
+        if all(part.device == device for part in parts):
             return self
-        return Moments(*transferred([self.S0, self.S1, self.S2, self.centers, self.total, self.mass], device))
+        return Moments(*transferred(parts, device))
 
     def select(self, index: Tensor) -> Moments:
         """Select the moments of some components, in the order of an index."""

@@ -180,11 +180,13 @@ class EM(Method[EMState]):
         if self.batch_size is not None:
             return self._pass(objective, state)
         whole = state.population.whole(state.mixture)
-        state, sums, value, likelihood = self._look(objective, state)
+        state, sums, likelihood = self._expect(objective, state)
+        ordinary = maximized(self, objective, state, sums)
+        value = self._value(objective, state, likelihood, None if ordinary is None else ordinary[1])
         exact = self.assignment != "hard"
         now = Evaluation(whole, value, likelihood, state.population.live, state.floored, exact)
         heated = self.beta(state) < 1
-        state = self._move(objective, state, sums)
+        state = self._maximize(objective, state, sums) if ordinary is None else ordinary[0]
         if heated:
             state = shaken(objective, state)
         elif self.accelerate:
@@ -203,20 +205,30 @@ class EM(Method[EMState]):
                 state, now = self.step(objective, state)
                 yield state, now
 
-    def _look(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float, float]:
-        """Perform the E-step; return the state, its moments, and the objective and mean log-likelihood of its mixture."""
+    def _expect(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float]:
+        """Perform the E-step; return the state, its moments, and the mean log-likelihood of its mixture."""
         sums = self._moments(objective, state, None)
         likelihood = float(sums.total / sums.mass) - objective.frame.log_volume
         if self.beta(state) < 1:
             with torch.no_grad():
                 likelihood = -float(objective.negative_log_likelihood(state.mixture))
-        whole = state.population.whole(state.mixture)
-        penalty = 0.0 if objective.penalty is None else float(objective.penalized(whole))
         if state.counts is None:
             fractions = sums.S0 / sums.mass
             state = replace(state, counts=fractions.sum(0, keepdim=True) if is_tied(state) else fractions)
-        ridge = self._ridge_cost(objective, state.counts, state.mixture.factor) + state.drift
-        return state, sums, penalty - likelihood + ridge, likelihood
+        return state, sums, likelihood
+
+    def _value(self, objective: Objective, state: EMState, likelihood: float, ridge: float | None = None) -> float:
+        """Return the objective of a state with a mean log-likelihood; its ``reg_covar`` term is computed if it is not given."""
+        ridge = self._ridge_cost(objective, state.counts, state.mixture.factor) if ridge is None else ridge
+        penalty = 0.0
+        if objective.penalty is not None:
+            penalty = float(objective.penalized(state.population.whole(state.mixture)))
+        return penalty - likelihood + (ridge + state.drift)
+
+    def _look(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float]:
+        """Perform the E-step; return the state, its moments, and the objective of its mixture."""
+        state, sums, likelihood = self._expect(objective, state)
+        return state, sums, self._value(objective, state, likelihood)
 
     def beta(self, state: EMState) -> float:
         """Return the inverse temperature of an iteration."""
@@ -227,15 +239,18 @@ class EM(Method[EMState]):
 
     def _moments(self, objective: Objective, state: EMState, batch: list[Batch] | None) -> Moments:
         mixture, beta = state.mixture, self.beta(state)
-        factor, offsets = mixture.factor, mixture.offsets
-        if beta < 1:
-            factor, offsets = factor.rescale(torch.full_like(objective.frame.scale, beta**0.5)), beta * offsets
-        return objective.moments(offsets, mixture.means, factor, batch, assignment=self.assignment)
+        if beta == 1:
+            return objective.mixture_moments(mixture, batch, assignment=self.assignment)
+        factor = mixture.factor.rescale(torch.full_like(objective.frame.scale, beta**0.5))
+        return objective.moments(beta * mixture.offsets, mixture.means, factor, batch, assignment=self.assignment)
 
     def _move(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
         """Perform the M-step, enforce the bounds on the covariances, and prune components of negligible weight."""
-        if (ordinary := maximized(self, objective, state, sums)) is not None:
-            return ordinary
+        ordinary = maximized(self, objective, state, sums)
+        return self._maximize(objective, state, sums) if ordinary is None else ordinary[0]
+
+    def _maximize(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
+        """Perform :meth:`_move` by operations of torch."""
         new = self._m_step(objective, state, sums)
         mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()
@@ -305,7 +320,7 @@ class EM(Method[EMState]):
 
     def _extrapolate(self, objective: Objective, start: Evaluation, first: EMState) -> EMState:
         """Extrapolate from two EM steps by SQUAREM; return the extrapolated state if it is not worse, else the EM state."""
-        first, sums, value, _ = self._look(objective, first)
+        first, sums, value = self._look(objective, first)
         second = self._move(objective, first, sums)
         if len(second.population.live) < len(start.active) or value > start.objective:
             return second
@@ -317,7 +332,7 @@ class EM(Method[EMState]):
         frozen = None if frozen is None else frozen[second.population.live]
         logits = solve_weights(leap.weights, torch.zeros_like(leap.logits), second.mixture.log_weights, frozen)
         leap, _ = objective.project(Mixture(logits, leap.means, leap.factor, validate_args=False))
-        third, sums, there, _ = self._look(objective, replace(second, mixture=leap))
+        third, sums, there = self._look(objective, replace(second, mixture=leap))
         # ``value`` is the objective after the first EM step.
         return self._move(objective, third, sums) if there <= value else second
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -110,12 +110,12 @@ class Objective:
         seed = self.passes.seed() if assignment == "stochastic" else 0
 
         def sums_of(batch: Batch) -> tuple[Any, bool, Moments]:
-            accurate = batch.accurate(factor.detach().row_norms)
+            accurate = batch.accurate(lambda: factor.row_norms().detach())
             x = accurate.points
             if isinstance(x, Tensor) and accurate.truncate != 0:
                 x = reductions.arrange(replace(accurate, points=x), len(means), accurate.truncate)
             sums = reductions.moments(
-                replace(accurate, points=x),
+                accurate if x is accurate.points else replace(accurate, points=x),
                 offsets,
                 means,
                 factor,
@@ -126,11 +126,27 @@ class Objective:
             )
             return x, accurate is not batch, sums
 
-        nothing = Moments.nothing(means, type(factor))
+        nothing = partial(Moments.nothing, means, type(factor))
         if batches is None:
             return self.passes.total(self.data, nothing, sums_of)
         parts = [sums_of(batch)[2] for batch in batches if len(batch)]
-        return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing)
+        return self.passes.world.added(sum(parts[1:], parts[0]) if parts else nothing())
+
+    def mixture_moments(
+        self, mixture: Mixture, batches: list[Batch] | None = None, *, assignment: str = "soft"
+    ) -> Moments:
+        """Compute the moments of a mixture, with arguments and result as for :meth:`moments`."""
+        batch = self.whole() if batches is None and self.data.device != self.device else None
+        if batch is not None and assignment != "stochastic":
+            parameters = mixture.logits, mixture.means, mixture.factor
+            sums = reductions.mixture_moments(
+                batch, *parameters, mass=self.mass, assignment=assignment, backend=self.backend
+            )
+            if sums is not None:
+                self.passes.seen(batch, mixture.n_components)
+                self.passes.journal.swept(sums)
+                return sums
+        return self.moments(mixture.offsets, mixture.means, mixture.factor, batches, assignment=assignment)
 
     def negative_log_likelihood(self, mixture: Mixture, batches: list[Batch] | None = None) -> Tensor:
         """Compute the mean negative log-likelihood of all points or of batches, data units, nats per point; differentiable."""

@@ -148,11 +148,12 @@ def _constants(method: EM, objective: Objective, state: EMState) -> reductions.S
     )
 
 
-def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -> EMState | None:
+def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -> tuple[EMState, float] | None:
     """Perform an ordinary M-step in the library, from moments that another engine has computed.
 
     Returns:
-        The next state; None if the M-step is not an ordinary one, or the library does not compute it.
+        The next state, and the ``reg_covar`` term of the given one, nats per point; None if the M-step is not an ordinary one, or
+        the library does not compute it.
     """
     if objective.data.device == objective.device or state.counts is None:
         # On a CPU, blocks of steps contain their E-steps.
@@ -166,7 +167,7 @@ def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -
     if not found:
         return None
     after = Mixture(found.logits(1), found.means(1), found.factor(1), validate_args=False)
-    return replace(state, mixture=after, counts=found.counts(1), drift=found.drifts[1])
+    return replace(state, mixture=after, counts=found.counts(1), drift=found.drifts[1]), found.costs[0]
 
 
 def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mixture) -> float:

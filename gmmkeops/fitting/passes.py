@@ -41,12 +41,14 @@ class Passes:
         """Draw a seed, which is equal on all ranks."""
         return int(torch.randint(1 << 62, (1,), generator=self.generator, device=self.generator.device))
 
-    def total(self, data: Data, nothing: Moments, sums_of: Callable[[Batch], tuple[Any, bool, Moments]]) -> Moments:
+    def total(
+        self, data: Data, nothing: Callable[[], Moments], sums_of: Callable[[Batch], tuple[Any, bool, Moments]]
+    ) -> Moments:
         """Sum the moments of all points over all ranks, in one pass that checkpoints save and resume.
 
         Args:
             data: The points of this rank in standardized coordinates.
-            nothing: Moments of no points.
+            nothing: Function that returns the moments of no points.
             sums_of: Function of a batch that returns its points as they were evaluated, whether float32 points were evaluated in
                 float64, and their moments.
         """
@@ -65,7 +67,7 @@ class Passes:
                 self.journal.tick(sums, statistics, number)
                 if self.show is not None:
                     self.show(batch.first + len(batch))
-        sums = self.world.added(nothing if sums is None else sums)
+        sums = self.world.added(nothing() if sums is None else sums)
         vars(self.statistics).update(vars(statistics))
         self.journal.swept(sums)
         return sums

@@ -19,6 +19,7 @@ so that one pass over the data gives the gradients of all parameters and the suf
 """
 
 from gmmkeops.reductions.arrangement import arrange, may_arrange
+from gmmkeops.reductions.away import mixture_moments as mixture_moments
 from gmmkeops.reductions.choice import BACKENDS, TABLE, engine, fallback
 from gmmkeops.reductions.choice import unavailable as unavailable
 from gmmkeops.reductions.cores import alone as alone

@@ -67,10 +67,10 @@ class Comparison:
             Broken: The results differ by more than rounding errors.
         """
         x, same = problem.x, _without_chance(request)
-        key = x.device, x.dtype, tuple(problem.U.shape[1:]), x.shape[1], same
+        key = x.device, x.dtype, problem.is_full, problem.width, x.shape[1], same
         if key in self._done or not len(x):
             return
-        count = min(_POINTS, len(x), max(_LEAST, _WORK // problem.U.numel()))
+        count = min(_POINTS, len(x), max(_LEAST, _WORK // problem.entries))
         few = problem.rows(torch.arange(count, device=x.device) * len(x) // count)
         evaluation = self._begin(few, same)
         evaluation.add(None)

@@ -98,22 +98,30 @@ def statistics(
     assignment: str = "soft",
     seed: int = 0,
     device: torch.device | None = None,
+    mass: float | None = None,
 ) -> Moments:
     """Compute the moments for points and weights, both in kd-tree order if the points are sorted.
 
-    The result is on ``device``, or on that of the points if it is None.
+    The result is on ``device``, or on that of the points if it is None. ``mass`` is the total weight, if it is known.
     """
     x = problem.x
     device = device or x.device
     count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
-    mass = torch.tensor(float(count), dtype=torch.float64, device=device) if weights is None else weights.sum()
+    if weights is not None and mass is None:
+        weight = weights.sum()
+    else:
+        weight = torch.tensor(
+            float(count) if mass is None or weights is None else mass, dtype=torch.float64, device=device
+        )
     if weights is None and len(x) > count:
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.ones
 
-    S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed), backend)
-    sums = Moments(S0, S1, S2, problem.means + problem.center, total, mass)
-    return sums if device == x.device else sums.to(device)
+    away = device != x.device
+    request = Statistics(weights, assignment, seed, on_cpu=away and device.type == "cpu")
+    S0, S1, S2, total = compute(problem, blocks, request, backend)
+    given = problem.host if away and problem.host is not None else problem
+    return Moments(S0, S1, S2, given.means + given.center, total, weight).to(device)
 
 
 def parameter_gradients(

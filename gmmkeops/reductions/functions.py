@@ -293,4 +293,5 @@ def moments(
         )
     # In one dimension the factors of all families have equal shapes, so S2 is reshaped to that of the given factor.
     shape = factor.spread_shape(factor.features) if isinstance(factor, Factor) else sums.S2.shape[1:]
-    return replace(sums, S2=sums.S2.reshape(len(sums.S0), *shape))
+    shape = (len(sums.S0), *shape)
+    return sums if sums.S2.shape == shape else replace(sums, S2=sums.S2.reshape(shape))

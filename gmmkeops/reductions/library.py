@@ -12,9 +12,12 @@ from pathlib import Path
 __all__ = [
     "OUT_OF_MEMORY",
     "Call",
+    "ExtentCall",
     "Level",
     "ListCall",
     "PairCall",
+    "ParameterCall",
+    "RecordCall",
     "RoundCall",
     "StepCall",
     "TreeCall",
@@ -25,7 +28,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 5
+_ABI = 6
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -104,6 +107,45 @@ class PairCall(ctypes.Structure):
     )
 
 
+class RecordCall(ctypes.Structure):
+    """The arguments for records of components, and for the moments of a GPU engine."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("family", "double_points")),
+        *((name, ctypes.c_int64) for name in ("components", "dimensions", "records")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "means", "factor", "center")),
+        ("factor_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("record", "rest")),
+        *((name, ctypes.c_double) for name in ("base", "usual", "condition")),
+        *((name, ctypes.c_void_p) for name in ("sums", "S0", "S1", "S2")),
+        ("triangular", ctypes.c_int64),
+    )
+
+
+class ParameterCall(ctypes.Structure):
+    """The arguments for offsets and factors of a mixture."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("family", "tied")),
+        *((name, ctypes.c_int64) for name in ("components", "dimensions")),
+        *((name, ctypes.c_void_p) for name in ("logits", "means", "log_diagonal", "upper", "rounding")),
+        ("coarse", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("offsets", "factor")),
+        ("valid", ctypes.c_int64),
+    )
+
+
+class ExtentCall(ctypes.Structure):
+    """The arguments for bounds on parameters."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("components", "dimensions", "numbers")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "means", "factor")),
+        *((name, ctypes.c_double) for name in ("least", "most", "mean", "largest")),
+        ("central", ctypes.c_int64),
+    )
+
+
 class Level(ctypes.Structure):
     """A level of the kd-tree."""
 
@@ -149,6 +191,10 @@ class TreeCall(ctypes.Structure):
     )
 
 
+# The calls in the order of ``gmmkeops_size`` in native/source/native.cpp.
+_CALLS = (Call, ListCall, TreeCall, StepCall, PairCall, RoundCall, RecordCall, ExtentCall, ParameterCall)
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
     """The library, or one clause that says why it cannot be used."""
@@ -161,12 +207,12 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"its library cannot be loaded ({error})"
-    library.gmmkeops_sizes.restype = ctypes.c_int64
-    sizes = sum(
-        1000**i * ctypes.sizeof(call)
-        for i, call in enumerate((Call, ListCall, TreeCall, StepCall, PairCall, RoundCall))
-    )
-    if library.gmmkeops_abi() != _ABI or library.gmmkeops_sizes() != sizes:
+    other = library.gmmkeops_abi() != _ABI
+    if not other:
+        library.gmmkeops_size.restype = ctypes.c_int64
+        sizes = [*map(ctypes.sizeof, _CALLS), 0]
+        other = sizes != [library.gmmkeops_size(i) for i in range(len(sizes))]
+    if other:
         return "its library belongs to another version; install gmmkeops again"
     return library
 

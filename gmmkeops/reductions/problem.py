@@ -8,19 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, as_tensor, check_finite, numbers, transferred
+from gmmkeops.components import Factor, as_tensor, check_finite, numbers, ordinary, transferred
 from gmmkeops.data import Batch, as_points
+from gmmkeops.reductions.library import ExtentCall, reason, run
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor", "upper_factor"]
 
 # Smallest offset. A component with it has zero density, and float32 does not overflow: the log-sum-exp of KeOps is NaN if the
 # first exponent is infinite.
 OFFSET_FLOOR = -1e30
+
+# Largest number of entries of parameters whose extents are computed on one core.
+_SERIAL = 50_000
+
+# Names of the parameters of exponents.
+_PARAMETERS = ("offsets", "means", "U", "center")
 
 # Largest number of columns whose extents are compared by Python; torch operations on few numbers take longer.
 _FEW = 64
@@ -54,6 +61,9 @@ class Exponents:
         U: Factors (K, D, D) full, (K, D) diagonal or (K, 1) spherical, 1 / data units, float64.
         center: Common center (D,), data units, float64.
         host: The same parameters on the CPU, without points, if they were copied from there; otherwise None.
+
+    Parameters that are given on the CPU for points on another device are copied there when one of them is first used, since
+    engines may need the ones on the CPU only.
     """
 
     x: Tensor
@@ -63,15 +73,47 @@ class Exponents:
     center: Tensor
     host: Exponents | None = None
 
+    @classmethod
+    def of_host(cls, x: Tensor, host: Exponents) -> Exponents:
+        """Create exponents for points on another device than the parameters, which are valid and on the CPU."""
+        found = object.__new__(cls)
+        vars(found).update(x=x, host=host)
+        return found
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor:
+            """Copy the parameters that are not on the device of the points there, in one transfer."""
+            if name not in _PARAMETERS:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            given = {part: getattr(self.host, part) for part in _PARAMETERS if part not in vars(self)}
+            # The factors of tied covariances share their memory.
+            tied = "U" in given and given["U"].stride(0) == 0
+            flat = [part[:1] if tied and place == "U" else part for place, part in given.items()]
+            found = transferred(flat, self.x.device)
+            for place, part in zip(given, found, strict=True):
+                vars(self)[place] = part.expand(given[place].shape)
+            return vars(self)[name]
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Numbers of points, components and features (N, K, D)."""
-        return self.x.shape[0], self.means.shape[0], self.means.shape[1]
+        return self.x.shape[0], *(self.host or self).means.shape
 
     @property
     def is_full(self) -> bool:
         """Whether the factors are matrices."""
-        return self.U.shape[1:] == (self.x.shape[1], self.x.shape[1])
+        return (self.host or self).U.shape[1:] == (self.x.shape[1], self.x.shape[1])
+
+    @property
+    def width(self) -> int:
+        """Number of entries of the last dimension of the factors."""
+        return (self.host or self).U.shape[-1]
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of all factors."""
+        return (self.host or self).U.numel()
 
     @property
     def form(self) -> Form:
@@ -140,7 +182,24 @@ class Exponents:
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
-        return cls.of_shaped(points, offsets, means, U, Extent.of(means, U))
+        if points.is_cuda and place == points.device and U.numel() <= _SERIAL and reason() is None:
+            return cls._copied(points, offsets, means, U)
+        return cls.of_shaped(points, offsets, means, U, Extent.of(means, U, offsets))
+
+    @classmethod
+    def _copied(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Exponents:
+        """Validate few parameters on another device than the CPU, to which they are copied in one transfer.
+
+        Otherwise the validation would wait for the device several times.
+        """
+        given = [part.to(torch.float64) for part in (offsets, means, U)]
+        own_offsets, own_means, own_U = transferred(given, torch.device("cpu"))
+        extent = Extent.of(own_means, own_U, own_offsets)
+        host = cls.of_shaped(own_means[:0], own_offsets, own_means, own_U, extent)
+        found = cls.of_host(x.detach().contiguous(), host)
+        if host.offsets is own_offsets and host.means is own_means:
+            vars(found).update(offsets=given[0], means=given[1], U=given[2].expand(host.U.shape))
+        return found
 
     @classmethod
     def of_shaped(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, extent: Extent) -> Exponents:
@@ -155,21 +214,20 @@ class Exponents:
             check_finite(means, name="means", rows="component")
         if not math.isfinite(extent.factor):
             check_finite(U, name="factor", rows="component")
-        least, most = numbers(*offsets.aminmax())
+        least, most = extent.offsets or numbers(*offsets.aminmax())
         if math.isnan(least):
             raise ValueError("offsets must not be NaN, got NaN; use -inf for a component of weight zero, or remove it.")
         if least < OFFSET_FLOOR or most > -OFFSET_FLOOR:
             offsets = offsets.clamp(min=OFFSET_FLOOR, max=-OFFSET_FLOOR)
         center = torch.zeros(D, dtype=torch.float64, device=means.device) if extent.central else _center(means)
         means = means if extent.central else means - center
-        host = None
-        if means.device != x.device:
-            if means.device.type == "cpu":
-                host = cls(means[:0], offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center)
-            offsets, means, U, center = transferred([offsets, means, U, center], x.device)
-        return cls(
-            x.detach().contiguous(), offsets, means, U if len(U) == K else U.expand(K, *U.shape[1:]), center, host
-        )
+        U, x = U if len(U) == K else U.expand(K, *U.shape[1:]), x.detach().contiguous()
+        if means.device == x.device:
+            return cls(x, offsets, means, U, center)
+        if means.device.type == "cpu":
+            return cls.of_host(x, cls(means[:0], offsets, means, U, center))
+        offsets, means, U, center = transferred([offsets, means, U, center], x.device)
+        return cls(x, offsets, means, U, center)
 
 
 @dataclass(frozen=True)
@@ -180,15 +238,19 @@ class Extent:
         mean: Largest absolute value of the entries of the means, data units.
         factor: Largest absolute value of the entries of the factors, 1 / data units.
         central: Whether the common center of the means is known to be zero.
+        offsets: Smallest and largest offset, nats, NaN if one is; None if they have not been computed.
     """
 
     mean: float
     factor: float
     central: bool
+    offsets: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, means: Tensor, U: Tensor) -> Extent:
+    def of(cls, means: Tensor, U: Tensor, offsets: Tensor | None = None) -> Extent:
         """Compute the bounds for means (K, D) and factors (K or 1, ...); they are NaN or infinite if an entry is not finite."""
+        if offsets is not None and (found := cls._compiled(means, U, offsets)) is not None:
+            return found
         mean, central = 0.0, False
         if means.shape[1] <= _FEW:
             bounds = means.aminmax(dim=0)
@@ -203,6 +265,25 @@ class Extent:
         elif means.numel():
             mean = _size(means)
         return cls(mean, _size(U) if U.numel() else 0.0, central)
+
+    @classmethod
+    def _compiled(cls, means: Tensor, U: Tensor, offsets: Tensor) -> Extent | None:
+        """Compute the bounds by one call of the compiled library; None without it, and for other tensors than it reads."""
+        given = offsets, means, U
+        if (
+            means.shape[1] > _FEW
+            or means.numel() > _SERIAL
+            or U.numel() > _SERIAL
+            or not ordinary(*given)
+            or not all(
+                part.device.type == "cpu" and part.dtype == torch.float64 and part.is_contiguous() for part in given
+            )
+            or reason() is not None
+        ):
+            return None
+        call = ExtentCall(*means.shape, U.numel(), *(part.data_ptr() for part in given))
+        run("gmmkeops_extent", call)
+        return cls(call.mean, call.largest, bool(call.central), (call.least, call.most))
 
 
 def _size(values: Tensor) -> float:
@@ -226,7 +307,9 @@ def _middle(values: Tensor) -> Tensor:
 
 def factor_tensor(factor: Factor | Tensor) -> Tensor:
     """Return the tensor U of a factor, computed in float64; tensors are returned unchanged."""
-    return factor.to(torch.float64).U if isinstance(factor, Factor) else factor
+    if isinstance(factor, Factor):
+        return (factor if factor.dtype == torch.float64 else factor.to(torch.float64)).U
+    return factor
 
 
 def upper_factor(U: Tensor) -> Tensor:

@@ -69,12 +69,14 @@ class Statistics:
         assignment: ``"soft"``, ``"hard"`` or ``"stochastic"``.
         seed: Seed of the stochastic assignment.
         values: Whether to return the log-sum-exps (N,), nats, in the dtype of the points too, for soft assignments.
+        on_cpu: Whether an engine may return the moments on the CPU if the parameters are there, after one transfer.
     """
 
     weights: Tensor | None = None
     assignment: str = "soft"
     seed: int = 0
     values: bool = False
+    on_cpu: bool = False
 
     @property
     def rank(self) -> int:

@@ -21,10 +21,10 @@ from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["StepSettings", "Steps", "described", "em_steps", "native_m_step"]
+__all__ = ["FAMILIES", "StepSettings", "Steps", "described", "em_steps", "native_m_step"]
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
-_FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
+FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
 
 # Dimension of full covariances beyond which the Cholesky factorization of LAPACK is faster.
 _MANY = 128
@@ -146,9 +146,12 @@ def _performed(
     call.steps = len(tables["logits"]) - 1
     # The last four tables are the rows of one.
     numbers = tables["numbers"]
-    rows = {name: numbers[i].data_ptr() for i, name in enumerate(("total", "cost", "prior", "drift"))}
-    for name, place in ({name: table.data_ptr() for name, table in tables.items() if name != "numbers"} | rows).items():
-        setattr(call, name, place)
+    place, width = numbers.data_ptr(), numbers.shape[1] * numbers.element_size()
+    for i, name in enumerate(("total", "cost", "prior", "drift")):
+        setattr(call, name, place + i * width)
+    for name, table in tables.items():
+        if name != "numbers":
+            setattr(call, name, table.data_ptr())
     if run(function, call, is_long=is_long) == OUT_OF_MEMORY:
         K, D = call.sweep.components, call.sweep.dimensions
         raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
@@ -174,7 +177,7 @@ def native_m_step(
     Returns:
         The results of one step, or of none if the M-step is not an ordinary one; None if the library does not compute it.
     """
-    family = _FAMILIES.get(type(factor))
+    family = FAMILIES.get(type(factor))
     if family is None or (family == 0 and means.shape[1] > _MANY) or reason() is not None:
         return None
     parts = [part.contiguous() for part in (sums.S0, sums.S1, sums.S2, sums.total)]
@@ -195,7 +198,7 @@ def described(
     Returns:
         None if the native engine does not compute them.
     """
-    x, weights, family = batch.points, batch.weights, _FAMILIES.get(type(factor))
+    x, weights, family = batch.points, batch.weights, FAMILIES.get(type(factor))
     if family is None or not isinstance(x, Tensor) or (family == 0 and x.shape[1] > _MANY):
         return None
     (N, D), K = x.shape, len(means)

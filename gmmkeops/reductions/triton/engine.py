@@ -13,10 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gmmkeops.components import numbers
+from gmmkeops.components import transferred
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.dense.products import has_slow_double
+from gmmkeops.reductions.library import reason
 from gmmkeops.reductions.problem import Exponents, Form, upper_factor
 from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.triton import loading
@@ -40,6 +41,9 @@ _PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25), Argmax: (24, 48)}
 # Exponents, base 2, above which kernels are exact: their running maximum begins at -1e38.
 _LOWEST = -9.9e37
 
+# Number above all exponents and below NO_SHARE.
+_LARGEST = 1e29
+
 # Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
 _CONDITION = 128.0
 
@@ -50,9 +54,10 @@ _DEEPEST = 300.0
 # not divided by their size.
 _RATIO, _ORDINARY = 2.0**50, 20
 
-# Largest number of entries of the factors for which parameters are packed on the CPU, to which those on the device are copied. On
-# one core this takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for 5e4; it saves about forty kernels.
-_MANY = 10_000
+# Largest number of entries of the factors for which parameters are packed on the CPU, to which those on the device are copied: by
+# torch, and by the compiled library. On one core torch takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for
+# 5e4; the library takes 0.03 ms for 1e4 entries and 0.15 ms for 5e4. Either saves about forty kernels.
+_MANY, _MANY_COMPILED = 10_000, 50_000
 
 
 class Triton:
@@ -132,29 +137,40 @@ class _Products:
 
 def _by_kernels(problem: Exponents, request: Request) -> Evaluation:
     """Begin an evaluation in the dtype of the points, in float64, or by the dense engine."""
-    problem = problem.with_host() if problem.U.numel() <= _MANY else replace(problem, host=None)
-    condition = 1.0
-    if problem.is_full:
-        U = (problem.host or problem).U
-        inverse, _ = torch.linalg.inv_ex(U)
-        # The row sums of |Uᵀ| |U⁻ᵀ|.
-        condition = (U.abs() * inverse.abs().sum(1)[:, :, None]).sum(1).amax()
-        condition, below = numbers(condition, U.tril(-1).abs().amax())
-        if not condition < math.inf:
-            # Moments of whitened residuals would not determine those of residuals.
-            return dense.begin(problem, request)
-        if below:
-            problem = problem.with_factors(upper_factor)
+    few = problem.entries <= (_MANY if reason() is not None else _MANY_COMPILED)
+    problem = problem.with_host() if few else replace(problem, host=None)
+    kernels = Residuals(problem)
+    condition, is_triangular = kernels.condition()
+    if not condition < math.inf:
+        # Moments of whitened residuals would not determine those of residuals.
+        return dense.begin(problem, request)
+    if not is_triangular:
+        problem = problem.with_factors(upper_factor)
+        kernels = Residuals(problem)
     if problem.x.dtype == torch.float32 and condition > _CONDITION:
         return _in_double(problem, request)
-    return _Evaluation(problem, request, problem.x.dtype)
+    return _Evaluation(problem, request, problem.x.dtype, kernels)
 
 
 def _in_double(problem: Exponents, request: Request) -> Evaluation:
     """Begin an evaluation for float32 points in float64, or by the dense engine if there are no float64 kernels."""
     if not _runs_in_double(problem.form):
         return dense.begin(problem, request)
-    return _Evaluation(replace(problem, x=problem.x.double()), request, problem.x.dtype)
+    wide = replace(problem, x=problem.x.double())
+    return _Evaluation(wide, request, problem.x.dtype, Residuals(wide))
+
+
+def _extreme_sizes(weights: Tensor) -> list[Tensor]:
+    """Return the least positive and the largest absolute value of weights (N,), two scalars."""
+    sizes = weights.abs()
+    return [sizes.masked_fill(sizes == 0, math.inf).amin(), sizes.amax()]
+
+
+def _ratio_and_unit(least: float, most: float) -> tuple[float, float]:
+    """Return the ratio of the extreme sizes of weights, and the number by which weights are divided."""
+    exponent = math.frexp(most)[1] if math.isfinite(most) else 0
+    unit = 1.0 if abs(exponent) <= _ORDINARY else math.ldexp(1.0, min(max(exponent, -1000), 1000))
+    return most / least, unit
 
 
 def _runs_in_double(form: Form) -> bool:
@@ -168,9 +184,8 @@ class _Evaluation:
     Rows that are so far from all components that float32 exponents are not accurate enough are evaluated by the dense engine.
     """
 
-    def __init__(self, problem: Exponents, request: Request, dtype: torch.dtype) -> None:
-        self.problem, self._request, self._dtype = problem, request, dtype
-        self._kernels = Residuals(problem)
+    def __init__(self, problem: Exponents, request: Request, dtype: torch.dtype, kernels: Residuals) -> None:
+        self.problem, self._request, self._dtype, self._kernels = problem, request, dtype, kernels
         N, k = len(problem.x), request.rank
         # Base-2 log-sum-exps (N,) or largest exponents (N, k), and the components of the latter.
         self._values = problem.x.new_empty((N, k) if k else N)
@@ -199,6 +214,8 @@ class _Evaluation:
     def result(self) -> Result:
         request = self._request
         weights = request.weights if isinstance(request, Statistics) else None
+        if isinstance(request, Statistics) and (moments := self._moments_on_cpu(request)) is not None:
+            return moments
         far, ratio, unit = self._numbers(weights)
         if ratio > _RATIO and self.problem.x.dtype == torch.float32:
             return self._repeated()
@@ -233,8 +250,7 @@ class _Evaluation:
         usual = (packed.usual - packed.base) / LN2
         read = [*first.aminmax()]
         if weights is not None:
-            sizes = weights.abs()
-            read += [sizes.masked_fill(sizes == 0, math.inf).amin(), sizes.amax()]
+            read += _extreme_sizes(weights)
         if single and usual.device == first.device:
             read.append(usual)
         found = torch.stack(read).tolist()
@@ -246,12 +262,7 @@ class _Evaluation:
             far = (~((first - middle).abs() <= depth)).nonzero()[:, 0]
         elif not single and not (math.isfinite(least) and math.isfinite(most) and least > _LOWEST):
             far = (~(torch.isfinite(first) & (first > _LOWEST))).nonzero()[:, 0]
-        if weights is None:
-            return far, 1.0, 1.0
-        least, most = found[2:]
-        exponent = math.frexp(most)[1] if math.isfinite(most) else 0
-        unit = 1.0 if abs(exponent) <= _ORDINARY else math.ldexp(1.0, min(max(exponent, -1000), 1000))
-        return far, most / least, unit
+        return far, *((1.0, 1.0) if weights is None else _ratio_and_unit(*found[2:]))
 
     def _repeated(self) -> Result:
         """Compute the result in float64 or by the dense engine, for weights of very different sizes."""
@@ -271,6 +282,53 @@ class _Evaluation:
             few, hard = self.problem.rows(far), self._request.rank > 0
             values[far] = evaluate(dense, few, TopK(1) if hard else LogSumExp())[0].view(-1).double()
         return values.to(self._dtype)
+
+    def _moments_on_cpu(self, request: Statistics) -> Result | None:
+        """Compute moments for soft assignments on the CPU, with one transfer if no row is far.
+
+        The kernels are launched before the numbers are known that decide how to compute the moments. Rows that are far have no
+        part in their sums, which are discarded if weights are of unusual size or if values are not finite.
+
+        Returns:
+            None if the moments must be computed in another way.
+        """
+        kernels, weights, values = self._kernels, request.weights, self._values
+        compiled, (N, K, _) = kernels.compiled, self.problem.shape
+        known = request.on_cpu and request.assignment == "soft" and not request.values and self._schedules is None
+        if not known or compiled is None or kernels.is_tiled:
+            return None
+        dtype, width = values.dtype, kernels.sums_shape[0]
+        lowest = (compiled.usual - compiled.base - _DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
+        shares = torch.threshold(values, lowest, NO_SHARE)
+        # The sums, the sum of values or log-densities, the largest value, and the extreme sizes of weights.
+        end = width * K
+        found = torch.zeros(end + 4, dtype=torch.float64, device=values.device)
+        kernels.add_sums(found[:end].view(width, K), shares, None if weights is None else weights.to(dtype), None)
+        if weights is None:
+            torch.sum(values, 0, dtype=torch.float64, out=found[end])
+        else:
+            torch.dot(kernels.packed.nats(values), weights, out=found[end])
+            torch.stack(_extreme_sizes(weights), out=found[end + 2 :])
+        torch.amax(shares, 0, out=found[end + 1 : end + 2].view(dtype)[0])
+        found = found.cpu()
+        sums, most, total = found[:end], found[end + 1 : end + 2].view(dtype)[0].item(), found[end]
+        if weights is not None:
+            ratio, unit = _ratio_and_unit(*found[end + 2 :].tolist())
+            if unit != 1 or (ratio > _RATIO and dtype == torch.float32):
+                return None
+        if not most < _LARGEST and not (most == shares.new_tensor(NO_SHARE).item() and bool(sums.isfinite().all())):
+            return None
+        S0, S1, S2 = compiled.moments(self.problem.host or self.problem, sums)
+        if most < _LARGEST:
+            return S0, S1, S2, total if weights is not None else compiled.base * N + LN2 * total
+        is_far = shares == NO_SHARE
+        far = is_far.nonzero()[:, 0]
+        few = replace(request, weights=None if weights is None else weights[far])
+        rest = evaluate(dense, self.problem.rows(far), few)
+        nats = kernels.packed.nats(values).masked_fill(is_far, 0.0)
+        total = rest[3] + (nats.sum() if weights is None else nats @ weights)
+        more = transferred([*rest[:3], total], S0.device)
+        return S0 + more[0], S1 + more[1], S2 + more[2].reshape(S2.shape), more[3]
 
     def _moments(self, request: Statistics, far: Tensor, unit: float) -> Result:
         weights, kernels = request.weights, self._kernels

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,9 +25,10 @@ from torch import Tensor
 from gmmkeops.components import transferred
 from gmmkeops.reductions.dense.products import parts
 from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.triton.compiled import CompiledRecords
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["LN2", "Blocks", "Packed", "Padded", "tiled_records"]
+__all__ = ["LN2", "Blocks", "Packed", "Padded", "family_of", "symmetric_places", "tiled_records"]
 
 LN2 = math.log(2.0)
 
@@ -48,16 +50,14 @@ class Packed:
     Args:
         records: The records (at least K + 1, R), in the dtype of the points: offset c; rounded mean m (D); d (D); and the rows of
             the lower triangle of Vᵀ if full, V (D) if diagonal, or its number if spherical.
-        rest: Means minus m (K, D), data units, float64.
-        square: Position in a lower triangle of each entry of a symmetric matrix (D * D,), int64.
-        base: Value that base-2 exponents are relative to (scalar), nats, float64. It is on the CPU if the parameters are there.
+        rest: Means minus m (K, D), data units, float64. They are on the CPU if the parameters are there.
+        base: Value that base-2 exponents are relative to (scalar), nats, float64, on the same device.
         usual: Largest usual log-sum-exp (scalar), nats, float64, on the same device.
         family: ``"full"``, ``"diagonal"`` or ``"spherical"``.
     """
 
     records: Tensor
     rest: Tensor
-    square: Tensor
     base: Tensor
     usual: Tensor
     family: str
@@ -70,22 +70,41 @@ class Packed:
         """
         _, K, D = problem.shape
         base, usual, c, heads, rest, V, d = _scaled(problem)
-        place = torch.arange(D)
-        greater = torch.maximum(place[:, None], place)
-        square = (greater * (greater + 1) // 2 + torch.minimum(place[:, None], place)).view(-1)
         row, column = torch.tril_indices(D, D, device=V.device)
         u = V[:, column, row] if problem.is_full else V
-        family = "full" if problem.is_full else "spherical" if V.shape[1:] == (1,) and D > 1 else "diagonal"
         size = 1 + 2 * D + u.shape[1]
         records = torch.zeros((K // unroll + 1) * unroll, size, dtype=problem.x.dtype, device=V.device)
         records[:K] = torch.cat([c[:, None], heads, d, u], 1)
         records[K:, 0] = _NOTHING
-        records, rest, square = transferred([records, rest, square], problem.x.device)
-        return cls(records, rest, square, base, usual, family)
+        (records,) = transferred([records], problem.x.device)
+        return cls(records, rest, base, usual, family_of(problem))
+
+    @classmethod
+    def of_compiled(cls, problem: Exponents, packed: CompiledRecords) -> Packed:
+        """Copy parameters that were packed on the CPU to the device of the points."""
+        (records,) = transferred([packed.records], problem.x.device)
+        base, usual = torch.tensor([packed.base, packed.usual], dtype=torch.float64)
+        return cls(records, packed.rest, base, usual, packed.family)
 
     def nats(self, values: Tensor) -> Tensor:
         """Convert base-2 exponents to nats, float64."""
         return torch.add(self.base, values.double(), alpha=LN2)
+
+
+def family_of(problem: Exponents) -> str:
+    """Return the family of the kernels: ``"full"``, ``"diagonal"`` or ``"spherical"``."""
+    # In one dimension, the factors of diagonal and of spherical components have equal shapes.
+    single = problem.width == 1 and problem.shape[2] > 1
+    return "full" if problem.is_full else "spherical" if single else "diagonal"
+
+
+@cache
+def symmetric_places(features: int, device: torch.device) -> Tensor:
+    """Return the position in a lower triangle of each entry of a symmetric matrix (D * D,), int64."""
+    with torch.inference_mode(False):
+        place = torch.arange(features, device=device)
+        greater = torch.maximum(place[:, None], place)
+        return (greater * (greater + 1) // 2 + torch.minimum(place[:, None], place)).view(-1)
 
 
 def _scaled(problem: Exponents) -> tuple[Tensor, ...]:

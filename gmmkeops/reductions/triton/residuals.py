@@ -13,9 +13,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gmmkeops.components import numbers
 from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.triton.compiled import CompiledRecords
 from gmmkeops.reductions.triton.loading import launch
-from gmmkeops.reductions.triton.packing import LN2, Blocks, Packed, Padded
+from gmmkeops.reductions.triton.packing import LN2, Blocks, Packed, Padded, family_of, symmetric_places
 from gmmkeops.reductions.triton.partial import SLAB, Piece, add_moments, add_up
 from gmmkeops.reductions.triton.tiles import Tiles
 from gmmkeops.reductions.truncation.bounds import Schedule
@@ -53,7 +55,27 @@ class Residuals:
     @cached_property
     def packed(self) -> Packed:
         """The component parameters, in the dtype of the points, padded for every number of unrolled steps."""
+        if self.compiled is not None:
+            return Packed.of_compiled(self.problem, self.compiled)
         return Packed.of(self.problem, _UNROLL)
+
+    @cached_property
+    def compiled(self) -> CompiledRecords | None:
+        """The component parameters as the compiled library has packed them on the CPU; None if it has not."""
+        return CompiledRecords.of(self.problem, family_of(self.problem), _UNROLL)
+
+    def condition(self) -> tuple[float, bool]:
+        """Return a bound on the condition numbers of full factors, and whether they are upper triangular."""
+        if not self.problem.is_full:
+            return 1.0, True
+        if self.compiled is not None:
+            return self.compiled.condition, True
+        U = (self.problem.host or self.problem).U
+        inverse, _ = torch.linalg.inv_ex(U)
+        # The row sums of |Uᵀ| |U⁻ᵀ|.
+        bound = (U.abs() * inverse.abs().sum(1)[:, :, None]).sum(1).amax()
+        bound, below = numbers(bound, U.tril(-1).abs().amax())
+        return bound, not below
 
     def logsumexps(self, out: Tensor, schedule: Schedule | None) -> Tensor | None:
         """Compute base-2 log-sum-exps (N,) into ``out``; return their minima (S,), nats, over the row ranges of a schedule."""
@@ -118,12 +140,12 @@ class Residuals:
             S2 = S2.sum(1, keepdim=True) if self.packed.family == "spherical" else S2
         else:
             sums = self._zeros()
-            add_moments(self.problem.x, sums, schedules, _CHUNK, lambda piece: self._partial(values, weights, piece))
+            self.add_sums(sums, values, weights, schedules)
             S0, S1, S2 = sums[0], sums[1 : D + 1].T, sums[D + 1 :].T
             S2 = self._shaped(S2) if self.packed.family == "full" else S2
         if self.packed.family == "full":
             return S0, *self._unwhitened(S1, S2)
-        rest = self.packed.rest
+        rest = self.packed.rest.to(S0.device)
         moved = torch.addcmul(S1, S0[:, None], rest, value=-1)
         if self.packed.family == "spherical":
             S2 = S2 - ((S1 + moved) * rest).sum(1, keepdim=True)
@@ -131,16 +153,34 @@ class Residuals:
             S2 = torch.addcmul(S2, S1 + moved, rest, value=-1)
         return S0, moved, self._shaped(S2)
 
+    def add_sums(
+        self, sums: Tensor, values: Tensor, weights: Tensor | None, schedules: Sequence[Schedule] | None
+    ) -> None:
+        """Add the sums of S0, of the D rows of S1 and of the distinct rows of S2 to ``sums`` (W, K), float64.
+
+        The residuals are scaled and whitened if full, otherwise those from rounded means. Arguments as for :meth:`moments`.
+        """
+        add_moments(self.problem.x, sums, schedules, _CHUNK, lambda piece: self._partial(values, weights, piece))
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the sums of moments do not fit into the registers of a thread, so that kernels of tiles compute them."""
+        return self.problem.shape[2] > (FEW_FULL if self.problem.is_full else FEW)
+
+    @property
+    def sums_shape(self) -> tuple[int, int]:
+        """Shape (W, K) of the sums of :meth:`add_sums`."""
+        _, K, D = self.problem.shape
+        return 1 + D + {"full": D * (D + 1) // 2, "diagonal": D, "spherical": 1}[self.packed.family], K
+
     @cached_property
     def _tiles(self) -> Tiles | None:
-        """Kernels of tiles, where the sums of moments do not fit into the registers of a thread."""
-        return Tiles(self.problem) if self.problem.shape[2] > (FEW_FULL if self.problem.is_full else FEW) else None
+        """Kernels of tiles, where they are used."""
+        return Tiles(self.problem) if self.is_tiled else None
 
     def _zeros(self) -> Tensor:
         """Return float64 sums (W, K) of zero: S0, D rows of S1, and the distinct rows of S2."""
-        _, K, D = self.problem.shape
-        width = 1 + D + {"full": D * (D + 1) // 2, "diagonal": D, "spherical": 1}[self.packed.family]
-        return torch.zeros(width, K, dtype=torch.float64, device=self.problem.x.device)
+        return torch.zeros(self.sums_shape, dtype=torch.float64, device=self.problem.x.device)
 
     def hard_moments(self, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the moments for labels (N,), int32, of which negative ones are left out, and float64 weights (N,)."""
@@ -166,10 +206,10 @@ class Residuals:
 
     def _shaped(self, S2: Tensor) -> Tensor:
         """Convert the distinct numbers of second moments (K, W - D - 1) to the shape of the result."""
-        K, D = self.problem.means.shape
+        _, K, D = self.problem.shape
         if self.packed.family == "full":
-            return S2[:, self.packed.square].view(K, D, D)
-        return S2.sum(1) if self.problem.U.shape[1:] == (1,) else S2
+            return S2[:, symmetric_places(D, S2.device)].view(K, D, D)
+        return S2.sum(1) if self.problem.width == 1 else S2
 
     def _unwhitened(self, S1: Tensor, S2: Tensor) -> tuple[Tensor, Tensor]:
         """Convert moments of scaled whitened residuals y to those of residuals z with y = Vᵀ z."""

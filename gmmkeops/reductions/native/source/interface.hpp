@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 5;
+constexpr int32_t ABI = 6;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -81,6 +81,41 @@ struct RoundCall {
   double half;                                  // distance of the halves of a component from its mean, in standard deviations
   const double* points;                         // as in PairCall
   int64_t blocks, work;                         // work: E-steps times components; 0 if a step was not an ordinary one
+};
+
+// Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and
+// those of its factor; its sums are S0, D rows of S1, and the distinct rows of S2.
+struct RecordCall {
+  int32_t family, double_points;                        // whether records are float64 instead of float32
+  int64_t components, dimensions, records;              // K, D, number of records, of which those after the K-th have no weight
+  const double *offsets, *means, *factor, *center;      // as in Call
+  int64_t factor_stride;                                // as in Call
+  void* record;                                         // (records, 1 + 2 D + numbers of a factor)
+  double* rest;                                         // (K, D), means minus rounded means
+  double base, usual, condition;                        // base and largest usual log-sum-exp, nats; condition number of full factors
+  const double* sums;                                   // (1 + D + distinct numbers of S2, K)
+  double *S0, *S1, *S2;
+  int64_t triangular;                                   // whether full factors are upper triangular
+};
+
+// Offsets and factors of a mixture, from the parameters as factors store them.
+struct ParameterCall {
+  int32_t family, tied;
+  int64_t components, dimensions;
+  const double *logits, *means, *log_diagonal, *upper;  // (K,), (K, D), (K or 1, D or 1), (K or 1, D (D - 1) / 2)
+  const double* rounding;                               // as in StepCall
+  double coarse;                                        // as in StepCall
+  double *offsets, *factor;                             // (K,), (K or 1, numbers of a factor)
+  int64_t valid;      // whether all numbers are finite, the center of the means is zero, and the points are not too coarse
+};
+
+// Bounds on parameters, see records.hpp and problem.py.
+struct ExtentCall {
+  int64_t components, dimensions, numbers;              // K, D, numbers of all factors
+  const double *offsets, *means, *factor;               // (K,), (K, D), (numbers,)
+  double least, most;                                   // extreme offsets; NaN if one is
+  double mean, largest;                                 // largest absolute values of means and factors; not finite if an entry is not
+  int64_t central;                                      // whether the common center of the means is known to be zero
 };
 
 // Parameters of the components as the kernels read them, for one type of numbers. A component takes ``stride`` numbers:

@@ -10,6 +10,7 @@
 
 #include "interface.hpp"
 #include "pairs.hpp"
+#include "records.hpp"
 #include "rounds.hpp"
 #include "share.hpp"
 #include "steps.hpp"
@@ -409,7 +410,11 @@ template <class Work> int32_t guarded(Work work) {
 
 EXPORT int32_t gmmkeops_abi() { return ABI; }
 
-EXPORT int64_t gmmkeops_sizes() { return sizeof(Call) + 1000 * sizeof(ListCall) + 1000000 * sizeof(TreeCall) + 1000000000 * sizeof(StepCall) + 1000000000000 * sizeof(PairCall) + 1000000000000000 * sizeof(RoundCall); }
+// Sizes of the calls, in the order of library.py; 0 after the last one.
+EXPORT int64_t gmmkeops_size(int32_t i) {
+  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall)};
+  return i < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[i] : 0;
+}
 
 // Whether this machine has an instruction set: 0 base, 1 AVX2, 2 AVX-512.
 EXPORT int32_t gmmkeops_supports(int32_t isa) { return kernel_of(isa) != nullptr; }
@@ -444,6 +449,36 @@ EXPORT int32_t gmmkeops_round(RoundCall* call, int32_t isa) {
   return guarded([&]() -> int32_t {
     const Kernel& kernel = *kernel_of(isa);
     return rounds::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
+  });
+}
+
+// Writes the records of components.
+EXPORT int32_t gmmkeops_pack(RecordCall* call, int32_t) {
+  return guarded([&]() -> int32_t {
+    call->triangular = records::with_dimensions(call->dimensions, [&](auto D) {
+      return call->double_points ? records::pack<double, D>(*call) : records::pack<float, D>(*call);
+    });
+    return DONE;
+  });
+}
+
+// Computes the offsets and factors of a mixture.
+EXPORT int32_t gmmkeops_parameters(ParameterCall* call, int32_t) {
+  call->valid = records::with_dimensions(call->dimensions, [&](auto D) { return records::prepare<D>(*call); });
+  return DONE;
+}
+
+// Computes bounds on parameters.
+EXPORT int32_t gmmkeops_extent(ExtentCall* call, int32_t) {
+  records::measure(*call);
+  return DONE;
+}
+
+// Converts the sums of a GPU engine to moments.
+EXPORT int32_t gmmkeops_unpack(const RecordCall* call, int32_t) {
+  return guarded([&]() -> int32_t {
+    records::with_dimensions(call->dimensions, [&](auto D) { records::unpack<D>(*call); });
+    return DONE;
   });
 }
 
