@@ -35,7 +35,9 @@ _FULL, _DIAGONAL, _TOP = 32, 128, 16
 _FULL_GRADIENT, _DIAGONAL_GRADIENT = 16, 32
 _FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 
-# Smallest numbers of features, for full and for diagonal factors, for which float64 products take less time than the kernels.
+# Smallest numbers of features, for full and for diagonal factors, for which float64 products take less time than kernels of
+# residuals. H200, 1e6 points and 1000 components: log-sum-exps, full D = 32: 37 and 51 ms; moments, full D = 12: 21 and 62 ms,
+# diagonal D = 64: 24 and 69 ms; labels, full D = 32: 45 and 91 ms.
 _PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25), Argmax: (24, 48)}
 
 # Exponents, base 2, above which kernels are exact: their running maximum begins at -1e38.
@@ -98,7 +100,7 @@ class Triton:
 
 def _begun(problem: Exponents, request: Request) -> Evaluation:
     """Begin an evaluation by products or by kernels."""
-    return _Products(problem, request) if _by_products(problem.form, request) else _by_kernels(problem, request)
+    return _DoubleProducts(problem, request) if _by_products(problem.form, request) else _by_kernels(problem, request)
 
 
 def _by_products(form: Form, request: Request) -> bool:
@@ -113,8 +115,11 @@ def _has_fast_double(device: torch.device) -> bool:
     return device.type == "cuda" and not has_slow_double(device)
 
 
-class _Products:
-    """Evaluation of all pairs by matrix products, and of candidate lists by kernels, or by the dense engine if there are none."""
+class _DoubleProducts:
+    """Evaluation of all pairs by float64 products, if there are none of digits; of candidate lists by kernels.
+
+    Candidate lists for which there are no kernels are evaluated by the dense engine.
+    """
 
     def __init__(self, problem: Exponents, request: Request) -> None:
         self.problem, self._request = problem, request
@@ -122,17 +127,23 @@ class _Products:
 
     def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
         if self._evaluation is None:
-            if schedule is None:
-                self._evaluation = dense.begin(self.problem, self._request, Softmax())
-            elif (_FULL if self.problem.is_full else _DIAGONAL) < self.problem.shape[2]:
-                self._evaluation = dense.begin(self.problem, self._request)
-            else:
-                self._evaluation = _by_kernels(self.problem, self._request)
+            self._evaluation = self._begun(schedule)
         return self._evaluation.add(schedule)
 
     def result(self) -> Result:
         assert self._evaluation is not None, "points have been evaluated before the result"
         return self._evaluation.result()
+
+    def _begun(self, schedule: Schedule | None) -> Evaluation:
+        problem, request = self.problem, self._request
+        if schedule is not None:
+            has_kernels = problem.shape[2] <= (_FULL if problem.is_full else _DIAGONAL)
+            return _by_kernels(problem, request) if has_kernels else dense.begin(problem, request)
+        if not problem.is_full and not isinstance(request, Argmax):
+            kernels = Residuals(problem)
+            if kernels.products is not None:
+                return _Evaluation(problem, request, problem.x.dtype, kernels)
+        return dense.begin(problem, request, Softmax())
 
 
 def _by_kernels(problem: Exponents, request: Request) -> Evaluation:
@@ -295,7 +306,7 @@ class _Evaluation:
         kernels, weights, values = self._kernels, request.weights, self._values
         compiled, (N, K, _) = kernels.compiled, self.problem.shape
         known = request.on_cpu and request.assignment == "soft" and not request.values and self._schedules is None
-        if not known or compiled is None or kernels.is_tiled:
+        if not known or compiled is None or kernels.is_tiled or kernels.products is not None:
             return None
         dtype, width = values.dtype, kernels.sums_shape[0]
         lowest = (compiled.usual - compiled.base - _DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
