@@ -41,7 +41,9 @@ def without_library(monkeypatch):
 
 def problem_of(family, features, components, dtype, shift=0.0):
     case = make_case(family, dtype, N=40, K=components, D=features, condition=30.0, shift=shift)
-    means = case.means.double() + 1e-9 * torch.randn(case.means.shape, generator=torch.Generator().manual_seed(1))
+    # Numbers that float32 rounds.
+    noise = torch.randn(case.means.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    means = case.means.double() * (1 + 2e-8 * noise)
     return Exponents.of(case.x, case.offsets, means, case.factor)
 
 

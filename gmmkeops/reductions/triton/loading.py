@@ -86,7 +86,8 @@ def launch(
         return
     try:
         function = getattr(_kernels(module), kernel)
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        is_current = device.type != "cuda" or torch.cuda.current_device() == device.index
+        with contextlib.nullcontext() if is_current else torch.cuda.device(device):
             function[grid](*arguments, **constants, num_warps=warps)
     except torch.cuda.OutOfMemoryError:
         raise
