@@ -26,7 +26,9 @@ from gmmkeops.reductions.truncation.passes import evaluate
 from gmmkeops.reductions.truncation.tree import Cloud
 from gmmkeops.reductions.truncation.truncation import Truncation
 
-pytestmark = pytest.mark.filterwarnings("ignore:Triton is the faster engine here", "ignore::gmmkeops.ConvergenceWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Triton is the faster engine here", "ignore::gmmkeops.ConvergenceWarning"
+)
 
 METHODS = {
     "em": gk.EM,

@@ -230,3 +230,17 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
+
+
+def test_a_compiler_without_a_shared_library_is_not_used_for_cuda(tmp_path, monkeypatch):
+    """Compilers print the path of a library, or its name alone if there is none."""
+    for said, refused in (("libstdc++.so", True), ("/usr/lib/libstdc++.so", False)):
+        script = tmp_path / f"g++-{refused}"
+        script.write_text(f'#!/bin/sh\ntest "$1" = -print-file-name=libstdc++.so && echo {said}\n')
+        script.chmod(0o700)
+        reason = _keops._without_shared_library(str(script))
+        assert (reason is not None) == refused
+        assert reason is None or f"{script} has no shared library" in reason
+    assert _keops._without_shared_library(str(tmp_path / "missing")) is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert _keops._without_shared_library(f"{tmp_path}/g++-True -O1") is None

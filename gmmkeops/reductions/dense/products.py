@@ -33,7 +33,7 @@ def asked(device: torch.device) -> bool:
 
 def has_slow_double(device: torch.device) -> bool:
     """Return whether float64 products take many times as long as float32 ones on a device, as on GPUs for graphics."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) not in _FAST_DOUBLE
 

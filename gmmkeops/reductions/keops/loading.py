@@ -9,7 +9,9 @@ import contextlib
 import functools
 import importlib
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -58,9 +60,31 @@ def unavailable(device: torch.device) -> str | None:
         )
     if device.type == "cuda":
         pykeops = sys.modules["pykeops"]
-        if not pykeops.config.gpu_available:
-            return _without_cuda()
+        return _without_cuda() if not pykeops.config.gpu_available else _without_shared_library(os.environ.get("CXX"))
     return None
+
+
+@functools.cache
+def _without_shared_library(compiler: str | None) -> str | None:
+    """Return the reason, one clause, why the C++ compiler (None for g++) must not compile formulas for CUDA; None if it may.
+
+    With the static library of C++ in the compiled library of KeOps, beside the shared one of torch, the first compilation of a
+    formula for CUDA ends the process.
+    """
+    command = shlex.split(compiler or "g++")
+    if sys.platform != "linux" or shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run([*command, "-print-file-name=libstdc++.so"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    # Compilers print the name alone if there is no such file.
+    if done.returncode != 0 or done.stdout.strip() != "libstdc++.so":
+        return None
+    return (
+        f"the C++ compiler {command[0]} has no shared library of C++, so that the process would end when KeOps compiles a "
+        "formula for CUDA (set CXX to another compiler, such as /usr/bin/g++)"
+    )
 
 
 def _without_cuda() -> str:

@@ -112,7 +112,7 @@ def _by_products(form: Form, request: Request) -> bool:
 
 
 def _has_fast_double(device: torch.device) -> bool:
-    return device.type == "cuda" and not has_slow_double(device)
+    return device.type == "cuda" and torch.cuda.is_available() and not has_slow_double(device)
 
 
 class _DoubleProducts:
