@@ -17,7 +17,7 @@ from gmmkeops import reductions
 from gmmkeops.reductions import choice
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Statistics, TopK
-from gmmkeops.reductions.triton import columns, engine, loading, partial, residuals, tiles, triton
+from gmmkeops.reductions.triton import columns, engine, loading, partial, products, residuals, tiles, triton
 
 DEVICES = [INTERPRETED, pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton)]
 CLOSE = 2e-6
@@ -63,7 +63,7 @@ def error(found, expected, scale=None):
     )
 
 
-def check(case, near=CLOSE):
+def check(case, near=CLOSE, same_kernels=True):
     """Compare all requests with the oracle: log-sum-exps relative to max(1, |l|), moments relative to those of |g|."""
     problem, g = Exponents.of(*case.arguments), weights_of(case.x)
     assert triton.unsupported(problem.form, Statistics(g)) is None
@@ -81,7 +81,7 @@ def check(case, near=CLOSE):
     if triton.unsupported(problem.form, PointGradient()) is None:
         (gradient, same), _ = evaluated(problem, PointGradient(g, values=True))
         assert error(gradient, signed["gradient"], signed["gradient"]) <= 2 * CLOSE
-        assert torch.equal(same, values)
+        assert torch.equal(same, values) if same_kernels else error(same, plain["values"]) <= near
     (labels,), _ = evaluated(problem, Argmax())
     assert torch.equal(labels, best.indices[:, 0])
     (exponents, components), _ = evaluated(problem, TopK(len(best.values[0])))
@@ -155,6 +155,43 @@ def test_products_of_distant_points_and_components_of_no_weight(on):
     assert error(S2, truth["S2"], truth["S2"]) <= CLOSE
     assert S0[3::5].abs().max() == 0
     assert error(evaluated(problem, LogSumExp())[0][0], truth["values"]) <= CLOSE
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(("family", "features"), [("diag", 20), ("diag", 40), ("spherical", 100), ("tied_diag", 30)])
+def test_products_of_digits(on, family, features, fast, monkeypatch):
+    """All pairs of spherical and diagonal factors by products of digits, where they are accurate, rather than float64 ones."""
+    called = []
+    for owner, name in ((products.Products, "logsumexps"), (products.Products, "moments"), (columns.Softmax, "share")):
+        method = getattr(owner, name)
+        spy = lambda *given, name=name, method=method: (called.append(name), method(*given))[1]  # noqa: E731
+        monkeypatch.setattr(owner, name, spy)
+    monkeypatch.setattr(residuals, "_has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(engine, "_has_fast_double", lambda device: fast)
+    monkeypatch.setattr(residuals, "_COMPONENTS", 2)
+    case = make_case(family, torch.float32, N=70, K=20, D=features, condition=1.0, device=on[1])
+    case.x[3] += 1e4
+    check(case, 3 * CLOSE if features >= 64 else CLOSE, same_kernels=False)
+    assert set(called) == {"logsumexps", "moments"}
+    # Components that are narrow compared with the distances of their means.
+    called.clear()
+    case.means *= 1e3
+    check(case, 3 * CLOSE, same_kernels=False)
+    assert set(called) == ({"share"} if fast and features > 24 else set())
+
+
+@pytest.mark.usefixtures("fast_double")
+def test_lists_in_many_dimensions(on, monkeypatch):
+    """Lists are evaluated by kernels, and where there are none by the dense engine."""
+    for D in (20, 40):
+        case = make_case("full", torch.float32, N=40, K=5, D=D, condition=20.0, device=on[1])
+        problem = Exponents.of(*case.arguments)
+        lists = all_pairs(40, 5, [[0, 20], [20, 40]], device=on[1])
+        lists = replace(lists, floor=torch.full((2,), -math.inf, dtype=torch.float64, device=on[1]))
+        (values,), [(_, minima)] = evaluated(problem, LogSumExp(), lists)
+        truth = case.oracle()["values"]
+        assert error(values, truth) <= CLOSE
+        assert error(minima, torch.stack([truth[:20].min(), truth[20:].min()])) <= CLOSE
 
 
 def test_responsibilities_of_a_tile(on):
