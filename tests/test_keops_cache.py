@@ -13,6 +13,7 @@ import pytest
 from conftest import HAS_KEOPS, needs_keops
 
 import gmmkeops as gk
+from gmmkeops.reductions.keops import cache
 
 pytestmark = [*needs_keops, pytest.mark.skipif(sys.platform != "linux", reason="shared objects of Linux")]
 
@@ -195,3 +196,15 @@ print(_keops._state["lock"].parent)
     third = run()
     assert third.returncode == 0, third.stderr
     assert third.stdout == first.stdout
+
+
+def test_each_compiler_has_its_own_folder(tmp_path, monkeypatch):
+    """What one compiler has built may not work beside what another one builds."""
+    monkeypatch.setenv("KEOPS_CACHE_FOLDER", str(tmp_path))
+    found = set()
+    for compiler in ("", "/usr/bin/g++", "clang++"):
+        monkeypatch.setenv("CXX", compiler)
+        found |= {cache.cache_folder("-O1"), cache.cache_folder("-O2")}
+    assert len(found) == 6
+    monkeypatch.delenv("CXX")
+    assert cache.cache_folder("-O1") in found

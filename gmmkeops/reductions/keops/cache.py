@@ -35,8 +35,10 @@ _MOST = 8
 
 
 def _folders(flags: str) -> list[Path]:
-    """List the cache folders for given compiler flags, in the order in which they are used."""
-    name = f"keops-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+    """List the cache folders for compiler flags and the compiler ``CXX``, in the order in which they are used."""
+    compiler = os.environ.get("CXX")
+    used = f"{compiler} {flags}" if compiler else flags
+    name = f"keops-{hashlib.sha256(used.encode()).hexdigest()[:8]}"
     given = os.environ.get("KEOPS_CACHE_FOLDER")
     if given:
         first = Path(given).absolute() / f"gmmkeops-{name}"
