@@ -30,7 +30,7 @@ def compared(record: dict[str, Any]) -> list[str]:
     for kind in dict.fromkeys((row["family"], row["D"]) for row in rows):
         times = {row["engine"]: row for row in rows if (row["family"], row["D"]) == kind and "skipped" not in row}
         cells = [
-            " / ".join(shown(times[name][f"{what} ms"]) for what in ("log-sum-exp", "moments", "labels"))
+            " / ".join(shown(times[name].get(f"{what} ms")) or "?" for what in ("log-sum-exp", "moments", "labels"))
             if name in times
             else "-"
             for name in engines
@@ -44,9 +44,11 @@ def tables(record: dict[str, Any]) -> list[str]:
     found = record["environment"]
     lines = ["# Answers of a GPU", "", "<!-- engines -->", "", *compared(record), "", "<!-- end of engines -->", ""]
     lines += [", ".join(f"{name} {value}" for name, value in found.items() if name != "missing") + ".", ""]
+    lines += [record["note"], ""] if "note" in record else []
     lines += [f"- {name} was missing: no results of {what}." for name, what in found["missing"].items()]
     for name, answer in record["questions"].items():
         lines += ["", f"## {name}", "", answer["question"], ""]
+        lines += [answer["note"], ""] if "note" in answer else []
         for what in ("skipped", "failure"):
             if what in answer:
                 lines += [f"{what.capitalize()}: {answer[what]}.", ""]
@@ -71,7 +73,9 @@ def plot(record: dict[str, Any], path: Path) -> bool:
     families = list(dict.fromkeys(row["family"] for row in rows))
     if not families:
         return False
-    figure, axes = plt.subplots(1, len(families), figsize=(4 * len(families), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(families), figsize=(4 * len(families), 3.4), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, family in zip(axes[0], families, strict=True):
         for engine, color in _COLORS.items():
             own = sorted(
@@ -82,7 +86,7 @@ def plot(record: dict[str, Any], path: Path) -> bool:
         axis.set(title=family, xlabel="features D", ylabel="moments, ms", yscale="log", xscale="log")
         axis.set_xticks(ticks := sorted({row["D"] for row in rows if row["family"] == family}), map(str, ticks))
         axis.minorticks_off()
-        axis.legend()
+        axis.legend(loc="upper left")
     N, K = rows[0]["N"], rows[0]["K"]
     figure.suptitle(f"{record['environment']['device']}, {N} points, {K} components")
     figure.savefig(path, dpi=120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -435,3 +436,19 @@ def test_the_table_of_engines_has_the_times_of_the_results():
         for name in ("native", "dense", "keops"):
             assert f"{name} {1e3 * times[case, f'gmmkeops, {name}']:.3g} ms" in line.figure
         assert case.split(", ")[1] in line.figure
+
+
+def test_the_table_of_engines_has_the_times_of_a_gpu():
+    answers = json.loads((Path(__file__).parents[1] / "bench/results/gpu.json").read_text())["questions"]
+    names = ("engines", "engines on an H100", "dimensions")
+    times = {(name, row["family"], row["D"], row["engine"]): row for name in names for row in answers[name]["rows"]}
+    found = 0
+    for line in gk.reductions.TABLE:
+        if line.device == "cuda":
+            D = int(re.match(r"D = (\d+)", line.figure)[1])
+            places = names[1:2] if "H100" in line.figure else (names[0], names[2])
+            for engine, figure in re.findall(r"(triton|keops|dense) (\S+) ms", line.figure):
+                rows = [times.get((name, "full" if line.full else "diag", D, engine)) for name in places]
+                assert figure in [f"{row['moments ms']:.3g}" for row in rows if row], (line, engine)
+                found += 1
+    assert found == 9

@@ -42,10 +42,10 @@ def test_without_pykeops(monkeypatch, capsys):
     monkeypatch.setitem(_keops._state, "lazy", None)
     monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
     found = finding("KeOps on the CPU")
-    assert found.ok is None
-    assert found.says == "pykeops is not installed (pip install pykeops); it is optional."
-    assert cli.main(["doctor"]) == 0
-    assert "pip install pykeops" in capsys.readouterr().out
+    assert found.ok is False
+    assert found.remedy == "pip install pykeops"
+    assert cli.main(["doctor"]) == 1
+    assert "type: pip install pykeops" in capsys.readouterr().out
 
 
 def test_a_driver_that_torch_cannot_use(monkeypatch):

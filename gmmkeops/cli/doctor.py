@@ -69,7 +69,7 @@ def examine() -> list[Finding]:
 def _compiler() -> Finding:
     for name in ("g++", "c++", "clang++"):
         if path := shutil.which(name):
-            return Finding("compiler", True, f"{path} was found, which the native engine and KeOps need.")
+            return Finding("compiler", True, f"{path} was found, which KeOps needs.")
     return Finding(
         "compiler",
         False,
@@ -129,10 +129,7 @@ def _toolkit(version: str) -> str:
 def _engine(what: str, backend: str, device: torch.device) -> Finding:
     """Compare three reductions of an engine with those of the dense engine in float64."""
     if (reason := reductions.unavailable(backend, torch.zeros(1, 2, device=device))) is not None:
-        absent = backend in _PACKAGES and "not installed" in reason
-        if absent and backend == "keops":
-            return Finding(what, None, f"{reason}; it is optional.")
-        remedy = f"pip install {_PACKAGES[backend]}" if absent else ""
+        remedy = f"pip install {_PACKAGES[backend]}" if backend in _PACKAGES and "not installed" in reason else ""
         if "does not see CUDA" in reason:
             remedy = _toolkit(torch.version.cuda or "")
         return Finding(what, False, f"{reason}; another engine is used instead.", remedy)

@@ -127,7 +127,7 @@ class Products:
     def logsumexps(self, out: Tensor) -> None:
         """Compute base-2 log-sum-exps (N,) into ``out``; they are less than -1e20 or NaN for points out of range."""
         N, K, _ = self.problem.shape
-        tiling, p = self.values or _value_tiling(out.device, self._width), self._parameters
+        tiling, p = self.values or _value_tiling(out.device), self._parameters
         for start in range(0, N, self._slab):
             part = out[start : start + self._slab]
             points, _ = self._points(slice(start, start + len(part)))
@@ -191,17 +191,17 @@ class Products:
         return part.T
 
 
-def _value_tiling(device: torch.device, width: int) -> Tiling:
+def _value_tiling(device: torch.device) -> Tiling:
     """Return the sizes of the kernel of log-sum-exps, so that its tiles fit into registers and shared memory."""
     if _capability(device) == 9:
-        return Tiling(128, 64 if width > 64 else 128, 8, 2)
+        return Tiling(128, 64, 8, 2)
     return Tiling(32 if _capability(device) == 10 else 64, 32, 4, 2, columns=64)
 
 
 def _sum_tiling(device: torch.device, width: int) -> Tiling:
     """Return the sizes of the kernel of moments, so that its tiles fit into registers and shared memory."""
     if _capability(device) == 9:
-        return Tiling(64, 128, 8, 2)
+        return Tiling(64, 128, 8, 2) if width > 64 else Tiling(64, 64, 4, 3)
     return Tiling(32, 32, 4, 2, columns=64)
 
 
