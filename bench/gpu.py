@@ -158,11 +158,14 @@ def compilation(run: Run) -> Iterator[Row]:
         yield {"skipped": "the kernels for CUDA are not compiled for this device"}
         return
     tasks = [(run, name, *form) for name in run.engines if name != "dense" for form in _forms(name)]
+    if not tasks:
+        yield {"skipped": "no engine compiles kernels here"}
+        return
     # KeOps compiles parts of itself at its first formula; other processes would do the same at the same time.
     first = next((task for task in tasks if task[1] == "keops"), tasks[0])
     yield _first_calls(first)
     tasks.remove(first)
-    workers = min(len(tasks), max(1, len(os.sched_getaffinity(0)) - 1))
+    workers = max(1, min(len(tasks), len(os.sched_getaffinity(0)) - 1))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_first_calls, tasks)
 
@@ -179,8 +182,9 @@ def _first_calls(task: tuple[Run, str, str, int]) -> Row:
     from gmmkeops import reductions
 
     run, name, family, D = task
-    # Numbers that are multiples of 16 are specialized: as those of the questions below, N is one and K is not.
-    x, *parameters = problem(run, 8192, 40, D, family)
+    # Triton compiles other code for integers that are multiples of 16: as in the questions below, N is one and K is not. With so
+    # many components, products of digits are used as there.
+    x, *parameters = problem(run, 8192, 72, D, family)
     options: Row = {"backend": name, "truncate": 0}
     began = time.perf_counter()
     try:

@@ -180,6 +180,31 @@ def test_products_of_digits(on, family, features, fast, monkeypatch):
     assert set(called) == ({"share"} if fast and features > 24 else set())
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("family", "features"), [("diag", 20), ("spherical", 20)])
+def test_components_of_small_responsibilities(on, family, features, weighted, monkeypatch):
+    """Averages of a component whose responsibilities, or the weights of whose points, are too small for two digits."""
+    monkeypatch.setattr(residuals, "_has_tensor_cores", lambda device: True)
+    monkeypatch.setattr(residuals, "_COMPONENTS", 2)
+    case = make_case(family, torch.float32, N=70, K=20, D=features, condition=1.0, device=on[1])
+    g = None
+    if weighted:
+        labels = case.oracle()["e"].argmax(1)
+        g = torch.where(labels == labels[0], 2.0**-33, 1.0).double()
+    else:
+        case.offsets[3] -= 45
+        case.offsets[4] -= 25
+    problem, truth = Exponents.of(*case.arguments), case.oracle(g)
+    assert residuals.Residuals(problem).products is not None
+    (S0, S1, S2, _), _ = evaluated(problem, Statistics(g))
+    present = truth["S0"] > 1e-30
+    for found, name in ((S1, "S1"), (S2, "S2")):
+        shape = (-1,) + (1,) * (found.ndim - 1)
+        mean = (found / S0.view(shape))[present]
+        expected = (truth[name] / truth["S0"].view(shape))[present]
+        assert error(mean, expected) <= 2e-4, name
+
+
 @pytest.mark.usefixtures("fast_double")
 def test_lists_in_many_dimensions(on, monkeypatch):
     """Lists are evaluated by kernels, and where there are none by the dense engine."""
@@ -452,6 +477,29 @@ def test_a_wrong_result_at_the_first_use_is_found(on, monkeypatch):
         assert torch.equal(reductions.logsumexp(*case.arguments, backend="triton"), expected)
     assert "check" in choice.ENGINES["triton"].unavailable(case.x.device)
     assert reductions.engine(case.x, "triton") == "dense"
+
+
+def test_each_form_is_compared_at_its_first_use(on, monkeypatch):
+    """A wrong result of one form is found although another one was used before, for fewer components."""
+    monkeypatch.setattr(residuals, "_has_tensor_cores", lambda device: True)
+    monkeypatch.setitem(choice.ENGINES, "triton", engine.Triton())
+    moments = products.Products.moments
+    monkeypatch.setattr(products.Products, "moments", lambda *given: tuple(2 * part for part in moments(*given)))
+    case = make_case("spherical", torch.float32, N=40, K=4, D=20, condition=1.0, device=on[1])
+    reductions.moments(*case.arguments, backend="triton", truncate=0)
+    case = make_case("spherical", torch.float32, N=40, K=16, D=20, condition=1.0, device=on[1])
+    with pytest.warns(UserWarning, match="Triton was requested but a check of 40 points at its first use found"):
+        sums = reductions.moments(*case.arguments, backend="triton", truncate=0)
+    assert float(sums.S0.sum()) == pytest.approx(40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_with_strides(on, dtype):
+    case = make_case("full", dtype, N=70, K=3, D=2, condition=10.0, device=on[1])
+    wide = torch.rand(140, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(on[1])
+    for weights in (wide[::2], torch.ones((), dtype=torch.float64, device=on[1]).expand(70)):
+        sums = reductions.moments(*case.arguments, weights=weights, backend="triton", truncate=0)
+        assert error(sums.S0, case.oracle(weights)["S0"]) <= CLOSE
 
 
 def test_lists_none_of_which_is_long_enough(on):

@@ -58,16 +58,17 @@ class Comparison:
         self._done: set[tuple[object, ...]] = set()
         self.failure: str | None = None
 
-    def once(self, problem: Exponents, request: Request) -> None:
+    def once(self, problem: Exponents, request: Request, form: str = "") -> None:
         """Compare the results of a request for some of the points, if that has not been done for such a problem and request.
 
-        All pairs of these points and all components are evaluated, without weights.
+        All pairs of these points and all components are evaluated, without weights. ``form`` names the formulas that the engine
+        uses for all pairs of this problem, if it has several.
 
         Raises:
             Broken: The results differ by more than rounding errors.
         """
         x, same = problem.x, _without_chance(request)
-        key = x.device, x.dtype, problem.is_full, problem.width, x.shape[1], same
+        key = x.device, x.dtype, problem.is_full, problem.width, x.shape[1], same, form
         if key in self._done or not len(x):
             return
         count = min(_POINTS, len(x), max(_LEAST, _WORK // problem.entries))

@@ -62,8 +62,8 @@ class Exponents:
         center: Common center (D,), data units, float64.
         host: The same parameters on the CPU, without points, if they were copied from there; otherwise None.
 
-    Parameters that are given on the CPU for points on another device are copied there when one of them is first used, since
-    engines may need the ones on the CPU only.
+    Parameters on the CPU are copied to the device of the points at their first use. Some engines read only those on the CPU
+    (``host``).
     """
 
     x: Tensor
@@ -75,7 +75,7 @@ class Exponents:
 
     @classmethod
     def of_host(cls, x: Tensor, host: Exponents) -> Exponents:
-        """Create exponents for points on another device than the parameters, which are valid and on the CPU."""
+        """Create exponents from validated parameters on the CPU, for points on another device."""
         found = object.__new__(cls)
         vars(found).update(x=x, host=host)
         return found
@@ -124,7 +124,7 @@ class Exponents:
         """Select some of the points."""
         return Exponents(self.x[index], self.offsets, self.means, self.U, self.center, self.host)
 
-    def components(self, index: slice) -> Exponents:
+    def components(self, index: slice | Tensor) -> Exponents:
         """Select some of the components."""
         return Exponents(self.x, self.offsets[index], self.means[index], self.U[index], self.center)
 
@@ -182,7 +182,8 @@ class Exponents:
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
-        if points.is_cuda and place == points.device and U.numel() <= _SERIAL and reason() is None:
+        few = max(U.numel(), means.numel()) <= _SERIAL
+        if points.is_cuda and place == points.device and few and reason() is None:
             return cls._copied(points, offsets, means, U)
         return cls.of_shaped(points, offsets, means, U, Extent.of(means, U, offsets))
 

@@ -29,7 +29,7 @@ _logger = logging.getLogger("gmmkeops")
 # Maximum number of entries and rows of a tile, so that its buffers stay in cache and the overhead of torch calls is small. Times
 # on 2 cores for 256Ki, 768Ki and 1536Ki entries: moments of 1e6 x 30, D = 3: 79, 63 and 62 ms; of 1e5 x 100, D = 10: 44, 39 and
 # 40 ms. A GPU needs large kernels: moments of 1e6 x 1000, D = 16, take 65, 34, 28, 26 and 24 ms on an H200 for 4, 8, 16, 32 and
-# 64 Mi entries. Tiles take at most this fraction of the memory.
+# 64 Mi entries. The exponents and features of a tile take at most this fraction of the memory.
 _TILE_CPU, _ROWS_CPU = 3 << 18, 1 << 14
 
 _TILE_CUDA, _MEMORY = 1 << 26, 1 / 64

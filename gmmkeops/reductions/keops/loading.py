@@ -71,7 +71,10 @@ def _without_shared_library(compiler: str | None) -> str | None:
     With the static library of C++ in the compiled library of KeOps, beside the shared one of torch, the first compilation of a
     formula for CUDA ends the process.
     """
-    command = shlex.split(compiler or "g++")
+    try:
+        command = shlex.split(compiler or "") or ["g++"]
+    except ValueError:
+        return None
     if sys.platform != "linux" or shutil.which(command[0]) is None:
         return None
     try:
@@ -82,8 +85,8 @@ def _without_shared_library(compiler: str | None) -> str | None:
     if done.returncode != 0 or done.stdout.strip() != "libstdc++.so":
         return None
     return (
-        f"the C++ compiler {command[0]} has no shared library of C++, so that the process would end when KeOps compiles a "
-        "formula for CUDA (set CXX to another compiler, such as /usr/bin/g++)"
+        f"the C++ compiler {compiler or 'g++'} links the library of C++ statically, with which KeOps ends the process when it "
+        "compiles a formula for CUDA (set CXX to another compiler, such as /usr/bin/g++)"
     )
 
 

@@ -17,7 +17,8 @@ __all__ = ["Softmax"]
 # the responsibilities of 1e6 points; other blocks took up to 17 ms.
 _COMPONENTS, _POINTS, _WARPS = 32, 32, 8
 
-# Running maxima begin with the least number, nats; smaller exponents have a sum of zero, whose logarithm is not finite.
+# Initial value of running maxima, nats. If all exponents of a point are below it, the log-sum-exp is not finite, and the dense
+# engine repeats the tile with clamped exponents.
 _LEAST = {torch.float64: -1e300, torch.float32: -3.4e38}
 
 

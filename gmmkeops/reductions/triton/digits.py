@@ -37,12 +37,13 @@ __all__ = ["HALVED", "MOST", "MOST_DIAGONAL", "Grid", "Parameters", "is_accurate
 # Largest numbers of features, for spherical and for diagonal factors.
 MOST, MOST_DIAGONAL = 128, 64
 
-# Factor of squares of the entries of points.
+# Factor by which squares of the entries of points are multiplied, so that they are in the range of float16.
 HALVED = 2.0**-11
 
 # Largest unit of exponents in 128 dimensions, and largest spread for few components and for many. Up to these, errors of
-# log-sum-exps are about those of kernels of residuals, and errors of second moments are about 2e-6 of their largest entry. They
-# grow in proportion. With many components, a tile has few points of each, which tensor cores add with smaller errors.
+# log-sum-exps are about those of kernels of residuals. Errors of second moments are about 2e-6 of their largest entry; those of a
+# component that is much narrower than the others are up to 1e-4 of its own. They grow in proportion. With many components, a
+# tile has few points of each, which tensor cores add with smaller errors.
 _UNIT, _SPREAD, _SPREAD_MANY, _MANY = 2.0**-7, 32.0, 128.0, 64
 
 # Largest number of binary digits of a factor of points, in either direction.
@@ -73,7 +74,8 @@ class Grid:
         factor: Factors 1 / h (D,), float32 numbers, 1 / data units.
         units: Units w of the exponents of each component (K,), base 2.
         spread: Largest squared ratio of a coordinate of a mean and the largest standard deviation of the components in that
-            feature (scalar), by which digits of second moments cancel; zero for spherical factors, for which they do not.
+            feature (scalar). Cancellation multiplies the relative errors of diagonal second moments by it. It is zero for
+            spherical factors.
     """
 
     reference: Tensor
@@ -120,7 +122,7 @@ def _reference(least: Tensor, most: Tensor) -> Tensor:
 
 
 def is_spherical(problem: Exponents) -> bool:
-    """Return whether the factors are numbers."""
+    """Return whether each factor is a single number, for spherical covariances."""
     return problem.U.shape[1:] == (1,)
 
 

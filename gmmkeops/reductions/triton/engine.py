@@ -1,14 +1,16 @@
 """The Triton engine: what its kernels compute, what matrix products compute, and what is left to the dense engine.
 
 float32 residuals are not accurate enough for narrow rotated components, for points that are far from all components, and for
-weights of very different sizes. In many dimensions, on GPUs with fast float64 arithmetic, all pairs are evaluated by the
-products of the dense engine, with a kernel for the sums of exponentials.
+weights of very different sizes. In many dimensions all pairs are evaluated by matrix products: for spherical and diagonal factors
+by products of digits where these are accurate; otherwise, on GPUs with fast float64 arithmetic, by the products of the dense
+engine, with a kernel for the sums of exponentials.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,6 +78,8 @@ class Triton:
 
     def unsupported(self, form: Form, request: Request) -> str | None:
         N, K, D = form.rows, form.components, form.features
+        if N == 0 or max(N, K * (16 + 4 * D + 8 * D * D)) >= 1 << 31:
+            return "Triton numbers points and parameters by 32 bits"
         if _by_products(form, request):
             return None
         if isinstance(request, TopK) and request.k > _TOP:
@@ -89,18 +93,24 @@ class Triton:
             return f"Triton has kernels for float32 points only in {D} dimensions"
         if torch.version.hip is not None and form.full and FEW_FULL < D:
             return f"Triton has no kernels for full factors in {D} dimensions on ROCm"
-        if N == 0 or max(N, K * (16 + 4 * D + 8 * D * D)) >= 1 << 31:
-            return "Triton numbers points and parameters by 32 bits"
         return None
 
     def begin(self, problem: Exponents, request: Request) -> Evaluation:
-        self._comparison.once(problem, request)
-        return _begun(problem, request)
+        evaluation = _begun(problem, request)
+        self._comparison.once(problem, request, evaluation.form)
+        return evaluation
 
 
-def _begun(problem: Exponents, request: Request) -> Evaluation:
+def _begun(problem: Exponents, request: Request) -> _MatrixProducts | _Evaluation | _ByDense:
     """Begin an evaluation by products or by kernels."""
-    return _DoubleProducts(problem, request) if _by_products(problem.form, request) else _by_kernels(problem, request)
+    problem = _placed(problem)
+    return _MatrixProducts(problem, request) if _by_products(problem.form, request) else _by_kernels(problem, request)
+
+
+def _placed(problem: Exponents) -> Exponents:
+    """Copy few parameters to the CPU, where they are packed; leave out a copy there of many."""
+    few = problem.entries <= (_MANY if reason() is not None else _MANY_COMPILED)
+    return problem.with_host() if few else replace(problem, host=None)
 
 
 def _by_products(form: Form, request: Request) -> bool:
@@ -112,18 +122,32 @@ def _by_products(form: Form, request: Request) -> bool:
 
 
 def _has_fast_double(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and not has_slow_double(device)
+    known = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
+    return known and not has_slow_double(device)
 
 
-class _DoubleProducts:
-    """Evaluation of all pairs by float64 products, if there are none of digits; of candidate lists by kernels.
+class _MatrixProducts:
+    """Evaluation of all pairs by products of digits if these are accurate, otherwise by float64 products.
 
-    Candidate lists for which there are no kernels are evaluated by the dense engine.
+    Candidate lists are evaluated by kernels of residuals, or by the dense engine where there are none.
     """
 
     def __init__(self, problem: Exponents, request: Request) -> None:
         self.problem, self._request = problem, request
         self._evaluation: Evaluation | None = None
+
+    @cached_property
+    def _digits(self) -> Residuals | None:
+        """Kernels with products of digits, if these are accurate."""
+        if self.problem.is_full or isinstance(self._request, Argmax):
+            return None
+        kernels = Residuals(self.problem)
+        return None if kernels.products is None else kernels
+
+    @property
+    def form(self) -> str:
+        """Name of the formulas by which all pairs are evaluated."""
+        return "float64 products" if self._digits is None else "digits"
 
     def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
         if self._evaluation is None:
@@ -139,22 +163,33 @@ class _DoubleProducts:
         if schedule is not None:
             has_kernels = problem.shape[2] <= (_FULL if problem.is_full else _DIAGONAL)
             return _by_kernels(problem, request) if has_kernels else dense.begin(problem, request)
-        if not problem.is_full and not isinstance(request, Argmax):
-            kernels = Residuals(problem)
-            if kernels.products is not None:
-                return _Evaluation(problem, request, problem.x.dtype, kernels)
+        if self._digits is not None:
+            return _Evaluation(problem, request, problem.x.dtype, self._digits)
         return dense.begin(problem, request, Softmax())
 
 
-def _by_kernels(problem: Exponents, request: Request) -> Evaluation:
+class _ByDense:
+    """Evaluation by the dense engine, of problems for which kernels are not accurate enough."""
+
+    form = "dense"
+
+    def __init__(self, problem: Exponents, request: Request) -> None:
+        self.problem, self._evaluation = problem, dense.begin(problem, request)
+
+    def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
+        return self._evaluation.add(schedule)
+
+    def result(self) -> Result:
+        return self._evaluation.result()
+
+
+def _by_kernels(problem: Exponents, request: Request) -> _Evaluation | _ByDense:
     """Begin an evaluation in the dtype of the points, in float64, or by the dense engine."""
-    few = problem.entries <= (_MANY if reason() is not None else _MANY_COMPILED)
-    problem = problem.with_host() if few else replace(problem, host=None)
     kernels = Residuals(problem)
     condition, is_triangular = kernels.condition()
     if not condition < math.inf:
         # Moments of whitened residuals would not determine those of residuals.
-        return dense.begin(problem, request)
+        return _ByDense(problem, request)
     if not is_triangular:
         problem = problem.with_factors(upper_factor)
         kernels = Residuals(problem)
@@ -163,10 +198,10 @@ def _by_kernels(problem: Exponents, request: Request) -> Evaluation:
     return _Evaluation(problem, request, problem.x.dtype, kernels)
 
 
-def _in_double(problem: Exponents, request: Request) -> Evaluation:
+def _in_double(problem: Exponents, request: Request) -> _Evaluation | _ByDense:
     """Begin an evaluation for float32 points in float64, or by the dense engine if there are no float64 kernels."""
     if not _runs_in_double(problem.form):
-        return dense.begin(problem, request)
+        return _ByDense(problem, request)
     wide = replace(problem, x=problem.x.double())
     return _Evaluation(wide, request, problem.x.dtype, Residuals(wide))
 
@@ -205,6 +240,12 @@ class _Evaluation:
         # if another one is added, some of its lists were too short.
         self._schedules: list[Schedule] | None = None
         self._last: tuple[Schedule, Tensor] | None = None
+
+    @property
+    def form(self) -> str:
+        """Name of the formulas by which all pairs are evaluated."""
+        soft = not self._request.rank and not isinstance(self._request, PointGradient)
+        return "digits" if soft and self._kernels.products is not None else "residuals"
 
     def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
         if self._request.rank:
@@ -301,7 +342,7 @@ class _Evaluation:
         part in their sums, which are discarded if weights are of unusual size or if values are not finite.
 
         Returns:
-            None if the moments must be computed in another way.
+            None if the request, the schedule, the weights or the values require :meth:`_moments`.
         """
         kernels, weights, values = self._kernels, request.weights, self._values
         compiled, (N, K, _) = kernels.compiled, self.problem.shape
@@ -314,7 +355,9 @@ class _Evaluation:
         # The sums, the sum of values or log-densities, the largest value, and the extreme sizes of weights.
         end = width * K
         found = torch.zeros(end + 4, dtype=torch.float64, device=values.device)
-        kernels.add_sums(found[:end].view(width, K), shares, None if weights is None else weights.to(dtype), None)
+        kernels.add_sums(
+            found[:end].view(width, K), shares, None if weights is None else weights.to(dtype).contiguous(), None
+        )
         if weights is None:
             torch.sum(values, 0, dtype=torch.float64, out=found[end])
         else:
@@ -348,11 +391,12 @@ class _Evaluation:
             shares = self._values
             if len(far):
                 shares = shares.index_fill(0, far, NO_SHARE)
+            if len(far) and (self._schedules is not None or kernels.products is None):
                 # Residuals of these rows may be infinite, and their product with zero would not be a number.
                 x = self.problem.x.clone()
                 x[far] = (self.problem.means[0] + self.problem.center).to(x.dtype)
                 kernels = Residuals(replace(self.problem, x=x))
-            single = None if g is None else g.to(self.problem.x.dtype)
+            single = None if g is None else g.to(self.problem.x.dtype).contiguous()
             S0, S1, S2 = kernels.moments(shares, single, self._schedules)
         else:
             labels = self._labels[:, 0] if request.assignment == "hard" else self._drawn(request.seed)

@@ -6,6 +6,8 @@ exponents again, given the log-sum-exps; it splits responsibilities into two dig
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,8 +27,8 @@ _PAD = 256
 # Rows of a program that splits points.
 _SPLIT = 32
 
-# Maximum memory for points that have been split, bytes. They are kept if they all fit.
-_SLAB = 1 << 30
+# Maximum memory for points that have been split, bytes and as a part of the memory of a device. They are kept if they all fit.
+_SLAB, _PART = 1 << 30, 64
 
 # Factor of responsibilities in the kernels.
 _SCALE = 2.0**-14
@@ -100,7 +102,8 @@ class Products:
     @property
     def _slab(self) -> int:
         """Number of rows that are split at a time."""
-        return max(1, _SLAB // (6 * self._width * _PAD)) * _PAD
+        memory = int(min(_SLAB, _part(self.problem.x.device)))
+        return max(1, memory // (6 * self._width * _PAD)) * _PAD
 
     @cached_property
     def _all(self) -> _Points:
@@ -191,6 +194,12 @@ class Products:
         return part.T
 
 
+@functools.cache
+def _part(device: torch.device) -> float:
+    """Return the part of the memory of a device that points may take that have been split, bytes."""
+    return torch.cuda.get_device_properties(device).total_memory / _PART if device.type == "cuda" else math.inf
+
+
 def _value_tiling(device: torch.device) -> Tiling:
     """Return the sizes of the kernel of log-sum-exps, so that its tiles fit into registers and shared memory."""
     if _capability(device) == 9:
@@ -208,7 +217,7 @@ def _sum_tiling(device: torch.device, width: int) -> Tiling:
 def _capability(device: torch.device) -> int:
     """Return the major compute capability; zero for other devices.
 
-    With 9, products of tiles are computed by groups of four warps, from 197 KB of shared memory. With 10, the code of such
-    products takes too much shared memory; it is avoided by tiles of less than 64 rows.
+    Compute capability 9: products of tiles are computed by groups of four warps, from 197 KB of shared memory. Compute
+    capability 10: the code of such products takes too much shared memory; it is avoided by tiles of less than 64 rows.
     """
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.version.hip is None else 0

@@ -35,6 +35,10 @@ FEW, FEW_FULL, _SOME_FULL = 32, 8, 20
 # sum-exps and moments: spherical D = 128: 3.0 + 5.0 ms, tiles 57 + 72 ms; diagonal D = 32: 1.6 + 2.9 ms, residuals 11 + 16 ms.
 _DIGITS, _COMPONENTS = 17, 16
 
+# Sum of responsibilities, as a fraction of the total weight if all weights are equal, from which two digits of them suffice:
+# responsibilities below 2^-39 are lost.
+_WEAK = 2.0**-22
+
 # Number of components in an unrolled step of a loop over components, and of points in one over points.
 _UNROLL = 4
 
@@ -54,9 +58,11 @@ class Residuals:
 
     Args:
         problem: Exponents.
+        digits: Whether products of digits may be used for all pairs.
     """
 
     problem: Exponents
+    digits: bool = True
 
     @cached_property
     def packed(self) -> Packed:
@@ -145,7 +151,7 @@ class Residuals:
         """
         D = self.problem.shape[2]
         if schedules is None and self.products is not None:
-            return self.products.moments(values, weights)
+            return self._with_weak(self.products.moments(values, weights), values, weights)
         if self._tiles is not None:
             S0, S1, S2 = self._tiles.add_moments(values, weights, schedules)
             S2 = S2.sum(1, keepdim=True) if self.packed.family == "spherical" else S2
@@ -164,6 +170,22 @@ class Residuals:
             S2 = torch.addcmul(S2, S1 + moved, rest, value=-1)
         return S0, moved, self._shaped(S2)
 
+    def _with_weak(
+        self, sums: tuple[Tensor, Tensor, Tensor], values: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Replace the moments of components that have so small responsibilities that their digits do not suffice."""
+        S0 = sums[0].abs()
+        unit = 1.0 if weights is None else weights.abs().amax()
+        weak = ((S0 > 0) & (S0 / unit < _WEAK * len(values))).nonzero()[:, 0]
+        if not len(weak):
+            return sums
+        few = Residuals(self.problem.components(weak), digits=False)
+        # Base-2 values are relative to a number that depends on the components.
+        shift = (self.packed.base.to(values.device) - few.packed.base.to(values.device)) / LN2
+        found = few.moments(torch.where(values == NO_SHARE, values, values + shift.to(values.dtype)), weights, None)
+        S0, S1, S2 = (part.index_copy(0, weak, own) for part, own in zip(sums, found, strict=True))
+        return S0, S1, S2
+
     def add_sums(
         self, sums: Tensor, values: Tensor, weights: Tensor | None, schedules: Sequence[Schedule] | None
     ) -> None:
@@ -177,7 +199,9 @@ class Residuals:
     def products(self) -> Products | None:
         """Kernels of matrix products for all pairs, where they are faster and as accurate."""
         _, K, D = self.problem.shape
-        if self.problem.is_full or D < _DIGITS or K < _COMPONENTS or self.problem.x.dtype != torch.float32:
+        if not self.digits or self.problem.is_full or D < _DIGITS or K < _COMPONENTS:
+            return None
+        if self.problem.x.dtype != torch.float32:
             return None
         if not _has_tensor_cores(self.problem.x.device) or not is_accurate(self.problem):
             return None
@@ -254,7 +278,7 @@ class Residuals:
 
 
 def _has_tensor_cores(device: torch.device) -> bool:
-    """Return whether products of digits are computed by tensor cores; the interpreter would take longer for them."""
+    """Return whether a device has tensor cores for products of digits (NVIDIA GPUs only)."""
     return device.type == "cuda" and torch.version.hip is None
 
 
