@@ -120,7 +120,7 @@ def test_products(on, family, features, components, monkeypatch):
     """Moments, and log-sum-exps of many features, by float64 products with a kernel for the sums of exponentials."""
     case = make_case(family, torch.float32, N=70, K=components, D=features, condition=20.0, device=on[1])
     launched = []
-    for name in ("logsumexps", "share"):
+    for name in ("logsumexps", "assign"):
         method = getattr(columns.Softmax, name)
         monkeypatch.setattr(
             columns.Softmax, name, lambda *given, name=name, method=method: (launched.append(name), method(*given))[1]
@@ -134,7 +134,7 @@ def test_products(on, family, features, components, monkeypatch):
         for found, name in ((S0, "S0"), (S1, "S1"), (S2, "S2")):
             assert error(found, truth[name], absolute[name] + plain[name].abs()) <= CLOSE / 2
         assert error(total, truth["total"], g.abs() @ plain["values"].abs()) <= CLOSE / 10
-    assert set(launched) == {"share"}
+    assert set(launched) == {"assign"}
     launched.clear()
     (values,), _ = evaluated(problem, LogSumExp())
     assert error(values, plain["values"]) <= CLOSE
@@ -162,7 +162,7 @@ def test_products_of_distant_points_and_components_of_no_weight(on):
 def test_products_of_digits(on, family, features, fast, monkeypatch):
     """All pairs of spherical and diagonal factors by products of digits, where they are accurate, rather than float64 ones."""
     called = []
-    for owner, name in ((products.Products, "logsumexps"), (products.Products, "moments"), (columns.Softmax, "share")):
+    for owner, name in ((products.Products, "logsumexps"), (products.Products, "moments"), (columns.Softmax, "assign")):
         method = getattr(owner, name)
         spy = lambda *given, name=name, method=method: (called.append(name), method(*given))[1]  # noqa: E731
         monkeypatch.setattr(owner, name, spy)
@@ -177,7 +177,7 @@ def test_products_of_digits(on, family, features, fast, monkeypatch):
     called.clear()
     case.means *= 1e3
     check(case, 3 * CLOSE, same_kernels=False)
-    assert set(called) == ({"share"} if fast and features > 24 else set())
+    assert set(called) == ({"assign"} if fast and features > 24 else set())
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -232,7 +232,7 @@ def test_responsibilities_of_a_tile(on):
         assert error(softmax.logsumexps(E), expected) <= CLOSE
         for weights in (None, g):
             own = E.clone()
-            assert error(softmax.share(own, weights, 80.0), expected) <= CLOSE
+            assert error(softmax.assign(own, weights, 80.0), expected) <= CLOSE
             assert error(own, r if weights is None else g * r) <= CLOSE
             assert not own[negligible].any()
     # Rows without a finite sum are found by their log-sum-exps.

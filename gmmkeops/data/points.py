@@ -89,7 +89,7 @@ def shape_hint(ndim: int, name: str) -> str:
 def as_weights(
     weights: Any, points: Tensor, *, name: str = "weights", signed: bool = False, some: bool = True, first: int = 0
 ) -> Tensor | None:
-    """Validate the weights of points; None (for weights of one) stays None.
+    """Validate the weights of points, and return them as contiguous float64; None (for weights of one) stays None.
 
     Args:
         weights: Weights (N,), or None.
@@ -123,7 +123,7 @@ def as_weights(
             raise ValueError(
                 f"{name} must have a finite sum in float64, got weights up to {float(tensor.max()):.3g}; rescale them."
             )
-    return tensor if signed else tensor.detach()
+    return (tensor if signed else tensor.detach()).contiguous()
 
 
 def weight_unit(largest: float) -> float:

@@ -110,9 +110,8 @@ def statistics(
     if weights is not None and mass is None:
         weight = weights.sum()
     else:
-        weight = torch.tensor(
-            float(count) if mass is None or weights is None else mass, dtype=torch.float64, device=device
-        )
+        known = mass if weights is not None else float(count)
+        weight = torch.tensor(known, dtype=torch.float64, device=device)
     if weights is None and len(x) > count:
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.ones

@@ -48,7 +48,7 @@ class Columns(Protocol):
     def logsumexps(self, E: Tensor) -> Tensor:
         """Return the log-sum-exps (rows,) of exponents (components, rows), nats, in their dtype."""
 
-    def share(self, E: Tensor, weights: Tensor | None, depth: float) -> Tensor:
+    def assign(self, E: Tensor, weights: Tensor | None, depth: float) -> Tensor:
         """Overwrite exponents (components, rows), nats, by responsibilities times weights (rows,); return the log-sum-exps.
 
         Responsibilities whose exponents are more than ``depth`` nats below the largest one of a point are zero.
@@ -98,7 +98,7 @@ class Tile:
         self.products: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self.width = self.height = 0
         # Whether the exponents have been overwritten by weighted responsibilities.
-        self._is_shared = False
+        self._has_responsibilities = False
         self.floor, self.minima = -math.inf, list[float]()
         self.row, self.column = torch.triu_indices(D, D, device=x.device)
         self.sums = torch.zeros(K, self.features, dtype=torch.float64, device=x.device)
@@ -170,7 +170,7 @@ class Tile:
         Returns:
             Whether the products of this tile are accurate enough; if not, the exponents are not computed.
         """
-        p, self.index, self._is_shared = self.problem, index, False
+        p, self.index, self._has_responsibilities = self.problem, index, False
         height = p.means.shape[0] if index is None else len(index)
         if (stop - start, height) != (self.width, self.height):
             self._narrow(stop - start, height)
@@ -344,7 +344,7 @@ class Tile:
             self._add(shares) if self.few else self._keep(product(shares, self.F.T))
         elif self.few:
             self._add(self.shares(weights))
-        elif len(self.F) < self.height and not self._is_shared:
+        elif len(self.F) < self.height and not self._has_responsibilities:
             # Weights and normalization are applied to the smaller factor of the product.
             self._keep(product(self._unscaled(), self.F.mul_(self._scaling(weights)).T))
             self.F[0] = 1
@@ -373,8 +373,8 @@ class Tile:
         """Compute soft responsibilities, which :meth:`add` uses with the same weights; return the log-sum-exps (rows,)."""
         if self.columns is None:
             return self.softmax()
-        self._is_shared = True
-        return self.columns.share(self.E, weights, self.depth)
+        self._has_responsibilities = True
+        return self.columns.assign(self.E, weights, self.depth)
 
     def softmax(self) -> Tensor:
         """Fill ``self.R`` with exponentials relative to the largest one of each point; return the log-sum-exps (rows,).
@@ -400,7 +400,7 @@ class Tile:
 
     def shares(self, weights: Tensor | None = None) -> Tensor:
         """Return weighted responsibilities (components, rows), of :meth:`assign` or from ``self.R``, which may be overwritten."""
-        return self.E if self._is_shared else self._unscaled().mul_(self._scaling(weights))
+        return self.E if self._has_responsibilities else self._unscaled().mul_(self._scaling(weights))
 
     def onehot(self) -> Tensor:
         """Fill ``self.R`` with hard responsibilities; return the largest exponents (rows,)."""

@@ -29,7 +29,7 @@ class Softmax:
         """Return the log-sum-exps (rows,) of exponents (components, rows), nats, in their dtype."""
         return self._launched(E, None, 0.0, shares=False)
 
-    def share(self, E: Tensor, weights: Tensor | None, depth: float) -> Tensor:
+    def assign(self, E: Tensor, weights: Tensor | None, depth: float) -> Tensor:
         """Overwrite exponents by weighted responsibilities, as :class:`~gmmkeops.reductions.dense.tile.Columns` demands."""
         return self._launched(E, weights, depth, shares=True)
 
