@@ -12,7 +12,7 @@ import gmmkeops as gk
 from gmmkeops import reductions
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions import choice
-from gmmkeops.reductions.away import mixture_moments
+from gmmkeops.reductions.host_moments import mixture_moments
 from gmmkeops.reductions.problem import Exponents, Extent
 from gmmkeops.reductions.protocol import LogSumExp, Statistics
 from gmmkeops.reductions.triton import compiled, engine, residuals, triton

@@ -19,7 +19,6 @@ so that one pass over the data gives the gradients of all parameters and the suf
 """
 
 from gmmkeops.reductions.arrangement import arrange, may_arrange
-from gmmkeops.reductions.away import mixture_moments as mixture_moments
 from gmmkeops.reductions.choice import BACKENDS, TABLE, engine, fallback
 from gmmkeops.reductions.choice import unavailable as unavailable
 from gmmkeops.reductions.cores import alone as alone
@@ -30,6 +29,7 @@ from gmmkeops.reductions.derivatives import recordable as recordable
 from gmmkeops.reductions.derivatives import recording as recording
 from gmmkeops.reductions.dispatch import ASSIGNMENTS
 from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, topk, total
+from gmmkeops.reductions.host_moments import mixture_moments as mixture_moments
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401

@@ -106,7 +106,7 @@ struct ParameterCall {
   const double* rounding;                               // as in StepCall
   double coarse;                                        // as in StepCall
   double *offsets, *factor;                             // (K,), (K or 1, numbers of a factor)
-  int64_t valid;      // whether all numbers are finite, the center of the means is zero, and the points are not too coarse
+  int64_t valid;      // whether the call applies, see prepare in records.hpp
 };
 
 // Bounds on parameters, see records.hpp and problem.py.

@@ -51,7 +51,7 @@ static int64_t entries(const RecordCall& call) {
   return call.family == FULL ? D * D : call.family == SPHERICAL ? 1 : D;
 }
 
-// Calls work with the number of dimensions as a constant if it is small, so that the compiler unrolls loops, and else with 0.
+// Calls work with the number of dimensions as a constant of the compiler up to 8, so that loops are unrolled; 0 stands for others.
 template <class Work> auto with_dimensions(int64_t D, Work work) {
   switch (D) {
     case 1: return work(std::integral_constant<int, 1>());
@@ -66,7 +66,8 @@ template <class Work> auto with_dimensions(int64_t D, Work work) {
   }
 }
 
-// Computes offsets and factors; false if they are not valid.
+// Computes offsets and factors; false if this shortcut does not apply: if a number is not finite, a component has weight zero, the
+// center of the means is not zero, or the points are too coarse.
 template <int N> bool prepare(ParameterCall& call) {
   const int64_t K = call.components, D = N ? N : call.dimensions, L = call.tied ? 1 : K, E = call.family == SPHERICAL ? 1 : D;
   double largest = -INFINITY, sum = 0;
