@@ -97,6 +97,8 @@ def slow_double(monkeypatch):
 
 @pytest.fixture
 def fast_double(monkeypatch):
+    """A device with fast float64 arithmetic, on which products are used for any number of components."""
+    monkeypatch.setattr(engine, "_PRODUCT_COMPONENTS", 1)
     monkeypatch.setattr(engine, "_has_fast_double", lambda device: True)
 
 
@@ -136,6 +138,11 @@ def test_products(on, family, features, components, monkeypatch):
         assert error(total, truth["total"], g.abs() @ plain["values"].abs()) <= CLOSE / 10
     assert set(launched) == {"assign"}
     launched.clear()
+    assert triton.begin(problem, Statistics()).form == "float64 products"
+    monkeypatch.setattr(engine, "_PRODUCT_COMPONENTS", 1000)
+    has_kernels = features <= (32 if "full" in family else 128)
+    assert triton.begin(problem, Statistics()).form == ("residuals" if has_kernels else "float64 products")
+    monkeypatch.setattr(engine, "_PRODUCT_COMPONENTS", 1)
     (values,), _ = evaluated(problem, LogSumExp())
     assert error(values, plain["values"]) <= CLOSE
     assert set(launched) == ({"logsumexps"} if features > (16 if "full" in family else 24) else set())
@@ -168,6 +175,7 @@ def test_products_of_digits(on, family, features, fast, monkeypatch):
         monkeypatch.setattr(owner, name, spy)
     monkeypatch.setattr(residuals, "_has_tensor_cores", lambda device: True)
     monkeypatch.setattr(engine, "_has_fast_double", lambda device: fast)
+    monkeypatch.setattr(engine, "_PRODUCT_COMPONENTS", 20)
     monkeypatch.setattr(residuals, "_COMPONENTS", 2)
     case = make_case(family, torch.float32, N=70, K=20, D=features, condition=1.0, device=on[1])
     case.x[3] += 1e4

@@ -40,6 +40,8 @@ _FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 # Smallest numbers of features, for full and for diagonal factors, for which float64 products take less time than kernels of
 # residuals. H200, 1e6 points and 1000 components: log-sum-exps, full D = 32: 37 and 51 ms; moments, full D = 12: 21 and 62 ms,
 # diagonal D = 64: 24 and 69 ms; labels, full D = 32: 45 and 91 ms.
+# With few components, the products of the coordinates of each point take longer than kernels: this is estimated, not timed.
+_PRODUCT_COMPONENTS = 48
 _PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25), Argmax: (24, 48)}
 
 # Exponents, base 2, above which kernels are exact: their running maximum begins at -1e38.
@@ -118,6 +120,8 @@ def _by_products(form: Form, request: Request) -> bool:
     if form.dtype != torch.float32 or (isinstance(request, Statistics) and request.assignment != "soft"):
         return False
     full, diagonal = _PRODUCTS.get(type(request), (math.inf, math.inf))
+    if form.components < _PRODUCT_COMPONENTS and form.features <= (_FULL if form.full else _DIAGONAL):
+        return False
     return form.features >= (full if form.full else diagonal) and form.rows > 0 and _has_fast_double(form.device)
 
 
