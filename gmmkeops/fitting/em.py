@@ -250,7 +250,7 @@ class EM(Method[EMState]):
         return self._maximize(objective, state, sums) if ordinary is None else ordinary[0]
 
     def _maximize(self, objective: Objective, state: EMState, sums: Moments) -> EMState:
-        """Perform :meth:`_move` by operations of torch."""
+        """Perform the M-step of :meth:`_move` in torch, for steps that the library does not compute."""
         new = self._m_step(objective, state, sums)
         mixture, before = new.mixture, state.mixture.factor
         floored = state.floored.clone()

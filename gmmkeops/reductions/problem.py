@@ -23,7 +23,7 @@ __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor", "uppe
 # first exponent is infinite.
 OFFSET_FLOOR = -1e30
 
-# Largest number of entries of parameters whose extents are computed on one core.
+# Largest number of entries of parameters that are validated on the CPU, on one core. Larger ones are validated on their device.
 _SERIAL = 50_000
 
 # Names of the parameters of exponents.

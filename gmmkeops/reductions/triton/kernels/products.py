@@ -254,6 +254,6 @@ def moments(
         tl.store(o_ptr[:, None] + (b * BW + tl.arange(0, BW))[None, :], S[b], mask=real[:, None])
     tl.store(o_ptr + W, S0, mask=real)
     tl.store(o_ptr + (W + 1), Sq, mask=real)
-    # The last two numbers are padding.
+    # Rows have W + 4 numbers, so that they are aligned to 16 bytes; the last two are padding.
     tl.store(o_ptr + (W + 2), 0.0, mask=real)
     tl.store(o_ptr + (W + 3), 0.0, mask=real)
