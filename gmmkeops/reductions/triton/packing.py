@@ -102,9 +102,10 @@ def family_of(problem: Exponents) -> str:
 def symmetric_places(features: int, device: torch.device) -> Tensor:
     """Return the position in a lower triangle of each entry of a symmetric matrix (D * D,), int64."""
     with torch.inference_mode(False):
-        place = torch.arange(features, device=device)
+        place = torch.arange(features)
         greater = torch.maximum(place[:, None], place)
-        return (greater * (greater + 1) // 2 + torch.minimum(place[:, None], place)).view(-1)
+        # This copy ends before it returns, so that other streams may use the result.
+        return (greater * (greater + 1) // 2 + torch.minimum(place[:, None], place)).view(-1).to(device)
 
 
 def _scaled(problem: Exponents) -> tuple[Tensor, ...]:
