@@ -266,7 +266,7 @@ def errors(arguments: tuple[Any, ...], g: Any, truth: dict[str, Any], options: R
 
 
 def engines(run: Run) -> Iterator[Row]:
-    """Which engine is faster in few dimensions? Milliseconds for 10⁶ points and 10³ components."""
+    """Which engine is faster in few dimensions? Times are milliseconds for 10⁶ points and 10³ components."""
     for D in (2, 3) if run.quick else range(2, 9):
         yield from _compared(run, 1_000_000, 1000, D, "full")
     for D in (3,) if run.quick else (4, 16, 32):

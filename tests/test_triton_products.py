@@ -220,7 +220,7 @@ def test_components_of_no_weight_and_weights_of_any_size(on, family):
     ("family", "features", "narrow"), [("spherical", 20, 3e-3), ("spherical", 128, 1e-2), ("diag", 64, 2e-2)]
 )
 def test_narrow_components_are_refused(on, family, features, narrow):
-    """Where the kernels are not accurate, the test says so; widths shrink until it does."""
+    """Components are made narrower until ``is_accurate`` is false; where it is true, errors are within the limits."""
     widths, errors = [], []
     for width in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003):
         case = make_case(

@@ -73,6 +73,8 @@ class Dense:
 class _Evaluation:
     """Evaluation by tiles. It is repeated with smaller tiles if memory is exhausted, and with clamped exponents on overflow."""
 
+    form = "dense"
+
     def __init__(self, problem: Exponents, request: Request, columns: Columns | None) -> None:
         self.problem, self._columns = problem, columns
         self._body = body_of(problem, request)

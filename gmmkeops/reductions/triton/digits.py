@@ -30,9 +30,9 @@ from torch import Tensor
 
 from gmmkeops.components import numbers, transferred
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton.packing import LN2, _scaled
+from gmmkeops.reductions.triton.packing import _NOTHING, LN2, _scaled, family_of, padded
 
-__all__ = ["HALVED", "MOST", "MOST_DIAGONAL", "Grid", "Parameters", "is_accurate", "is_spherical", "padded"]
+__all__ = ["HALVED", "MOST", "MOST_DIAGONAL", "Grid", "Parameters", "is_accurate", "is_spherical"]
 
 # Largest numbers of features, for spherical and for diagonal factors.
 MOST, MOST_DIAGONAL = 128, 64
@@ -60,9 +60,6 @@ _WHOLE, _EXACT = 2047.0, 2.0**24
 
 # Number of components to which parameters are padded: a multiple of the components of all tiles.
 _PAD = 256
-
-# Offset of components of no weight.
-_NOTHING = -3e38
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ def _reference(least: Tensor, most: Tensor) -> Tensor:
 
 def is_spherical(problem: Exponents) -> bool:
     """Return whether each factor is a single number, for spherical covariances."""
-    return problem.U.shape[1:] == (1,)
+    return family_of(problem) == "spherical"
 
 
 def is_accurate(problem: Exponents) -> bool:
@@ -206,8 +203,3 @@ def _rows(values: Tensor, D: int, P: int) -> Tensor:
     found = values.new_zeros(-(-K // _PAD) * _PAD, parts, P)
     found[:K, :, :D] = values.view(K, parts, D)
     return found.view(-1, parts * P)
-
-
-def padded(D: int) -> int:
-    """Return the padded number of features."""
-    return max(16, 1 << (D - 1).bit_length())

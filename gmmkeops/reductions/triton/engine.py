@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +67,14 @@ _RATIO, _ORDINARY = 2.0**50, 20
 _MANY, _MANY_COMPILED = 10_000, 50_000
 
 
+class _WithForm(Evaluation, Protocol):
+    """An evaluation that names the formulas by which all pairs are evaluated."""
+
+    @property
+    def form(self) -> str:
+        """Name of the formulas."""
+
+
 class Triton:
     """Engine of Triton kernels, for CUDA devices."""
 
@@ -103,7 +112,7 @@ class Triton:
         return evaluation
 
 
-def _begun(problem: Exponents, request: Request) -> _MatrixProducts | _Evaluation | _ByDense:
+def _begun(problem: Exponents, request: Request) -> _WithForm:
     """Begin an evaluation by products or by kernels."""
     problem = _placed(problem)
     return _MatrixProducts(problem, request) if _by_products(problem.form, request) else _by_kernels(problem, request)
@@ -172,28 +181,13 @@ class _MatrixProducts:
         return dense.begin(problem, request, Softmax())
 
 
-class _ByDense:
-    """Evaluation by the dense engine, of problems for which kernels are not accurate enough."""
-
-    form = "dense"
-
-    def __init__(self, problem: Exponents, request: Request) -> None:
-        self.problem, self._evaluation = problem, dense.begin(problem, request)
-
-    def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
-        return self._evaluation.add(schedule)
-
-    def result(self) -> Result:
-        return self._evaluation.result()
-
-
-def _by_kernels(problem: Exponents, request: Request) -> _Evaluation | _ByDense:
+def _by_kernels(problem: Exponents, request: Request) -> _WithForm:
     """Begin an evaluation in the dtype of the points, in float64, or by the dense engine."""
     kernels = Residuals(problem)
     condition, is_triangular = kernels.condition()
     if not condition < math.inf:
         # Moments of whitened residuals would not determine those of residuals.
-        return _ByDense(problem, request)
+        return dense.begin(problem, request)
     if not is_triangular:
         problem = problem.with_factors(upper_factor)
         kernels = Residuals(problem)
@@ -202,10 +196,10 @@ def _by_kernels(problem: Exponents, request: Request) -> _Evaluation | _ByDense:
     return _Evaluation(problem, request, problem.x.dtype, kernels)
 
 
-def _in_double(problem: Exponents, request: Request) -> _Evaluation | _ByDense:
+def _in_double(problem: Exponents, request: Request) -> _WithForm:
     """Begin an evaluation for float32 points in float64, or by the dense engine if there are no float64 kernels."""
     if not _runs_in_double(problem.form):
-        return _ByDense(problem, request)
+        return dense.begin(problem, request)
     wide = replace(problem, x=problem.x.double())
     return _Evaluation(wide, request, problem.x.dtype, Residuals(wide))
 

@@ -28,7 +28,7 @@ from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.compiled import CompiledRecords
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["LN2", "Blocks", "Packed", "Padded", "family_of", "symmetric_places", "tiled_records"]
+__all__ = ["LN2", "Blocks", "Packed", "Padded", "family_of", "padded", "symmetric_places", "tiled_records"]
 
 LN2 = math.log(2.0)
 
@@ -108,6 +108,11 @@ def symmetric_places(features: int, device: torch.device) -> Tensor:
         return (greater * (greater + 1) // 2 + torch.minimum(place[:, None], place)).view(-1).to(device)
 
 
+def padded(D: int) -> int:
+    """Return the padded number of features of tiles."""
+    return max(16, 1 << (D - 1).bit_length())
+
+
 def _scaled(problem: Exponents) -> tuple[Tensor, ...]:
     """Return the base, the largest usual log-sum-exp, and c (K,), m (K, D), μ - m (K, D), V (as U) and d (K, D)."""
     given = problem.host or problem
@@ -132,7 +137,7 @@ def tiled_records(problem: Exponents) -> tuple[Tensor, int]:
     """Pack the parameters for :mod:`gmmkeops.reductions.triton.kernels.tiles`; return records and padded dimensions P."""
     _, K, D = problem.shape
     _, _, c, heads, _, V, d = _scaled(problem)
-    P = max(16, 1 << (D - 1).bit_length())
+    P = padded(D)
     records = torch.zeros(K, 16 + 2 * P + (2 * P * P if problem.is_full else P), dtype=problem.x.dtype, device=V.device)
     records[:, 0], records[:, 16 : 16 + D], records[:, 16 + P : 16 + P + D] = c, heads, d
     if problem.is_full:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton.digits import HALVED, Parameters, is_spherical, padded
+from gmmkeops.reductions.triton.digits import HALVED, Parameters, is_spherical
 from gmmkeops.reductions.triton.loading import launch
+from gmmkeops.reductions.triton.packing import padded
 from gmmkeops.reductions.triton.partial import Piece, add_moments
 
 __all__ = ["Products", "Tiling"]
