@@ -36,6 +36,8 @@ def test_a_converged_fit_has_little_left_to_gain(N, K, strength, accelerate):
 
 
 @pytest.mark.slow
+# One of the data sets, 27 components in one dimension, has a component of a single point.
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 def test_most_converged_fits_have_little_left_to_gain():
     """Random mixtures that overlap: after convergence at the default tolerance, 1000 iterations gain 3 tolerances."""
     kept, iterations = [], []
