@@ -13,6 +13,7 @@ from conftest import FAMILIES, HAS_NATIVE
 
 import gmmkeops as gk
 from gmmkeops.fitting import initialization, rounds, search
+from gmmkeops.fitting.kmeans import distinct
 from gmmkeops.fitting.rounds import Climber, Found
 from gmmkeops.fitting.search import Search, covariance_of, has_few_points, prior_of, within_prior
 
@@ -763,3 +764,17 @@ def test_many_components_of_few_points_are_found_as_well_as_by_kmeans():
         start = gk.initialize(x, 200, strategy, generator=0)
         found[strategy] = gk.fit(start, x, gk.EM(max_iter=60), verbose=False).log_likelihood
     assert found["auto"] >= found["kmeans"] + 0.012
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_equal_points_are_merged_and_sorted(weighted):
+    rng = np.random.default_rng(0)
+    for levels in (1, 2, 5, 1000):
+        x = rng.integers(levels, size=(200, 3)).astype(float)
+        x[::3, 1] += rng.random(67)
+        g = rng.integers(3, size=200).astype(float) if weighted else None
+        kept, mass = (x, np.ones(200)) if g is None else (x[g > 0], g[g > 0])
+        expected, place = np.unique(kept, axis=0, return_inverse=True)
+        points, total = distinct(torch.from_numpy(x), None if g is None else torch.from_numpy(g))
+        np.testing.assert_array_equal(points.numpy(), expected)
+        np.testing.assert_array_equal(total.numpy(), np.bincount(place.reshape(-1), mass))

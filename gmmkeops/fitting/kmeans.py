@@ -53,17 +53,23 @@ def distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
     else:
         rows, mass = rows[mass > 0], mass[mass > 0]
-    # Rows are sorted by one column, and then by another one where it is equal, from the last column to the first.
+    # Rows are sorted by the first column, and those where it is equal by the others, from the last column to the first.
     order = rows[:, 0].argsort(stable=True)
     first = rows[order, 0]
-    if bool((first[1:] == first[:-1]).any()):
+    equal = (first[1:] == first[:-1]).nonzero()[:, 0]
+    if len(equal):
+        tied = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        tied[equal] = tied[equal + 1] = True
+        group = order[tied]
         for column in reversed(rows.unbind(1)):
-            order = order[column[order].argsort(stable=True)]
+            group = group[column[group].argsort(stable=True)]
+        order[tied] = group
     rows, mass = rows[order], mass[order]
-    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    new[1:] = (rows[1:] != rows[:-1]).any(1)
-    if bool(new.all()):
+    same = equal[(rows[equal] == rows[equal + 1]).all(1)]
+    if not len(same):
         return rows, mass
+    new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    new[same + 1] = False
     points = rows[new]
     return points, mass.new_zeros(len(points)).index_add(0, new.cumsum(0) - 1, mass)
 

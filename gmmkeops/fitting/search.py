@@ -255,13 +255,7 @@ class Search:
         searched_with_prior = self.objective is not self.plain
         if searched_with_prior:
             narrowed = self._narrowed(climber, best, most) if self.doubles and strategy != "annealed" else best
-            # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
-            others = [each.origin if self.K > _MANY else each.mixture for each in starts]
-            best = (
-                narrowed
-                if self.prior is not None
-                else self._by_likelihood(plain, [narrowed.mixture, best.mixture, *others])
-            )
+            best = narrowed if self.prior is not None else self._by_likelihood(plain, [narrowed, best, *starts])
         report = StartReport(
             strategy,
             self.candidates,
@@ -388,8 +382,13 @@ class Search:
         climber.work += 2 * CANDIDATE[0] * self.K
         return best_of([found, climber.climbed(state.population.whole(state.mixture), *MERGED)])
 
-    def _by_likelihood(self, climber: Climber, mixtures: list[Mixture]) -> Found:
+    def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
+        different = [each for place, each in enumerate(found) if not any(each is other for other in found[:place])]
+        mixtures = [each.mixture for each in different]
+        if self.K > _MANY:
+            # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
+            mixtures = [each.mixture for each in found[:2]] + [each.origin for each in found[2:]]
         climbed = [climber.climbed(each, *_PLAIN) for each in mixtures]
         sound = [each for each in climbed if not self.degenerate(each.mixture)]
         return best_of(sound or climber.sound(climbed))
