@@ -13,7 +13,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 import gpu
+import gpu_checks
+import gpu_times
 import report_gpu
+from gpu_run import problem
 
 from gmmkeops import reductions
 
@@ -63,11 +66,11 @@ def test_all_questions_are_answered(tmp_path, capsys):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("wrong", ["S0", "S1", "S2", "total", "values", "gradient"])
 def test_wrong_results_are_seen(run, family, wrong):
-    arguments = gpu.problem(run, 500, 5, 3, family)
+    arguments = problem(run, 500, 5, 3, family)
     g = torch.randn(500, dtype=torch.float64)
-    truth = gpu.oracle(arguments, g)
+    truth = gpu_checks.oracle(arguments, g)
     truth[wrong] = truth[wrong] * (1 + 1e-3)
-    found = gpu.errors(arguments, g, truth, {"backend": "dense", "truncate": 0}, arguments[0])
+    found = gpu_checks.errors(arguments, g, truth, {"backend": "dense", "truncate": 0}, arguments[0])
     column = {"values": "log-sum-exp", "gradient": "point gradient"}.get(wrong, wrong)
     assert found[column] > 1e-4
     assert all(found[name] < 2e-6 for name in ("S0", "S1", "S2", "log-sum-exp", "point gradient") if name != column)
@@ -79,7 +82,7 @@ def test_a_question_that_fails_keeps_its_rows_and_the_others_are_answered(monkey
         yield {"value": 1.0}
         raise RuntimeError("no memory\nand more")
 
-    monkeypatch.setattr(gpu, "QUESTIONS", {"half": half, "tiles": gpu.tiles})
+    monkeypatch.setattr(gpu, "QUESTIONS", {"half": half, "tiles": gpu_times.tiles})
     path = tmp_path / "gpu.json"
     assert gpu.main(["--device", "cpu", "--quick", "--json", str(path)]) == 1
     record = json.loads(path.read_text())
