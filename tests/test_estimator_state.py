@@ -184,6 +184,7 @@ def test_every_pair_of_calls(first, X, batch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
 @pytest.mark.parametrize("first", CALLS)
 def test_every_three_calls(first, X, batch, tmp_path):
     for rest in itertools.product(CALLS, repeat=2):
