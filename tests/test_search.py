@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, HAS_NATIVE
+from sklearn.datasets import load_wine
+from sklearn.metrics import adjusted_rand_score
 
 import gmmkeops as gk
 from gmmkeops.fitting import initialization, rounds, search
-from gmmkeops.fitting.kmeans import distinct
+from gmmkeops.fitting.kmeans import agreement, distinct
 from gmmkeops.fitting.rounds import Climber, Found
 from gmmkeops.fitting.search import Search, covariance_of, has_few_points, prior_of, within_prior
 
@@ -778,3 +780,26 @@ def test_equal_points_are_merged_and_sorted(weighted):
         points, total = distinct(torch.from_numpy(x), None if g is None else torch.from_numpy(g))
         np.testing.assert_array_equal(points.numpy(), expected)
         np.testing.assert_array_equal(total.numpy(), np.bincount(place.reshape(-1), mass))
+
+
+def test_agreement_is_the_mean_adjusted_rand_index():
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(4, size=60) for _ in range(3)] + [np.arange(60) // 15]
+    parts.append((parts[-1] + 1) % 4)
+    pairs = [adjusted_rand_score(a, b) for i, a in enumerate(parts) for b in parts[:i]]
+    assert agreement([torch.from_numpy(part) for part in parts], 4) == pytest.approx(np.mean(pairs), rel=1e-12)
+    assert agreement([torch.from_numpy(part) for part in parts[-2:]], 4) == 1
+    assert agreement([torch.zeros(5, dtype=torch.int64)] * 2, 1) == 1
+
+
+def test_with_few_points_only_metrics_count_in_which_runs_agree(monkeypatch):
+    """178 wines of 13 columns, for 3 components of 105 parameters; k-means finds other clusters in each run on white points."""
+    x, y = load_wine(return_X_y=True)
+    x = (x - x.mean(0)) / x.std(0)
+
+    def found():
+        return [adjusted_rand_score(y, gk.GaussianMixture(3, random_state=i).fit(x).predict(x)) for i in range(12)]
+
+    assert min(found()) > 0.7
+    monkeypatch.setattr(search, "_AGREEMENT", -1.0)
+    assert min(found()) < 0.6

@@ -77,8 +77,9 @@ def initialize(
         n_components: Number of components K.
         strategy: ``"auto"``: k-means in the standardized columns and in coordinates in which all points are white, followed by up
             to three rounds in which all components are split, fitted, merged back to K and fitted again, if that improves the
-            objective. ``"split-merge"`` performs the rounds also with less than one point per parameter, ``"annealed"`` performs
-            deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd iterations),
+            objective. With less than one point per parameter there are no rounds, but four runs of k-means in each metric, and a
+            metric does not count if the clusters of its runs differ most. ``"split-merge"`` performs the rounds also then,
+            ``"annealed"`` performs deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd iterations),
             ``"k-means++"`` (points chosen by k-means++), ``"random"`` or ``"random_from_data"`` (K random points as centers), or
             ``"responsibilities"`` (random responsibilities).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.

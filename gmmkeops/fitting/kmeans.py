@@ -7,6 +7,7 @@ advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,9 +21,11 @@ from gmmkeops.data import NOISE, Batch, running_sum
 from gmmkeops.models import Mixture
 
 __all__ = [
+    "agreement",
     "clusters",
     "distinct",
     "kmeans",
+    "labels",
     "lloyd",
     "mixture_of",
     "nearest",
@@ -114,6 +117,28 @@ def nearest(points: Tensor, centers: Tensor) -> Tensor:
     unit = torch.ones(1, 1, dtype=torch.float64, device=points.device)
     best, _ = reductions.topk(points, centers.new_zeros(len(centers)), centers, unit, 1)
     return -2 * best[:, 0]
+
+
+def labels(points: Tensor, centers: Tensor) -> Tensor:
+    """Return for each of the points (N, D) the index (N,) of the nearest center, int64."""
+    return reductions.argmax(points, centers.new_zeros(len(centers)), centers, centers.new_ones(1, 1))
+
+
+def agreement(partitions: list[Tensor], K: int) -> float:
+    """Compute the mean adjusted Rand index of all pairs of partitions, which are labels (N,) from 0 to K - 1.
+
+    It is 1 for equal partitions, and 0 on average for random ones. Reference: Hubert and Arabie 1985, *Comparing partitions*,
+    Journal of Classification 2.
+    """
+    found = []
+    for one, other in itertools.combinations(partitions, 2):
+        counts = torch.bincount(one * K + other, minlength=K * K).reshape(K, K).double()
+        both, first, second, total = (
+            float((n * (n - 1)).sum()) for n in (counts, counts.sum(0), counts.sum(1), counts.sum())
+        )
+        expected, largest = first * second / max(total, 1.0), (first + second) / 2
+        found.append((both - expected) / (largest - expected) if largest > expected else 1.0)
+    return sum(found) / len(found)
 
 
 def lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:

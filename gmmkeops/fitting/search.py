@@ -22,7 +22,7 @@ from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.frame import Frame
-from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
+from gmmkeops.fitting.kmeans import agreement, clusters, distinct, kmeans, labels, mixture_of, seeds
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
@@ -41,6 +41,10 @@ _PER_COMPONENT, _PER_PARAMETER, _NUMBERS = 500, 20, 1 << 26
 
 # Points on which k-means runs: at least this many, and this many for each component.
 _CLUSTERED, _EACH = 20_000, 20
+
+# Runs of k-means in each metric where points are too few for rounds; and the ratio of the agreement between the runs in a metric
+# and of that in the other one below which a metric is not used.
+_RUNS, _AGREEMENT = 4, 0.3
 
 # Maximum number of rounds for several initializations.
 _MORE_ROUNDS = 8
@@ -63,8 +67,9 @@ _THIN = 1e-4
 # Number of components above which clusters are candidates as they are, rather than after EM steps with the prior.
 _MANY = 100
 
-# EM steps on the likelihood alone, for candidates that a search with a prior has found; and their tolerance.
-_PLAIN = (100, 1e-3)
+# EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, and for those that no
+# rounds improve.
+_PLAIN, _ALONE = (100, 1e-3), (100, 1e-4)
 
 
 def clustered_size(K: int) -> int:
@@ -233,11 +238,12 @@ class Search:
         # Without the prior, and with the points in the same order.
         plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
         most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
+        enough = _ALONE if self.ratio < _TOO_FEW else CANDIDATE
         best: Found | None = None
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            candidates = climber.sound([climber.climbed(each, *CANDIDATE) for each in self.begun(run)])
+            candidates = climber.sound([climber.climbed(each, *enough) for each in self.begun(run)])
             starts += candidates
             found = best_of(candidates)
             if strategy == "annealed":
@@ -284,21 +290,44 @@ class Search:
         )
 
     def begun(self, run: int) -> list[Mixture]:
-        """Return the initial mixtures of a run, standardized coordinates, one for each metric.
+        """Return the initial mixtures of a run, standardized coordinates, at least one for each metric that is used.
 
         Runs 0, 3, ... use k-means, runs 1, 4, ... only its initial centers, and runs 2, 5, ... random points.
         """
-        points, masses = self._different
-        found = []
-        for root in self._roots:
-            z = points if root is None else points @ root
-            if run % 3 == 0:
-                centers = kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
-            else:
-                centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
-            found.append(self._clustered(centers, root))
+        if run % 3 == 0 and self.K > 1 and self.ratio < _TOO_FEW:
+            found = self._agreed()
+        else:
+            found = [(self._centers(run, root), root) for root in self._roots]
         self.candidates += len(found)
-        return found
+        return [self._clustered(*each) for each in found]
+
+    def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Return different centers of several runs of k-means and their metrics, without a metric in which the runs differ most.
+
+        Very few points have a high likelihood for any clusters, but several runs agree only where there are some.
+        """
+        found, agreements = [], []
+        for root in self._roots:
+            z = self._points_in(root)
+            centers = [self._centers(0, root) for _ in range(_RUNS)]
+            parts = [labels(z, each) for each in centers]
+            agreements.append(agreement(parts, self.K))
+            new = [all(agreement([parts[i], part], self.K) < 1 for part in parts[:i]) for i in range(_RUNS)]
+            found.append([(each, root) for each, is_new in zip(centers, new, strict=True) if is_new])
+        least = _AGREEMENT * max(agreements)
+        return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
+
+    def _centers(self, run: int, root: Tensor | None) -> Tensor:
+        """Return the centers (K, D) of a run in a metric."""
+        z, masses = self._points_in(root), self._different[1]
+        if run % 3 == 0:
+            return kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
+        return seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
+
+    def _points_in(self, root: Tensor | None) -> Tensor:
+        """Return the different points in the coordinates of a metric."""
+        points, _ = self._different
+        return points if root is None else points @ root
 
     @cached_property
     def _covariance(self) -> Tensor:
