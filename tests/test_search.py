@@ -487,6 +487,24 @@ def test_several_initializations_end_early():
     assert len(start_of(x, 6, n_init=1)[0].weights) == 6
 
 
+@pytest.mark.parametrize(
+    ("values", "runs"),
+    [
+        ([5, 6, 7, 8, 9, 1], 5),
+        ([5, 6, 7, 4, 8, 9, 10, 11, 1], 8),
+        ([5, 6, 5.0005, 1], 3),
+        ([5, 6, 6, 6, 4, 6, 6, 4, 1], 8),
+        ([5, 4, 3, 2, 1, 0], 6),
+    ],
+)
+def test_initializations_end_when_the_best_optimum_recurs_or_nothing_is_better_in_four_runs(monkeypatch, values, runs):
+    rest = iter(values)
+    monkeypatch.setattr(Climber, "improved", lambda self, found, most: replace(found, value=float(next(rest))))
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(900, 2)))
+    _, report = start_of(x, 2, n_init=len(values))
+    assert report.candidates == 2 * runs
+
+
 def test_more_initializations_are_not_worse():
     x = overlapping(9)
     values = [float(gk.initialize(x, 8, n_init=n).log_prob(x).mean()) for n in (1, 2, 5)]

@@ -73,7 +73,7 @@ class GaussianMixture(MixtureEstimator):
         reg_covar: Constant that EM adds to the diagonals of the covariances, squared data units. Adam does not support it.
         max_iter: Maximum number of iterations.
         n_init: Number of initializations, of which the best one is kept. A search compares them itself, before a single fit, and
-            ends when the best optimum has been found twice.
+            ends when the best optimum has been found twice, or no better one in four runs.
         init_params: "auto" (k-means in two metrics, then rounds of splitting and merging components, on a sample; see
             :func:`gmmkeops.initialize`), "split-merge", "annealed", or without a search "kmeans" (the default of scikit-learn),
             "k-means++" (or "kpp"), "random" (responsibilities), "random_from_data" (or "points").

@@ -79,13 +79,13 @@ def initialize(
             to three rounds in which all components are split, fitted, merged back to K and fitted again, if that improves the
             objective. With less than one point per parameter there are no rounds, but four runs of k-means in each metric, and a
             metric does not count if the clusters of its runs differ most. ``"split-merge"`` performs the rounds also then,
-            ``"annealed"`` performs deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd iterations),
-            ``"k-means++"`` (points chosen by k-means++), ``"random"`` or ``"random_from_data"`` (K random points as centers), or
-            ``"responsibilities"`` (random responsibilities).
+            ``"annealed"`` performs deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd
+            iterations), ``"k-means++"`` (points chosen by k-means++), ``"random"`` or ``"random_from_data"`` (K random points as
+            centers), or ``"responsibilities"`` (random responsibilities).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         sample_weight: Weight of each point (N,), or None.
         n_init: Number of runs, of which the best one is used. A search uses other candidates in each run, and ends when it has
-            found the best optimum twice.
+            found the best optimum twice, or no better one in four runs.
         generator: Random number generator or seed; by default one with a fixed seed, so that repeated calls give equal
             mixtures. Torch's global random state is neither used nor changed.
         refine: Number of additional EM steps, for strategies without a search.

@@ -58,8 +58,9 @@ _LONG = 300_000
 # Ratio of reg_covar and the smallest variance of a column, for fits that have no reg_covar.
 _RIDGE = 1e-6
 
-# Difference of objectives that are the same optimum, nats per point.
-_SAME = 1e-3
+# Difference of objectives that are the same optimum, nats per point; and number of runs without a better one after which a search
+# ends.
+_SAME, _PATIENCE = 1e-3, 4
 
 # Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
 _THIN = 1e-4
@@ -226,7 +227,8 @@ class Search:
         Args:
             strategy: ``"auto"``; ``"split-merge"`` performs rounds also with very few points per parameter; ``"annealed"``
                 performs deterministic annealing from k-means instead.
-            n_init: Number of searches from different candidates; fewer if the best optimum has been found twice.
+            n_init: Number of searches from different candidates; fewer if the best optimum has been found twice, or if four runs
+                have found no better one.
             rows: Number of all points.
         """
         # Operations of torch are on the K components only, or take a small part of the time.
@@ -255,7 +257,8 @@ class Search:
                 found = climber.improved(found, most)
             seen.append(found.value)
             best = found if best is None else best_of([best, found])
-            if sum(abs(value - best.value) < _SAME for value in seen) > 1:
+            same = [place for place, value in enumerate(seen) if value - best.value < _SAME]
+            if len(same) > 1 or run - min(same, default=run) >= _PATIENCE:
                 break
         assert best is not None, "there is at least one run"
         searched_with_prior = self.objective is not self.plain
