@@ -40,7 +40,7 @@ def test_the_limit_depends_on_the_covariance(covariance_type, size, method):
     assert result.report.degenerate_components == ((small,) if size < least else ())
     assert len(said) == (size < least)
     if said:
-        assert said[0].startswith(f"component {small} has fewer than {least} points")
+        assert said[0].startswith(f"component {small} is expected to have fewer than {least} points")
         assert found[-1].filename == __file__
 
 

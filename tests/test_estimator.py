@@ -304,7 +304,7 @@ def test_refused_fit_leaves_the_model_as_it_was(X):
     [
         ({"n_components": 0}, ValueError, "n_components must be an integer of at least 1, got 0"),
         ({"n_components": 2.5}, ValueError, "n_components must be an integer"),
-        ({"n_components": 10_000}, ValueError, "minimum of 10000 is required"),
+        ({"n_components": 10_000}, ValueError, "expected at least 10000; pass more points or use fewer components"),
         ({"tol": -1}, ValueError, "tol must be a finite number"),
         ({"reg_covar": "a"}, ValueError, "reg_covar must be a finite number"),
         ({"covariance_type": "round"}, ValueError, "covariance_type must be one of"),

@@ -82,3 +82,8 @@ def test_initialize_is_reproducible_and_leaves_torch_alone():
     assert torch.equal(state, torch.get_rng_state())
     other = gk.initialize(x, 5, generator=torch.Generator().manual_seed(99))
     assert not torch.equal(first.means, other.means)
+
+
+def test_em_steps_after_a_search_are_refused():
+    with pytest.raises(ValueError, match="refine=2 requires a strategy without a search, got 'auto'"):
+        gk.initialize(torch.randn(50, 2), 3, refine=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -135,6 +136,16 @@ def test_the_ridge_holds_however_the_points_are_read(read, penalty):
 
 
 def test_a_ridge_in_other_units_is_called_out():
-    x = cloud() * 1e-6
-    with pytest.warns(gk.PrecisionWarning, match=r"reg_covar=1e-06 is much larger than the variances of all columns"):
-        gk.GaussianMixture(2, random_state=0).fit(x)
+    x = cloud()
+    single = gk.GaussianMixture(2, random_state=0).fit(x)
+    typical = np.median(np.diagonal(single.covariances_, axis1=1, axis2=2), axis=0).max()
+    for share, warns in ((0.1, False), (20.0, True), (1e6, True)):
+        small = x * (1e-6 / share / typical) ** 0.5
+        with (
+            pytest.warns(gk.PrecisionWarning, match="reg_covar=1e-06 dominates the covariances")
+            if warns
+            else contextlib.nullcontext()
+        ):
+            gk.GaussianMixture(2, random_state=0).fit(small)
+    # One column in other units is not all of them.
+    gk.GaussianMixture(2, random_state=0).fit(x * [1.0, *[1e-6] * (x.shape[1] - 1)])

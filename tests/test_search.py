@@ -652,7 +652,7 @@ def test_the_estimator_adds_the_prior_if_points_are_few():
     assert two.lower_bound_ == one.lower_bound_
 
 
-@pytest.mark.filterwarnings("ignore:The best of 1 fits did not converge")
+@pytest.mark.filterwarnings("ignore:The fit did not converge")
 def test_the_prior_holds_for_given_parameters_and_warm_starts():
     """Its value is part of the lower bound, whichever way the initial mixture was found."""
     x = sets_of("wine")[:, :6]

@@ -266,6 +266,10 @@ def constant(*tensors: Tensor) -> bool:
     return not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors)
 
 
+def _entries(count: int) -> str:
+    return "1 such entry" if count == 1 else f"{count} such entries"
+
+
 def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0) -> None:
     """Raise a ValueError if an entry is not finite. The message gives its row, counted from ``first``, and its column."""
     if not concrete(tensor):
@@ -283,7 +287,7 @@ def check_finite(tensor: Tensor, *, name: str, rows: str = "row", first: int = 0
     value = "NaN" if number != number else str(number)
     place = f"{rows} {first + where[0]}" + (f", column {where[1]}" if len(where) > 1 else "") if where else "it"
     raise ValueError(
-        f"{name} must be finite, got {value} at {place} ({int(bad.sum())} such entries in all); "
+        f"{name} must be finite, got {value} at {place} ({_entries(int(bad.sum()))} in all); "
         "drop or fill those rows first."
     )
 

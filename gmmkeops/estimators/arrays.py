@@ -88,8 +88,8 @@ def validated_points(
         )
     if x.shape[0] < minimum:
         raise ValueError(
-            f"Found array with {x.shape[0]} sample(s) (shape={tuple(x.shape)}) while a minimum of {minimum} is required; "
-            f"n_samples={x.shape[0]}."
+            f"X has n_samples={x.shape[0]}, expected at least {minimum}; pass more points"
+            + (" or use fewer components." if minimum > 1 else ".")
         )
     if finite:
         check_finite(x, name="X")

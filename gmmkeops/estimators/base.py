@@ -156,7 +156,7 @@ class MixtureEstimator(Estimator, ABC):
             if world.size > 1:
                 self._agree(world, sample_weight is None, last is not None)
             generator = world.generator(generator_of(self.random_state, device), device)
-        selection, which = None, f"The best of {self.n_init} fits"
+        selection, which = None, "The fit" if self.n_init == 1 else f"The best of {self.n_init} fits"
         with reductions.threads_for(x):
             if self.wanted_components is None and last is None:
                 method = self._selecting(method)

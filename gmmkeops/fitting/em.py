@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import FormerName, PrecisionWarning, accepts, as_choice, warn
+from gmmkeops._checks import FormerName, accepts, as_choice
 from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tied, mask_of, shaken
@@ -26,9 +26,6 @@ from gmmkeops.fitting.squarem import extrapolated
 from gmmkeops.models import Mixture, as_mixture, split
 
 __all__ = ["EM"]
-
-# Ratio of reg_covar to the largest variance of a column above which reg_covar is probably in wrong units.
-_DROWNING = 30.0
 
 _FROZEN = ("frozen_weights", "frozen_means", "frozen_covariances")
 
@@ -70,9 +67,9 @@ class EM(Method[EMState]):
         frozen_weights, frozen_means, frozen_covariances: True, or a boolean mask (K,): these parameters keep their initial
             values. A tied covariance is frozen for all components or for none.
         max_iter: Maximum number of iterations, if not passed to :func:`gmmkeops.fit`.
-        tol: Tolerance, nats per point: the fit has converged when the objective changed by less than tol / 4 over the last half
-            of the iterations (tol / 10 with a penalty that prunes components). Changes below 1e-5 over that half are always
-            accepted; for smaller tolerances, the change over the last ten iterations is compared with tol.
+        tol: Tolerance, nats per point: the fit has converged when the objective changed by less than the larger one of tol / 4
+            and 1e-5 over the last half of the iterations, and by less than tol over the last ten. With a penalty that prunes
+            components, tol / 10 replaces tol / 4.
         relative_tol: Tolerance as a fraction of the objective; the larger one of the two tolerances applies.
         patience: Minimum number of iterations over which the change is measured.
 
@@ -132,13 +129,6 @@ class EM(Method[EMState]):
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
         for name in _FROZEN:
             mask_of(getattr(self, name), mixture, name)
-        largest = float(objective.frame.scale.max()) ** 2
-        if self.reg_covar > _DROWNING * largest:
-            warn(
-                f"reg_covar={self.reg_covar:g} is much larger than the variances of all columns (at most about "
-                f"{largest:.2g}) and dominates the covariances; pass a smaller reg_covar, in squared units of the data.",
-                PrecisionWarning,
-            )
         if self.refine and objective.rows:
             mixture = self._refined(objective, mixture)
         mixture, floored = objective.project(mixture)

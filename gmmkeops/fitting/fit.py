@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gmmkeops import reductions
-from gmmkeops._checks import ConvergenceWarning, DegenerateWarning, accepts, as_integer, warn
+from gmmkeops._checks import ConvergenceWarning, DegenerateWarning, PrecisionWarning, accepts, as_integer, warn
 from gmmkeops.components import mind_fork
 from gmmkeops.data import (
     World,
@@ -40,6 +40,10 @@ _logger = logging.getLogger("gmmkeops")
 
 # Numbers of covariance matrices from which a second thread saves time in their factorization.
 _MATRICES = 1 << 20
+
+# Ratios of reg_covar to the variances within components, and to the variance of all points, above which it is probably in wrong
+# units; and number of components whose variances are compared with it.
+_DOMINANT, _NOTABLE, _COMPARED = 0.9, 1e-3, 32
 
 # Argument names of version 0.1, and of other libraries.
 _OLD = {"weights": "sample_weight", "callbacks": "callback", "progress": "verbose"}
@@ -74,10 +78,10 @@ def fit(
 ) -> FitResult:
     r"""Fit a Gaussian mixture to data.
 
-    Minimizes :math:`-\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}` in standardized coordinates, so that the units
-    and the origin of the data do not matter, and returns parameters in the units of the data. Components whose expected count
-    becomes negligible (below 1e-3 points with gradient methods, 1e-6 with EM) are pruned: they keep their index in the result,
-    with a weight of almost zero, and ``result.report`` lists them.
+    Minimizes :math:`-\frac{1}{\sum g} \sum_n g_n \log p(x_n) + \text{penalty}` in standardized coordinates, so that the origin
+    of the data does not matter, nor do their units except for ``reg_covar`` (squared units), and returns parameters in the units
+    of the data. Components whose expected count becomes negligible (below 1e-3 points with gradient methods, 1e-6 with EM) are
+    pruned: they keep their index in the result, with a weight of almost zero, and ``result.report`` lists them.
 
     Args:
         start: Initial mixture: a :class:`~gmmkeops.Mixture`; a :class:`~gmmkeops.GMM`, whose parameters are set to the result
@@ -130,7 +134,7 @@ def fit(
         ConvergenceWarning: The tolerance was not met within ``max_iter``, or the objective became infinite or NaN.
         DegenerateWarning: A component has fewer points than its covariance needs: D + 1 for a covariance matrix, two for
             variances. Not issued for tied or frozen covariances, a prior of the covariances, or a penalty that prunes components.
-        PrecisionWarning: float32 points are too coarse, or ``reg_covar`` is much larger than the variances.
+        PrecisionWarning: float32 points are too coarse, or ``reg_covar`` dominates the variances within most components.
 
     Reference:
         Charlier et al. 2021, *Kernel operations on the GPU, with autodiff, without memory overflows*, JMLR 22, for the
@@ -195,6 +199,8 @@ def fit(
         warn(warning, ConvergenceWarning)
     if warning := too_few_points(result):
         warn(warning, DegenerateWarning)
+    if warning := _dominated(run, result):
+        warn(warning, PrecisionWarning)
     if isinstance(start, GMM):
         _assign(start, result, run.objective.frame.columns)
     _logger.info("%s", result)
@@ -254,6 +260,26 @@ def _doubt(run: Run, tol: float, max_iter: int) -> str:
     return ""
 
 
+def _dominated(run: Run, result: FitResult) -> str:
+    """Return the text of the PrecisionWarning of a ``reg_covar`` that dominates the covariances, or an empty string.
+
+    Components that are small compared with the data, such as single points, do not count.
+    """
+    ridge, scale = getattr(run.method, "reg_covar", 0.0), run.objective.frame.scale
+    if not run.iterations or not ridge > _NOTABLE * float(scale.min()) ** 2:
+        return ""
+    K, factor = result.mixture.n_components, result.mixture.factor.detach()
+    index = torch.arange(0, K, -(-K // _COMPARED), device=factor.device)
+    variances = factor.select(index).covariances().diagonal(dim1=-2, dim2=-1).median(0).values
+    most = float(variances.max())
+    if not ridge > _DOMINANT * most or not ridge > _NOTABLE * float(scale.max()) ** 2:
+        return ""
+    return (
+        f"reg_covar={ridge:g} dominates the covariances: the variances within most components are at most {most:.2g}, reg_covar "
+        "included; pass a smaller reg_covar, in squared units of the data."
+    )
+
+
 def _degenerate(run: Run, best: Evaluation) -> tuple[int, ...]:
     """Return the components that have fewer points than their covariance needs.
 
@@ -294,10 +320,14 @@ def too_few_points(result: FitResult) -> str:
     if not few:
         return ""
     shown = ", ".join(map(str, few[:5])) + (f" (and {len(few) - 5} more)" if len(few) > 5 else "")
-    named = f"component {shown} has" if len(few) == 1 else f"components {shown} have"
+    one = len(few) == 1
+    named, own = (
+        (f"component {shown} is", "its covariance") if one else (f"components {shown} are", "their covariances")
+    )
+    limit = f"{_fewest(result.mixture)} points" + ("" if one else " each")
     return (
-        f"{named} fewer than {_fewest(result.mixture)} points (expected number), too few for a covariance of its own; use fewer "
-        'components, a prior (GaussianMixture(prior="auto"), gmmkeops.penalties.CovariancePrior), or another covariance type.'
+        f"{named} expected to have fewer than {limit}, too few for {own}; use fewer components, a prior "
+        '(GaussianMixture(prior="auto"), gmmkeops.penalties.CovariancePrior), or another covariance type.'
     )
 
 

@@ -70,25 +70,27 @@ def initialize(
 ) -> Mixture:
     r"""Compute an initial mixture from data, by a search or from clusters.
 
-    .. math:: \min_{\mu} \sum_n g_n \min_k \lVert x_n - \mu_k \rVert^2 \qquad \text{(the objective of k-means)}
+    .. math:: \min_{\mu} \sum_n g_n \min_k \lVert x_n - \mu_k \rVert^2 \qquad \text{for "kmeans"}
 
     Args:
         x: Points (N, D), N >= K, data units; or anything that :meth:`gmmkeops.Source.of` accepts.
         n_components: Number of components K.
-        strategy: ``"auto"``: k-means in the standardized columns and in coordinates in which all points are white, followed by up
-            to three rounds in which all components are split, fitted, merged back to K and fitted again, if that improves the
-            objective. With less than one point per parameter there are no rounds, but four runs of k-means in each metric, and a
-            metric does not count if the clusters of its runs differ most. ``"split-merge"`` performs the rounds also then,
-            ``"annealed"`` performs deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd
+        strategy: ``"auto"``: k-means in two metrics, that of the standardized columns and that of whitened coordinates (in which
+            the covariance of all points is the identity), followed by up to three rounds in which all components are split,
+            fitted, merged back to K and fitted again, as long as that increases the (penalized) likelihood. With less than one
+            point per parameter there are no rounds, but four runs of k-means in each metric, and a metric is dropped if its runs
+            agree much less than those of the other one. ``"split-merge"`` performs the rounds also then, ``"annealed"`` performs
+            deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd
             iterations), ``"k-means++"`` (points chosen by k-means++), ``"random"`` or ``"random_from_data"`` (K random points as
-            centers), or ``"responsibilities"`` (random responsibilities).
+            centers), or ``"responsibilities"`` (random responsibilities, which is
+            ``"random"`` in scikit-learn).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         sample_weight: Weight of each point (N,), or None.
         n_init: Number of runs, of which the best one is used. A search uses other candidates in each run, and ends when it has
             found the best optimum twice, or no better one in four runs.
         generator: Random number generator or seed; by default one with a fixed seed, so that repeated calls give equal
             mixtures. Torch's global random state is neither used nor changed.
-        refine: Number of additional EM steps, for strategies without a search.
+        refine: Number of additional EM steps; zero for strategies with a search.
         backend: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         penalty: Penalty of the fit that follows, as for :func:`gmmkeops.fit`, which counts in the objective of a search.
         prior: With fewer than ten points per parameter, a search uses weak priors of the covariances, since the likelihood
@@ -155,14 +157,18 @@ def start_of(
     mind_fork()
     world = World()
     with world.together(), reductions.threads_for(x):
-        strategy = as_choice(
-            _SAME.get(strategy, strategy) if isinstance(strategy, str) else strategy, "strategy", STRATEGIES
-        )
+        strategy = as_choice(strategy, "strategy", (*STRATEGIES, *_SAME))
+        strategy = _SAME.get(strategy, strategy)
         kind, tied = factor_class(covariance_type)
         K = as_integer(n_components, "n_components")
         as_integer(K, "n_components", 1, clause="must be at least 1")
         runs, refine = as_integer(n_init, "n_init", 1), as_integer(refine, "refine", 0)
         as_choice(backend, "backend", reductions.BACKENDS)
+        if refine and strategy in SEARCHED:
+            raise ValueError(
+                f"refine={refine} requires a strategy without a search, got {strategy!r}, which performs EM steps itself; omit "
+                'refine, or pass strategy="kmeans".'
+            )
         if prior is not None:
             as_choice(prior, "prior", ("auto",))
         settings: dict[str, Any] = {
