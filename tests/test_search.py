@@ -173,9 +173,15 @@ def test_engines_find_the_same_optimum(covariance_type):
 # Acceptance of rounds
 
 
+def without_native_rounds(monkeypatch):
+    """Let every round be performed by several calls."""
+    monkeypatch.setattr(rounds, "rounds_of", lambda *_: None)
+
+
 def test_rounds_never_increase_the_objective(monkeypatch):
+    without_native_rounds(monkeypatch)
     seen, improved, one_round = [], Climber.improved, Climber._round
-    rounds = []
+    values = []
 
     def spy(self, found, most):
         after = improved(self, found, most)
@@ -184,25 +190,26 @@ def test_rounds_never_increase_the_objective(monkeypatch):
 
     def spy_round(self, before):
         found = one_round(self, before)
-        rounds.append(math.inf if found is None else found.value)
+        values.append(math.inf if found is None else found.value)
         return found
 
     monkeypatch.setattr(Climber, "improved", spy)
     monkeypatch.setattr(Climber, "_round", spy_round)
     x = overlapping(7)
     for seed in range(4):
-        seen.clear(), rounds.clear()
+        seen.clear(), values.clear()
         mixture, report = start_of(x, 7, generator=seed, method=gk.EM(reg_covar=0))
         ((before, after, most),) = seen
-        assert after == min([before, *rounds])
-        assert report.rounds == len(rounds) <= most == 3
+        assert after == min([before, *values])
+        assert report.rounds == len(values) <= most == 3
         assert -float(mixture.log_prob(x).mean()) == pytest.approx(objective(mixture, x), abs=1e-9)
         # Only the last round may be worse than the one before it.
-        values = [before, *rounds]
-        assert values[:-1] == sorted(values[:-1], reverse=True)
+        path = [before, *values]
+        assert path[:-1] == sorted(path[:-1], reverse=True)
 
 
 def test_a_round_that_is_worse_is_rejected(monkeypatch):
+    without_native_rounds(monkeypatch)
     one_round, improved, candidates = Climber._round, Climber.improved, []
 
     def worse(self, before):
@@ -224,6 +231,7 @@ def test_a_round_that_is_worse_is_rejected(monkeypatch):
 
 
 def test_a_round_that_leaves_a_component_without_points_is_rejected(monkeypatch):
+    without_native_rounds(monkeypatch)
     one_round = Climber._round
 
     def tiny(self, before):
@@ -299,15 +307,15 @@ def objective_of(mixture, x, penalty):
 
 def captured(monkeypatch):
     """Mixtures of K components that a search with few points has climbed without a prior, data units."""
-    plain, climbed = [], Climber.climbed
+    plain, climbs = [], Climber.climbs
 
-    def spy(self, mixture, steps, tolerance):
-        found = climbed(self, mixture, steps, tolerance)
-        if self.objective.penalty is None and mixture.n_components == 3:
-            plain.append(self.objective.frame.leave(found.mixture))
+    def spy(self, mixtures, steps, tolerance):
+        found = climbs(self, mixtures, steps, tolerance)
+        if self.objective.penalty is None and mixtures[0].n_components == 3:
+            plain.extend(self.objective.frame.leave(each.mixture) for each in found)
         return found
 
-    monkeypatch.setattr(Climber, "climbed", spy)
+    monkeypatch.setattr(Climber, "climbs", spy)
     return plain
 
 
@@ -496,11 +504,16 @@ def test_more_initializations_are_not_worse():
 def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
     sweeps, candidates = [], []
     em_steps, moments, clustered = gk.reductions.em_steps, gk.reductions.moments, Search._clustered
-    em_round = gk.reductions.em_round
+    em_climb, em_rounds = gk.reductions.em_climb, gk.reductions.em_rounds
 
-    def spy_round(*arguments, **options):
-        found = em_round(*arguments, **options)
+    def spy_rounds(*arguments, **options):
+        found = em_rounds(*arguments, **options)
         sweeps.append(found.work if found else 0)
+        return found
+
+    def spy_climb(batch, starts, settings, **options):
+        found = em_climb(batch, starts, settings, **options)
+        sweeps.extend(each.steps * len(starts[0][1]) for each in found or () if each)
         return found
 
     def spy_steps(batch, logits, means, factor, settings, **options):
@@ -519,7 +532,8 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
         return clustered(self, centers, root)
 
     monkeypatch.setattr(gk.reductions, "em_steps", spy_steps)
-    monkeypatch.setattr(gk.reductions, "em_round", spy_round)
+    monkeypatch.setattr(gk.reductions, "em_climb", spy_climb)
+    monkeypatch.setattr(gk.reductions, "em_rounds", spy_rounds)
     monkeypatch.setattr(gk.reductions, "moments", spy_moments)
     monkeypatch.setattr(Search, "_clustered", spy_clustered)
     x = overlapping(1, N=400)
@@ -698,56 +712,205 @@ def test_invalid_priors_are_refused(prior):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
+# The native engine
+
+
+native = pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
+
+
+def searched(x, family, K, weights=None, method=None, seed=0):
+    return Search(
+        x, weights, K, *gk.components.factor_class(family), method=method, penalty=None, prior=None,
+        generator=torch.Generator().manual_seed(seed), backend="auto",
+    )  # fmt: skip
+
+
+def clumps(D, N, weighted):
+    """Four clusters of different sizes, and weights or None."""
+    normal = {"generator": torch.Generator().manual_seed(D * N), "dtype": torch.float64}
+    scales = torch.linspace(0.5, 2, D, dtype=torch.float64)
+    labels = torch.multinomial(torch.tensor([0.1, 0.2, 0.3, 0.4]), N, True, generator=normal["generator"])
+    x = 3 * torch.randn(4, D, **normal)[labels] + scales * torch.randn(N, D, **normal)
+    return x, torch.rand(N, **normal) + 0.5 if weighted else None
+
+
+def assert_equal_mixtures(one, other, atol=1e-8):
+    assert torch.allclose(one.weights, other.weights, atol=atol)
+    assert torch.allclose(one.means, other.means, atol=atol)
+    assert torch.allclose(one.factor.covariances(), other.factor.covariances(), atol=atol)
+
+
+@native
 @pytest.mark.parametrize("family", ["full", "diag", "spherical"])
 @pytest.mark.parametrize(("D", "N"), [(1, 400), (3, 2000), (3, 120), (9, 2000)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_native_round_equals_that_of_several_calls(family, D, N, weighted, monkeypatch):
-    generator = torch.Generator().manual_seed(D * N)
-    normal = {"generator": generator, "dtype": torch.float64}
-    scales = torch.linspace(0.5, 2, D, dtype=torch.float64)
-    x = 3 * torch.randn(4, D, **normal)[torch.randint(4, (N,), generator=generator)] + scales * torch.randn(
-        N, D, **normal
-    )
-    weights = torch.rand(N, **normal) + 0.5 if weighted else None
-    search = Search(
-        x, weights, 5, *gk.components.factor_class(family), method=None, penalty=None, prior=None, generator=generator,
-        backend="auto",
-    )  # fmt: skip
+def test_native_rounds_equal_those_of_several_calls(family, D, N, weighted, monkeypatch):
+    x, weights = clumps(D, N, weighted)
+    search = searched(x, family, 5, weights)
     assert (search.objective.penalty is not None) == search.few
     climber = search.climber()
     found = climber.climbed(search.begun(1)[0], 5, 0.0)
-    results, native = [], rounds.round_of
+    results, rounds_of, calls = [], rounds.rounds_of, []
+
+    def counted(*arguments):
+        calls.append(rounds_of(*arguments))
+        return calls[-1]
+
+    for most in (1, 3, 8):
+        results.clear(), calls.clear()
+        for whole in (True, False):
+            climber.work = climber.rounds = 0
+            monkeypatch.setattr(rounds, "rounds_of", counted if whole else lambda *_: None)
+            results.append((climber.improved(found, most), climber.work, climber.rounds))
+        assert len(calls) == 1
+        assert calls[0] is not None
+        assert calls[0][0].ended
+        (fast, *fast_counts), (slow, *slow_counts) = results
+        assert fast_counts == slow_counts
+        assert fast.value == pytest.approx(slow.value, abs=1e-9)
+        assert (fast is found) == (slow is found)
+        assert_equal_mixtures(fast.origin, slow.origin)
+        assert_equal_mixtures(fast.mixture, slow.mixture)
+
+
+@native
+def test_native_rounds_end_as_those_of_several_calls(monkeypatch):
+    """Rounds end since they are worse, since they gain little, since a component is too small, or since there are no more."""
+    rounds_of, endings = rounds.rounds_of, set()
+    for seed in range(6):
+        x = overlapping(seed, N=60 if seed % 2 else 600)
+        for K in (3, 6):
+            search = searched(x, "full", K, method=gk.EM(reg_covar=1e-3), seed=seed)
+            own = Climber(search.method, search.plain)
+            found = own.climbed(search.begun(0)[0], 15, 1e-3)
+            results = []
+            for whole in (True, False):
+                own.rounds = own.work = 0
+                monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
+                results.append((own.improved(found, 3), own.rounds, own.work))
+            (fast, *fast_counts), (slow, *slow_counts) = results
+            assert fast_counts == slow_counts
+            assert fast.value == pytest.approx(slow.value, abs=1e-8)
+            endings.add((fast is found, own.rounds))
+    assert len(endings) >= 3
+
+
+@native
+def test_a_component_without_points_ends_native_rounds():
+    """A round with a smaller component than before, and than D + 1 points, is rejected though its objective is better."""
+    x = torch.cat([overlapping(1, N=300).double(), torch.full((1, 2), 60.0, dtype=torch.float64)])
+    search = searched(x, "full", 2, method=gk.EM(reg_covar=1e-2))
+    own = Climber(search.method, search.plain)
+    found = own.climbed(search.begun(1)[0], 0, 0.0)
+    larger = own.state(gk.Mixture(torch.zeros(2).double(), found.mixture.means, found.mixture.factor))
+    found = replace(found, state=larger, value=100.0)
+    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7}
+    accepted = rounds.rounds_of(own.method, own.objective, found.state, 100.0, 1, settings)
+    after = own._round(found)
+    assert (accepted[1] is not None) == (own.least(after) >= min(3, own.least(found)))
+
+
+@native
+@pytest.mark.parametrize("family", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_native_climbs_equal_steps_of_several_calls(family, weighted, monkeypatch):
+    x, weights = clumps(3, 700, weighted)
+    search = searched(x, family, 4, weights)
+    climber = search.climber()
+    starts = [mixture for run in range(2) for mixture in search.begun(run)]
+    results, climbs_of = [], rounds.climbs_of
     for whole in (True, False):
         climber.work = 0
-        monkeypatch.setattr(rounds, "round_of", native if whole else lambda *_: None)
-        assert (
-            rounds.round_of(climber.method, climber.objective, found.state, (10, 1e-3), (15, 1e-4)) is None
-        ) != whole
-        results.append((climber._round(found), climber.work))
+        monkeypatch.setattr(
+            rounds, "climbs_of", climbs_of if whole else lambda _, __, states, *___: [None] * len(states)
+        )
+        found = climber.climbs(starts, 12, 1e-3) + climber.climbs(starts[:1], 0, 0.0)
+        results.append((found, climber.work))
     (fast, fast_work), (slow, slow_work) = results
     assert fast_work == slow_work
-    assert fast.value == pytest.approx(slow.value, abs=1e-9)
-    for one, other in ((fast.origin, slow.origin), (fast.mixture, slow.mixture)):
-        assert torch.allclose(one.weights, other.weights, atol=1e-8)
-        assert torch.allclose(one.means, other.means, atol=1e-8)
-        assert torch.allclose(one.factor.covariances(), other.factor.covariances(), atol=1e-8)
+    for one, other in zip(fast, slow, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-12)
+        assert one.origin is other.origin
+        assert_equal_mixtures(one.mixture, other.mixture, atol=1e-12)
+    assert_equal_mixtures(fast[-1].mixture, starts[0], atol=1e-12)
 
 
-@pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
-def test_a_round_that_is_not_ordinary_takes_several_calls(monkeypatch):
+@native
+def test_one_of_several_climbs_may_need_several_calls():
+    """A component on a single point has a singular covariance; the other mixture is not affected."""
+    x, _ = clumps(2, 200, False)
+    search = searched(x, "full", 3, method=gk.EM(reg_covar=0))
+    own = Climber(search.method, search.plain)
+    good = search.begun(0)[0]
+    z = search.plain.data.x
+    scales = torch.tensor([1.0, 1.0, 1e-6]).double()[:, None, None]
+    tiny = gk.Mixture(
+        torch.zeros(3).double(),
+        torch.stack([z[0], z[1], z[2]]),
+        gk.FullFactor.from_covariances(torch.eye(2).double() * scales**2),
+    )
+    states = [own.state(each) for each in (good, tiny)]
+    first, second = rounds.climbs_of(own.method, own.objective, states, 15, 1e-3)
+    assert first is not None
+    assert second is None
+    found = own.climbs([good, tiny], 15, 1e-3)
+    assert found[0].value == first[1]
+    assert math.isfinite(found[1].value)
+
+
+@native
+def test_a_round_that_is_not_ordinary_takes_several_calls():
     """Points on a line make covariances singular; common covariances, and a single one, are left to several calls."""
     line = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None] * torch.ones(2, dtype=torch.float64)
+    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7}
     for x, family, K in ((line, "full", 3), (overlapping(1, N=300), "tied", 3), (overlapping(1, N=300), "full", 1)):
-        search = Search(
-            x, None, K, *gk.components.factor_class(family), method=gk.EM(reg_covar=0), penalty=None, prior=None,
-            generator=torch.Generator().manual_seed(0), backend="auto",
-        )  # fmt: skip
+        search = searched(x, family, K, method=gk.EM(reg_covar=0))
         climber = search.climber()
         found = climber.climbed(search.begun(0)[0], 5, 0.0)
-        assert rounds.round_of(climber.method, climber.objective, found.state, (10, 1e-3), (15, 1e-4)) is None
+        assert rounds.rounds_of(climber.method, climber.objective, found.state, found.value, 2, settings) is None
         after = climber.improved(found, 2)
         assert after.value <= found.value
+
+
+@native
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("D", [1, 2, 6])
+def test_native_clusters_are_regularized_as_by_torch(family, weighted, D, monkeypatch):
+    """With few points in a cluster, covariances are averaged with a pooled one, to which a wide cluster contributes less."""
+    x, weights = clumps(D, 90, weighted)
+    x[:6] *= 8
+    one_step, pooled = Search._by_one_step, set()
+    for K in (2, 5, 9):
+        search = searched(x, family, K, weights)
+        mixtures = []
+        for fast in (True, False):
+            search.generator.manual_seed(K)
+            monkeypatch.setattr(Search, "_by_one_step", one_step if fast else lambda *_: None)
+            mixtures.append(search.begun(0))
+        for one, other in zip(*mixtures, strict=True):
+            small = float(other.weights.min()) * search.plain.count <= 4 * (D + 1)
+            pooled.add(small)
+            if small:
+                assert_equal_mixtures(one, other, atol=1e-10)
+    assert True in pooled
+
+
+@native
+def test_large_clusters_are_not_regularized():
+    x, _ = clumps(2, 4000, False)
+    search = searched(x, "full", 3)
+    for mixture in search.begun(0):
+        labels = mixture.predict(search.plain.data.x)
+        assert int(torch.bincount(labels).min()) > 12
+    z = search.plain.data.x
+    centers = search.begun(0)[0].means
+    labels = torch.cdist(z, centers).argmin(1)
+    found = search._clustered(centers, None)
+    for k in range(3):
+        own = z[labels == k]
+        assert torch.allclose(found.means[k], own.mean(0), atol=1e-12)
+        assert torch.allclose(found.factor.covariances()[k], own.T.cov(correction=0), atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.*did not converge")

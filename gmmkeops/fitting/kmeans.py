@@ -26,6 +26,7 @@ __all__ = [
     "lloyd",
     "mixture_of",
     "nearest",
+    "pool_of",
     "random_responsibilities",
     "responsibilities",
     "seeds",
@@ -244,6 +245,17 @@ def mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Ten
     floor = torch.maximum(floor, 1e-15 * spreads.amax(1))
     factor, _ = kind.maximize(scatter, counts, D, ridge=spread.new_zeros(D), floor=floor)
     return Mixture(torch.log_softmax(logits, 0), sums.means, factor.rescale(1 / unit.expand(D)))
+
+
+def pool_of(mass: float, K: int, below: float) -> reductions.Pool:
+    """Return the constants with which the native engine regularizes covariances as :func:`mixture_of`.
+
+    Args:
+        mass: Total weight of the points.
+        K: Number of clusters.
+        below: Weight of a cluster, as a fraction, up to which covariances are regularized.
+    """
+    return reductions.Pool(below, _SHARE * mass / K, _FLOOR, _LARGE)
 
 
 def _unit(counts: Tensor, variances: Tensor, spread: Tensor) -> Tensor:

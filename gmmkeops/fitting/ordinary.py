@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gmmkeops import reductions
 from gmmkeops.components import Moments
@@ -19,7 +19,7 @@ from gmmkeops.models import HALF, Mixture, merges_singly, noise
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["DEAD_SHARE", "Block", "climb", "maximized", "round_of"]
+__all__ = ["DEAD_SHARE", "Block", "climb", "climbs_of", "maximized", "rounds_of"]
 
 # EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
 DEAD_SHARE = 1e-3
@@ -178,18 +178,68 @@ def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mi
     return settings.degrees * mixture.factor.leading * objective.frame.log_volume / objective.mass
 
 
-def round_of(
-    method: EM, objective: Objective, state: EMState, split: tuple[int, float], merged: tuple[int, float]
-) -> tuple[Mixture, Mixture, float, int] | None:
-    """Perform a round of :class:`~gmmkeops.fitting.rounds.Climber` in the native engine: split, climb, merge and climb again.
+def _offset(objective: Objective, settings: reductions.StepSettings, mixture: Mixture) -> float:
+    """Return the part of the objective that is the same for all mixtures, nats per point."""
+    return _volume(objective, settings, mixture) + objective.frame.log_volume
+
+
+def climbs_of(
+    method: EM, objective: Objective, states: list[EMState], steps: int, tolerance: float
+) -> list[tuple[Mixture, float, int] | None]:
+    """Perform the steps of :func:`climb` from several states of equal shape in the native engine.
+
+    Args:
+        method, objective, steps, tolerance: As for :func:`climb`.
+        states: States of which no component is pruned, before the first step.
+
+    Returns:
+        The mixture that was reached from each state, its objective (as for :func:`climb`), and the number of E-steps; None if a
+        step is not an ordinary one, or the engine does not compute them.
+    """
+    nothing: list[tuple[Mixture, float, int] | None] = [None] * len(states)
+    own = _settings(method, objective, states[0])
+    if own is None:
+        return nothing
+    batch, settings = own
+    mixtures = [state.mixture for state in states]
+    found = reductions.em_climb(
+        batch,
+        [(each.logits, each.means, each.factor) for each in mixtures],
+        settings,
+        steps=steps + 1,
+        tolerance=tolerance,
+        backend=objective.backend,
+    )
+    if found is None:
+        return nothing
+    objective.passes.seen(batch, mixtures[0].n_components)
+    offset = _offset(objective, settings, mixtures[0])
+    return [
+        None
+        if each is None
+        else (
+            Mixture(*each.reached, validate_args=False),
+            offset + (each.prior - each.total) / objective.mass + each.cost,
+            each.steps,
+        )
+        for each in found
+    ]
+
+
+def rounds_of(
+    method: EM, objective: Objective, state: EMState, value: float, most: int, settings: dict[str, Any]
+) -> tuple[reductions.Rounds, tuple[Mixture, Mixture] | None] | None:
+    """Perform rounds of :class:`~gmmkeops.fitting.rounds.Climber` in the native engine, as long as they improve the objective.
 
     Args:
         method, objective, state: As for :func:`climb`.
-        split, merged: Steps and tolerances after the split and after the merge.
+        value: Objective of the state, nats per point.
+        most: Largest number of rounds.
+        settings: Constants of the rounds, as for :class:`~gmmkeops.reductions.RoundSettings`.
 
     Returns:
-        The merged mixture, the mixture that was reached, its objective (as for :func:`climb`), and the number of E-steps times
-        that of the components in them; None if a step is not an ordinary one, or the engine does not compute them.
+        The results, and the mixtures before and after the last steps of the last accepted round, or None without one. None if the
+        next round is not an ordinary one, or the engine does not compute it.
     """
     mixture = state.mixture
     # The halves of one component of a common covariance have it, too.
@@ -197,24 +247,23 @@ def round_of(
     own = _settings(method, objective, state) if singly else None
     if own is None:
         return None
-    batch, settings = own
-    found = reductions.em_round(
+    batch, constants = own
+    found = reductions.em_rounds(
         batch,
         (mixture.logits, mixture.means, mixture.factor),
-        settings,
-        split=split,
-        merged=merged,
-        half=HALF,
-        points=noise(mixture.n_features),
+        constants,
+        reductions.RoundSettings(half=HALF, points=noise(mixture.n_features), size=objective.count, **settings),
+        value=value,
+        constant=_offset(objective, constants, mixture),
+        most=most,
         backend=objective.backend,
     )
-    if found is None:
+    if found is None or not found.rounds:
         return None
     objective.passes.seen(batch, mixture.n_components)
-    likelihood = found.total / objective.mass - objective.frame.log_volume
-    value = _volume(objective, settings, mixture) + found.prior / objective.mass + found.cost - likelihood
-    before, after = (Mixture(*parameters, validate_args=False) for parameters in (found.merged, found.reached))
-    return before, after, value, found.work
+    if found.merged is None or found.reached is None:
+        return found, None
+    return found, (Mixture(*found.merged, validate_args=False), Mixture(*found.reached, validate_args=False))
 
 
 def climb(method: EM, objective: Objective, state: EMState, steps: int, tolerance: float) -> tuple[EMState, float]:

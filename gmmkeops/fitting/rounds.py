@@ -10,7 +10,7 @@ import torch
 
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.ordinary import climb, round_of
+from gmmkeops.fitting.ordinary import climb, climbs_of, rounds_of
 from gmmkeops.fitting.population import Population
 from gmmkeops.models import Mixture, merge_down, merged_by, split
 
@@ -76,12 +76,28 @@ class Climber:
 
     def climbed(self, mixture: Mixture, steps: int, tolerance: float) -> Found:
         """Perform EM steps from a mixture in standardized coordinates."""
+        return self.climbs([mixture], steps, tolerance)[0]
+
+    def climbs(self, mixtures: list[Mixture], steps: int, tolerance: float) -> list[Found]:
+        """Perform EM steps from several mixtures of equal shape in standardized coordinates."""
+        fast = climbs_of(self.method, self.objective, [self.state(each) for each in mixtures], steps, tolerance)
+        found = []
+        for mixture, native in zip(mixtures, fast, strict=True):
+            if native is None:
+                state, value, sweeps = self._climbed(mixture, steps, tolerance)
+            else:
+                state, value, sweeps = self.state(native[0]), *native[1:]
+            self.work += sweeps * mixture.n_components
+            found.append(Found(state, value, mixture))
+        return found
+
+    def _climbed(self, mixture: Mixture, steps: int, tolerance: float) -> tuple[EMState, float, int]:
+        """Perform EM steps of any kind; return the last state of known objective, this objective, and the number of E-steps."""
         state = self.state(mixture)
         if self.objective.penalty is not None and not self.objective.penalty.constant:
             state = self.method.init(self.objective, mixture)
         state, value = climb(self.method, self.objective, state, steps, tolerance)
-        self.work += (state.iteration + 1) * mixture.n_components
-        return Found(state, value, mixture)
+        return state, value, state.iteration + 1
 
     def state(self, mixture: Mixture) -> EMState:
         """Return the state of EM at a mixture of which no component is pruned or singular."""
@@ -99,9 +115,14 @@ class Climber:
 
     def improved(self, found: Found, most: int) -> Found:
         """Split every component, climb, merge and climb again, as long as that improves the objective."""
-        for _ in range(most):
+        left = most
+        while left > 0:
+            found, rounds, ended = self._fast_rounds(found, left)
+            left -= rounds
+            if ended or not left:
+                break
             other = self._round(found)
-            self.rounds += 1
+            self.rounds, left = self.rounds + 1, left - 1
             if other is None or best_of([found, other]) is found:
                 break
             if self.least(other) < min(found.origin.n_features + 1, self.least(found)):
@@ -111,16 +132,30 @@ class Climber:
                 break
         return found
 
+    def _fast_rounds(self, found: Found, most: int) -> tuple[Found, int, bool]:
+        """Perform the next rounds in the native engine.
+
+        Returns:
+            The candidate, the number of rounds, and whether no further one is to be performed.
+        """
+        if found.state.mixture.n_components < found.origin.n_components:
+            # After pruning, the merge leaves more components than were split, which the library does not support.
+            return found, 0, False
+        constants = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE}
+        native = rounds_of(self.method, self.objective, found.state, found.value, most, constants)
+        if native is None:
+            return found, 0, False
+        results, pair = native
+        self.work += results.work
+        self.rounds += results.rounds
+        if pair is not None:
+            merged, reached = pair
+            found = Found(self.state(reached), results.value, merged)
+        return found, results.rounds, results.ended
+
     def _round(self, found: Found) -> Found | None:
-        """Return the result of one round; None if fewer components are left after the split than before."""
+        """Return the result of one round of several calls; None if fewer components are left after the split than before."""
         K = found.origin.n_components
-        # After pruning, the merge leaves more components than were split, which the library does not support.
-        whole = found.state.mixture.n_components == K
-        fast = round_of(self.method, self.objective, found.state, _SPLIT, MERGED) if whole else None
-        if fast is not None:
-            merged, reached, value, work = fast
-            self.work += work
-            return Found(self.state(reached), value, merged)
         twice = self.climbed(split(found.state.mixture), *_SPLIT).state.mixture
         if twice.n_components < K:
             return None

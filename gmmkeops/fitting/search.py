@@ -22,7 +22,7 @@ from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.frame import Frame
-from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, seeds
+from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, pool_of, seeds
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
@@ -237,7 +237,7 @@ class Search:
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            candidates = climber.sound([climber.climbed(each, *CANDIDATE) for each in self.begun(run)])
+            candidates = climber.sound(climber.climbs(self.begun(run), *CANDIDATE))
             starts += candidates
             found = best_of(candidates)
             if strategy == "annealed":
@@ -296,13 +296,15 @@ class Search:
         """
         points, masses = self._different
         found = []
-        for root in self._roots:
+        for metric in self._metrics:
+            root = None if metric is None else metric.matrices()[0]
             z = points if root is None else points @ root
             if run % 3 == 0:
                 centers = kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
             else:
                 centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
-            found.append(self._clustered(centers, root))
+            centers = centers if root is None else torch.linalg.solve_triangular(root, centers, upper=True, left=False)
+            found.append(self._clustered(centers, metric))
         self.candidates += len(found)
         return found
 
@@ -313,12 +315,11 @@ class Search:
         return _robust_covariance(z, self.weights, 0.0, 1.0)
 
     @cached_property
-    def _roots(self) -> list[Tensor | None]:
-        """The metrics of k-means: that of the standardized columns (None), and that in which all points are white (D, D)."""
+    def _metrics(self) -> list[FullFactor | None]:
+        """The metrics of k-means: that of the standardized columns (None), and that in which all points are white."""
         if self.D == 1 or self.K == 1:
             return [None]
-        values, vectors = torch.linalg.eigh(self._covariance)
-        return [None, vectors * values.rsqrt()]
+        return [None, FullFactor.from_covariances(self._covariance[None])]
 
     @cached_property
     def _different(self) -> tuple[Tensor, Tensor]:
@@ -330,39 +331,51 @@ class Search:
             x, g = x[rows], None if g is None else g[rows]
         return distinct(x, g)
 
-    def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
-        """Return the mixture of the clusters about centers (K, D) in a metric."""
+    def _clustered(self, centers: Tensor, metric: FullFactor | None) -> Mixture:
+        """Return the mixture of the clusters about centers (K, D), standardized coordinates, in a metric."""
         batch = Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
-        means = centers if root is None else torch.linalg.solve(root.mT, centers.mT).mT
-        if (found := self._by_one_step(batch, means, root)) is not None:
+        if (found := self._by_one_step(batch, centers, metric)) is not None:
             return found
-        if root is None:
-            sums = clusters([batch], means, self.kind, self.backend)
+        if metric is None:
+            sums = clusters([batch], centers, self.kind, self.backend)
         else:
-            arguments = (batch.points, means.new_zeros(len(means)), means, FullFactor.from_factors(root[None]))
+            arguments = (batch.points, centers.new_zeros(len(centers)), centers, metric)
             hard = reductions.moments(
                 *arguments, weights=batch.weights, assignment="hard", backend=self.backend, truncate=0
             )
             sums = Moments(hard.S0, hard.S1, self.kind.second_moments(hard.S2), hard.centers, hard.total, hard.mass)
         return mixture_of(sums, self.kind, self.tied, *trimmed_spread(batch.points, self.weights))
 
-    def _by_one_step(self, batch: Batch, means: Tensor, root: Tensor | None) -> Mixture | None:
-        """Return the mixture of the clusters by one step of hard EM; None if clusters are small or singular."""
-        if self.tied or (root is not None and self.kind is not FullFactor):
+    def _by_one_step(self, batch: Batch, centers: Tensor, metric: FullFactor | None) -> Mixture | None:
+        """Return the mixture of the clusters by one step of hard EM; None if the native engine does not perform it.
+
+        Covariances are averaged with a pooled one if a cluster has few points.
+        """
+        if self.tied or (metric is not None and self.kind is not FullFactor):
             return None
-        matrix = torch.eye(self.D).to(means) if root is None else root
-        one = (
-            FullFactor.from_factors(matrix[None])
-            if root is not None
-            else self.kind.from_covariances(self.kind.compact(matrix)[None], features=self.D)
-        )
-        factor = one.replace(**{name: values.expand(self.K, -1) for name, values in one.tensors.items()})
-        least = 4 * (self.D + 1) / self.plain.count
+        shapes = self.kind.shapes(self.K, self.D)
+        if metric is None:
+            tensors = {name: centers.new_zeros(shape) for name, shape in shapes.items()}
+        else:
+            tensors = {name: tensor.expand(shapes[name]) for name, tensor in metric.tensors.items()}
+        pool = pool_of(self.plain.mass, self.K, 4 * (self.D + 1) / self.plain.count)
         settings = reductions.StepSettings(
-            self.plain.mass, means.new_zeros(self.D), FLOOR, least, assignment="hard", bare=True
+            self.plain.mass,
+            centers.new_zeros(self.D),
+            FLOOR,
+            pool.weight / self.plain.mass,
+            assignment="hard",
+            bare=True,
+            pool=pool,
         )
         steps = reductions.em_steps(
-            batch, means.new_zeros(self.K), means, factor, settings, backend=self.backend, limit=1
+            batch,
+            centers.new_zeros(self.K),
+            centers,
+            self.kind.of(tensors, self.D),
+            settings,
+            backend=self.backend,
+            limit=1,
         )
         if not steps:
             return None
@@ -390,7 +403,7 @@ class Search:
 
     def _by_likelihood(self, climber: Climber, mixtures: list[Mixture]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
-        climbed = [climber.climbed(each, *_PLAIN) for each in mixtures]
+        climbed = climber.climbs(mixtures, *_PLAIN)
         sound = [each for each in climbed if not self.degenerate(each.mixture)]
         return best_of(sound or climber.sound(climbed))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["FAMILIES", "StepSettings", "Steps", "described", "em_steps", "native_m_step"]
+__all__ = ["FAMILIES", "Pool", "StepSettings", "Steps", "described", "em_steps", "native_m_step"]
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
 FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
@@ -31,6 +31,22 @@ _MANY = 128
 
 # Largest number of steps of a call, and multiplications that a call with several steps may take (about a millisecond).
 _MOST, _WORK = 16, 3e7
+
+
+class Pool(NamedTuple):
+    """Constants of an average of each covariance with a robust pooled one, see ``Steps::pool`` in source/steps.hpp.
+
+    Args:
+        below: Weight of a component below which covariances are averaged.
+        weight: Weight of the pooled covariance in each average, in units of the weights of points.
+        floor: Constant that is added to the variances of the pooled covariance, relative to a typical variance within components.
+        limit: Mean variance of a component, relative to a typical one, above which its contribution is reduced.
+    """
+
+    below: float
+    weight: float
+    floor: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class StepSettings:
         scatter: Scatter of the pseudo-points of each covariance, in the shape of S2 of a component; None without a prior.
         degrees: Number of these pseudo-points.
         bare: Whether the logits are the offsets of the exponents, as in k-means, rather than log-weights.
+        pool: How covariances are averaged with a pooled one; None if they are not.
     """
 
     mass: float
@@ -58,6 +75,7 @@ class StepSettings:
     scatter: Tensor | None = None
     degrees: float = 0.0
     bare: bool = False
+    pool: Pool | None = None
 
 
 class Steps:
@@ -236,6 +254,7 @@ def _described(
     """Return the arguments of steps for a sweep over points of total weight ``mass``, and the tensors that must be kept."""
     ridge, fixed = settings.ridge.contiguous(), settings.fixed
     scatter = None if settings.scatter is None else settings.scatter.contiguous()
+    below, weight, least, limit = (0.0, 0.0, 0.0, 0.0) if settings.pool is None else settings.pool
     call = StepCall(
         sweep=sweep,
         tied=factor.leading == 1,
@@ -250,6 +269,10 @@ def _described(
         ceiling=1 / settings.floor,
         coarse=ROUNDING,
         degrees=settings.degrees,
+        pool_below=below,
+        pool_weight=weight,
+        pool_floor=least,
+        pool_limit=limit,
         ridge=ridge.data_ptr(),
         scatter=None if scatter is None else scatter.data_ptr(),
     )
