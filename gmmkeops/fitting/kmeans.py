@@ -8,7 +8,7 @@ advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ __all__ = [
 # Maximum number of rounds of k-means++. With more centers than rounds, several centers are chosen per round.
 _ROUNDS = 64
 
+# Number of columns that usually decide the order of rows.
+_COLUMNS = 3
+
+# Decrease of the inertia, as a fraction, below which Lloyd iterations end.
+_CHANGE = 1e-4
+
 # Weight of the pooled covariance in the covariance of each cluster, as a fraction of the average cluster weight.
 _SHARE = 0.01
 
@@ -54,15 +60,20 @@ def distinct(rows: Tensor, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         mass = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
     else:
         rows, mass = rows[mass > 0], mass[mass > 0]
-    # Rows are sorted by one column, and then by another one where it is equal, from the last column to the first.
-    order = rows[:, 0].argsort(stable=True)
-    first = rows[order, 0]
-    if bool((first[1:] == first[:-1]).any()):
-        for column in reversed(rows.unbind(1)):
+    # Rows are sorted by their first columns, and by all columns if these do not decide the order of different rows.
+    for columns in (1, _COLUMNS, rows.shape[1]):
+        first = rows[:, :columns].unbind(1)
+        order = first[-1].argsort(stable=True)
+        for column in reversed(first[:-1]):
             order = order[column[order].argsort(stable=True)]
-    rows, mass = rows[order], mass[order]
+        found = rows[order]
+        differs = found[1:] != found[:-1]
+        after = differs.any(1)
+        if columns >= rows.shape[1] or bool((differs[:, :columns].any(1) == after).all()):
+            break
+    rows, mass = found, mass[order]
     new = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    new[1:] = (rows[1:] != rows[:-1]).any(1)
+    new[1:] = after
     if bool(new.all()):
         return rows, mass
     points = rows[new]
@@ -83,14 +94,18 @@ def seeds(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
         u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
         order = (-torch.log1p(-u) / mass).argsort()
         return points[order[torch.arange(K, device=mass.device) % len(order)]]
+    # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
+    at_once, tries = K // _ROUNDS, 2 + int(math.log(K))
+    native = reductions.chosen_seeds(points, mass, K, tries, generator) if at_once < 2 else None
+    if native is not None:
+        return points[native]
     first = _draw(mass, 1, generator)
     chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
     columns, squares = points.mT.contiguous(), points.square().sum(1)
     while (left := K - sum(map(len, chosen))) > 0:
         chance = mass * distance
-        # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
-        several = min(left, K // _ROUNDS)
-        candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, 2 + int(math.log(K))), generator)
+        several = min(left, at_once)
+        candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, tries), generator)
         if several > 1:
             chosen.append(candidates[:several])
             distance = torch.minimum(distance, nearest(points, points[chosen[-1]]))
@@ -113,40 +128,24 @@ def nearest(points: Tensor, centers: Tensor) -> Tensor:
 
 def lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
     """Iterate k-means until the inertia decreases by a fraction of less than 1e-4; return the centers and the inertia."""
-    last, steps = math.inf, _lloyd_steps(points, mass, centers, backend, iterations)
-    for _ in range(iterations):
-        centers, inertia = next(steps)
-        if last - inertia < 1e-4 * inertia:
-            break
-        last = inertia
-    return centers, inertia
-
-
-def _lloyd_steps(
-    points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int
-) -> Iterator[tuple[Tensor, float]]:
-    """Iterate over the centers after each Lloyd iteration, and the inertia before it."""
     cloud = reductions.arrange(points, len(centers), sweeps=iterations)
     offsets, factor = centers.new_zeros(len(centers)), SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
-    nothing = centers.new_zeros(centers.shape[1])
-    total = float(mass.sum())
-    settings = reductions.StepSettings(total, nothing, 1.0, -1.0, (True, False, True), assignment="hard", bare=True)
-    supported = True
-    while True:
-        steps = None
-        if supported:
-            steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
-            # If the library cannot compute a step, it cannot compute the next ones either.
-            supported = bool(steps)
-        if steps:
-            for t in range(len(steps)):
-                centers = steps.means(t + 1)
-                yield centers, -steps.totals[t]
-        else:
-            arguments = (cloud, offsets, centers, factor)
-            sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
-            centers = sums.means
-            yield centers, -float(sums.total)
+    settings = reductions.StepSettings(
+        float(mass.sum()), centers.new_zeros(centers.shape[1]), 1.0, -1.0, (True, False, True), "hard", bare=True
+    )
+    left, last, inertia = iterations, math.inf, math.inf
+    limits: dict[str, Any] = {"limit": left, "tolerance": 0.0, "relative": _CHANGE}
+    steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend, **limits)
+    if steps:
+        centers, inertia = steps.means(len(steps)), -steps.totals[-1]
+        last = -steps.totals[-2] if len(steps) > 1 else math.inf
+        left -= len(steps)
+    # If the library cannot compute a step, it cannot compute the next ones either.
+    while left > 0 and not last - inertia < _CHANGE * inertia:
+        sums = reductions.moments(cloud, offsets, centers, factor, weights=mass, assignment="hard", backend=backend)
+        centers, last, inertia = sums.means, inertia, -float(sums.total)
+        left -= 1
+    return centers, inertia
 
 
 def kmeans(

@@ -26,7 +26,7 @@ from gmmkeops.fitting.kmeans import clusters, distinct, kmeans, mixture_of, pool
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
-from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of
+from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of, best_sound
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
@@ -78,12 +78,6 @@ def sample_size(K: int, D: int, kind: type[Factor]) -> int:
     return max(clustered_size(K), min(rows, _NUMBERS // D))
 
 
-def covariance_of(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Compute a robust covariance (D, D) of points (N, D), data units."""
-    center, spread = trimmed_spread(x, weights)
-    return _robust_covariance(x, weights, center, torch.where(spread > 0, spread, 1.0))
-
-
 def prior_of(covariance: Tensor, K: int) -> CovariancePrior:
     """Return a weak prior of the covariances: D + 2 points with the covariance (D, D) of all points divided by K^(2/D)."""
     D = len(covariance)
@@ -101,19 +95,24 @@ def within_prior(mixture: Mixture) -> tuple[Tensor, float]:
     return (mixture.weights[:, None, None] * covariances).sum(0), mixture.n_features + 2.0
 
 
-def _robust_covariance(x: Tensor, weights: Tensor | None, center: Tensor | float, spread: Tensor | float) -> Tensor:
-    """Compute the covariance (D, D) of points, with columns that are clipped at ten standard deviations."""
-    z = ((x.double() - center) / spread).clamp_(-10, 10)
-    g = torch.ones(len(z), dtype=torch.float64, device=x.device) if weights is None else weights
+def _robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
+    """Compute the covariance (D, D), float64, of standardized points (n, D), which are clipped at ten standard deviations."""
+    z = z.double().clamp(-10, 10)
+    g = torch.ones(len(z), dtype=torch.float64, device=z.device) if weights is None else weights
     z = z - g @ z / g.sum()
     # A constant column would make the covariance singular.
-    covariance = (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(x.shape[1]).to(z)
-    return covariance if isinstance(spread, float) else covariance * spread * spread[:, None]
+    return (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(z.shape[1]).to(z)
 
 
 def _parameters(kind: type[Factor], D: int) -> int:
     """Count the parameters of a component: weight, mean and covariance."""
     return 1 + D + kind.count(1, D)
+
+
+def _factor_of(root: Tensor) -> FullFactor:
+    """Return an upper triangular matrix (D, D) as the precision factor of one component."""
+    row, column = torch.triu_indices(len(root), len(root), 1, device=root.device)
+    return FullFactor(root.diagonal().log()[None], root[row, column][None])
 
 
 class Search:
@@ -149,7 +148,9 @@ class Search:
         self.began = time.perf_counter()
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
         # Splits and k-means compare the columns, so that their scale must not depend on their units.
-        frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False)
+        #: Centers and standard deviations of the columns (D,), data units.
+        self.spread = trimmed_spread(x, weights)
+        frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False, spread=self.spread)
         method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
@@ -179,15 +180,21 @@ class Search:
 
     def narrowed(self, objective: Objective, mixture: Mixture) -> Objective:
         """Return an objective with a prior of the mean covariance within the components of a standardized mixture."""
-        return self._with(objective, CovariancePrior(*within_prior(self.plain.frame.leave(mixture))))
+        within, points = within_prior(mixture)
+        return self._with(objective, CovariancePrior(self._in_data_units(within), points))
 
     def _with(self, objective: Objective, added: CovariancePrior) -> Objective:
         return replace(objective, penalty=added if self.penalty is None else self.penalty + added)
 
+    def _in_data_units(self, covariance: Tensor) -> Tensor:
+        """Convert a covariance (D, D) from standardized coordinates to data units."""
+        scale = self.plain.frame.scale
+        return covariance * scale * scale[:, None]
+
     @cached_property
     def _spread(self) -> Tensor:
         """Robust covariance of all points (D, D), data units."""
-        return covariance_of(self.x, self.weights)
+        return self._in_data_units(self._covariance)
 
     def _supported(self, penalty: Any, K: int) -> Penalty | None:
         """Return the penalty, or None if there is none or EM does not support it."""
@@ -244,7 +251,7 @@ class Search:
                 found = self._annealed(climber, found)
             elif strategy == "auto" and self.ratio < _TOO_FEW:
                 # A fit of fewer points than parameters stays where it begins, which is the clusters themselves.
-                found = Found(climber.state(found.origin), found.value, found.origin)
+                found = Found(found.origin, found.value, found.origin, found.origin)
             elif self.doubles:
                 found = climber.improved(found, most)
             seen.append(found.value)
@@ -296,15 +303,14 @@ class Search:
         """
         points, masses = self._different
         found = []
-        for metric in self._metrics:
-            root = None if metric is None else metric.matrices()[0]
+        for root in self._roots:
             z = points if root is None else points @ root
             if run % 3 == 0:
                 centers = kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
             else:
                 centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
             centers = centers if root is None else torch.linalg.solve_triangular(root, centers, upper=True, left=False)
-            found.append(self._clustered(centers, metric))
+            found.append(self._clustered(centers, root))
         self.candidates += len(found)
         return found
 
@@ -312,14 +318,23 @@ class Search:
     def _covariance(self) -> Tensor:
         """Robust covariance of all points, standardized coordinates, in which columns have deviations of about one."""
         z: Tensor = self.plain.data.x  # type: ignore[attr-defined]
-        return _robust_covariance(z, self.weights, 0.0, 1.0)
+        return _robust_covariance(z, self.weights)
 
     @cached_property
-    def _metrics(self) -> list[FullFactor | None]:
-        """The metrics of k-means: that of the standardized columns (None), and that in which all points are white."""
+    def _least(self) -> float:
+        """Least eigenvalue of this covariance."""
+        return float(torch.linalg.eigvalsh(self._covariance)[0])
+
+    @cached_property
+    def _roots(self) -> list[Tensor | None]:
+        """The metrics of k-means: that of the standardized columns (None), and that in which all points are white.
+
+        The latter is an upper triangular matrix (D, D), by which points are multiplied.
+        """
         if self.D == 1 or self.K == 1:
             return [None]
-        return [None, FullFactor.from_covariances(self._covariance[None])]
+        lower = torch.linalg.cholesky(self._covariance)
+        return [None, torch.linalg.solve_triangular(lower, torch.eye(self.D).to(lower), upper=False).mT]
 
     @cached_property
     def _different(self) -> tuple[Tensor, Tensor]:
@@ -331,9 +346,10 @@ class Search:
             x, g = x[rows], None if g is None else g[rows]
         return distinct(x, g)
 
-    def _clustered(self, centers: Tensor, metric: FullFactor | None) -> Mixture:
+    def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
         """Return the mixture of the clusters about centers (K, D), standardized coordinates, in a metric."""
         batch = Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
+        metric = None if root is None else _factor_of(root)
         if (found := self._by_one_step(batch, centers, metric)) is not None:
             return found
         if metric is None:
@@ -404,8 +420,7 @@ class Search:
     def _by_likelihood(self, climber: Climber, mixtures: list[Mixture]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
         climbed = climber.climbs(mixtures, *_PLAIN)
-        sound = [each for each in climbed if not self.degenerate(each.mixture)]
-        return best_of(sound or climber.sound(climbed))
+        return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:
         """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction.
@@ -416,5 +431,8 @@ class Search:
         """
         if float(mixture.weights.min()) * (self.plain.count if count is None else count) < 2 * (self.D + 1):
             return True
-        least = torch.linalg.eigvalsh(self._covariance)[0]
-        return bool(torch.linalg.matrix_norm(mixture.factor.matrices(), 2).amax() ** -2 < _THIN * least)
+        factors, limit = mixture.factor.matrices(), 1 / (_THIN * self._least)
+        # The Frobenius norm bounds the spectral norm, and is computed faster.
+        if float(factors.square().sum((1, 2)).amax()) < limit:
+            return False
+        return bool(torch.linalg.matrix_norm(factors, 2).amax() ** 2 > limit)

@@ -20,6 +20,7 @@ __all__ = [
     "ParameterCall",
     "RecordCall",
     "RoundCall",
+    "SeedCall",
     "StepCall",
     "TreeCall",
     "instruction_set",
@@ -76,7 +77,7 @@ class StepCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("steps", "done")),
         *(
             (name, ctypes.c_double)
-            for name in ("mass", "scale", "least", "floor", "ceiling", "coarse", "degrees", "tolerance")
+            for name in ("mass", "scale", "least", "floor", "ceiling", "coarse", "degrees", "tolerance", "relative")
         ),
         *((name, ctypes.c_double) for name in ("pool_below", "pool_weight", "pool_floor", "pool_limit")),
         *((name, ctypes.c_void_p) for name in ("ridge", "rounding", "scatter")),
@@ -103,6 +104,15 @@ class RoundCall(ctypes.Structure):
         ("points", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("blocks", "most", "done", "accepted", "ended", "work")),
         *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
+    )
+
+
+class SeedCall(ctypes.Structure):
+    """The arguments of greedy k-means++."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("points", "dimensions", "centers", "candidates")),
+        *((name, ctypes.c_void_p) for name in ("x", "mass", "uniform", "chosen")),
     )
 
 
@@ -201,7 +211,19 @@ class TreeCall(ctypes.Structure):
 
 
 # The calls in the order of ``gmmkeops_size`` in native/source/native.cpp.
-_CALLS = (Call, ListCall, TreeCall, StepCall, PairCall, RoundCall, RecordCall, ExtentCall, ParameterCall, ClimbCall)
+_CALLS = (
+    Call,
+    ListCall,
+    TreeCall,
+    StepCall,
+    PairCall,
+    RoundCall,
+    RecordCall,
+    ExtentCall,
+    ParameterCall,
+    ClimbCall,
+    SeedCall,
+)
 
 
 @cache

@@ -129,7 +129,9 @@ def em_steps(
     drift: float = 0.0,
     backend: str = "auto",
     limit: int | None = None,
+    most: int = _MOST,
     tolerance: float = -math.inf,
+    relative: float = 0.0,
 ) -> Steps | None:
     """Perform EM steps over all points, until one is not ordinary.
 
@@ -140,8 +142,9 @@ def em_steps(
         counts: Fraction of the points for each covariance at the last M-step; None for those of the first E-step.
         drift: As in :class:`Steps`, before the first step.
         backend: Name of the engine.
-        limit: Largest number of steps; None for as many as take about a millisecond.
+        limit: Largest number of steps; None for as many as take about a millisecond, at most ``most``.
         tolerance: Decrease of the objective below which no further step is performed, nats per point.
+        relative: Fraction of the objective that is added to the tolerance.
 
     Returns:
         The results, which may contain no step; None if the native engine does not compute them.
@@ -152,8 +155,9 @@ def em_steps(
     call, _kept = own
     (N, D), K, full = batch.points.shape, len(means), factor.coupled
     work = N * K * (D * (D + 8) if full else D + 8)
-    count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
-    tables, call.tolerance = _tables(count, logits, means, factor, counts, drift), tolerance
+    count = max(1, min(most, int(_WORK / max(work, 1)))) if limit is None else limit
+    call.tolerance, call.relative = tolerance, relative
+    tables = _tables(count, logits, means, factor, counts, drift)
     return _performed("gmmkeops_steps", call, tables, factor, is_long=count * N * K * D >= LONG)
 
 

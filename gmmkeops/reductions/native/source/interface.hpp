@@ -51,7 +51,9 @@ struct StepCall {
   double floor, ceiling;    // smallest variance, and largest sum of the squares of a factor
   double coarse;            // largest norm of the change of a whitened residual by the rounding of the points
   double degrees;           // pseudo-points of each covariance
-  double tolerance;         // the call ends when a step decreases the objective by less, nats per point; negative infinity: never
+  // The call ends when a step decreases the objective by less than a tolerance (nats per point; negative infinity: never) plus a
+  // fraction of the objective.
+  double tolerance, relative;
   // Average of each covariance with a pooled one, see Steps::pool: weight of a component below which it is computed (0: never), number
   // of points that the pooled covariance stands for, ratio of its floor and of its limit to a typical variance.
   double pool_below, pool_weight, pool_floor, pool_limit;
@@ -64,6 +66,14 @@ struct StepCall {
   double *total, *cost;     // (steps,), log-likelihoods; 1/2 sum_k c_k tr(ridge precision_k)
   double *prior;            // (steps,), sum_k degrees / 2 log |Sigma_k| + 1/2 tr(scatter precision_k), nats
   double *drift;            // (steps + 1,), sum of the changes of this cost by those of the fractions
+};
+
+// Initial centers of k-means by greedy k-means++, see seeds.hpp.
+struct SeedCall {
+  int64_t points, dimensions, centers, candidates;  // M, D, K, candidates for each center but the first one
+  const double *x, *mass;   // (M, D), (M,)
+  const double* uniform;    // (1 + (K - 1) candidates,), random numbers from 0 to 1
+  int64_t* chosen;          // (K,), indices of the centers
 };
 
 // The costs of merging pairs of components.

@@ -243,7 +243,7 @@ template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evalu
       for (int64_t k = 0; k < steps.K; k++) call.counts[call.tied ? 0 : k] += steps.S0[k] * call.scale / call.mass;
     }
     if (!steps.maximize(t)) break;
-    if (t > 0 && objective(call, t - 1) - objective(call, t) < call.tolerance) {
+    if (t > 0 && objective(call, t - 1) - objective(call, t) < call.tolerance + call.relative * std::abs(objective(call, t))) {
       call.done++;
       if (ended) *ended = true;
       return DONE;
