@@ -12,9 +12,9 @@ import torch
 from conftest import FAMILIES, HAS_NATIVE
 
 import gmmkeops as gk
-from gmmkeops.fitting import initialization, rounds, search
+from gmmkeops.fitting import frame, initialization, kmeans, rounds, search
 from gmmkeops.fitting.rounds import Climber, Found
-from gmmkeops.fitting.search import Search, covariance_of, has_few_points, prior_of, within_prior
+from gmmkeops.fitting.search import Search, has_few_points, prior_of, within_prior
 
 SEARCHES = ("auto", "split-merge", "annealed")
 start_of = initialization.start_of
@@ -214,8 +214,7 @@ def test_a_round_that_is_worse_is_rejected(monkeypatch):
 
     def worse(self, before):
         found = one_round(self, before)
-        shifted = replace(found.state, mixture=found.state.mixture[[0]])
-        return replace(found, state=shifted, value=candidates[-1].value + 0.1)
+        return replace(found, mixture=found.mixture[[0]], value=candidates[-1].value + 0.1)
 
     def spy(self, found, most):
         candidates.append(found)
@@ -236,10 +235,10 @@ def test_a_round_that_leaves_a_component_without_points_is_rejected(monkeypatch)
 
     def tiny(self, before):
         found = one_round(self, before)
-        m = found.state.mixture
+        m = found.mixture
         logits = m.log_weights.clone()
         logits[0] = -30
-        return replace(found, state=self.state(gk.Mixture(logits, m.means, m.factor)), value=found.value - 1)
+        return replace(found, mixture=gk.Mixture(logits, m.means, m.factor), value=found.value - 1)
 
     monkeypatch.setattr(Climber, "_round", tiny)
     assert float(start_of(overlapping(), 5)[0].weights.min()) > 1e-3
@@ -364,7 +363,7 @@ def test_with_a_prior_the_penalized_objectives_decide(seed, monkeypatch):
     assert report.prior
     assert not plain
     ((before, after),) = steps
-    wide, narrow = prior_of(covariance_of(x, None), 3), gk.penalties.CovariancePrior(*within_prior(before))
+    wide, narrow = prior_of(x.T.cov(correction=0), 3), gk.penalties.CovariancePrior(*within_prior(before))
 
     def value(each, prior):
         return float(prior(each, len(x)) - each.log_prob(x).mean())
@@ -436,7 +435,7 @@ def test_candidates_with_few_points_are_removed_if_there_are_others():
 
     def candidate(least, value):
         m = gk.Mixture(torch.tensor([least, 500.0, 500.0]).double().log(), torch.zeros(3, 2).double(), identities)
-        return Found(own.state(m), value, m)
+        return Found(m, value, m, m)
 
     identities = gk.FullFactor.from_factors(torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
     good, tiny, infinite = candidate(10.0, 3.0), candidate(1.0, 1.0), candidate(10.0, -math.inf)
@@ -561,6 +560,37 @@ def test_a_given_start_has_no_report():
     assert gk.fit(3, x).report.start.strategy == "auto"
     model = gk.GaussianMixture(3, init_params="kmeans", tol=0.1).fit(x)
     assert model.result_.report.start.strategy == "kmeans"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("family", ["full", "spherical"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_uses_the_spread_that_its_search_has_computed(weighted, family, dtype, monkeypatch):
+    calls, trimmed_spread = [], frame.trimmed_spread
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return trimmed_spread(*arguments)
+
+    monkeypatch.setattr(frame, "trimmed_spread", counting)
+    x = (overlapping(4, N=300) * torch.tensor([1.0, 30.0]) + 5.0).to(dtype)
+    g = torch.rand(300, generator=torch.Generator().manual_seed(0)).double() * 1e20 if weighted else None
+    model = gk.GaussianMixture(3, covariance_type=family).fit(x, sample_weight=g)
+    assert not calls
+    start, _ = start_of(x, 3, covariance_type=family, sample_weight=g, method=gk.EM())
+    result = gk.fit(start, x, sample_weight=g)
+    assert len(calls) == 1
+    assert torch.equal(result.mixture.means, model.mixture_.means)
+    assert result.history["objective"] == model.result_.history["objective"]
+    found = gk.fit(3, x, gk.EM(tol=1.0), sample_weight=g)
+    assert len(calls) == 1
+    assert found.report.start.strategy == "auto"
+    # A search on a part of the points does not know the spread of all points.
+    monkeypatch.setattr(search, "_CLUSTERED", 100)
+    monkeypatch.setattr(search, "_PER_COMPONENT", 50)
+    monkeypatch.setattr(search, "_PER_PARAMETER", 1)
+    assert gk.fit(3, x, gk.EM(tol=1.0), sample_weight=g).report.start.points < 300
+    assert len(calls) == 2
 
 
 # Quality
@@ -802,10 +832,10 @@ def test_a_component_without_points_ends_native_rounds():
     search = searched(x, "full", 2, method=gk.EM(reg_covar=1e-2))
     own = Climber(search.method, search.plain)
     found = own.climbed(search.begun(1)[0], 0, 0.0)
-    larger = own.state(gk.Mixture(torch.zeros(2).double(), found.mixture.means, found.mixture.factor))
-    found = replace(found, state=larger, value=100.0)
+    larger = gk.Mixture(torch.zeros(2).double(), found.mixture.means, found.mixture.factor)
+    found = replace(found, mixture=larger, active=larger, value=100.0)
     settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7}
-    accepted = rounds.rounds_of(own.method, own.objective, found.state, 100.0, 1, settings)
+    accepted = rounds.rounds_of(own.method, own.objective, found.mixture, 100.0, 1, settings)
     after = own._round(found)
     assert (accepted[1] is not None) == (own.least(after) >= min(3, own.least(found)))
 
@@ -822,7 +852,7 @@ def test_native_climbs_equal_steps_of_several_calls(family, weighted, monkeypatc
     for whole in (True, False):
         climber.work = 0
         monkeypatch.setattr(
-            rounds, "climbs_of", climbs_of if whole else lambda _, __, states, *___: [None] * len(states)
+            rounds, "climbs_of", climbs_of if whole else lambda _, __, starts, *___: [None] * len(starts)
         )
         found = climber.climbs(starts, 12, 1e-3) + climber.climbs(starts[:1], 0, 0.0)
         results.append((found, climber.work))
@@ -849,8 +879,7 @@ def test_one_of_several_climbs_may_need_several_calls():
         torch.stack([z[0], z[1], z[2]]),
         gk.FullFactor.from_covariances(torch.eye(2).double() * scales**2),
     )
-    states = [own.state(each) for each in (good, tiny)]
-    first, second = rounds.climbs_of(own.method, own.objective, states, 15, 1e-3)
+    first, second = rounds.climbs_of(own.method, own.objective, [good, tiny], 15, 1e-3)
     assert first is not None
     assert second is None
     found = own.climbs([good, tiny], 15, 1e-3)
@@ -867,7 +896,7 @@ def test_a_round_that_is_not_ordinary_takes_several_calls():
         search = searched(x, family, K, method=gk.EM(reg_covar=0))
         climber = search.climber()
         found = climber.climbed(search.begun(0)[0], 5, 0.0)
-        assert rounds.rounds_of(climber.method, climber.objective, found.state, found.value, 2, settings) is None
+        assert rounds.rounds_of(climber.method, climber.objective, found.mixture, found.value, 2, settings) is None
         after = climber.improved(found, 2)
         assert after.value <= found.value
 
@@ -894,6 +923,85 @@ def test_native_clusters_are_regularized_as_by_torch(family, weighted, D, monkey
             if small:
                 assert_equal_mixtures(one, other, atol=1e-10)
     assert True in pooled
+
+
+@native
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("D", "N", "K"), [(1, 50, 3), (2, 400, 7), (5, 160, 4), (3, 12, 12), (2, 2000, 40)])
+def test_native_seeds_equal_those_of_torch(D, N, K, weighted, monkeypatch):
+    x, weights = clumps(D, N, True)
+    mass = weights if weighted else torch.ones_like(weights)
+    results, chosen = [], gk.reductions.chosen_seeds
+    for fast in (True, False):
+        generator = torch.Generator().manual_seed(K)
+        monkeypatch.setattr(gk.reductions, "chosen_seeds", chosen if fast else lambda *_: None)
+        results.append((kmeans.seeds(x, mass, K, generator, spread=True), generator.get_state()))
+    (one, state), (other, after) = results
+    assert torch.equal(one, other)
+    assert torch.equal(state, after)
+    assert len(torch.unique(one, dim=0)) == K
+
+
+@native
+def test_native_seeds_of_few_different_points():
+    """After all points are centers, some are chosen again."""
+    x = torch.tensor([[0.0, 1.0], [5.0, 2.0]], dtype=torch.float64)
+    chosen = gk.reductions.chosen_seeds(x, torch.ones(2).double(), 4, 3, torch.Generator().manual_seed(0))
+    assert sorted(set(chosen.tolist())) == [0, 1]
+
+
+@native
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("iterations", [1, 4, 30])
+def test_lloyd_iterations_in_the_library_equal_single_ones(weighted, iterations, monkeypatch):
+    x, weights = clumps(3, 500, True)
+    mass = weights if weighted else torch.ones_like(weights)
+    results, em_steps = [], gk.reductions.em_steps
+    for fast in (True, False):
+        monkeypatch.setattr(gk.reductions, "em_steps", em_steps if fast else lambda *_, **__: None)
+        results.append(kmeans.lloyd(x, mass, x[:6], "auto", iterations))
+    (one, inertia), (other, expected) = results
+    assert inertia == pytest.approx(expected, rel=1e-12)
+    assert torch.allclose(one, other, atol=1e-12)
+
+
+@native
+def test_lloyd_iterations_go_on_after_an_empty_cluster():
+    x, weights = clumps(2, 300, True)
+    far = torch.cat([x[:3], torch.full((1, 2), 1e3, dtype=torch.float64)])
+    centers, inertia = kmeans.lloyd(x, weights, far, "auto")
+    three, expected = kmeans.lloyd(x, weights, x[:3], "auto")
+    assert inertia == pytest.approx(expected, rel=1e-9)
+    assert torch.allclose(centers[:3], three, atol=1e-9)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 9])
+def test_different_points_are_sorted_as_by_numpy(columns):
+    rng = np.random.default_rng(columns)
+    for most in (2, 5, 1000):
+        x = rng.integers(most, size=(300, columns)).astype(float)
+        x[:, : columns // 2] = 1.0
+        expected, counts = np.unique(x, axis=0, return_counts=True)
+        rows, mass = kmeans.distinct(torch.from_numpy(x), None)
+        assert np.array_equal(rows, expected)
+        assert np.array_equal(mass, counts)
+
+
+def test_the_best_sound_candidate_is_that_of_all_sound_ones():
+    rng, m = np.random.default_rng(0), gk.Mixture(torch.zeros(1), torch.zeros(1, 1), gk.FullFactor(torch.zeros(1, 1)))
+    for _ in range(300):
+        values = rng.integers(4, size=6) + rng.choice([0.0, 3e-8], size=6)
+        found = [Found(m, float(value), m, m) for value in values]
+        good = {id(each) for each in found if rng.random() < 0.4}
+        expected = [each for each in found if id(each) in good]
+        seen = []
+
+        def sound(each, good=good, seen=seen):
+            seen.append(each)
+            return id(each) in good
+
+        best = rounds.best_sound(found, sound)
+        assert best is (rounds.best_of(expected) if expected else None)
 
 
 @native
