@@ -96,6 +96,30 @@ def counted(monkeypatch):
     return counts
 
 
+@pytest.mark.parametrize("assignment", ["soft", "hard"])
+@pytest.mark.parametrize("max_iter", [0, 1, 3, 4, 5, 20])
+def test_the_evaluation_of_the_last_mixture_is_that_of_another_pass(assignment, max_iter, monkeypatch):
+    x, weights = problem()
+    method, start = gk.EM(assignment=assignment, reg_covar=0.05, tol=0.0), gk.initialize(x, 4, generator=1)
+    own = gk.fit(start, x, method, sample_weight=weights, max_iter=max_iter)
+    monkeypatch.setattr(gk.EM, "last", lambda self, objective, state, steps: self.evaluate(objective, state))
+    expected = gk.fit(start, x, method, sample_weight=weights, max_iter=max_iter)
+    assert (own.objective, own.log_likelihood) == (expected.objective, expected.log_likelihood)
+    assert torch.equal(own.mixture.means, expected.mixture.means)
+
+
+def test_a_fit_that_ends_early_performs_few_steps(monkeypatch):
+    x, _ = problem()
+    converged = gk.fit(gk.initialize(x, 4, generator=1), x, gk.EM(tol=1e-9), max_iter=1000).mixture
+    counts = counted(monkeypatch)
+    result = gk.fit(converged, x, gk.EM(tol=1e-3))
+    assert result.n_iter == 2
+    assert counts == [4]
+    counts.clear()
+    gk.fit(converged, x, gk.EM(tol=0.0), max_iter=40)
+    assert counts == [4, 4, 8, 16, 16]
+
+
 @pytest.mark.parametrize("covariance_type", TYPES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("assignment", ["soft", "hard"])

@@ -370,6 +370,18 @@ def test_gradients_that_cancel_are_right():
         assert comparison.failure is None
 
 
+def test_residuals_of_points_that_are_equal_to_means_are_rounding_errors():
+    x = torch.tensor([[-0.8, -1.0], [1.2, 1.0]]).double().repeat_interleave(10, 0)
+    means = (x[[0, 10, 0]] * (1 + torch.tensor([1e-16, -1e-16, 3e-16])[:, None])).contiguous()
+    for backend in ("native", "toy"):
+        comparison = Comparison(choice.ENGINES[backend].begin)
+        for scale in (1.0, 1e-9, 1e9):
+            U = 4 * torch.eye(2).double().expand(3, 2, 2) / scale
+            comparison._done.clear()
+            comparison.once(Exponents.of(scale * x, torch.zeros(3).double(), scale * means, U), Statistics())
+        assert comparison.failure is None
+
+
 def test_each_kind_of_request_and_family_is_compared(monkeypatch):
     asked = []
 

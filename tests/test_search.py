@@ -14,10 +14,10 @@ from sklearn.datasets import load_wine
 from sklearn.metrics import adjusted_rand_score
 
 import gmmkeops as gk
-from gmmkeops.fitting import initialization, rounds, search
+from gmmkeops.fitting import frame, initialization, kmeans, rounds, search
 from gmmkeops.fitting.kmeans import agreement, distinct
 from gmmkeops.fitting.rounds import Climber, Found
-from gmmkeops.fitting.search import Search, covariance_of, has_few_points, prior_of, within_prior
+from gmmkeops.fitting.search import Search, has_few_points, prior_of, within_prior
 
 SEARCHES = ("auto", "split-merge", "annealed")
 start_of = initialization.start_of
@@ -176,9 +176,15 @@ def test_engines_find_the_same_optimum(covariance_type):
 # Acceptance of rounds
 
 
+def without_native_rounds(monkeypatch):
+    """Let every round be performed by several calls."""
+    monkeypatch.setattr(rounds, "rounds_of", lambda *_: None)
+
+
 def test_rounds_never_increase_the_objective(monkeypatch):
+    without_native_rounds(monkeypatch)
     seen, improved, one_round = [], Climber.improved, Climber._round
-    rounds = []
+    values = []
 
     def spy(self, found, most):
         after = improved(self, found, most)
@@ -187,31 +193,31 @@ def test_rounds_never_increase_the_objective(monkeypatch):
 
     def spy_round(self, before):
         found = one_round(self, before)
-        rounds.append(math.inf if found is None else found.value)
+        values.append(math.inf if found is None else found.value)
         return found
 
     monkeypatch.setattr(Climber, "improved", spy)
     monkeypatch.setattr(Climber, "_round", spy_round)
     x = overlapping(7)
     for seed in range(4):
-        seen.clear(), rounds.clear()
+        seen.clear(), values.clear()
         mixture, report = start_of(x, 7, generator=seed, method=gk.EM(reg_covar=0))
         ((before, after, most),) = seen
-        assert after == min([before, *rounds])
-        assert report.rounds == len(rounds) <= most == 3
+        assert after == min([before, *values])
+        assert report.rounds == len(values) <= most == 3
         assert -float(mixture.log_prob(x).mean()) == pytest.approx(objective(mixture, x), abs=1e-9)
         # Only the last round may be worse than the one before it.
-        values = [before, *rounds]
-        assert values[:-1] == sorted(values[:-1], reverse=True)
+        path = [before, *values]
+        assert path[:-1] == sorted(path[:-1], reverse=True)
 
 
 def test_a_round_that_is_worse_is_rejected(monkeypatch):
+    without_native_rounds(monkeypatch)
     one_round, improved, candidates = Climber._round, Climber.improved, []
 
     def worse(self, before):
         found = one_round(self, before)
-        shifted = replace(found.state, mixture=found.state.mixture[[0]])
-        return replace(found, state=shifted, value=candidates[-1].value + 0.1)
+        return replace(found, mixture=found.mixture[[0]], value=candidates[-1].value + 0.1)
 
     def spy(self, found, most):
         candidates.append(found)
@@ -227,14 +233,15 @@ def test_a_round_that_is_worse_is_rejected(monkeypatch):
 
 
 def test_a_round_that_leaves_a_component_without_points_is_rejected(monkeypatch):
+    without_native_rounds(monkeypatch)
     one_round = Climber._round
 
     def tiny(self, before):
         found = one_round(self, before)
-        m = found.state.mixture
+        m = found.mixture
         logits = m.log_weights.clone()
         logits[0] = -30
-        return replace(found, state=self.state(gk.Mixture(logits, m.means, m.factor)), value=found.value - 1)
+        return replace(found, mixture=gk.Mixture(logits, m.means, m.factor), value=found.value - 1)
 
     monkeypatch.setattr(Climber, "_round", tiny)
     assert float(start_of(overlapping(), 5)[0].weights.min()) > 1e-3
@@ -302,15 +309,15 @@ def objective_of(mixture, x, penalty):
 
 def captured(monkeypatch):
     """Mixtures of K components that a search with few points has climbed without a prior, data units."""
-    plain, climbed = [], Climber.climbed
+    plain, climbs = [], Climber.climbs
 
-    def spy(self, mixture, steps, tolerance):
-        found = climbed(self, mixture, steps, tolerance)
-        if self.objective.penalty is None and mixture.n_components == 3:
-            plain.append(self.objective.frame.leave(found.mixture))
+    def spy(self, mixtures, steps, tolerance):
+        found = climbs(self, mixtures, steps, tolerance)
+        if self.objective.penalty is None and mixtures[0].n_components == 3:
+            plain.extend(self.objective.frame.leave(each.mixture) for each in found)
         return found
 
-    monkeypatch.setattr(Climber, "climbed", spy)
+    monkeypatch.setattr(Climber, "climbs", spy)
     return plain
 
 
@@ -359,7 +366,7 @@ def test_with_a_prior_the_penalized_objectives_decide(seed, monkeypatch):
     assert report.prior
     assert not plain
     ((before, after),) = steps
-    wide, narrow = prior_of(covariance_of(x, None), 3), gk.penalties.CovariancePrior(*within_prior(before))
+    wide, narrow = prior_of(x.T.cov(correction=0), 3), gk.penalties.CovariancePrior(*within_prior(before))
 
     def value(each, prior):
         return float(prior(each, len(x)) - each.log_prob(x).mean())
@@ -431,7 +438,7 @@ def test_candidates_with_few_points_are_removed_if_there_are_others():
 
     def candidate(least, value):
         m = gk.Mixture(torch.tensor([least, 500.0, 500.0]).double().log(), torch.zeros(3, 2).double(), identities)
-        return Found(own.state(m), value, m)
+        return Found(m, value, m, m)
 
     identities = gk.FullFactor.from_factors(torch.eye(2, dtype=torch.float64).expand(3, 2, 2))
     good, tiny, infinite = candidate(10.0, 3.0), candidate(1.0, 1.0), candidate(10.0, -math.inf)
@@ -517,11 +524,16 @@ def test_more_initializations_are_not_worse():
 def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
     sweeps, candidates = [], []
     em_steps, moments, clustered = gk.reductions.em_steps, gk.reductions.moments, Search._clustered
-    em_round = gk.reductions.em_round
+    em_climb, em_rounds = gk.reductions.em_climb, gk.reductions.em_rounds
 
-    def spy_round(*arguments, **options):
-        found = em_round(*arguments, **options)
+    def spy_rounds(*arguments, **options):
+        found = em_rounds(*arguments, **options)
         sweeps.append(found.work if found else 0)
+        return found
+
+    def spy_climb(batch, starts, settings, **options):
+        found = em_climb(batch, starts, settings, **options)
+        sweeps.extend(each.steps * len(starts[0][1]) for each in found or () if each)
         return found
 
     def spy_steps(batch, logits, means, factor, settings, **options):
@@ -540,7 +552,8 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
         return clustered(self, centers, root)
 
     monkeypatch.setattr(gk.reductions, "em_steps", spy_steps)
-    monkeypatch.setattr(gk.reductions, "em_round", spy_round)
+    monkeypatch.setattr(gk.reductions, "em_climb", spy_climb)
+    monkeypatch.setattr(gk.reductions, "em_rounds", spy_rounds)
     monkeypatch.setattr(gk.reductions, "moments", spy_moments)
     monkeypatch.setattr(Search, "_clustered", spy_clustered)
     x = overlapping(1, N=400)
@@ -568,6 +581,37 @@ def test_a_given_start_has_no_report():
     assert gk.fit(3, x).report.start.strategy == "auto"
     model = gk.GaussianMixture(3, init_params="kmeans", tol=0.1).fit(x)
     assert model.result_.report.start.strategy == "kmeans"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("family", ["full", "spherical"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fit_uses_the_spread_that_its_search_has_computed(weighted, family, dtype, monkeypatch):
+    calls, trimmed_spread = [], frame.trimmed_spread
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return trimmed_spread(*arguments)
+
+    monkeypatch.setattr(frame, "trimmed_spread", counting)
+    x = (overlapping(4, N=300) * torch.tensor([1.0, 30.0]) + 5.0).to(dtype)
+    g = torch.rand(300, generator=torch.Generator().manual_seed(0)).double() * 1e20 if weighted else None
+    model = gk.GaussianMixture(3, covariance_type=family).fit(x, sample_weight=g)
+    assert not calls
+    start, _ = start_of(x, 3, covariance_type=family, sample_weight=g, method=gk.EM())
+    result = gk.fit(start, x, sample_weight=g)
+    assert len(calls) == 1
+    assert torch.equal(result.mixture.means, model.mixture_.means)
+    assert result.history["objective"] == model.result_.history["objective"]
+    found = gk.fit(3, x, gk.EM(tol=1.0), sample_weight=g)
+    assert len(calls) == 1
+    assert found.report.start.strategy == "auto"
+    # A search on a part of the points does not know the spread of all points.
+    monkeypatch.setattr(search, "_CLUSTERED", 100)
+    monkeypatch.setattr(search, "_PER_COMPONENT", 50)
+    monkeypatch.setattr(search, "_PER_PARAMETER", 1)
+    assert gk.fit(3, x, gk.EM(tol=1.0), sample_weight=g).report.start.points < 300
+    assert len(calls) == 2
 
 
 # Quality
@@ -719,56 +763,283 @@ def test_invalid_priors_are_refused(prior):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
+# The native engine
+
+
+native = pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
+
+
+def searched(x, family, K, weights=None, method=None, seed=0):
+    return Search(
+        x, weights, K, *gk.components.factor_class(family), method=method, penalty=None, prior=None,
+        generator=torch.Generator().manual_seed(seed), backend="auto",
+    )  # fmt: skip
+
+
+def clumps(D, N, weighted):
+    """Four clusters of different sizes, and weights or None."""
+    normal = {"generator": torch.Generator().manual_seed(D * N), "dtype": torch.float64}
+    scales = torch.linspace(0.5, 2, D, dtype=torch.float64)
+    labels = torch.multinomial(torch.tensor([0.1, 0.2, 0.3, 0.4]), N, True, generator=normal["generator"])
+    x = 3 * torch.randn(4, D, **normal)[labels] + scales * torch.randn(N, D, **normal)
+    return x, torch.rand(N, **normal) + 0.5 if weighted else None
+
+
+def assert_equal_mixtures(one, other, atol=1e-8):
+    assert torch.allclose(one.weights, other.weights, atol=atol)
+    assert torch.allclose(one.means, other.means, atol=atol)
+    assert torch.allclose(one.factor.covariances(), other.factor.covariances(), atol=atol)
+
+
+@native
 @pytest.mark.parametrize("family", ["full", "diag", "spherical"])
 @pytest.mark.parametrize(("D", "N"), [(1, 400), (3, 2000), (3, 120), (9, 2000)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_native_round_equals_that_of_several_calls(family, D, N, weighted, monkeypatch):
-    generator = torch.Generator().manual_seed(D * N)
-    normal = {"generator": generator, "dtype": torch.float64}
-    scales = torch.linspace(0.5, 2, D, dtype=torch.float64)
-    x = 3 * torch.randn(4, D, **normal)[torch.randint(4, (N,), generator=generator)] + scales * torch.randn(
-        N, D, **normal
-    )
-    weights = torch.rand(N, **normal) + 0.5 if weighted else None
-    search = Search(
-        x, weights, 5, *gk.components.factor_class(family), method=None, penalty=None, prior=None, generator=generator,
-        backend="auto",
-    )  # fmt: skip
+def test_native_rounds_equal_those_of_several_calls(family, D, N, weighted, monkeypatch):
+    x, weights = clumps(D, N, weighted)
+    search = searched(x, family, 5, weights)
     assert (search.objective.penalty is not None) == search.few
     climber = search.climber()
     found = climber.climbed(search.begun(1)[0], 5, 0.0)
-    results, native = [], rounds.round_of
+    results, rounds_of, calls = [], rounds.rounds_of, []
+
+    def counted(*arguments):
+        calls.append(rounds_of(*arguments))
+        return calls[-1]
+
+    for most in (1, 3, 8):
+        results.clear(), calls.clear()
+        for whole in (True, False):
+            climber.work = climber.rounds = 0
+            monkeypatch.setattr(rounds, "rounds_of", counted if whole else lambda *_: None)
+            results.append((climber.improved(found, most), climber.work, climber.rounds))
+        assert len(calls) == 1
+        assert calls[0] is not None
+        assert calls[0][0].ended
+        (fast, *fast_counts), (slow, *slow_counts) = results
+        assert fast_counts == slow_counts
+        assert fast.value == pytest.approx(slow.value, abs=1e-9)
+        assert (fast is found) == (slow is found)
+        assert_equal_mixtures(fast.origin, slow.origin)
+        assert_equal_mixtures(fast.mixture, slow.mixture)
+
+
+@native
+def test_native_rounds_end_as_those_of_several_calls(monkeypatch):
+    """Rounds end since they are worse, since they gain little, since a component is too small, or since there are no more."""
+    rounds_of, endings = rounds.rounds_of, set()
+    for seed in range(6):
+        x = overlapping(seed, N=60 if seed % 2 else 600)
+        for K in (3, 6):
+            search = searched(x, "full", K, method=gk.EM(reg_covar=1e-3), seed=seed)
+            own = Climber(search.method, search.plain)
+            found = own.climbed(search.begun(0)[0], 15, 1e-3)
+            results = []
+            for whole in (True, False):
+                own.rounds = own.work = 0
+                monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
+                results.append((own.improved(found, 3), own.rounds, own.work))
+            (fast, *fast_counts), (slow, *slow_counts) = results
+            assert fast_counts == slow_counts
+            assert fast.value == pytest.approx(slow.value, abs=1e-8)
+            endings.add((fast is found, own.rounds))
+    assert len(endings) >= 3
+
+
+@native
+def test_a_component_without_points_ends_native_rounds():
+    """A round with a smaller component than before, and than D + 1 points, is rejected though its objective is better."""
+    x = torch.cat([overlapping(1, N=300).double(), torch.full((1, 2), 60.0, dtype=torch.float64)])
+    search = searched(x, "full", 2, method=gk.EM(reg_covar=1e-2))
+    own = Climber(search.method, search.plain)
+    found = own.climbed(search.begun(1)[0], 0, 0.0)
+    larger = gk.Mixture(torch.zeros(2).double(), found.mixture.means, found.mixture.factor)
+    found = replace(found, mixture=larger, active=larger, value=100.0)
+    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7}
+    accepted = rounds.rounds_of(own.method, own.objective, found.mixture, 100.0, 1, settings)
+    after = own._round(found)
+    assert (accepted[1] is not None) == (own.least(after) >= min(3, own.least(found)))
+
+
+@native
+@pytest.mark.parametrize("family", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_native_climbs_equal_steps_of_several_calls(family, weighted, monkeypatch):
+    x, weights = clumps(3, 700, weighted)
+    search = searched(x, family, 4, weights)
+    climber = search.climber()
+    starts = [mixture for run in range(2) for mixture in search.begun(run)]
+    results, climbs_of = [], rounds.climbs_of
     for whole in (True, False):
         climber.work = 0
-        monkeypatch.setattr(rounds, "round_of", native if whole else lambda *_: None)
-        assert (
-            rounds.round_of(climber.method, climber.objective, found.state, (10, 1e-3), (15, 1e-4)) is None
-        ) != whole
-        results.append((climber._round(found), climber.work))
+        monkeypatch.setattr(
+            rounds, "climbs_of", climbs_of if whole else lambda _, __, starts, *___: [None] * len(starts)
+        )
+        found = climber.climbs(starts, 12, 1e-3) + climber.climbs(starts[:1], 0, 0.0)
+        results.append((found, climber.work))
     (fast, fast_work), (slow, slow_work) = results
     assert fast_work == slow_work
-    assert fast.value == pytest.approx(slow.value, abs=1e-9)
-    for one, other in ((fast.origin, slow.origin), (fast.mixture, slow.mixture)):
-        assert torch.allclose(one.weights, other.weights, atol=1e-8)
-        assert torch.allclose(one.means, other.means, atol=1e-8)
-        assert torch.allclose(one.factor.covariances(), other.factor.covariances(), atol=1e-8)
+    for one, other in zip(fast, slow, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-12)
+        assert one.origin is other.origin
+        assert_equal_mixtures(one.mixture, other.mixture, atol=1e-12)
+    assert_equal_mixtures(fast[-1].mixture, starts[0], atol=1e-12)
 
 
-@pytest.mark.skipif(gk.reductions.native_unavailable() is not None, reason="the native engine is not compiled")
-def test_a_round_that_is_not_ordinary_takes_several_calls(monkeypatch):
+@native
+def test_one_of_several_climbs_may_need_several_calls():
+    """A component on a single point has a singular covariance; the other mixture is not affected."""
+    x, _ = clumps(2, 200, False)
+    search = searched(x, "full", 3, method=gk.EM(reg_covar=0))
+    own = Climber(search.method, search.plain)
+    good = search.begun(0)[0]
+    z = search.plain.data.x
+    scales = torch.tensor([1.0, 1.0, 1e-6]).double()[:, None, None]
+    tiny = gk.Mixture(
+        torch.zeros(3).double(),
+        torch.stack([z[0], z[1], z[2]]),
+        gk.FullFactor.from_covariances(torch.eye(2).double() * scales**2),
+    )
+    first, second = rounds.climbs_of(own.method, own.objective, [good, tiny], 15, 1e-3)
+    assert first is not None
+    assert second is None
+    found = own.climbs([good, tiny], 15, 1e-3)
+    assert found[0].value == first[1]
+    assert math.isfinite(found[1].value)
+
+
+@native
+def test_a_round_that_is_not_ordinary_takes_several_calls():
     """Points on a line make covariances singular; common covariances, and a single one, are left to several calls."""
     line = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None] * torch.ones(2, dtype=torch.float64)
+    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7}
     for x, family, K in ((line, "full", 3), (overlapping(1, N=300), "tied", 3), (overlapping(1, N=300), "full", 1)):
-        search = Search(
-            x, None, K, *gk.components.factor_class(family), method=gk.EM(reg_covar=0), penalty=None, prior=None,
-            generator=torch.Generator().manual_seed(0), backend="auto",
-        )  # fmt: skip
+        search = searched(x, family, K, method=gk.EM(reg_covar=0))
         climber = search.climber()
         found = climber.climbed(search.begun(0)[0], 5, 0.0)
-        assert rounds.round_of(climber.method, climber.objective, found.state, (10, 1e-3), (15, 1e-4)) is None
+        assert rounds.rounds_of(climber.method, climber.objective, found.mixture, found.value, 2, settings) is None
         after = climber.improved(found, 2)
         assert after.value <= found.value
+
+
+@native
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("D", [1, 2, 6])
+def test_native_clusters_are_regularized_as_by_torch(family, weighted, D, monkeypatch):
+    """With few points in a cluster, covariances are averaged with a pooled one, to which a wide cluster contributes less."""
+    x, weights = clumps(D, 90, weighted)
+    x[:6] *= 8
+    one_step, pooled = Search._by_one_step, set()
+    for K in (2, 5, 9):
+        search = searched(x, family, K, weights)
+        mixtures = []
+        for fast in (True, False):
+            search.generator.manual_seed(K)
+            monkeypatch.setattr(Search, "_by_one_step", one_step if fast else lambda *_: None)
+            mixtures.append(search.begun(0))
+        for one, other in zip(*mixtures, strict=True):
+            small = float(other.weights.min()) * search.plain.count <= 4 * (D + 1)
+            pooled.add(small)
+            if small:
+                assert_equal_mixtures(one, other, atol=1e-10)
+    assert True in pooled
+
+
+@native
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("D", "N", "K"), [(1, 50, 3), (2, 400, 7), (5, 160, 4), (3, 12, 12), (2, 2000, 40)])
+def test_native_seeds_equal_those_of_torch(D, N, K, weighted, monkeypatch):
+    x, weights = clumps(D, N, True)
+    mass = weights if weighted else torch.ones_like(weights)
+    results, chosen = [], gk.reductions.chosen_seeds
+    for fast in (True, False):
+        generator = torch.Generator().manual_seed(K)
+        monkeypatch.setattr(gk.reductions, "chosen_seeds", chosen if fast else lambda *_: None)
+        results.append((kmeans.seeds(x, mass, K, generator, spread=True), generator.get_state()))
+    (one, state), (other, after) = results
+    assert torch.equal(one, other)
+    assert torch.equal(state, after)
+    assert len(torch.unique(one, dim=0)) == K
+
+
+@native
+def test_native_seeds_of_few_different_points():
+    """After all points are centers, some are chosen again."""
+    x = torch.tensor([[0.0, 1.0], [5.0, 2.0]], dtype=torch.float64)
+    chosen = gk.reductions.chosen_seeds(x, torch.ones(2).double(), 4, 3, torch.Generator().manual_seed(0))
+    assert sorted(set(chosen.tolist())) == [0, 1]
+
+
+@native
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("iterations", [1, 4, 30])
+def test_lloyd_iterations_in_the_library_equal_single_ones(weighted, iterations, monkeypatch):
+    x, weights = clumps(3, 500, True)
+    mass = weights if weighted else torch.ones_like(weights)
+    results, em_steps = [], gk.reductions.em_steps
+    for fast in (True, False):
+        monkeypatch.setattr(gk.reductions, "em_steps", em_steps if fast else lambda *_, **__: None)
+        results.append(kmeans.lloyd(x, mass, x[:6], "auto", iterations))
+    (one, inertia), (other, expected) = results
+    assert inertia == pytest.approx(expected, rel=1e-12)
+    assert torch.allclose(one, other, atol=1e-12)
+
+
+@native
+def test_lloyd_iterations_go_on_after_an_empty_cluster():
+    x, weights = clumps(2, 300, True)
+    far = torch.cat([x[:3], torch.full((1, 2), 1e3, dtype=torch.float64)])
+    centers, inertia = kmeans.lloyd(x, weights, far, "auto")
+    three, expected = kmeans.lloyd(x, weights, x[:3], "auto")
+    assert inertia == pytest.approx(expected, rel=1e-9)
+    assert torch.allclose(centers[:3], three, atol=1e-9)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 9])
+def test_different_points_are_sorted_as_by_numpy(columns):
+    rng = np.random.default_rng(columns)
+    for most in (2, 5, 1000):
+        x = rng.integers(most, size=(300, columns)).astype(float)
+        x[:, : columns // 2] = 1.0
+        expected, counts = np.unique(x, axis=0, return_counts=True)
+        rows, mass = kmeans.distinct(torch.from_numpy(x), None)
+        assert np.array_equal(rows, expected)
+        assert np.array_equal(mass, counts)
+
+
+def test_the_best_sound_candidate_is_that_of_all_sound_ones():
+    rng, m = np.random.default_rng(0), gk.Mixture(torch.zeros(1), torch.zeros(1, 1), gk.FullFactor(torch.zeros(1, 1)))
+    for _ in range(300):
+        values = rng.integers(4, size=6) + rng.choice([0.0, 3e-8], size=6)
+        found = [Found(m, float(value), m, m) for value in values]
+        good = {id(each) for each in found if rng.random() < 0.4}
+        expected = [each for each in found if id(each) in good]
+        seen = []
+
+        def sound(each, good=good, seen=seen):
+            seen.append(each)
+            return id(each) in good
+
+        best = rounds.best_sound(found, sound)
+        assert best is (rounds.best_of(expected) if expected else None)
+
+
+@native
+def test_large_clusters_are_not_regularized():
+    x, _ = clumps(2, 4000, False)
+    search = searched(x, "full", 3)
+    for mixture in search.begun(0):
+        labels = mixture.predict(search.plain.data.x)
+        assert int(torch.bincount(labels).min()) > 12
+    z = search.plain.data.x
+    centers = search.begun(0)[0].means
+    labels = torch.cdist(z, centers).argmin(1)
+    found = search._clustered(centers, None)
+    for k in range(3):
+        own = z[labels == k]
+        assert torch.allclose(found.means[k], own.mean(0), atol=1e-12)
+        assert torch.allclose(found.factor.covariances()[k], own.T.cov(correction=0), atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.*did not converge")

@@ -172,10 +172,11 @@ class FullFactor(Factor):
     def floored(self, minimum: float) -> tuple[Factor, Tensor]:
         ceiling = minimum**-0.5
         # The Frobenius norm bounds the singular values, so only factors with a large norm need a decomposition.
-        U = self.U
-        low = U.square().sum((-1, -2)) > ceiling**2
+        squares = (2 * self.log_diagonal).exp().sum(-1) + self.upper.square().sum(-1)
+        low = squares > ceiling**2
         if not bool(low.any()):
             return self, low
+        U = self.U
         suspects = low.nonzero()[:, 0]
         left, values, _ = torch.linalg.svd(U[suspects])
         over = values[:, 0] > ceiling * (1 + 1e-12)

@@ -20,13 +20,16 @@ _ROWS, _ROUNDS = 1 << 19, 40
 # A column whose standard deviation is a smaller fraction of its mean is considered constant up to rounding errors.
 NOISE = 1e-14
 
+# Smallest normal number.
+_TINY = torch.finfo(torch.float64).tiny
+
 # Range of lengths whose squares, and sums of many squares, are within the range of float64.
 _SMALLEST, _LARGEST = 1e-150, 1e150
 
 
 def check_range(x: Tensor) -> None:
     """Raise a ValueError if points (N, D) are so large that squared distances overflow float64."""
-    if x.dtype == torch.float64 and x.numel() and not float(x.abs().amax()) < _LARGEST:
+    if x.dtype == torch.float64 and x.numel() and not all(abs(float(value)) < _LARGEST for value in x.aminmax()):
         row, column = divmod(int(x.abs().argmax()), x.shape[1])
         raise ValueError(
             f"x reaches {float(x[row, column]):.3g} at row {row}, column {column}, where squared distances overflow float64; "
@@ -79,11 +82,19 @@ def _moments(x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | 
     mass = _added(g.sum() for _, g in parts).clamp(min=1e-300)
     mean = _added(g @ part for part, g in parts) / mass
     # Residuals are divided by the largest one, so that their squares do not overflow or underflow.
-    sizes = [((part - mean).abs_() * (g > 0)[:, None]).amax(0) for part, g in parts]
+    every = weights is None and within is None
+    sizes = [_largest(part - mean, None if every else g) for part, g in parts]
     unit = sizes[0] if len(sizes) == 1 else torch.stack(sizes).amax(0)
-    unit = torch.where(unit > 0, unit, 1.0)
+    unit = unit.clamp(min=_TINY)
     squares = _added(g @ (part - mean).div_(unit).square_() for part, g in parts)
     return mean, unit * (squares / mass).sqrt()
+
+
+def _largest(residuals: Tensor, g: Tensor | None) -> Tensor:
+    """Compute the largest absolute value of each column (D,) in the rows of positive weight; the residuals are overwritten."""
+    sizes = residuals.abs_() if g is None else residuals.abs_().mul_((g > 0)[:, None])
+    # This takes a half to a fifth of the time of ``amax``.
+    return sizes.max(0).values
 
 
 def _added(parts: Iterable[Tensor]) -> Tensor:

@@ -31,12 +31,13 @@ from gmmkeops.fitting import (
     Ending,
     FitResult,
     Method,
+    Start,
     StartReport,
     Step,
     describe,
     fit,
     split_off,
-    start_of,
+    started,
     too_few_points,
 )
 from gmmkeops.models import Mixture, generator_of
@@ -83,9 +84,7 @@ class MixtureEstimator(Estimator, ABC):
         """Return the method with the final ``tol`` and ``max_iter`` of the fit, for a warm start or a new fit."""
 
     @abstractmethod
-    def _initial(
-        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device
-    ) -> tuple[Mixture, StartReport | None]:
+    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Start:
         """Compute the initial mixture of a new fit."""
 
     @abstractmethod
@@ -149,7 +148,8 @@ class MixtureEstimator(Estimator, ABC):
             self._check_columns(features_of(x))
             last = self._continued(features_of(x), names)
             method = self._method(last is not None)
-            settings = described_settings(self._method(False), getattr(self, "penalty", None))
+            new = method if last is None else self._method(False)
+            settings = described_settings(new, getattr(self, "penalty", None))
             earlier = self._trace if last is not None else None
             same = settings and earlier and earlier.settings == settings
             continuation = Continuation(method, earlier if same else None)
@@ -217,26 +217,26 @@ class MixtureEstimator(Estimator, ABC):
             warnings.filterwarnings("ignore", message="the fit did not converge", category=ConvergenceWarning)
             warnings.simplefilter("ignore", DegenerateWarning)
             for run in range(1 if last is not None or searches(self.init_params) else self.n_init):
-                start, report = (last.to(device), None) if last is not None else self._initial(x, g, generator, device)
+                start = Start(last.to(device)) if last is not None else self._initial(x, g, generator, device)
                 result = fit(
-                    start if isinstance(x, Source) else start.named(names),
+                    start if isinstance(x, Source) else start._replace(mixture=start.mixture.named(names)),
                     x,
                     method,
                     tol=0.0 if continuation.earlier is not None else None,
-                    penalty=self._penalty(x, start, report),
+                    penalty=self._penalty(x, start.mixture, start.report),
                     sample_weight=g,
                     truncate=self.truncate,
                     backend=self.backend,
                     dtype=self.dtype,
                     checkpoint=self.checkpoint,
                     max_memory=self.max_memory,
-                    callback=(*self._verbose_callbacks(run), continuation),
+                    callback=(*self._verbose_callbacks(run), *continuation.callbacks),
                     verbose=None if self.verbose > 1 else False,
                     generator=generator,
                     validation=validation,
                 )
                 if improves(result, best):
-                    best = replace(result, report=replace(result.report, start=report))
+                    best = result
                 if result.report.interrupted:
                     break
         assert best is not None, "n_init is at least 1"
@@ -255,12 +255,10 @@ class MixtureEstimator(Estimator, ABC):
         """Raise an error if a parameter of the constructor is invalid."""
         check_settings(self)
 
-    def _by_init_params(
-        self, x: Tensor | Source, g: Any, generator: torch.Generator
-    ) -> tuple[Mixture, StartReport | None]:
+    def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator) -> Start:
         """Compute an initial mixture by ``init_params``, and a report of how it was found."""
         method = self._method(False)
-        return start_of(
+        return started(
             x,
             self.wanted_components or 1,
             STRATEGIES[self.init_params],

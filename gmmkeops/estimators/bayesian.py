@@ -14,7 +14,7 @@ from gmmkeops.components import as_tensor, check_finite, factor_class
 from gmmkeops.data import Source
 from gmmkeops.estimators.arrays import as_array
 from gmmkeops.estimators.base import MixtureEstimator
-from gmmkeops.fitting import FitResult, Method, StartReport
+from gmmkeops.fitting import FitResult, Method, Start
 from gmmkeops.models import Mixture
 
 __all__ = ["BayesianGaussianMixture"]
@@ -200,9 +200,7 @@ class BayesianGaussianMixture(MixtureEstimator):
             tol=float(self.tol),
         )
 
-    def _initial(
-        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device
-    ) -> tuple[Mixture, StartReport | None]:
+    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Start:
         found = None
         if self.init_params == "auto":
             options: Any = {"sample_weight": g, "generator": generator, "backend": self.backend}
@@ -210,8 +208,8 @@ class BayesianGaussianMixture(MixtureEstimator):
             found = self._method(False).start(
                 x, self.wanted_components or 1, covariance_type=self.covariance_type, **options
             )
-        start, report = self._by_init_params(x, g, generator) if found is None else found
-        return start.to(device), report
+        start = self._by_init_params(x, g, generator) if found is None else Start(*found)
+        return start._replace(mixture=start.mixture.to(device))
 
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
         if not all(hasattr(self, name) for name in _POSTERIOR) or tuple(self.means_.shape) != shape:

@@ -23,7 +23,7 @@ from gmmkeops.estimators.base import MixtureEstimator, features_of
 from gmmkeops.estimators.saved import packed, unpacked
 from gmmkeops.estimators.settings import combined_method
 from gmmkeops.estimators.warm_start import Trace
-from gmmkeops.fitting import EM, Adam, FitResult, Method, StartReport, has_few_points, within_prior
+from gmmkeops.fitting import EM, Adam, FitResult, Method, Start, StartReport, has_few_points, within_prior
 from gmmkeops.models import Mixture, as_mixture, generator_of
 from gmmkeops.penalties import CovariancePrior
 
@@ -231,7 +231,7 @@ class GaussianMixture(MixtureEstimator):
             start, memory = self.mixture_.to(x.device), self._memory
             columns = self.mixture_.columns
         else:
-            start, memory = self._initial(x, g, generator_of(self.random_state, x.device), x.device)[0], None
+            start, memory = self._initial(x, g, generator_of(self.random_state, x.device), x.device).mixture, None
             columns = None if names is None else tuple(names)
         if memory is not None:
             memory = (memory[0].to(x.device), *memory[1:])
@@ -377,16 +377,16 @@ class GaussianMixture(MixtureEstimator):
     def _predictive(self) -> tuple[Mixture, float]:
         return self.mixture_, 0.0
 
-    def _initial(
-        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device
-    ) -> tuple[Mixture, StartReport | None]:
+    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Start:
         wide: Any = {"dtype": torch.float64, "device": device}
         K, D = self.wanted_components or 1, features_of(x)
         logits = means = factor = report = None
         if self.means_init is None or self.weights_init is None or self.precisions_init is None:
-            start, report = self._by_init_params(x, g, generator)
-            start = start.to(device)
-            logits, means, factor = start.logits, start.means, start.factor
+            start = self._by_init_params(x, g, generator)
+            found, report = start.mixture.to(device), start.report
+            if self.means_init is self.weights_init is self.precisions_init is None:
+                return start._replace(mixture=found)
+            logits, means, factor = found.logits, found.means, found.factor
         if self.weights_init is not None:
             weights = as_tensor(self.weights_init, name="weights_init", **wide)
             if weights.shape != (K,) or not bool((weights >= 0).all()) or abs(float(weights.sum()) - 1) > 1e-6:
@@ -399,7 +399,7 @@ class GaussianMixture(MixtureEstimator):
             check_finite(means, name="means_init", rows="component")
         if self.precisions_init is not None:
             factor = self._given_factor(as_tensor(self.precisions_init, name="precisions_init", **wide), K, D)
-        return Mixture(logits, means, factor), report
+        return Start(Mixture(logits, means, factor), report)
 
     def _penalty(self, x: Tensor | Source, start: Mixture, report: StartReport | None) -> Any:
         if self.prior is None:

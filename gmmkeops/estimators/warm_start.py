@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +51,16 @@ class Continuation:
         self.method, self.converged = method, False
         self.objectives = [] if self.earlier is None else self.earlier.objectives
 
+    @property
+    def callbacks(self) -> tuple[Callable[[Step], bool], ...]:
+        """This callback, if there are earlier fits."""
+        return () if self.earlier is None else (self,)
+
     def __call__(self, step: Step) -> bool:
-        if self.earlier is not None:
-            before, now = self.earlier.log_likelihood, step.history["log_likelihood"][0]
-            if abs(now - before) > max(self.method.tol, _SAME * max(1.0, abs(before))):
-                self.objectives = []
-            objectives = [*self.objectives, *step.history["objective"]]
-            self.converged = self.method.finished(objectives, self.method.tol, step._objective)
+        assert self.earlier is not None, "it is a callback of warm starts only"
+        before, now = self.earlier.log_likelihood, step.history["log_likelihood"][0]
+        if abs(now - before) > max(self.method.tol, _SAME * max(1.0, abs(before))):
+            self.objectives = []
+        objectives = [*self.objectives, *step.history["objective"]]
+        self.converged = self.method.finished(objectives, self.method.tol, step._objective)
         return self.converged

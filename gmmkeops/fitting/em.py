@@ -17,7 +17,7 @@ from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tie
 from gmmkeops.fitting.frame import Frame
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import FLOOR, Objective
-from gmmkeops.fitting.ordinary import DEAD_SHARE, Block, maximized
+from gmmkeops.fitting.ordinary import DEAD_SHARE, Block, BlockSteps, maximized
 from gmmkeops.fitting.placement import parameter_device
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
@@ -155,6 +155,10 @@ class EM(Method[EMState]):
         average = state.average if self.average else None
         return state.mixture if average is None else self._m_step(objective, state, average).mixture
 
+    def last(self, objective: Objective, state: EMState, steps: Iterator[tuple[EMState, Evaluation]]) -> Evaluation:
+        known = steps.ahead() if isinstance(steps, BlockSteps) and self.assignment == "soft" else None
+        return self.evaluate(objective, state) if known is None else known
+
     def evaluate(self, objective: Objective, state: EMState) -> Evaluation:
         if self.assignment == "soft" and (self.average is False or state.average is None):
             block = Block.of(self, objective, state, limit=1)
@@ -184,16 +188,7 @@ class EM(Method[EMState]):
         return replace(state, iteration=state.iteration + 1), now
 
     def steps(self, objective: Objective, state: EMState) -> Iterator[tuple[EMState, Evaluation]]:
-        while True:
-            block = Block.of(self, objective, state)
-            for t in range(0 if block is None else len(block)):
-                assert block is not None, "it has steps"
-                now = block.evaluation(state, t)
-                state = block.after(t + 1)
-                yield state, now
-            if block is None:
-                state, now = self.step(objective, state)
-                yield state, now
+        return BlockSteps(self, objective, state)
 
     def _expect(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float]:
         """Perform the E-step; return the state, its moments, and the mean log-likelihood of its mixture."""

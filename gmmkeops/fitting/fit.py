@@ -22,11 +22,11 @@ from gmmkeops.data import (
 from gmmkeops.fitting.checkpoint import Checkpoint
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.facts import facts
-from gmmkeops.fitting.initialization import start_of
+from gmmkeops.fitting.initialization import started
 from gmmkeops.fitting.journal import Journal
 from gmmkeops.fitting.loop import Run
 from gmmkeops.fitting.method import Evaluation, Method
-from gmmkeops.fitting.result import Ending, FitResult, Report, StartReport, Step
+from gmmkeops.fitting.result import Ending, FitResult, Report, Start, StartReport, Step
 from gmmkeops.fitting.task import Task
 from gmmkeops.fitting.validation import Validation, split_off
 from gmmkeops.models import GMM, Mixture
@@ -57,7 +57,7 @@ _WRONG = {
 
 @accepts(old=_OLD, also={"random_state": "generator"}, wrong=_WRONG)
 def fit(
-    start: Mixture | GMM | int,
+    start: Mixture | GMM | int | Start,
     x: Any,
     method: Method[Any] | None = None,
     *,
@@ -159,7 +159,7 @@ def fit(
             )
         x, sample_weight, validation = split_off(x, sample_weight, validation, generator)
         others = {"truncate": truncate, "dtype": dtype, "max_memory": max_memory}
-        start, found = _begin(start, x, sample_weight, generator, method, penalty, backend, others)
+        start, found, spread = _begin(start, x, sample_weight, generator, method, penalty, backend, others)
         task = Task(
             start,
             method=method,
@@ -179,7 +179,7 @@ def fit(
         settings = task.agreed(world, x, sample_weight, columns)
         journal = Journal(Checkpoint.of(checkpoint), world)
         saved = None if journal.checkpoint is None else journal.checkpoint.read(task.device, world)
-        objective = task.objective(x, sample_weight, columns, journal, saved)
+        objective = task.objective(x, sample_weight, columns, journal, saved, spread)
         held = None if validation is None else Validation.of(validation, objective, columns, world)
         if settings:
             settings = settings | {"validation": None if held is None else held.mark}
@@ -216,15 +216,20 @@ def _begin(
     penalty: Any,
     backend: str,
     others: dict[str, Any],
-) -> tuple[Any, StartReport | None]:
-    """Return the initial mixture or model, and how it was found; a number of components is searched for."""
+) -> tuple[Any, StartReport | None, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Return the initial mixture or model, how it was found, and the spread of the points, as in :class:`Start`.
+
+    A number of components is searched for.
+    """
+    if isinstance(start, Start):
+        return start
     if not isinstance(start, numbers.Integral) or isinstance(start, bool):
-        return start, None
+        return start, None, None
     options: dict[str, Any] = {"sample_weight": sample_weight, "generator": generator, "backend": backend}
     found = method.start(x, as_integer(start, "start", 1), **options, **others) if isinstance(method, Method) else None
     if found is not None:
-        return found
-    return start_of(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
+        return *found, None
+    return started(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
 
 
 def _is_small(mixture: Mixture) -> bool:

@@ -43,15 +43,25 @@ class Frame:
     columns: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, x: Tensor, weights: Tensor | None, *, isotropic: bool, extra: int = 0, rounded: bool = True) -> Frame:
+    def of(
+        cls,
+        x: Tensor,
+        weights: Tensor | None,
+        *,
+        isotropic: bool,
+        extra: int = 0,
+        rounded: bool = True,
+        spread: tuple[Tensor, Tensor] | None = None,
+    ) -> Frame:
         """Compute the transformation for points (N, D), from trimmed means and trimmed standard deviations of their columns.
 
         With ``isotropic`` all columns have the same scale, so that spherical factors stay spherical. Without ``rounded`` the
-        scale is the standard deviation itself, so that changes of the units do not change the standardized points.
+        scale is the standard deviation itself, so that changes of the units do not change the standardized points. ``spread``
+        are the trimmed means and standard deviations (D,), if they are known.
         """
-        shift, spread = trimmed_spread(x, weights)
-        warn_if_coarse(x, spread, shift.abs())
-        return cls.around(shift, spread, isotropic=isotropic, extra=extra, rounded=rounded)
+        shift, deviations = trimmed_spread(x, weights) if spread is None else spread
+        warn_if_coarse(x, deviations, shift.abs())
+        return cls.around(shift, deviations, isotropic=isotropic, extra=extra, rounded=rounded)
 
     @classmethod
     def around(cls, shift: Tensor, spread: Tensor, *, isotropic: bool, extra: int = 0, rounded: bool = True) -> Frame:

@@ -29,12 +29,12 @@ from gmmkeops.fitting.kmeans import (
     responsibilities,
     seeds,
 )
-from gmmkeops.fitting.result import StartReport
+from gmmkeops.fitting.result import Start, StartReport
 from gmmkeops.fitting.search import Search, clustered_size, sample_size
 from gmmkeops.fitting.state_file import state_bytes, state_of
 from gmmkeops.models import Mixture
 
-__all__ = ["SEARCHED", "STRATEGIES", "initialize", "shared_mixture", "start_of"]
+__all__ = ["SEARCHED", "STRATEGIES", "initialize", "shared_mixture", "start_of", "started"]
 
 STRATEGIES = ("auto", "random", "kmeans", "kmeans++", "responsibilities", "annealed", "split-merge")
 
@@ -133,7 +133,14 @@ def initialize(
     return mixture
 
 
-def start_of(
+def start_of(x: Any, n_components: int, strategy: str = "auto", **options: Any) -> tuple[Mixture, StartReport]:
+    """Compute an initial mixture and a report; arguments as for :func:`started`."""
+    mixture, report, _ = started(x, n_components, strategy, **options)
+    assert report is not None, "the mixture was not given"
+    return mixture, report
+
+
+def started(
     x: Any,
     n_components: int,
     strategy: str = "auto",
@@ -147,8 +154,8 @@ def start_of(
     penalty: Any = None,
     prior: str | None = None,
     method: EM | None = None,
-) -> tuple[Mixture, StartReport]:
-    """Compute an initial mixture and a report; arguments as for :func:`initialize`.
+) -> Start:
+    """Compute an initial mixture, and a report of how it was found; arguments as for :func:`initialize`.
 
     Args:
         method: EM with the settings of the fit that follows; None for a fit without ``reg_covar``.
@@ -195,11 +202,13 @@ def start_of(
             search = Search(rows, mass, K, kind, tied, method=method, **options)
             mixture, report = search.run(strategy, runs, some)
             mixture = shared_mixture(mixture, world, rows.device)
-            return mixture.named(names), report
+            # A part of the points has another spread.
+            whole = isinstance(x, torch.Tensor) and len(rows) == len(x) and world.size == 1
+            return Start(mixture.named(names), report, search.spread if whole else None)
         robust = trimmed_spread(rows, mass)
         if strategy == "responsibilities":
             mixture = mixture_of(random_responsibilities(rows, mass, K, kind, generator), kind, tied, *robust)
-            return mixture.named(names), _report(strategy, 1, len(rows), some, began)
+            return Start(mixture.named(names), _report(strategy, 1, len(rows), some, began))
         points, masses = distinct(rows, mass)
         if strategy == "kmeans":
             centers = kmeans(points, masses, K, generator, backend, runs)
@@ -211,9 +220,8 @@ def start_of(
         mixture = mixture_of(world.added(clusters(chunks(), centers, kind, backend)), kind, tied, *robust)
         for _ in range(refine):
             mixture = mixture_of(world.added(responsibilities(chunks(), mixture, backend)), kind, tied, *robust)
-        return mixture.named(names), _report(
-            strategy, runs if strategy.startswith("kmeans") else 1, len(rows), some, began
-        )
+        tried = runs if strategy.startswith("kmeans") else 1
+        return Start(mixture.named(names), _report(strategy, tried, len(rows), some, began))
 
 
 def shared_mixture(mixture: Mixture, world: World, device: torch.device) -> Mixture:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "lloyd",
     "mixture_of",
     "nearest",
+    "pool_of",
     "random_responsibilities",
     "responsibilities",
     "seeds",
@@ -36,6 +37,9 @@ __all__ = [
 
 # Maximum number of rounds of k-means++. With more centers than rounds, several centers are chosen per round.
 _ROUNDS = 64
+
+# Decrease of the inertia, as a fraction, below which Lloyd iterations end.
+_CHANGE = 1e-4
 
 # Weight of the pooled covariance in the covariance of each cluster, as a fraction of the average cluster weight.
 _SHARE = 0.01
@@ -91,14 +95,18 @@ def seeds(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
         u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
         order = (-torch.log1p(-u) / mass).argsort()
         return points[order[torch.arange(K, device=mass.device) % len(order)]]
+    # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
+    at_once, tries = K // _ROUNDS, 2 + int(math.log(K))
+    native = reductions.chosen_seeds(points, mass, K, tries, generator) if at_once < 2 else None
+    if native is not None:
+        return points[native]
     first = _draw(mass, 1, generator)
     chosen, distance = [first], ((points - points[first]) ** 2).sum(1)
     columns, squares = points.mT.contiguous(), points.square().sum(1)
     while (left := K - sum(map(len, chosen))) > 0:
         chance = mass * distance
-        # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
-        several = min(left, K // _ROUNDS)
-        candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, 2 + int(math.log(K))), generator)
+        several = min(left, at_once)
+        candidates = _draw(chance if float(chance.sum()) > 0 else mass, max(several, tries), generator)
         if several > 1:
             chosen.append(candidates[:several])
             distance = torch.minimum(distance, nearest(points, points[chosen[-1]]))
@@ -143,40 +151,24 @@ def agreement(partitions: list[Tensor], K: int) -> float:
 
 def lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
     """Iterate k-means until the inertia decreases by a fraction of less than 1e-4; return the centers and the inertia."""
-    last, steps = math.inf, _lloyd_steps(points, mass, centers, backend, iterations)
-    for _ in range(iterations):
-        centers, inertia = next(steps)
-        if last - inertia < 1e-4 * inertia:
-            break
-        last = inertia
-    return centers, inertia
-
-
-def _lloyd_steps(
-    points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int
-) -> Iterator[tuple[Tensor, float]]:
-    """Iterate over the centers after each Lloyd iteration, and the inertia before it."""
     cloud = reductions.arrange(points, len(centers), sweeps=iterations)
     offsets, factor = centers.new_zeros(len(centers)), SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
-    nothing = centers.new_zeros(centers.shape[1])
-    total = float(mass.sum())
-    settings = reductions.StepSettings(total, nothing, 1.0, -1.0, (True, False, True), assignment="hard", bare=True)
-    supported = True
-    while True:
-        steps = None
-        if supported:
-            steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend)
-            # If the library cannot compute a step, it cannot compute the next ones either.
-            supported = bool(steps)
-        if steps:
-            for t in range(len(steps)):
-                centers = steps.means(t + 1)
-                yield centers, -steps.totals[t]
-        else:
-            arguments = (cloud, offsets, centers, factor)
-            sums = reductions.moments(*arguments, weights=mass, assignment="hard", backend=backend)
-            centers = sums.means
-            yield centers, -float(sums.total)
+    settings = reductions.StepSettings(
+        float(mass.sum()), centers.new_zeros(centers.shape[1]), 1.0, -1.0, (True, False, True), "hard", bare=True
+    )
+    left, last, inertia = iterations, math.inf, math.inf
+    limits: dict[str, Any] = {"limit": left, "tolerance": 0.0, "relative": _CHANGE}
+    steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend, **limits)
+    if steps:
+        centers, inertia = steps.means(len(steps)), -steps.totals[-1]
+        last = -steps.totals[-2] if len(steps) > 1 else math.inf
+        left -= len(steps)
+    # If the library cannot compute a step, it cannot compute the next ones either.
+    while left > 0 and not last - inertia < _CHANGE * inertia:
+        sums = reductions.moments(cloud, offsets, centers, factor, weights=mass, assignment="hard", backend=backend)
+        centers, last, inertia = sums.means, inertia, -float(sums.total)
+        left -= 1
+    return centers, inertia
 
 
 def kmeans(
@@ -275,6 +267,17 @@ def mixture_of(sums: Moments, kind: Any, tied: bool, center: Tensor, spread: Ten
     floor = torch.maximum(floor, 1e-15 * spreads.amax(1))
     factor, _ = kind.maximize(scatter, counts, D, ridge=spread.new_zeros(D), floor=floor)
     return Mixture(torch.log_softmax(logits, 0), sums.means, factor.rescale(1 / unit.expand(D)))
+
+
+def pool_of(mass: float, K: int, below: float) -> reductions.Pool:
+    """Return the constants with which the native engine regularizes covariances as :func:`mixture_of`.
+
+    Args:
+        mass: Total weight of the points.
+        K: Number of clusters.
+        below: Weight of a cluster, as a fraction, up to which covariances are regularized.
+    """
+    return reductions.Pool(below, _SHARE * mass / K, _FLOOR, _LARGE)
 
 
 def _unit(counts: Tensor, variances: Tensor, spread: Tensor) -> Tensor:

@@ -226,7 +226,7 @@ class _Descent:
         """Yield the mixture of each level, data units, and whether it is sound."""
         n = self.K
         climber = self._climber(n)
-        found = best_of([climber.climbed(mixture, *_OVERFIT) for mixture in self.search.begun(1)])
+        found = best_of(climber.climbs(self.search.begun(1), *_OVERFIT))
         yield self._shown(found)
         while n > 1:
             fewer = n - max(1, n // _AT_ONCE)
@@ -262,7 +262,7 @@ class _Descent:
         if len(trees) == 1:
             self._remember(trees[0])
             return climber.climbed(merged[0], _TRIED[0] + _KEPT[0], _KEPT[1])
-        ways = [climber.climbed(mixture, *_TRIED) for mixture in merged]
+        ways = climber.climbs(merged, *_TRIED)
         best = best_of(ways)
         self._remember(next(tree for way, tree in zip(ways, trees, strict=True) if way is best))
         return climber.climbed(best.mixture, *_KEPT)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -174,7 +174,7 @@ class Run:
             if self.best is None:
                 raise
             self.ending = Ending.INTERRUPTED
-        return self._final(state)
+        return self._final(state, steps)
 
     def _keep(self, now: Evaluation) -> None:
         """Keep an evaluation if it is the best so far, by the held-out points if there are any."""
@@ -187,12 +187,12 @@ class Run:
         if better:
             self.best = now
 
-    def _final(self, state: Any) -> Evaluation:
-        """Return the evaluation that is the result of the fit."""
+    def _final(self, state: Any, steps: Iterator[tuple[Any, Evaluation]]) -> Evaluation:
+        """Return the evaluation that is the result of the fit, after the last one of the steps."""
         best = self.best
         if self.ending in (Ending.MAX_ITER, Ending.CONVERGED, Ending.STOPPED):
             # The last step's mixture has not been evaluated yet. It is the result unless the best one is asked for.
-            last = self.method.evaluate(self.objective, state)
+            last = self.method.last(self.objective, state, steps)
             slack = 0.0 if best is None else 1e-8 * max(1.0, abs(best.objective))
             if self.validation is not None:
                 if best is None or self.validation(last.mixture) > max(self.history["validation"]):

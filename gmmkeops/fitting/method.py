@@ -140,6 +140,10 @@ class Method(ABC, Generic[S]):
             value = negative + float(objective.penalized(mixture))
         return Evaluation(mixture, value, -negative)
 
+    def last(self, objective: Objective, state: S, steps: Iterator[tuple[S, Evaluation]]) -> Evaluation:
+        """Evaluate the state after the last step; ``steps`` is the iterator that performed it, and may know the evaluation."""
+        return self.evaluate(objective, state)
+
     def pack(self, state: S) -> Any:
         """Convert the state to a value that a checkpoint can store and that later steps do not modify."""
         return state

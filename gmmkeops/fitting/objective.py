@@ -169,7 +169,11 @@ class Objective:
         """Compute the terms that the penalty adds to an M-step at a mixture; both in standardized coordinates."""
         if self.penalty is None:
             return Surrogate.none(mixture)
-        added = self.penalty.m_step(self.frame.leave(mixture), self.mass * self.unit)
+        return self._terms(self.penalty, self.frame.leave(mixture))
+
+    def _terms(self, penalty: Penalty, mixture: Mixture) -> Surrogate:
+        """Return the terms of a penalty at a mixture in data units; standardized coordinates."""
+        added = penalty.m_step(mixture, self.mass * self.unit)
         return self.frame.surrogate(added if self.unit == 1 else added.counted_in(self.unit))
 
     def pseudo_points(self, mixture: Mixture) -> tuple[Tensor | None, float]:
@@ -181,7 +185,8 @@ class Objective:
             return None, 0.0
         kind = type(mixture.factor)
         if kind not in self._constants:
-            terms = self.surrogate(mixture)
+            # The terms do not depend on the parameters, so that they need not be in data units.
+            terms = self._terms(self.penalty, mixture)
             scatter = None if terms.scatter is None else kind.second_moments(terms.scatter).contiguous()
             self._constants[kind] = scatter, terms.degrees
         return self._constants[kind]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gmmkeops import reductions
 from gmmkeops.components import Moments
@@ -19,7 +20,10 @@ from gmmkeops.models import HALF, Mixture, merges_singly, noise
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["DEAD_SHARE", "Block", "climb", "maximized", "round_of"]
+__all__ = ["DEAD_SHARE", "Block", "BlockSteps", "climb", "climbs_of", "maximized", "rounds_of"]
+
+# Largest numbers of steps in the first block of a fit, and in the others: many fits end after few steps.
+_FIRST, _MOST = 4, 16
 
 # EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
 DEAD_SHARE = 1e-3
@@ -53,11 +57,11 @@ class Block:
             method, objective, state: As for :meth:`EM.step`.
             limit, tolerance: As for :func:`gmmkeops.reductions.em_steps`.
         """
-        own = _settings(method, objective, state)
+        mixture = state.mixture
+        own = _settings(method, objective, mixture, method.beta(state))
         if own is None:
             return None
         batch, settings = own
-        mixture = state.mixture
         objective.passes.seen(batch, mixture.n_components)
         found = reductions.em_steps(
             batch,
@@ -69,6 +73,7 @@ class Block:
             drift=state.drift,
             backend=objective.backend,
             limit=limit,
+            most=min(max(state.iteration, _FIRST), _MOST),
             tolerance=tolerance,
         )
         if not found:
@@ -99,7 +104,7 @@ class Block:
         if not t:
             return self.state
         found = self.found
-        mixture = Mixture(found.logits(t), found.means(t), found.factor(t), validate_args=False)
+        mixture = Mixture.from_valid(found.logits(t), found.means(t), found.factor(t), validate_args=False)
         return replace(
             self.state,
             mixture=mixture,
@@ -115,27 +120,61 @@ class Block:
         return Evaluation(whole, self.value(t), self.likelihood(t), population.live, state.floored, exact)
 
 
-def _settings(method: EM, objective: Objective, state: EMState) -> tuple[Batch, reductions.StepSettings] | None:
-    """Return the points and the constants of ordinary steps from a state; None if its steps are not ordinary ones."""
+class BlockSteps(Iterator[tuple[EMState, Evaluation]]):
+    """Iterator over the steps of EM, which performs ordinary steps in blocks.
+
+    Args:
+        method, objective, state: As for :meth:`EM.step`, before the first step.
+    """
+
+    def __init__(self, method: EM, objective: Objective, state: EMState) -> None:
+        self.method, self.objective, self.state = method, objective, state
+        self._block: Block | None = None
+        self._done = 0
+
+    def __next__(self) -> tuple[EMState, Evaluation]:
+        if self._block is None or self._done == len(self._block):
+            self._block, self._done = Block.of(self.method, self.objective, self.state), 0
+        if self._block is None:
+            self.state, now = self.method.step(self.objective, self.state)
+        else:
+            now, self._done = self._block.evaluation(self.state, self._done), self._done + 1
+            self.state = self._block.after(self._done)
+        return self.state, now
+
+    def ahead(self) -> Evaluation | None:
+        """Return the evaluation of the state after the last step, if it has been computed."""
+        if self._block is None or self._done == len(self._block):
+            return None
+        return self._block.evaluation(self.state, self._done)
+
+
+def _settings(
+    method: EM, objective: Objective, mixture: Mixture, beta: float
+) -> tuple[Batch, reductions.StepSettings] | None:
+    """Return the points and the constants of ordinary steps from a mixture; None if its steps are not ordinary ones.
+
+    ``beta`` is the inverse temperature.
+    """
     if method.accelerate or method.assignment == "stochastic":
         return None
-    settings = _constants(method, objective, state)
+    settings = _constants(method, objective, mixture, beta)
     batch = None if settings is None else objective.whole()
     return None if settings is None or batch is None else (batch, settings)
 
 
-def _constants(method: EM, objective: Objective, state: EMState) -> reductions.StepSettings | None:
-    """Return the constants of the M-step from a state; None if it needs priors that change, or masks."""
+def _constants(method: EM, objective: Objective, mixture: Mixture, beta: float) -> reductions.StepSettings | None:
+    """Return the constants of the M-step from a mixture; None if it needs priors that change, or masks."""
     given = method.frozen_weights, method.frozen_means, method.frozen_covariances
     frozen = given[0] is True, given[1] is True, given[2] is True
     if (
         (objective.penalty is not None and not objective.penalty.constant)
         or method.batch_size is not None
-        or method.beta(state) < 1
+        or beta < 1
         or not all(isinstance(mask, bool) for mask in given)
     ):
         return None
-    scatter, degrees = objective.pseudo_points(state.mixture)
+    scatter, degrees = objective.pseudo_points(mixture)
     return reductions.StepSettings(
         objective.mass,
         method.ridge(objective),
@@ -158,15 +197,15 @@ def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -
     if objective.data.device == objective.device or state.counts is None:
         # On a CPU, blocks of steps contain their E-steps.
         return None
-    settings = _constants(method, objective, state)
+    mixture = state.mixture
+    settings = _constants(method, objective, mixture, method.beta(state))
     if settings is None:
         return None
-    mixture = state.mixture
     arguments = (mixture.logits, mixture.means, mixture.factor, settings, state.counts, state.drift)
     found = reductions.native_m_step(sums, *arguments)
     if not found:
         return None
-    after = Mixture(found.logits(1), found.means(1), found.factor(1), validate_args=False)
+    after = Mixture.from_valid(found.logits(1), found.means(1), found.factor(1), validate_args=False)
     return replace(state, mixture=after, counts=found.counts(1), drift=found.drifts[1]), found.costs[0]
 
 
@@ -178,43 +217,93 @@ def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mi
     return settings.degrees * mixture.factor.leading * objective.frame.log_volume / objective.mass
 
 
-def round_of(
-    method: EM, objective: Objective, state: EMState, split: tuple[int, float], merged: tuple[int, float]
-) -> tuple[Mixture, Mixture, float, int] | None:
-    """Perform a round of :class:`~gmmkeops.fitting.rounds.Climber` in the native engine: split, climb, merge and climb again.
+def _offset(objective: Objective, settings: reductions.StepSettings, mixture: Mixture) -> float:
+    """Return the part of the objective that is the same for all mixtures, nats per point."""
+    return _volume(objective, settings, mixture) + objective.frame.log_volume
+
+
+def climbs_of(
+    method: EM, objective: Objective, mixtures: list[Mixture], steps: int, tolerance: float
+) -> list[tuple[Mixture, float, int] | None]:
+    """Perform the steps of :func:`climb` from several mixtures of equal shape in the native engine.
 
     Args:
-        method, objective, state: As for :func:`climb`.
-        split, merged: Steps and tolerances after the split and after the merge.
+        method: EM without annealing.
+        objective, steps, tolerance: As for :func:`climb`.
+        mixtures: Mixtures of which no component is pruned or singular, standardized coordinates.
 
     Returns:
-        The merged mixture, the mixture that was reached, its objective (as for :func:`climb`), and the number of E-steps times
-        that of the components in them; None if a step is not an ordinary one, or the engine does not compute them.
+        The mixture that was reached from each one, its objective (as for :func:`climb`), and the number of E-steps; None if a
+        step is not an ordinary one, or the engine does not compute them.
     """
-    mixture = state.mixture
-    # The halves of one component of a common covariance have it, too.
-    singly = mixture.factor.leading > 1 and merges_singly(2 * mixture.n_components)
-    own = _settings(method, objective, state) if singly else None
+    nothing: list[tuple[Mixture, float, int] | None] = [None] * len(mixtures)
+    own = _settings(method, objective, mixtures[0], 1.0)
     if own is None:
-        return None
+        return nothing
     batch, settings = own
-    found = reductions.em_round(
+    found = reductions.em_climb(
         batch,
-        (mixture.logits, mixture.means, mixture.factor),
+        [(each.logits, each.means, each.factor) for each in mixtures],
         settings,
-        split=split,
-        merged=merged,
-        half=HALF,
-        points=noise(mixture.n_features),
+        steps=steps + 1,
+        tolerance=tolerance,
         backend=objective.backend,
     )
     if found is None:
+        return nothing
+    objective.passes.seen(batch, mixtures[0].n_components)
+    offset = _offset(objective, settings, mixtures[0])
+    return [
+        None
+        if each is None
+        else (
+            Mixture.from_valid(*each.reached, validate_args=False),
+            offset + (each.prior - each.total) / objective.mass + each.cost,
+            each.steps,
+        )
+        for each in found
+    ]
+
+
+def rounds_of(
+    method: EM, objective: Objective, mixture: Mixture, value: float, most: int, settings: dict[str, Any]
+) -> tuple[reductions.Rounds, tuple[Mixture, Mixture] | None] | None:
+    """Perform rounds of :class:`~gmmkeops.fitting.rounds.Climber` in the native engine, as long as they improve the objective.
+
+    Args:
+        method, objective: As for :func:`climbs_of`.
+        mixture: A mixture of which no component is pruned or singular, standardized coordinates.
+        value: Its objective, nats per point.
+        most: Largest number of rounds.
+        settings: Constants of the rounds, as for :class:`~gmmkeops.reductions.RoundSettings`.
+
+    Returns:
+        The results, and the mixtures before and after the last steps of the last accepted round, or None without one. None if the
+        next round is not an ordinary one, or the engine does not compute it.
+    """
+    # The halves of one component of a common covariance have it, too.
+    singly = mixture.factor.leading > 1 and merges_singly(2 * mixture.n_components)
+    own = _settings(method, objective, mixture, 1.0) if singly else None
+    if own is None:
+        return None
+    batch, constants = own
+    found = reductions.em_rounds(
+        batch,
+        (mixture.logits, mixture.means, mixture.factor),
+        constants,
+        reductions.RoundSettings(half=HALF, points=noise(mixture.n_features), size=objective.count, **settings),
+        value=value,
+        constant=_offset(objective, constants, mixture),
+        most=most,
+        backend=objective.backend,
+    )
+    if found is None or not found.rounds:
         return None
     objective.passes.seen(batch, mixture.n_components)
-    likelihood = found.total / objective.mass - objective.frame.log_volume
-    value = _volume(objective, settings, mixture) + found.prior / objective.mass + found.cost - likelihood
-    before, after = (Mixture(*parameters, validate_args=False) for parameters in (found.merged, found.reached))
-    return before, after, value, found.work
+    if found.merged is None or found.reached is None:
+        return found, None
+    merged, reached = (Mixture.from_valid(*each, validate_args=False) for each in (found.merged, found.reached))
+    return found, (merged, reached)
 
 
 def climb(method: EM, objective: Objective, state: EMState, steps: int, tolerance: float) -> tuple[EMState, float]:

@@ -86,13 +86,15 @@ def prepared(
     world: World | None = None,
     truncate: float | None = 0,
     frame: Frame | None = None,
+    spread: tuple[Tensor, Tensor] | None = None,
     journal: Journal | None = None,
     model: GMM | None = None,
 ) -> Objective:
     """Create the objective for validated points (N, D) in data units, whose last ``extra`` columns are contexts.
 
-    If ``frame`` is None, the transformation to standardized coordinates is computed from the points. It and the parameters are
-    on the device ``parameters``, by default that of the points.
+    If ``frame`` is None, the transformation to standardized coordinates is computed from the points, whose trimmed means and
+    standard deviations are ``spread``, if they are known. It and the parameters are on the device ``parameters``, by default that
+    of the points.
     """
     world = World.alone() if world is None else world
     journal = Journal(None, world) if journal is None else journal
@@ -105,7 +107,8 @@ def prepared(
     else:
         survey = _Survey.of_source(source, world, device)
     if frame is None:
-        frame = Frame.of(*survey.cloud, isotropic=isotropic, extra=extra).to(parameters or device)
+        known = spread if survey.cloud[0] is x else None
+        frame = Frame.of(*survey.cloud, isotropic=isotropic, extra=extra, spread=known).to(parameters or device)
     if journal.checkpoint is not None:
         rows_at_once = 0 if source is None else source.size
         seen = survey.cloud[0] if source is None else survey.cloud[0].cpu()

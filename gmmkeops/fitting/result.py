@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.models import Mixture
 
-__all__ = ["Ending", "FitResult", "Report", "StartReport", "Step"]
+__all__ = ["Ending", "FitResult", "Report", "Start", "StartReport", "Step"]
 
 
 class Ending(enum.StrEnum):
@@ -71,6 +71,21 @@ class StartReport:
     rows: int
     prior: bool
     seconds: float
+
+
+class Start(NamedTuple):
+    """An initial mixture, and what is known about the points from the search for it.
+
+    Args:
+        mixture: The mixture, data units.
+        report: How it was found; None if it was given.
+        spread: Centers and standard deviations (D,) of the columns of all points, as
+            :func:`~gmmkeops.data.spread.trimmed_spread` computes them; None if they are not known.
+    """
+
+    mixture: Mixture
+    report: StartReport | None = None
+    spread: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

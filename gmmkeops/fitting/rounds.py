@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,14 +11,14 @@ import torch
 
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.ordinary import climb, round_of
+from gmmkeops.fitting.ordinary import climb, climbs_of, rounds_of
 from gmmkeops.fitting.population import Population
 from gmmkeops.models import Mixture, merge_down, merged_by, split
 
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "Climber", "Found", "best_of"]
+__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "Climber", "Found", "best_of", "best_sound"]
 
 # Maximum number of rounds.
 ROUNDS = 3
@@ -37,25 +38,36 @@ class Found:
     """A candidate.
 
     Args:
-        state: State of EM, whose mixture has been evaluated.
+        mixture: Mixture of all components, standardized coordinates.
         value: Objective of this mixture, nats per point.
         origin: Mixture before the EM steps.
+        active: Mixture of the components that are not pruned.
     """
 
-    state: EMState
+    mixture: Mixture
     value: float
     origin: Mixture
-
-    @property
-    def mixture(self) -> Mixture:
-        """Mixture of all components, standardized coordinates."""
-        return self.state.population.whole(self.state.mixture)
+    active: Mixture
 
 
 def best_of(found: list[Found]) -> Found:
     """Return the candidate of the lowest objective; the first one of those that are equal up to rounding."""
-    least = min(each.value for each in found)
-    return next((each for each in found if each.value <= least + _TIE * max(1.0, abs(least))), found[0])
+    limit = _highest(min(each.value for each in found))
+    return next((each for each in found if each.value <= limit), found[0])
+
+
+def best_sound(found: list[Found], sound: Callable[[Found], bool]) -> Found | None:
+    """Return the best one of the candidates that are sound, of which as few as possible are examined; None if there is none."""
+    best = next((each for each in sorted(found, key=lambda each: each.value) if sound(each)), None)
+    if best is None:
+        return None
+    limit = _highest(best.value)
+    return next(each for each in found if each is best or (best.value <= each.value <= limit and sound(each)))
+
+
+def _highest(value: float) -> float:
+    """Return the highest objective that is equal to one up to rounding."""
+    return value + _TIE * max(1.0, abs(value))
 
 
 class Climber:
@@ -76,12 +88,29 @@ class Climber:
 
     def climbed(self, mixture: Mixture, steps: int, tolerance: float) -> Found:
         """Perform EM steps from a mixture in standardized coordinates."""
+        return self.climbs([mixture], steps, tolerance)[0]
+
+    def climbs(self, mixtures: list[Mixture], steps: int, tolerance: float) -> list[Found]:
+        """Perform EM steps from several mixtures of equal shape in standardized coordinates."""
+        fast = climbs_of(self.method, self.objective, mixtures, steps, tolerance)
+        found = []
+        for mixture, native in zip(mixtures, fast, strict=True):
+            if native is None:
+                found.append(self._climbed(mixture, steps, tolerance))
+            else:
+                reached, value, sweeps = native
+                self.work += sweeps * mixture.n_components
+                found.append(Found(reached, value, mixture, reached))
+        return found
+
+    def _climbed(self, mixture: Mixture, steps: int, tolerance: float) -> Found:
+        """Perform EM steps of any kind from a mixture."""
         state = self.state(mixture)
         if self.objective.penalty is not None and not self.objective.penalty.constant:
             state = self.method.init(self.objective, mixture)
         state, value = climb(self.method, self.objective, state, steps, tolerance)
         self.work += (state.iteration + 1) * mixture.n_components
-        return Found(state, value, mixture)
+        return Found(state.population.whole(state.mixture), value, mixture, state.mixture)
 
     def state(self, mixture: Mixture) -> EMState:
         """Return the state of EM at a mixture of which no component is pruned or singular."""
@@ -99,9 +128,14 @@ class Climber:
 
     def improved(self, found: Found, most: int) -> Found:
         """Split every component, climb, merge and climb again, as long as that improves the objective."""
-        for _ in range(most):
+        left = most
+        while left > 0:
+            found, rounds, ended = self._fast_rounds(found, left)
+            left -= rounds
+            if ended or not left:
+                break
             other = self._round(found)
-            self.rounds += 1
+            self.rounds, left = self.rounds + 1, left - 1
             if other is None or best_of([found, other]) is found:
                 break
             if self.least(other) < min(found.origin.n_features + 1, self.least(found)):
@@ -111,17 +145,31 @@ class Climber:
                 break
         return found
 
+    def _fast_rounds(self, found: Found, most: int) -> tuple[Found, int, bool]:
+        """Perform the next rounds in the native engine.
+
+        Returns:
+            The candidate, the number of rounds, and whether no further one is to be performed.
+        """
+        if found.active.n_components < found.origin.n_components:
+            # After pruning, the merge leaves more components than were split, which the library does not support.
+            return found, 0, False
+        constants = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE}
+        native = rounds_of(self.method, self.objective, found.mixture, found.value, most, constants)
+        if native is None:
+            return found, 0, False
+        results, pair = native
+        self.work += results.work
+        self.rounds += results.rounds
+        if pair is not None:
+            merged, reached = pair
+            found = Found(reached, results.value, merged, reached)
+        return found, results.rounds, results.ended
+
     def _round(self, found: Found) -> Found | None:
-        """Return the result of one round; None if fewer components are left after the split than before."""
+        """Return the result of one round of several calls; None if fewer components are left after the split than before."""
         K = found.origin.n_components
-        # After pruning, the merge leaves more components than were split, which the library does not support.
-        whole = found.state.mixture.n_components == K
-        fast = round_of(self.method, self.objective, found.state, _SPLIT, MERGED) if whole else None
-        if fast is not None:
-            merged, reached, value, work = fast
-            self.work += work
-            return Found(self.state(reached), value, merged)
-        twice = self.climbed(split(found.state.mixture), *_SPLIT).state.mixture
+        twice = self.climbed(split(found.active), *_SPLIT).active
         if twice.n_components < K:
             return None
         return self.climbed(merged_by(twice, merge_down(twice, K).labels(K), K), *MERGED)

@@ -22,11 +22,11 @@ from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.frame import Frame
-from gmmkeops.fitting.kmeans import agreement, clusters, distinct, kmeans, labels, mixture_of, seeds
+from gmmkeops.fitting.kmeans import agreement, clusters, distinct, kmeans, labels, mixture_of, pool_of, seeds
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
-from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of
+from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of, best_sound
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
@@ -84,12 +84,6 @@ def sample_size(K: int, D: int, kind: type[Factor]) -> int:
     return max(clustered_size(K), min(rows, _NUMBERS // D))
 
 
-def covariance_of(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Compute a robust covariance (D, D) of points (N, D), data units."""
-    center, spread = trimmed_spread(x, weights)
-    return _robust_covariance(x, weights, center, torch.where(spread > 0, spread, 1.0))
-
-
 def prior_of(covariance: Tensor, K: int) -> CovariancePrior:
     """Return a weak prior of the covariances: D + 2 points with the covariance (D, D) of all points divided by K^(2/D)."""
     D = len(covariance)
@@ -107,19 +101,29 @@ def within_prior(mixture: Mixture) -> tuple[Tensor, float]:
     return (mixture.weights[:, None, None] * covariances).sum(0), mixture.n_features + 2.0
 
 
-def _robust_covariance(x: Tensor, weights: Tensor | None, center: Tensor | float, spread: Tensor | float) -> Tensor:
-    """Compute the covariance (D, D) of points, with columns that are clipped at ten standard deviations."""
-    z = ((x.double() - center) / spread).clamp_(-10, 10)
-    g = torch.ones(len(z), dtype=torch.float64, device=x.device) if weights is None else weights
+def _robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
+    """Compute the covariance (D, D), float64, of standardized points (n, D), which are clipped at ten standard deviations."""
+    z = z.double().clamp(-10, 10)
+    g = torch.ones(len(z), dtype=torch.float64, device=z.device) if weights is None else weights
     z = z - g @ z / g.sum()
     # A constant column would make the covariance singular.
-    covariance = (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(x.shape[1]).to(z)
-    return covariance if isinstance(spread, float) else covariance * spread * spread[:, None]
+    return (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(z.shape[1]).to(z)
 
 
 def _parameters(kind: type[Factor], D: int) -> int:
     """Count the parameters of a component: weight, mean and covariance."""
     return 1 + D + kind.count(1, D)
+
+
+def _factor_of(root: Tensor) -> FullFactor:
+    """Return an upper triangular matrix (D, D) as the precision factor of one component."""
+    row, column = torch.triu_indices(len(root), len(root), 1, device=root.device)
+    return FullFactor(root.diagonal().log()[None], root[row, column][None])
+
+
+def _outside(centers: Tensor, root: Tensor | None) -> Tensor:
+    """Convert centers (K, D) from the coordinates of a metric to those of the points."""
+    return centers if root is None else torch.linalg.solve_triangular(root, centers, upper=True, left=False)
 
 
 class Search:
@@ -155,7 +159,9 @@ class Search:
         self.began = time.perf_counter()
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
         # Splits and k-means compare the columns, so that their scale must not depend on their units.
-        frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False)
+        #: Centers and standard deviations of the columns (D,), data units.
+        self.spread = trimmed_spread(x, weights)
+        frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False, spread=self.spread)
         method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
@@ -185,15 +191,21 @@ class Search:
 
     def narrowed(self, objective: Objective, mixture: Mixture) -> Objective:
         """Return an objective with a prior of the mean covariance within the components of a standardized mixture."""
-        return self._with(objective, CovariancePrior(*within_prior(self.plain.frame.leave(mixture))))
+        within, points = within_prior(mixture)
+        return self._with(objective, CovariancePrior(self._in_data_units(within), points))
 
     def _with(self, objective: Objective, added: CovariancePrior) -> Objective:
         return replace(objective, penalty=added if self.penalty is None else self.penalty + added)
 
+    def _in_data_units(self, covariance: Tensor) -> Tensor:
+        """Convert a covariance (D, D) from standardized coordinates to data units."""
+        scale = self.plain.frame.scale
+        return covariance * scale * scale[:, None]
+
     @cached_property
     def _spread(self) -> Tensor:
         """Robust covariance of all points (D, D), data units."""
-        return covariance_of(self.x, self.weights)
+        return self._in_data_units(self._covariance)
 
     def _supported(self, penalty: Any, K: int) -> Penalty | None:
         """Return the penalty, or None if there is none or EM does not support it."""
@@ -245,14 +257,14 @@ class Search:
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            candidates = climber.sound([climber.climbed(each, *enough) for each in self.begun(run)])
+            candidates = climber.sound(climber.climbs(self.begun(run), *enough))
             starts += candidates
             found = best_of(candidates)
             if strategy == "annealed":
                 found = self._annealed(climber, found)
             elif strategy == "auto" and self.ratio < _TOO_FEW:
                 # A fit of fewer points than parameters stays where it begins, which is the clusters themselves.
-                found = Found(climber.state(found.origin), found.value, found.origin)
+                found = Found(found.origin, found.value, found.origin, found.origin)
             elif self.doubles:
                 found = climber.improved(found, most)
             seen.append(found.value)
@@ -302,7 +314,7 @@ class Search:
         else:
             found = [(self._centers(run, root), root) for root in self._roots]
         self.candidates += len(found)
-        return [self._clustered(*each) for each in found]
+        return [self._clustered(_outside(centers, root), root) for centers, root in found]
 
     def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return different centers of several runs of k-means and their metrics, without a metric in which the runs differ most.
@@ -321,7 +333,7 @@ class Search:
         return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
 
     def _centers(self, run: int, root: Tensor | None) -> Tensor:
-        """Return the centers (K, D) of a run in a metric."""
+        """Return the centers (K, D) of a run in the coordinates of a metric."""
         z, masses = self._points_in(root), self._different[1]
         if run % 3 == 0:
             return kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
@@ -336,15 +348,23 @@ class Search:
     def _covariance(self) -> Tensor:
         """Robust covariance of all points, standardized coordinates, in which columns have deviations of about one."""
         z: Tensor = self.plain.data.x  # type: ignore[attr-defined]
-        return _robust_covariance(z, self.weights, 0.0, 1.0)
+        return _robust_covariance(z, self.weights)
+
+    @cached_property
+    def _least(self) -> float:
+        """Least eigenvalue of this covariance."""
+        return float(torch.linalg.eigvalsh(self._covariance)[0])
 
     @cached_property
     def _roots(self) -> list[Tensor | None]:
-        """The metrics of k-means: that of the standardized columns (None), and that in which all points are white (D, D)."""
+        """The metrics of k-means: that of the standardized columns (None), and that in which all points are white.
+
+        The latter is an upper triangular matrix (D, D), by which points are multiplied.
+        """
         if self.D == 1 or self.K == 1:
             return [None]
-        values, vectors = torch.linalg.eigh(self._covariance)
-        return [None, vectors * values.rsqrt()]
+        lower = torch.linalg.cholesky(self._covariance)
+        return [None, torch.linalg.solve_triangular(lower, torch.eye(self.D).to(lower), upper=False).mT]
 
     @cached_property
     def _different(self) -> tuple[Tensor, Tensor]:
@@ -357,38 +377,51 @@ class Search:
         return distinct(x, g)
 
     def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
-        """Return the mixture of the clusters about centers (K, D) in a metric."""
+        """Return the mixture of the clusters about centers (K, D), standardized coordinates, in a metric."""
         batch = Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
-        means = centers if root is None else torch.linalg.solve(root.mT, centers.mT).mT
-        if (found := self._by_one_step(batch, means, root)) is not None:
+        metric = None if root is None else _factor_of(root)
+        if (found := self._by_one_step(batch, centers, metric)) is not None:
             return found
-        if root is None:
-            sums = clusters([batch], means, self.kind, self.backend)
+        if metric is None:
+            sums = clusters([batch], centers, self.kind, self.backend)
         else:
-            arguments = (batch.points, means.new_zeros(len(means)), means, FullFactor.from_factors(root[None]))
+            arguments = (batch.points, centers.new_zeros(len(centers)), centers, metric)
             hard = reductions.moments(
                 *arguments, weights=batch.weights, assignment="hard", backend=self.backend, truncate=0
             )
             sums = Moments(hard.S0, hard.S1, self.kind.second_moments(hard.S2), hard.centers, hard.total, hard.mass)
         return mixture_of(sums, self.kind, self.tied, *trimmed_spread(batch.points, self.weights))
 
-    def _by_one_step(self, batch: Batch, means: Tensor, root: Tensor | None) -> Mixture | None:
-        """Return the mixture of the clusters by one step of hard EM; None if clusters are small or singular."""
-        if self.tied or (root is not None and self.kind is not FullFactor):
+    def _by_one_step(self, batch: Batch, centers: Tensor, metric: FullFactor | None) -> Mixture | None:
+        """Return the mixture of the clusters by one step of hard EM; None if the native engine does not perform it.
+
+        Covariances are averaged with a pooled one if a cluster has few points.
+        """
+        if self.tied or (metric is not None and self.kind is not FullFactor):
             return None
-        matrix = torch.eye(self.D).to(means) if root is None else root
-        one = (
-            FullFactor.from_factors(matrix[None])
-            if root is not None
-            else self.kind.from_covariances(self.kind.compact(matrix)[None], features=self.D)
-        )
-        factor = one.replace(**{name: values.expand(self.K, -1) for name, values in one.tensors.items()})
-        least = 4 * (self.D + 1) / self.plain.count
+        shapes = self.kind.shapes(self.K, self.D)
+        if metric is None:
+            tensors = {name: centers.new_zeros(shape) for name, shape in shapes.items()}
+        else:
+            tensors = {name: tensor.expand(shapes[name]) for name, tensor in metric.tensors.items()}
+        pool = pool_of(self.plain.mass, self.K, 4 * (self.D + 1) / self.plain.count)
         settings = reductions.StepSettings(
-            self.plain.mass, means.new_zeros(self.D), FLOOR, least, assignment="hard", bare=True
+            self.plain.mass,
+            centers.new_zeros(self.D),
+            FLOOR,
+            pool.weight / self.plain.mass,
+            assignment="hard",
+            bare=True,
+            pool=pool,
         )
         steps = reductions.em_steps(
-            batch, means.new_zeros(self.K), means, factor, settings, backend=self.backend, limit=1
+            batch,
+            centers.new_zeros(self.K),
+            centers,
+            self.kind.of(tensors, self.D),
+            settings,
+            backend=self.backend,
+            limit=1,
         )
         if not steps:
             return None
@@ -421,9 +454,8 @@ class Search:
         if self.K > _MANY:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
             mixtures = [each.mixture for each in found[:2]] + [each.origin for each in found[2:]]
-        climbed = [climber.climbed(each, *_PLAIN) for each in mixtures]
-        sound = [each for each in climbed if not self.degenerate(each.mixture)]
-        return best_of(sound or climber.sound(climbed))
+        climbed = climber.climbs(mixtures, *_PLAIN)
+        return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:
         """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction.
@@ -434,5 +466,8 @@ class Search:
         """
         if float(mixture.weights.min()) * (self.plain.count if count is None else count) < 2 * (self.D + 1):
             return True
-        least = torch.linalg.eigvalsh(self._covariance)[0]
-        return bool(torch.linalg.matrix_norm(mixture.factor.matrices(), 2).amax() ** -2 < _THIN * least)
+        factors, limit = mixture.factor.matrices(), 1 / (_THIN * self._least)
+        # The Frobenius norm bounds the spectral norm, and is computed faster.
+        if float(factors.square().sum((1, 2)).amax()) < limit:
+            return False
+        return bool(torch.linalg.matrix_norm(factors, 2).amax() ** 2 > limit)

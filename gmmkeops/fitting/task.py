@@ -104,9 +104,18 @@ class Task:
         return settings
 
     def objective(
-        self, x: Any, sample_weight: Any, columns: tuple[str, ...] | None, journal: Journal, saved: Any
+        self,
+        x: Any,
+        sample_weight: Any,
+        columns: tuple[str, ...] | None,
+        journal: Journal,
+        saved: Any,
+        spread: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Objective:
-        """Check the data and create the objective; the last columns are contexts if there is a network."""
+        """Check the data and create the objective; the last columns are contexts if there is a network.
+
+        ``spread`` is known from the search for the initial mixture, as in :class:`~gmmkeops.fitting.result.Start`.
+        """
         mixture, model, dtype = self.mixture, self.model, as_dtype(self.dtype)
         limit = None if self.max_memory is None else as_bytes(self.max_memory)
         world, extra = journal.world, 0 if model is None else model.context
@@ -139,6 +148,7 @@ class Task:
             world=world,
             truncate=self.truncate,
             frame=None if saved is None else Frame(saved["frame"][0], saved["frame"][1], extra),
+            spread=spread,
             journal=journal,
             model=model,
         )

@@ -178,7 +178,7 @@ def _check_matrix(name: str, value: Any) -> None:
     if not (square or (matrix.ndim == 0 and float(matrix) > 0)):
         raise ValueError(f"{name} must be a positive number or a matrix (D, D), got {_told(matrix)}.")
     check_finite(matrix, name=name)
-    if square and not torch.allclose(matrix, matrix.mT, rtol=1e-5, atol=0):
+    if square and bool(((matrix - matrix.mT).abs() > 1e-5 * matrix.abs()).any()):
         raise ValueError(f"{name} must be symmetric, got an asymmetric matrix; symmetrize it with (S + S.T) / 2.")
     if square and int(torch.linalg.cholesky_ex(matrix).info) > 0:
         raise ValueError(

@@ -34,7 +34,12 @@ from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401
 from gmmkeops.reductions.native.pairs import pair_costs as pair_costs
-from gmmkeops.reductions.native.rounds import em_round as em_round
+from gmmkeops.reductions.native.rounds import Rounds as Rounds
+from gmmkeops.reductions.native.rounds import RoundSettings as RoundSettings
+from gmmkeops.reductions.native.rounds import em_climb as em_climb
+from gmmkeops.reductions.native.rounds import em_rounds as em_rounds
+from gmmkeops.reductions.native.seeds import chosen_seeds as chosen_seeds
+from gmmkeops.reductions.native.steps import Pool as Pool
 from gmmkeops.reductions.native.steps import Steps as Steps
 from gmmkeops.reductions.native.steps import StepSettings as StepSettings
 from gmmkeops.reductions.native.steps import em_steps as em_steps

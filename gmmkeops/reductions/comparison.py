@@ -39,6 +39,9 @@ _NAMES = {
 }
 
 
+# Ratio of second moments and squared coordinates below which they may be rounding errors.
+_ROUNDING = 1e-3
+
 # Least scale, so that results that are all zero can be compared.
 _TINY = 1e-300
 
@@ -76,7 +79,8 @@ class Comparison:
         evaluation = self._begin(few, same)
         evaluation.add(None)
         expected = evaluate(dense, replace(few, x=few.x.double()), same)
-        error = _error(same, evaluation.result(), expected, float(problem.U.abs().amax()))
+        sizes = float(problem.U.abs().amax()), float((few.x.double() - few.center).abs().amax())
+        error = _error(same, evaluation.result(), expected, *sizes)
         self._done.add(key)
         if not error <= _TOLERANCE[x.dtype]:
             found = f"a relative error of {error:.1g} in {_NAMES[type(same)]}"
@@ -99,16 +103,19 @@ def _without_chance(request: Request) -> Request:
             return LogSumExp()
 
 
-def _error(request: Request, own: Result, expected: Result, steepest: float) -> float:
+def _error(request: Request, own: Result, expected: Result, steepest: float, farthest: float) -> float:
     """Compute the largest relative error of the results of a request; NaN if a result is.
 
     ``steepest`` is the largest entry of the factors, by which the terms of a gradient are of about this size also where they
-    cancel.
+    cancel. ``farthest`` is the largest coordinate of a point, relative to the center of the means: residuals of points that are
+    equal to means are rounding errors of it.
     """
     if isinstance(request, Statistics):
         S0, S1, S2 = expected[:3]
         # S1, about the means, may be much smaller than its terms.
-        scales = S0.abs().amax(), (S0.abs().amax() * S2.abs().amax()).sqrt(), S2.abs().amax()
+        first = S0.abs().amax()
+        second = S2.abs().amax().clamp(min=_ROUNDING * float(first) * farthest * farthest)
+        scales = first, (first * second).sqrt(), second
         pairs = zip(own[:3], (S0, S1, S2), scales, strict=True)
         return max(float((a - b).abs().amax() / scale.clamp(min=_TINY)) for a, b, scale in pairs)
     # Numbers beyond the range of the dtype are infinite in both.

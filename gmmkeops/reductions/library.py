@@ -12,6 +12,7 @@ from pathlib import Path
 __all__ = [
     "OUT_OF_MEMORY",
     "Call",
+    "ClimbCall",
     "ExtentCall",
     "Level",
     "ListCall",
@@ -19,6 +20,7 @@ __all__ = [
     "ParameterCall",
     "RecordCall",
     "RoundCall",
+    "SeedCall",
     "StepCall",
     "TreeCall",
     "instruction_set",
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 6
+_ABI = 7
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -75,8 +77,9 @@ class StepCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("steps", "done")),
         *(
             (name, ctypes.c_double)
-            for name in ("mass", "scale", "least", "floor", "ceiling", "coarse", "degrees", "tolerance")
+            for name in ("mass", "scale", "least", "floor", "ceiling", "coarse", "degrees", "tolerance", "relative")
         ),
+        *((name, ctypes.c_double) for name in ("pool_below", "pool_weight", "pool_floor", "pool_limit")),
         *((name, ctypes.c_void_p) for name in ("ridge", "rounding", "scatter")),
         *(
             (name, ctypes.c_void_p)
@@ -85,15 +88,31 @@ class StepCall(ctypes.Structure):
     )
 
 
+class ClimbCall(ctypes.Structure):
+    """The arguments of EM steps from several mixtures."""
+
+    _fields_ = (("steps", StepCall), ("starts", ctypes.c_int64), ("done", ctypes.c_void_p))
+
+
 class RoundCall(ctypes.Structure):
-    """The arguments of a round of splitting and merging."""
+    """The arguments of rounds of splitting and merging."""
 
     _fields_ = (
         ("steps", StepCall),
         *((name, ctypes.c_int64) for name in ("split_steps", "merged_steps")),
         *((name, ctypes.c_double) for name in ("split_tolerance", "merged_tolerance", "half")),
         ("points", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("blocks", "work")),
+        *((name, ctypes.c_int64) for name in ("blocks", "most", "done", "accepted", "ended", "work")),
+        *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
+    )
+
+
+class SeedCall(ctypes.Structure):
+    """The arguments of greedy k-means++."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("points", "dimensions", "centers", "candidates")),
+        *((name, ctypes.c_void_p) for name in ("x", "mass", "uniform", "chosen")),
     )
 
 
@@ -192,7 +211,19 @@ class TreeCall(ctypes.Structure):
 
 
 # The calls in the order of ``gmmkeops_size`` in native/source/native.cpp.
-_CALLS = (Call, ListCall, TreeCall, StepCall, PairCall, RoundCall, RecordCall, ExtentCall, ParameterCall)
+_CALLS = (
+    Call,
+    ListCall,
+    TreeCall,
+    StepCall,
+    PairCall,
+    RoundCall,
+    RecordCall,
+    ExtentCall,
+    ParameterCall,
+    ClimbCall,
+    SeedCall,
+)
 
 
 @cache
@@ -257,8 +288,8 @@ def run(function: str, call: ctypes.Structure, *, is_long: bool = False) -> int:
     library, chosen = load()
     compiled = getattr(library, function)
     stop = ctypes.c_int32(0)
-    # Rounds contain the call of steps, and these that of a sweep.
-    sweep = call.steps.sweep if isinstance(call, RoundCall) else getattr(call, "sweep", call)
+    # Rounds and climbs contain the call of steps, and these that of a sweep.
+    sweep = call.steps.sweep if isinstance(call, RoundCall | ClimbCall) else getattr(call, "sweep", call)
     sweep.stop = ctypes.addressof(stop)
     if not is_long or threading.current_thread() is not threading.main_thread():
         return int(compiled(ctypes.byref(call), chosen))

@@ -1,7 +1,8 @@
-"""Rounds of splitting and merging in the compiled library: two series of EM steps without the interpreter between them."""
+"""EM steps from several mixtures, and rounds of splitting and merging, without the interpreter between them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,81 +10,201 @@ from torch import Tensor
 
 from gmmkeops.components import Factor
 from gmmkeops.data import Batch
-from gmmkeops.reductions.library import OUT_OF_MEMORY, RoundCall, run
+from gmmkeops.reductions.library import OUT_OF_MEMORY, ClimbCall, RoundCall, StepCall, run
 from gmmkeops.reductions.native.engine import LONG
 from gmmkeops.reductions.native.pairs import table_of
 from gmmkeops.reductions.native.steps import StepSettings, described
 
-__all__ = ["Round", "em_round"]
+__all__ = ["Climbed", "Parameters", "RoundSettings", "Rounds", "em_climb", "em_rounds"]
 
-_Parameters = tuple[Tensor, Tensor, Factor]
+# Logits (K,), means (K, D) and factor of a mixture.
+Parameters = tuple[Tensor, Tensor, Factor]
 
 
-class Round(NamedTuple):
-    """The result of a round.
+class Climbed(NamedTuple):
+    """The result of EM steps from a mixture.
 
     Args:
-        merged: Logits (K,), means (K, D) and factor before the last series of steps.
-        reached: Those after it.
-        total, cost, prior: As in :class:`~gmmkeops.reductions.Steps`, for the parameters that were reached.
-        work: Number of E-steps times the number of components in them.
+        reached: The last mixture whose objective is known.
+        total, cost, prior: As in :class:`~gmmkeops.reductions.Steps`, for this mixture.
+        steps: Number of E-steps.
     """
 
-    merged: _Parameters
-    reached: _Parameters
+    reached: Parameters
     total: float
     cost: float
     prior: float
-    work: int
+    steps: int
 
 
-def em_round(
-    batch: Batch,
-    parameters: _Parameters,
-    settings: StepSettings,
-    *,
-    split: tuple[int, float],
-    merged: tuple[int, float],
-    half: float,
-    points: Tensor,
-    backend: str = "auto",
-) -> Round | None:
-    """Split every component, perform EM steps, merge pairs until K components are left, and perform EM steps again.
+class RoundSettings(NamedTuple):
+    """Constants of rounds of splitting and merging.
 
     Args:
-        batch: All points (N, D) and their weights.
-        parameters: Logits (K,), means (K, D) and factor of a mixture whose covariances are not common.
-        settings: Constants of the M-step.
         split, merged: Largest number of steps, and tolerance (nats per point), after the split and after the merge.
         half: Distance of the halves of a component from its mean, in standard deviations along its longest axis.
         points: Points of the standard normal distribution for the costs of merges, as for
             :func:`~gmmkeops.reductions.pair_costs`.
+        gain: Improvement of the objective below which no further round is performed, nats per point.
+        tie: Relative difference of objectives that are equal up to rounding.
+        size: Effective number of points.
+    """
+
+    split: tuple[int, float]
+    merged: tuple[int, float]
+    half: float
+    points: Tensor
+    gain: float
+    tie: float
+    size: float
+
+
+class Rounds(NamedTuple):
+    """The result of rounds.
+
+    Args:
+        merged: The mixture before the last steps of the last accepted round; None if no round was accepted.
+        reached: The mixture after them, or None.
+        value: Objective of the mixture that was reached, or of the given one.
+        rounds: Number of rounds.
+        ended: Whether no further round is to be performed. Otherwise the next one is not an ordinary one.
+        work: Number of E-steps times the number of components in them.
+    """
+
+    merged: Parameters | None
+    reached: Parameters | None
+    value: float
+    rounds: int
+    ended: bool
+    work: int
+
+
+def em_climb(
+    batch: Batch,
+    starts: Sequence[Parameters],
+    settings: StepSettings,
+    *,
+    steps: int,
+    tolerance: float,
+    backend: str = "auto",
+) -> list[Climbed | None] | None:
+    """Perform EM steps from several mixtures, until a step decreases the objective by less than a tolerance.
+
+    Args:
+        batch: All points (N, D) and their weights.
+        starts: Mixtures of the same shape.
+        settings: Constants of the M-step.
+        steps: Largest number of E-steps for each mixture.
+        tolerance: Tolerance, nats per point.
         backend: Name of the engine.
 
     Returns:
-        None if the native engine does not compute the steps, or if one of them is not an ordinary one.
+        A result for each mixture, or None if one of its steps is not an ordinary one; None if the native engine does not compute
+        the steps.
     """
-    logits, means, factor = parameters
+    _, means, factor = starts[0]
     own = described(batch, means, factor, settings, backend)
     if own is None:
         return None
-    (K, D), tensors = means.shape, {"logits": logits, "means": means, **factor.tensors}
-    tables = {name: torch.stack((tensor, tensor)).double() for name, tensor in tensors.items()}
-    numbers, table = torch.empty(3, dtype=torch.float64), table_of(points, D)
-    call, _kept = own
-    for name, value in tables.items():
-        setattr(call, name, value.data_ptr())
-    first, size = numbers.data_ptr(), numbers.element_size()
-    call.total, call.cost, call.prior = first, first + size, first + 2 * size
-    outer = RoundCall(call, split[0], merged[0], split[1], merged[1], half, table.data_ptr(), len(table))
-    work = (2 * split[0] + merged[0]) * len(batch) * K * D
-    if run("gmmkeops_round", outer, is_long=work >= LONG) == OUT_OF_MEMORY:
-        raise MemoryError(f"There is not enough memory for EM steps of {2 * K} components in {D} dimensions.")
-    if not outer.work:
+    inner, _kept = own
+    tables, numbers = _rows(starts), torch.empty(3, len(starts), dtype=torch.float64)
+    done = torch.zeros(len(starts), dtype=torch.int64)
+    inner.steps, inner.tolerance = steps, tolerance
+    _point(inner, tables, numbers)
+    call, (K, D) = ClimbCall(inner, len(starts), done.data_ptr()), means.shape
+    _perform("gmmkeops_climb", call, steps * len(starts) * len(batch) * K * D, K, D)
+    found: list[Climbed | None] = []
+    for s, (count, (total, cost, prior)) in enumerate(zip(done.tolist(), numbers.T.tolist(), strict=True)):
+        found.append(Climbed(_parameters(tables, factor, s), total, cost, prior, count) if count else None)
+    return found
+
+
+def em_rounds(
+    batch: Batch,
+    start: Parameters,
+    settings: StepSettings,
+    rounds: RoundSettings,
+    *,
+    value: float,
+    constant: float,
+    most: int,
+    backend: str = "auto",
+) -> Rounds | None:
+    """Perform rounds as long as they improve the objective.
+
+    A round splits every component, performs EM steps, merges pairs until K components are left, and performs EM steps again. It
+    is accepted if the objective is better, unless a component has fewer than D + 1 points.
+
+    Args:
+        batch: All points (N, D) and their weights.
+        start: A mixture whose covariances are not common.
+        settings: Constants of the M-step.
+        rounds: Constants of the rounds.
+        value: Objective of the mixture, nats per point.
+        constant: Part of the objective that is the same for all mixtures, nats per point.
+        most: Largest number of rounds.
+        backend: Name of the engine.
+
+    Returns:
+        The result; None if the native engine does not compute the rounds.
+    """
+    _, means, factor = start
+    own = described(batch, means, factor, settings, backend)
+    if own is None:
         return None
-    rows = [
-        (tables["logits"][t], tables["means"][t], factor.replace(**{name: tables[name][t] for name in factor.tensors}))
-        for t in (0, 1)
-    ]
-    total, cost, prior = numbers.tolist()
-    return Round(rows[0], rows[1], total, cost, prior, outer.work)
+    inner, _kept = own
+    (K, D), tables, numbers = means.shape, _rows([start, start]), torch.empty(3, 1, dtype=torch.float64)
+    table = table_of(rounds.points, D)
+    _point(inner, tables, numbers)
+    call = RoundCall(
+        inner,
+        split_steps=rounds.split[0],
+        merged_steps=rounds.merged[0],
+        split_tolerance=rounds.split[1],
+        merged_tolerance=rounds.merged[1],
+        half=rounds.half,
+        points=table.data_ptr(),
+        blocks=len(table),
+        most=most,
+        value=value,
+        constant=constant,
+        gain=rounds.gain,
+        tie=rounds.tie,
+        count=rounds.size,
+    )
+    _perform("gmmkeops_rounds", call, most * (2 * rounds.split[0] + rounds.merged[0]) * len(batch) * K * D, 2 * K, D)
+    merged, reached = (_parameters(tables, factor, row) if call.accepted else None for row in (0, 1))
+    return Rounds(merged, reached, call.value, call.done, bool(call.ended), call.work)
+
+
+def _rows(mixtures: Sequence[Parameters]) -> dict[str, Tensor]:
+    """Return the parameters of mixtures as tables with one row for each."""
+    logits, means, factors = zip(*mixtures, strict=True)
+    tables = {"logits": torch.stack(logits), "means": torch.stack(means)}
+    for name in factors[0].tensors:
+        tables[name] = torch.stack([factor.tensors[name] for factor in factors])
+    return {name: table.double() for name, table in tables.items()}
+
+
+def _parameters(tables: dict[str, Tensor], factor: Factor, row: int) -> Parameters:
+    """Return the parameters in a row of the tables."""
+    tensors = {name: tables[name][row] for name in factor.tensors}
+    return tables["logits"][row], tables["means"][row], factor.replace(**tensors)
+
+
+def _point(call: StepCall, tables: dict[str, Tensor], numbers: Tensor) -> None:
+    """Set the addresses of tables, and of totals, costs and priors, which are the rows of ``numbers``."""
+    for name, table in tables.items():
+        setattr(call, name, table.data_ptr())
+    first, width = numbers.data_ptr(), numbers.shape[1] * numbers.element_size()
+    call.total, call.cost, call.prior = first, first + width, first + 2 * width
+
+
+def _perform(function: str, call: ClimbCall | RoundCall, work: int, K: int, D: int) -> None:
+    """Call a function of the library.
+
+    Raises:
+        MemoryError: There is not enough memory.
+    """
+    if run(function, call, is_long=work >= LONG) == OUT_OF_MEMORY:
+        raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")

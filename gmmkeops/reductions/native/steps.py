@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["FAMILIES", "StepSettings", "Steps", "described", "em_steps", "native_m_step"]
+__all__ = ["FAMILIES", "Pool", "StepSettings", "Steps", "described", "em_steps", "native_m_step"]
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
 FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
@@ -31,6 +31,22 @@ _MANY = 128
 
 # Largest number of steps of a call, and multiplications that a call with several steps may take (about a millisecond).
 _MOST, _WORK = 16, 3e7
+
+
+class Pool(NamedTuple):
+    """Constants of an average of each covariance with a robust pooled one, see ``Steps::pool`` in source/steps.hpp.
+
+    Args:
+        below: Weight of a component below which covariances are averaged.
+        weight: Weight of the pooled covariance in each average, in units of the weights of points.
+        floor: Constant that is added to the variances of the pooled covariance, relative to a typical variance within components.
+        limit: Mean variance of a component, relative to a typical one, above which its contribution is reduced.
+    """
+
+    below: float
+    weight: float
+    floor: float
+    limit: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class StepSettings:
         scatter: Scatter of the pseudo-points of each covariance, in the shape of S2 of a component; None without a prior.
         degrees: Number of these pseudo-points.
         bare: Whether the logits are the offsets of the exponents, as in k-means, rather than log-weights.
+        pool: How covariances are averaged with a pooled one; None if they are not.
     """
 
     mass: float
@@ -58,6 +75,7 @@ class StepSettings:
     scatter: Tensor | None = None
     degrees: float = 0.0
     bare: bool = False
+    pool: Pool | None = None
 
 
 class Steps:
@@ -111,7 +129,9 @@ def em_steps(
     drift: float = 0.0,
     backend: str = "auto",
     limit: int | None = None,
+    most: int = _MOST,
     tolerance: float = -math.inf,
+    relative: float = 0.0,
 ) -> Steps | None:
     """Perform EM steps over all points, until one is not ordinary.
 
@@ -122,8 +142,9 @@ def em_steps(
         counts: Fraction of the points for each covariance at the last M-step; None for those of the first E-step.
         drift: As in :class:`Steps`, before the first step.
         backend: Name of the engine.
-        limit: Largest number of steps; None for as many as take about a millisecond.
+        limit: Largest number of steps; None for as many as take about a millisecond, at most ``most``.
         tolerance: Decrease of the objective below which no further step is performed, nats per point.
+        relative: Fraction of the objective that is added to the tolerance.
 
     Returns:
         The results, which may contain no step; None if the native engine does not compute them.
@@ -134,8 +155,9 @@ def em_steps(
     call, _kept = own
     (N, D), K, full = batch.points.shape, len(means), factor.coupled
     work = N * K * (D * (D + 8) if full else D + 8)
-    count = max(1, min(_MOST, int(_WORK / max(work, 1)))) if limit is None else limit
-    tables, call.tolerance = _tables(count, logits, means, factor, counts, drift), tolerance
+    count = max(1, min(most, int(_WORK / max(work, 1)))) if limit is None else limit
+    call.tolerance, call.relative = tolerance, relative
+    tables = _tables(count, logits, means, factor, counts, drift)
     return _performed("gmmkeops_steps", call, tables, factor, is_long=count * N * K * D >= LONG)
 
 
@@ -236,6 +258,7 @@ def _described(
     """Return the arguments of steps for a sweep over points of total weight ``mass``, and the tensors that must be kept."""
     ridge, fixed = settings.ridge.contiguous(), settings.fixed
     scatter = None if settings.scatter is None else settings.scatter.contiguous()
+    below, weight, least, limit = (0.0, 0.0, 0.0, 0.0) if settings.pool is None else settings.pool
     call = StepCall(
         sweep=sweep,
         tied=factor.leading == 1,
@@ -250,6 +273,10 @@ def _described(
         ceiling=1 / settings.floor,
         coarse=ROUNDING,
         degrees=settings.degrees,
+        pool_below=below,
+        pool_weight=weight,
+        pool_floor=least,
+        pool_limit=limit,
         ridge=ridge.data_ptr(),
         scatter=None if scatter is None else scatter.data_ptr(),
     )

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 6;
+constexpr int32_t ABI = 7;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -51,7 +51,12 @@ struct StepCall {
   double floor, ceiling;    // smallest variance, and largest sum of the squares of a factor
   double coarse;            // largest norm of the change of a whitened residual by the rounding of the points
   double degrees;           // pseudo-points of each covariance
-  double tolerance;         // the call ends when a step decreases the objective by less, nats per point; negative infinity: never
+  // The call ends when a step decreases the objective by less than a tolerance (nats per point; negative infinity: never) plus a
+  // fraction of the objective.
+  double tolerance, relative;
+  // Average of each covariance with a pooled one, see Steps::pool: weight of a component below which it is computed (0: never), number
+  // of points that the pooled covariance stands for, ratio of its floor and of its limit to a typical variance.
+  double pool_below, pool_weight, pool_floor, pool_limit;
   const double *ridge, *rounding;  // (D,), added to variances; (D,) rounding errors of the points, or null
   const double* scatter;    // scatter of the pseudo-points, in the shape of S2, or null
   // Parameters before each step and after the last one, as factors store them: (steps + 1, K), (steps + 1, K, D),
@@ -61,6 +66,14 @@ struct StepCall {
   double *total, *cost;     // (steps,), log-likelihoods; 1/2 sum_k c_k tr(ridge precision_k)
   double *prior;            // (steps,), sum_k degrees / 2 log |Sigma_k| + 1/2 tr(scatter precision_k), nats
   double *drift;            // (steps + 1,), sum of the changes of this cost by those of the fractions
+};
+
+// Initial centers of k-means by greedy k-means++, see seeds.hpp.
+struct SeedCall {
+  int64_t points, dimensions, centers, candidates;  // M, D, K, candidates for each center but the first one
+  const double *x, *mass;   // (M, D), (M,)
+  const double* uniform;    // (1 + (K - 1) candidates,), random numbers from 0 to 1
+  int64_t* chosen;          // (K,), indices of the centers
 };
 
 // The costs of merging pairs of components.
@@ -73,14 +86,29 @@ struct PairCall {
   double* cost;             // (pairs,)
 };
 
-// A round of the search for a start, see rounds.hpp. The tables of ``steps`` have two rows, and ``total``, ``cost`` and ``prior`` one.
+// EM steps from several mixtures, see rounds.hpp. The tables of ``steps`` have one row for each, which the last mixture of known
+// objective replaces.
+struct ClimbCall {
+  StepCall steps;
+  int64_t starts;
+  int64_t* done;            // (starts,), numbers of steps; 0 if one of them was not an ordinary one
+};
+
+// Rounds of the search for a start, see rounds.hpp. The first row of the tables of ``steps`` is the mixture that the rounds improve.
+// The two rows become the last accepted mixture before and after its last steps, to which ``total``, ``cost`` and ``prior`` belong.
 struct RoundCall {
   StepCall steps;
   int64_t split_steps, merged_steps;            // largest numbers of steps after the split and after the merge
   double split_tolerance, merged_tolerance;     // their tolerances, nats per point
   double half;                                  // distance of the halves of a component from its mean, in standard deviations
   const double* points;                         // as in PairCall
-  int64_t blocks, work;                         // work: E-steps times components; 0 if a step was not an ordinary one
+  int64_t blocks;
+  int64_t most, done;                           // largest number of rounds, and number of those that were performed
+  int64_t accepted, ended;                      // number of accepted rounds; whether no further round is to be performed
+  int64_t work;                                 // E-steps times components
+  double value, constant;                       // objective of the mixture, and its part that is the same for all mixtures, nats per point
+  double gain, tie;                             // smallest improvement for another round; relative difference of equal objectives
+  double count;                                 // effective number of points
 };
 
 // Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and

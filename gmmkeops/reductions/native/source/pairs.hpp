@@ -122,17 +122,21 @@ struct Worker {
       const Component &self = side ? two : one, &rest = side ? one : two;
       const double mass = side ? b : a, left = side ? a : b;
       if (!(mass > 0)) continue;
+      const double here = std::log(mass) + self.logs, there = std::log(left);
       for (int64_t block = 0; block < call.blocks; block++) {
         const double *z = call.points + block * D * BLOCK, *x = self.points.data() + block * D * BLOCK;
         exponents(rest, x, self.mean, other);
         exponents(whole, x, self.mean, merged);
         for (int64_t s = 0; s < BLOCK; s++) own[s] = 0;
         for (int64_t d = 0; d < D; d++) for (int64_t s = 0; s < BLOCK; s++) own[s] += z[d * BLOCK + s] * z[d * BLOCK + s];
+        // The logarithm of a product of numbers from 1 to 2 is the sum of their logarithms.
+        double sum = 0, product = 1;
         for (int64_t s = 0; s < BLOCK; s++) {
-          const double p = std::log(mass) + self.logs - 0.5 * own[s], q = std::log(left) + other[s];
-          const double high = std::max(p, q), low = std::min(p, q);
-          found += mass * (high + std::log1p(std::exp(low - high)) - std::log(W) - merged[s]) / (call.blocks * BLOCK);
+          const double p = here - 0.5 * own[s], q = there + other[s];
+          sum += std::max(p, q) - merged[s];
+          product *= 1 + std::exp(-std::abs(p - q));
         }
+        found += mass * ((sum + std::log(product)) / BLOCK - std::log(W)) / call.blocks;
       }
     }
     const double entropy = (share > 0 ? -share * std::log(share) : 0) + (share < 1 ? -(1 - share) * std::log(1 - share) : 0);

@@ -1,8 +1,9 @@
-// A round of the search for a start: every component is split, EM steps, pairs are merged until as many are left as before, and EM
-// steps; as fitting/rounds.py does with models/merging.py.
+// EM steps from several mixtures, and rounds of the search for a start: every component is split, EM steps, pairs are merged until as
+// many are left as before, and EM steps; as fitting/rounds.py does with models/merging.py.
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "interface.hpp"
@@ -15,21 +16,56 @@ namespace rounds {
 // Pairs times squared dimensions from which another thread saves time.
 constexpr double PARALLEL = 50000;
 
+// Copies a row of a table of rows of ``size`` numbers.
+inline void copy(const double* from, int64_t row, double* to, int64_t at, int64_t size) { std::copy_n(from + row * size, size, to + at * size); }
+
 // Steps of some components, whose tables belong to this object.
 struct Climb {
+  // Numbers that are not set at first, so that memory for steps that are not needed is not used.
+  using Table = std::unique_ptr<double[]>;
+
   const StepCall& given;
   StepCall call;
-  const int64_t K, D, E, P;
-  std::vector<double> logits, means, logs, upper, counts, total, cost, prior, drift;
+  const int64_t K, D, L, E, P;  // L: number of covariances; 1 if they are common
+  const Table logits, means, logs, upper, counts, total, cost, prior, drift;
 
   Climb(const StepCall& given, int64_t K, int64_t steps, double tolerance)
-      : given(given), call(given), K(K), D(given.sweep.dimensions), E(given.sweep.family == SPHERICAL ? 1 : D),
-        P(given.sweep.family == FULL ? D * (D - 1) / 2 : 0), logits((steps + 1) * K), means((steps + 1) * K * D),
-        logs((steps + 1) * K * E), upper((steps + 1) * K * P), counts((steps + 1) * K, NAN), total(steps), cost(steps), prior(steps),
-        drift(steps + 1) {
+      : given(given), call(given), K(K), D(given.sweep.dimensions), L(given.tied ? 1 : K), E(given.sweep.family == SPHERICAL ? 1 : D),
+        P(given.sweep.family == FULL ? D * (D - 1) / 2 : 0), logits(table(steps + 1, K)), means(table(steps + 1, K * D)),
+        logs(table(steps + 1, L * E)), upper(table(steps + 1, L * P)), counts(table(steps + 1, L)), total(table(steps, 1)),
+        cost(table(steps, 1)), prior(table(steps, 1)), drift(table(steps + 1, 1)) {
     call.sweep.components = K, call.steps = steps, call.tolerance = tolerance;
-    call.logits = logits.data(), call.means = means.data(), call.log_diagonal = logs.data(), call.upper = upper.data();
-    call.counts = counts.data(), call.total = total.data(), call.cost = cost.data(), call.prior = prior.data(), call.drift = drift.data();
+    call.logits = logits.get(), call.means = means.get(), call.log_diagonal = logs.get(), call.upper = upper.get();
+    call.counts = counts.get(), call.total = total.get(), call.cost = cost.get(), call.prior = prior.get(), call.drift = drift.get();
+  }
+
+  static Table table(int64_t rows, int64_t size) { return Table(new double[rows * size]); }
+
+  // Sets the first mixture to row ``at`` of the tables of another call.
+  void load(const StepCall& from, int64_t at) {
+    copy(from.logits, at, logits.get(), 0, K), copy(from.means, at, means.get(), 0, K * D);
+    copy(from.log_diagonal, at, logs.get(), 0, L * E), copy(from.upper, at, upper.get(), 0, L * P);
+  }
+
+  // Sets row ``at`` of the tables of the given call to the mixture before step t.
+  void store(int64_t t, int64_t at) const {
+    copy(logits.get(), t, given.logits, at, K), copy(means.get(), t, given.means, at, K * D);
+    copy(logs.get(), t, given.log_diagonal, at, L * E), copy(upper.get(), t, given.upper, at, L * P);
+  }
+
+  // The same for the results of the last step, whose mixture is the last one of known objective.
+  void store_results(int64_t at) const {
+    const int64_t t = call.done - 1;
+    given.total[at] = total[t], given.cost[at] = cost[t], given.prior[at] = prior[t];
+  }
+
+  // The smallest weight of a component before step t.
+  double least(int64_t t) const {
+    const double* row = &logits[t * K];
+    const double largest = *std::max_element(row, row + K);
+    double sum = 0;
+    for (int64_t k = 0; k < K; k++) sum += std::exp(row[k] - largest);
+    return std::exp(*std::min_element(row, row + K) - largest) / sum;
   }
 
   // Sets the first covariance k of the family; false if it is singular.
@@ -41,7 +77,7 @@ struct Climb {
       }
       return true;
     }
-    double *matrix = space.data(), *inverse = matrix + D * D, *to = upper.data() + k * P;
+    double *matrix = space.data(), *inverse = matrix + D * D, *to = &upper[k * P];
     std::copy_n(spread, D * D, matrix);
     if (!kernel.invert(matrix, inverse, D, 4 * D * std::numeric_limits<double>::epsilon())) return false;
     for (int64_t i = 0; i < D; i++) {
@@ -53,7 +89,7 @@ struct Climb {
 
   // The covariance of a component before step t, in the shape of S2.
   void get(int64_t t, int64_t k, double* spread, std::vector<double>& space) const {
-    const double *diagonal = &logs[(t * K + k) * E], *from = upper.data() + (t * K + k) * P;
+    const double *diagonal = &logs[(t * K + k) * E], *from = &upper[(t * K + k) * P];
     if (given.sweep.family != FULL) {
       for (int64_t e = 0; e < E; e++) spread[e] = std::exp(-2 * diagonal[e]);
       return;
@@ -79,6 +115,7 @@ struct Climb {
   // Performs the steps; false if one of them was not an ordinary one.
   template <class Evaluate> bool run(const Kernel& kernel, Evaluate evaluate, Status& status) {
     bool ended = false;
+    counts[0] = NAN, drift[0] = 0;
     status = steps::run(call, kernel, evaluate, &ended);
     return status == DONE && ended && call.done > 0;
   }
@@ -165,28 +202,42 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
   return true;
 }
 
-// The tables of the call hold the mixture in their first rows, which the merged mixture replaces; the second rows become that after
-// the steps, of which the last total, cost and prior are known. ``work`` stays zero if a step was not an ordinary one.
+template <class Evaluate> Status climb(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
+  const StepCall& given = call.steps;
+  Climb one(given, given.sweep.components, given.steps, given.tolerance);
+  for (int64_t s = 0; s < call.starts; s++) {
+    Status status = DONE;
+    one.load(given, s);
+    const bool ordinary = one.run(kernel, evaluate, status);
+    if (status != DONE) return status;
+    call.done[s] = ordinary ? one.call.done : 0;
+    if (ordinary) one.store(one.call.done - 1, s), one.store_results(s);
+  }
+  return DONE;
+}
+
+// Performs rounds as long as they improve the objective, until a step is not an ordinary one; as Climber.improved in rounds.py.
 template <class Evaluate> Status run(RoundCall& call, const Kernel& kernel, Evaluate evaluate) {
   const StepCall& given = call.steps;
   const int64_t K = given.sweep.components;
   Climb from(given, K, 1, 0), twice(given, 2 * K, call.split_steps + 1, call.split_tolerance), once(given, K, call.merged_steps + 1, call.merged_tolerance);
-  const int64_t D = from.D, E = from.E, P = from.P;
-  std::copy_n(given.logits, K, from.logits.data()), std::copy_n(given.means, K * D, from.means.data());
-  std::copy_n(given.log_diagonal, K * E, from.logs.data()), std::copy_n(given.upper, K * P, from.upper.data());
-  call.work = 0;
+  from.load(given, 0);
+  call.done = call.accepted = call.work = call.ended = 0;
   Status status = DONE;
-  if (!split(call, from, twice, kernel) || !twice.run(kernel, evaluate, status)) return status;
-  if (!merge(call, twice, twice.call.done - 1, once, kernel) || !once.run(kernel, evaluate, status)) return status;
-  const int64_t t = once.call.done - 1;
-  for (int64_t row = 0; row < 2; row++) {
-    const int64_t at = row * t;
-    std::copy_n(&once.logits[at * K], K, given.logits + row * K), std::copy_n(&once.means[at * K * D], K * D, given.means + row * K * D);
-    std::copy_n(&once.logs[at * K * E], K * E, given.log_diagonal + row * K * E);
-    std::copy_n(once.upper.data() + at * K * P, K * P, given.upper + row * K * P);
+  while (!call.ended && call.done < call.most) {
+    if (!split(call, from, twice, kernel) || !twice.run(kernel, evaluate, status)) return status;
+    if (!merge(call, twice, twice.call.done - 1, once, kernel) || !once.run(kernel, evaluate, status)) return status;
+    const int64_t t = once.call.done - 1;
+    const double value = call.constant + steps::objective(once.call, t), best = std::min(value, call.value), least = once.least(t) * call.count;
+    call.done++, call.work += 2 * K * twice.call.done + K * once.call.done;
+    call.ended = 1;
+    if (call.value <= best + call.tie * std::max(1.0, std::abs(best))) break;
+    if (least < std::min(double(given.sweep.dimensions + 1), from.least(0) * call.count)) break;
+    once.store(0, 0), once.store(t, 1), once.store_results(0), from.load(given, 1);
+    call.ended = call.value - value < call.gain;
+    call.value = value, call.accepted++;
   }
-  *given.total = once.total[t], *given.cost = once.cost[t], *given.prior = once.prior[t];
-  call.work = 2 * K * twice.call.done + K * once.call.done;
+  call.ended |= call.done == call.most;
   return DONE;
 }
 

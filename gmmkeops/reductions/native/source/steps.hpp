@@ -1,5 +1,6 @@
 // EM steps of ordinary problems without the interpreter: the M-step of m_step.py without priors but a constant one, for CPUs.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -11,6 +12,11 @@
 namespace steps {
 
 constexpr double LOG_TWO_PI = 1.8378770664093453;
+
+// The objective before step t as in ordinary.py, without the drift and what is the same for all mixtures, nats per point.
+inline double objective(const StepCall& call, int64_t t) {
+  return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t];
+}
 
 // Operations on matrices for which another thread saves time.
 constexpr double PARALLEL = 1e6;
@@ -114,6 +120,7 @@ struct Steps {
         for (int64_t d = 0; d < D; d++)
           into[E == 1 ? 0 : d] += call.scale * ((E == 1 && d ? 0 : s2[E == 1 ? 0 : d]) - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
     }
+    if (!pool(next_means, scatter, number)) return false;
     const int64_t parts = full && L * D * D * D > PARALLEL ? std::min<int64_t>(L, 4 * call.sweep.threads) : 1;
     const Status status = share(int(std::min<int64_t>(parts, call.sweep.threads)), size_t(parts), [&](size_t part) {
       std::vector<double> space(full ? 2 * D * D : 0);
@@ -133,6 +140,48 @@ struct Steps {
     for (int64_t l = 0; l < L; l++) now += counts[l] * cost[l], change += (counts[l] - counts[L + l]) * cost[l];
     call.total[t] = total, call.cost[t] = now, call.prior[t] = prior, call.drift[t + 1] = call.drift[t] + change;
     return std::isfinite(total) && std::isfinite(now);
+  }
+
+  // Adds some points of the pooled covariance to each covariance, if a component has few points; false if a variance is mere
+  // rounding. As mixture_of in kmeans.py: a cluster of large variances counts less, so that the pooled covariance is robust.
+  bool pool(const double* centers, std::vector<double>& scatter, std::vector<double>& number) {
+    if (call.tied || *std::min_element(number.begin(), number.end()) / call.mass > call.pool_below) return true;
+    const int64_t parts = call.sweep.family == SPHERICAL ? D : 1;
+    std::vector<double> variances(K * E), unit(E), pooled(spread);
+    for (int64_t k = 0; k < K; k++) {
+      const double *mean = centers + k * D, *own = &scatter[k * spread];
+      double largest = 0;
+      for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::abs(mean[d]));
+      for (int64_t e = 0; e < E; e++) {
+        const double size = std::max(1.0, E == 1 ? largest : std::abs(mean[e]));
+        const double variance = variances[k * E + e] = own[full ? e * D + e : e] / (parts * number[k]);
+        if (!(variance > call.floor * size * size)) return false;
+      }
+    }
+    // A typical variance of each column: the weighted median over the clusters.
+    std::vector<int64_t> order(K);
+    for (int64_t e = 0; e < E; e++) {
+      for (int64_t k = 0; k < K; k++) order[k] = k;
+      std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return variances[a * E + e] < variances[b * E + e]; });
+      double all = 0, below = 0;
+      for (int64_t k : order) all += number[k];
+      for (int64_t k : order) {
+        unit[e] = variances[k * E + e];
+        if ((below += number[k]) >= 0.5 * all) break;
+      }
+    }
+    for (int64_t k = 0; k < K; k++) {
+      double size = 0;
+      for (int64_t e = 0; e < E; e++) size += variances[k * E + e] / unit[e] / E;
+      const double limit = call.pool_limit / std::max(call.pool_limit, size) / call.mass;
+      for (int64_t i = 0; i < spread; i++) pooled[i] += limit * scatter[k * spread + i];
+    }
+    for (int64_t e = 0; e < E; e++) pooled[full ? e * D + e : e] += call.pool_floor * parts * unit[e];
+    for (int64_t k = 0; k < K; k++) {
+      number[k] += call.pool_weight;
+      for (int64_t i = 0; i < spread; i++) scatter[k * spread + i] += call.pool_weight * pooled[i];
+    }
+    return true;
   }
 
   // The factor of covariance l after step t, from the scatter of a number of points.
@@ -183,8 +232,6 @@ struct Steps {
 // ``ended`` becomes true if all steps were ordinary ones.
 template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr) {
   Steps steps(call, kernel);
-  // As in ordinary.py, without the drift.
-  auto objective = [&](int64_t t) { return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t]; };
   for (call.done = 0; call.done < call.steps; call.done++) {
     const int64_t t = call.done;
     if (!steps.prepare(t)) break;
@@ -196,7 +243,7 @@ template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evalu
       for (int64_t k = 0; k < steps.K; k++) call.counts[call.tied ? 0 : k] += steps.S0[k] * call.scale / call.mass;
     }
     if (!steps.maximize(t)) break;
-    if (t > 0 && objective(t - 1) - objective(t) < call.tolerance) {
+    if (t > 0 && objective(call, t - 1) - objective(call, t) < call.tolerance + call.relative * std::abs(objective(call, t))) {
       call.done++;
       if (ended) *ended = true;
       return DONE;

@@ -1,0 +1,48 @@
+// Initial centers of k-means, as seeds in fitting/kmeans.py.
+#pragma once
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "interface.hpp"
+
+namespace seeds {
+
+// The first index at which the sum of the numbers before it and itself is at least a fraction of their total.
+inline int64_t draw(const std::vector<double>& sums, double fraction) {
+  const auto place = std::lower_bound(sums.begin(), sums.end(), fraction * sums.back());
+  return std::min<int64_t>(place - sums.begin(), int64_t(sums.size()) - 1);
+}
+
+// Chooses points with probabilities proportional to their mass times their squared distance from the nearest center, each as the
+// best of several candidates.
+inline void choose(const SeedCall& call) {
+  const int64_t M = call.points, D = call.dimensions;
+  std::vector<double> sums(M), nearest(M, std::numeric_limits<double>::infinity()), reach(M), best(M);
+  const double* uniform = call.uniform;
+  for (int64_t k = 0; k < call.centers; k++) {
+    double all = 0;
+    for (int64_t m = 0; m < M; m++) sums[m] = all += k ? call.mass[m] * nearest[m] : call.mass[m];
+    // Without distances, all points are centers.
+    if (!(all > 0)) for (int64_t m = 0; m < M; m++) sums[m] = all += call.mass[m];
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t c = 0; c < (k ? call.candidates : 1); c++) {
+      const int64_t chosen = draw(sums, *uniform++);
+      const double* center = call.x + chosen * D;
+      double inertia = 0;
+      for (int64_t m = 0; m < M; m++) {
+        double distance = 0;
+        for (int64_t d = 0; d < D; d++) {
+          const double z = call.x[m * D + d] - center[d];
+          distance += z * z;
+        }
+        reach[m] = std::min(nearest[m], distance);
+        inertia += call.mass[m] * reach[m];
+      }
+      if (!c || inertia < least) least = inertia, call.chosen[k] = chosen, best.swap(reach);
+    }
+    nearest.swap(best);
+  }
+}
+
+}  // namespace seeds
