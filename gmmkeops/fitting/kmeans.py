@@ -7,11 +7,11 @@ advantages of careful seeding*; Bahmani et al. 2012, *Scalable k-means++*.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,21 +132,18 @@ def labels(points: Tensor, centers: Tensor) -> Tensor:
     return reductions.argmax(points, centers.new_zeros(len(centers)), centers, centers.new_ones(1, 1))
 
 
-def agreement(partitions: list[Tensor], K: int) -> float:
-    """Compute the mean adjusted Rand index of all pairs of partitions, which are labels (N,) from 0 to K - 1.
+def agreement(one: Tensor, other: Tensor, K: int) -> float:
+    """Compute the adjusted Rand index of two partitions, which are labels (N,) from 0 to K - 1.
 
     It is 1 for equal partitions, and 0 on average for random ones. Reference: Hubert and Arabie 1985, *Comparing partitions*,
     Journal of Classification 2.
     """
-    found = []
-    for one, other in itertools.combinations(partitions, 2):
-        counts = torch.bincount(one * K + other, minlength=K * K).reshape(K, K).double()
-        both, first, second, total = (
-            float((n * (n - 1)).sum()) for n in (counts, counts.sum(0), counts.sum(1), counts.sum())
-        )
-        expected, largest = first * second / max(total, 1.0), (first + second) / 2
-        found.append((both - expected) / (largest - expected) if largest > expected else 1.0)
-    return sum(found) / len(found)
+    counts = np.bincount((one * K + other).cpu().numpy(), minlength=K * K).reshape(K, K).astype(float)
+    both, first, second, total = (
+        float((n * (n - 1)).sum()) for n in (counts, counts.sum(0), counts.sum(1), counts.sum())
+    )
+    expected, largest = first * second / max(total, 1.0), (first + second) / 2
+    return (both - expected) / (largest - expected) if largest > expected else 1.0
 
 
 def lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:

@@ -326,9 +326,9 @@ class Search:
             z = self._points_in(root)
             centers = [self._centers(0, root) for _ in range(_RUNS)]
             parts = [labels(z, each) for each in centers]
-            agreements.append(agreement(parts, self.K))
-            new = [all(agreement([parts[i], part], self.K) < 1 for part in parts[:i]) for i in range(_RUNS)]
-            found.append([(each, root) for each, is_new in zip(centers, new, strict=True) if is_new])
+            pairs = [[agreement(part, other, self.K) for other in parts[:i]] for i, part in enumerate(parts)]
+            agreements.append(sum(map(sum, pairs)) / sum(map(len, pairs)))
+            found.append([(each, root) for each, same in zip(centers, pairs, strict=True) if max(same, default=0) < 1])
         least = _AGREEMENT * max(agreements)
         return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
 
