@@ -14,9 +14,10 @@ from conftest import HAS_TRITON
 from fake_device import CUDA, counted_apart, fake_device, on_device
 
 import gmmkeops as gk
-from gmmkeops.components import transferred
+from gmmkeops.components import m_step, transferred
 from gmmkeops.data import Batch
-from gmmkeops.fitting import placement
+from gmmkeops.fitting import em as em_module
+from gmmkeops.fitting import method as method_module
 from gmmkeops.reductions import dispatch
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.problem import Exponents
@@ -354,7 +355,7 @@ def test_the_search_for_an_initial_mixture_climbs_on_the_cpu(monkeypatch, tmp_pa
 @pytest.mark.parametrize(("name", "bounds"), [("em", (137, 16, 2)), ("adam", (109, 9, 1))])
 def test_many_parameters_are_on_the_device(monkeypatch, tmp_path, name, bounds):
     x = points()
-    monkeypatch.setattr(placement, "_MANY", 1)
+    monkeypatch.setattr(method_module, "_FEW", 1)
     with device(monkeypatch, tmp_path) as counts:
         mixture, there = start(x).to("cuda"), on_device(x)
         fit = lambda steps: gk.fit(mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense")  # noqa: E731
@@ -362,14 +363,14 @@ def test_many_parameters_are_on_the_device(monkeypatch, tmp_path, name, bounds):
     check(around, dict(zip(AROUND, bounds, strict=True)))
 
 
-@pytest.mark.parametrize("many", [1, placement._MANY])
+@pytest.mark.parametrize("many", [1, method_module._FEW])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_fit_on_the_device_is_that_on_the_host(monkeypatch, tmp_path, name, family, many):
     x = points()
     method = METHODS[name](tol=0.0)
     expected = gk.fit(start(x, family), x, method, max_iter=6, backend="dense")
-    monkeypatch.setattr(placement, "_MANY", many)
+    monkeypatch.setattr(method_module, "_FEW", many)
     with device(monkeypatch, tmp_path):
         found = gk.fit(start(x, family).to("cuda"), on_device(x), method, max_iter=6, backend="dense")
         mixture = found.mixture.to("cpu")
@@ -378,6 +379,42 @@ def test_a_fit_on_the_device_is_that_on_the_host(monkeypatch, tmp_path, name, fa
     assert torch.allclose(mixture.covariances, expected.mixture.covariances, rtol=1e-10, atol=1e-10)
     assert found.history["objective"] == pytest.approx(expected.history["objective"], rel=1e-10)
     assert found.report.pruned_components == expected.report.pruned_components
+
+
+PENALTIES = {
+    "weights": gk.penalties.SqrtWeights(0.02) + gk.penalties.Dirichlet(1.5),
+    "means": gk.penalties.NormalMean(torch.tensor([0.5, -1.0, 0.25]), 3.0) + gk.penalties.NormalMean(0.0, 2.0),
+    "conjugate": gk.penalties.NormalInverseWishart(torch.ones(3), 2.0, 0.5, 5.0) + gk.penalties.SqrtWeights(0.02),
+    "prunes": 420 * gk.penalties.Dirichlet(0.5),
+}
+
+
+@pytest.mark.parametrize("frozen", [None, "frozen_weights", "frozen_means", "frozen_covariances"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_library_maximizes_with_penalties(monkeypatch, tmp_path, penalty, family, frozen):
+    x, steps = points(), []
+    method = gk.EM(tol=0.0, **({} if frozen is None else {frozen: True}))
+    options = {
+        "max_iter": 6,
+        "backend": "dense",
+        "penalty": PENALTIES[penalty],
+        "sample_weight": 0.5 + x[:, 0].sigmoid(),
+    }
+    expected = gk.fit(start(x, family), x, method, **options)
+    monkeypatch.setattr(em_module, "m_step", lambda *args, **more: steps.append(args) or m_step(*args, **more))
+    with device(monkeypatch, tmp_path):
+        options["sample_weight"] = on_device(options["sample_weight"])
+        found = gk.fit(start(x, family).to("cuda"), on_device(x), method, **options)
+        mixture = found.mixture.to("cpu")
+    for name in ("means", "weights", "covariances"):
+        torch.testing.assert_close(getattr(mixture, name), getattr(expected.mixture, name), rtol=1e-10, atol=1e-10)
+    assert found.history["objective"] == pytest.approx(expected.history["objective"], rel=1e-10)
+    pruned = found.report.pruned_components
+    assert pruned == expected.report.pruned_components
+    assert bool(pruned) == (penalty == "prunes" and frozen != "frozen_weights")
+    # The M-step of torch is needed only after components have been pruned.
+    assert bool(steps) <= bool(pruned)
 
 
 @pytest.mark.parametrize("name", ["em", "adam", "variational"])

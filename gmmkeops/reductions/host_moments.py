@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gmmkeops.components import Factor, Moments
 from gmmkeops.data import ROUNDING, Batch
+from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dispatch import statistics
 from gmmkeops.reductions.library import ParameterCall, reason, run
 from gmmkeops.reductions.native.steps import FAMILIES
@@ -54,6 +55,7 @@ def mixture_moments(
     call = ParameterCall(
         family=family,
         tied=L == 1,
+        threads=cores(),
         components=K,
         dimensions=D,
         logits=given[0].data_ptr(),
