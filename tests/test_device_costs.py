@@ -19,6 +19,7 @@ from gmmkeops.data import Batch
 from gmmkeops.fitting import em as em_module
 from gmmkeops.fitting import method as method_module
 from gmmkeops.reductions import dispatch
+from gmmkeops.reductions import problem as problem_module
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import LogSumExp, PointGradient, Statistics, TopK
@@ -40,6 +41,13 @@ METHODS = {
     "variational": gk.bayes.VariationalBayes,
 }
 FAMILIES = ("full", "tied", "diag", "spherical")
+
+PENALTIES = {
+    "weights": gk.penalties.SqrtWeights(0.02) + gk.penalties.Dirichlet(1.5),
+    "means": gk.penalties.NormalMean(torch.tensor([0.5, -1.0, 0.25]), 3.0) + gk.penalties.NormalMean(0.0, 2.0),
+    "conjugate": gk.penalties.NormalInverseWishart(torch.ones(3), 2.0, 0.5, 5.0) + gk.penalties.SqrtWeights(0.02),
+    "prunes": 420 * gk.penalties.Dirichlet(0.5),
+}
 
 # Kernels, synchronizations and copies to the device of an iteration with one pass, around its engine: the moments are packed and
 # copied to the host. The parameters are copied to the device when the engine first uses them.
@@ -352,25 +360,53 @@ def test_the_search_for_an_initial_mixture_climbs_on_the_cpu(monkeypatch, tmp_pa
     assert not places & {"components/m_step.py", "fitting/em.py"}
 
 
-@pytest.mark.parametrize(("name", "bounds"), [("em", (137, 16, 2)), ("adam", (109, 9, 1))])
-def test_many_parameters_are_on_the_device(monkeypatch, tmp_path, name, bounds):
-    x = points()
+# Kernels and synchronizations around the engine if there are many parameters, which gradient methods have on the device.
+MANY = {"kernels": 40, "synchronizations": 2, "uploads": 1}
+
+
+def with_many_parameters(monkeypatch):
+    """Let few parameters be treated as many ones are."""
     monkeypatch.setattr(method_module, "_FEW", 1)
+    monkeypatch.setattr(problem_module, "_SERIAL", 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"sample_weight": True}], ids=["", "float32", "weights"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["em", "em_accelerated", "em_hard", "adam", "natural"])
+def test_the_budget_holds_for_many_parameters(monkeypatch, tmp_path, name, family, options):
+    x = points()
+    with_many_parameters(monkeypatch)
+    with device(monkeypatch, tmp_path) as counts:
+        mixture, there = start(x, family).to("cuda"), on_device(x)
+        if "sample_weight" in options:
+            options = {"sample_weight": on_device(torch.rand(600, generator=generator(), dtype=torch.float64))}
+        fit = lambda steps: gk.fit(mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense", **options)  # noqa: E731
+        around, _ = of_an_iteration(counts, fit)
+    passes = 3 if name == "em_accelerated" else 1
+    check(around, {what: passes * bound for what, bound in (MANY if name in ("adam", "natural") else AROUND).items()})
+
+
+@pytest.mark.parametrize("penalty", ["weights", "means", "conjugate"])
+def test_penalties_cost_em_nothing_for_many_parameters(monkeypatch, tmp_path, penalty):
+    x = points()
+    with_many_parameters(monkeypatch)
     with device(monkeypatch, tmp_path) as counts:
         mixture, there = start(x).to("cuda"), on_device(x)
-        fit = lambda steps: gk.fit(mixture, there, METHODS[name](tol=0.0), max_iter=steps, backend="dense")  # noqa: E731
+        options = {"penalty": PENALTIES[penalty], "backend": "dense"}
+        fit = lambda steps: gk.fit(mixture, there, gk.EM(tol=0.0), max_iter=steps, **options)  # noqa: E731
         around, _ = of_an_iteration(counts, fit)
-    check(around, dict(zip(AROUND, bounds, strict=True)))
+    check(around, AROUND)
 
 
-@pytest.mark.parametrize("many", [1, method_module._FEW])
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_fit_on_the_device_is_that_on_the_host(monkeypatch, tmp_path, name, family, many):
     x = points()
     method = METHODS[name](tol=0.0)
     expected = gk.fit(start(x, family), x, method, max_iter=6, backend="dense")
-    monkeypatch.setattr(method_module, "_FEW", many)
+    if many:
+        with_many_parameters(monkeypatch)
     with device(monkeypatch, tmp_path):
         found = gk.fit(start(x, family).to("cuda"), on_device(x), method, max_iter=6, backend="dense")
         mixture = found.mixture.to("cpu")
@@ -379,14 +415,6 @@ def test_a_fit_on_the_device_is_that_on_the_host(monkeypatch, tmp_path, name, fa
     assert torch.allclose(mixture.covariances, expected.mixture.covariances, rtol=1e-10, atol=1e-10)
     assert found.history["objective"] == pytest.approx(expected.history["objective"], rel=1e-10)
     assert found.report.pruned_components == expected.report.pruned_components
-
-
-PENALTIES = {
-    "weights": gk.penalties.SqrtWeights(0.02) + gk.penalties.Dirichlet(1.5),
-    "means": gk.penalties.NormalMean(torch.tensor([0.5, -1.0, 0.25]), 3.0) + gk.penalties.NormalMean(0.0, 2.0),
-    "conjugate": gk.penalties.NormalInverseWishart(torch.ones(3), 2.0, 0.5, 5.0) + gk.penalties.SqrtWeights(0.02),
-    "prunes": 420 * gk.penalties.Dirichlet(0.5),
-}
 
 
 @pytest.mark.parametrize("frozen", [None, "frozen_weights", "frozen_means", "frozen_covariances"])
