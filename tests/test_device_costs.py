@@ -417,6 +417,63 @@ def test_a_fit_on_the_device_is_that_on_the_host(monkeypatch, tmp_path, name, fa
     assert found.report.pruned_components == expected.report.pruned_components
 
 
+def equal_fits(found, expected):
+    mixture = found.mixture.to("cpu")
+    for name in ("means", "weights", "covariances"):
+        torch.testing.assert_close(getattr(mixture, name), getattr(expected.mixture, name), rtol=1e-9, atol=1e-9)
+    assert found.history["objective"] == pytest.approx(expected.history["objective"], rel=1e-9)
+    assert found.history["active"] == expected.history["active"]
+    assert found.report.pruned_components == expected.report.pruned_components
+    assert found.report.dtype == expected.report.dtype
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("natural", [False, True])
+def test_gradient_steps_on_the_device_prune_as_on_the_host(monkeypatch, tmp_path, natural, family):
+    # The weight of the last component decreases in every step, and is negligible after some of them.
+    x, method = points(), gk.Adam(0.3, natural_gradient=natural)
+    mixture = start(x, family)
+    means = torch.cat([mixture.means[:2], torch.full((1, 3), 30.0).double()])
+    mixture = gk.Mixture(torch.tensor([0.0, 0.0, -11.0]).double(), means, mixture.factor)
+    options = {"max_iter": 20, "backend": "dense", "penalty": gk.penalties.SqrtWeights(0.1)}
+    expected = gk.fit(mixture, x, method, **options)
+    assert [expected.history["active"][t] for t in (3, -1)] == [3, 2]
+    with_many_parameters(monkeypatch)
+    with device(monkeypatch, tmp_path):
+        equal_fits(gk.fit(mixture.to("cuda"), on_device(x), method, **options), expected)
+
+
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
+@pytest.mark.parametrize("floor", [None, 0.3], ids=["refines", "bounds"])
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+def test_gradient_steps_on_the_device_refine_points_or_bound_covariances(monkeypatch, tmp_path, family, floor):
+    # A component of equal points becomes too narrow for float32 points, or for the bound.
+    x = points()
+    x = torch.cat([x, x.new_full((50, 3), 9.0)]).float()
+    mixture = start(x.double(), family)
+    mixture = gk.Mixture(mixture.logits, torch.cat([mixture.means[:2], x[-1:].double()]), mixture.factor)
+    penalty = None if floor is None else gk.penalties.EigenvalueFloor(floor)
+    method, options = gk.Adam(1.0), {"max_iter": 45, "backend": "dense", "penalty": penalty}
+    expected = gk.fit(mixture, x, method, **options)
+    assert bool(expected.report.regularized_components) == (floor is not None)
+    assert expected.report.dtype == ("float64" if floor is None else "float32")
+    with_many_parameters(monkeypatch)
+    with device(monkeypatch, tmp_path):
+        equal_fits(gk.fit(mixture.to("cuda"), on_device(x), method, **options), expected)
+
+
+def test_a_gradient_fit_resumes_on_another_device(monkeypatch, tmp_path):
+    x, method = points(), gk.Adam()
+    options = {"backend": "dense", "checkpoint": tmp_path / "fit"}
+    expected = gk.fit(start(x), x, method, max_iter=6, backend="dense")
+    with_many_parameters(monkeypatch)
+    gk.fit(start(x), x, method, max_iter=2, **options)
+    with device(monkeypatch, tmp_path) as (counts, _):
+        gk.fit(start(x).to("cuda"), on_device(x), method, max_iter=4, **options)
+        assert sum(n for (what, _), n in counts.kernels.items() if what == "_fused_adam_") == 2
+    equal_fits(gk.fit(start(x), x, method, max_iter=6, **options), expected)
+
+
 @pytest.mark.parametrize("frozen", [None, "frozen_weights", "frozen_means", "frozen_covariances"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("penalty", PENALTIES)

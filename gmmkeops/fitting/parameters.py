@@ -41,14 +41,12 @@ class _Prepared:
         log_weights: Its log-weights (K,), nats.
         U: Its precision factors.
         natural: Whether gradients with respect to the components are natural gradients.
-        versions: Versions of the parameters, which change whenever an optimizer changes these.
     """
 
     mixture: Mixture
     log_weights: Tensor
     U: Tensor
     natural: bool
-    versions: list[int]
 
     def offsets(self) -> Tensor:
         """Compute the offsets (K,) of the exponents without the constant -D/2 log 2π, nats."""
@@ -166,17 +164,15 @@ class MixtureParameters(Parameters):
         return self.population.whole(self._active(copies))
 
     def _ahead(self, natural: bool) -> _Prepared:
-        """Return the tensors from which the loss is computed; those that :meth:`settled` has computed if they are up to date."""
-        found, versions = self._prepared, [leaf._version for leaf in self.tensors]
-        # The graph of a loss exists for one backward pass.
-        self._prepared = None
-        if found is not None and found.versions == versions and found.natural == natural:
+        """Return the tensors from which the loss is computed once; those that :meth:`settled` has computed if there are any."""
+        found, self._prepared = self._prepared, None
+        if found is not None and found.natural == natural:
             return found
         kept: list[Tensor] = []
         active = naturally(self._active(), kept) if natural else self._active()
         log_weights, U = active.log_weights, active.factor.U
         kept.append(U.detach())
-        return _Prepared(active, log_weights, U, natural, versions)
+        return _Prepared(active, log_weights, U, natural)
 
     def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
         ahead, found = self._ahead(natural), None
@@ -238,7 +234,7 @@ class MixtureParameters(Parameters):
                 self.leaves[name].copy_(tensor)
             # Evaluations have the mask before this step.
             self.floored = self.floored.index_fill(0, self.population.live[moved], True)
-            self._is_accurate = False
+            self._prepared, self._is_accurate = None, False
 
     def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
         """Prune components whose expected count is below 1e-3 points, and their optimizer state.
