@@ -432,6 +432,7 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     main = FakeStream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.Tensor, "pin_memory", _pin)

@@ -185,7 +185,8 @@ class Objective:
         """Compute the penalty of a mixture in standardized coordinates, nats per point."""
         if self.penalty is None:
             return mixture.means.new_zeros(())
-        return self.penalty(self.frame.leave(mixture), self.mass * self.unit)
+        given = mixture if self.penalty.of_weights else self.frame.leave(mixture)
+        return self.penalty(given, self.mass * self.unit)
 
     def surrogate(self, mixture: Mixture) -> Surrogate:
         """Compute the terms that the penalty adds to an M-step at a mixture; both in standardized coordinates."""
