@@ -475,6 +475,30 @@ def test_gradient_steps_on_the_device_refine_points_or_bound_covariances(monkeyp
         equal_fits(gk.fit(mixture.to("cuda"), on_device(x), method, **options), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("natural", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gradient_fit_on_the_device_resumes_bit_by_bit(monkeypatch, tmp_path, family, natural, dtype):
+    x, method = points().to(dtype), gk.Adam(0.1, natural_gradient=natural)
+    options = {"backend": "dense", "penalty": gk.penalties.SqrtWeights(0.1)}
+    mixture = start(x.double(), family)
+    # The last component is pruned in the fifth iteration.
+    logits = torch.tensor([0.0, 0.0, -12.2], dtype=torch.float64)
+    mixture = gk.Mixture(logits, torch.cat([mixture.means[:2], mixture.means[2:] + 50]), mixture.factor)
+    with_many_parameters(monkeypatch)
+    with device(monkeypatch, tmp_path):
+        fit = lambda steps, **more: gk.fit(mixture.to("cuda"), on_device(x), method, max_iter=steps, **options, **more)  # noqa: E731
+        expected = fit(8)
+        for steps in (2, 4, 5, 6, 8):
+            found = fit(steps, checkpoint=tmp_path / "fit")
+        one, other = expected.mixture.to("cpu"), found.mixture.to("cpu")
+    assert found.history["objective"] == expected.history["objective"]
+    assert found.history["active"] == expected.history["active"]
+    assert expected.history["active"][-1] == 2
+    assert torch.equal(one.means, other.means)
+    assert torch.equal(one.covariances, other.covariances)
+
+
 def test_a_gradient_fit_resumes_on_another_device(monkeypatch, tmp_path):
     x, method = points(), gk.Adam()
     options = {"backend": "dense", "checkpoint": tmp_path / "fit"}

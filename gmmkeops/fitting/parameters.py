@@ -52,6 +52,11 @@ class _Prepared:
         """Compute the offsets (K,) of the exponents without the constant -D/2 log 2π, nats."""
         return self.log_weights + self.mixture.factor.log_determinant()
 
+    def norms(self) -> Tensor:
+        """Compute the largest norm of each row of all factors (D or 1,), 1 / standard deviations."""
+        U = self.U.detach()
+        return (U.norm(dim=-1) if self.mixture.factor.coupled else U).amax(0)
+
 
 class Parameters(ABC):
     """Unconstrained parameters in standardized coordinates."""
@@ -112,6 +117,7 @@ class MixtureParameters(Parameters):
 
     def __init__(self, population: Population, leaves: dict[str, Tensor], floored: Tensor) -> None:
         self.population, self.floored = population, floored
+        self._natural = False
         self._own(leaves)
 
     def _own(self, leaves: dict[str, Tensor]) -> None:
@@ -120,9 +126,9 @@ class MixtureParameters(Parameters):
         shapes = {name: leaf.shape for name, leaf in leaves.items()}
         self.leaves = {name: part.detach().requires_grad_() for name, part in _parts(self._flat, shapes).items()}
         self._prepared: _Prepared | None = None
-        # Least log-weight, and whether float32 points are accurate for the factors; None and False if they are not known.
+        # Least log-weight, and whether float32 points are accurate for the factors; None if they are not known.
         self._least: float | None = None
-        self._is_accurate = False
+        self._is_accurate: bool | None = None
 
     @classmethod
     def of(cls, objective: Objective, mixture: Mixture) -> MixtureParameters:
@@ -177,6 +183,9 @@ class MixtureParameters(Parameters):
     def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
         ahead, found = self._ahead(natural), None
         self._natural, active = natural, ahead.mixture
+        if batch is None and self._is_accurate is None and active.means.is_cuda:
+            # The path of a step must not depend on the steps before it, so that fits resume bit by bit.
+            self._is_accurate = _is_accurate(objective, _changes(objective, ahead.norms()))
         if batch is None and self._is_accurate:
             U = ahead.U.expand(active.n_components, *ahead.U.shape[1:])
             roots = ahead.offsets(), active.means, U
@@ -189,7 +198,8 @@ class MixtureParameters(Parameters):
         else:
             likelihood, slopes = found
             value = likelihood if penalty is None else likelihood + penalty.detach()
-            more = [] if penalty is None else [penalty]
+            # A penalty may be constant, if it only bounds the covariances.
+            more = [] if penalty is None or not penalty.requires_grad else [penalty]
             torch.autograd.backward([*roots, *more], [*slopes, *map(torch.ones_like, more)])
         return value.detach(), likelihood.detach()
 
@@ -197,26 +207,22 @@ class MixtureParameters(Parameters):
         with torch.enable_grad():
             self._prepared = ahead = self._ahead(self._natural)
         with torch.no_grad():
-            batch, U = objective.whole(), ahead.U.detach()
-            norms = (U.norm(dim=-1) if type(ahead.mixture.factor).coupled else U).amax(0)
+            norms = ahead.norms()
             read = [*map(torch.as_tensor, loss), ahead.log_weights.amin(), *self._flat.aminmax()]
             parts = [part.reshape(1) for part in (*read, *self.leaves["log_diagonal"].aminmax())]
-            rounding = None if batch is None else batch.rounding
-            parts += [norms] if rounding is None else [norms, norms * rounding.to(norms)]
-            value, negative, least, low, high, shortest, longest, *sizes = torch.cat(parts).tolist()
-        numbers = value, -negative
+            found = torch.cat([*parts, norms, *_changes(objective, norms)]).tolist()
+        value, negative, least, low, high, shortest, longest, *sizes = found
         # Standardized parameters are of order one, so values outside these ranges (or NaN) imply divergence.
         if not (max(-low, high) < _LARGEST and max(-shortest, longest) < _LARGEST_LOG):
-            return False, numbers
-        # Bounds on the squared norms of all factors, and on the change of whitened residuals by the rounding of the points.
-        D, width = objective.data.features, len(norms)
-        size = sum(value**2 for value in sizes[:width]) * (D / width)
-        change = sum(value**2 for value in sizes[width:]) * (D / width)
-        self._least, self._is_accurate = least, change <= ROUNDING**2
+            return False, (value, -negative)
+        width = len(norms)
+        self._least, self._is_accurate = least, _is_accurate(objective, sizes[width:])
+        # The sum over the columns bounds the squared norm of every factor.
+        size = sum(value**2 for value in sizes[:width]) * (objective.data.features / width)
         bounds = objective.penalty is not None and objective.penalty.bounds
         if bounds or not size < _SMALLER / FLOOR:
             self._project(objective)
-        return True, numbers
+        return True, (value, -negative)
 
     def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
         return Evaluation(self.mixture(), value, likelihood, self.population.live, self.floored, exact)
@@ -234,7 +240,7 @@ class MixtureParameters(Parameters):
                 self.leaves[name].copy_(tensor)
             # Evaluations have the mask before this step.
             self.floored = self.floored.index_fill(0, self.population.live[moved], True)
-            self._prepared, self._is_accurate = None, False
+            self._prepared = self._is_accurate = None
 
     def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
         """Prune components whose expected count is below 1e-3 points, and their optimizer state.
@@ -385,3 +391,17 @@ def _parts(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Return the parts of an array as tensors of given shapes, which share its memory."""
     parts = flat.split([shape.numel() for shape in shapes.values()])
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _changes(objective: Objective, norms: Tensor) -> list[Tensor]:
+    """Return bounds (D,) on the changes of whitened residuals by the rounding of the points; an empty list if there is none."""
+    batch = objective.whole()
+    return [] if batch is None or batch.rounding is None else [norms * batch.rounding.to(norms)]
+
+
+def _is_accurate(objective: Objective, changes: list[Tensor] | list[float]) -> bool | None:
+    """Return whether the points are accurate for factors, by the result of :func:`_changes`; None if they are not one batch."""
+    if objective.whole() is None:
+        return None
+    squares = [value**2 for part in changes for value in (part.tolist() if isinstance(part, Tensor) else [part])]
+    return sum(squares) <= ROUNDING**2
