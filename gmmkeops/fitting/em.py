@@ -131,8 +131,9 @@ class EM(Method[EMState]):
 
     @property
     def few_parameters(self) -> float:
-        # The library performs the M-step on several threads, except those of minibatches. On one thread it takes 1.4 ms for 1000
-        # components in 16 dimensions and 20 ms for 1e5 components in 3 dimensions, for which a GPU needs 25 ms and more.
+        # The library performs the M-step on all cores, except those of minibatches. On one core it takes 1.4 ms for 1000
+        # components in 16 dimensions, and 20 to 30 ms for 1e5 components in 3 dimensions. A pass over all points usually takes
+        # longer, since there are many more points than parameters.
         return math.inf if self.batch_size is None else super().few_parameters
 
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
