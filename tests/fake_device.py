@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import gmmkeops
+from gmmkeops.components import full
+from gmmkeops.reductions.triton.packing import symmetric_places
 
 CUDA = torch.device("cuda", 0)
 _PACKAGE = os.path.dirname(gmmkeops.__file__) + os.sep
@@ -418,6 +420,12 @@ def on_device(value):
     return FakeTensor(value.detach().clone())
 
 
+def forget_tensors():
+    """Clear the caches of the package that hold tensors by device, which may be one that does not exist."""
+    for function in (full._kept_places, full._kept_variances, symmetric_places):
+        function.cache_clear()
+
+
 @contextlib.contextmanager
 def fake_device(monkeypatch):
     """Makes ``cuda:0`` a device of this process; gives the counts of what happens there."""
@@ -432,6 +440,7 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     main = FakeStream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: main)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: main)
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.Tensor, "pin_memory", _pin)
@@ -446,9 +455,11 @@ def fake_device(monkeypatch):
 
     monkeypatch.setattr(threading.Thread, "run", run_on_device)
     _counts.clear()
+    forget_tensors()
     try:
         with _Named(), _Mode():
             yield _counts
     finally:
         _generators.clear()
         _locked.clear()
+        forget_tensors()

@@ -9,6 +9,9 @@ import torch
 from conftest import FAMILIES, HAS_KEOPS, blobs, random_mixture, spiral
 
 import gmmkeops as gk
+from gmmkeops.components import factor_class
+from gmmkeops.fitting.parameters import MixtureParameters
+from gmmkeops.fitting.preparation import prepared
 from gmmkeops.penalties.parameters import EigenvalueFloor
 from gmmkeops.penalties.weights import SqrtWeights
 
@@ -206,3 +209,36 @@ def test_bounds_hold_after_every_step():
     )
     assert min(least) >= 0.8 * (1 - 1e-9)
     assert result.report.regularized_components
+
+
+@pytest.mark.parametrize("family", ["full", "tied", "diag", "spherical"])
+def test_steps_bound_covariances_and_find_divergence(family):
+    x = blobs().double()
+    kind, tied = factor_class(family)
+    eye = kind.compact(torch.eye(2).double()).expand(1 if tied else 3, *kind.spread_shape(2))
+    mixture = gk.Mixture(torch.zeros(3).double(), x[:3], kind.from_covariances(eye, features=2))
+    objective = prepared(x, None, None, "dense", None, isotropic=False)
+
+    def stepped(**changes):
+        parameters = MixtureParameters.of(objective, mixture)
+        loss = parameters.loss(objective, None, natural=False)
+        with torch.no_grad():
+            for name, (index, value) in changes.items():
+                parameters.leaves[name].view(-1)[index] = value
+        return parameters, *parameters.settled(objective, loss)
+
+    parameters, is_sound, (value, likelihood) = stepped()
+    assert is_sound
+    assert value == -likelihood == float(objective.negative_log_likelihood(mixture))
+    assert not parameters.floored.any()
+    # Scales are bounded by the square root of 1e28.
+    for log in (32.2, 32.3):
+        parameters, is_sound, _ = stepped(log_diagonal=(0, log))
+        assert is_sound
+        assert bool(parameters.floored.any()) == (log == 32.3)
+        largest = parameters.leaves["log_diagonal"].max().item()
+        assert largest == pytest.approx(min(log, 14 * math.log(10)), rel=1e-9)
+        value = float(parameters.loss(objective, None, natural=False)[0])
+        assert value == float(objective.negative_log_likelihood(parameters.mixture()))
+    for name, value in (("log_diagonal", 301.0), ("log_diagonal", -301.0), ("means", -2e15), ("logits", math.nan)):
+        assert not stepped(**{name: (1 if name != "log_diagonal" else 0, value)})[1]

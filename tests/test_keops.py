@@ -169,7 +169,9 @@ def test_keops_waits_for_torch_on_the_device_of_the_points(monkeypatch, tmp_path
     case = make_case("full", torch.float32, N=300, condition=10.0)
     with fake_device(monkeypatch) as counts:
         monkeypatch.setattr(torch.cuda, "device", Device)
+        # Operations of the default stream need no wait.
         monkeypatch.setattr(torch.cuda, "current_stream", stream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: None)
         # The dense stand-in computes before it is seen; one that gives zeros is seen right after the call.
         watch = lambda out: events.append(("reduce", counts.totals["kernels"]))  # noqa: E731
         fake_keops.install(monkeypatch, tmp_path, computes=False, watch=watch)

@@ -10,9 +10,11 @@ from conftest import FAMILIES, HAS_TRITON, make_case
 
 import gmmkeops as gk
 from gmmkeops import reductions
+from gmmkeops.components import Moments, factor_class
 from gmmkeops.data import ROUNDING, Batch
-from gmmkeops.reductions import choice
+from gmmkeops.reductions import choice, host_moments
 from gmmkeops.reductions.host_moments import mixture_moments
+from gmmkeops.reductions.native import steps
 from gmmkeops.reductions.problem import Exponents, Extent
 from gmmkeops.reductions.protocol import LogSumExp, Statistics
 from gmmkeops.reductions.triton import compiled, engine, residuals, triton
@@ -305,3 +307,54 @@ def test_without_the_library(family, monkeypatch, without_library):
         found, reads = _at_once(monkeypatch, problem, request)
         assert reads
         _compare(found, evaluate(choice.dense, problem, request), request.weights, problem)
+
+
+@pytest.mark.parametrize("family", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize(("K", "D"), [(2000, 8), (40_000, 2)])
+def test_number_of_threads_changes_no_bit(monkeypatch, family, K, D):
+    g = torch.Generator().manual_seed(0)
+    kind, tied = factor_class(family)
+    A = torch.randn(1 if tied else K, D, D, generator=g, dtype=torch.float64)
+    factor = kind.from_covariances(kind.compact(A @ A.mT + torch.eye(D)), features=D)
+    means = torch.randn(K, D, generator=g, dtype=torch.float64)
+    logits = torch.rand(K, generator=g, dtype=torch.float64)
+    S0 = 1 + torch.rand(K, generator=g, dtype=torch.float64)
+    S1 = 0.1 * torch.randn(K, D, generator=g, dtype=torch.float64)
+    S2 = factor.second_moments(S0[:, None, None] * torch.diag_embed(0.5 + S1.square()))
+    sums = Moments(S0, S1, S2, means, S0.sum(), S0.sum())
+    settings = reductions.StepSettings(float(S0.sum()), torch.full((D,), 1e-6).double(), 1e-28, 0.0)
+    counts = torch.ones(factor.leading, dtype=torch.float64)
+    exponents = Exponents.of(means[:1].float(), logits, means, factor)
+    name = {"diag": "diagonal", "tied": "full"}.get(family, family)
+    results = []
+    for threads in (1, 5):
+        for module in (steps, compiled, host_moments):
+            monkeypatch.setattr(module, "cores", lambda threads=threads: threads)
+        (step,) = [reductions.native_m_step(sums, logits, means, factor, settings, counts, 0.0)]
+        assert len(step) == 1
+        records = compiled.CompiledRecords.of(exponents, name, 8)
+        rows = 1 + D + S2[0].numel() if family not in ("full", "tied") else 1 + D + D * (D + 1) // 2
+        moments = records.moments(exponents, torch.linspace(1, 2, rows * K, dtype=torch.float64).view(rows, K))
+        given = []
+        monkeypatch.setattr(host_moments, "statistics", lambda problem, *_, **__: given.append(problem.host) or sums)  # noqa: B023
+        reductions.mixture_moments(Batch(means[:1].float()), logits, means, factor, mass=1.0)
+        results.append(
+            [
+                step.logits(1),
+                step.means(1),
+                *step.factor(1).tensors.values(),
+                step.counts(1),
+                torch.tensor([step.costs[0], step.drifts[1]]),
+                records.records[:K],
+                records.rest,
+                torch.tensor([records.base, records.usual, records.condition]),
+                *moments,
+                given[0].offsets,
+                given[0].U,
+            ]
+        )
+    for one, several in zip(*results, strict=True):
+        assert torch.equal(one, several)
+    torch.testing.assert_close(
+        results[0][-1], factor.matrices().expand(K, D, D) if name == "full" else factor.U.expand(K, -1)
+    )

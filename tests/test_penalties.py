@@ -444,3 +444,28 @@ def test_two_priors_on_covariances_act_as_one_with_the_sums():
     assert float(both(start, 60.0)) == pytest.approx(float(one(start, 60.0)), rel=1e-12)
     found, right = (gk.fit(start, x, gk.EM(tol=0), penalty=penalty, max_iter=5).mixture for penalty in (both, one))
     assert torch.allclose(found.factor.covariances(), right.factor.covariances(), rtol=1e-9)
+
+
+def test_subclasses_of_penalties_on_the_weights_receive_mixtures_in_data_units():
+    class Shrunk(gk.penalties.SqrtWeights):
+        def __call__(self, mixture, points=1.0):
+            return super().__call__(mixture, points) + 1e-4 * mixture.means.square().sum()
+
+    x = 100 + torch.randn(200, 2, generator=torch.Generator().manual_seed(0)).double()
+    result = gk.fit(gk.initialize(x, 1), x, gk.Adam(0.01), penalty=Shrunk(0.5), max_iter=2, backend="dense")
+    assert result.history["objective"][0] + result.history["log_likelihood"][0] == pytest.approx(2.5, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "penalty", [gk.penalties.SqrtWeights(0.5), gk.penalties.Dirichlet(2.0), gk.penalties.WeightEntropy(0.1)]
+)
+def test_penalties_on_the_weights_are_equal_in_all_coordinates(penalty):
+    mixture = gk.Mixture(
+        weights=[0.25, 0.75], means=[[100.0], [140.0]], covariances=[4.0, 9.0], covariance_type="spherical"
+    )
+    moved = gk.Mixture(weights=[0.25, 0.75], means=[[0.0], [1.0]], covariances=[1.0, 1.0], covariance_type="spherical")
+    assert penalty.of_weights
+    assert (2 * penalty + penalty).of_weights
+    assert not (penalty + gk.penalties.PrecisionRidge(0.1)).of_weights
+    assert not (penalty + (lambda mixture: mixture.means.sum())).of_weights
+    assert penalty(mixture, 10.0) == penalty(moved, 10.0)

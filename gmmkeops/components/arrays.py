@@ -25,6 +25,7 @@ __all__ = [
     "constant",
     "mind_fork",
     "ordinary",
+    "transformed",
 ]
 
 _FLOATS = (torch.float32, torch.float64)
@@ -254,9 +255,12 @@ def concrete(tensor: Tensor) -> bool:
 
 def ordinary(*tensors: Tensor) -> bool:
     """Return whether tensors are neither of a subclass nor seen by a transformation (``torch.compile``, ``torch.func``)."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return _ORDINARY.issuperset(map(type, tensors))
+    return not transformed() and _ORDINARY.issuperset(map(type, tensors))
+
+
+def transformed() -> bool:
+    """Return whether operations are seen by a transformation (``torch.compile``, ``torch.func``)."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def constant(*tensors: Tensor) -> bool:

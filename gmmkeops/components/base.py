@@ -362,12 +362,15 @@ class Factor(ABC):
         shape = (0.5 * degrees[..., None] * (self.features / own.shape[-1])).expand(len(degrees), *own.shape)
         return self.from_scales(own + 0.5 * (gamma(shape, generator) / shape).log(), self.features)
 
-    def natural_gradient(self, means: Tensor, slopes: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def natural_gradient(
+        self, means: Tensor, slopes: dict[str, Tensor], U: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Multiply gradients by the inverse Fisher information of the Gaussian distribution of each component.
 
         Args:
             means: Gradient with respect to the means (*B, K, D).
             slopes: Gradients with respect to :attr:`tensors`, by their names.
+            U: The property :attr:`U` if it has been computed before.
 
         Returns:
             The natural gradients in the same shapes.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-from gmmkeops.components.arrays import as_tensor, check_finite, concrete, ordinary
+from gmmkeops.components.arrays import as_tensor, check_finite, concrete, ordinary, transformed
 from gmmkeops.components.base import FAMILIES, Factor
 from gmmkeops.components.parameters import gamma, positive, stored
 
@@ -94,9 +94,13 @@ class FullFactor(Factor):
 
     @property
     def U(self) -> Tensor:
-        D = self.features
-        diagonal = torch.diag_embed(self.log_diagonal.exp())
-        return diagonal.flatten(-2).index_add(-1, _places(D, self.upper), self.upper).view(diagonal.shape)
+        return self._placed(self.log_diagonal.exp(), self.upper)
+
+    @staticmethod
+    def _placed(diagonal: Tensor, upper: Tensor) -> Tensor:
+        """Return the upper triangular matrices (*B, K or 1, D, D) with given diagonals and entries above them, row by row."""
+        matrices = torch.diag_embed(diagonal)
+        return matrices.flatten(-2).index_add(-1, _places(diagonal.shape[-1], upper), upper).view(matrices.shape)
 
     def matrices(self) -> Tensor:
         return self.U
@@ -187,20 +191,18 @@ class FullFactor(Factor):
         fixed = FullFactor.from_factors(A)
         return (fixed if self.leading == 1 else self.scatter(suspects[over], fixed)), low
 
-    def natural_gradient(self, means: Tensor, slopes: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        U, D = self.U, self.features
-        row, column = torch.triu_indices(D, D, 1, device=U.device)
-        diagonal = slopes["log_diagonal"] / U.diagonal(dim1=-2, dim2=-1)
-        G = torch.diag_embed(diagonal)
-        G[..., row, column] = slopes["upper"]
+    def natural_gradient(
+        self, means: Tensor, slopes: dict[str, Tensor], U: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        U, D = self.U if U is None else U, self.features
+        G = FullFactor._placed(slopes["log_diagonal"] / U.diagonal(dim1=-2, dim2=-1), slopes["upper"])
         # For U (I + E) with upper triangular E and z = Uᵀ(x - μ), the scores of E are 1 - z_i² on the diagonal and -z_i z_j
         # elsewhere; they are uncorrelated, with variances 2 and 1.
-        E = (U.mT @ G).triu()
-        E = E - 0.5 * torch.diag_embed(E.diagonal(dim1=-2, dim2=-1))
-        moved = U @ E
-        L = self.cholesky()
-        found = {"log_diagonal": E.diagonal(dim1=-2, dim2=-1), "upper": moved[..., row, column]}
-        return (L @ (L.mT @ means.unsqueeze(-1))).squeeze(-1), found
+        E = (U.mT @ G) * _variances(D, U)
+        upper = (U @ E).flatten(-2).index_select(-1, _places(D, U))
+        found = {"log_diagonal": E.diagonal(dim1=-2, dim2=-1), "upper": upper}
+        inner = torch.linalg.solve_triangular(U, means.unsqueeze(-1), upper=True)
+        return torch.linalg.solve_triangular(U.mT, inner, upper=False).squeeze(-1), found
 
     @classmethod
     def nearest(cls, covariances: Tensor, features: int, floor: float | Tensor) -> tuple[FullFactor, Tensor]:
@@ -281,18 +283,31 @@ FAMILIES["tied"] = (FullFactor, True)
 
 def _places(features: int, like: Tensor) -> Tensor:
     """Return the places of the entries above the diagonal in a matrix (D, D), row by row, on the device of ``like``."""
-    if ordinary(like) and like.device.type == "cpu":
-        return _places_on_cpu(features)
+    if not transformed() and (like.is_cuda or ordinary(like)):
+        return _kept_places(features, like.device)
     row, column = torch.triu_indices(features, features, 1, device=like.device)
     return row * features + column
 
 
 @cache
-def _places_on_cpu(features: int) -> Tensor:
+def _kept_places(features: int, device: torch.device) -> Tensor:
     # Autograd cannot save tensors of the inference mode.
     with torch.inference_mode(False):
         row, column = torch.triu_indices(features, features, 1)
-        return row * features + column
+        # This copy ends before it returns, so that other streams may use the result.
+        return (row * features + column).to(device)
+
+
+@cache
+def _kept_variances(features: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        ones = torch.ones(features, features, dtype=dtype)
+        return (ones.triu() - 0.5 * torch.eye(features, dtype=dtype)).to(device)
+
+
+def _variances(features: int, like: Tensor) -> Tensor:
+    """Return the reciprocal variances (D, D) of the scores of an upper triangular matrix, zero below the diagonal."""
+    return _kept_variances(features, like.device, like.dtype)
 
 
 def _square(value: Any, name: str) -> Tensor:

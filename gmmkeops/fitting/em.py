@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -125,6 +126,13 @@ class EM(Method[EMState]):
     def portable(self) -> bool:
         return True
 
+    @property
+    def few_parameters(self) -> float:
+        # The library performs the M-step on all cores, except those of minibatches. On one core it takes 1.4 ms for 1000
+        # components in 16 dimensions, and 20 to 30 ms for 1e5 components in 3 dimensions. A pass over all points usually takes
+        # longer, since there are many more points than parameters.
+        return math.inf if self.batch_size is None else super().few_parameters
+
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
         for name in _FROZEN:
@@ -243,18 +251,23 @@ class EM(Method[EMState]):
         # The reg_covar term is weighted by the fractions c_k; ``drift`` compensates the change of the objective by their change.
         change = None if state.counts is None else state.counts - new.counts
         drift = state.drift + self._ridge_cost(objective, change, before)
-        state = replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift)
+        return self.pruned(objective, replace(state, mixture=mixture, floored=floored, counts=new.counts, drift=drift))
+
+    def pruned(self, objective: Objective, state: EMState) -> EMState:
+        """Prune components of negligible weight after an M-step."""
+        mixture = state.mixture
         keep = mixture.weights > DEAD_SHARE * DEAD_POINTS / objective.count
         frozen = mask_of(self.frozen_weights, state.population.parked, "frozen_weights")
         keep = keep if frozen is None else keep | frozen[state.population.live]
         if self.beta(state) < 1 or bool(keep.all()) or not bool(keep.any()):
             return state
         index = keep.nonzero()[:, 0]
+        counts = state.counts
         return replace(
             state,
             population=state.population.retire(mixture, keep),
             mixture=mixture.select(index),
-            counts=new.counts if is_tied(state) else new.counts[index],
+            counts=counts if counts is None or is_tied(state) else counts[index],
             memory=None if state.memory is None else state.memory.select(index),
             average=None if state.average is None else state.average.select(index),
         )

@@ -190,7 +190,8 @@ def fit(
         bar = _bar(task.max_iter, verbose, run)
         try:
             # Operations of torch are on the parameters only, unless there is a network.
-            with reductions.one_thread() if task.model is None and _is_small(task.mixture) else nullcontext():
+            away = task.device != task.mixture.means.device
+            with reductions.one_thread() if task.model is None and (away or _is_small(task.mixture)) else nullcontext():
                 best = run.go(state, task.max_iter, bar)
         finally:
             _close(bar, run)

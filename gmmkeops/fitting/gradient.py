@@ -19,7 +19,7 @@ from gmmkeops._checks import as_number
 from gmmkeops.data import Batch
 from gmmkeops.fitting.method import Evaluation, Method, _changes, check_settings
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.parameters import MixtureParameters, NetworkParameters, Parameters
+from gmmkeops.fitting.parameters import Loss, MixtureParameters, NetworkParameters, Parameters
 from gmmkeops.models import Mixture
 
 __all__ = ["Adam", "Gradient", "schedule_numbers"]
@@ -156,7 +156,12 @@ class Gradient(Method[_State]):
             state = self._with(MixtureParameters.unpacked(packed["parameters"]))
         else:
             state = self._with(NetworkParameters.unpacked(objective, packed["parameters"]))
-        state.optimizer.load_state_dict(packed["optimizer"])
+        saved = packed["optimizer"]
+        if isinstance(self.optimizer, _MakeAdam):
+            # The checkpoint may have been written on another device.
+            fused = self.optimizer.fused(state.parameters.tensors)
+            saved = saved | {"param_groups": [group | {"fused": fused} for group in saved["param_groups"]]}
+        state.optimizer.load_state_dict(saved)
         if state.scheduler is not None:
             state.scheduler.load_state_dict(packed["scheduler"])
         state.sound = packed["sound"]
@@ -179,18 +184,16 @@ class Gradient(Method[_State]):
         """Perform a step of the optimizer; return the objective and log-likelihood before it, NaN after divergence."""
         if not state.sound:
             return math.nan, math.nan
-        found: list[tuple[float, float]] = []
+        found: list[Loss] = []
 
-        def closure() -> float:
+        def closure() -> Any:
             state.optimizer.zero_grad()
             found.append(state.parameters.loss(objective, batch, natural=self.natural_gradient))
             return found[-1][0]
 
         state.optimizer.step(closure)
-        state.sound = state.parameters.finite()
-        if state.sound:
-            state.parameters.project(objective)
-        return found[0]
+        state.sound, numbers = state.parameters.settled(objective, found[0])
+        return numbers
 
 
 def schedule_numbers(state: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +215,13 @@ class _MakeAdam:
     betas: tuple[float, float]
 
     def __call__(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas)
+        tensors = list(parameters)
+        return torch.optim.Adam(tensors, lr=self.lr, betas=self.betas, fused=self.fused(tensors))
+
+    @staticmethod
+    def fused(tensors: list[Tensor]) -> bool | None:
+        """Return whether one kernel performs the step, which is possible on a GPU in all versions of torch."""
+        return True if all(tensor.is_cuda for tensor in tensors) else None
 
 
 def Adam(

@@ -25,20 +25,27 @@ class _Natural(torch.autograd.Function):
     """Identity of means and of the tensors of a factor, with natural gradients."""
 
     @staticmethod
-    def forward(ctx: Any, factor: Factor, means: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.factor = factor.detach()
+    def forward(ctx: Any, factor: Factor, kept: list[Tensor], means: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.factor, ctx.kept = factor, kept
+        ctx.save_for_backward(*tensors)
         return means.view_as(means), *(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
         names = list(ctx.factor.tensors)
-        means, found = ctx.factor.natural_gradient(slopes[0], dict(zip(names, slopes[1:], strict=True)))
-        return None, means, *(found[name] for name in names)
+        factor = ctx.factor.replace(**dict(zip(names, (tensor.detach() for tensor in ctx.saved_tensors), strict=True)))
+        means, found = factor.natural_gradient(slopes[0], dict(zip(names, slopes[1:], strict=True)), *ctx.kept)
+        return None, None, means, *(found[name] for name in names)
 
 
-def naturally(mixture: Mixture) -> Mixture:
-    """Return an equal mixture through which gradients of means and factors become natural gradients."""
+def naturally(mixture: Mixture, kept: list[Tensor] | None = None) -> Mixture:
+    """Return an equal mixture through which gradients of means and factors become natural gradients.
+
+    Args:
+        mixture: The mixture.
+        kept: List to which the tensor U of its factor may be added before the gradients are computed, if it is known.
+    """
     factor = mixture.factor
-    means, *tensors = _Natural.apply(factor, mixture.means, *factor.tensors.values())
+    means, *tensors = _Natural.apply(factor, [] if kept is None else kept, mixture.means, *factor.tensors.values())
     other = factor.replace(**dict(zip(factor.tensors, tensors, strict=True)))
     return Mixture(mixture.logits, means, other, validate_args=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -159,11 +160,33 @@ class Objective:
         total = reductions.attached(sums, offsets, means, factor)
         return self.frame.log_volume - total / max(float(sums.mass), 1e-300)
 
+    def gradients(
+        self, offsets: Tensor, means: Tensor, U: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None:
+        """Compute the mean negative log-likelihood and its gradients on a GPU, without waiting for it.
+
+        Args:
+            offsets, means, U: Finite parameters (K,), (K, D), (K, ...), for which float32 points are accurate. The offsets are
+                without their constant -D/2 log 2π, which changes the value only.
+
+        Returns:
+            The value, nats per point, and the gradients; None if points and parameters are not in the memory of one GPU.
+        """
+        batch = self.whole() if means.is_cuda and self.data.device == means.device else None
+        if batch is None:
+            return None
+        scale = -1 / self.mass
+        total, slopes = reductions.valid_gradients(batch, offsets, means, U, scale=scale, backend=self.backend)
+        self.passes.seen(batch, len(means))
+        constant = self.frame.log_volume + 0.5 * means.shape[1] * math.log(2 * math.pi)
+        return torch.rsub(total, constant, alpha=1 / self.mass), slopes
+
     def penalized(self, mixture: Mixture) -> Tensor:
         """Compute the penalty of a mixture in standardized coordinates, nats per point."""
         if self.penalty is None:
             return mixture.means.new_zeros(())
-        return self.penalty(self.frame.leave(mixture), self.mass * self.unit)
+        given = mixture if self.penalty.of_weights else self.frame.leave(mixture)
+        return self.penalty(given, self.mass * self.unit)
 
     def surrogate(self, mixture: Mixture) -> Surrogate:
         """Compute the terms that the penalty adds to an M-step at a mixture; both in standardized coordinates."""

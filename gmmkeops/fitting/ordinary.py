@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gmmkeops import reductions
-from gmmkeops.components import Moments
+from gmmkeops.components import Moments, solve_weights
 from gmmkeops.data import Batch
-from gmmkeops.fitting.em_state import EMState
+from gmmkeops.fitting.em_state import EMState, is_tied
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.placement import parameter_device
@@ -200,13 +200,67 @@ def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -
     mixture = state.mixture
     settings = _constants(method, objective, mixture, method.beta(state))
     if settings is None:
-        return None
+        return _penalized(method, objective, state, sums)
+    return _native(state, sums, settings)
+
+
+def _native(state: EMState, sums: Moments, settings: reductions.StepSettings) -> tuple[EMState, float] | None:
+    """Perform the M-step in the library; return the next state and the ``reg_covar`` term, or None, as :func:`maximized`."""
+    assert state.counts is not None, "the E-step has computed them"
+    mixture = state.mixture
     arguments = (mixture.logits, mixture.means, mixture.factor, settings, state.counts, state.drift)
     found = reductions.native_m_step(sums, *arguments)
     if not found:
         return None
     after = Mixture.from_valid(found.logits(1), found.means(1), found.factor(1), validate_args=False)
     return replace(state, mixture=after, counts=found.counts(1), drift=found.drifts[1]), found.costs[0]
+
+
+def _penalized(method: EM, objective: Objective, state: EMState, sums: Moments) -> tuple[EMState, float] | None:
+    """Perform the M-step with a penalty whose terms change: means and covariances in the library, weights in torch.
+
+    Pseudo-points of the means are points of their components, so that they are added to the moments. Results are those of
+    :func:`maximized`.
+    """
+    given = method.frozen_weights, method.frozen_means, method.frozen_covariances
+    mixture, penalty = state.mixture, objective.penalty
+    if (
+        penalty is None
+        or penalty.bounds
+        or method.beta(state) < 1
+        or not all(isinstance(mask, bool) for mask in given)
+        or len(state.population.live) < state.population.parked.n_components
+    ):
+        return None
+    prior, kind, scale = objective.surrogate(mixture), type(mixture.factor), objective.mass / float(sums.mass)
+    with_points, kappa = sums, 0.0
+    for points, mean in prior.means:
+        away, count = mean - mixture.means, points / scale
+        with_points = replace(
+            with_points,
+            S0=with_points.S0 + count,
+            S1=with_points.S1 + count * away,
+            S2=with_points.S2 + count * kind.outer(away),
+        )
+        kappa += points
+    copies = mixture.n_components if is_tied(state) else 1
+    settings = reductions.StepSettings(
+        objective.mass,
+        method.ridge(objective),
+        FLOOR,
+        -1.0,
+        (True, given[1] is True, given[2] is True),
+        method.assignment,
+        scatter=None if prior.scatter is None else kind.second_moments(prior.scatter),
+        degrees=prior.degrees + copies * (prior.degrees_per_component - kappa),
+    )
+    found = _native(state, with_points, settings)
+    if found is None or given[0] is True:
+        return found
+    weights = solve_weights(scale * sums.S0 + prior.counts, objective.mass * prior.slopes, mixture.log_weights)
+    after = found[0].mixture
+    after = Mixture(weights, after.means, after.factor, validate_args=False)
+    return method.pruned(objective, replace(found[0], mixture=after)), found[1]
 
 
 def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mixture) -> float:

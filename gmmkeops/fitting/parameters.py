@@ -5,26 +5,57 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gmmkeops._checks import PrecisionWarning, warn
-from gmmkeops.components import numbers
-from gmmkeops.data import Batch
+from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.fitting.method import Evaluation
 from gmmkeops.fitting.natural import naturally
-from gmmkeops.fitting.objective import Objective
+from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.models import GMM, Mixture
 
-__all__ = ["MixtureParameters", "NetworkParameters", "Parameters"]
+__all__ = ["Loss", "MixtureParameters", "NetworkParameters", "Parameters"]
 
 # Maximum number of entries of the factors of one block of rows.
 _CHUNK = 1 << 22
-# Largest absolute logarithm of a scale; squares of larger scales overflow.
-_LARGEST_LOG = 300.0
+# Largest absolute value of a parameter, and of the logarithm of a scale; squares of larger scales overflow.
+_LARGEST, _LARGEST_LOG = 1e15, 300.0
+# A bound on squared norms below this fraction of their limit needs no exact comparison; rounding errors are much smaller.
+_SMALLER = 0.99
+
+# Objective and negative log-likelihood, nats per point, as scalars or as Python numbers.
+Loss = tuple[Tensor, Tensor] | tuple[float, float]
+
+
+@dataclass
+class _Prepared:
+    """Tensors from which a loss is computed, differentiable in the parameters.
+
+    Args:
+        mixture: Mixture of the active components.
+        log_weights: Its log-weights (K,), nats.
+        U: Its precision factors.
+        natural: Whether gradients with respect to the components are natural gradients.
+    """
+
+    mixture: Mixture
+    log_weights: Tensor
+    U: Tensor
+    natural: bool
+
+    def offsets(self) -> Tensor:
+        """Compute the offsets (K,) of the exponents without the constant -D/2 log 2π, nats."""
+        return self.log_weights + self.mixture.factor.log_determinant()
+
+    def norms(self) -> Tensor:
+        """Compute the largest norm of each row of all factors (D or 1,), 1 / standard deviations."""
+        U = self.U.detach()
+        return (U.norm(dim=-1) if self.mixture.factor.coupled else U).amax(0)
 
 
 class Parameters(ABC):
@@ -36,10 +67,22 @@ class Parameters(ABC):
         """Leaf tensors of the autograd graph, which an optimizer updates in place."""
 
     @abstractmethod
-    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> tuple[float, float]:
-        """Compute objective and log-likelihood of a batch or of all points, nats per point, and set gradients of the tensors.
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
+        """Compute objective and negative log-likelihood of a batch or of all points, and set gradients of the tensors.
 
         With ``natural``, gradients with respect to the components are natural gradients.
+        """
+
+    @abstractmethod
+    def settled(self, objective: Objective, loss: Loss) -> tuple[bool, tuple[float, float]]:
+        """Check the parameters after a step of the optimizer, and enforce the bounds on the covariances.
+
+        Args:
+            objective: The objective.
+            loss: Result of :meth:`loss` before the step.
+
+        Returns:
+            Whether all parameters are finite; and the objective and the log-likelihood, nats per point.
         """
 
     @abstractmethod
@@ -62,14 +105,6 @@ class Parameters(ABC):
         """Prune components of negligible weight, and their entries in the state of the optimizer. Networks prune nothing."""
         return
 
-    def finite(self) -> bool:
-        """Return whether all parameters are finite."""
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors)
-
-    def project(self, objective: Objective) -> None:
-        """Enforce the bounds on the covariances after a step. Networks have no bounds."""
-        return
-
 
 class MixtureParameters(Parameters):
     """Parameters of the active components of a mixture.
@@ -82,7 +117,18 @@ class MixtureParameters(Parameters):
 
     def __init__(self, population: Population, leaves: dict[str, Tensor], floored: Tensor) -> None:
         self.population, self.floored = population, floored
-        self.leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
+        self._natural = False
+        self._own(leaves)
+
+    def _own(self, leaves: dict[str, Tensor]) -> None:
+        """Copy parameters to leaf tensors that share one array, of which one operation makes a copy."""
+        self._flat = torch.cat([leaf.detach().reshape(-1) for leaf in leaves.values()])
+        shapes = {name: leaf.shape for name, leaf in leaves.items()}
+        self.leaves = {name: part.detach().requires_grad_() for name, part in _parts(self._flat, shapes).items()}
+        self._prepared: _Prepared | None = None
+        # Least log-weight, and whether float32 points are accurate for the factors; None if they are not known.
+        self._least: float | None = None
+        self._is_accurate: bool | None = None
 
     @classmethod
     def of(cls, objective: Objective, mixture: Mixture) -> MixtureParameters:
@@ -113,50 +159,98 @@ class MixtureParameters(Parameters):
     def tensors(self) -> list[Tensor]:
         return list(self.leaves.values())
 
-    def _active(self) -> Mixture:
-        """Return the mixture of the active components, differentiable in the parameters."""
-        leaves = dict(self.leaves)
+    def _active(self, leaves: dict[str, Tensor] | None = None) -> Mixture:
+        """Return the mixture of the active components, differentiable in the parameters, or that of other parameters."""
+        leaves = dict(self.leaves if leaves is None else leaves)
         logits, means = leaves.pop("logits"), leaves.pop("means")
         return Mixture(logits, means, self.population.parked.factor.replace(**leaves), validate_args=False)
 
     def mixture(self) -> Mixture:
-        return self.population.whole(self._active()).detach()
+        copies = _parts(self._flat.clone(), {name: leaf.shape for name, leaf in self.leaves.items()})
+        return self.population.whole(self._active(copies))
 
-    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> tuple[float, float]:
-        active = naturally(self._active()) if natural else self._active()
-        likelihood = objective.negative_log_likelihood(active, batch)
-        value = likelihood + objective.penalized(self.population.whole(active))
-        value.backward()
-        total, negative = numbers(value.detach(), likelihood.detach())
-        return total, -negative
+    def _ahead(self, natural: bool) -> _Prepared:
+        """Return the tensors from which the loss is computed once; those that :meth:`settled` has computed if there are any."""
+        found, self._prepared = self._prepared, None
+        if found is not None and found.natural == natural:
+            return found
+        kept: list[Tensor] = []
+        active = naturally(self._active(), kept) if natural else self._active()
+        log_weights, U = active.log_weights, active.factor.U
+        kept.append(U.detach())
+        return _Prepared(active, log_weights, U, natural)
+
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
+        ahead, found = self._ahead(natural), None
+        self._natural, active = natural, ahead.mixture
+        if batch is None and self._is_accurate is None and active.means.is_cuda:
+            # The path of a step must not depend on the steps before it, so that fits resume bit by bit.
+            self._is_accurate = _is_accurate(objective, _changes(objective, ahead.norms()))
+        if batch is None and self._is_accurate:
+            U = ahead.U.expand(active.n_components, *ahead.U.shape[1:])
+            roots = ahead.offsets(), active.means, U
+            found = objective.gradients(*roots)
+        penalty = None if objective.penalty is None else objective.penalized(self.population.whole(active))
+        if found is None:
+            likelihood = objective.negative_log_likelihood(active, batch)
+            value = likelihood if penalty is None else likelihood + penalty
+            value.backward()
+        else:
+            likelihood, slopes = found
+            value = likelihood if penalty is None else likelihood + penalty.detach()
+            # A penalty may be constant, if it only bounds the covariances.
+            more = [] if penalty is None or not penalty.requires_grad else [penalty]
+            torch.autograd.backward([*roots, *more], [*slopes, *map(torch.ones_like, more)])
+        return value.detach(), likelihood.detach()
+
+    def settled(self, objective: Objective, loss: Loss) -> tuple[bool, tuple[float, float]]:
+        with torch.enable_grad():
+            self._prepared = ahead = self._ahead(self._natural)
+        with torch.no_grad():
+            norms = ahead.norms()
+            read = [*map(torch.as_tensor, loss), ahead.log_weights.amin(), *self._flat.aminmax()]
+            parts = [part.reshape(1) for part in (*read, *self.leaves["log_diagonal"].aminmax())]
+            found = torch.cat([*parts, norms, *_changes(objective, norms)]).tolist()
+        value, negative, least, low, high, shortest, longest, *sizes = found
+        # Standardized parameters are of order one, so values outside these ranges (or NaN) imply divergence.
+        if not (max(-low, high) < _LARGEST and max(-shortest, longest) < _LARGEST_LOG):
+            return False, (value, -negative)
+        width = len(norms)
+        self._least, self._is_accurate = least, _is_accurate(objective, sizes[width:])
+        # The sum over the columns bounds the squared norm of every factor.
+        size = sum(value**2 for value in sizes[:width]) * (objective.data.features / width)
+        bounds = objective.penalty is not None and objective.penalty.bounds
+        if bounds or not size < _SMALLER / FLOOR:
+            self._project(objective)
+        return True, (value, -negative)
 
     def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
-        return Evaluation(self.mixture(), value, likelihood, self.population.live, self.floored.clone(), exact)
+        return Evaluation(self.mixture(), value, likelihood, self.population.live, self.floored, exact)
 
     def evaluate(self, objective: Objective) -> Evaluation:
-        return evaluation(objective, self.population, self._active(), self.floored.clone())
+        return evaluation(objective, self.population, self._active(), self.floored)
 
-    def finite(self) -> bool:
-        # Standardized parameters are of order one, so values outside these ranges (or NaN) imply divergence.
-        ranges = {name: 1e15 for name in self.leaves} | {"log_diagonal": _LARGEST_LOG}
-        return all(numbers(*((leaf.detach().abs() < ranges[name]).all() for name, leaf in self.leaves.items())))
-
-    def project(self, objective: Objective) -> None:
+    def _project(self, objective: Objective) -> None:
+        """Enforce the bounds on the covariances."""
         bounded, moved = objective.project(self._active())
         if not bool(moved.any()):
             return
         with torch.no_grad():
             for name, tensor in {"means": bounded.means, **bounded.factor.tensors}.items():
                 self.leaves[name].copy_(tensor)
-            self.floored[self.population.live[moved]] = True
+            # Evaluations have the mask before this step.
+            self.floored = self.floored.index_fill(0, self.population.live[moved], True)
+            self._prepared = self._is_accurate = None
 
     def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
         """Prune components whose expected count is below 1e-3 points, and their optimizer state.
 
         A component is kept if a gradient step would increase its weight (for example with a Dirichlet concentration above one).
         """
-        logits = self.leaves["logits"]
-        keep = logits.detach().log_softmax(0) > math.log(DEAD_POINTS / count)
+        logits, least = self.leaves["logits"], math.log(DEAD_POINTS / count)
+        if self._least is not None and self._least > least:
+            return
+        keep = logits.detach().log_softmax(0) > least
         if logits.grad is not None:
             keep |= logits.grad < 0
         if bool(keep.all()) or not bool(keep.any()):
@@ -169,14 +263,15 @@ class MixtureParameters(Parameters):
                     return
         self.population = self.population.retire(self._active(), keep)
         tied = self.population.parked.factor.leading == 1
-        for name, leaf in self.leaves.items():
-            if leaf.shape[0] != len(keep) or (tied and name not in ("logits", "means")):
-                continue
-            kept = leaf.detach()[keep].requires_grad_()
-            slots[kept] = {key: value[keep] if value.ndim else value for key, value in slots.pop(leaf, {}).items()}
+        before, shared = self.leaves, {name for name in self.leaves if tied and name not in ("logits", "means")}
+        self._own({name: leaf if name in shared else leaf.detach()[keep] for name, leaf in before.items()})
+        for name, leaf in before.items():
+            kept, parts = self.leaves[name], slots.pop(leaf, {})
+            if name not in shared:
+                parts = {key: value[keep] if value.ndim else value for key, value in parts.items()}
+            slots[kept] = parts
             for group in optimizer.param_groups:
                 group["params"] = [kept if old is leaf else old for old in group["params"]]
-            self.leaves[name] = kept
 
 
 class NetworkParameters(Parameters):
@@ -225,8 +320,13 @@ class NetworkParameters(Parameters):
             center = next(self.model.parameters()).new_zeros(self.model.context)
             return self.model(center).detach().to(torch.float64)
 
-    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> tuple[float, float]:
-        return _loss(objective, self.model, batch, backward=True, natural=natural)
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
+        value, likelihood = _loss(objective, self.model, batch, backward=True, natural=natural)
+        return value, -likelihood
+
+    def settled(self, objective: Objective, loss: Loss) -> tuple[bool, tuple[float, float]]:
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors)
+        return finite, (float(loss[0]), -float(loss[1]))
 
     def evaluated(self, value: float, likelihood: float, *, exact: bool) -> Evaluation:
         return Evaluation(self.mixture(), value, likelihood, exact=exact, answer=self.pack())
@@ -285,3 +385,23 @@ def _penalties(objective: Objective, batch: Mixture) -> Tensor:
             f"the penalty {type(objective.penalty).__name__} cannot be evaluated for a batch of mixtures by torch.func.vmap "
             f"({error}); write a training loop and add the penalty to the loss."
         ) from None
+
+
+def _parts(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Return the parts of an array as tensors of given shapes, which share its memory."""
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _changes(objective: Objective, norms: Tensor) -> list[Tensor]:
+    """Return bounds (D,) on the changes of whitened residuals by the rounding of the points; an empty list if there is none."""
+    batch = objective.whole()
+    return [] if batch is None or batch.rounding is None else [norms * batch.rounding.to(norms)]
+
+
+def _is_accurate(objective: Objective, changes: list[Tensor] | list[float]) -> bool | None:
+    """Return whether the points are accurate for factors, by the result of :func:`_changes`; None if they are not one batch."""
+    if objective.whole() is None:
+        return None
+    squares = [value**2 for part in changes for value in (part.tolist() if isinstance(part, Tensor) else [part])]
+    return sum(squares) <= ROUNDING**2

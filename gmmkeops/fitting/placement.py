@@ -1,8 +1,9 @@
 """Device of the parameters during a fit.
 
-An iteration of a fit performs about 200 operations on the K components. For few components each of them takes less time than its
-launch on a GPU, and some wait for the GPU. If the points are on another device, few parameters are therefore on the CPU: an
-iteration copies them to the device of the points in one transfer, and the moments back in another one.
+An operation on few components takes less time than its launch on a GPU, and some operations wait for the GPU. If the points are
+on another device, few parameters are therefore on the CPU: an iteration copies them to the device of the points in one transfer,
+and the moments back in another one. The parameters of EM are there for any number of components, since the compiled library
+performs its M-step on all cores.
 """
 
 from __future__ import annotations
@@ -16,11 +17,6 @@ from gmmkeops.models import GMM, Mixture
 from gmmkeops.penalties import Penalty
 
 __all__ = ["parameter_device"]
-
-# Numbers of the covariances from which operations on the parameters are performed on the device of the points. On one core of a
-# CPU, an EM step of 5e4 numbers takes 1.5 ms around the E-step in D = 3 to 64 dimensions, and one of 1e4 numbers 0.5 ms. On a GPU
-# it takes 160 launches and 27 synchronizations, about 1.5 ms.
-_MANY = 50_000
 
 
 def parameter_device(mixture: Mixture, method: Method[Any], penalty: Any, model: GMM | None) -> torch.device:
@@ -36,5 +32,5 @@ def parameter_device(mixture: Mixture, method: Method[Any], penalty: Any, model:
     """
     portable = penalty is None or (isinstance(penalty, Penalty) and penalty.portable)
     count = mixture.means.numel() * (mixture.n_features if mixture.factor.coupled else 1)
-    few = portable and method.portable and model is None and count < _MANY
+    few = portable and method.portable and model is None and count < method.few_parameters
     return torch.device("cpu") if few else mixture.means.device

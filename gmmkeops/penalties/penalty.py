@@ -59,6 +59,11 @@ class Penalty(ABC):
         """
         return type(self).__module__.startswith(_PACKAGE)
 
+    @property
+    def of_weights(self) -> bool:
+        """Whether the penalty depends on the weights only, so that a fit evaluates it in standardized coordinates."""
+        return False
+
     @abstractmethod
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         """Compute the penalty of a mixture.
@@ -142,6 +147,10 @@ class _Sum(Penalty):
     def portable(self) -> bool:
         return all(part.portable for part in self.parts)
 
+    @property
+    def of_weights(self) -> bool:
+        return all(part.of_weights for part in self.parts)
+
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return sum((part(mixture, points) for part in self.parts), mixture.means.new_zeros(()))
 
@@ -176,6 +185,10 @@ class _Scaled(Penalty):
     @property
     def portable(self) -> bool:
         return self.part.portable
+
+    @property
+    def of_weights(self) -> bool:
+        return self.part.of_weights
 
     def __call__(self, mixture: Mixture, points: float = 1.0) -> Tensor:
         return self.factor * self.part(mixture, points)

@@ -25,8 +25,17 @@ def _told(values: Tensor) -> str:
     return str(values.tolist()) if values.numel() <= 4 else f"an array of shape {tuple(values.shape)}"
 
 
+class _OfWeights(Penalty):
+    """Base class of penalties on the weights."""
+
+    @property
+    def of_weights(self) -> bool:
+        # A subclass of the user may depend on other parameters.
+        return self.portable
+
+
 @dataclass(frozen=True)
-class SqrtWeights(Penalty):
+class SqrtWeights(_OfWeights):
     r"""Sparsity penalty on the square roots of the weights, from the KeOps tutorial.
 
     .. math:: \frac{s}{K} \sum_k \sqrt{W_k}
@@ -65,7 +74,7 @@ class SqrtWeights(Penalty):
 
 
 @dataclass(frozen=True)
-class WeightEntropy(Penalty):
+class WeightEntropy(_OfWeights):
     r"""Entropy of the weights as a penalty.
 
     .. math:: -s \sum_k W_k \log W_k
@@ -108,7 +117,7 @@ class WeightEntropy(Penalty):
 
 
 @dataclass(frozen=True)
-class Dirichlet(Penalty):
+class Dirichlet(_OfWeights):
     r"""Dirichlet prior on the weights, without its normalizing constant.
 
     .. math:: -\frac1N \sum_k (\alpha_k - 1) \log W_k

@@ -30,6 +30,7 @@ from gmmkeops.reductions.derivatives import recording as recording
 from gmmkeops.reductions.dispatch import ASSIGNMENTS
 from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, topk, total
 from gmmkeops.reductions.host_moments import mixture_moments as mixture_moments
+from gmmkeops.reductions.host_moments import valid_gradients as valid_gradients
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401

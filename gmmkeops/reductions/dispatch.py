@@ -107,11 +107,12 @@ def statistics(
     x = problem.x
     device = device or x.device
     count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
+    mass = float(count) if weights is None else mass
     if weights is not None and mass is None:
         weight = weights.sum()
     else:
-        known = mass if weights is not None else float(count)
-        weight = torch.tensor(known, dtype=torch.float64, device=device)
+        assert mass is not None, "it is the number of points without weights"
+        weight = torch.full((), mass, dtype=torch.float64, device=device)
     if weights is None and len(x) > count:
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.ones

@@ -1,4 +1,4 @@
-"""Moments of mixtures whose parameters are on the CPU, for points on another device."""
+"""Moments of mixtures in standardized coordinates, with fewer operations on the parameters than for those of the user."""
 
 from __future__ import annotations
 
@@ -9,12 +9,36 @@ from torch import Tensor
 
 from gmmkeops.components import Factor, Moments
 from gmmkeops.data import ROUNDING, Batch
-from gmmkeops.reductions.dispatch import statistics
+from gmmkeops.reductions.cores import cores
+from gmmkeops.reductions.dispatch import compute, parameter_gradients, statistics
 from gmmkeops.reductions.library import ParameterCall, reason, run
 from gmmkeops.reductions.native.steps import FAMILIES
-from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.problem import Exponents, Extent
+from gmmkeops.reductions.protocol import Statistics
 
-__all__ = ["mixture_moments"]
+__all__ = ["mixture_moments", "valid_gradients"]
+
+# Extent of parameters that are known to be finite, with standardized means, for which the center is zero.
+_STANDARDIZED = Extent(1.0, 1.0, True, (-1.0, 1.0))
+
+
+def valid_gradients(
+    batch: Batch, offsets: Tensor, means: Tensor, U: Tensor, *, scale: float, backend: str = "auto"
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Compute Σ g ℓ and its gradients for parameters on the device of the points, without waiting for it to validate them.
+
+    Args:
+        batch: Points (N, D) that are not sorted, standardized coordinates, and their weights.
+        offsets, means, U: Parameters (K,), (K, D), (K, ...), float64, finite, standardized coordinates.
+        scale: Number by which the gradients are multiplied.
+        backend: Name of the engine.
+
+    Returns:
+        The total, nats, float64; and the gradients with respect to offsets, means and U.
+    """
+    problem = Exponents.of_shaped(batch.points, offsets.detach(), means.detach(), U.detach(), _STANDARDIZED)
+    S0, S1, S2, total = compute(problem, None, Statistics(batch.weights), backend)
+    return total, parameter_gradients(problem.U, S0, S1, S2, scale)
 
 
 def mixture_moments(
@@ -54,6 +78,7 @@ def mixture_moments(
     call = ParameterCall(
         family=family,
         tied=L == 1,
+        threads=cores(),
         components=K,
         dimensions=D,
         logits=given[0].data_ptr(),

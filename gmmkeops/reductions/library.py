@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 7
+_ABI = 8
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -130,7 +130,7 @@ class RecordCall(ctypes.Structure):
     """The arguments for records of components, and for the moments of a GPU engine."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("family", "double_points")),
+        *((name, ctypes.c_int32) for name in ("family", "double_points", "threads", "unused")),
         *((name, ctypes.c_int64) for name in ("components", "dimensions", "records")),
         *((name, ctypes.c_void_p) for name in ("offsets", "means", "factor", "center")),
         ("factor_stride", ctypes.c_int64),
@@ -145,7 +145,7 @@ class ParameterCall(ctypes.Structure):
     """The arguments for offsets and factors of a mixture."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("family", "tied")),
+        *((name, ctypes.c_int32) for name in ("family", "tied", "threads", "unused")),
         *((name, ctypes.c_int64) for name in ("components", "dimensions")),
         *((name, ctypes.c_void_p) for name in ("logits", "means", "log_diagonal", "upper", "rounding")),
         ("coarse", ctypes.c_double),

@@ -84,10 +84,13 @@ def _parameters(problem: Exponents, *, gradient: bool = False, schedule: Schedul
 def _called(
     problem: Exponents, compiled: Callable[..., Any], *arguments: Tensor, schedule: Schedule | None = None
 ) -> Any:
-    """Call a formula of KeOps, after waiting for the queued torch operations that compute its arguments."""
+    """Call a formula of KeOps, after the queued torch operations that compute its arguments."""
     ranges = None if schedule is None else schedule.ranges()
     if problem.x.is_cuda:
-        torch.cuda.current_stream(problem.x.device).synchronize()
+        # The kernels of KeOps follow the operations of the default stream, on which they are launched.
+        current = torch.cuda.current_stream(problem.x.device)
+        if current != torch.cuda.default_stream(problem.x.device):
+            current.synchronize()
     with user_threads():
         return compiled(*arguments, ranges=ranges)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, RecordCall, reason, run
 from gmmkeops.reductions.problem import Exponents
 
@@ -88,6 +89,7 @@ def _call(given: Exponents, family: str, rest: Tensor) -> tuple[RecordCall, list
     offsets, means, factor, center = (part.data_ptr() for part in kept)
     call = RecordCall(
         family=_FAMILIES[family],
+        threads=cores(),
         components=K,
         dimensions=D,
         offsets=offsets,

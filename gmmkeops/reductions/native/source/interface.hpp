@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 7;
+constexpr int32_t ABI = 8;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -115,6 +115,7 @@ struct RoundCall {
 // those of its factor; its sums are S0, D rows of S1, and the distinct rows of S2.
 struct RecordCall {
   int32_t family, double_points;                        // whether records are float64 instead of float32
+  int32_t threads, unused;                              // largest number of threads
   int64_t components, dimensions, records;              // K, D, number of records, of which those after the K-th have no weight
   const double *offsets, *means, *factor, *center;      // as in Call
   int64_t factor_stride;                                // as in Call
@@ -128,7 +129,7 @@ struct RecordCall {
 
 // Offsets and factors of a mixture, from the parameters as factors store them.
 struct ParameterCall {
-  int32_t family, tied;
+  int32_t family, tied, threads, unused;
   int64_t components, dimensions;
   const double *logits, *means, *log_diagonal, *upper;  // (K,), (K, D), (K or 1, D or 1), (K or 1, D (D - 1) / 2)
   const double* rounding;                               // as in StepCall

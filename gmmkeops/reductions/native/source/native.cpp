@@ -436,13 +436,7 @@ EXPORT int32_t gmmkeops_steps(StepCall* call, int32_t isa) {
 // One EM step from the sums of an E-step that another engine has performed, which S0, S1, S2 and total of the sweep hold.
 EXPORT int32_t gmmkeops_maximize(StepCall* call, int32_t isa) {
   return guarded([&]() -> int32_t {
-    return steps::run(*call, *kernel_of(isa), [&](const Call& sweep) {
-      const Call& given = call->sweep;
-      const int64_t K = given.components, D = given.dimensions, spread = given.family == FULL ? D * D : given.family == SPHERICAL ? 1 : D;
-      std::copy_n(given.S0, K, sweep.S0), std::copy_n(given.S1, K * D, sweep.S1), std::copy_n(given.S2, K * spread, sweep.S2);
-      *sweep.total = *given.total;
-      return DONE;
-    });
+    return steps::run(*call, *kernel_of(isa), [](const Call&) { return DONE; }, nullptr, true);
   });
 }
 
@@ -479,8 +473,10 @@ EXPORT int32_t gmmkeops_pack(RecordCall* call, int32_t) {
 
 // Computes the offsets and factors of a mixture.
 EXPORT int32_t gmmkeops_parameters(ParameterCall* call, int32_t) {
-  call->valid = records::with_dimensions(call->dimensions, [&](auto D) { return records::prepare<D>(*call); });
-  return DONE;
+  return guarded([&]() -> int32_t {
+    call->valid = records::with_dimensions(call->dimensions, [&](auto D) { return records::prepare<D>(*call); });
+    return DONE;
+  });
 }
 
 // Computes bounds on parameters.

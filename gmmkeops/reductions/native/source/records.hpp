@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "interface.hpp"
+#include "share.hpp"
 
 namespace records {
 
@@ -73,31 +74,37 @@ template <int N> bool prepare(ParameterCall& call) {
   double largest = -INFINITY, sum = 0;
   for (int64_t k = 0; k < K; k++) largest = std::max(largest, call.logits[k]);
   for (int64_t k = 0; k < K; k++) sum += std::exp(call.logits[k] - largest);
-  const double constant = largest + std::log(sum) + 0.5 * D * LOG_TWO_PI, *upper = call.upper;
-  double* U = call.factor;
-  for (int64_t l = 0; l < L; l++) {
-    const double* logs = call.log_diagonal + l * E;
-    double determinant = 0, error = 0;
-    for (int64_t i = 0; i < D; i++) {
-      const double u = E == 1 && i ? U[-1] : std::exp(logs[E == 1 ? 0 : i]);
-      determinant += logs[E == 1 ? 0 : i];
-      double norm = u * u;
-      if (call.family == FULL) {
-        for (int64_t j = 0; j < i; j++) *U++ = 0;
-        *U++ = u;
-        for (int64_t j = i + 1; j < D; j++) norm += *upper * *upper, *U++ = *upper++;
-      } else if (i < E) *U++ = u;
-      if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
-      if (!std::isfinite(norm)) return false;
+  const double constant = largest + std::log(sum) + 0.5 * D * LOG_TWO_PI;
+  const int64_t P = call.family == FULL ? D * (D - 1) / 2 : 0, numbers = call.family == FULL ? D * D : E;
+  const Status status = share_ranges(call.threads, L, E * EXPONENTIAL + numbers, [&](int64_t first, int64_t last) {
+    const double* upper = call.upper + first * P;
+    double* U = call.factor + first * numbers;
+    for (int64_t l = first; l < last; l++) {
+      const double* logs = call.log_diagonal + l * E;
+      double determinant = 0, error = 0;
+      for (int64_t i = 0; i < D; i++) {
+        const double u = E == 1 && i ? U[-1] : std::exp(logs[E == 1 ? 0 : i]);
+        determinant += logs[E == 1 ? 0 : i];
+        double norm = u * u;
+        if (call.family == FULL) {
+          for (int64_t j = 0; j < i; j++) *U++ = 0;
+          *U++ = u;
+          for (int64_t j = i + 1; j < D; j++) norm += *upper * *upper, *U++ = *upper++;
+        } else if (i < E) *U++ = u;
+        if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
+        if (!std::isfinite(norm)) return INTERRUPTED;
+      }
+      if (!(error <= call.coarse * call.coarse)) return INTERRUPTED;
+      for (int64_t k = l; k < (call.tied ? K : l + 1); k++) {
+        const double offset = call.logits[k] + determinant - constant;
+        call.offsets[k] = offset;
+        // Components of weight zero have other offsets, see problem.py.
+        if (!(std::abs(offset) < 1e30)) return INTERRUPTED;
+      }
     }
-    if (!(error <= call.coarse * call.coarse)) return false;
-    for (int64_t k = l; k < (call.tied ? K : l + 1); k++) {
-      const double offset = call.logits[k] + determinant - constant;
-      call.offsets[k] = offset;
-      // Components of weight zero have other offsets, see problem.py.
-      if (!(std::abs(offset) < 1e30)) return false;
-    }
-  }
+    return DONE;
+  });
+  if (!complete(status)) return false;
   for (int64_t d = 0; d < D; d++) {
     double low, high;
     extremes(call.means + d, K, D, low, high);
@@ -137,40 +144,48 @@ template <class F, int N> bool pack(RecordCall& call) {
   double usual = -INFINITY;
   for (int64_t k = 0; k < K; k++) usual = std::max(usual, call.offsets[k] - D * SQUARE * LN2);
   call.usual = usual, call.base = std::abs(usual) <= SMALL ? 0 : usual, call.condition = 1;
-  std::vector<double> space(call.family == FULL ? D * D + D : 0), V(E);
-  F* record = static_cast<F*>(call.record);
-  for (int64_t k = 0; k < K; k++, record += width) {
-    const double* U = call.factor + k * call.factor_stride;
-    double *rest = call.rest + k * D, offset = (call.offsets[k] - D * SQUARE * LN2 - call.base) / LN2;
-    F *heads = record + 1, *shift = heads + D, *u = shift + D;
-    for (int64_t e = 0; e < E; e++) V[e] = scale * U[e];
-    for (int64_t d = 0; d < D; d++) {
-      const double mean = call.means[k * D + d] + call.center[d];
-      heads[d] = F(mean), rest[d] = mean - double(heads[d]);
-    }
-    if (call.family == FULL) {
-      for (int64_t i = 1; i < D; i++) for (int64_t j = 0; j < i; j++) if (U[i * D + j] != 0) return false;
-      // A tied factor has one condition number.
-      if (!k || call.factor_stride) call.condition = std::max(call.condition, condition<N>(U, D, space.data()));
-      for (int64_t a = 0; a < D; a++) {
-        double sum = 0;
-        for (int64_t b = 0; b <= a; b++) sum += V[b * D + a] * rest[b], *u++ = F(V[b * D + a]);
-        shift[a] = F(-sum);
+  F* const records = static_cast<F*>(call.record);
+  std::vector<double> conditions(call.family == FULL ? (call.factor_stride ? K : 1) : 0);
+  const double work = E + 4 * D + (call.family == FULL && call.factor_stride ? D * D * (D / 3 + 2) : E);
+  const Status status = share_ranges(call.threads, K, work, [&](int64_t first, int64_t last) {
+    std::vector<double> space(call.family == FULL ? D * D + D : 0), V(E);
+    for (int64_t k = first; k < last; k++) {
+      const double* U = call.factor + k * call.factor_stride;
+      double *rest = call.rest + k * D, offset = (call.offsets[k] - D * SQUARE * LN2 - call.base) / LN2;
+      F *record = records + k * width, *heads = record + 1, *shift = heads + D, *u = shift + D;
+      for (int64_t e = 0; e < E; e++) V[e] = scale * U[e];
+      for (int64_t d = 0; d < D; d++) {
+        const double mean = call.means[k * D + d] + call.center[d];
+        heads[d] = F(mean), rest[d] = mean - double(heads[d]);
       }
-    } else {
-      double change = 0;
-      for (int64_t e = 0; e < E; e++) {
-        u[e] = F(V[e]);
-        const double ratio = double(u[e]) / V[e];
-        if (std::isfinite(ratio)) change += ratio * ratio - 1;
+      if (call.family == FULL) {
+        for (int64_t i = 1; i < D; i++) for (int64_t j = 0; j < i; j++) if (U[i * D + j] != 0) return INTERRUPTED;
+        // A tied factor has one condition number.
+        if (!k || call.factor_stride) conditions[k] = condition<N>(U, D, space.data());
+        for (int64_t a = 0; a < D; a++) {
+          double sum = 0;
+          for (int64_t b = 0; b <= a; b++) sum += V[b * D + a] * rest[b], *u++ = F(V[b * D + a]);
+          shift[a] = F(-sum);
+        }
+      } else {
+        double change = 0;
+        for (int64_t e = 0; e < E; e++) {
+          u[e] = F(V[e]);
+          const double ratio = double(u[e]) / V[e];
+          if (std::isfinite(ratio)) change += ratio * ratio - 1;
+        }
+        // Rounding V changes all squares of a point by the same factor; its expected effect is added to the offset.
+        offset += (call.family == SPHERICAL ? D : 1) * change * (0.5 / LN2);
+        for (int64_t d = 0; d < D; d++) shift[d] = F(-V[E == 1 ? 0 : d] * rest[d]);
       }
-      // Rounding V changes all squares of a point by the same factor; its expected effect is added to the offset.
-      offset += (call.family == SPHERICAL ? D : 1) * change * (0.5 / LN2);
-      for (int64_t d = 0; d < D; d++) shift[d] = F(-V[E == 1 ? 0 : d] * rest[d]);
+      record[0] = F(offset);
     }
-    record[0] = F(offset);
-  }
-  for (int64_t k = K; k < call.records; k++, record += width) {
+    return DONE;
+  });
+  if (!complete(status)) return false;
+  for (double value : conditions) call.condition = std::max(call.condition, value);
+  for (int64_t k = K; k < call.records; k++) {
+    F* record = records + k * width;
     std::fill_n(record, width, F(0));
     record[0] = F(NOTHING);
   }
@@ -181,43 +196,47 @@ template <class F, int N> bool pack(RecordCall& call) {
 template <int N> void unpack(const RecordCall& call) {
   const int64_t K = call.components, D = N ? N : call.dimensions;
   const double scale = std::sqrt(0.5 / LN2);
-  std::vector<double> X(call.family == FULL ? D * (D + 1) : 0), reciprocal(D);
-  for (int64_t k = 0; k < K; k++) {
-    const double *U = call.factor + k * call.factor_stride, *sums = call.sums + k, *rest = call.rest + k * D;
-    double *S1 = call.S1 + k * D, s0 = sums[0];
-    call.S0[k] = s0;
-    if (call.family != FULL) {
-      double* S2 = call.S2 + (call.family == SPHERICAL ? k : k * D);
-      if (call.family == SPHERICAL) *S2 = sums[(1 + D) * K];
-      for (int64_t d = 0; d < D; d++) {
-        const double s1 = sums[(1 + d) * K];
-        S1[d] = s1 - s0 * rest[d];
-        if (call.family == SPHERICAL) *S2 -= (s1 + S1[d]) * rest[d];
-        else S2[d] = sums[(1 + D + d) * K] - (s1 + S1[d]) * rest[d];
+  const double work = call.family == FULL ? D * D * (D + 4) : 4 * D;
+  complete(share_ranges(call.threads, K, work, [&](int64_t first, int64_t last) {
+    std::vector<double> X(call.family == FULL ? D * (D + 1) : 0), reciprocal(D);
+    for (int64_t k = first; k < last; k++) {
+      const double *U = call.factor + k * call.factor_stride, *sums = call.sums + k, *rest = call.rest + k * D;
+      double *S1 = call.S1 + k * D, s0 = sums[0];
+      call.S0[k] = s0;
+      if (call.family != FULL) {
+        double* S2 = call.S2 + (call.family == SPHERICAL ? k : k * D);
+        if (call.family == SPHERICAL) *S2 = sums[(1 + D) * K];
+        for (int64_t d = 0; d < D; d++) {
+          const double s1 = sums[(1 + d) * K];
+          S1[d] = s1 - s0 * rest[d];
+          if (call.family == SPHERICAL) *S2 -= (s1 + S1[d]) * rest[d];
+          else S2[d] = sums[(1 + D + d) * K] - (s1 + S1[d]) * rest[d];
+        }
+        continue;
       }
-      continue;
-    }
-    // The solution z of V' z = y is computed row by row, for y = S1 (the last column) and for the columns of S2.
-    double* S2 = call.S2 + k * D * D;
-    for (int64_t i = 0; i < D; i++) reciprocal[i] = 1 / (scale * U[i * D + i]);
-    for (int64_t i = 0; i < D; i++) {
-      double* row = &X[i * (D + 1)];
-      for (int64_t j = 0; j < D; j++) {
-        const int64_t a = std::max(i, j), b = std::min(i, j);
-        row[j] = sums[(1 + D + a * (a + 1) / 2 + b) * K];
+      // The solution z of V' z = y is computed row by row, for y = S1 (the last column) and for the columns of S2.
+      double* S2 = call.S2 + k * D * D;
+      for (int64_t i = 0; i < D; i++) reciprocal[i] = 1 / (scale * U[i * D + i]);
+      for (int64_t i = 0; i < D; i++) {
+        double* row = &X[i * (D + 1)];
+        for (int64_t j = 0; j < D; j++) {
+          const int64_t a = std::max(i, j), b = std::min(i, j);
+          row[j] = sums[(1 + D + a * (a + 1) / 2 + b) * K];
+        }
+        row[D] = sums[(1 + i) * K];
+        for (int64_t r = 0; r < i; r++) for (int64_t j = 0; j <= D; j++) row[j] -= scale * U[r * D + i] * X[r * (D + 1) + j];
+        for (int64_t j = 0; j <= D; j++) row[j] *= reciprocal[i];
+        S1[i] = row[D];
       }
-      row[D] = sums[(1 + i) * K];
-      for (int64_t r = 0; r < i; r++) for (int64_t j = 0; j <= D; j++) row[j] -= scale * U[r * D + i] * X[r * (D + 1) + j];
-      for (int64_t j = 0; j <= D; j++) row[j] *= reciprocal[i];
-      S1[i] = row[D];
+      for (int64_t i = 0; i < D; i++) {
+        double* row = S2 + i * D;
+        for (int64_t j = 0; j < D; j++) row[j] = X[j * (D + 1) + i];
+        for (int64_t r = 0; r < i; r++) for (int64_t j = 0; j < D; j++) row[j] -= scale * U[r * D + i] * S2[r * D + j];
+        for (int64_t j = 0; j < D; j++) row[j] *= reciprocal[i];
+      }
     }
-    for (int64_t i = 0; i < D; i++) {
-      double* row = S2 + i * D;
-      for (int64_t j = 0; j < D; j++) row[j] = X[j * (D + 1) + i];
-      for (int64_t r = 0; r < i; r++) for (int64_t j = 0; j < D; j++) row[j] -= scale * U[r * D + i] * S2[r * D + j];
-      for (int64_t j = 0; j < D; j++) row[j] *= reciprocal[i];
-    }
-  }
+    return DONE;
+  }));
 }
 
 }  // namespace records

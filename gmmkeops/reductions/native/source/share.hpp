@@ -1,5 +1,6 @@
 // Work that is shared between threads.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <new>
@@ -39,6 +40,24 @@ template <class Work> Status share(int threads, size_t count, Work work) {
   run(0);
   for (std::thread& other : others) other.join();
   return Status(int(status));
+}
+
+// Multiplications for which another thread saves time, and those that take as long as an exponential or a logarithm.
+constexpr double PARALLEL_WORK = 1e6, EXPONENTIAL = 20;
+
+// True if work has been done; false if it has ended early.
+inline bool complete(Status status) {
+  if (status == OUT_OF_MEMORY) throw std::bad_alloc();
+  return status == DONE;
+}
+
+// Calls work(first, last) for ranges of ``count`` items that take a number of multiplications each, on as many threads as save
+// time. Results must not depend on the ranges.
+template <class Work> Status share_ranges(int threads, int64_t count, double multiplications, Work work) {
+  const double most = multiplications * double(count) / PARALLEL_WORK + 1;
+  threads = int(std::min<double>(threads, most));
+  const int64_t parts = threads > 1 ? std::min<int64_t>(count, 4 * threads) : 1;
+  return share(threads, size_t(parts), [&](size_t part) { return work(count * int64_t(part) / parts, count * int64_t(part + 1) / parts); });
 }
 
 }  // namespace

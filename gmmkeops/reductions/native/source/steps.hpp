@@ -2,7 +2,6 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -18,9 +17,6 @@ inline double objective(const StepCall& call, int64_t t) {
   return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t];
 }
 
-// Operations on matrices for which another thread saves time.
-constexpr double PARALLEL = 1e6;
-
 struct Steps {
   StepCall& call;
   const Kernel& kernel;
@@ -28,14 +24,20 @@ struct Steps {
   const int64_t E, P;             // numbers of a covariance in ``log_diagonal`` and in ``upper``
   const bool full;
   int64_t spread;                 // numbers of a covariance in S2
-  std::vector<double> offsets, factor, S0, S1, S2, cost, along, center;
+  std::vector<double> offsets, factor, cost, priors, coarseness, own, center;
+  double *S0, *S1, *S2;
   double total = 0, prior = 0;
 
-  Steps(StepCall& call, const Kernel& kernel)
+  // The sums are those that another engine has computed, or memory for those of an E-step.
+  Steps(StepCall& call, const Kernel& kernel, bool given)
       : call(call), kernel(kernel), K(call.sweep.components), D(call.sweep.dimensions), L(call.tied ? 1 : K),
         E(call.sweep.family == SPHERICAL ? 1 : D), P(call.sweep.family == FULL ? D * (D - 1) / 2 : 0),
         full(call.sweep.family == FULL), spread(full ? D * D : E),
-        offsets(K), factor(L * (full ? D * D : E)), S0(K), S1(K * D), S2(K * spread), cost(L), along(D), center(D) {}
+        offsets(K), factor(L * (full ? D * D : E)), cost(L), priors(L), coarseness(L),
+        own(given ? 0 : K * (1 + D + spread)), center(D),
+        S0(given ? call.sweep.S0 : own.data()), S1(given ? call.sweep.S1 : S0 + K), S2(given ? call.sweep.S2 : S1 + K * D) {
+    if (given) total = *call.sweep.total;
+  }
 
   // Factors and offsets of the parameters before step t; false if the points are too coarse for them.
   bool prepare(int64_t t) {
@@ -44,43 +46,48 @@ struct Steps {
     for (int64_t k = 0; k < K; k++) largest = std::max(largest, logits[k]);
     for (int64_t k = 0; k < K; k++) sum += std::exp(logits[k] - largest);
     const double normalizer = largest + std::log(sum);
+    const double work = E * EXPONENTIAL + (full ? 2 * D * D : 4 * D);
+    complete(share_ranges(call.sweep.threads, L, work, [&](int64_t first, int64_t last) {
+      std::vector<double> along(D);
+      for (int64_t l = first; l < last; l++) {
+        const double* logs = call.log_diagonal + (t * L + l) * E;
+        const double* upper = call.upper + (t * L + l) * P;
+        double* U = &factor[l * (full ? D * D : E)];
+        double determinant = 0, trace = 0, error = 0;
+        for (int64_t i = 0; i < D; i++) {
+          const double u = E == 1 ? std::exp(logs[0]) : std::exp(logs[i]);
+          determinant += E == 1 ? logs[0] : logs[i];
+          double norm = u * u;
+          if (full) {
+            for (int64_t j = 0; j < D; j++) U[i * D + j] = j < i ? 0 : j == i ? u : *upper;
+            for (int64_t j = i + 1; j < D; j++) U[i * D + j] = *upper++, norm += U[i * D + j] * U[i * D + j];
+          } else if (i < E) U[i] = u;
+          trace += norm * call.ridge[i];
+          if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
+        }
+        cost[l] = 0.5 * trace, coarseness[l] = error;
+        priors[l] = call.scatter ? 0.5 * weighted(U, along.data()) - call.degrees * determinant : 0;
+        for (int64_t k = l; k < (call.tied ? K : l + 1); k++)
+          offsets[k] = call.bare ? logits[k] : logits[k] - normalizer + determinant - 0.5 * D * LOG_TWO_PI;
+      }
+      return DONE;
+    }));
     double coarsest = 0;
     prior = 0;
-    for (int64_t l = 0; l < L; l++) {
-      const double* logs = call.log_diagonal + (t * L + l) * E;
-      const double* upper = call.upper + (t * L + l) * P;
-      double* U = &factor[l * (full ? D * D : E)];
-      double determinant = 0, trace = 0, error = 0;
-      for (int64_t i = 0; i < D; i++) {
-        const double u = E == 1 ? std::exp(logs[0]) : std::exp(logs[i]);
-        determinant += E == 1 ? logs[0] : logs[i];
-        double norm = u * u;
-        if (full) {
-          for (int64_t j = 0; j < D; j++) U[i * D + j] = j < i ? 0 : j == i ? u : *upper;
-          for (int64_t j = i + 1; j < D; j++) U[i * D + j] = *upper++, norm += U[i * D + j] * U[i * D + j];
-        } else if (i < E) U[i] = u;
-        trace += norm * call.ridge[i];
-        if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
-      }
-      cost[l] = 0.5 * trace;
-      if (call.scatter) prior += 0.5 * weighted(U) - call.degrees * determinant;
-      coarsest = error > coarsest ? error : coarsest;
-      for (int64_t k = l; k < (call.tied ? K : l + 1); k++)
-        offsets[k] = call.bare ? logits[k] : logits[k] - normalizer + determinant - 0.5 * D * LOG_TWO_PI;
-    }
+    for (int64_t l = 0; l < L; l++) prior += priors[l], coarsest = coarseness[l] > coarsest ? coarseness[l] : coarsest;
     for (double value : offsets) if (!(std::abs(value) < 1e30)) return false;
     return coarsest <= call.coarse * call.coarse;
   }
 
   // The trace of the scatter of the prior times U U'.
-  double weighted(const double* U) {
+  double weighted(const double* U, double* along) {
     double sum = 0;
     if (!full) {
       for (int64_t e = 0; e < E; e++) sum += call.scatter[e] * U[e] * U[e];
       return sum;
     }
     for (int64_t i = 0; i < D; i++) {
-      std::fill(along.begin(), along.end(), 0.0);
+      std::fill_n(along, D, 0.0);
       for (int64_t j = 0; j < D; j++) for (int64_t r = j; r < D; r++) along[r] += call.scatter[i * D + j] * U[j * D + r];
       for (int64_t r = i; r < D; r++) sum += U[i * D + r] * along[r];
     }
@@ -92,45 +99,43 @@ struct Steps {
     Call sweep = call.sweep;
     sweep.offsets = offsets.data(), sweep.means = call.means + t * K * D, sweep.factor = factor.data(), sweep.center = center.data();
     sweep.factor_stride = call.tied ? 0 : int64_t(factor.size()) / K;
-    sweep.S0 = S0.data(), sweep.S1 = S1.data(), sweep.S2 = S2.data(), sweep.total = &total;
+    sweep.S0 = S0, sweep.S1 = S1, sweep.S2 = S2, sweep.total = &total;
     return evaluate(sweep);
   }
 
   // The M-step to the parameters after step t; false if it is not an ordinary one.
   bool maximize(int64_t t) {
-    const double *means = call.means + t * K * D, *counts = call.counts + t * L;
-    double* next_means = call.means + (t + 1) * K * D;
-    std::vector<double> scatter(L * spread), number(L);
-    double all = 0;
+    const double* counts = call.counts + t * L;
+    double all = 0, fewest = INFINITY;
     for (int64_t k = 0; k < K; k++) {
       const double s0 = S0[k] * call.scale;
       if (!(s0 > 1e-200) || !std::isfinite(s0)) return false;
-      all += s0;
-      const int64_t l = call.tied ? 0 : k;
-      number[l] += s0;
-      double *shift = along.data(), *s1 = &S1[k * D], *s2 = &S2[k * spread], *into = &scatter[l * spread];
-      for (int64_t d = 0; d < D; d++) {
-        next_means[k * D + d] = call.fixed_means ? means[k * D + d] : means[k * D + d] + s1[d] / S0[k];
-        shift[d] = next_means[k * D + d] - means[k * D + d];
-      }
-      if (full)
-        for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++)
-          into[i * D + j] += call.scale * (s2[i * D + j] - s1[i] * shift[j] - shift[i] * s1[j] + S0[k] * shift[i] * shift[j]);
-      else
-        for (int64_t d = 0; d < D; d++)
-          into[E == 1 ? 0 : d] += call.scale * ((E == 1 && d ? 0 : s2[E == 1 ? 0 : d]) - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
+      all += s0, fewest = std::min(fewest, s0);
     }
-    if (!pool(next_means, scatter, number)) return false;
-    const int64_t parts = full && L * D * D * D > PARALLEL ? std::min<int64_t>(L, 4 * call.sweep.threads) : 1;
-    const Status status = share(int(std::min<int64_t>(parts, call.sweep.threads)), size_t(parts), [&](size_t part) {
-      std::vector<double> space(full ? 2 * D * D : 0);
-      for (int64_t l = L * part / parts; l < int64_t(L * (part + 1) / parts); l++)
-        // Any status but DONE ends the other threads, too.
-        if (!covariance(t, l, &scatter[l * spread], number[l], space.data())) return INTERRUPTED;
-      return DONE;
-    });
-    if (status == OUT_OF_MEMORY) throw std::bad_alloc();
-    if (status != DONE) return false;
+    if (call.tied) {
+      std::vector<double> scatter(spread), space(D + (full ? 2 * D * D : 0));
+      for (int64_t k = 0; k < K; k++) move(t, k, scatter.data(), space.data());
+      if (!covariance(t, 0, scatter.data(), all, space.data())) return false;
+    } else if (fewest <= call.pool_below * call.mass) {
+      // The pooled covariance depends on the scatter of all components.
+      std::vector<double> scatter(K * spread), number(K), space(D + (full ? 2 * D * D : 0));
+      for (int64_t k = 0; k < K; k++) number[k] = S0[k] * call.scale, move(t, k, &scatter[k * spread], space.data());
+      if (!pool(call.means + (t + 1) * K * D, scatter, number)) return false;
+      for (int64_t k = 0; k < K; k++) if (!covariance(t, k, &scatter[k * spread], number[k], space.data())) return false;
+    } else {
+      const double work = E * EXPONENTIAL + (full ? D * D * (D + 8) : 8 * D);
+      const Status status = share_ranges(call.sweep.threads, K, work, [&](int64_t first, int64_t last) {
+        std::vector<double> scatter(spread), space(D + (full ? 2 * D * D : 0));
+        for (int64_t k = first; k < last; k++) {
+          std::fill(scatter.begin(), scatter.end(), 0.0);
+          move(t, k, scatter.data(), space.data());
+          // Any status but DONE ends the other threads, too.
+          if (!covariance(t, k, scatter.data(), S0[k] * call.scale, space.data())) return INTERRUPTED;
+        }
+        return DONE;
+      });
+      if (!complete(status)) return false;
+    }
     for (int64_t k = 0; k < K; k++) {
       const double weight = S0[k] * call.scale / all;
       if (!(weight > call.least)) return false;
@@ -142,10 +147,9 @@ struct Steps {
     return std::isfinite(total) && std::isfinite(now);
   }
 
-  // Adds some points of the pooled covariance to each covariance, if a component has few points; false if a variance is mere
-  // rounding. As mixture_of in kmeans.py: a cluster of large variances counts less, so that the pooled covariance is robust.
+  // Adds some points of the pooled covariance to each covariance; false if a variance is mere rounding. As mixture_of in
+  // kmeans.py: a cluster of large variances counts less, so that the pooled covariance is robust.
   bool pool(const double* centers, std::vector<double>& scatter, std::vector<double>& number) {
-    if (call.tied || *std::min_element(number.begin(), number.end()) / call.mass > call.pool_below) return true;
     const int64_t parts = call.sweep.family == SPHERICAL ? D : 1;
     std::vector<double> variances(K * E), unit(E), pooled(spread);
     for (int64_t k = 0; k < K; k++) {
@@ -182,6 +186,22 @@ struct Steps {
       for (int64_t i = 0; i < spread; i++) scatter[k * spread + i] += call.pool_weight * pooled[i];
     }
     return true;
+  }
+
+  // The mean of component k after step t; its scatter about it is added to ``into``. ``shift`` holds D numbers.
+  void move(int64_t t, int64_t k, double* into, double* shift) {
+    const double *means = call.means + (t * K + k) * D, *s1 = S1 + k * D, *s2 = S2 + k * spread;
+    double* next = call.means + ((t + 1) * K + k) * D;
+    for (int64_t d = 0; d < D; d++) {
+      next[d] = call.fixed_means ? means[d] : means[d] + s1[d] / S0[k];
+      shift[d] = next[d] - means[d];
+    }
+    if (full)
+      for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++)
+        into[i * D + j] += call.scale * (s2[i * D + j] - s1[i] * shift[j] - shift[i] * s1[j] + S0[k] * shift[i] * shift[j]);
+    else
+      for (int64_t d = 0; d < D; d++)
+        into[E == 1 ? 0 : d] += call.scale * ((E == 1 && d ? 0 : s2[E == 1 ? 0 : d]) - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
   }
 
   // The factor of covariance l after step t, from the scatter of a number of points.
@@ -229,13 +249,13 @@ struct Steps {
   }
 };
 
-// ``ended`` becomes true if all steps were ordinary ones.
-template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr) {
-  Steps steps(call, kernel);
+// ``ended`` becomes true if all steps were ordinary ones. If the sums of an E-step are given, there is one step.
+template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr, bool given = false) {
+  Steps steps(call, kernel, given);
   for (call.done = 0; call.done < call.steps; call.done++) {
     const int64_t t = call.done;
     if (!steps.prepare(t)) break;
-    const Status status = steps.expect(t, evaluate);
+    const Status status = given ? DONE : steps.expect(t, evaluate);
     if (status != DONE) return status;
     if (*call.sweep.odd) break;
     if (t == 0 && std::isnan(call.counts[0])) {
