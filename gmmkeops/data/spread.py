@@ -29,7 +29,11 @@ _SMALLEST, _LARGEST = 1e-150, 1e150
 
 def check_range(x: Tensor) -> None:
     """Raise a ValueError if points (N, D) are so large that squared distances overflow float64."""
-    if x.dtype == torch.float64 and x.numel() and not all(abs(float(value)) < _LARGEST for value in x.aminmax()):
+    if (
+        x.dtype == torch.float64
+        and x.numel()
+        and not all(abs(value) < _LARGEST for value in torch.stack(x.aminmax()).tolist())
+    ):
         row, column = divmod(int(x.abs().argmax()), x.shape[1])
         raise ValueError(
             f"x reaches {float(x[row, column]):.3g} at row {row}, column {column}, where squared distances overflow float64; "
