@@ -339,7 +339,8 @@ def test_the_budget_holds_with_triton_and_lists(monkeypatch, name):
         assert found.report.evaluated_fraction < 0.5
         objective = found.history["objective"]
     check(costs, {"kernels": 40, "synchronizations": 2, "uploads": 2})
-    assert objective == pytest.approx(expected.history["objective"], rel=1e-5)
+    # Adam divides gradients by their sizes, so that rounding errors of small ones are enlarged.
+    assert objective == pytest.approx(expected.history["objective"], rel=1e-5 if name == "em" else 1e-4)
 
 
 def test_tensors_of_several_dtypes_are_copied_in_one_transfer(monkeypatch):
