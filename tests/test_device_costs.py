@@ -100,7 +100,7 @@ def of_an_iteration(counts, fit):
             each.clear()
         fit(steps)
         found.append([each.totals for each in counts])
-    print("ten iterations:", *(each.report() for each in counts), sep="\n")
+    print("ten iterations:", *(each.report(60) for each in counts), sep="\n")
     return [{what: (late[what] - early[what]) / 4 for what in early} for early, late in zip(*found, strict=True)]
 
 
@@ -288,27 +288,69 @@ def test_triton_packs_parameters_on_either_device(monkeypatch, family):
             torch.testing.assert_close(part.double(), truth.double(), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_candidate_lists_with_triton_wait_a_few_times_for_each_level(monkeypatch):
+def clusters(rows):
+    """Points in clusters that are far from one another, and parameters of eight components with most pairs negligible."""
     centers = 40.0 * torch.arange(8, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.0])
-    x = (centers[torch.arange(200) % 8] + torch.randn(200, 3, generator=generator(), dtype=torch.float64)).float()
+    x = centers[torch.arange(rows) % 8] + torch.randn(rows, 3, generator=generator(), dtype=torch.float64)
     U = torch.eye(3, dtype=torch.float64).expand(8, 3, 3) * torch.linspace(0.5, 1, 8)[:, None, None]
-    given = torch.linspace(-1, 0, 8, dtype=torch.float64), centers, U
-    expected = evaluate(dense, Exponents.of(x, *given), Statistics())
+    return x.float(), (torch.linspace(-1, 0, 8, dtype=torch.float64), centers, U)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(("rows", "levels"), [(32, 1), (16, 2)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_candidate_lists_with_triton_wait_twice(monkeypatch, rows, levels, weighted):
+    x, given = clusters(200)
+    g = torch.rand(200, generator=generator(), dtype=torch.float64) if weighted else None
+    expected = evaluate(dense, Exponents.of(x, *given), Statistics(g))
     with fake_device(monkeypatch) as counts:
         fake_triton.install(monkeypatch)
-        blocks = Truncation(Cloud.tree(on_device(x), 32), 1e-6)
+        blocks = Truncation(Cloud.tree(on_device(x), rows), 1e-6)
         problem, blocks = dispatch.setup(blocks, *given, None)
-        evaluate(triton, problem, Statistics(), blocks)
+        weights = blocks.cloud.enter(torch.ones_like(problem.x[:200, 0]).double() if g is None else on_device(g))
+        weights = weights if weighted or len(problem.x) > 200 else None
+        evaluate(triton, problem, Statistics(weights), blocks)
         counts.clear()
-        found = evaluate(triton, problem, Statistics(), blocks)
+        found = evaluate(triton, problem, Statistics(weights), blocks)
         assert blocks.share < 0.5
-        print(counts.report())
-        levels = len(blocks.cloud.levels)
-        check(counts.totals, {"kernels": 215 + 115 * levels, "synchronizations": 5 + 5 * levels, "uploads": 2})
+        assert len(blocks.cloud.levels) == levels
+        print(counts.report(50))
+        # A kernel and a sum for each level; the sizes of the lists are read, and the check of the lists.
+        check(
+            counts.totals,
+            {"kernels": (24 if weights is None else 26) + 2 * levels, "synchronizations": 2, "uploads": 1},
+        )
         found = [part.cpu() for part in found]
     for part, truth in zip(found, expected, strict=True):
         torch.testing.assert_close(part, truth, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
+@pytest.mark.parametrize("name", ["em", "adam"])
+def test_the_budget_holds_with_triton_and_lists(monkeypatch, name):
+    x, (_, centers, _) = clusters(104)
+    # Leaves of few points, since the interpreter takes milliseconds for each.
+    tree = Cloud.tree.__func__
+    monkeypatch.setattr(Cloud, "tree", classmethod(lambda cls, x, rows: tree(cls, x, 13)))
+    options = {"truncate": 1e-6, "backend": "triton"}
+    covariances = torch.eye(3).expand(8, 3, 3)
+    start = gk.Mixture(weights=torch.ones(8) / 8, means=centers, covariances=covariances, covariance_type="full")
+    method = METHODS[name](tol=0.0)
+    expected = gk.fit(start, x, method, max_iter=4, backend="dense", truncate=0)
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        mixture, there = start.to("cuda"), on_device(x)
+        gk.fit(mixture, there, method, max_iter=1, **options)
+        fit = lambda steps: gk.fit(mixture, there, method, max_iter=steps, **options)  # noqa: E731
+        (costs,) = of_an_iteration((counts,), fit)
+        assert counts.kernels["refine", "reductions/triton/loading.py:85"] >= 8
+        found = fit(4)
+        assert found.report.evaluated_fraction < 0.5
+        objective = found.history["objective"]
+    check(costs, {"kernels": 40, "synchronizations": 2, "uploads": 2})
+    # Adam divides gradients by their sizes, so that rounding errors of small ones are enlarged.
+    assert objective == pytest.approx(expected.history["objective"], rel=1e-5 if name == "em" else 1e-4)
 
 
 def test_tensors_of_several_dtypes_are_copied_in_one_transfer(monkeypatch):

@@ -61,6 +61,21 @@ def test_no_kernel_spills_registers(family, features, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
+    ("family", "features"),
+    [("full", 1), ("full", 3), ("full", 4), ("full", 8), ("diag", 2), ("diag", 16), ("spherical", 4)],
+)
+def test_candidate_lists_spill_no_registers(family, features, capability):
+    rows = measured([("lists", family, features, "float32", True)], [capability])
+    assert sorted({row["kernel"] for row in rows}) == ["check", "compact", "refine"]
+    for row in rows:
+        assert row["LOCAL"] == 0
+        # The subroutines of float64 keep return addresses.
+        assert row["STACK"] <= 24, row
+        assert row["fused"] == (row["kernel"] != "refine"), row
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
     ("family", "features"), [("spherical", 32), ("spherical", 64), ("spherical", 128), ("diag", 32), ("diag", 64)]
 )
 def test_products_of_tiles(family, features, capability):

@@ -18,8 +18,11 @@ import torch
 from conftest import make_case
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton import loading, partial, products, residuals, tiles
+from gmmkeops.reductions.triton import lists, loading, partial, products, residuals, tiles
+from gmmkeops.reductions.triton.lists import candidate_lists, checked
 from gmmkeops.reductions.truncation.bounds import Schedule
+from gmmkeops.reductions.truncation.tolerance import Tolerance
+from gmmkeops.reductions.truncation.tree import Boxes, Cloud
 
 TYPES = {
     torch.float32: "*fp32",
@@ -37,13 +40,13 @@ def launches(case, rows=1000, components=1000, capability=80):
     def record(module, kernel, device, grid, *arguments, warps, **constants):
         found.append((module, kernel, arguments, warps, constants))
 
-    for owner in (residuals, partial, tiles, products):
+    for owner in (residuals, partial, tiles, products, lists):
         owner.launch = record
-    request, family, features, dtype, lists = case
+    request, family, features, dtype, has_lists = case
     dtype = getattr(torch, dtype)
     made = make_case(family, dtype, N=rows, K=components, D=features)
     kernels = residuals.Residuals(Exponents.of(*made.arguments))
-    values, schedule = torch.zeros(rows, dtype=dtype), all_pairs(rows, components) if lists else None
+    values, schedule = torch.zeros(rows, dtype=dtype), all_pairs(rows, components) if has_lists else None
     schedules = None if schedule is None else [schedule]
     match request:
         case "logsumexp":
@@ -60,6 +63,9 @@ def launches(case, rows=1000, components=1000, capability=80):
             kernels.moments(values, None, schedules)
         case "weighted":
             kernels.moments(values, values, schedules)
+        case "lists":
+            for single in (False, True):
+                lists_and_checks(kernels, single, weights=None if single else values.double())
         case "products":
             products._capability = lambda device: capability // 10
             some = products.Products(kernels.problem)
@@ -67,6 +73,21 @@ def launches(case, rows=1000, components=1000, capability=80):
             some.moments(values, None)
             some.moments(values, values)
     return found
+
+
+def lists_and_checks(kernels, single, weights):
+    """Launch the kernels of candidate lists of two levels, whose results are not used."""
+    D, dtype = kernels.problem.shape[2], torch.float64
+    shapes = (D,), (D, D), (D,), (D,), ()
+    levels = tuple(Boxes(*(torch.zeros(nodes, *shape, dtype=dtype) for shape in shapes)) for nodes in (2, 4))
+    cloud = Cloud(kernels.problem.x, torch.arange(1000), levels, 250 * torch.arange(5))
+    tolerance = Tolerance.of(kernels.problem.x.dtype, None if single else 1e-6)
+    lists._numbers = lambda found: [4000, 4000, 1000, 1000]
+    lists._refined.__globals__["_MOST"] = 1 << 62
+    cloud.cache["sizes of lists", 1000, single] = [8000]
+    schedule = candidate_lists(cloud, kernels.problem, torch.zeros(4, dtype=dtype), tolerance)
+    values = kernels.problem.x[:, 0].contiguous()
+    checked(schedule, values, weights, kernels.packed, tolerance, torch.empty(0, dtype=dtype))
 
 
 def all_pairs(rows, components, spans=None, device="cpu"):
@@ -86,13 +107,16 @@ def compiled(launch, capability):
     from triton.compiler import ASTSource
 
     module, kernel, arguments, warps, constants = launch
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in ("enable_fp_fusion",) if name in constants}
     function = getattr(loading._kernels(module), kernel)
     names = function.arg_names
     given = dict(zip(names, arguments, strict=False))
-    types = {name: TYPES[v.dtype] if isinstance(v, torch.Tensor) else "i32" for name, v in given.items()}
+    numbers = {int: "i32", float: "fp64"}
+    types = {n: TYPES[v.dtype] if isinstance(v, torch.Tensor) else numbers[type(v)] for n, v in given.items()}
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, v in given.items() if isinstance(v, torch.Tensor)}
     source = ASTSource(function, types | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
 
 
 def tool(name, *arguments):
@@ -138,6 +162,7 @@ def main():
                 pairs = constants.get("U", 1) * wide / (32 * warps)
                 rows.append({"case": case, "kernel": launch[1], "capability": capability, **used, "loop": len(loop)})
                 rows[-1] |= {"per_pair": len(loop) / pairs, "shared": kernel.metadata.shared, "warps": warps}
+                rows[-1]["fused"] = kernel.metadata.enable_fp_fusion
                 rows[-1]["products"] = sorted(
                     {text for _, text in instructions for text in re.findall(r"\b(?:UTC)?HG?MMA\b", text)}
                 )

@@ -25,10 +25,14 @@ from gmmkeops.reductions.problem import Exponents, Form, upper_factor
 from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGradient, Request, Result, Statistics, TopK
 from gmmkeops.reductions.triton import loading
 from gmmkeops.reductions.triton.columns import Softmax
+from gmmkeops.reductions.triton.lists import candidate_lists, checked
 from gmmkeops.reductions.triton.packing import LN2
 from gmmkeops.reductions.triton.residuals import FEW, FEW_FULL, NO_LABEL, NO_SHARE, Residuals
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
+from gmmkeops.reductions.truncation.tolerance import Tolerance
+from gmmkeops.reductions.truncation.tree import Cloud
+from gmmkeops.reductions.truncation.truncation import Check
 
 __all__ = ["Triton"]
 
@@ -238,6 +242,12 @@ class _Evaluation:
         # if another one is added, some of its lists were too short.
         self._schedules: list[Schedule] | None = None
         self._last: tuple[Schedule, Tensor] | None = None
+        # The tolerance of the lists. If the last schedule was of all leaves: its check, the range of its values and weights, and
+        # the sums of moments on the CPU.
+        self._tolerance: Tolerance | None = None
+        self.check: Check | None = None
+        self._ranges: list[float] | None = None
+        self._sums: Tensor | None = None
 
     @property
     def form(self) -> str:
@@ -245,11 +255,18 @@ class _Evaluation:
         soft = not self._request.rank and not isinstance(self._request, PointGradient)
         return "digits" if soft and self._kernels.products is not None else "residuals"
 
+    def lists(self, cloud: Cloud, problem: Exponents, minima: Tensor, tolerance: Tolerance) -> Schedule:
+        self._tolerance = tolerance
+        return candidate_lists(cloud, problem, minima, tolerance)
+
     def add(self, schedule: Schedule | None) -> tuple[Schedule, Tensor] | None:
         if self._request.rank:
             minima = self._kernels.largest(self._values, self._labels, schedule)
         else:
             minima = self._kernels.logsumexps(self._values, schedule)
+        self.check = self._ranges = self._sums = None
+        if schedule is not None and schedule.whole is not None:
+            minima = self._checked(schedule)
         if schedule is None or minima is None:
             return None
         if self._schedules is None or self._last is None:
@@ -260,6 +277,40 @@ class _Evaluation:
             self._schedules[-1:] = [kept, schedule] if len(kept.spans) else [schedule]
         self._last = schedule, minima
         return self._last
+
+    def _checked(self, schedule: Schedule) -> Tensor:
+        """Check the lists of all leaves, and read the range of values and weights; return the minima (B,), nats.
+
+        If the moments will be needed on the CPU, their sums are computed before the check is known, and copied with it.
+        """
+        assert self._tolerance is not None, "the lists have been computed by this evaluation"
+        request, kernels, values = self._request, self._kernels, self._values
+        weights = request.weights if isinstance(request, Statistics) else None
+        sums = values.new_empty(0, dtype=torch.float64)
+        if isinstance(request, Statistics) and self._sums_suffice(request):
+            width, K = kernels.sums_shape
+            sums = torch.zeros(width * K + 1, dtype=torch.float64, device=values.device)
+            single = None if weights is None else weights.to(values.dtype).contiguous()
+            kernels.add_sums(sums[:-1].view(width, K), values, single, [schedule])
+            self._add_values(sums[-1], weights)
+        minima, self.check, self._ranges, sums = checked(
+            schedule, values, weights, kernels.packed, self._tolerance, sums
+        )
+        self._sums = sums if len(sums) else None
+        return minima
+
+    def _sums_suffice(self, request: Statistics) -> bool:
+        """Return whether the moments are computed on the CPU from their sums, if no row is far."""
+        kernels = self._kernels
+        is_plain = request.on_cpu and request.assignment == "soft" and not request.values
+        return is_plain and kernels.compiled is not None and not kernels.is_tiled
+
+    def _add_values(self, out: Tensor, weights: Tensor | None) -> None:
+        """Compute the sum of the base-2 values, or of the weighted values in nats, into a float64 scalar."""
+        if weights is None:
+            torch.sum(self._values, 0, dtype=torch.float64, out=out)
+        else:
+            torch.dot(self._kernels.packed.nats(self._values), weights, out=out)
 
     def result(self) -> Result:
         request = self._request
@@ -297,14 +348,18 @@ class _Evaluation:
         """
         first = self._values if self._values.ndim == 1 else self._values[:, 0]
         packed, single = self._kernels.packed, first.dtype == torch.float32
-        usual = (packed.usual - packed.base) / LN2
-        read = [*first.aminmax()]
-        if weights is not None:
-            read += _extreme_sizes(weights)
-        if single and usual.device == first.device:
-            read.append(usual)
-        found = torch.stack(read).tolist()
-        middle = float(usual) if usual.device != first.device else found.pop() if single else 0.0
+        if self._ranges is not None:
+            *found, middle = self._ranges
+            found = found[: 2 if weights is None else 4]
+        else:
+            usual = packed.middle
+            read = [*first.aminmax()]
+            if weights is not None:
+                read += _extreme_sizes(weights)
+            if single and usual.device == first.device:
+                read.append(usual)
+            found = torch.stack(read).tolist()
+            middle = float(usual) if usual.device != first.device else found.pop() if single else 0.0
         depth = _DEEPEST / LN2 if single else math.inf
         least, most = found[:2]
         far = torch.empty(0, dtype=torch.int64, device=first.device)
@@ -321,7 +376,8 @@ class _Evaluation:
             wide.add(None)
         for schedule in self._schedules or []:
             # Their lists were long enough, whatever the rounding errors of other minima are.
-            wide.add(replace(schedule, floor=torch.full_like(schedule.pruned[schedule.owner], -math.inf)))
+            floor = torch.full_like(schedule.pruned[schedule.owner], -math.inf)
+            wide.add(replace(schedule, floor=floor, whole=None))
         return wide.result()
 
     def _nats(self, far: Tensor) -> Tensor:
@@ -344,9 +400,11 @@ class _Evaluation:
         """
         kernels, weights, values = self._kernels, request.weights, self._values
         compiled, (N, K, _) = kernels.compiled, self.problem.shape
-        known = request.on_cpu and request.assignment == "soft" and not request.values and self._schedules is None
-        if not known or compiled is None or kernels.is_tiled or kernels.products is not None:
+        if self._sums is not None and self.check is not None and not self.check.failed:
+            return self._moments_of_lists(self._sums, weights)
+        if not self._sums_suffice(request) or self._schedules is not None or kernels.products is not None:
             return None
+        assert compiled is not None, "sums suffice only for compiled parameters"
         dtype, width = values.dtype, kernels.sums_shape[0]
         lowest = (compiled.usual - compiled.base - _DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
         shares = torch.threshold(values, lowest, NO_SHARE)
@@ -356,10 +414,8 @@ class _Evaluation:
         kernels.add_sums(
             found[:end].view(width, K), shares, None if weights is None else weights.to(dtype).contiguous(), None
         )
-        if weights is None:
-            torch.sum(values, 0, dtype=torch.float64, out=found[end])
-        else:
-            torch.dot(kernels.packed.nats(values), weights, out=found[end])
+        self._add_values(found[end], weights)
+        if weights is not None:
             torch.stack(_extreme_sizes(weights), out=found[end + 2 :])
         torch.amax(shares, 0, out=found[end + 1 : end + 2].view(dtype)[0])
         found = found.cpu()
@@ -381,6 +437,17 @@ class _Evaluation:
         total = rest[3] + (nats.sum() if weights is None else nats @ weights)
         more = transferred([*rest[:3], total], S0.device)
         return S0 + more[0], S1 + more[1], S2 + more[2].reshape(S2.shape), more[3]
+
+    def _moments_of_lists(self, sums: Tensor, weights: Tensor | None) -> Result | None:
+        """Convert sums of moments that have been read with the check of their lists; None as for :meth:`_moments_on_cpu`."""
+        compiled = self._kernels.compiled
+        assert compiled is not None, "sums have been computed for compiled parameters"
+        far, ratio, unit = self._numbers(weights)
+        if len(far) or unit != 1 or (ratio > _RATIO and self.problem.x.dtype == torch.float32):
+            return None
+        S0, S1, S2 = compiled.moments(self.problem.host or self.problem, sums[:-1])
+        total = sums[-1] if weights is not None else compiled.base * len(self._values) + LN2 * sums[-1]
+        return S0, S1, S2, total
 
     def _moments(self, request: Statistics, far: Tensor, unit: float) -> Result:
         weights, kernels = request.weights, self._kernels
@@ -405,8 +472,10 @@ class _Evaluation:
             few = replace(request, weights=None if weights is None else weights[far], values=False)
             rest = evaluate(dense, self.problem.rows(far), few)
             S0, S1, S2 = S0 + rest[0], S1 + rest[1], S2 + rest[2].reshape(S2.shape)
-        if weights is None and not request.values and not len(far):
+        if not request.values and not len(far):
             first = self._values if self._values.ndim == 1 else self._values[:, 0]
+            if weights is not None:
+                return S0, S1, S2, kernels.packed.nats(first) @ weights
             total = torch.add(kernels.packed.base * len(first), first.sum(dtype=torch.float64), alpha=LN2)
             return S0, S1, S2, total
         values = self._nats(far)

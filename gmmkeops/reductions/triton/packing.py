@@ -28,11 +28,11 @@ from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.compiled import CompiledRecords
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["LN2", "Blocks", "Packed", "Padded", "family_of", "padded", "symmetric_places", "tiled_records"]
+__all__ = ["LN2", "Blocks", "Packed", "family_of", "padded", "symmetric_places", "tiled_records"]
 
 LN2 = math.log(2.0)
 
-# Offset of components of no weight, by which lists are padded: below the smallest exponent that a kernel stores.
+# Offset of components of no weight, by which records and lists are padded: below the smallest exponent that a kernel stores.
 _NOTHING = -3e38
 
 
@@ -85,6 +85,11 @@ class Packed:
         (records,) = transferred([packed.records], problem.x.device)
         base, usual = torch.tensor([packed.base, packed.usual], dtype=torch.float64)
         return cls(records, packed.rest, base, usual, packed.family)
+
+    @property
+    def middle(self) -> Tensor:
+        """Largest usual log-sum-exp (scalar), base 2, relative to the base."""
+        return (self.usual - self.base) / LN2
 
     def nats(self, values: Tensor) -> Tensor:
         """Convert base-2 exponents to nats, float64."""
@@ -152,43 +157,11 @@ def tiled_records(problem: Exponents) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class Padded:
-    """Candidate lists of a schedule, padded by component K of no weight to a multiple of the number of unrolled steps.
-
-    Args:
-        index: Components of all lists, concatenated, int32.
-        first, last, stop: First and last-plus-one position of each list (T,), without and with padding.
-    """
-
-    index: Tensor
-    first: Tensor
-    last: Tensor
-    stop: Tensor
-
-    @classmethod
-    def of(cls, schedule: Schedule, components: int, unroll: int) -> Padded:
-        """Pad the lists of a schedule; the length of the result is an upper bound, since its exact length is on the device."""
-        if unroll == 1:
-            last = schedule.pointer[1:]
-            return cls(schedule.index.to(torch.int32), schedule.pointer[:-1], last, last)
-        lengths, entries = schedule.pointer.diff(), len(schedule.index)
-        padded = (lengths + unroll - 1) // unroll * unroll
-        stop = padded.cumsum(0)
-        first = stop - padded
-        index = torch.full((entries + len(lengths) * (unroll - 1),), components, dtype=torch.int32, device=stop.device)
-        place = torch.arange(entries, device=stop.device)
-        shift = (first - schedule.pointer[:-1]).repeat_interleave(lengths, output_size=entries)
-        index[place + shift] = schedule.index.to(torch.int32)
-        return cls(index, first, first + lengths, stop)
-
-
-@dataclass(frozen=True)
 class Blocks:
     """Row ranges of a schedule, split into blocks for the programs of a kernel.
 
     Args:
-        table: First row, last-plus-one row, and first and last-plus-one position in the lists of each block (B, 4), int32. Some
-            blocks at the end may be empty.
+        table: First row, last-plus-one row, and index of the list of each block (B, 3), int32.
         range: Index of the row range of each block (B,).
     """
 
@@ -200,17 +173,24 @@ class Blocks:
         return least.new_full((len(schedule.spans),), torch.inf).scatter_reduce(0, self.range, least, "amin")
 
     @classmethod
-    def of(cls, schedule: Schedule, first: Tensor, last: Tensor, rows: int, most: int) -> Blocks:
-        """Split the row ranges into blocks of at most ``rows`` rows; there are at most ``most`` rows in all of them."""
+    def of(cls, schedule: Schedule, rows: int) -> Blocks:
+        """Split the row ranges into blocks of at most ``rows`` rows; those of all leaves are computed once."""
+        if schedule.whole is None:
+            return cls._split(schedule, rows)
+        cache, key = schedule.whole.cloud.cache, ("blocks", rows)
+        if key not in cache:
+            cache[key] = cls._split(schedule, rows)
+        found: Blocks = cache[key]
+        return found
+
+    @classmethod
+    def _split(cls, schedule: Schedule, rows: int) -> Blocks:
         start, end = schedule.spans.T
         count = (end - start + rows - 1) // rows
         ends = count.cumsum(0)
-        block = torch.arange(most // rows + len(start), device=ends.device)
+        block = torch.arange(int(ends[-1]), device=ends.device)
         owner = torch.searchsorted(ends, block, right=True)
-        inside = owner < len(start)
-        owner = owner.clamp(max=len(start) - 1)
-        ranges = torch.stack([start, end, ends - count, first[schedule.owner], last[schedule.owner]])
-        start, end, before, first, last = ranges[:, owner]
+        start, end, before, lists = torch.stack([start, end, ends - count, schedule.owner])[:, owner]
         n0 = start + (block - before) * rows
-        bounds = torch.stack([n0, torch.minimum(n0 + rows, end), first, last], 1)
-        return cls(torch.where(inside[:, None], bounds, 0).to(torch.int32).contiguous(), owner)
+        table = torch.stack([n0, torch.minimum(n0 + rows, end), lists], 1)
+        return cls(table.to(torch.int32).contiguous(), owner)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.reductions.triton.loading import launch
-from gmmkeops.reductions.triton.packing import Blocks, Padded
+from gmmkeops.reductions.triton.packing import Blocks
 from gmmkeops.reductions.truncation.bounds import Schedule
 
 __all__ = ["MOST_CHUNKS", "SLAB", "Piece", "add_moments", "add_up"]
@@ -35,9 +35,12 @@ class Piece:
         components: Largest number of components of a chunk.
         width: Number of partial sums W for each pair of chunk and component.
         columns: Number of these pairs M.
-        table: Rows of each chunk, and range of its components in ``index`` (chunks, 4), int32; None for all components.
-        index: Components of all lists, int32.
-        starts: First column of each chunk (chunks,).
+        table: Rows and list of each chunk (chunks, 3), int32; None for all components.
+        pointer: Position of the first entry of each list in ``index``, and of the end of the last list.
+        index: Components of all lists.
+        ends: Last-plus-one column of each chunk (chunks,), with the columns of the pieces before.
+        component: Component of each column (M,), int32, which the kernel sets; K for columns that are not used.
+        origin: Number of columns of the pieces before.
     """
 
     rows: slice
@@ -46,15 +49,17 @@ class Piece:
     width: int
     columns: int
     table: Tensor | None = None
+    pointer: Tensor | None = None
     index: Tensor | None = None
-    starts: Tensor | None = None
+    ends: Tensor | None = None
+    component: Tensor | None = None
+    origin: int = 0
 
-    def lists(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return table, index and starts; empty tensors on the device of x if there are no lists."""
+    def lists(self, x: Tensor) -> tuple[Tensor | int, ...]:
+        """Return table, pointer, index, ends, component and origin; empty tensors on the device of x if there are no lists."""
         none = x.new_empty(0, dtype=torch.int32)
-        if self.table is None or self.index is None or self.starts is None:
-            return none, none, none
-        return self.table, self.index, self.starts
+        parts = self.table, self.pointer, self.index, self.ends, self.component
+        return *(none if part is None else part for part in parts), self.origin
 
 
 def add_moments(
@@ -79,46 +84,43 @@ def add_moments(
             add_up(partial(piece), sums, chunks)
         return
     for schedule in schedules:
-        for piece, places in _pieces(schedule, N, K, width, chunk, most):
-            assert piece.index is not None, "the pieces of a schedule have lists"
-            component, order = piece.index[places].sort(stable=True)
+        for piece in _pieces(schedule, N, K, width, chunk, most):
+            part = partial(piece)
+            assert piece.component is not None, "the pieces of a schedule have lists"
+            component, order = piece.component.sort(stable=True)
             pointer = torch.searchsorted(component, torch.arange(K + 1, dtype=component.dtype, device=x.device))
-            add_up(partial(piece), sums, 0, (order, pointer))
+            add_up(part, sums, 0, (order, pointer))
 
 
-def _pieces(
-    schedule: Schedule, rows: int, components: int, width: int, chunk: int, most: int
-) -> Iterator[tuple[Piece, Tensor]]:
-    """Split a schedule into pieces of about ``most`` columns; yield them and the position in the lists of each column."""
-    lists = Padded.of(schedule, components, 1)
-    table = Blocks.of(schedule, lists.first, lists.last, chunk, rows).table
-    lengths = (table[:, 3] - table[:, 2]).long()
-    ends = lengths.cumsum(0)
-    # The numbers on which the sizes of the launches depend.
-    total, longest = torch.stack([ends[-1], lengths.amax()]).tolist()
-    most = max(most, 2 * longest)
-    cuts, columns = [0, len(lengths)], [0, total]
-    places = []
-    if total > most:
-        limits = torch.arange(most, total, most - longest, device=ends.device)
-        places.append(torch.searchsorted(ends, limits, right=True))
-    if len(lengths) > MOST_CHUNKS:
-        places.append(torch.arange(MOST_CHUNKS, len(lengths), MOST_CHUNKS, device=ends.device))
-    if places:
-        inner = torch.cat(places).unique()
-        before = torch.where(inner > 0, ends[(inner - 1).clamp(min=0)], 0)
-        cuts, columns = [0, *inner.tolist(), len(lengths)], [0, *before.tolist(), total]
+def _pieces(schedule: Schedule, rows: int, components: int, width: int, chunk: int, most: int) -> Iterator[Piece]:
+    """Split a schedule into pieces of about ``most`` columns."""
+    table, whole = Blocks.of(schedule, chunk).table, schedule.whole
+    lengths = schedule.pointer.diff()[table[:, 2]]
+    ends, chunks = lengths.cumsum(0), len(table)
+    cuts = [0, chunks]
+    if whole is not None and chunks <= MOST_CHUNKS:
+        # An upper bound, since a chunk of each leaf may be shorter. It is known without waiting for the device.
+        longest, columns = whole.longest, [0, whole.pairs // chunk + len(schedule.index)]
+    if whole is None or chunks > MOST_CHUNKS or columns[-1] > most:
+        # The numbers on which the sizes of the launches depend.
+        total, longest = torch.stack([ends[-1], lengths.amax()]).tolist()
+        most, columns = max(most, 2 * longest), [0, total]
+        places = []
+        if total > most:
+            limits = torch.arange(most, total, most - longest, device=ends.device)
+            places.append(torch.searchsorted(ends, limits, right=True))
+        if chunks > MOST_CHUNKS:
+            places.append(torch.arange(MOST_CHUNKS, chunks, MOST_CHUNKS, device=ends.device))
+        if places:
+            inner = torch.cat(places).unique()
+            before = torch.where(inner > 0, ends[(inner - 1).clamp(min=0)], 0)
+            cuts, columns = [0, *inner.tolist(), chunks], [0, *before.tolist(), total]
     for (first, last), (start, stop) in zip(pairwise(cuts), pairwise(columns), strict=True):
         if start == stop:
             continue
-        sizes, count = lengths[first:last], stop - start
-        starts = sizes.cumsum(0) - sizes
-        shift = (table[first:last, 2] - starts).repeat_interleave(sizes, output_size=count)
-        given = table[first:last], lists.index, starts
-        yield (
-            Piece(slice(0, rows), last - first, longest, width, count, *given),
-            shift + torch.arange(count, device=ends.device),
-        )
+        component = torch.full((stop - start,), components, dtype=torch.int32, device=ends.device)
+        given = table[first:last], schedule.pointer, schedule.index, ends[first:last], component, start
+        yield Piece(slice(0, rows), last - first, longest, width, stop - start, *given)
 
 
 def add_up(part: Tensor, sums: Tensor, chunks: int, listed: tuple[Tensor, Tensor] | None = None) -> None:

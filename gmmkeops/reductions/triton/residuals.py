@@ -18,7 +18,7 @@ from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.compiled import CompiledRecords
 from gmmkeops.reductions.triton.digits import is_accurate
 from gmmkeops.reductions.triton.loading import launch
-from gmmkeops.reductions.triton.packing import LN2, Blocks, Packed, Padded, family_of, symmetric_places
+from gmmkeops.reductions.triton.packing import LN2, Blocks, Packed, family_of, symmetric_places
 from gmmkeops.reductions.triton.partial import SLAB, Piece, add_moments, add_up
 from gmmkeops.reductions.triton.products import Products
 from gmmkeops.reductions.triton.tiles import Tiles
@@ -90,7 +90,10 @@ class Residuals:
         return bound, not below
 
     def logsumexps(self, out: Tensor, schedule: Schedule | None) -> Tensor | None:
-        """Compute base-2 log-sum-exps (N,) into ``out``; return their minima (S,), nats, over the row ranges of a schedule."""
+        """Compute base-2 log-sum-exps (N,) into ``out``; return their minima (S,), nats, over the row ranges of a schedule.
+
+        The minima over all leaves of a kd-tree are left to :func:`gmmkeops.reductions.triton.lists.checked`.
+        """
         if schedule is None and self.products is not None:
             self.products.logsumexps(out)
             return None
@@ -124,18 +127,17 @@ class Residuals:
         rows, unroll = _row_block(problem, kernel == "gradients" or constants.get("TOP", 1) > 1)
         steps = -(-K // unroll) * unroll
         none = packed.records.new_empty(0, dtype=torch.int32)
-        least, table, index, grid = packed.records.new_empty(0), none, none, -(-N // rows)
+        least, lists, grid = packed.records.new_empty(0), (none, none, none), -(-N // rows)
         if schedule is not None:
-            lists = Padded.of(schedule, K, unroll)
-            blocks = Blocks.of(schedule, lists.first, lists.stop, rows, N)
-            table, index, grid = blocks.table, lists.index, len(blocks.table)
+            blocks, steps = Blocks.of(schedule, rows), K
+            lists, grid = (blocks.table, schedule.pointer, schedule.index), len(blocks.table)
             least = packed.records.new_empty(grid)
         launch(
-            "rows", kernel, problem.x.device, (grid,), problem.x, packed.records, *tensors, *([least] if noted else []), table,
-            index, N, steps, **constants, D=D, FAMILY=packed.family, R=packed.records.shape[1], LISTS=schedule is not None,
+            "rows", kernel, problem.x.device, (grid,), problem.x, packed.records, *tensors, *([least] if noted else []),
+            *lists, N, steps, **constants, D=D, FAMILY=packed.family, R=packed.records.shape[1], LISTS=schedule is not None,
             BN=rows, U=unroll, warps=_WARPS,
         )  # fmt: skip
-        if schedule is None or not noted:
+        if schedule is None or schedule.whole is not None or not noted:
             return None
         return packed.nats(blocks.minima(least, schedule))
 

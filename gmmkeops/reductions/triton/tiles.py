@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.loading import launch
-from gmmkeops.reductions.triton.packing import Blocks, Padded, tiled_records
+from gmmkeops.reductions.triton.packing import Blocks, tiled_records
 from gmmkeops.reductions.triton.partial import Piece, add_moments
 from gmmkeops.reductions.truncation.bounds import Schedule
 
@@ -39,22 +39,21 @@ class Tiles:
         return tiled_records(self.problem)
 
     def logsumexps(self, out: Tensor, schedule: Schedule | None) -> Tensor | None:
-        """Compute base-2 log-sum-exps (N,) into ``out``; return the minima (S,), base 2, over the row ranges of a schedule."""
+        """Compute base-2 log-sum-exps (N,) into ``out``; return the minima (S,), base 2, as for :class:`Residuals`."""
         x, (records, P) = self.problem.x, self._packed
         N, K, D = self.problem.shape
         rows = _rows(P)
         none = records.new_empty(0, dtype=torch.int32)
-        least, table, index, grid = records.new_empty(0), none, none, -(-N // rows)
+        least, lists, grid = records.new_empty(0), (none, none, none), -(-N // rows)
         if schedule is not None:
-            lists = Padded.of(schedule, K, 1)
-            blocks = Blocks.of(schedule, lists.first, lists.last, rows, N)
-            table, index, grid = blocks.table, lists.index, len(blocks.table)
+            blocks = Blocks.of(schedule, rows)
+            lists, grid = (blocks.table, schedule.pointer, schedule.index), len(blocks.table)
             least = records.new_empty(grid)
         launch(
-            "tiles", "logsumexps", x.device, (grid,), x, records, out, least, table, index, N, K, D=D, P=P,
+            "tiles", "logsumexps", x.device, (grid,), x, records, out, least, *lists, N, K, D=D, P=P,
             FULL=self.problem.is_full, R=records.shape[1], LISTS=schedule is not None, BN=rows, warps=4,
         )  # fmt: skip
-        return None if schedule is None else blocks.minima(least, schedule)
+        return None if schedule is None or schedule.whole is not None else blocks.minima(least, schedule)
 
     def add_moments(
         self, values: Tensor, weights: Tensor | None, schedules: Sequence[Schedule] | None

@@ -29,7 +29,7 @@ from gmmkeops.reductions.library import reason as unavailable
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.tree import Boxes, Cloud
 
-__all__ = ["Bounds", "Schedule", "candidate_lists"]
+__all__ = ["Bounds", "Schedule", "Whole", "candidate_lists"]
 
 # Number of pairs of leaf and component that are processed at a time, so that they stay in cache; a GPU needs large kernels.
 _PAIRS, _PAIRS_CUDA = 1 << 15, 1 << 22
@@ -45,6 +45,21 @@ _LOWEST, _FAINT = -1e308, 1e-250
 
 
 @dataclass(frozen=True)
+class Whole:
+    """Numbers of a schedule whose row ranges are all leaves of a kd-tree, in their order, each with a list of its own.
+
+    Args:
+        cloud: The kd-tree.
+        pairs: Number of point-component pairs that are evaluated.
+        longest: Number of components of the longest list.
+    """
+
+    cloud: Cloud
+    pairs: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Row ranges, their candidate lists of components, and bounds on the pruned densities.
 
@@ -57,6 +72,7 @@ class Schedule:
         owner: Index of the list of each row range (S,).
         floor: Smallest minimum over each row range (S,) for which its list is long enough, nats; -inf for lists of all
             components. None if the floors have not been set.
+        whole: Numbers of a schedule of all leaves that have been read from the device, or None.
     """
 
     boxes: Tensor
@@ -66,6 +82,7 @@ class Schedule:
     spans: Tensor
     owner: Tensor
     floor: Tensor | None = None
+    whole: Whole | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -75,7 +92,7 @@ class Schedule:
     @property
     def pairs(self) -> int:
         """Number of point-component pairs that are evaluated."""
-        return int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
+        return self.whole.pairs if self.whole is not None else int((self.spans.diff(dim=1)[:, 0] * self.lengths).sum())
 
     @property
     def rows(self) -> Tensor:
@@ -129,7 +146,7 @@ class Schedule:
         start = first.repeat_interleave(parts) + number * rows.repeat_interleave(parts)
         stop = torch.minimum(start + rows.repeat_interleave(parts), last.repeat_interleave(parts))
         floor = None if self.floor is None else self.floor.repeat_interleave(parts)
-        return replace(self, spans=torch.stack([start, stop], 1), owner=owner, floor=floor)
+        return replace(self, spans=torch.stack([start, stop], 1), owner=owner, floor=floor, whole=None)
 
 
 def candidate_lists(cloud: Cloud, problem: Exponents, limit: Tensor, *, single: bool = False) -> Schedule:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Engine, Request, Result
-from gmmkeops.reductions.truncation.truncation import Truncation
+from gmmkeops.reductions.truncation.bounds import Schedule
+from gmmkeops.reductions.truncation.tolerance import Tolerance
+from gmmkeops.reductions.truncation.tree import Cloud
+from gmmkeops.reductions.truncation.truncation import Check, Truncation, lists_of
 
-__all__ = ["evaluate"]
+__all__ = ["OwnLists", "evaluate"]
+
+
+@runtime_checkable
+class OwnLists(Protocol):
+    """An evaluation that computes and checks candidate lists by kernels of its engine."""
+
+    def lists(self, cloud: Cloud, problem: Exponents, minima: Tensor, tolerance: Tolerance) -> Schedule:
+        """Compute candidate lists, as :func:`~gmmkeops.reductions.truncation.truncation.lists_of` does."""
+
+    @property
+    def check(self) -> Check | None:
+        """Numbers by which the schedule that was added last is accepted; None if they have not been computed."""
 
 
 def evaluate(engine: Engine, problem: Exponents, request: Request, blocks: Truncation | None = None) -> Result:
@@ -23,12 +42,14 @@ def evaluate(engine: Engine, problem: Exponents, request: Request, blocks: Trunc
     """
     evaluation, single = engine.begin(problem, request), request.rank > 0
     problem = evaluation.problem
-    schedule = None if blocks is None else blocks.begin(problem, single)
+    own = evaluation if isinstance(evaluation, OwnLists) else None
+    make = lists_of if own is None else own.lists
+    schedule = None if blocks is None else blocks.begin(problem, single, make)
     if blocks is None or schedule is None:
         evaluation.add(None)
         return evaluation.result()
     while schedule is not None:
         evaluated = evaluation.add(schedule)
         assert evaluated is not None, "an engine returns the minima of a schedule"
-        schedule = blocks.again(problem, *evaluated, single)
+        schedule = blocks.again(problem, *evaluated, single, make, None if own is None else own.check)
     return evaluation.result()

@@ -9,9 +9,11 @@ Reference for the tree: Sproull 1991, *Refinements to nearest-neighbor searching
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +103,7 @@ class Cloud:
         levels: Bounding boxes of some levels of the tree, from coarse to fine; the last ones are the leaves.
         starts: First row of each leaf, and M (B + 1,).
         labeled: Whether the leaves are groups of points with the same label.
+        cache: Values that an engine has computed from the fields above, or estimates that do not change its results.
     """
 
     points: Tensor
@@ -108,6 +111,7 @@ class Cloud:
     levels: tuple[Boxes, ...]
     starts: Tensor
     labeled: bool = False
+    cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def tree(cls, x: Tensor, rows: int) -> Cloud:

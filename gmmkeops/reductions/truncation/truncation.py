@@ -10,6 +10,7 @@ bound are evaluated again with longer candidate lists.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +19,13 @@ from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.truncation.bounds import Schedule, candidate_lists
+from gmmkeops.reductions.truncation.tolerance import Tolerance
 from gmmkeops.reductions.truncation.tree import Cloud
 
-__all__ = ["Truncation"]
+__all__ = ["Check", "ListMaker", "Truncation", "lists_of"]
+
+# Function that computes candidate lists, with the arguments of :func:`lists_of`.
+ListMaker = Callable[[Cloud, Exponents, Tensor, Tolerance], Schedule]
 
 # Number of points per leaf for the first estimate of the minimum, and the margin subtracted from it, in units of their range.
 _GUESSES, _MARGIN = 4, 2.0
@@ -28,11 +33,28 @@ _GUESSES, _MARGIN = 4, 2.0
 # Margin below the last minima, nats, so that few leaves fail if the minima decrease slightly.
 _GIVE = 0.25
 
-# The engines clamp exponents below these values, which are therefore no lower bounds.
-_LEAST = {torch.float32: -2.9e38, torch.float64: -9.9e299}
-
 # Largest fraction of evaluated pairs for which truncation saves time.
 _PAYS = 0.5
+
+
+def lists_of(cloud: Cloud, problem: Exponents, minima: Tensor, tolerance: Tolerance) -> Schedule:
+    """Compute candidate lists, given estimated minima (B,) of the leaves; leaves with +inf need no list."""
+    return candidate_lists(cloud, problem, tolerance.limit(minima), single=tolerance.single)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Numbers by which the lists of a schedule of all leaves are accepted, read from the device in one transfer.
+
+    Args:
+        failed: Whether the list of a leaf was too short.
+        lost: Largest log-ratio of the bound on the pruned density to the lower bound of the minimum of a leaf, nats.
+        low: Lower bounds of the minima (B,), nats.
+    """
+
+    failed: bool
+    lost: float
+    low: Tensor
 
 
 @dataclass
@@ -80,27 +102,48 @@ class Truncation:
         guess = low - _MARGIN * (high - low)
         self.minima = torch.where(guess.isnan(), -math.inf, guess)
 
-    def begin(self, problem: Exponents, single: bool = False) -> Schedule | None:
+    def begin(self, problem: Exponents, single: bool = False, make: ListMaker = lists_of) -> Schedule | None:
         """Return the schedule of a pass, or None if candidate lists would be too long to save time.
 
         Args:
             problem: Exponents with the component parameters.
             single: Whether the pass computes the largest exponents rather than log-sum-exps. Only exponents that are smaller are
                 then pruned, so that the results are exact.
+            make: Function that computes the lists.
         """
         self._repeated = False
-        limit = self._limit(problem, self._guess(), single) - (0 if single else _GIVE)
-        schedule = candidate_lists(self.cloud, problem, limit, single=single)
+        tolerance = self._tolerance(problem, single)
+        schedule = make(self.cloud, problem, self._guess(), tolerance if single else replace(tolerance, give=_GIVE))
         self.certificate, self.share = 0.0, self._share(problem, schedule)
         if self.share > _PAYS:
             self.share = 1.0
             return None
-        return self._floored(problem, schedule, single)
+        return schedule if schedule.floor is not None else _floored(schedule, tolerance)
 
-    def again(self, problem: Exponents, schedule: Schedule, minima: Tensor, single: bool = False) -> Schedule | None:
-        """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None."""
+    def again(
+        self,
+        problem: Exponents,
+        schedule: Schedule,
+        minima: Tensor,
+        single: bool = False,
+        make: ListMaker = lists_of,
+        check: Check | None = None,
+    ) -> Schedule | None:
+        """Return the schedule for row ranges whose minima (S,) show that their lists were too short, or None.
+
+        Args:
+            problem, single, make: As for :meth:`begin`.
+            schedule, minima: The evaluated schedule, and the minima over its row ranges (S,), nats.
+            check: Numbers that the engine has computed from the minima, or None.
+        """
+        tolerance = self._tolerance(problem, single)
+        if check is not None and not check.failed:
+            if not single:
+                self.certificate = max(self.certificate, math.log1p(math.exp(min(check.lost, tolerance.allowed))))
+            self.minima = check.low
+            return None
         failed = ~schedule.good(minima)
-        low = self._lower(problem, minima)
+        low = tolerance.lower(minima)
         # Each number that is read from a GPU, and each selection by a mask, waits for it.
         repeats = bool(failed.any())
         if not single and len(failed) and not (repeats and bool(failed.all())):
@@ -108,7 +151,7 @@ class Truncation:
             if repeats:
                 pruned, least = pruned[~failed], least[~failed]
             # This is below ε / (1 - ε) for row ranges that reach their floor, up to rounding, which the clamp removes.
-            lost = torch.where(pruned > -math.inf, pruned - least, -math.inf).clamp(max=self._allowed(single))
+            lost = torch.where(pruned > -math.inf, pruned - least, -math.inf).clamp(max=tolerance.allowed)
             self.certificate = max(self.certificate, float(lost.max().exp().log1p()))
         boxes = schedule.boxes[schedule.owner]
         untouched = torch.full_like(self._guess(), math.inf)
@@ -119,32 +162,14 @@ class Truncation:
         # The results with a list are lower bounds, so that one longer list is sufficient. If it fails because of rounding, or if
         # there is no bound, all components are evaluated.
         guess = untouched.scatter_reduce(0, boxes[failed], low[failed], "amin")
-        limit = torch.where(guess < math.inf, self._limit(problem, guess, single), guess)
         if self._repeated:
-            limit = torch.where(guess < math.inf, -math.inf, guess)
+            guess = torch.where(guess < math.inf, -math.inf, guess)
         self._repeated = True
-        rest = candidate_lists(self.cloud, problem, limit, single=single)
-        rest = replace(rest, spans=schedule.spans[failed], owner=torch.searchsorted(rest.boxes, boxes[failed]))
+        rest = make(self.cloud, problem, guess, tolerance)
+        owner = torch.searchsorted(rest.boxes, boxes[failed])
+        rest = replace(rest, spans=schedule.spans[failed], owner=owner, whole=None)
         self.share += self._share(problem, rest)
-        return self._floored(problem, rest, single)
-
-    def _floored(self, problem: Exponents, schedule: Schedule, single: bool) -> Schedule:
-        """Set the floors of a schedule, the smallest minima for which its lists are long enough."""
-        pruned = schedule.pruned[schedule.owner]
-        least = pruned - self._allowed(single)
-        # Twice the rounding bound of ``_lower``, since that is relative to the value.
-        least = least + 2 * _rounding(problem) * least.abs().clamp(min=1.0)
-        return replace(schedule, floor=torch.where(pruned > -math.inf, least, -math.inf))
-
-    def _lower(self, problem: Exponents, minima: Tensor) -> Tensor:
-        """Subtract a bound of the rounding error from minima; minima beyond the range of the engines become -inf."""
-        low = minima - _rounding(problem) * minima.abs().clamp(min=1.0)
-        return torch.where(low > _LEAST[problem.x.dtype], low, -math.inf)
-
-    def _limit(self, problem: Exponents, guess: Tensor, single: bool) -> Tensor:
-        """Compute the log of the density that may be pruned in leaves with estimated minima (B,), nats."""
-        room = 4 * _rounding(problem) * guess.abs().clamp(min=1.0)
-        return torch.where(guess > -math.inf, guess - room + self._log_epsilon(single), -math.inf)
+        return _floored(rest, tolerance)
 
     def remember(self) -> dict[str, Any]:
         """Return the state for a checkpoint, on which the next schedules depend in addition to the sorted points."""
@@ -159,16 +184,12 @@ class Truncation:
             raise RuntimeError("a truncation has no estimate of the minima; call set_initial_bounds before begin.")
         return self.minima
 
-    def _log_epsilon(self, single: bool) -> float:
-        return 0.0 if single else math.log(self.epsilon)
-
-    def _allowed(self, single: bool) -> float:
-        """Compute the largest allowed log-ratio of the pruned to the kept density, nats."""
-        return 0.0 if single else math.log(self.epsilon) - math.log1p(-self.epsilon)
+    def _tolerance(self, problem: Exponents, single: bool) -> Tolerance:
+        return Tolerance.of(problem.x.dtype, None if single else self.epsilon)
 
     def _share(self, problem: Exponents, schedule: Schedule) -> float:
         return schedule.pairs / (len(self.cloud.points) * problem.shape[1])
 
 
-def _rounding(problem: Exponents) -> float:
-    return 8 * torch.finfo(problem.x.dtype).eps
+def _floored(schedule: Schedule, tolerance: Tolerance) -> Schedule:
+    return replace(schedule, floor=tolerance.floor(schedule.pruned[schedule.owner]))

@@ -3,31 +3,40 @@
 All of them loop over components, whose parameters are scalars for the threads of a program. The record of a component is
 [c, m, d, u], see :class:`gmmkeops.reductions.triton.packing.Packed`. A tuple of D tensors holds the coordinates of the points.
 
-Each program has a block of rows and a range of components: all of them, or, for ``LISTS``, the entries of ``index_ptr`` that the
-row of ``block_ptr`` (first row, last-plus-one row, first entry, last-plus-one entry) names.
+Each program has a block of rows and a range of components: all of them or, for ``LISTS``, those of a list. The row of
+``block_ptr`` is (first row, last-plus-one row, list), and ``pointer_ptr`` holds the first position of each list in ``index_ptr``.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["block_of", "draws", "gradients", "largest", "logsumexps", "note_least"]
+__all__ = ["block_of", "component_of", "draws", "gradients", "largest", "logsumexps", "note_least"]
 
 
 @triton.jit
-def block_of(block_ptr, N, K, BN: tl.constexpr, LISTS: tl.constexpr):
-    """Return the rows of the program, the mask of the valid ones, and the first and last-plus-one position of its components."""
+def block_of(block_ptr, pointer_ptr, index_ptr, N, K, BN: tl.constexpr, LISTS: tl.constexpr):
+    """Return the rows of the program, the mask of the valid ones, its list, and the number of its components."""
     t = tl.program_id(0)
     if LISTS:
-        rows = tl.load(block_ptr + 4 * t) + tl.arange(0, BN)
-        valid = rows < tl.load(block_ptr + 4 * t + 1)
-        first = tl.load(block_ptr + 4 * t + 2)
-        last = tl.load(block_ptr + 4 * t + 3)
+        rows = tl.load(block_ptr + 3 * t) + tl.arange(0, BN)
+        valid = rows < tl.load(block_ptr + 3 * t + 1)
+        pointer_ptr += tl.load(block_ptr + 3 * t + 2)
+        first = tl.load(pointer_ptr)
+        count = (tl.load(pointer_ptr + 1) - first).to(tl.int32)
+        index_ptr += first
     else:
         rows = t * BN + tl.arange(0, BN)
         valid = rows < N
-        first = 0
-        last = K
-    return rows, valid, first, last
+        count = K
+    return rows, valid, index_ptr, count
+
+
+@triton.jit
+def component_of(index_ptr, k, count, K, LISTS: tl.constexpr):
+    """Return the component at position k; for lists, component K of no weight beyond their end."""
+    if LISTS:
+        k = tl.load(index_ptr + k, mask=k < count, other=K).to(tl.int32)
+    return k
 
 
 @triton.jit
@@ -87,6 +96,7 @@ def logsumexps(
     o_ptr,
     least_ptr,
     block_ptr,
+    pointer_ptr,
     index_ptr,
     N,
     K,
@@ -98,17 +108,15 @@ def logsumexps(
     U: tl.constexpr,
 ):
     """Compute the base-2 log-sum-exps (N,), and their minimum in each block of rows if there are lists."""
-    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
+    rows, valid, index_ptr, count = block_of(block_ptr, pointer_ptr, index_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     m = tl.full((BN,), -1e38, x_ptr.dtype.element_ty)
     s = tl.zeros((BN,), x_ptr.dtype.element_ty)
-    for k in range(first, last, U):
+    for k in range(0, count, U):
         n = m
         es = ()
         for i in tl.static_range(U):
-            c = k + i
-            if LISTS:
-                c = tl.load(index_ptr + c)
+            c = component_of(index_ptr, k + i, count, K, LISTS)
             y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
             n = tl.maximum(n, e)
             es = es + (e,)
@@ -129,6 +137,7 @@ def largest(
     label_ptr,
     least_ptr,
     block_ptr,
+    pointer_ptr,
     index_ptr,
     N,
     K,
@@ -141,18 +150,16 @@ def largest(
     U: tl.constexpr,
 ):
     """Compute the TOP largest base-2 exponents (N, TOP) and their components; if two are equal, the one that is listed first."""
-    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
+    rows, valid, index_ptr, count = block_of(block_ptr, pointer_ptr, index_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     best = ()
     label = ()
     for j in tl.static_range(TOP):
         best = best + (tl.full((BN,), -1e38, x_ptr.dtype.element_ty),)
         label = label + (tl.zeros((BN,), tl.int32),)
-    for k in range(first, last, U):
+    for k in range(0, count, U):
         for i in tl.static_range(U):
-            c = k + i
-            if LISTS:
-                c = tl.load(index_ptr + c)
+            c = component_of(index_ptr, k + i, count, K, LISTS)
             y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
             c = tl.zeros((BN,), tl.int32) + c
             better = e > best[0]
@@ -182,6 +189,7 @@ def draws(
     u_ptr,
     label_ptr,
     block_ptr,
+    pointer_ptr,
     index_ptr,
     N,
     K,
@@ -193,17 +201,15 @@ def draws(
     U: tl.constexpr,
 ):
     """Choose the first component at which the running sum of responsibilities reaches a number in (0, 1]."""
-    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
+    rows, valid, index_ptr, count = block_of(block_ptr, pointer_ptr, index_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     level = tl.load(l_ptr + rows, mask=valid, other=0.0)
     u = tl.load(u_ptr + rows, mask=valid, other=1.0)
     s = tl.zeros((BN,), x_ptr.dtype.element_ty)
     label = tl.full((BN,), -1, tl.int32)
-    for k in range(first, last, U):
+    for k in range(0, count, U):
         for i in tl.static_range(U):
-            c = k + i
-            if LISTS:
-                c = tl.load(index_ptr + c)
+            c = component_of(index_ptr, k + i, count, K, LISTS)
             y, e = _exponent(x, p_ptr + c * R, D, FAMILY)
             r = tl.exp2(e - level)
             # If rounding keeps the sum below the number, the last component of positive probability is chosen.
@@ -219,6 +225,7 @@ def gradients(
     l_ptr,
     o_ptr,
     block_ptr,
+    pointer_ptr,
     index_ptr,
     N,
     K,
@@ -230,17 +237,15 @@ def gradients(
     U: tl.constexpr,
 ):
     """Compute Σ r U y (N, D) with the scaled factors U of the records, given the base-2 log-sum-exps."""
-    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
+    rows, valid, index_ptr, count = block_of(block_ptr, pointer_ptr, index_ptr, N, K, BN, LISTS)
     x = _points(x_ptr, rows, valid, D)
     level = tl.load(l_ptr + rows, mask=valid, other=0.0)
     sums = ()
     for a in tl.static_range(D):
         sums = sums + (tl.zeros((BN,), x_ptr.dtype.element_ty),)
-    for k in range(first, last, U):
+    for k in range(0, count, U):
         for i in tl.static_range(U):
-            c = k + i
-            if LISTS:
-                c = tl.load(index_ptr + c)
+            c = component_of(index_ptr, k + i, count, K, LISTS)
             p = p_ptr + c * R
             y, e = _exponent(x, p, D, FAMILY)
             r = tl.exp2(e - level)

@@ -80,7 +80,7 @@ def _add_points(
     return sums
 
 
-@triton.jit(do_not_specialize=["N", "K", "M", "C"])
+@triton.jit(do_not_specialize=["origin", "N", "K", "M", "C"])
 def moments(
     x_ptr,
     p_ptr,
@@ -88,8 +88,11 @@ def moments(
     g_ptr,
     o_ptr,
     block_ptr,
+    pointer_ptr,
     index_ptr,
-    start_ptr,
+    end_ptr,
+    component_ptr,
+    origin,
     N,
     K,
     M,
@@ -107,12 +110,15 @@ def moments(
     t = tl.program_id(1)
     j = tl.program_id(0) * BK + tl.arange(0, BK)
     if LISTS:
-        n0 = tl.load(block_ptr + 4 * t)
-        n1 = tl.load(block_ptr + 4 * t + 1)
-        first = tl.load(block_ptr + 4 * t + 2)
-        count = tl.load(block_ptr + 4 * t + 3) - first
-        k = tl.load(index_ptr + first + j, mask=j < count, other=0)
-        o_ptr += tl.load(start_ptr + t)
+        n0 = tl.load(block_ptr + 3 * t)
+        n1 = tl.load(block_ptr + 3 * t + 1)
+        pointer_ptr += tl.load(block_ptr + 3 * t + 2)
+        first = tl.load(pointer_ptr)
+        count = tl.load(pointer_ptr + 1) - first
+        k = tl.load(index_ptr + first + j, mask=j < count, other=0).to(tl.int32)
+        start = tl.load(end_ptr + t) - count - origin
+        tl.store(component_ptr + start + j, k, mask=j < count)
+        o_ptr += start
     else:
         n0 = t * C
         n1 = tl.minimum(n0 + C, N)

@@ -10,7 +10,7 @@ full factors the heads (P, P) and the rests (P, P) of V, otherwise (P). Padding 
 import triton
 import triton.language as tl
 
-from gmmkeops.reductions.triton.kernels.rows import block_of, note_least
+from gmmkeops.reductions.triton.kernels.rows import block_of, component_of, note_least
 
 __all__ = ["logsumexps", "moments"]
 
@@ -59,6 +59,7 @@ def logsumexps(
     o_ptr,
     least_ptr,
     block_ptr,
+    pointer_ptr,
     index_ptr,
     N,
     K,
@@ -70,14 +71,12 @@ def logsumexps(
     BN: tl.constexpr,
 ):
     """Compute the base-2 log-sum-exps (N,), and their minimum in each block of rows if there are lists."""
-    rows, valid, first, last = block_of(block_ptr, N, K, BN, LISTS)
+    rows, valid, index_ptr, count = block_of(block_ptr, pointer_ptr, index_ptr, N, K, BN, LISTS)
     x = _tile(x_ptr, rows, valid, D, P)
     m = tl.full((BN,), -1e38, x_ptr.dtype.element_ty)
     s = tl.zeros((BN,), x_ptr.dtype.element_ty)
-    for k in range(first, last):
-        c = k
-        if LISTS:
-            c = tl.load(index_ptr + k)
+    for k in range(0, count):
+        c = component_of(index_ptr, k, count, K, LISTS)
         p = p_ptr + c * R
         z, y, e = _exponent(x, p, D, P, FULL)
         e += tl.load(p)
@@ -89,7 +88,7 @@ def logsumexps(
     note_least(least_ptr, values, valid, LISTS)
 
 
-@triton.jit(do_not_specialize=["N", "K", "C"])
+@triton.jit(do_not_specialize=["origin", "N", "K", "C"])
 def moments(
     x_ptr,
     p_ptr,
@@ -97,8 +96,11 @@ def moments(
     g_ptr,
     o_ptr,
     block_ptr,
+    pointer_ptr,
     index_ptr,
-    start_ptr,
+    end_ptr,
+    component_ptr,
+    origin,
     N,
     K,
     C,
@@ -115,12 +117,15 @@ def moments(
     j = tl.program_id(0)
     t = tl.program_id(1)
     if LISTS:
-        n0 = tl.load(block_ptr + 4 * t)
-        n1 = tl.load(block_ptr + 4 * t + 1)
-        first = tl.load(block_ptr + 4 * t + 2)
-        count = tl.load(block_ptr + 4 * t + 3) - first
-        k = tl.load(index_ptr + first + j, mask=j < count, other=0)
-        o_ptr += (tl.load(start_ptr + t) + j) * W
+        n0 = tl.load(block_ptr + 3 * t)
+        n1 = tl.load(block_ptr + 3 * t + 1)
+        pointer_ptr += tl.load(block_ptr + 3 * t + 2)
+        first = tl.load(pointer_ptr)
+        count = tl.load(pointer_ptr + 1) - first
+        k = tl.load(index_ptr + first + j, mask=j < count, other=0).to(tl.int32)
+        start = tl.load(end_ptr + t) - count - origin
+        tl.store(component_ptr + start + j, k, mask=j < count)
+        o_ptr += (start + j) * W
     else:
         n0 = t * C
         n1 = tl.minimum(n0 + C, N)
