@@ -344,7 +344,7 @@ def test_the_budget_holds_with_triton_and_lists(monkeypatch, name):
         gk.fit(mixture, there, method, max_iter=1, **options)
         fit = lambda steps: gk.fit(mixture, there, method, max_iter=steps, **options)  # noqa: E731
         (costs,) = of_an_iteration((counts,), fit)
-        assert counts.kernels["refine", "reductions/triton/loading.py:85"] >= 8
+        assert sum(n for (what, _), n in counts.kernels.items() if what == "refine") >= 8
         found = fit(4)
         assert found.report.evaluated_fraction < 0.5
         objective = found.history["objective"]

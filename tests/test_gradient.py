@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, HAS_KEOPS, blobs, random_mixture, spiral
@@ -221,7 +222,7 @@ def test_steps_bound_covariances_and_find_divergence(family):
 
     def stepped(**changes):
         parameters = MixtureParameters.of(objective, mixture)
-        loss = parameters.loss(objective, None, natural=False)
+        loss = parameters.loss(objective, None, natural=False, moved=False)
         with torch.no_grad():
             for name, (index, value) in changes.items():
                 parameters.leaves[name].view(-1)[index] = value
@@ -238,7 +239,38 @@ def test_steps_bound_covariances_and_find_divergence(family):
         assert bool(parameters.floored.any()) == (log == 32.3)
         largest = parameters.leaves["log_diagonal"].max().item()
         assert largest == pytest.approx(min(log, 14 * math.log(10)), rel=1e-9)
-        value = float(parameters.loss(objective, None, natural=False)[0])
+        value = float(parameters.loss(objective, None, natural=False, moved=False)[0])
         assert value == float(objective.negative_log_likelihood(parameters.mixture()))
     for name, value in (("log_diagonal", 301.0), ("log_diagonal", -301.0), ("means", -2e15), ("logits", math.nan)):
         assert not stepped(**{name: (1 if name != "log_diagonal" else 0, value)})[1]
+
+
+class Ascending(torch.optim.Optimizer):
+    """Gradient descent that replaces the data of its tensors, and moves them before it evaluates the gradient."""
+
+    def __init__(self, params, lr=0.5, ahead=0.1):
+        super().__init__(params, {"lr": lr, "ahead": ahead})
+
+    def step(self, closure):
+        group = self.param_groups[0]
+        before = [p.data.clone() for p in group["params"]]
+        for p in group["params"]:
+            if p.grad is not None:
+                p.data = p.data + group["ahead"] * p.grad
+        loss = closure()
+        for p, data in zip(group["params"], before, strict=True):
+            p.data = data - group["lr"] * p.grad
+        return loss
+
+
+def test_optimizers_may_replace_and_move_the_parameters():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(300, 2)))
+    x[:100] += 4
+    start = gk.initialize(x, 2, "random", generator=0)
+    seen = []
+    settings = {"max_iter": 25, "tol": 0, "callback": lambda step: seen.append(step.mixture.means.clone())}
+    result = gk.fit(start, x, gk.Gradient(Ascending), **settings)
+    plain = gk.fit(start, x, gk.Gradient(lambda tensors: torch.optim.SGD(tensors, lr=0.5)), max_iter=25, tol=0)
+    assert float((seen[-1] - seen[0]).abs().max()) > 0.5 * float((plain.mixture.means - start.means).abs().max())
+    assert -float(result.mixture.log_prob(x).mean()) == pytest.approx(result.objective, abs=1e-9)
+    assert result.objective < -float(start.log_prob(x).mean())

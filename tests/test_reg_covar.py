@@ -147,5 +147,8 @@ def test_a_ridge_in_other_units_is_called_out():
             else contextlib.nullcontext()
         ):
             gk.GaussianMixture(2, random_state=0).fit(small)
-    # One column in other units is not all of them.
-    gk.GaussianMixture(2, random_state=0).fit(x * [1.0, *[1e-6] * (x.shape[1] - 1)])
+            gk.GaussianMixture(2, random_state=0).partial_fit(small)
+    # One column in other units is not all of them, and frozen covariances do not contain reg_covar.
+    gk.GaussianMixture(2, random_state=0).fit(x * torch.tensor([1.0, 1e-6]))
+    start = single.mixture_
+    gk.fit(start, x, gk.EM(reg_covar=100.0, frozen_covariances=True, tol=0), max_iter=2)

@@ -1094,3 +1094,11 @@ def test_with_few_points_only_metrics_count_in_which_runs_agree(monkeypatch):
     assert min(found()) > 0.7
     monkeypatch.setattr(search, "_AGREEMENT", -1.0)
     assert min(found()) < 0.6
+
+
+@pytest.mark.parametrize(("N", "D", "K"), [(20, 50, 2), (6, 5, 2), (10, 20, 3)])
+def test_few_points_without_any_clusters_have_a_start(N, D, K):
+    """All runs of k-means may agree less than random partitions."""
+    for seed in range(40):
+        x = np.random.default_rng(seed).normal(size=(N, D))
+        assert gk.initialize(x, K, generator=seed).n_components == K

@@ -142,7 +142,7 @@ def test_bounds_hold_in_random_scenes(on, seed):
 
 
 def test_equal_bounds_below_the_limit(on):
-    """Of components that are all below the limit, those with the largest bound are kept, and the others are pruned."""
+    """Components with the largest bound are kept if all are below the limit, and the others are pruned."""
     x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(on[1])
     cloud = Cloud.tree(x, 40)
     offsets = torch.zeros(300, dtype=torch.float64, device=on[1])

@@ -307,7 +307,10 @@ def _kept_variances(features: int, device: torch.device, dtype: torch.dtype) -> 
 
 def _variances(features: int, like: Tensor) -> Tensor:
     """Return the reciprocal variances (D, D) of the scores of an upper triangular matrix, zero below the diagonal."""
-    return _kept_variances(features, like.device, like.dtype)
+    if not transformed() and (like.is_cuda or ordinary(like)):
+        return _kept_variances(features, like.device, like.dtype)
+    ones = torch.ones(features, features, dtype=like.dtype, device=like.device)
+    return ones.triu() - 0.5 * torch.eye(features, dtype=like.dtype, device=like.device)
 
 
 def _square(value: Any, name: str) -> Tensor:

@@ -20,9 +20,6 @@ _ROWS, _ROUNDS = 1 << 19, 40
 # A column whose standard deviation is a smaller fraction of its mean is considered constant up to rounding errors.
 NOISE = 1e-14
 
-# Smallest normal number.
-_TINY = torch.finfo(torch.float64).tiny
-
 # Range of lengths whose squares, and sums of many squares, are within the range of float64.
 _SMALLEST, _LARGEST = 1e-150, 1e150
 
@@ -89,7 +86,7 @@ def _moments(x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | 
     every = weights is None and within is None
     sizes = [_largest(part - mean, None if every else g) for part, g in parts]
     unit = sizes[0] if len(sizes) == 1 else torch.stack(sizes).amax(0)
-    unit = unit.clamp(min=_TINY)
+    unit = torch.where(unit > 0, unit, 1.0)
     squares = _added(g @ (part - mean).div_(unit).square_() for part, g in parts)
     return mean, unit * (squares / mass).sqrt()
 

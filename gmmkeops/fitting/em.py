@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops._checks import FormerName, accepts, as_choice
+from gmmkeops._checks import FormerName, PrecisionWarning, accepts, as_choice, warn
 from gmmkeops.components import Factor, Frozen, Moments, m_step, solve_weights
 from gmmkeops.data import DEFAULT_SEED, Batch, as_points, as_weights, table_of, weight_unit
 from gmmkeops.fitting.em_state import EMState, EMStep, check_temperature, is_tied, mask_of, shaken
@@ -22,6 +22,7 @@ from gmmkeops.fitting.ordinary import DEAD_SHARE, Block, BlockSteps, maximized
 from gmmkeops.fitting.placement import parameter_device
 from gmmkeops.fitting.population import DEAD_POINTS, Population, evaluation
 from gmmkeops.fitting.preparation import prepared
+from gmmkeops.fitting.ridge import dominated
 from gmmkeops.fitting.rounds import CANDIDATE, ROUNDS, Climber
 from gmmkeops.fitting.squarem import extrapolated
 from gmmkeops.models import Mixture, as_mixture, split
@@ -126,12 +127,13 @@ class EM(Method[EMState]):
     def portable(self) -> bool:
         return True
 
-    @property
-    def few_parameters(self) -> float:
-        # The library performs the M-step on all cores, except those of minibatches. On one core it takes 1.4 ms for 1000
-        # components in 16 dimensions, and 20 to 30 ms for 1e5 components in 3 dimensions. A pass over all points usually takes
-        # longer, since there are many more points than parameters.
-        return math.inf if self.batch_size is None else super().few_parameters
+    def few_parameters(self, factor: Factor) -> float:
+        # The library performs ordinary M-steps on all cores. On one core they take 1.4 ms for 1000 components in 16 dimensions,
+        # and 20 to 30 ms for 1e5 components in 3 dimensions. A pass over all points usually takes longer, since there are many
+        # more points than parameters.
+        ordinary = self.batch_size is None and self.temperature is None
+        plain = all(isinstance(getattr(self, name), bool) for name in _FROZEN)
+        return math.inf if ordinary and plain and reductions.maximizes(factor) else super().few_parameters(factor)
 
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
@@ -455,4 +457,6 @@ class EM(Method[EMState]):
         assert state.memory is not None, "just blended"
         new = self._m_step(objective, state, state.memory).mixture
         mixture = objective.leave(new).named(mixture.columns)
+        if warning := dominated(self, objective.frame.scale, mixture):
+            warn(warning, PrecisionWarning)
         return mixture, (objective.frame.leave_moments(state.memory).to(x.device), state.batches, seen)

@@ -27,6 +27,7 @@ from gmmkeops.fitting.journal import Journal
 from gmmkeops.fitting.loop import Run
 from gmmkeops.fitting.method import Evaluation, Method
 from gmmkeops.fitting.result import Ending, FitResult, Report, Start, StartReport, Step
+from gmmkeops.fitting.ridge import dominated
 from gmmkeops.fitting.task import Task
 from gmmkeops.fitting.validation import Validation, split_off
 from gmmkeops.models import GMM, Mixture
@@ -40,10 +41,6 @@ _logger = logging.getLogger("gmmkeops")
 
 # Numbers of covariance matrices from which a second thread saves time in their factorization.
 _MATRICES = 1 << 20
-
-# Ratios of reg_covar to the variances within components, and to the variance of all points, above which it is probably in wrong
-# units; and number of components whose variances are compared with it.
-_DOMINANT, _NOTABLE, _COMPARED = 0.9, 1e-3, 32
 
 # Argument names of version 0.1, and of other libraries.
 _OLD = {"weights": "sample_weight", "callbacks": "callback", "progress": "verbose"}
@@ -200,7 +197,7 @@ def fit(
         warn(warning, ConvergenceWarning)
     if warning := too_few_points(result):
         warn(warning, DegenerateWarning)
-    if warning := _dominated(run, result):
+    if run.iterations and (warning := dominated(run.method, run.objective.frame.scale, result.mixture)):
         warn(warning, PrecisionWarning)
     if isinstance(start, GMM):
         _assign(start, result, run.objective.frame.columns)
@@ -264,26 +261,6 @@ def _doubt(run: Run, tol: float, max_iter: int) -> str:
             "A smaller learning rate usually helps."
         )
     return ""
-
-
-def _dominated(run: Run, result: FitResult) -> str:
-    """Return the text of the PrecisionWarning of a ``reg_covar`` that dominates the covariances, or an empty string.
-
-    Components that are small compared with the data, such as single points, do not count.
-    """
-    ridge, scale = getattr(run.method, "reg_covar", 0.0), run.objective.frame.scale
-    if not run.iterations or not ridge > _NOTABLE * float(scale.min()) ** 2:
-        return ""
-    K, factor = result.mixture.n_components, result.mixture.factor.detach()
-    index = torch.arange(0, K, -(-K // _COMPARED), device=factor.device)
-    variances = factor.select(index).covariances().diagonal(dim1=-2, dim2=-1).median(0).values
-    most = float(variances.max())
-    if not ridge > _DOMINANT * most or not ridge > _NOTABLE * float(scale.max()) ** 2:
-        return ""
-    return (
-        f"reg_covar={ridge:g} dominates the covariances: the variances within most components are at most {most:.2g}, reg_covar "
-        "included; pass a smaller reg_covar, in squared units of the data."
-    )
 
 
 def _degenerate(run: Run, best: Evaluation) -> tuple[int, ...]:

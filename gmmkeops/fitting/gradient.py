@@ -185,10 +185,12 @@ class Gradient(Method[_State]):
         if not state.sound:
             return math.nan, math.nan
         found: list[Loss] = []
+        # Other optimizers may move the tensors before they call the closure, and call it several times.
+        settings = {"natural": self.natural_gradient, "moved": not isinstance(self.optimizer, _MakeAdam)}
 
         def closure() -> Any:
             state.optimizer.zero_grad()
-            found.append(state.parameters.loss(objective, batch, natural=self.natural_gradient))
+            found.append(state.parameters.loss(objective, batch, **settings))
             return found[-1][0]
 
         state.optimizer.step(closure)

@@ -138,10 +138,12 @@ def agreement(one: Tensor, other: Tensor, K: int) -> float:
     It is 1 for equal partitions, and 0 on average for random ones. Reference: Hubert and Arabie 1985, *Comparing partitions*,
     Journal of Classification 2.
     """
-    counts = np.bincount((one * K + other).cpu().numpy(), minlength=K * K).reshape(K, K).astype(float)
-    both, first, second, total = (
-        float((n * (n - 1)).sum()) for n in (counts, counts.sum(0), counts.sum(1), counts.sum())
+    # Numbers of points with each pair of labels, with each label of one partition, and of the other.
+    both, first, second = (
+        float((n * (n - 1.0)).sum())
+        for n in (np.unique(values.cpu().numpy(), return_counts=True)[1] for values in (one * K + other, one, other))
     )
+    total = len(one) * (len(one) - 1.0)
     expected, largest = first * second / max(total, 1.0), (first + second) / 2
     return (both - expected) / (largest - expected) if largest > expected else 1.0
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_integer, as_number
+from gmmkeops.components import Factor
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.state_file import known
 from gmmkeops.models import Mixture
@@ -98,9 +99,12 @@ class Method(ABC, Generic[S]):
         """
         return False
 
-    @property
-    def few_parameters(self) -> float:
-        """Number of entries of the covariances below which the parameters are on the CPU, for a portable method."""
+    def few_parameters(self, factor: Factor) -> float:
+        """Return the number of entries of the covariances below which the parameters are on the CPU, for a portable method.
+
+        Args:
+            factor: Factors of the components.
+        """
         return _FEW
 
     def __repr__(self) -> str:

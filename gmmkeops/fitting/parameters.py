@@ -67,10 +67,14 @@ class Parameters(ABC):
         """Leaf tensors of the autograd graph, which an optimizer updates in place."""
 
     @abstractmethod
-    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool, moved: bool) -> Loss:
         """Compute objective and negative log-likelihood of a batch or of all points, and set gradients of the tensors.
 
-        With ``natural``, gradients with respect to the components are natural gradients.
+        Args:
+            objective: The objective.
+            batch: Points of a batch, or None for all points.
+            natural: Whether gradients with respect to the components are natural gradients.
+            moved: Whether the optimizer may have changed the tensors since :meth:`settled`.
         """
 
     @abstractmethod
@@ -121,11 +125,12 @@ class MixtureParameters(Parameters):
         self._own(leaves)
 
     def _own(self, leaves: dict[str, Tensor]) -> None:
-        """Copy parameters to leaf tensors that share one array, of which one operation makes a copy."""
-        self._flat = torch.cat([leaf.detach().reshape(-1) for leaf in leaves.values()])
-        shapes = {name: leaf.shape for name, leaf in leaves.items()}
-        self.leaves = {name: part.detach().requires_grad_() for name, part in _parts(self._flat, shapes).items()}
+        """Copy parameters to leaf tensors."""
+        copies = _parts(torch.cat([leaf.detach().reshape(-1) for leaf in leaves.values()]), leaves)
+        self.leaves = {name: part.detach().requires_grad_() for name, part in copies.items()}
         self._prepared: _Prepared | None = None
+        # A copy of all parameters after the last step; None if it is not known.
+        self._copy: Tensor | None = None
         # Least log-weight, and whether float32 points are accurate for the factors; None if they are not known.
         self._least: float | None = None
         self._is_accurate: bool | None = None
@@ -166,8 +171,12 @@ class MixtureParameters(Parameters):
         return Mixture(logits, means, self.population.parked.factor.replace(**leaves), validate_args=False)
 
     def mixture(self) -> Mixture:
-        copies = _parts(self._flat.clone(), {name: leaf.shape for name, leaf in self.leaves.items()})
-        return self.population.whole(self._active(copies))
+        copy = self._joined() if self._copy is None else self._copy
+        return self.population.whole(self._active(_parts(copy, self.leaves)))
+
+    def _joined(self) -> Tensor:
+        """Return a copy of all parameters in one array (n,)."""
+        return torch.cat([leaf.detach().reshape(-1) for leaf in self.leaves.values()])
 
     def _ahead(self, natural: bool) -> _Prepared:
         """Return the tensors from which the loss is computed once; those that :meth:`settled` has computed if there are any."""
@@ -180,13 +189,15 @@ class MixtureParameters(Parameters):
         kept.append(U.detach())
         return _Prepared(active, log_weights, U, natural)
 
-    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool, moved: bool) -> Loss:
+        if moved:
+            self._prepared = None
         ahead, found = self._ahead(natural), None
         self._natural, active = natural, ahead.mixture
         if batch is None and self._is_accurate is None and active.means.is_cuda:
             # The path of a step must not depend on the steps before it, so that fits resume bit by bit.
             self._is_accurate = _is_accurate(objective, _changes(objective, ahead.norms()))
-        if batch is None and self._is_accurate:
+        if batch is None and self._is_accurate and active.means.is_cuda:
             U = ahead.U.expand(active.n_components, *ahead.U.shape[1:])
             roots = ahead.offsets(), active.means, U
             found = objective.gradients(*roots)
@@ -207,8 +218,8 @@ class MixtureParameters(Parameters):
         with torch.enable_grad():
             self._prepared = ahead = self._ahead(self._natural)
         with torch.no_grad():
-            norms = ahead.norms()
-            read = [*map(torch.as_tensor, loss), ahead.log_weights.amin(), *self._flat.aminmax()]
+            norms, self._copy = ahead.norms(), self._joined()
+            read = [*map(torch.as_tensor, loss), ahead.log_weights.amin(), *self._copy.aminmax()]
             parts = [part.reshape(1) for part in (*read, *self.leaves["log_diagonal"].aminmax())]
             found = torch.cat([*parts, norms, *_changes(objective, norms)]).tolist()
         value, negative, least, low, high, shortest, longest, *sizes = found
@@ -240,7 +251,7 @@ class MixtureParameters(Parameters):
                 self.leaves[name].copy_(tensor)
             # Evaluations have the mask before this step.
             self.floored = self.floored.index_fill(0, self.population.live[moved], True)
-            self._prepared = self._is_accurate = None
+            self._prepared = self._copy = self._is_accurate = None
 
     def prune(self, optimizer: torch.optim.Optimizer, count: float) -> None:
         """Prune components whose expected count is below 1e-3 points, and their optimizer state.
@@ -320,7 +331,7 @@ class NetworkParameters(Parameters):
             center = next(self.model.parameters()).new_zeros(self.model.context)
             return self.model(center).detach().to(torch.float64)
 
-    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool) -> Loss:
+    def loss(self, objective: Objective, batch: list[Batch] | None, *, natural: bool, moved: bool) -> Loss:
         value, likelihood = _loss(objective, self.model, batch, backward=True, natural=natural)
         return value, -likelihood
 
@@ -387,10 +398,10 @@ def _penalties(objective: Objective, batch: Mixture) -> Tensor:
         ) from None
 
 
-def _parts(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Return the parts of an array as tensors of given shapes, which share its memory."""
-    parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+def _parts(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parts of an array as tensors of the shapes of others, which share its memory."""
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}
 
 
 def _changes(objective: Objective, norms: Tensor) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 An operation on few components takes less time than its launch on a GPU, and some operations wait for the GPU. If the points are
 on another device, few parameters are therefore on the CPU: an iteration copies them to the device of the points in one transfer,
-and the moments back in another one. The parameters of EM are there for any number of components, since the compiled library
-performs its M-step on all cores.
+and the moments back in another one. The parameters of EM over all points are on the CPU for any number of components if the
+compiled library performs the M-step, since it does so on all cores.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ def parameter_device(mixture: Mixture, method: Method[Any], penalty: Any, model:
     """
     portable = penalty is None or (isinstance(penalty, Penalty) and penalty.portable)
     count = mixture.means.numel() * (mixture.n_features if mixture.factor.coupled else 1)
-    few = portable and method.portable and model is None and count < method.few_parameters
+    few = portable and method.portable and model is None and count < method.few_parameters(mixture.factor)
     return torch.device("cpu") if few else mixture.means.device

@@ -317,9 +317,10 @@ class Search:
         return [self._clustered(_outside(centers, root), root) for centers, root in found]
 
     def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Return different centers of several runs of k-means and their metrics, without a metric in which the runs differ most.
+        """Return the different centers of several runs of k-means, and their metrics.
 
-        Very few points have a high likelihood for any clusters, but several runs agree only where there are some.
+        A metric is omitted if its runs agree much less than those of the other one. The likelihood of very few points does not
+        show whether there are clusters; agreement between runs does.
         """
         found, agreements = [], []
         for root in self._roots:
@@ -329,7 +330,8 @@ class Search:
             pairs = [[agreement(part, other, self.K) for other in parts[:i]] for i, part in enumerate(parts)]
             agreements.append(sum(map(sum, pairs)) / sum(map(len, pairs)))
             found.append([(each, root) for each, same in zip(centers, pairs, strict=True) if max(same, default=0) < 1])
-        least = _AGREEMENT * max(agreements)
+        best = max(agreements)
+        least = min(best, _AGREEMENT * best)
         return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
 
     def _centers(self, run: int, root: Tensor | None) -> Tensor:

@@ -44,6 +44,7 @@ from gmmkeops.reductions.native.steps import Pool as Pool
 from gmmkeops.reductions.native.steps import Steps as Steps
 from gmmkeops.reductions.native.steps import StepSettings as StepSettings
 from gmmkeops.reductions.native.steps import em_steps as em_steps
+from gmmkeops.reductions.native.steps import maximizes as maximizes
 from gmmkeops.reductions.native.steps import native_m_step as native_m_step
 from gmmkeops.reductions.prepared import Prepared as Prepared
 from gmmkeops.reductions.truncation.truncation import Truncation

@@ -21,7 +21,7 @@ from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["FAMILIES", "Pool", "StepSettings", "Steps", "described", "em_steps", "native_m_step"]
+__all__ = ["FAMILIES", "Pool", "StepSettings", "Steps", "described", "em_steps", "maximizes", "native_m_step"]
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
 FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
@@ -181,6 +181,12 @@ def _performed(
     return Steps({name: table[:, :done] if name == "numbers" else table for name, table in tables.items()}, factor)
 
 
+def maximizes(factor: Factor) -> bool:
+    """Return whether the library performs M-steps for the family and the number of features of factors."""
+    family = FAMILIES.get(type(factor))
+    return family is not None and not (family == 0 and factor.features > _MANY) and reason() is None
+
+
 def native_m_step(
     sums: Moments,
     logits: Tensor,
@@ -199,9 +205,9 @@ def native_m_step(
     Returns:
         The results of one step, or of none if the M-step is not an ordinary one; None if the library does not compute it.
     """
-    family = FAMILIES.get(type(factor))
-    if family is None or (family == 0 and means.shape[1] > _MANY) or reason() is not None:
+    if not maximizes(factor):
         return None
+    family = FAMILIES[type(factor)]
     parts = [part.contiguous() for part in (sums.S0, sums.S1, sums.S2, sums.total)]
     odd = torch.zeros(1, dtype=torch.int64)
     sweep = Call(

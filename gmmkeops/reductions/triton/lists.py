@@ -24,7 +24,7 @@ from gmmkeops.reductions.truncation.truncation import Check, lists_of
 __all__ = ["candidate_lists", "checked"]
 
 # Largest number of features for which the registers of a thread suffice, and largest number of entries of the spaces of a level.
-_FULL, _DIAGONAL, _MOST = 8, 16, 1 << 29
+_FULL, _DIAGONAL, _MOST = 8, 16, 1 << 27
 
 # Number of components and of points that a program processes at a time, and its number of warps.
 _COMPONENTS, _POINTS, _WARPS = 128, 1024, 4
@@ -65,7 +65,7 @@ def candidate_lists(cloud: Cloud, problem: Exponents, minima: Tensor, tolerance:
     known = cloud.cache.get(key)
     lists = numbers = None
     if known is not None:
-        rooms = [sizes[0] * K, *(int(_ROOM * size) + _ROOM_LEAST for size in known)]
+        rooms = [sizes[0] * K, *(min(_MOST, int(_ROOM * size) + _ROOM_LEAST) for size in known)]
         lists = _refined(cloud, problem, minima, tolerance, rooms)
         numbers = _numbers(lists) if lists is not None else None
         if numbers is not None and any(a > b for a, b in zip(_spaces(sizes, numbers), rooms[1:], strict=True)):
@@ -76,7 +76,9 @@ def candidate_lists(cloud: Cloud, problem: Exponents, minima: Tensor, tolerance:
             return lists_of(cloud, problem, minima, tolerance)
         numbers = _numbers(lists)
     assert numbers is not None, "the numbers of lists have been read"
-    cloud.cache[key] = _spaces(sizes, numbers)
+    # Lists for few leaves, whose own were too short, do not change the estimate much: 3/4 of it times _ROOM suffice for all.
+    needed = _spaces(sizes, numbers)
+    cloud.cache[key] = [max(a, 3 * b // 4) for a, b in zip(needed, known or needed, strict=True)]
     *_, entries, pairs, longest = numbers
     return _compacted(cloud, lists[-1], tolerance, entries, Whole(cloud, pairs, longest))
 
@@ -97,14 +99,15 @@ def _numbers(lists: list[_Lists]) -> list[int]:
 def _refined(
     cloud: Cloud, problem: Exponents, minima: Tensor, tolerance: Tolerance, rooms: list[int] | None
 ) -> list[_Lists] | None:
-    """Compute the lists of all levels, for spaces of so many entries; None if they need too much memory.
+    """Compute the lists of all levels; None if they need too much memory.
 
-    With ``rooms`` of None, their sizes are read from the device before each level.
+    Args:
+        cloud, problem, minima, tolerance: As for :func:`candidate_lists`.
+        rooms: Number of entries of the space of each level; None to read it from the device before each level.
     """
     (K, D), U, B = problem.shape[1:], problem.U, cloud.boxes
     U = U if U.stride(0) == 0 and U[0].is_contiguous() else U.contiguous()
-    given = [problem.offsets, problem.means, U, problem.center]
-    offsets, means, center = (part.contiguous() for part in (given[0], given[1], given[3]))
+    offsets, means, center = (part.contiguous() for part in (problem.offsets, problem.means, problem.center))
     found: list[_Lists] = []
     above = 1
     for level, boxes in enumerate(cloud.levels):
@@ -173,7 +176,7 @@ def checked(
     base, middle = packed.base, packed.middle
     is_there = base.device == device
     launch(
-        "lists", "check", device, (B,), values, notes if weights is None else weights, base if is_there else notes,
+        "lists", "check", device, (B,), values, notes if weights is None else weights.contiguous(), base if is_there else notes,
         cloud.starts, schedule.pruned, schedule.floor, minima, low, notes, 0.0 if is_there else float(base),
         tolerance.rounding, tolerance.least, 1 if values.ndim == 1 else values.shape[1], HAS_BASE=is_there,
         WEIGHTED=weights is not None, BN=_POINTS, warps=_WARPS,

@@ -34,7 +34,7 @@ class Piece:
         chunks: Number of chunks.
         components: Largest number of components of a chunk.
         width: Number of partial sums W for each pair of chunk and component.
-        columns: Number of these pairs M.
+        columns: Number of columns M, at least the number of these pairs.
         table: Rows and list of each chunk (chunks, 3), int32; None for all components.
         pointer: Position of the first entry of each list in ``index``, and of the end of the last list.
         index: Components of all lists.

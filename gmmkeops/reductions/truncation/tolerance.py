@@ -44,9 +44,13 @@ class Tolerance:
         return cls(rounding, _LEAST[dtype], share, share - math.log1p(-epsilon), single=False)
 
     def limit(self, minima: Tensor) -> Tensor:
-        """Compute the log of the density that may be pruned in leaves with estimated minima (B,), nats; -inf and +inf stay."""
+        """Compute the log of the density that may be pruned in leaves with estimated minima (B,), nats.
+
+        Minima of -inf and +inf stay, and NaN becomes -inf.
+        """
         room = 4 * self.rounding * minima.abs().clamp(min=1.0)
-        return torch.where(minima.abs() < math.inf, minima - room + self.share - self.give, minima)
+        limit = torch.where(minima.abs() < math.inf, minima - room + self.share - self.give, minima)
+        return torch.where(minima > -math.inf, limit, -math.inf)
 
     def floor(self, pruned: Tensor) -> Tensor:
         """Compute the smallest minima for which lists are long enough, given log-densities that were pruned, nats."""

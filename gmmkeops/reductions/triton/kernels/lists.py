@@ -15,9 +15,10 @@ __all__ = ["check", "compact", "refine"]
 
 @triton.jit
 def _lower_limit(minima, rounding, share, give):
-    """Return the log of the density that may be pruned, given estimated minima; -inf and +inf stay."""
+    """Return the log of the density that may be pruned, given estimated minima; -inf and +inf stay, NaN becomes -inf."""
     size = tl.maximum(tl.abs(minima), 1.0)
-    return tl.where(tl.abs(minima) < float("inf"), minima - 4 * rounding * size + share - give, minima)
+    limit = tl.where(tl.abs(minima) < float("inf"), minima - 4 * rounding * size + share - give, minima)
+    return tl.where(minima > -float("inf"), limit, -float("inf"))
 
 
 @triton.jit
@@ -96,8 +97,8 @@ def _bounds(
 def _depth(safe_sum, sums, highest, own, spent, depth):
     """Return the depth below the limit from which as many bounds as possible are pruned, at least those below ``depth``.
 
-    ``sums`` are those of exponentials of bounds that are 6, 4, 3, 2 and 1 nats below the limit, ``own`` the part of the largest
-    bounds, which are ``highest`` above the limit and are kept, and ``spent`` that of components that were pruned before.
+    ``sums`` are those of exponentials of bounds that are at least 6, 4, 3, 2 and 1 nats below the limit, ``own`` the part of the
+    largest bounds, which are ``highest`` above the limit and are kept, and ``spent`` that of components that were pruned before.
     """
     left = tl.sum(safe_sum, 0) - tl.where(highest <= -depth, own, 0.0) + spent
     for i in tl.static_range(5):

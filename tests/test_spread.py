@@ -1,0 +1,39 @@
+"""Centers and standard deviations of columns, without outliers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import gmmkeops as gk
+from gmmkeops.data import trimmed_spread
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-100])
+def test_rows_that_do_not_count_change_nothing(scale):
+    """A column may be constant but for rows of weight zero, or for outliers."""
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(400, 3)))
+    x[:, 2] = 0.0
+    x = x * scale
+    expected = trimmed_spread(x)
+    other = torch.cat([x, torch.tensor([[0.0, 0.0, 5.0 * scale]] * 4)])
+    weights = torch.cat([torch.ones(400), torch.zeros(4)]).double()
+    for found, value in zip(trimmed_spread(other, weights), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-12, atol=0)
+    other = torch.cat([x, torch.tensor([[0.0, 0.0, 1e4 * scale]])])
+    center, spread = trimmed_spread(other)
+    assert bool(center.isfinite().all() and spread.isfinite().all())
+    assert float(spread[0]) == pytest.approx(float(expected[1][0]), rel=0.05)
+
+
+def test_a_fit_ignores_rows_of_weight_zero_in_a_constant_column():
+    x = np.random.default_rng(0).normal(size=(400, 3))
+    x[:, 2] = 0.0
+    x[:4, 2] = 1.0
+    weights = np.ones(400)
+    weights[:4] = 0.0
+    for family in ("full", "tied", "diag", "spherical"):
+        settings = {"covariance_type": family, "random_state": 0}
+        found = gk.GaussianMixture(2, **settings).fit(x, sample_weight=weights).score(x[4:])
+        assert found == pytest.approx(gk.GaussianMixture(2, **settings).fit(x[4:]).score(x[4:]), abs=1e-6)
