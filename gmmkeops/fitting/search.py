@@ -158,9 +158,9 @@ class Search:
     ) -> None:
         self.began = time.perf_counter()
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
-        # Splits and k-means compare the columns, so that their scale must not depend on their units.
-        #: Centers and standard deviations of the columns (D,), data units.
+        # Centers and standard deviations of the columns (D,), data units.
         self.spread = trimmed_spread(x, weights)
+        # Splits and k-means compare the columns, so that their scale must not depend on their units.
         frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False, spread=self.spread)
         method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")

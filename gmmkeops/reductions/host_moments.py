@@ -1,4 +1,4 @@
-"""Moments of mixtures in standardized coordinates, with fewer operations on the parameters than for those of the user."""
+"""Moments of mixtures in standardized coordinates, with fewer operations than for parameters that must be validated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from gmmkeops.reductions.protocol import Statistics
 
 __all__ = ["mixture_moments", "valid_gradients"]
 
-# Extent of parameters that are known to be finite, with standardized means, for which the center is zero.
+# Extent of parameters that are known to be finite, with standardized means, for which the center is zero. The range of the
+# offsets means only that none of them is limited.
 _STANDARDIZED = Extent(1.0, 1.0, True, (-1.0, 1.0))
 
 

@@ -242,8 +242,8 @@ class _Evaluation:
         # if another one is added, some of its lists were too short.
         self._schedules: list[Schedule] | None = None
         self._last: tuple[Schedule, Tensor] | None = None
-        # The tolerance of the lists. If the last schedule was of all leaves: its check, the range of its values and weights, and
-        # the sums of moments on the CPU.
+        # The tolerance of the lists. After a schedule of all leaves: its check, the ranges of values and weights, and the sums of
+        # moments on the CPU.
         self._tolerance: Tolerance | None = None
         self.check: Check | None = None
         self._ranges: list[float] | None = None

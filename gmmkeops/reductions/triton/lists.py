@@ -23,14 +23,14 @@ from gmmkeops.reductions.truncation.truncation import Check, lists_of
 
 __all__ = ["candidate_lists", "checked"]
 
-# Largest number of features for which the registers of a thread suffice, and largest number of entries of the spaces of a level.
-_FULL, _DIAGONAL, _MOST = 8, 16, 1 << 27
+# Largest number of features for which the registers of a thread suffice, for full and for other factors.
+_FULL, _DIAGONAL = 8, 16
+
+# Largest number of entries of the spaces of a level; factor and constant by which the memory for lists exceeds the estimate.
+_MOST, _ROOM, _ROOM_LEAST = 1 << 27, 1.5, 4096
 
 # Number of components and of points that a program processes at a time, and its number of warps.
 _COMPONENTS, _POINTS, _WARPS = 128, 1024, 4
-
-# Factor and constant by which the memory for lists exceeds the estimate.
-_ROOM, _ROOM_LEAST = 1.5, 4096
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ __all__ = ["LN2", "Blocks", "Packed", "family_of", "padded", "symmetric_places",
 
 LN2 = math.log(2.0)
 
-# Offset of components of no weight, by which records and lists are padded: below the smallest exponent that a kernel stores.
+# Offset of components of no weight, with which records are padded: below the smallest exponent that a kernel stores.
 _NOTHING = -3e38
 
 

@@ -86,8 +86,8 @@ struct PairCall {
   double* cost;             // (pairs,)
 };
 
-// EM steps from several mixtures, see rounds.hpp. The tables of ``steps`` have one row for each, which the last mixture of known
-// objective replaces.
+// EM steps from several mixtures, see rounds.hpp. The tables of ``steps`` have one row for each; the call replaces it by the last
+// mixture whose objective is known.
 struct ClimbCall {
   StepCall steps;
   int64_t starts;
@@ -95,7 +95,8 @@ struct ClimbCall {
 };
 
 // Rounds of the search for a start, see rounds.hpp. The first row of the tables of ``steps`` is the mixture that the rounds improve.
-// The two rows become the last accepted mixture before and after its last steps, to which ``total``, ``cost`` and ``prior`` belong.
+// After the call, the two rows hold the last accepted mixture before and after its last EM steps; ``total``, ``cost`` and ``prior``
+// belong to the second one.
 struct RoundCall {
   StepCall steps;
   int64_t split_steps, merged_steps;            // largest numbers of steps after the split and after the merge
