@@ -239,7 +239,7 @@ def test_rows_that_are_far_are_added(shift, is_weighted, monkeypatch):
     weights = _weights(problem) if is_weighted else None
     request = Statistics(weights, on_cpu=True)
     values = evaluate(choice.dense, problem, LogSumExp())[0] - shift
-    assert int((values < -engine._DEEPEST).sum()) == 3
+    assert int((values < -engine.DEEPEST).sum()) == 3
     found, reads = _at_once(monkeypatch, problem, request)
     assert not reads
     truth = evaluate(choice.dense, problem, request)

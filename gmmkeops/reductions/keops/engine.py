@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gmmkeops.reductions.accuracy import CONDITION, DEEPEST
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.keops import formulas, loading
@@ -17,14 +18,8 @@ from gmmkeops.reductions.truncation.passes import evaluate
 
 __all__ = ["Keops"]
 
-# Largest condition number of factors for which float32 is used, with errors of about 2e-5 nats (measured for D = 3 and 10).
-_CONDITION = 128.0
-
 # Largest number of entries of factors whose condition numbers are computed on the CPU if the factors are there, in 0.2 ms.
 _FEW = 10_000
-
-# Distance from the largest offset, nats, beyond which differences of float32 exponents are not accurate enough.
-_DEEPEST = 300.0
 
 
 class Keops:
@@ -142,7 +137,7 @@ def _prepared(problem: Exponents) -> Exponents:
     checks = [(U.tril(-1) == 0).all()]
     if problem.x.dtype == torch.float32:
         inverse, _ = torch.linalg.inv_ex(U)
-        checks.append((U.abs().mT @ inverse.abs().mT).sum(2).amax() <= _CONDITION)
+        checks.append((U.abs().mT @ inverse.abs().mT).sum(2).amax() <= CONDITION)
     is_upper, *is_accurate = torch.stack(checks).tolist()
     if not is_upper:
         return _prepared(problem.with_factors(upper_factor))
@@ -153,4 +148,4 @@ def _far(problem: Exponents, values: Tensor) -> Tensor:
     """Return the rows (n,) whose log-sum-exps or largest exponents (N,) are beyond the accurate range of float32."""
     if problem.x.dtype != torch.float32:
         return (~torch.isfinite(values)).nonzero()[:, 0]
-    return (~((values - problem.offsets.amax()).abs() <= _DEEPEST)).nonzero()[:, 0]
+    return (~((values - problem.offsets.amax()).abs() <= DEEPEST)).nonzero()[:, 0]

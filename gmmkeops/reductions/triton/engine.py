@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops.components import transferred
+from gmmkeops.reductions.accuracy import CONDITION, DEEPEST
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.dense.products import has_slow_double
@@ -54,12 +55,6 @@ _LOWEST = -9.9e37
 
 # Number above all exponents and below NO_SHARE.
 _LARGEST = 1e29
-
-# Largest condition number of full factors for which float32 is used, with errors of about 2e-5 nats.
-_CONDITION = 128.0
-
-# Distance of log-sum-exps from their usual size, nats, beyond which differences of float32 exponents are not accurate enough.
-_DEEPEST = 300.0
 
 # Largest ratio of weights whose products with responsibilities float32 holds, and largest binary exponents of weights that are
 # not divided by their size.
@@ -195,7 +190,7 @@ def _by_kernels(problem: Exponents, request: Request) -> _WithForm:
     if not is_triangular:
         problem = problem.with_factors(upper_factor)
         kernels = Residuals(problem)
-    if problem.x.dtype == torch.float32 and condition > _CONDITION:
+    if problem.x.dtype == torch.float32 and condition > CONDITION:
         return _in_double(problem, request)
     return _Evaluation(problem, request, problem.x.dtype, kernels)
 
@@ -360,7 +355,7 @@ class _Evaluation:
                 read.append(usual)
             found = torch.stack(read).tolist()
             middle = float(usual) if usual.device != first.device else found.pop() if single else 0.0
-        depth = _DEEPEST / LN2 if single else math.inf
+        depth = DEEPEST / LN2 if single else math.inf
         least, most = found[:2]
         far = torch.empty(0, dtype=torch.int64, device=first.device)
         if single and not (least - middle >= -depth and most - middle <= depth):
@@ -406,7 +401,7 @@ class _Evaluation:
             return None
         assert compiled is not None, "sums suffice only for compiled parameters"
         dtype, width = values.dtype, kernels.sums_shape[0]
-        lowest = (compiled.usual - compiled.base - _DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
+        lowest = (compiled.usual - compiled.base - DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
         shares = torch.threshold(values, lowest, NO_SHARE)
         # The sums, the sum of values or log-densities, the largest value, and the extreme sizes of weights.
         end = width * K
