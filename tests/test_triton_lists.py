@@ -259,9 +259,13 @@ REQUESTS = {
 }
 
 
+# Variants of requests that are tested anyway, on the interpreter.
+SLOW, SLOWER = pytest.mark.slow, ("values", "weighted", "topk")
+
+
 @pytest.mark.parametrize(
     ("family", "D", "dtype", "kind"),
-    [("full", 3, torch.float32, kind) for kind in REQUESTS]
+    [pytest.param("full", 3, torch.float32, kind, marks=SLOW if kind in SLOWER else ()) for kind in REQUESTS]
     + [("tied_diag", 2, torch.float32, "far"), ("spherical", 4, torch.float64, "moments")],
 )
 def test_passes_with_lists(on, family, D, dtype, kind):
