@@ -46,6 +46,9 @@ _CLUSTERED, _EACH = 20_000, 20
 # and of that in the other one below which a metric is not used.
 _RUNS, _AGREEMENT = 4, 0.3
 
+# Points times parameters from which such runs take longer than what they may gain.
+_COSTLY = 3_000_000
+
 # Maximum number of rounds for several initializations.
 _MORE_ROUNDS = 8
 
@@ -168,13 +171,15 @@ class Search:
         self.penalty = self._supported(penalty, K)
         self.doubles = K > 1 and (self.penalty is None or self._accepts(self.penalty, 2 * K))
         # The library is twice as fast in float32; the points are evaluated in float64 if they are too coarse for that.
-        long = len(x) * K * _parameters(kind, x.shape[1]) >= _LONG
-        single = torch.float32 if long and x.device.type == "cpu" else None
+        size = len(x) * K * _parameters(kind, x.shape[1])
+        single = torch.float32 if size >= _LONG and x.device.type == "cpu" else None
         settings: Any = {"isotropic": kind.isotropic, "dtype": single, "frame": frame}
         self.plain = prepared(x, weights, self.penalty, backend, generator, **settings)
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
         self.few = self.ratio < _FEW and not tied and K > 1
+        # Whether several runs of k-means are compared in each metric.
+        self.compares = self.ratio < _TOO_FEW and K > 1 and size < _COSTLY
         self.objective = (
             self._with(self.plain, prior_of(self._spread, K)) if self.few and self.ratio >= _TOO_FEW else self.plain
         )
@@ -252,7 +257,7 @@ class Search:
         # Without the prior, and with the points in the same order.
         plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
         most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
-        enough = _ALONE if self.ratio < _TOO_FEW else CANDIDATE
+        enough = _ALONE if self.compares else CANDIDATE
         best: Found | None = None
         starts: list[Found] = []
         seen: list[float] = []
@@ -309,7 +314,7 @@ class Search:
 
         Runs 0, 3, ... use k-means, runs 1, 4, ... only its initial centers, and runs 2, 5, ... random points.
         """
-        if run % 3 == 0 and self.K > 1 and self.ratio < _TOO_FEW:
+        if run % 3 == 0 and self.compares:
             found = self._agreed()
         else:
             found = [(self._centers(run, root), root) for root in self._roots]
