@@ -255,10 +255,10 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.03, linscale=1.2)
     times = [0.1, 0.2, 0.5, 1, 2, 5]
-    axes.set_xlim(0.1, 7)
+    axes.set_xlim(0.06, 7)
     axes.set_xticks(times, [f"{value:g}x" for value in times])
     axes.set_xticks([], minor=True)
-    axes.set_ylim(-1, 3)
+    axes.set_ylim(-2, 3)
     ticks = [-1, -0.3, -0.1, -0.03, -0.01, 0, 0.01, 0.03, 0.1, 0.3, 1, 3]
     axes.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
     axes.set_xlabel("CPU time of start and fit, relative to scikit-learn's default (left is faster)")
