@@ -281,9 +281,14 @@ class FullFactor(Factor):
 FAMILIES["tied"] = (FullFactor, True)
 
 
+def _may_be_kept(like: Tensor) -> bool:
+    """Return whether constants on the device of a tensor may be computed once for all calls."""
+    return not transformed() and (like.is_cuda or ordinary(like))
+
+
 def _places(features: int, like: Tensor) -> Tensor:
     """Return the places of the entries above the diagonal in a matrix (D, D), row by row, on the device of ``like``."""
-    if not transformed() and (like.is_cuda or ordinary(like)):
+    if _may_be_kept(like):
         return _kept_places(features, like.device)
     row, column = torch.triu_indices(features, features, 1, device=like.device)
     return row * features + column
@@ -307,7 +312,7 @@ def _kept_variances(features: int, device: torch.device, dtype: torch.dtype) -> 
 
 def _variances(features: int, like: Tensor) -> Tensor:
     """Return the reciprocal variances (D, D) of the scores of an upper triangular matrix, zero below the diagonal."""
-    if not transformed() and (like.is_cuda or ordinary(like)):
+    if _may_be_kept(like):
         return _kept_variances(features, like.device, like.dtype)
     ones = torch.ones(features, features, dtype=like.dtype, device=like.device)
     return ones.triu() - 0.5 * torch.eye(features, dtype=like.dtype, device=like.device)

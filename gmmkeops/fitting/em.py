@@ -131,9 +131,14 @@ class EM(Method[EMState]):
         # The library performs ordinary M-steps on all cores. On one core they take 1.4 ms for 1000 components in 16 dimensions,
         # and 20 to 30 ms for 1e5 components in 3 dimensions. A pass over all points usually takes longer, since there are many
         # more points than parameters.
-        ordinary = self.batch_size is None and self.temperature is None
-        plain = all(isinstance(getattr(self, name), bool) for name in _FROZEN)
-        return math.inf if ordinary and plain and reductions.maximizes(factor) else super().few_parameters(factor)
+        ordinary = self.batch_size is None and self.temperature is None and self.frozen is not None
+        return math.inf if ordinary and reductions.maximizes(factor) else super().few_parameters(factor)
+
+    @property
+    def frozen(self) -> tuple[bool, bool, bool] | None:
+        """Whether all weights, means and covariances are frozen; None if those of single components are."""
+        given = self.frozen_weights, self.frozen_means, self.frozen_covariances
+        return given if all(isinstance(each, bool) for each in given) else None  # type: ignore[return-value]
 
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
         objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass

@@ -165,13 +165,12 @@ def _settings(
 
 def _constants(method: EM, objective: Objective, mixture: Mixture, beta: float) -> reductions.StepSettings | None:
     """Return the constants of the M-step from a mixture; None if it needs priors that change, or masks."""
-    given = method.frozen_weights, method.frozen_means, method.frozen_covariances
-    frozen = given[0] is True, given[1] is True, given[2] is True
+    frozen = method.frozen
     if (
         (objective.penalty is not None and not objective.penalty.constant)
         or method.batch_size is not None
         or beta < 1
-        or not all(isinstance(mask, bool) for mask in given)
+        or frozen is None
     ):
         return None
     scatter, degrees = objective.pseudo_points(mixture)
@@ -197,8 +196,7 @@ def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -
     if objective.data.device == objective.device or state.counts is None:
         # On a CPU, blocks of steps contain their E-steps.
         return None
-    mixture = state.mixture
-    settings = _constants(method, objective, mixture, method.beta(state))
+    settings = _constants(method, objective, state.mixture, method.beta(state))
     if settings is None:
         return _penalized(method, objective, state, sums)
     return _native(state, sums, settings)
@@ -222,13 +220,12 @@ def _penalized(method: EM, objective: Objective, state: EMState, sums: Moments) 
     Pseudo-points of the means are points of their components, so that they are added to the moments. Results are those of
     :func:`maximized`.
     """
-    given = method.frozen_weights, method.frozen_means, method.frozen_covariances
-    mixture, penalty = state.mixture, objective.penalty
+    mixture, penalty, frozen = state.mixture, objective.penalty, method.frozen
     if (
         penalty is None
         or penalty.bounds
         or method.beta(state) < 1
-        or not all(isinstance(mask, bool) for mask in given)
+        or frozen is None
         or len(state.population.live) < state.population.parked.n_components
     ):
         return None
@@ -249,13 +246,13 @@ def _penalized(method: EM, objective: Objective, state: EMState, sums: Moments) 
         method.ridge(objective),
         FLOOR,
         -1.0,
-        (True, given[1] is True, given[2] is True),
+        (True, *frozen[1:]),
         method.assignment,
         scatter=None if prior.scatter is None else kind.second_moments(prior.scatter),
         degrees=prior.degrees + copies * (prior.degrees_per_component - kappa),
     )
     found = _native(state, with_points, settings)
-    if found is None or given[0] is True:
+    if found is None or frozen[0]:
         return found
     weights = solve_weights(scale * sums.S0 + prior.counts, objective.mass * prior.slopes, mixture.log_weights)
     after = found[0].mixture

@@ -126,8 +126,7 @@ class MixtureParameters(Parameters):
 
     def _own(self, leaves: dict[str, Tensor]) -> None:
         """Copy parameters to leaf tensors."""
-        copies = _parts(torch.cat([leaf.detach().reshape(-1) for leaf in leaves.values()]), leaves)
-        self.leaves = {name: part.detach().requires_grad_() for name, part in copies.items()}
+        self.leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
         self._prepared: _Prepared | None = None
         # A copy of all parameters after the last step; None if it is not known.
         self._copy: Tensor | None = None
