@@ -317,7 +317,7 @@ class Search:
         if run % 3 == 0 and self.compares:
             found = self._agreed()
         else:
-            found = [(self._centers(run, root), root) for root in self._roots]
+            found = [(self._centers(run, self._points_in(root)), root) for root in self._roots]
         self.candidates += len(found)
         return [self._clustered(_outside(centers, root), root) for centers, root in found]
 
@@ -330,7 +330,7 @@ class Search:
         found, agreements = [], []
         for root in self._roots:
             z = self._points_in(root)
-            centers = [self._centers(0, root) for _ in range(_RUNS)]
+            centers = [self._centers(0, z) for _ in range(_RUNS)]
             parts = [labels(z, each) for each in centers]
             pairs = [[agreement(part, other, self.K) for other in parts[:i]] for i, part in enumerate(parts)]
             agreements.append(sum(map(sum, pairs)) / sum(map(len, pairs)))
@@ -339,9 +339,9 @@ class Search:
         least = min(best, _AGREEMENT * best)
         return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
 
-    def _centers(self, run: int, root: Tensor | None) -> Tensor:
-        """Return the centers (K, D) of a run in the coordinates of a metric."""
-        z, masses = self._points_in(root), self._different[1]
+    def _centers(self, run: int, z: Tensor) -> Tensor:
+        """Return the centers (K, D) of a run for the different points in the coordinates of a metric."""
+        _, masses = self._different
         if run % 3 == 0:
             return kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
         return seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
@@ -456,12 +456,11 @@ class Search:
 
     def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
-        different = [each for place, each in enumerate(found) if not any(each is other for other in found[:place])]
-        mixtures = [each.mixture for each in different]
+        mixtures = [each.mixture for each in found]
         if self.K > _MANY:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
-            mixtures = [each.mixture for each in found[:2]] + [each.origin for each in found[2:]]
-        climbed = climber.climbs(mixtures, *_PLAIN)
+            mixtures[2:] = [each.origin for each in found[2:]]
+        climbed = climber.climbs(list({id(mixture): mixture for mixture in mixtures}.values()), *_PLAIN)
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:
