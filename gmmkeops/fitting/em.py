@@ -202,8 +202,8 @@ class EM(Method[EMState]):
             state = self._extrapolate(objective, now, state)
         return replace(state, iteration=state.iteration + 1), now
 
-    def steps(self, objective: Objective, state: EMState) -> Iterator[tuple[EMState, Evaluation]]:
-        return BlockSteps(self, objective, state)
+    def steps(self, objective: Objective, state: EMState, most: int) -> Iterator[tuple[EMState, Evaluation]]:
+        return BlockSteps(self, objective, state, most)
 
     def _expect(self, objective: Objective, state: EMState) -> tuple[EMState, Moments, float]:
         """Perform the E-step; return the state, its moments, and the mean log-likelihood of its mixture."""

@@ -147,13 +147,14 @@ class Run:
             self.ending = Ending.CONVERGED
         if bar is not None:
             bar.update(self.iterations)
-        steps = self.method.steps(self.objective, state)
+        steps = self.method.steps(self.objective, state, max_iter - self.iterations)
         try:
             while self.iterations < max_iter and self.ending is Ending.MAX_ITER:
                 if self.iterations == _SETTLED:
                     settled = self.objective.settled(self.method.current(self.objective, state))
                     if settled is not self.objective:
-                        self.objective, steps = settled, self.method.steps(settled, state)
+                        left = max_iter - self.iterations
+                        self.objective, steps = settled, self.method.steps(settled, state, left)
                 journal.begin(self.iterations, lambda: self.snapshot(state))  # noqa: B023
                 if journal.due:
                     journal.write()

@@ -135,8 +135,13 @@ class Method(ABC, Generic[S]):
     def step(self, objective: Objective, state: S) -> tuple[S, Evaluation]:
         """Perform one pass over the data; return the next state, and the evaluation of the mixture of ``state``."""
 
-    def steps(self, objective: Objective, state: S) -> Iterator[tuple[S, Evaluation]]:
-        """Iterate :meth:`step`. A method may compute several steps at a time, with results that do not depend on their number."""
+    def steps(self, objective: Objective, state: S, most: int) -> Iterator[tuple[S, Evaluation]]:
+        """Iterate :meth:`step`. A method may compute several steps at a time, with results that do not depend on their number.
+
+        Args:
+            objective, state: As for :meth:`step`, before the first step.
+            most: Largest number of steps that will be asked for.
+        """
         while True:
             state, now = self.step(objective, state)
             yield state, now

@@ -1,4 +1,4 @@
-"""Ordinary EM steps, which the native engine performs several at a time."""
+"""Ordinary EM steps, of which one call performs several."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ __all__ = ["DEAD_SHARE", "Block", "BlockSteps", "climb", "climbs_of", "maximized
 # Largest numbers of steps in the first block of a fit, and in the others: many fits end after few steps.
 _FIRST, _MOST = 4, 16
 
+# Number of steps on a GPU after one that was not ordinary that are not tried as ordinary ones.
+_PAUSE = 8
+
 # EM prunes components at this fraction of DEAD_POINTS, so that pruning changes the objective only by rounding errors.
 DEAD_SHARE = 1e-3
 
@@ -37,7 +40,7 @@ class Block:
         method: The method.
         objective: The objective.
         state: The state before the first step.
-        found: Results of the native engine.
+        found: Results of the steps.
         penalty: Penalty of the mixture without the terms in ``found.priors``, nats per point; equal at all steps.
     """
 
@@ -49,13 +52,20 @@ class Block:
 
     @classmethod
     def of(
-        cls, method: EM, objective: Objective, state: EMState, limit: int | None = None, tolerance: float = -math.inf
+        cls,
+        method: EM,
+        objective: Objective,
+        state: EMState,
+        limit: int | None = None,
+        tolerance: float = -math.inf,
+        most: int = _MOST,
     ) -> Block | None:
         """Perform steps that need nothing but moments and their maximization; None if the next step needs more.
 
         Args:
             method, objective, state: As for :meth:`EM.step`.
             limit, tolerance: As for :func:`gmmkeops.reductions.em_steps`.
+            most: Largest number of steps, unless there is a limit.
         """
         mixture = state.mixture
         own = _settings(method, objective, mixture, method.beta(state))
@@ -73,7 +83,7 @@ class Block:
             drift=state.drift,
             backend=objective.backend,
             limit=limit,
-            most=min(max(state.iteration, _FIRST), _MOST),
+            most=min(max(state.iteration, _FIRST), _MOST, most),
             tolerance=tolerance,
         )
         if not found:
@@ -124,23 +134,38 @@ class BlockSteps(Iterator[tuple[EMState, Evaluation]]):
     """Iterator over the steps of EM, which performs ordinary steps in blocks.
 
     Args:
-        method, objective, state: As for :meth:`EM.step`, before the first step.
+        method, objective, state, most: As for :meth:`EM.steps`.
     """
 
-    def __init__(self, method: EM, objective: Objective, state: EMState) -> None:
+    def __init__(self, method: EM, objective: Objective, state: EMState, most: int) -> None:
         self.method, self.objective, self.state = method, objective, state
+        # The E-step after the last step evaluates the result.
+        self._left = most + 1
         self._block: Block | None = None
-        self._done = 0
+        self._done = self._pause = 0
 
     def __next__(self) -> tuple[EMState, Evaluation]:
         if self._block is None or self._done == len(self._block):
-            self._block, self._done = Block.of(self.method, self.objective, self.state), 0
+            self._block, self._done = self._begun(), 0
         if self._block is None:
             self.state, now = self.method.step(self.objective, self.state)
         else:
             now, self._done = self._block.evaluation(self.state, self._done), self._done + 1
             self.state = self._block.after(self._done)
+        self._left -= 1
         return self.state, now
+
+    def _begun(self) -> Block | None:
+        """Return the next block, or None if the next step is not an ordinary one."""
+        if self._pause:
+            self._pause -= 1
+            return None
+        block = Block.of(self.method, self.objective, self.state, most=self._left)
+        if block is None and self.objective.data.device != self.objective.device:
+            # The E-step is performed again; steps that follow are probably not ordinary ones, either. A step on its own has the
+            # same result as one of a block.
+            self._pause = _PAUSE
+        return block
 
     def ahead(self) -> Evaluation | None:
         """Return the evaluation of the state after the last step, if it has been computed."""
@@ -194,7 +219,7 @@ def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -
         the library does not compute it.
     """
     if objective.data.device == objective.device or state.counts is None:
-        # On a CPU, blocks of steps contain their E-steps.
+        # All steps for points on a CPU are tried in blocks.
         return None
     settings = _constants(method, objective, state.mixture, method.beta(state))
     if settings is None:

@@ -31,6 +31,7 @@ from gmmkeops.reductions.dispatch import ASSIGNMENTS
 from gmmkeops.reductions.functions import argmax, attached, logsumexp, moments, topk, total
 from gmmkeops.reductions.host_moments import mixture_moments as mixture_moments
 from gmmkeops.reductions.host_moments import valid_gradients as valid_gradients
+from gmmkeops.reductions.host_steps import em_steps as em_steps
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401
@@ -43,7 +44,6 @@ from gmmkeops.reductions.native.seeds import chosen_seeds as chosen_seeds
 from gmmkeops.reductions.native.steps import Pool as Pool
 from gmmkeops.reductions.native.steps import Steps as Steps
 from gmmkeops.reductions.native.steps import StepSettings as StepSettings
-from gmmkeops.reductions.native.steps import em_steps as em_steps
 from gmmkeops.reductions.native.steps import maximizes as maximizes
 from gmmkeops.reductions.native.steps import native_m_step as native_m_step
 from gmmkeops.reductions.prepared import Prepared as Prepared

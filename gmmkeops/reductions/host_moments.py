@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from gmmkeops.reductions.native.steps import FAMILIES
 from gmmkeops.reductions.problem import Exponents, Extent
 from gmmkeops.reductions.protocol import Statistics
 
-__all__ = ["mixture_moments", "valid_gradients"]
+__all__ = ["HostParameters", "mixture_moments", "valid_gradients"]
 
 # Extent of parameters that are known to be finite, with standardized means, for which the center is zero. The range of the
 # offsets means only that none of them is limited.
@@ -64,40 +65,72 @@ def mixture_moments(
         backend: Name of the engine.
 
     Returns:
-        The moments on the CPU; None if the parameters must be validated or converted in another way, or without the library.
+        The moments on the CPU; None as for :meth:`HostParameters.exponents`, or without the library.
     """
-    family, given = FAMILIES.get(type(factor)), [logits, means, *factor.tensors.values()]
-    if family is None or reason() is not None or not isinstance(batch.points, Tensor):
+    parameters = HostParameters.of(factor, len(means), batch)
+    host = None if parameters is None else parameters.exponents(logits, means, factor.tensors)
+    if host is None:
         return None
-    if any(part.dtype != torch.float64 or part.device.type != "cpu" or part.requires_grad for part in given):
-        return None
-    (K, D), L = means.shape, factor.leading
-    given = [part.contiguous() for part in given]
-    rounding = None if batch.rounding is None else batch.rounding.cpu().contiguous()
-    offsets, shape = torch.empty(K, dtype=torch.float64), {0: (D, D), 1: (D,), 2: (1,)}[family]
-    U = torch.empty(L, *shape, dtype=torch.float64)
-    call = ParameterCall(
-        family=family,
-        tied=L == 1,
-        threads=cores(),
-        components=K,
-        dimensions=D,
-        logits=given[0].data_ptr(),
-        means=given[1].data_ptr(),
-        log_diagonal=given[2].data_ptr(),
-        upper=given[3].data_ptr() if family == 0 else None,
-        rounding=None if rounding is None else rounding.data_ptr(),
-        coarse=ROUNDING,
-        offsets=offsets.data_ptr(),
-        factor=U.data_ptr(),
-    )
-    run("gmmkeops_parameters", call)
-    if not call.valid:
-        return None
-    center = torch.zeros(D, dtype=torch.float64)
-    host = Exponents(means[:0], offsets, means, U if L == K else U.expand(K, *shape), center)
     sums = statistics(
         Exponents.of_host(batch.points, host), None, batch.weights, backend, assignment, device=means.device, mass=mass
     )
-    shape = (K, *factor.spread_shape(D))
+    shape = (len(means), *factor.spread_shape(factor.features))
     return sums if sums.S2.shape == shape else replace(sums, S2=sums.S2.reshape(shape))
+
+
+class HostParameters:
+    """Exponents from the parameters of mixtures on the CPU, by one call of the compiled library for each mixture.
+
+    Args:
+        factor: Precision factor of the mixtures.
+        components: Number of components K.
+        rounding: Largest rounding errors of the points (D,), float64, on the CPU; None if they are exact.
+    """
+
+    def __init__(self, factor: Factor, components: int, rounding: Tensor | None) -> None:
+        self._rounding, family, D = rounding, FAMILIES[type(factor)], factor.features
+        self._shape = {0: (D, D), 1: (D,), 2: (1,)}[family]
+        self._tied, self._center = factor.leading == 1, torch.zeros(D, dtype=torch.float64)
+        self._call = ParameterCall(
+            family=family,
+            tied=self._tied,
+            threads=cores(),
+            components=components,
+            dimensions=D,
+            rounding=None if rounding is None else rounding.data_ptr(),
+            coarse=ROUNDING,
+        )
+
+    @classmethod
+    def of(cls, factor: Factor, components: int, batch: Batch) -> HostParameters | None:
+        """Create the exponents for points that are not sorted; None if the library does not compute them."""
+        if type(factor) not in FAMILIES or reason() is not None or not isinstance(batch.points, Tensor):
+            return None
+        rounding = None if batch.rounding is None else batch.rounding.cpu().contiguous()
+        return cls(factor, components, rounding)
+
+    def exponents(self, logits: Tensor, means: Tensor, tensors: Mapping[str, Tensor]) -> Exponents | None:
+        """Compute and validate the exponents, without points.
+
+        Args:
+            logits, means: Parameters (K,) and (K, D).
+            tensors: Parameters of the factor, by their names.
+
+        Returns:
+            None if the parameters must be validated or converted in another way, or if float32 points are not accurate enough.
+        """
+        given = [logits, means, *tensors.values()]
+        if any(part.dtype != torch.float64 or part.device.type != "cpu" or part.requires_grad for part in given):
+            return None
+        given = [part.contiguous() for part in given]
+        offsets = torch.empty(len(means), dtype=torch.float64)
+        U = torch.empty(1 if self._tied else len(means), *self._shape, dtype=torch.float64)
+        call = self._call
+        call.logits, call.means, call.log_diagonal = (part.data_ptr() for part in given[:3])
+        call.upper = given[3].data_ptr() if len(given) > 3 else None
+        call.offsets, call.factor = offsets.data_ptr(), U.data_ptr()
+        run("gmmkeops_parameters", call)
+        if not call.valid:
+            return None
+        U = U if len(U) == len(means) else U.expand(len(means), *self._shape)
+        return Exponents(means[:0], offsets, given[1], U, self._center)

@@ -7,6 +7,7 @@ have a finite log-density. All other steps are left to the M-step in torch, whic
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,19 @@ from gmmkeops.reductions.native import native
 from gmmkeops.reductions.native.engine import ASSIGNMENTS, LONG, RATIO, scaled
 from gmmkeops.reductions.problem import Exponents
 
-__all__ = ["FAMILIES", "Pool", "StepSettings", "Steps", "described", "em_steps", "maximizes", "native_m_step"]
+__all__ = [
+    "FAMILIES",
+    "Maximization",
+    "Pool",
+    "StepSettings",
+    "Steps",
+    "described",
+    "em_steps",
+    "maximizes",
+    "native_m_step",
+    "results",
+    "tables_of",
+]
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
 FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
@@ -157,28 +170,70 @@ def em_steps(
     work = N * K * (D * (D + 8) if full else D + 8)
     count = max(1, min(most, int(_WORK / max(work, 1)))) if limit is None else limit
     call.tolerance, call.relative = tolerance, relative
-    tables = _tables(count, logits, means, factor, counts, drift)
-    return _performed("gmmkeops_steps", call, tables, factor, is_long=count * N * K * D >= LONG)
+    tables = tables_of(count, logits, means, factor, counts, drift)
+    call.steps = count
+    _place(call, tables, 0)
+    _run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG)
+    return results(tables, factor, call.done)
 
 
-def _performed(
-    function: str, call: StepCall, tables: dict[str, Tensor], factor: Factor, *, is_long: bool = False
-) -> Steps:
-    """Call a function of the library that performs steps, and return their results."""
-    call.steps = len(tables["logits"]) - 1
-    # The last four tables are the rows of one.
-    numbers = tables["numbers"]
-    place, width = numbers.data_ptr(), numbers.shape[1] * numbers.element_size()
-    for i, name in enumerate(("total", "cost", "prior", "drift")):
-        setattr(call, name, place + i * width)
-    for name, table in tables.items():
-        if name != "numbers":
-            setattr(call, name, table.data_ptr())
+def _run(function: str, call: StepCall, is_long: bool = False) -> None:
     if run(function, call, is_long=is_long) == OUT_OF_MEMORY:
         K, D = call.sweep.components, call.sweep.dimensions
         raise MemoryError(f"There is not enough memory for EM steps of {K} components in {D} dimensions.")
-    done = call.done + 1
-    return Steps({name: table[:, :done] if name == "numbers" else table for name, table in tables.items()}, factor)
+
+
+def _place(call: StepCall, tables: dict[str, Tensor], t: int) -> None:
+    """Let a call read the parameters before step t, and write its results."""
+    for name, table in tables.items():
+        if name != "numbers":
+            setattr(call, name, table.data_ptr() + t * table.stride(0) * table.element_size())
+    # The last four tables are the rows of one.
+    numbers = tables["numbers"]
+    size = numbers.element_size()
+    for i, name in enumerate(("total", "cost", "prior", "drift")):
+        setattr(call, name, numbers.data_ptr() + (i * numbers.shape[1] + t) * size)
+
+
+def results(tables: dict[str, Tensor], factor: Factor, done: int) -> Steps:
+    """Return the results of the first steps of tables."""
+    rows = {name: table[:, : done + 1] if name == "numbers" else table for name, table in tables.items()}
+    return Steps(rows, factor)
+
+
+class Maximization:
+    """M-steps from moments that any engine has computed, from one row of tables to the next one.
+
+    Args:
+        factor: Precision factor, of a family for which :func:`maximizes` is true.
+        components: Number of components K.
+        settings: Constants of the M-step.
+        mass: Total weight of the points of the moments.
+        tables: Tables as :func:`tables_of` returns them.
+    """
+
+    def __init__(
+        self, factor: Factor, components: int, settings: StepSettings, mass: float, tables: dict[str, Tensor]
+    ) -> None:
+        self._tables, self._odd = tables, torch.zeros(1, dtype=torch.int64)
+        sweep = Call(
+            family=FAMILIES[type(factor)],
+            threads=cores(),
+            components=components,
+            dimensions=factor.features,
+            odd=self._odd.data_ptr(),
+        )
+        self._call, self._kept = _described(sweep, factor, settings, mass)
+        self._call.steps = 1
+
+    def perform(self, t: int, sums: Sequence[Tensor]) -> bool:
+        """Perform step t with S0, S1, S2 and the total, on the CPU; return whether it was an ordinary one."""
+        parts = [part.contiguous() for part in sums]
+        sweep = self._call.sweep
+        sweep.S0, sweep.S1, sweep.S2, sweep.total = (part.data_ptr() for part in parts)
+        _place(self._call, self._tables, t)
+        _run("gmmkeops_maximize", self._call)
+        return bool(self._call.done)
 
 
 def maximizes(factor: Factor) -> bool:
@@ -207,15 +262,9 @@ def native_m_step(
     """
     if not maximizes(factor):
         return None
-    family = FAMILIES[type(factor)]
-    parts = [part.contiguous() for part in (sums.S0, sums.S1, sums.S2, sums.total)]
-    odd = torch.zeros(1, dtype=torch.int64)
-    sweep = Call(
-        family=family, threads=cores(), components=means.shape[0], dimensions=means.shape[1], odd=odd.data_ptr()
-    )
-    sweep.S0, sweep.S1, sweep.S2, sweep.total = (part.data_ptr() for part in parts)
-    call, _kept = _described(sweep, factor, settings, float(sums.mass))
-    return _performed("gmmkeops_maximize", call, _tables(1, logits, means, factor, counts, drift), factor)
+    tables = tables_of(1, logits, means, factor, counts, drift)
+    step = Maximization(factor, len(means), settings, float(sums.mass), tables)
+    return results(tables, factor, step.perform(0, (sums.S0, sums.S1, sums.S2, sums.total)))
 
 
 def described(
@@ -289,10 +338,15 @@ def _described(
     return call, [ridge, scatter]
 
 
-def _tables(
+def tables_of(
     count: int, logits: Tensor, means: Tensor, factor: Factor, counts: Tensor | None, drift: float
 ) -> dict[str, Tensor]:
-    """Return arrays with one row before each step and one after the last step, of which the first rows are set."""
+    """Return arrays with one row before each step and one after the last one, of which the first rows are set.
+
+    Args:
+        count: Largest number of steps.
+        logits, means, factor, counts, drift: As for :func:`em_steps`.
+    """
     tensors, L = factor.tensors, factor.leading
     shapes: dict[str, Any] = {"logits": logits.shape, "means": means.shape, "counts": (L,)}
     shapes |= {name: (L, tensor.shape[-1]) for name, tensor in tensors.items()}
