@@ -276,7 +276,7 @@ def test_triton_packs_parameters_on_either_device(monkeypatch, family):
         results = []
         for problem, many in zip(problems, (10_000, 10_000, 0), strict=True):
             monkeypatch.setattr(engine, "_MANY", many)
-            monkeypatch.setattr(engine, "_MANY_COMPILED", many)
+            monkeypatch.setattr(problem_module, "_SMALL", many)
             for request in requests:
                 moved = replace(request, weights=on_gpu) if getattr(request, "weights", None) is not None else request
                 results.append([part.cpu() for part in evaluate(triton, problem, moved)])
@@ -411,6 +411,7 @@ def with_many_parameters(monkeypatch):
     """Let few parameters be treated as many ones are."""
     monkeypatch.setattr(method_module, "_FEW", 1)
     monkeypatch.setattr(problem_module, "_SERIAL", 0)
+    monkeypatch.setattr(problem_module, "_SMALL", 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"sample_weight": True}], ids=["", "float32", "weights"])

@@ -32,18 +32,27 @@ class _Kept:
     def __init__(self, factor: Factor, tensors: list[Tensor], values: Prepared) -> None:
         self.values = values
         self.kind, self.features = type(factor), factor.features
-        self.copies = [tensor.detach().clone() for tensor in tensors]
+        self.copies = [copy.clone() for copy in _together(tensors)]
 
     def describes(self, factor: Factor, tensors: list[Tensor]) -> bool:
         """Return whether the values were computed from these parameters: logits, means and those of the factor."""
+        parts = _together(tensors)
         return (
             self.kind is type(factor)
             and self.features == factor.features
+            and len(parts) == len(self.copies)
             and all(
-                copy.dtype is tensor.dtype and copy.device == tensor.device and torch.equal(copy, tensor)
-                for copy, tensor in zip(self.copies, tensors, strict=True)
+                copy.dtype is part.dtype and copy.device == part.device and torch.equal(copy, part)
+                for copy, part in zip(self.copies, parts, strict=True)
             )
         )
+
+
+def _together(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors without gradients; those on a GPU in one array, since each comparison waits for the device."""
+    tensors = [tensor.detach() for tensor in tensors]
+    alike = all(tensor.is_cuda and tensor.dtype is tensors[0].dtype for tensor in tensors)
+    return [torch.cat([tensor.reshape(-1) for tensor in tensors])] if alike else tensors
 
 
 def prepared(mixture: Mixture) -> Prepared | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gmmkeops._checks import as_fraction
-from gmmkeops.components import Moments, as_tensor, concrete
+from gmmkeops.components import Moments, as_tensor, concrete, transferred
 from gmmkeops.data import Batch
 from gmmkeops.reductions.arrangement import sorted_points
 from gmmkeops.reductions.choice import choose
@@ -102,9 +103,10 @@ def statistics(
 ) -> Moments:
     """Compute the moments for points and weights, both in kd-tree order if the points are sorted.
 
-    The result is on ``device``, or on that of the points if it is None. ``mass`` is the total weight, if it is known.
+    The result is on ``device``, or on that of the points if it is None. ``mass`` is the total weight if it is known, or NaN if it
+    is not needed.
     """
-    x = problem.x
+    x, host = problem.x, problem.host
     device = device or x.device
     count = x.shape[0] if blocks is None else len(blocks.cloud.rank)
     mass = float(count) if weights is None else mass
@@ -117,11 +119,26 @@ def statistics(
         assert blocks is not None, "only a cloud repeats points"
         weights = blocks.cloud.ones
 
-    away = device != x.device
-    request = Statistics(weights, assignment, seed, on_cpu=away and device.type == "cpu")
-    S0, S1, S2, total = compute(problem, blocks, request, backend)
-    given = problem.host if away and problem.host is not None else problem
+    # Sums that the library converts on the CPU, and copies back, take less time than many operations on the device.
+    away = x.device.type != "cpu" and (device.type == "cpu" or host is not None)
+    S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed, on_cpu=away), backend)
+    given = host if host is not None and S0.device == host.means.device else problem
     return Moments(S0, S1, S2, given.means + given.center, total, weight).to(device)
+
+
+def _total(
+    problem: Exponents, blocks: Truncation | None, weights: Tensor | None, backend: str
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Compute Σ g ℓ and its gradients with respect to offsets, means and U, on the device of the points.
+
+    If the parameters are on the CPU, the gradients are computed there, and copied to the device together.
+    """
+    given = problem if problem.host is None else problem.host
+    sums = statistics(problem, blocks, weights, backend, device=given.means.device, mass=math.nan)
+    total, *gradients = transferred(
+        [sums.total, *parameter_gradients(given.U, sums.S0, sums.S1, sums.S2)], problem.x.device
+    )
+    return total.clone(), (gradients[0], gradients[1], gradients[2])
 
 
 def parameter_gradients(
@@ -204,15 +221,13 @@ class Dispatch:
         with alone(x):
             problem, blocks = self._problem(x, offsets, means, U)
             weights = weights if weights is None or blocks is None else blocks.cloud.enter(weights)
-            sums = statistics(problem, blocks, weights, self.backend)
-        return sums.total.clone(), parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
+            return _total(problem, blocks, weights, self.backend)
 
     def parameter_gradients(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with alone(arguments[0]):
             problem, blocks = self._problem(*arguments)
             g = g.double() if blocks is None else blocks.cloud.enter(g.double())
-            sums = statistics(problem, blocks, g, self.backend)
-        return parameter_gradients(problem.U, sums.S0, sums.S1, sums.S2)
+            return _total(problem, blocks, g, self.backend)[1]
 
     def known(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.sums is None or not len(g) or not concrete(g):

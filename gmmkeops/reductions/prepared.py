@@ -8,6 +8,7 @@ from gmmkeops.components import Factor, constant
 from gmmkeops.reductions.derivatives import LogSumExp as Differentiable
 from gmmkeops.reductions.derivatives import recordable
 from gmmkeops.reductions.dispatch import Dispatch, arranged, evaluated
+from gmmkeops.reductions.library import reason
 from gmmkeops.reductions.problem import Exponents, Extent, factor_tensor
 from gmmkeops.reductions.protocol import Argmax, LogSumExp
 
@@ -37,7 +38,9 @@ class Prepared:
         """
         if self._exponents is None:
             offsets, means, U = self.offsets.detach(), self.means.detach(), self.U.detach()
-            self._exponents = Exponents.of_shaped(means[:0], offsets, means, U, self.extent)
+            found = Exponents.of_shaped(means[:0], offsets, means, U, self.extent)
+            # Engines on a GPU pack few parameters on the CPU; this copy serves all sets of points.
+            self._exponents = found.with_host() if found.is_small and reason() is None else found
         return self._exponents
 
     def logsumexp(self, x: Tensor, *, backend: str = "auto", truncate: float | None = None) -> Tensor:

@@ -60,10 +60,10 @@ _LARGEST = 1e29
 # not divided by their size.
 _RATIO, _ORDINARY = 2.0**50, 20
 
-# Largest number of entries of the factors for which parameters are packed on the CPU, to which those on the device are copied: by
-# torch, and by the compiled library. On one core torch takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for
-# 5e4; the library takes 0.03 ms for 1e4 entries and 0.15 ms for 5e4. Either saves about forty kernels.
-_MANY, _MANY_COMPILED = 10_000, 50_000
+# Largest number of entries of the factors for which torch packs parameters on the CPU, to which those on the device are copied.
+# On one core torch takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for 5e4; the compiled library takes
+# 0.03 ms for 1e4 entries and 0.15 ms for 5e4. Either saves about forty kernels, and for full factors an inverse.
+_MANY = 10_000
 
 
 class _WithForm(Evaluation, Protocol):
@@ -119,7 +119,7 @@ def _begun(problem: Exponents, request: Request) -> _WithForm:
 
 def _placed(problem: Exponents) -> Exponents:
     """Copy few parameters to the CPU, where they are packed; leave out a copy there of many."""
-    few = problem.entries <= (_MANY if reason() is not None else _MANY_COMPILED)
+    few = problem.is_small if reason() is None else problem.entries <= _MANY
     return problem.with_host() if few else replace(problem, host=None)
 
 
