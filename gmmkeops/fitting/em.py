@@ -191,7 +191,8 @@ class EM(Method[EMState]):
         whole = state.population.whole(state.mixture)
         state, sums, likelihood = self._expect(objective, state)
         ordinary = maximized(self, objective, state, sums)
-        value = self._value(objective, state, likelihood, None if ordinary is None else ordinary[1])
+        _, ridge, known = (None, None, None) if ordinary is None else ordinary
+        value = self._value(objective, state, likelihood, ridge) if known is None else known
         exact = self.assignment != "hard"
         now = Evaluation(whole, value, likelihood, state.population.live, state.floored, exact)
         heated = self.beta(state) < 1

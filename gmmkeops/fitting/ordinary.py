@@ -86,8 +86,19 @@ class Block:
             most=min(max(state.iteration, _FIRST), _MOST, most),
             tolerance=tolerance,
         )
-        if not found:
-            return None
+        return None if not found else cls.from_found(method, objective, state, found, settings)
+
+    @classmethod
+    def from_found(
+        cls,
+        method: EM,
+        objective: Objective,
+        state: EMState,
+        found: reductions.Steps,
+        settings: reductions.StepSettings,
+    ) -> Block:
+        """Return the block of steps that have been performed with constants from a state."""
+        mixture = state.mixture
         whole = state.population.whole(mixture)
         if whole is mixture:
             penalty = _volume(objective, settings, mixture)
@@ -211,38 +222,42 @@ def _constants(method: EM, objective: Objective, mixture: Mixture, beta: float) 
     )
 
 
-def maximized(method: EM, objective: Objective, state: EMState, sums: Moments) -> tuple[EMState, float] | None:
+def maximized(
+    method: EM, objective: Objective, state: EMState, sums: Moments
+) -> tuple[EMState, float, float | None] | None:
     """Perform an ordinary M-step in the library, from moments that another engine has computed.
 
     Returns:
-        The next state, and the ``reg_covar`` term of the given one, nats per point; None if the M-step is not an ordinary one, or
-        the library does not compute it.
+        The next state; and the ``reg_covar`` term and the objective of the given one, nats per point. The latter is None if the
+        penalty is not constant. The result is None if the M-step is not an ordinary one, or the library does not compute it.
     """
     if objective.data.device == objective.device or state.counts is None:
         # All steps for points on a CPU are tried in blocks.
         return None
     settings = _constants(method, objective, state.mixture, method.beta(state))
     if settings is None:
-        return _penalized(method, objective, state, sums)
-    return _native(state, sums, settings)
+        penalized = _penalized(method, objective, state, sums)
+        return None if penalized is None else (*penalized, None)
+    found = _native(state, sums, settings)
+    if not found:
+        return None
+    # As in a block, so that fits resume bit by bit.
+    block = Block.from_found(method, objective, state, found, settings)
+    return replace(block.after(1), iteration=state.iteration), found.costs[0], block.value(0)
 
 
-def _native(state: EMState, sums: Moments, settings: reductions.StepSettings) -> tuple[EMState, float] | None:
-    """Perform the M-step in the library; return the next state and the ``reg_covar`` term, or None, as :func:`maximized`."""
+def _native(state: EMState, sums: Moments, settings: reductions.StepSettings) -> reductions.Steps | None:
+    """Perform one M-step in the library."""
     assert state.counts is not None, "the E-step has computed them"
     mixture = state.mixture
     arguments = (mixture.logits, mixture.means, mixture.factor, settings, state.counts, state.drift)
-    found = reductions.native_m_step(sums, *arguments)
-    if not found:
-        return None
-    after = Mixture.from_valid(found.logits(1), found.means(1), found.factor(1), validate_args=False)
-    return replace(state, mixture=after, counts=found.counts(1), drift=found.drifts[1]), found.costs[0]
+    return reductions.native_m_step(sums, *arguments)
 
 
 def _penalized(method: EM, objective: Objective, state: EMState, sums: Moments) -> tuple[EMState, float] | None:
     """Perform the M-step with a penalty whose terms change: means and covariances in the library, weights in torch.
 
-    Pseudo-points of the means are points of their components, so that they are added to the moments. Results are those of
+    Pseudo-points of the means are points of their components, so that they are added to the moments. Results are the first two of
     :func:`maximized`.
     """
     mixture, penalty, frozen = state.mixture, objective.penalty, method.frozen
@@ -277,12 +292,15 @@ def _penalized(method: EM, objective: Objective, state: EMState, sums: Moments) 
         degrees=prior.degrees + copies * (prior.degrees_per_component - kappa),
     )
     found = _native(state, with_points, settings)
-    if found is None or frozen[0]:
-        return found
+    if not found:
+        return None
+    after = Mixture.from_valid(found.logits(1), found.means(1), found.factor(1), validate_args=False)
+    state = replace(state, mixture=after, counts=found.counts(1), drift=found.drifts[1])
+    if frozen[0]:
+        return state, found.costs[0]
     weights = solve_weights(scale * sums.S0 + prior.counts, objective.mass * prior.slopes, mixture.log_weights)
-    after = found[0].mixture
     after = Mixture(weights, after.means, after.factor, validate_args=False)
-    return method.pruned(objective, replace(found[0], mixture=after)), found[1]
+    return method.pruned(objective, replace(state, mixture=after)), found.costs[0]
 
 
 def _volume(objective: Objective, settings: reductions.StepSettings, mixture: Mixture) -> float:
