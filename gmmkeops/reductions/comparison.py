@@ -36,7 +36,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 # Sizes for each dtype above which numbers are equal: the dense engine limits exponents to -3e38 or -1e300, others to -inf.
 _LARGEST = {torch.float32: 2.9e38, torch.float64: 1e299}
 
-# Distance for each dtype of log-sum-exps from their usual size, nats, up to which points are compared.
+# Largest value for each dtype of half the squared whitened residual of points that are compared, less its mean D / 2.
 _DEPTH = {torch.float32: DEEPEST, torch.float64: _LARGEST[torch.float64]}
 
 _NAMES = {
@@ -69,7 +69,7 @@ class Comparison:
         self._done: set[tuple[object, ...]] = set()
         self.failure: str | None = None
 
-    def once(self, problem: Exponents, request: Request, form: str = "") -> None:
+    def once(self, problem: Exponents, request: Request, form: str = "") -> bool:
         """Compare the results of a request for some of the points, if that has not been done for such a problem and request.
 
         All pairs of these points and all components are evaluated, without weights. Points that are far from all components are
@@ -77,17 +77,20 @@ class Comparison:
         other points. If all of these points are far, the next problem is compared. ``form`` names the formulas that the engine
         uses for all pairs of this problem, if it has several.
 
+        Returns:
+            Whether results for such a problem and request have been compared, now or before.
+
         Raises:
             Broken: The results differ by more than rounding errors.
         """
         x, same = problem.x, _without_chance(request)
         key = x.device, x.dtype, problem.is_full, problem.width, x.shape[1], same, form
         if key in self._done or not len(x):
-            return
+            return key in self._done
         count = min(_POINTS, len(x), max(_LEAST, _WORK // problem.entries))
         few = _near(problem.rows(torch.arange(count, device=x.device) * len(x) // count))
         if not len(few.x):
-            return
+            return False
         evaluation = self._begin(few, same)
         evaluation.add(None)
         expected = evaluate(dense, replace(few, x=few.x.double()), same)
@@ -97,13 +100,14 @@ class Comparison:
             found = f"a relative error of {error:.1g} in {_NAMES[type(same)]}"
             self.failure = f"a check of {len(few.x)} points at its first use found {found}"
             raise Broken(self.failure)
+        return True
 
 
 def _near(problem: Exponents) -> Exponents:
-    """Select the points whose log-sum-exps are so near to their usual size that engines are accurate for them."""
-    values = evaluate(dense, replace(problem, x=problem.x.double()), LogSumExp())[0]
-    usual = problem.offsets.amax() - 0.5 * problem.shape[2]
-    return problem.rows(((values - usual).abs() <= _DEPTH[problem.x.dtype]).nonzero()[:, 0])
+    """Select the points that are not far from the component of their largest exponent."""
+    best, label = evaluate(dense, replace(problem, x=problem.x.double()), TopK(1))
+    squares = problem.offsets[label[:, 0]] - best[:, 0]
+    return problem.rows((squares <= _DEPTH[problem.x.dtype] + 0.5 * problem.shape[2]).nonzero()[:, 0])
 
 
 def _without_chance(request: Request) -> Request:
