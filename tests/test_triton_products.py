@@ -17,7 +17,7 @@ from gmmkeops.reductions.triton.residuals import NO_SHARE, Residuals
 
 DEVICES = [INTERPRETED, pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton)]
 CLOSE = 2e-6
-# Tensor cores truncate the terms of a sum to a few bits below the last one of the largest term: the largest error of log-sum-exps
+# Tensor cores truncate the terms of a sum two bits below the last bit of the largest one: the largest error of log-sum-exps
 # in these tests is 2.96e-6 on an H200 (diagonal, 32 features), where the interpreter, which rounds, has less than 2e-6.
 TRUNCATED = {"cpu": 1, "cuda": 2}
 SMALL = Tiling(32, 32, 4, 2, columns=64, chunk=64)
