@@ -310,10 +310,10 @@ REQUESTS = [
 
 
 class Distorted:
-    """An evaluation whose first or last result is wrong in one place."""
+    """An evaluation one of whose results is wrong in one place, by an error relative to its largest entry."""
 
-    def __init__(self, evaluation, place):
-        self.evaluation, self.place = evaluation, place
+    def __init__(self, evaluation, place, error=1e-2):
+        self.evaluation, self.place, self.error = evaluation, place, error
 
     def add(self, schedule):
         return self.evaluation.add(schedule)
@@ -321,7 +321,7 @@ class Distorted:
     def result(self):
         found = [part.clone() for part in self.evaluation.result()]
         part = found[self.place].view(-1)
-        part[len(part) // 2] += 1e-2 * (1 + part.abs().max())
+        part[len(part) // 2] += self.error * (1 + part.abs().max())
         return tuple(found)
 
 
@@ -350,12 +350,62 @@ def test_the_first_results_are_compared_with_float64(request_, family):
         assert [rows for rows, _ in asked] == [256]
 
 
-def test_numbers_beyond_the_range_of_float32_are_equal():
+# Engines that run on the CPU, each of which a new comparison takes part in.
+COMPARED = [param for param in ALL if param.values[0][1] == "cpu" and "dense" not in param.id]
+
+
+@pytest.mark.parametrize("engine", COMPARED)
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 1e25), (torch.float32, 3e38), (torch.float64, 1e200)])
+def test_points_beyond_the_range_of_a_dtype_are_no_errors(engine, dtype, far):
+    """Their exponents are infinite, limited to the range or not computed at all."""
+    x = torch.tensor([[0.1, 0.2, 0.0], [far, 0.0, 0.0]], dtype=dtype)
+    offsets, means, U = torch.tensor([-math.inf, 0.0]), torch.zeros(2, 3), torch.ones(2, 3)
+    chosen = choice.ENGINES[engine[0]]
+    assert chosen.unavailable(x.device) is None
+    comparison = Comparison(type(chosen)().begin)
+    for points in (x, x[1:], x.flip(0)):
+        problem = Exponents.of(points, offsets, means, U)
+        for request in (LogSumExp(), TopK(1), TopK(2), Statistics(), PointGradient()):
+            comparison._done.clear()
+            comparison.once(problem, request)
+    assert comparison.failure is None
+
+
+def test_engines_are_compared_at_points_near_the_components():
+    """Points that are far from all components do not count as a first use, and do not hide errors at others."""
     case = make_case("full", torch.float32, condition=10.0)
-    x = case.x.clone()
-    x[7] = 1e25
-    comparison = Comparison(Toy().begin)
-    comparison.once(Exponents.of(x, *case.arguments[1:]), LogSumExp())
+    toy, far = Toy(), case.x + 1e6
+    for request in (LogSumExp(), Statistics(), PointGradient()):
+        for place in (0, 1, 2) if request == Statistics() else (0,):
+            comparison = Comparison(lambda *given, place=place: Distorted(toy.begin(*given), place))
+            comparison.once(Exponents.of(far, *case.arguments[1:]), request)
+            assert comparison.failure is None
+            mixed = Exponents.of(torch.cat([case.x[:40], far[40:80]]), *case.arguments[1:])
+            with pytest.raises(Broken, match="a check of 40 points at its first use found"):
+                comparison.once(mixed, request)
+
+
+@pytest.mark.parametrize("request_", [LogSumExp(), TopK(2), Statistics(), PointGradient()], ids=repr)
+def test_a_result_that_is_not_a_number_is_found(request_):
+    case, toy = make_case("full", torch.float32, condition=10.0), Toy()
+    for place in (0, 1, 2) if request_ == Statistics() else (0,):
+        comparison = Comparison(lambda *given, place=place: Distorted(toy.begin(*given), place, math.nan))
+        with pytest.raises(Broken, match="found a relative error of nan in"):
+            comparison.once(Exponents.of(*case.arguments), request_)
+
+
+def test_exponents_that_cancel_their_offsets_are_right():
+    """A float32 square of 3000 nats has an error of 3e-4, which is more than 1e-4 times its difference from an equal offset."""
+
+    class Rounded(Toy):
+        def begin(self, problem, request):
+            evaluation = super().begin(problem, request)
+            evaluation.all += 1e-7 * (evaluation.all - problem.offsets)
+            return evaluation
+
+    means, U = torch.tensor([[0.0], [1.0]]), torch.full((2, 1), 77.46)
+    comparison = Comparison(Rounded().begin)
+    comparison.once(Exponents.of(means, torch.full((2,), 3000.0), means, U), TopK(2))
     assert comparison.failure is None
 
 

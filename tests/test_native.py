@@ -19,6 +19,7 @@ from conftest import FAMILIES, interrupted, make_case
 from gmmkeops import reductions
 from gmmkeops.reductions import choice, library
 from gmmkeops.reductions.native import engine, native
+from gmmkeops.reductions.problem import Exponents
 
 pytestmark = pytest.mark.skipif(reductions.native_unavailable() is not None, reason="the native engine is not compiled")
 
@@ -291,6 +292,15 @@ def test_wrong_results_are_noticed_at_the_first_use(fresh, monkeypatch):
     assert record[0].filename == __file__
     assert len(record) == 1
     assert torch.equal(reductions.logsumexp(*case.arguments), expected)
+
+
+def test_steps_for_far_points_do_not_count_as_a_first_use(fresh, monkeypatch):
+    case = make_case("full", torch.float32, condition=10.0)
+    evaluate = engine._Evaluation.result
+    monkeypatch.setattr(engine._Evaluation, "result", lambda self: tuple(part + 1 for part in evaluate(self)))
+    for x, runs in ((case.x + 1e6, True), (case.x, False)):
+        problem = Exponents.of(x, *case.arguments[1:])
+        assert native.runs(x, True, "native", lambda problem=problem: problem) is runs
 
 
 def test_signals_do_not_need_the_main_thread():

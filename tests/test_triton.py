@@ -21,6 +21,9 @@ from gmmkeops.reductions.triton import columns, engine, loading, partial, produc
 
 DEVICES = [INTERPRETED, pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton)]
 CLOSE = 2e-6
+# Tensor cores truncate the terms of a sum to the last bit of the largest one: the largest error of log-sum-exps in these tests is
+# 3.02e-6 on an H200 (tied_full, 32 features), where the interpreter, which rounds, has less than 2e-6.
+TRUNCATED = {"cpu": 1, "cuda": 2}
 
 pytestmark = pytest.mark.parametrize("on", DEVICES)
 
@@ -113,7 +116,8 @@ def test_residuals(on, family, features, components):
 def test_tiles(on, family, features, components):
     case = make_case(family, torch.float32, N=70, K=components, D=features, condition=20.0, device=on[1])
     # The squares of 64 and more residuals have a sum that may be much larger than |l|.
-    check(case, CLOSE if features <= 32 else 3 * CLOSE)
+    near = CLOSE if features <= 32 else 3 * CLOSE
+    check(case, near * TRUNCATED[on[1]] if "full" in family else near)
 
 
 @pytest.mark.parametrize(("family", "features", "components"), [*MANY, ("full", 40, 7), ("diag", 200, 35)])
@@ -424,16 +428,14 @@ def test_weights_of_very_different_sizes_with_lists(on, family, features):
 
 @pytest.mark.parametrize("k", [1, 16])
 def test_equal_exponents_are_taken_in_the_order_of_the_components(on, k):
-    x = torch.zeros(3, 2, device=on[1])
-    problem = Exponents.of(
-        x, torch.zeros(20, device=on[1]), torch.ones(20, 2, device=on[1]), torch.ones(1, 2, device=on[1])
-    )
-    _, components = evaluated(problem, TopK(k))[0]
-    assert components.tolist() == [list(range(k))] * 3
+    x, means, U = torch.zeros(3, 2), torch.ones(20, 2), torch.ones(1, 2)
+    equal, larger = torch.zeros(20), torch.zeros(20)
+    larger[19] = 1.0
     # A larger exponent moves the others down in their order.
-    problem.offsets[19] = 1.0
-    _, components = evaluated(problem, TopK(k))[0]
-    assert components.tolist() == [[19, *range(k - 1)]] * 3
+    for offsets, expected in ((equal, list(range(k))), (larger, [19, *range(k - 1)])):
+        problem = Exponents.of(*(part.to(on[1]) for part in (x, offsets, means, U)))
+        _, components = evaluated(problem, TopK(k))[0]
+        assert components.tolist() == [expected] * 3
 
 
 def test_draws_have_positive_probability(on):

@@ -17,6 +17,9 @@ from gmmkeops.reductions.triton.residuals import NO_SHARE, Residuals
 
 DEVICES = [INTERPRETED, pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton)]
 CLOSE = 2e-6
+# Tensor cores truncate the terms of a sum two bits below the last bit of the largest one: the largest error of log-sum-exps
+# in these tests is 2.96e-6 on an H200 (diagonal, 32 features), where the interpreter, which rounds, has less than 2e-6.
+TRUNCATED = {"cpu": 1, "cuda": 2}
 SMALL = Tiling(32, 32, 4, 2, columns=64, chunk=64)
 
 pytestmark = pytest.mark.parametrize("on", DEVICES)
@@ -65,7 +68,8 @@ def check(case, tiling=SMALL):
     assert is_accurate(some.problem)
     values, nats = log_sum_exps(case, tiling)
     # The squares of 64 and more residuals have a sum that may be much larger than |l|.
-    assert error(nats, case.oracle()["values"]) <= (CLOSE if case.x.shape[1] < 64 else 3 * CLOSE)
+    near = CLOSE * TRUNCATED[case.x.device.type] if case.x.shape[1] < 64 else 3 * CLOSE
+    assert error(nats, case.oracle()["values"]) <= near
     check_moments(case, some.moments(values, None))
     check_moments(case, some.moments(values, g.float()), g)
 

@@ -18,6 +18,10 @@ from gmmkeops.reductions.truncation import tree as _boxes
 # What rounding may add to either side of a comparison, relative to max(1, |ℓ|).
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-12}
 
+# Largest differences of float32 moments from those of the dense engine, relative to the largest one. First moments by Triton
+# differ by 1.1e-6 on the interpreter; devices also approximate exponentials.
+FLOAT32 = {"dense": 2e-7, "keops": 3e-5, "native": 2e-6, "triton": 4e-6}
+
 
 def surface(N, seed=0):
     """A closed surface in three dimensions with a little noise."""
@@ -152,7 +156,7 @@ def test_moments_and_gradients(engine, dtype):
     x, mixture = x.to(device, dtype), mixture.to(device)
     g = torch.rand(len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
     # float32 shares of a list and of all components are summed in another order.
-    tolerance = 1e-8 if dtype == torch.float64 else {"dense": 2e-7, "keops": 3e-5, "native": 2e-6}[backend]
+    tolerance = 1e-8 if dtype == torch.float64 else FLOAT32[backend]
     # Rows are not a multiple of the boxes, so some points are repeated: they must count once.
     for rows in (slice(None), slice(0, 19_997)):
         cloud = reductions.arrange(x[rows], mixture.n_components, 1e-10)

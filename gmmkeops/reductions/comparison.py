@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from gmmkeops.reductions.accuracy import DEEPEST
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import (
@@ -27,9 +29,15 @@ __all__ = ["Comparison"]
 # Number of points that are compared; fewer, but at least 16, if the product of points and entries of the factors would be large.
 _POINTS, _LEAST, _WORK = 256, 16, 1 << 25
 
-# Largest errors for each dtype of the points: of log-densities relative to max(1, |value|), of sums and gradients relative to the
-# largest one.
+# Largest errors for each dtype of the points: of log-densities relative to their size and to their distance from the largest
+# offset, of sums and gradients relative to the largest one.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+# Sizes for each dtype above which numbers are equal: the dense engine limits exponents to -3e38 or -1e300, others to -inf.
+_LARGEST = {torch.float32: 2.9e38, torch.float64: 1e299}
+
+# Largest value for each dtype of half the squared whitened residual of points that are compared, less its mean D / 2.
+_DEPTH = {torch.float32: DEEPEST, torch.float64: _LARGEST[torch.float64]}
 
 _NAMES = {
     LogSumExp: "the log-sum-exps",
@@ -61,11 +69,16 @@ class Comparison:
         self._done: set[tuple[object, ...]] = set()
         self.failure: str | None = None
 
-    def once(self, problem: Exponents, request: Request, form: str = "") -> None:
+    def once(self, problem: Exponents, request: Request, form: str = "") -> bool:
         """Compare the results of a request for some of the points, if that has not been done for such a problem and request.
 
-        All pairs of these points and all components are evaluated, without weights. ``form`` names the formulas that the engine
+        All pairs of these points and all components are evaluated, without weights. Points that are far from all components are
+        left out, since the dense engine may evaluate them instead, and since their moments would be much larger than those of
+        other points. If all of these points are far, the next problem is compared. ``form`` names the formulas that the engine
         uses for all pairs of this problem, if it has several.
+
+        Returns:
+            Whether results for such a problem and request have been compared, now or before.
 
         Raises:
             Broken: The results differ by more than rounding errors.
@@ -73,19 +86,28 @@ class Comparison:
         x, same = problem.x, _without_chance(request)
         key = x.device, x.dtype, problem.is_full, problem.width, x.shape[1], same, form
         if key in self._done or not len(x):
-            return
+            return key in self._done
         count = min(_POINTS, len(x), max(_LEAST, _WORK // problem.entries))
-        few = problem.rows(torch.arange(count, device=x.device) * len(x) // count)
+        few = _near(problem.rows(torch.arange(count, device=x.device) * len(x) // count))
+        if not len(few.x):
+            return False
         evaluation = self._begin(few, same)
         evaluation.add(None)
         expected = evaluate(dense, replace(few, x=few.x.double()), same)
-        sizes = float(problem.U.abs().amax()), float((few.x.double() - few.center).abs().amax())
-        error = _error(same, evaluation.result(), expected, *sizes)
+        error = _error(few, same, evaluation.result(), expected)
         self._done.add(key)
         if not error <= _TOLERANCE[x.dtype]:
             found = f"a relative error of {error:.1g} in {_NAMES[type(same)]}"
-            self.failure = f"a check of {count} points at its first use found {found}"
+            self.failure = f"a check of {len(few.x)} points at its first use found {found}"
             raise Broken(self.failure)
+        return True
+
+
+def _near(problem: Exponents) -> Exponents:
+    """Select the points that are not far from the component of their largest exponent."""
+    best, label = evaluate(dense, replace(problem, x=problem.x.double()), TopK(1))
+    squares = problem.offsets[label[:, 0]] - best[:, 0]
+    return problem.rows((squares <= _DEPTH[problem.x.dtype] + 0.5 * problem.shape[2]).nonzero()[:, 0])
 
 
 def _without_chance(request: Request) -> Request:
@@ -103,24 +125,39 @@ def _without_chance(request: Request) -> Request:
             return LogSumExp()
 
 
-def _error(request: Request, own: Result, expected: Result, steepest: float, farthest: float) -> float:
-    """Compute the largest relative error of the results of a request; NaN if a result is.
-
-    ``steepest`` is the largest entry of the factors, by which the terms of a gradient are of about this size also where they
-    cancel. ``farthest`` is the largest coordinate of a point, relative to the center of the means: residuals of points that are
-    equal to means are rounding errors of it.
-    """
+def _error(problem: Exponents, request: Request, own: Result, expected: Result) -> float:
+    """Compute the largest relative error of the results of a request; NaN if a result is, unless the expected one is too."""
     if isinstance(request, Statistics):
-        S0, S1, S2 = expected[:3]
-        # S1, about the means, may be much smaller than its terms.
-        first = S0.abs().amax()
-        second = S2.abs().amax().clamp(min=_ROUNDING * float(first) * farthest * farthest)
-        scales = first, (first * second).sqrt(), second
-        pairs = zip(own[:3], (S0, S1, S2), scales, strict=True)
-        return max(float((a - b).abs().amax() / scale.clamp(min=_TINY)) for a, b, scale in pairs)
-    # Numbers beyond the range of the dtype are infinite in both.
-    values = expected[0].to(own[0].dtype)
-    error = torch.where(own[0] == values, 0.0, (own[0] - values).double().abs())
+        return _error_of_moments(problem, own[:3], expected[:3])
+    limit = _LARGEST[problem.x.dtype]
+    error, values = _difference(own[0], expected[0], limit), _limited(expected[0], limit)
     if isinstance(request, PointGradient):
-        return float(error.amax() / values.abs().amax().double().clamp(min=max(steepest, _TINY)))
-    return float((error / values.double().abs().clamp(min=1)).amax())
+        # The terms of a gradient are of about the size of the largest entry of the factors also where they cancel.
+        return float(error.amax() / values.abs().amax().clamp(min=max(float(problem.U.abs().amax()), _TINY)))
+    # The squares of residuals, and their rounding errors, may be much larger than their sum with the offset.
+    squares = problem.offsets.amax() - values
+    return float((error / torch.maximum(values.abs(), squares).clamp(min=1)).amax())
+
+
+def _error_of_moments(problem: Exponents, own: Result, expected: Result) -> float:
+    """Compute the largest relative error of S0, S1 and S2."""
+    limit = _LARGEST[torch.float64]
+    errors = [_difference(a, b, limit).amax() for a, b in zip(own, expected, strict=True)]
+    first, second = (_limited(expected[place], limit).abs().amax() for place in (0, 2))
+    # Residuals of points that are equal to means are rounding errors of coordinates relative to the center of the means.
+    farthest = (problem.x.double() - problem.center).abs().amax()
+    second = torch.maximum(second, _ROUNDING * first * farthest.square()).clamp(max=limit)
+    # S1, about the means, may be much smaller than its terms.
+    scales = torch.stack([first, first.sqrt() * second.sqrt(), second])
+    return float((torch.stack(errors) / scales.clamp(min=_TINY)).amax())
+
+
+def _limited(values: Tensor, limit: float) -> Tensor:
+    """Limit the sizes of numbers; those that are undefined (NaN) become zero."""
+    return values.double().nan_to_num(nan=0.0, posinf=limit, neginf=-limit).clamp(-limit, limit)
+
+
+def _difference(own: Tensor, expected: Tensor, limit: float) -> Tensor:
+    """Compute absolute differences, float64: of two numbers beyond the limit zero; zero if the expected number is NaN."""
+    difference = (own.double().clamp(-limit, limit) - _limited(expected, limit)).abs()
+    return difference.masked_fill(expected.isnan(), 0.0)

@@ -53,7 +53,7 @@ class Native:
 
     def __init__(self) -> None:
         self._comparison = Comparison(_Evaluation)
-        # Dtypes and kinds of factors for which EM steps have been asked for.
+        # Dtypes and kinds of factors for which EM steps have been asked for and a comparison has been made.
         self._begun: set[tuple[torch.dtype, bool]] = set()
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -77,16 +77,16 @@ class Native:
             x: Points (N, D).
             full: Whether factors are matrices.
             backend: Name of the backend.
-            problem: Function that returns the exponents, called if they have not been compared yet.
+            problem: Function that returns the exponents, called if none of this kind have been compared yet.
         """
         if x.device.type != "cpu" or backend not in ("auto", self.name) or self.unavailable(x.device) is not None:
             return False
         if _is_slow(full, x.shape[1]):
             return False
         if (x.dtype, full) not in self._begun:
-            self._begun.add((x.dtype, full))
             with suppress(Broken):
-                self._comparison.once(problem(), LogSumExp())
+                if self._comparison.once(problem(), LogSumExp()):
+                    self._begun.add((x.dtype, full))
         return self._comparison.failure is None
 
 
