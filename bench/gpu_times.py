@@ -133,6 +133,7 @@ def lists(run: Run) -> Iterator[Row]:
             # Ten times as many points of the same surface are made on the device.
             x = x.repeat(N // len(x), 1)
             x += 0.002 * torch.randn(x.shape, generator=torch.Generator(x.device).manual_seed(0), device=x.device)
+        sorting = timed(run, lambda: gk.reductions.arrange(x, K, 1e-4))  # noqa: B023
         for name in run.engines:
             if name != "triton" and N > 1_000_000:
                 continue
@@ -141,6 +142,7 @@ def lists(run: Run) -> Iterator[Row]:
                 "N": N,
                 "K": K,
                 "engine": name,
+                "sorting ms": 1e3 * sorting,
                 "EM iteration ms": 1e3 * seconds,
                 "pairs evaluated": result.report.evaluated_fraction,
             }
@@ -165,7 +167,9 @@ def iteration(run: Run) -> Iterator[Row]:
             "family": family,
             "engine": result.report.engine,
         }
-        yield row | {"EM iteration ms": 1e3 * seconds} | _profile(run, arguments[0], start)
+        densities = timed(run, lambda: start.log_prob(arguments[0], truncate=0))  # noqa: B023
+        row |= {"log-densities ms": 1e3 * densities, "EM iteration ms": 1e3 * seconds}
+        yield row | _profile(run, arguments[0], start)
 
 
 def _profile(run: Run, x: Any, start: Any) -> Row:

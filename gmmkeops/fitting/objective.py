@@ -154,7 +154,10 @@ class Objective:
         offsets, means, factor = mixture.offsets, mixture.means, mixture.factor
         with torch.no_grad():
             # The moments have no gradients, and are themselves the gradients of the total.
-            sums = self.moments(offsets, means, factor, batches)
+            if self.data.device != self.device:
+                sums = self.mixture_moments(mixture.detach(), batches)
+            else:
+                sums = self.moments(offsets, means, factor, batches)
         if not torch.is_grad_enabled():
             return self.frame.log_volume - sums.total / max(float(sums.mass), 1e-300)
         total = reductions.attached(sums, offsets, means, factor)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gmmkeops.components import as_tensor, check_finite, concrete, ordinary
+from gmmkeops.components import as_tensor, check_finite, concrete, numbers, ordinary
 from gmmkeops.data import table_of
 from gmmkeops.reductions import alone, recordable
 
@@ -90,9 +90,9 @@ def examined(mixture: Mixture, x: Tensor, parameters: Prepared | None, *, check:
     if parameters is not None and ordinary(x) and x.numel():
         extent = parameters.extent
         with alone(x):
-            low, high = x.detach().aminmax()
+            low, high = numbers(*x.detach().aminmax())
         # The largest distance of a column is at most the sum of the largest entries, of points and, for a center, twice of means.
-        reach = max(-low.item(), high.item()) + 2 * extent.mean
+        reach = max(-low, high) + 2 * extent.mean
         if mixture.n_features * reach * extent.factor < _NEAR:
             return x, True
     if check:

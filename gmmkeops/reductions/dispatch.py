@@ -122,7 +122,7 @@ def statistics(
     # Sums that the library converts on the CPU, and copies back, take less time than many operations on the device.
     away = x.device.type != "cpu" and (device.type == "cpu" or host is not None)
     S0, S1, S2, total = compute(problem, blocks, Statistics(weights, assignment, seed, on_cpu=away), backend)
-    given = host if host is not None and S0.device == host.means.device else problem
+    given = host if host is not None and host.means.device in (device, S0.device) else problem
     return Moments(S0, S1, S2, given.means + given.center, total, weight).to(device)
 
 
