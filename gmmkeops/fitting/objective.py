@@ -90,6 +90,17 @@ class Objective:
         cloud = self.data.cloud if isinstance(self.data, Memory) else None
         return self if cloud is None or not cloud.cloud.labeled else self.truncated(cloud.epsilon, mixture, 1)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the points of this rank are on a GPU, or are copied there in chunks."""
+        return self.data.device.type == "cuda"
+
+    @cached_property
+    def rounding(self) -> Tensor | None:
+        """Largest rounding errors (D,) of points in memory, on the device of the parameters; None if they are exact."""
+        batch = self.whole()
+        return None if batch is None or batch.rounding is None else batch.rounding.to(self.device, torch.float64)
+
     def whole(self) -> Batch | None:
         """Return all points as one batch without truncation, if they are in the memory of one process; else None."""
         data, passes = self.data, self.passes
@@ -166,16 +177,16 @@ class Objective:
     def gradients(
         self, offsets: Tensor, means: Tensor, U: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None:
-        """Compute the mean negative log-likelihood and its gradients on a GPU, without waiting for it.
+        """Compute the mean negative log-likelihood and its gradients for points on a GPU, without another wait for it.
 
         Args:
             offsets, means, U: Finite parameters (K,), (K, D), (K, ...), for which float32 points are accurate. The offsets are
                 without their constant -D/2 log 2π, which changes the value only.
 
         Returns:
-            The value, nats per point, and the gradients; None if points and parameters are not in the memory of one GPU.
+            The value, nats per point, and the gradients; None if the points are not in the memory of one GPU.
         """
-        batch = self.whole() if means.is_cuda and self.data.device == means.device else None
+        batch = self.whole() if self.on_gpu else None
         if batch is None:
             return None
         scale = -1 / self.mass

@@ -193,10 +193,10 @@ class MixtureParameters(Parameters):
             self._prepared = None
         ahead, found = self._ahead(natural), None
         self._natural, active = natural, ahead.mixture
-        if batch is None and self._is_accurate is None and active.means.is_cuda:
+        if batch is None and self._is_accurate is None and objective.on_gpu:
             # The path of a step must not depend on the steps before it, so that fits resume bit by bit.
             self._is_accurate = _is_accurate(objective, _changes(objective, ahead.norms()))
-        if batch is None and self._is_accurate and active.means.is_cuda:
+        if batch is None and self._is_accurate and objective.on_gpu:
             U = ahead.U.expand(active.n_components, *ahead.U.shape[1:])
             roots = ahead.offsets(), active.means, U
             found = objective.gradients(*roots)
@@ -406,7 +406,7 @@ def _parts(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
 def _changes(objective: Objective, norms: Tensor) -> list[Tensor]:
     """Return bounds (D,) on the changes of whitened residuals by the rounding of the points; an empty list if there is none."""
     batch = objective.whole()
-    return [] if batch is None or batch.rounding is None else [norms * batch.rounding.to(norms)]
+    return [] if batch is None or batch.rounding is None or objective.rounding is None else [norms * objective.rounding]
 
 
 def _is_accurate(objective: Objective, changes: list[Tensor] | list[float]) -> bool | None:

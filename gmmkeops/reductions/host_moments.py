@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, Moments
+from gmmkeops.components import Factor, Moments, transferred
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dispatch import compute, parameter_gradients, statistics
@@ -27,20 +27,23 @@ _STANDARDIZED = Extent(1.0, 1.0, True, (-1.0, 1.0))
 def valid_gradients(
     batch: Batch, offsets: Tensor, means: Tensor, U: Tensor, *, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Compute Σ g ℓ and its gradients for parameters on the device of the points, without waiting for it to validate them.
+    """Compute Σ g ℓ and its gradients for parameters that need not be validated, for which a GPU would be waited for.
 
     Args:
         batch: Points (N, D) that are not sorted, standardized coordinates, and their weights.
-        offsets, means, U: Parameters (K,), (K, D), (K, ...), float64, finite, standardized coordinates.
+        offsets, means, U: Parameters (K,), (K, D), (K, ...), float64, finite, standardized coordinates, on the device of the
+            points or on the CPU.
         scale: Number by which the gradients are multiplied.
         backend: Name of the engine.
 
     Returns:
-        The total, nats, float64; and the gradients with respect to offsets, means and U.
+        The total, nats, float64; and the gradients with respect to offsets, means and U, on the device of the parameters.
     """
     problem = Exponents.of_shaped(batch.points, offsets.detach(), means.detach(), U.detach(), _STANDARDIZED)
-    S0, S1, S2, total = compute(problem, None, Statistics(batch.weights), backend)
-    return total, parameter_gradients(problem.U, S0, S1, S2, scale)
+    given = problem.host or problem
+    request = Statistics(batch.weights, on_cpu=given is not problem)
+    S0, S1, S2, total = transferred(compute(problem, None, request, backend), means.device)
+    return total, parameter_gradients(given.U, S0, S1, S2, scale)
 
 
 def mixture_moments(
