@@ -44,6 +44,7 @@ def as_points(
     device: Any = None,
     minimum: int = 1,
     differentiable: bool = False,
+    finite: bool = True,
 ) -> Tensor:
     """Validate points, and convert them to a tensor.
 
@@ -55,6 +56,7 @@ def as_points(
         device: Device of the result (default: that of the points).
         minimum: Smallest admissible number of rows.
         differentiable: Whether to keep the autograd graph of the points.
+        finite: Whether to validate that all entries are finite, for which a GPU is waited for; False if the caller does.
 
     Returns:
         A finite tensor (N, D), float32 or float64.
@@ -75,7 +77,8 @@ def as_points(
     if tensor.shape[0] < minimum:
         few = "no rows" if tensor.shape[0] == 0 else f"{tensor.shape[0]} rows"
         raise ValueError(f"{name} has {few}, expected at least {minimum}; pass more points or use fewer components.")
-    check_finite(tensor, name=name)
+    if finite:
+        check_finite(tensor, name=name)
     return tensor if differentiable else tensor.detach()
 
 

@@ -166,7 +166,9 @@ class Exponents:
         Raises:
             TypeError, ValueError: An argument is invalid.
         """
-        points = x.points if isinstance(x, Batch) else as_points(x)
+        # Points on a GPU are validated below, together with the parameters.
+        checked = isinstance(x, Batch) or not (isinstance(x, Tensor) and x.is_cuda)
+        points = x.points if isinstance(x, Batch) else as_points(x, finite=checked)
         D = points.shape[1]
         means = as_tensor(means, name="means", abstract=True).detach()
         if means.ndim != 2 or means.shape[0] == 0:
@@ -193,17 +195,23 @@ class Exponents:
             )
         few = max(U.numel(), means.numel()) <= _SERIAL
         if points.is_cuda and place == points.device and few and reason() is None:
-            return cls._copied(points, offsets, means, U)
+            return cls._copied(points, offsets, means, U, checked)
+        if not checked:
+            check_finite(points, name="x")
         return cls.of_shaped(points, offsets, means, U, Extent.of(means, U, offsets))
 
     @classmethod
-    def _copied(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor) -> Exponents:
+    def _copied(cls, x: Tensor, offsets: Tensor, means: Tensor, U: Tensor, checked: bool) -> Exponents:
         """Validate few parameters on another device than the CPU, to which they are copied in one transfer.
 
-        Otherwise the validation would wait for the device several times.
+        Otherwise the validation would wait for the device several times. So are points, unless they have been ``checked``.
         """
         given = [part.to(torch.float64) for part in (offsets, means, U)]
-        own_offsets, own_means, own_U = transferred(given, torch.device("cpu"))
+        more = [] if checked else [x.detach().sum(dtype=torch.float64)]
+        own_offsets, own_means, own_U, *sums = transferred([*given, *more], torch.device("cpu"))
+        # A finite sum proves that all entries are finite.
+        if not all(math.isfinite(total) for total in sums):
+            check_finite(x, name="x")
         extent = Extent.of(own_means, own_U, own_offsets)
         host = cls.of_shaped(own_means[:0], own_offsets, own_means, own_U, extent)
         found = cls.of_host(x.detach().contiguous(), host)
