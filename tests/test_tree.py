@@ -213,3 +213,16 @@ def test_arranged_points_use_the_library(monkeypatch):
     monkeypatch.setattr(tree, "run", lambda *arguments, **options: calls.append(arguments[0]) or 0)
     reductions.arrange(points("random", 3000, 2), 10, 1e-6)
     assert calls == ["gmmkeops_tree"]
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 4, 48])
+def test_principal_axes_by_powers_of_matrices(D):
+    generator = torch.Generator().manual_seed(D)
+    z = torch.randn(50, 100, D, generator=generator, dtype=torch.float64)
+    matrices = z.mT @ z
+    # Equal variances, but for the term that decides between them; and points that are all equal.
+    small = tree._PREFERRED * torch.arange(D, 0, -1, dtype=torch.float64).diag()
+    matrices = torch.cat([matrices, 100 * torch.eye(D, dtype=torch.float64)[None], torch.zeros(1, D, D)]) + small
+    found, expected = tree._by_powers(matrices), torch.linalg.eigh(matrices)[1][:, :, -1]
+    torch.testing.assert_close((found * expected).sum(1).abs(), torch.ones(52, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(52, dtype=torch.float64))

@@ -35,6 +35,10 @@ _AXIS_ROWS = 512
 # undetermined.
 _GRID, _PREFERRED = 1024, 2.0**-20
 
+# Number of times that matrices are raised to the power of eight: the largest eigenvalue stands out if the next one is smaller by a
+# fraction of 1e-8.
+_POWERS = 11
+
 # Number of rows that are converted to float64 at a time.
 _ROWS = 1 << 19
 
@@ -228,13 +232,30 @@ def _projections(nodes: Tensor) -> Tensor:
     sample = sample - sample[:, :1]
     sample = sample - sample.mean(1, keepdim=True)
     preferred = torch.arange(nodes.shape[2], 0, -1, dtype=torch.float64, device=nodes.device)
-    _, axes = torch.linalg.eigh(_squares(sample) + _PREFERRED * preferred.diag())
-    axis = (_GRID * axes[:, :, -1]).round() / _GRID
+    axis = (_GRID * _principal(_squares(sample) + _PREFERRED * preferred.diag())).round() / _GRID
     axis = axis * axis.gather(1, axis.abs().argmax(1, keepdim=True)).sign()
     along = nodes[:, :, 0].double() * axis[:, :1]
     for d in range(1, nodes.shape[2]):
         along += nodes[:, :, d].double() * axis[:, d : d + 1]
     return along
+
+
+def _principal(matrices: Tensor) -> Tensor:
+    """Return the eigenvectors (B, D) of the largest eigenvalues of positive definite matrices (B, D, D)."""
+    # torch solves small eigenvalue problems on a GPU one after the other.
+    return _by_powers(matrices) if matrices.is_cuda else torch.linalg.eigh(matrices)[1][:, :, -1]
+
+
+def _by_powers(matrices: Tensor) -> Tensor:
+    """As :func:`_principal`: powers of a matrix tend to a multiple of v vᵀ for the eigenvector v of its largest eigenvalue."""
+    powers = matrices
+    for _ in range(_POWERS):
+        powers = powers / powers.amax((1, 2), keepdim=True)
+        for _ in range(3):
+            powers = powers @ powers
+    largest = powers.diagonal(dim1=1, dim2=2).argmax(1)
+    vectors = powers[torch.arange(len(powers), device=powers.device), largest]
+    return vectors / vectors.norm(dim=1, keepdim=True)
 
 
 def _squares(z: Tensor) -> Tensor:
