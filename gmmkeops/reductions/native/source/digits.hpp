@@ -22,6 +22,7 @@
 #include "interface.hpp"
 #include "records.hpp"
 #include "share.hpp"
+#include "sums.hpp"
 
 namespace digits {
 
@@ -39,15 +40,6 @@ static double power_below(double value) {
 static double power_above(double value) {
   const double below = power_below(value);
   return below == value ? value : 2 * below;
-}
-
-template <class Term> static double sum(int64_t count, Term term) {
-  constexpr int PARTS = 8;
-  double parts[PARTS] = {};
-  int64_t d = 0;
-  for (; d + PARTS <= count; d += PARTS) for (int i = 0; i < PARTS; i++) parts[i] += term(d + i);
-  for (int i = 0; d + i < count; i++) parts[i] += term(d + i);
-  return ((parts[0] + parts[4]) + (parts[2] + parts[6])) + ((parts[1] + parts[5]) + (parts[3] + parts[7]));
 }
 
 static void lower(double& least, double value) { least = value < least ? value : least; }
@@ -114,7 +106,7 @@ static bool choose_grid(DigitCall& call, const double* reference, double* invers
         for (int64_t d = 0; d < D; d++) mean[d] -= reference[d];
         if (spherical) {
           // The sum of squares is needed again.
-          call.square[k] = sum(D, [&](int64_t d) { return mean[d] * mean[d]; });
+          call.square[k] = sum_of(D, [&](int64_t d) { return mean[d] * mean[d]; });
           const double inner = std::sqrt(call.square[k]), outer = inner + norm / std::abs(U[0]), squares = inner * inner + outer * outer;
           raise(part.largest, squares);
           return std::isfinite(squares);
@@ -142,7 +134,7 @@ static bool choose_grid(DigitCall& call, const double* reference, double* invers
         } else {
           // Sums of absolute values of products over the features, for points in range, and integers of the component. The latter
           // may have more than eleven bits, of which the second digit then has the last ones.
-          const double inner = std::sqrt(sum(D, [&](int64_t d) { return U[d] * mean[d] * (U[d] * mean[d]); })), outer = 2 * inner + norm;
+          const double inner = std::sqrt(sum_of(D, [&](int64_t d) { return U[d] * mean[d] * (U[d] * mean[d]); })), outer = 2 * inner + norm;
           double largest = 0;
           for (int64_t d = 0; d < D; d++) {
             const double ratio = U[d] * inverse[d];
@@ -173,7 +165,7 @@ static void write_component(const DigitCall& call, const Kernel& kernel, const d
       entry[d] = -2 * v[d] * m, entry[P + d] = v[d] * (1 / HALVED);
       middle[d] = m, middle[P + d] = m * m * HALVED;
     }
-    own = sum(D, [&](int64_t d) { return v[d] * (middle[d] * middle[d]); });
+    own = sum_of(D, [&](int64_t d) { return v[d] * (middle[d] * middle[d]); });
     kernel.split(middle, W, call.centers + k * W, nullptr, nullptr);
   }
   uint16_t* digit = call.digits + k * W;

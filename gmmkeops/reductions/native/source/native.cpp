@@ -482,8 +482,10 @@ EXPORT int32_t gmmkeops_parameters(ParameterCall* call, int32_t) {
 
 // Computes bounds on parameters.
 EXPORT int32_t gmmkeops_extent(ExtentCall* call, int32_t) {
-  records::measure(*call);
-  return DONE;
+  return guarded([&]() -> int32_t {
+    records::measure(*call);
+    return DONE;
+  });
 }
 
 // Converts the sums of a GPU engine to moments.
