@@ -76,13 +76,12 @@ static bool center(DigitCall& call, double* reference) {
   Extremes means(D);
   if (!over_components(call, D, means, [&](int64_t k, Extremes& part) {
         const double *mean = call.means + k * D, *center = call.center;
-        double *own = call.mean + k * D, *low = part.low.data(), *high = part.high.data(), size = 0;
+        double *own = call.mean + k * D, *low = part.low.data(), *high = part.high.data();
         for (int64_t d = 0; d < D; d++) {
           const double value = mean[d] + center[d];
           own[d] = value, lower(low[d], value), raise(high[d], value);
         }
-        for (int64_t d = 0; d < D; d++) size += std::abs(own[d]);
-        return std::isfinite(size);
+        return std::isfinite(sum_of(D, [&](int64_t d) { return std::abs(own[d]); }));
       })) return false;
   for (int64_t d = 0; d < D; d++) {
     const double low = means.low[d], high = means.high[d], unit = std::max(power_below(high - low), TINY);
@@ -111,12 +110,13 @@ static bool choose_grid(DigitCall& call, const double* reference, double* invers
           raise(part.largest, squares);
           return std::isfinite(squares);
         }
-        double size = 0, *low = part.low.data(), *high = part.high.data(), *other = part.other.data();
+        double *low = part.low.data(), *high = part.high.data(), *other = part.other.data();
         for (int64_t d = 0; d < D; d++) {
           const double u = std::abs(U[d]), mu = std::abs(mean[d]), most = mu + norm / u;
-          lower(low[d], u), raise(high[d], most), raise(other[d], mu), size += most;
+          lower(low[d], u), raise(high[d], most), raise(other[d], mu);
         }
-        return std::isfinite(size);
+        // Factors of zero make a number infinite here; others that are not finite make a unit so.
+        return true;
       })) return false;
   double binary = 0;
   for (int64_t d = 0; d < D; d++) {
@@ -135,15 +135,14 @@ static bool choose_grid(DigitCall& call, const double* reference, double* invers
           // Sums of absolute values of products over the features, for points in range, and integers of the component. The latter
           // may have more than eleven bits, of which the second digit then has the last ones.
           const double inner = std::sqrt(sum_of(D, [&](int64_t d) { return U[d] * mean[d] * (U[d] * mean[d]); })), outer = 2 * inner + norm;
-          double largest = 0;
-          for (int64_t d = 0; d < D; d++) {
+          const double largest = largest_of(D, [&](int64_t d) {
             const double ratio = U[d] * inverse[d];
-            raise(largest, HALF_LOG2E * (ratio * ratio) * std::max(2 * std::abs(mean[d]) * factor[d], 1 / HALVED));
-          }
+            return HALF_LOG2E * (ratio * ratio) * std::max(2 * std::abs(mean[d]) * factor[d], 1 / HALVED);
+          });
           unit[k] = power_above(std::max(HALF_LOG2E * (outer * outer) / EXACT, largest / (8 * WHOLE)));
         }
         raise(part.largest, unit[k]);
-        return unit[k] == unit[k];
+        return std::isfinite(unit[k]);
       })) return false;
   return 0 < units.largest && units.largest <= call.most_unit;
 }
