@@ -11,15 +11,16 @@ import fake_triton
 import pytest
 import torch
 from conftest import HAS_TRITON
-from fake_device import CUDA, counted_apart, fake_device, on_device
+from fake_device import CUDA, count_kernel, counted_apart, fake_device, on_device
 
 import gmmkeops as gk
 from gmmkeops.components import m_step, transferred
 from gmmkeops.data import Batch
 from gmmkeops.fitting import em as em_module
 from gmmkeops.fitting import method as method_module
-from gmmkeops.reductions import dispatch
+from gmmkeops.reductions import dispatch, native_unavailable
 from gmmkeops.reductions import problem as problem_module
+from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import LogSumExp, PointGradient, Statistics, TopK
@@ -276,7 +277,7 @@ def test_triton_packs_parameters_on_either_device(monkeypatch, family):
         results = []
         for problem, many in zip(problems, (10_000, 10_000, 0), strict=True):
             monkeypatch.setattr(engine, "_MANY", many)
-            monkeypatch.setattr(problem_module, "_SMALL", many)
+            monkeypatch.setattr(problem_module, "_SERIAL", many)
             for request in requests:
                 moved = replace(request, weights=on_gpu) if getattr(request, "weights", None) is not None else request
                 results.append([part.cpu() for part in evaluate(triton, problem, moved)])
@@ -411,7 +412,6 @@ def with_many_parameters(monkeypatch):
     """Let few parameters be treated as many ones are."""
     monkeypatch.setattr(method_module, "_FEW", 1)
     monkeypatch.setattr(problem_module, "_SERIAL", 0)
-    monkeypatch.setattr(problem_module, "_SMALL", 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "float32"}, {"sample_weight": True}], ids=["", "float32", "weights"])
@@ -661,3 +661,105 @@ def test_chunks_of_a_source_are_copied_from_page_locked_memory(monkeypatch, tmp_
     assert len(waited) == len(set(map(id, waited))) == 9 * 3
     assert place(synchronizations, "components/transfer.py") <= 9 * 3 + 1
     assert place(synchronizations, "fitting/data.py") == place(synchronizations, "fitting/frame.py") - 1 == 0
+
+
+needs_digits = pytest.mark.skipif(
+    not HAS_TRITON or native_unavailable() is not None, reason="Triton is not installed, or the library is not compiled"
+)
+
+
+def groups(rows, components, features):
+    """Points in groups about components that are far from one another, and a spherical mixture of them."""
+    means = 3.0 * torch.randn(components, features, generator=generator(), dtype=torch.float64)
+    noise = torch.randn(rows, features, generator=generator(1), dtype=torch.float64)
+    x = (means[torch.arange(rows) % components] + noise).float()
+    weights, variances = torch.ones(components) / components, torch.ones(components).double()
+    return x, gk.Mixture(weights=weights.double(), means=means, covariances=variances, covariance_type="spherical")
+
+
+# Kernels of an iteration: split, log-sum-exps, moments and their total; rows that are not far, zeros, sum and largest value. With
+# weights: their extreme sizes, their quotients, and log-densities.
+DIGITS, WEIGHTED_DIGITS = (8, 1, 1), (26, 1, 1)
+
+
+@needs_digits
+@pytest.mark.filterwarnings("ignore::gmmkeops.DegenerateWarning")
+@pytest.mark.parametrize(("weighted", "bounds"), [(False, DIGITS), (True, WEIGHTED_DIGITS)])
+def test_the_budget_holds_with_products_of_digits(monkeypatch, weighted, bounds):
+    x, mixture = groups(96, 16, 128)
+    g = 0.5 + torch.rand(96, generator=generator(), dtype=torch.float64) if weighted else None
+    # Frozen covariances remain wide enough for digits.
+    method = gk.EM(tol=0.0, frozen_covariances=True)
+    expected = gk.fit(mixture, x, method, max_iter=3, backend="dense", sample_weight=g)
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        options = {"backend": "triton", "truncate": 0, "sample_weight": None if g is None else on_device(g)}
+        there, results = on_device(x), []
+        mixture = mixture.to("cuda")
+        fit = lambda steps: results.append(gk.fit(mixture, there, method, max_iter=steps, **options))  # noqa: E731
+        # The first evaluation is compared with the dense engine.
+        fit(1)
+        (costs,) = of_an_iteration((counts,), fit, (1, 3))
+        assert sum(n for (what, _), n in counts.kernels.items() if what == "split") >= 3
+        found = results[-1].mixture.to("cpu")
+    check(costs, dict(zip(AROUND, bounds, strict=True)))
+    torch.testing.assert_close(found.means, expected.mixture.means, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.weights, expected.mixture.weights, rtol=1e-5, atol=1e-6)
+
+
+def without_arithmetic(monkeypatch):
+    """Let kernels of digits return the sums of components that remain as they are, since the interpreter would take minutes."""
+
+    def launched(kernel, grid):
+        def run(*arguments, **constants):
+            count_kernel(kernel._name)
+            held = [part.held if isinstance(part, torch.Tensor) else part for part in arguments]
+            with torch.utils._python_dispatch._disable_current_modes():
+                if kernel._name == "logsumexps":
+                    held[4].fill_(-100.0)
+                elif kernel._name == "moments":
+                    digits, part, rows, K, chunks = held[2], held[7], held[8], held[9], grid[1]
+                    means = -0.5 * digits.double().sum(0)[:K]
+                    each = 2.0**14 * rows / K / chunks
+                    sums = torch.cat([means * each, torch.full((K, 1), each), torch.zeros(K, 3)], 1)
+                    part[: chunks * K] = sums.float().repeat(chunks, 1)
+                elif kernel._name == "add_partial_sums":
+                    held[1].add_(held[0].reshape(held[5], -1).double().sum(0))
+
+        return run
+
+    monkeypatch.setattr(fake_triton._Kernel, "__getitem__", launched)
+    monkeypatch.setattr(Comparison, "once", lambda *_: None)
+
+
+@needs_digits
+@pytest.mark.parametrize("components", [1024, 6000])
+def test_the_budget_holds_for_many_parameters_of_digits(monkeypatch, components):
+    x, mixture = groups(4 * components, components, 128)
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        without_arithmetic(monkeypatch)
+        mixture, there = mixture.to("cuda"), on_device(x)
+        method = gk.EM(tol=0.0)
+        fit = lambda steps: gk.fit(mixture, there, method, max_iter=steps, backend="triton", truncate=0)  # noqa: E731
+        (costs,) = of_an_iteration((counts,), fit, (1, 3))
+        assert sum(n for (what, _), n in counts.kernels.items() if what == "split") >= 3
+    # Moments are computed in several pieces.
+    kernels = DIGITS[0] if components == 1024 else 40
+    check(costs, dict(zip(AROUND, (kernels, *DIGITS[1:]), strict=True)))
+
+
+@needs_digits
+@pytest.mark.parametrize(("components", "bounds"), [(1024, (12, 3, 1)), (4000, (125, 6, 0))])
+def test_log_sum_exps_of_digits_wait_for_parameters_once(monkeypatch, components, bounds):
+    """Parameters on the device are copied to the CPU, unless there are very many."""
+    x, mixture = groups(500, components, 128)
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        without_arithmetic(monkeypatch)
+        given = [on_device(part) for part in (x, mixture.offsets, mixture.means, mixture.factor.U)]
+        gk.reductions.logsumexp(*given, backend="triton", truncate=0)
+        counts.clear()
+        gk.reductions.logsumexp(*given, backend="triton", truncate=0)
+        print(counts.report(60))
+        check(counts.totals, dict(zip(AROUND, bounds, strict=True)))

@@ -16,7 +16,7 @@ from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Statistics, TopK
 from gmmkeops.reductions.triton import lists, partial, residuals, triton
-from gmmkeops.reductions.triton.packing import Packed
+from gmmkeops.reductions.triton.packing import Scale
 from gmmkeops.reductions.truncation.passes import evaluate
 from gmmkeops.reductions.truncation.tolerance import Tolerance
 from gmmkeops.reductions.truncation.tree import Cloud
@@ -198,13 +198,13 @@ def test_checks_of_all_leaves(on, k, weighted, monkeypatch):
     schedule = lists.candidate_lists(
         cloud, problem, torch.full((B,), -9.0, dtype=torch.float64, device=on[1]), tolerance
     )
-    packed = Packed.of(problem, 4)
+    scale = Scale.of(problem)
     for broken in (None, math.nan, -math.inf, -1e38, 1e37):
         values = values.clone()
         if broken is not None:
             values[int(cloud.starts[3]) + 20] = broken
         own = (values if k else values[:, 0]).to(on[1])
-        last = packed.nats(own if own.ndim == 1 else own[:, -1])
+        last = scale.nats(own if own.ndim == 1 else own[:, -1])
         truth = torch.stack([last[a:b].min() for a, b in pairwise(cloud.starts)])
         if broken in (-math.inf, -1e38) or (broken is not None and math.isnan(broken)):
             truth[3] = -math.inf
@@ -217,7 +217,7 @@ def test_checks_of_all_leaves(on, k, weighted, monkeypatch):
                 floor[5] = truth[5] + 1e-9
             given = replace(schedule, pruned=pruned, floor=floor)
             more = torch.arange(k, dtype=torch.float64, device=on[1])
-            minima, check, ranges, same = lists.checked(given, own, weights, packed, tolerance, more)
+            minima, check, ranges, same = lists.checked(given, own, weights, scale, tolerance, more)
             assert torch.equal(same, more.cpu())
             torch.testing.assert_close(minima, truth, rtol=1e-15, atol=0)
             low = tolerance.lower(truth)
@@ -229,7 +229,7 @@ def test_checks_of_all_leaves(on, k, weighted, monkeypatch):
             least = first.nan_to_num(nan=-math.inf, neginf=-math.inf, posinf=math.inf).min()
             assert ranges[0] == float(least)
             assert ranges[1] == float(first[~first.isnan()].max())
-            assert ranges[4] == float(packed.middle)
+            assert ranges[4] == float(scale.middle)
             if weighted:
                 assert ranges[2:4] == [1e-30, 1e20]
 

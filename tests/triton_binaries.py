@@ -19,6 +19,7 @@ from conftest import make_case
 
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton import lists, loading, partial, products, residuals, tiles
+from gmmkeops.reductions.triton.digit_parameters import Parameters
 from gmmkeops.reductions.triton.lists import candidate_lists, checked
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.tolerance import Tolerance
@@ -68,7 +69,7 @@ def launches(case, rows=1000, components=1000, capability=80):
                 lists_and_checks(kernels, single, weights=None if single else values.double())
         case "products":
             products._capability = lambda device: capability // 10
-            some = products.Products(kernels.problem)
+            some = products.Products(kernels.problem, Parameters.of(kernels.problem))
             some.logsumexps(values)
             some.moments(values, None)
             some.moments(values, values)
@@ -87,7 +88,7 @@ def lists_and_checks(kernels, single, weights):
     cloud.cache["sizes of lists", 1000, single] = [8000]
     schedule = candidate_lists(cloud, kernels.problem, torch.zeros(4, dtype=dtype), tolerance)
     values = kernels.problem.x[:, 0].contiguous()
-    checked(schedule, values, weights, kernels.packed, tolerance, torch.empty(0, dtype=dtype))
+    checked(schedule, values, weights, kernels.scale, tolerance, torch.empty(0, dtype=dtype))
 
 
 def all_pairs(rows, components, spans=None, device="cpu"):

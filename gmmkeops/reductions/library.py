@@ -13,6 +13,7 @@ __all__ = [
     "OUT_OF_MEMORY",
     "Call",
     "ClimbCall",
+    "DigitCall",
     "ExtentCall",
     "Level",
     "ListCall",
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 8
+_ABI = 9
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -141,6 +142,24 @@ class RecordCall(ctypes.Structure):
     )
 
 
+class DigitCall(ctypes.Structure):
+    """The arguments for digits of components, and for the moments of the kernels that read them."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("spherical", "threads")),
+        *((name, ctypes.c_int64) for name in ("components", "dimensions", "rows", "padded")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "means", "factor", "center")),
+        ("factor_stride", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("depth", "most_unit", "most_spread", "most_binary")),
+        *((name, ctypes.c_void_p) for name in ("digits", "centers", "numbers", "grid", "mean", "scale", "square")),
+        *((name, ctypes.c_double) for name in ("base", "usual")),
+        ("sums", ctypes.c_void_p),
+        ("unit", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("S0", "S1", "S2")),
+        ("accurate", ctypes.c_int64),
+    )
+
+
 class ParameterCall(ctypes.Structure):
     """The arguments for offsets and factors of a mixture."""
 
@@ -223,6 +242,7 @@ _CALLS = (
     ParameterCall,
     ClimbCall,
     SeedCall,
+    DigitCall,
 )
 
 

@@ -23,12 +23,10 @@ __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor", "uppe
 # first exponent is infinite.
 OFFSET_FLOOR = -1e30
 
-# Largest number of entries of parameters that are validated on the CPU, on one core. Larger ones are validated on their device.
-_SERIAL = 50_000
-
-# Largest number of entries of the parameters that are copied from a GPU and converted on the CPU: 1000 full factors in 16
-# dimensions (2 MB) are copied in 0.13 ms and packed in 1.4 ms on one core; on an H200, about eighty operations took 4 ms.
-_SMALL = 500_000
+# Largest number of entries of parameters that the compiled library validates and converts on the CPU, to which those on another
+# device are copied. There, each of these would take many operations, and several waits for the device. On one core, the library
+# validates 4e5 entries in 0.2 ms, and packs 1000 full factors in 16 dimensions in 1.4 ms; on an H200, this took 4 ms.
+_SERIAL = 400_000
 
 # Names of the parameters of exponents.
 _PARAMETERS = ("offsets", "means", "U", "center")
@@ -122,7 +120,7 @@ class Exponents:
     @property
     def is_small(self) -> bool:
         """Whether the library on the CPU converts the parameters for a GPU, with their copies, faster than operations there."""
-        return max((self.host or self).means.numel(), self.entries) <= _SMALL
+        return max((self.host or self).means.numel(), self.entries) <= _SERIAL
 
     @property
     def form(self) -> Form:
@@ -289,8 +287,7 @@ class Extent:
         """Compute the bounds by one call of the compiled library; None without it, and for other tensors than it reads."""
         given = offsets, means, U
         if (
-            means.shape[1] > _FEW
-            or means.numel() > _SERIAL
+            means.numel() > _SERIAL
             or U.numel() > _SERIAL
             or not ordinary(*given)
             or not all(

@@ -28,11 +28,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmmkeops.components import numbers, transferred
+from gmmkeops.components import numbers
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton.packing import _NOTHING, LN2, _scaled, family_of, padded
+from gmmkeops.reductions.triton.packing import LN2, family_of
 
-__all__ = ["HALVED", "MOST", "MOST_DIAGONAL", "Grid", "Parameters", "is_accurate", "is_spherical"]
+__all__ = [
+    "DEEPEST",
+    "EXACT",
+    "HALVED",
+    "MOST",
+    "MOST_BINARY",
+    "MOST_DIAGONAL",
+    "SQUARE",
+    "Grid",
+    "is_spherical",
+    "most_spread",
+    "most_unit",
+    "supports",
+]
 
 # Largest numbers of features, for spherical and for diagonal factors.
 MOST, MOST_DIAGONAL = 128, 64
@@ -47,19 +60,16 @@ HALVED = 2.0**-11
 _UNIT, _SPREAD, _SPREAD_MANY, _MANY = 2.0**-7, 32.0, 128.0, 64
 
 # Largest number of binary digits of a factor of points, in either direction.
-_BINARY = 100.0
+MOST_BINARY = 100.0
 
 # Expected value of a squared scaled whitened residual, log2(e) / 2.
-_SQUARE = 0.5 / LN2
+SQUARE = 0.5 / LN2
 
 # Distance of log-sum-exps from their usual size, nats, up to which points are in the range of the kernels; with a margin.
-_DEEPEST = 310.0
+DEEPEST = 310.0
 
 # Largest integer with eleven bits, and largest sum of products of integers that is exact.
-_WHOLE, _EXACT = 2047.0, 2.0**24
-
-# Number of components to which parameters are padded: a multiple of the components of all tiles.
-_PAD = 256
+_WHOLE, EXACT = 2047.0, 2.0**24
 
 
 @dataclass(frozen=True)
@@ -90,21 +100,31 @@ class Grid:
         reference = _reference(least, most)
         mu = (means - reference).abs()
         # Largest norm of the whitened residuals of points in range.
-        norm = math.sqrt(D + 2 * (_DEEPEST + math.log(K)))
+        norm = math.sqrt(D + 2 * (DEEPEST + math.log(K)))
         if is_spherical(problem):
             inner = mu.square().sum(1).sqrt()
             squares = inner.square() + (inner + norm / u[:, 0]).square()
-            factor = _power((_EXACT / squares.amax()).sqrt()).expand(D)
-            return cls(reference, factor, (u[:, 0] / factor[0]).square() * _SQUARE, mu.new_zeros(()))
+            factor = _power((EXACT / squares.amax()).sqrt()).expand(D)
+            return cls(reference, factor, (u[:, 0] / factor[0]).square() * SQUARE, mu.new_zeros(()))
         factor = _power(_WHOLE / (mu + norm / u).amax(0))
         # Sums of absolute values of products over the features, for points in range.
         inner = (u * mu).square().sum(1).sqrt()
-        most = _SQUARE * (2 * inner + norm).square()
-        digits = _SQUARE * (u / factor).square() * torch.maximum(2 * mu * factor, mu.new_tensor(1 / HALVED))
+        most = SQUARE * (2 * inner + norm).square()
+        digits = SQUARE * (u / factor).square() * torch.maximum(2 * mu * factor, mu.new_tensor(1 / HALVED))
         # Integers of components may have more than eleven bits, of which the second digit then has the last ones.
-        units = torch.maximum(most / _EXACT, digits.amax(1) / (8 * _WHOLE))
+        units = torch.maximum(most / EXACT, digits.amax(1) / (8 * _WHOLE))
         spread = (mu.amax(0) * u.amin(0)).square().amax()
         return cls(reference, factor, torch.exp2(units.log2().ceil()), spread)
+
+    def is_accurate(self) -> bool:
+        """Return whether the kernels are as accurate as those of residuals; three numbers are read from the device.
+
+        They are not if components are narrow compared with the distances of their means, or with other components.
+        """
+        unit, spread, binary = numbers(self.units.amax(), self.spread, self.factor.log2().abs().amax())
+        # The comparisons are false for NaN.
+        K, D = len(self.units), len(self.factor)
+        return binary <= MOST_BINARY and 0 < unit <= most_unit(D) and spread <= most_spread(K)
 
 
 def _power(values: Tensor) -> Tensor:
@@ -123,83 +143,16 @@ def is_spherical(problem: Exponents) -> bool:
     return family_of(problem) == "spherical"
 
 
-def is_accurate(problem: Exponents) -> bool:
-    """Return whether the kernels are as accurate for a problem as those of residuals.
-
-    This is decided by the parameters only; three numbers are read from their device. It is false if components are narrow
-    compared with the distances of their means, or with other components.
-    """
-    if problem.is_full or problem.shape[2] > (MOST if is_spherical(problem) else MOST_DIAGONAL):
-        return False
-    grid = Grid.of(problem)
-    most = _SPREAD if problem.shape[1] < _MANY else _SPREAD_MANY
-    unit, spread, binary = numbers(grid.units.amax(), grid.spread, grid.factor.log2().abs().amax())
-    # The comparisons are false for NaN.
-    return binary <= _BINARY and 0 < unit <= _UNIT * math.sqrt(problem.shape[2] / MOST) and spread <= most
+def supports(problem: Exponents) -> bool:
+    """Return whether there are kernels for the shapes of the factors, whatever the values of the parameters are."""
+    return not problem.is_full and problem.shape[2] <= (MOST if is_spherical(problem) else MOST_DIAGONAL)
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Component parameters for the kernels, padded by components of no weight.
-
-    Args:
-        digits: Digits (3, KP, W), float16.
-        numbers: Numbers c, w and J (3, KP) for each component, float32; J is an integer.
-        grid: Reference point and factors (2, P), float32.
-        means: Means relative to the reference point (K, D), data units, float64.
-        factor: Factors (D,), 1 / data units, float64.
-        square: Value of q for which the kernels compute zero (K,), float64.
-        centers: Integers near the expected entries of points of a component (KP, W), float16; diagonal only.
-    """
-
-    digits: Tensor
-    numbers: Tensor
-    grid: Tensor
-    means: Tensor
-    factor: Tensor
-    square: Tensor
-    centers: Tensor
-
-    @classmethod
-    def of(cls, problem: Exponents) -> Parameters:
-        """Pack the parameters, on the CPU if they are there, and copy them to the device of the points."""
-        given, grid = problem.host or problem, Grid.of(problem)
-        D, w = problem.shape[2], grid.units
-        P = padded(D)
-        base, *_ = _scaled(problem)
-        mu = given.means + given.center - grid.reference
-        m = mu * grid.factor
-        if is_spherical(problem):
-            entries, own = -2 * m, m.square().sum(1)
-        else:
-            v = _SQUARE * (given.U / grid.factor).square() / w[:, None]
-            entries, own = torch.cat([-2 * v * m, v / HALVED], 1), (v * m.square()).sum(1)
-        # The expected value is taken out of q, so that it has small rounding errors.
-        J = (own - (D * _SQUARE / w).clamp(max=_EXACT)).round()
-        c = (given.offsets - base) / LN2 - w * (own - J)
-        digits = torch.stack([_rows(digit, D, P) for digit in _digits(entries)])
-        table = c.new_zeros(3, digits.shape[1])
-        table[0] = _NOTHING
-        table[:, : len(c)] = torch.stack([c, w, J])
-        units = torch.zeros(2, P, dtype=torch.float32, device=c.device)
-        units[:, :D] = torch.stack([grid.reference, grid.factor])
-        centers = digits[0, :0]
-        if not is_spherical(problem):
-            centers = _rows(torch.cat([m, m.square() * HALVED], 1).round().half(), D, P)
-        arrays = [digits, table.float(), units, mu, grid.factor, own - J, centers]
-        return cls(*transferred(arrays, problem.x.device))
+def most_unit(features: int) -> float:
+    """Return the largest unit of exponents for which the kernels are as accurate as those of residuals."""
+    return _UNIT * math.sqrt(features / MOST)
 
 
-def _digits(values: Tensor) -> list[Tensor]:
-    """Split float64 numbers into an integer and two more float16 digits."""
-    whole = values.round().half()
-    middle = (values - whole.double()).half()
-    return [whole, middle, (values - whole.double() - middle.double()).half()]
-
-
-def _rows(values: Tensor, D: int, P: int) -> Tensor:
-    """Pad values (K, D) or (K, 2 D) by zeros to P features and to a multiple of the components of all tiles."""
-    K, parts = len(values), values.shape[1] // D
-    found = values.new_zeros(-(-K // _PAD) * _PAD, parts, P)
-    found[:K, :, :D] = values.view(K, parts, D)
-    return found.view(-1, parts * P)
+def most_spread(components: int) -> float:
+    """Return the largest spread for which the kernels are as accurate as those of residuals."""
+    return _SPREAD if components < _MANY else _SPREAD_MANY

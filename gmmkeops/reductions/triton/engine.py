@@ -16,7 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gmmkeops.components import transferred
 from gmmkeops.reductions.accuracy import CONDITION, DEEPEST
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.dense import dense
@@ -27,8 +26,18 @@ from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGra
 from gmmkeops.reductions.triton import loading
 from gmmkeops.reductions.triton.columns import Softmax
 from gmmkeops.reductions.triton.lists import candidate_lists, checked
+from gmmkeops.reductions.triton.moments_on_cpu import (
+    LOWEST,
+    RATIO,
+    add_values,
+    converted,
+    extreme_sizes,
+    moments_on_cpu,
+    ratio_and_unit,
+    suffices,
+)
 from gmmkeops.reductions.triton.packing import LN2
-from gmmkeops.reductions.triton.residuals import FEW, FEW_FULL, NO_LABEL, NO_SHARE, Residuals
+from gmmkeops.reductions.triton.residuals import FEW, FEW_FULL, NO_LABEL, NO_SHARE, Residuals, admits_digits
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.passes import evaluate
 from gmmkeops.reductions.truncation.tolerance import Tolerance
@@ -50,19 +59,9 @@ _FULL_DOUBLE, _DIAGONAL_DOUBLE = FEW_FULL, FEW // 2
 _PRODUCT_COMPONENTS = 48
 _PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25), Argmax: (24, 48)}
 
-# Exponents, base 2, above which kernels are exact: their running maximum begins at -1e38.
-_LOWEST = -9.9e37
-
-# Number above all exponents and below NO_SHARE.
-_LARGEST = 1e29
-
-# Largest ratio of weights whose products with responsibilities float32 holds, and largest binary exponents of weights that are
-# not divided by their size.
-_RATIO, _ORDINARY = 2.0**50, 20
-
 # Largest number of entries of the factors for which torch packs parameters on the CPU, to which those on the device are copied.
-# On one core torch takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for 5e4; the compiled library takes
-# 0.03 ms for 1e4 entries and 0.15 ms for 5e4. Either saves about forty kernels, and for full factors an inverse.
+# On one core it takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for 5e4, and saves about forty kernels. The
+# compiled library takes 0.15 ms for 5e4 entries.
 _MANY = 10_000
 
 
@@ -113,13 +112,20 @@ class Triton:
 
 def _begun(problem: Exponents, request: Request) -> _WithForm:
     """Begin an evaluation by products or by kernels."""
-    problem = _placed(problem)
+    problem = _placed(problem, request)
     return _MatrixProducts(problem, request) if _by_products(problem.form, request) else _by_kernels(problem, request)
 
 
-def _placed(problem: Exponents) -> Exponents:
-    """Copy few parameters to the CPU, where they are packed; leave out a copy there of many."""
-    few = problem.is_small if reason() is None else problem.entries <= _MANY
+def _placed(problem: Exponents, request: Request) -> Exponents:
+    """Copy few parameters to the CPU, where they are packed; leave out a copy there of many.
+
+    Many parameters that are on the CPU remain there if the library packs them as digits.
+    """
+    if reason() is not None:
+        few = problem.entries <= _MANY
+    else:
+        soft = isinstance(request, LogSumExp | Statistics) and not request.rank
+        few = problem.is_small or (problem.host is not None and soft and admits_digits(problem))
     return problem.with_host() if few else replace(problem, host=None)
 
 
@@ -203,19 +209,6 @@ def _in_double(problem: Exponents, request: Request) -> _WithForm:
     return _Evaluation(wide, request, problem.x.dtype, Residuals(wide))
 
 
-def _extreme_sizes(weights: Tensor) -> list[Tensor]:
-    """Return the least positive and the largest absolute value of weights (N,), two scalars."""
-    sizes = weights.abs()
-    return [sizes.masked_fill(sizes == 0, math.inf).amin(), sizes.amax()]
-
-
-def _ratio_and_unit(least: float, most: float) -> tuple[float, float]:
-    """Return the ratio of the extreme sizes of weights, and the number by which weights are divided."""
-    exponent = math.frexp(most)[1] if math.isfinite(most) else 0
-    unit = 1.0 if abs(exponent) <= _ORDINARY else math.ldexp(1.0, min(max(exponent, -1000), 1000))
-    return most / least, unit
-
-
 def _runs_in_double(form: Form) -> bool:
     """Return whether there are float64 kernels for a number of features."""
     return form.features <= (_FULL_DOUBLE if form.full else _DIAGONAL_DOUBLE)
@@ -282,30 +275,17 @@ class _Evaluation:
         request, kernels, values = self._request, self._kernels, self._values
         weights = request.weights if isinstance(request, Statistics) else None
         sums = values.new_empty(0, dtype=torch.float64)
-        if isinstance(request, Statistics) and self._sums_suffice(request):
+        if isinstance(request, Statistics) and suffices(kernels, request, by_products=False):
             width, K = kernels.sums_shape
             sums = torch.zeros(width * K + 1, dtype=torch.float64, device=values.device)
             single = None if weights is None else weights.to(values.dtype).contiguous()
             kernels.add_sums(sums[:-1].view(width, K), values, single, [schedule])
-            self._add_values(sums[-1], weights)
+            add_values(sums[-1], kernels.scale, values, weights)
         minima, self.check, self._ranges, sums = checked(
-            schedule, values, weights, kernels.packed, self._tolerance, sums
+            schedule, values, weights, kernels.scale, self._tolerance, sums
         )
         self._sums = sums if len(sums) else None
         return minima
-
-    def _sums_suffice(self, request: Statistics) -> bool:
-        """Return whether the moments are computed on the CPU from their sums, if no row is far."""
-        kernels = self._kernels
-        is_plain = request.on_cpu and request.assignment == "soft" and not request.values
-        return is_plain and kernels.compiled is not None and not kernels.is_tiled
-
-    def _add_values(self, out: Tensor, weights: Tensor | None) -> None:
-        """Compute the sum of the base-2 values, or of the weighted values in nats, into a float64 scalar."""
-        if weights is None:
-            torch.sum(self._values, 0, dtype=torch.float64, out=out)
-        else:
-            torch.dot(self._kernels.packed.nats(self._values), weights, out=out)
 
     def result(self) -> Result:
         request = self._request
@@ -313,7 +293,7 @@ class _Evaluation:
         if isinstance(request, Statistics) and (moments := self._moments_on_cpu(request)) is not None:
             return moments
         far, ratio, unit = self._numbers(weights)
-        if ratio > _RATIO and self.problem.x.dtype == torch.float32:
+        if ratio > RATIO and self.problem.x.dtype == torch.float32:
             return self._repeated()
         match request:
             case LogSumExp():
@@ -324,7 +304,7 @@ class _Evaluation:
                     (labels[far],) = evaluate(dense, self.problem.rows(far), request)
                 return (labels,)
             case TopK():
-                values, labels = self._kernels.packed.nats(self._values).to(self._dtype), self._labels.long()
+                values, labels = self._kernels.scale.nats(self._values).to(self._dtype), self._labels.long()
                 if len(far):
                     found, labels[far] = evaluate(dense, self.problem.rows(far), request)
                     values[far] = found.to(self._dtype)
@@ -342,15 +322,15 @@ class _Evaluation:
             largest and the least positive size of weights, and the number by which weights are divided.
         """
         first = self._values if self._values.ndim == 1 else self._values[:, 0]
-        packed, single = self._kernels.packed, first.dtype == torch.float32
+        single = first.dtype == torch.float32
         if self._ranges is not None:
             *found, middle = self._ranges
             found = found[: 2 if weights is None else 4]
         else:
-            usual = packed.middle
+            usual = self._kernels.scale.middle
             read = [*first.aminmax()]
             if weights is not None:
-                read += _extreme_sizes(weights)
+                read += extreme_sizes(weights)
             if single and usual.device == first.device:
                 read.append(usual)
             found = torch.stack(read).tolist()
@@ -360,9 +340,9 @@ class _Evaluation:
         far = torch.empty(0, dtype=torch.int64, device=first.device)
         if single and not (least - middle >= -depth and most - middle <= depth):
             far = (~((first - middle).abs() <= depth)).nonzero()[:, 0]
-        elif not single and not (math.isfinite(least) and math.isfinite(most) and least > _LOWEST):
-            far = (~(torch.isfinite(first) & (first > _LOWEST))).nonzero()[:, 0]
-        return far, *((1.0, 1.0) if weights is None else _ratio_and_unit(*found[2:]))
+        elif not single and not (math.isfinite(least) and math.isfinite(most) and least > LOWEST):
+            far = (~(torch.isfinite(first) & (first > LOWEST))).nonzero()[:, 0]
+        return far, *((1.0, 1.0) if weights is None else ratio_and_unit(*found[2:]))
 
     def _repeated(self) -> Result:
         """Compute the result in float64 or by the dense engine, for weights of very different sizes."""
@@ -378,71 +358,22 @@ class _Evaluation:
     def _nats(self, far: Tensor) -> Tensor:
         """Return the log-sum-exps or largest exponents (N,), nats, in the dtype of the request."""
         first = self._values if self._values.ndim == 1 else self._values[:, 0]
-        values = self._kernels.packed.nats(first)
+        values = self._kernels.scale.nats(first)
         if len(far):
             few, hard = self.problem.rows(far), self._request.rank > 0
             values[far] = evaluate(dense, few, TopK(1) if hard else LogSumExp())[0].view(-1).double()
         return values.to(self._dtype)
 
     def _moments_on_cpu(self, request: Statistics) -> Result | None:
-        """Compute moments for soft assignments on the CPU, with one transfer if no row is far.
-
-        The kernels are launched before the numbers are known that decide how to compute the moments. Rows that are far have no
-        part in their sums, which are discarded if weights are of unusual size or if values are not finite.
-
-        Returns:
-            None if the request, the schedule, the weights or the values require :meth:`_moments`.
-        """
-        kernels, weights, values = self._kernels, request.weights, self._values
-        compiled, (N, K, _) = kernels.compiled, self.problem.shape
+        """Compute moments for soft assignments on the CPU; None if :meth:`_moments` must compute them."""
+        kernels = self._kernels
         if self._sums is not None:
-            return self._moments_of_lists(self._sums, weights)
-        if not self._sums_suffice(request) or self._schedules is not None or kernels.products is not None:
+            far, ratio, unit = self._numbers(request.weights)
+            is_usual = not len(far) and unit == 1 and (ratio <= RATIO or self.problem.x.dtype != torch.float32)
+            return converted(kernels, request.weights, self._values, self._sums) if is_usual else None
+        if self._schedules is not None or not suffices(kernels, request, kernels.products is not None):
             return None
-        assert compiled is not None, "sums suffice only for compiled parameters"
-        dtype, width = values.dtype, kernels.sums_shape[0]
-        lowest = (compiled.usual - compiled.base - DEEPEST) / LN2 if dtype == torch.float32 else _LOWEST
-        shares = torch.threshold(values, lowest, NO_SHARE)
-        # The sums, the sum of values or log-densities, the largest value, and the extreme sizes of weights.
-        end = width * K
-        found = torch.zeros(end + 4, dtype=torch.float64, device=values.device)
-        kernels.add_sums(
-            found[:end].view(width, K), shares, None if weights is None else weights.to(dtype).contiguous(), None
-        )
-        self._add_values(found[end], weights)
-        if weights is not None:
-            torch.stack(_extreme_sizes(weights), out=found[end + 2 :])
-        torch.amax(shares, 0, out=found[end + 1 : end + 2].view(dtype)[0])
-        found = found.cpu()
-        sums, most, total = found[:end], found[end + 1 : end + 2].view(dtype)[0].item(), found[end]
-        if weights is not None:
-            ratio, unit = _ratio_and_unit(*found[end + 2 :].tolist())
-            if unit != 1 or (ratio > _RATIO and dtype == torch.float32):
-                return None
-        if not most < _LARGEST and not (most == shares.new_tensor(NO_SHARE).item() and bool(sums.isfinite().all())):
-            return None
-        S0, S1, S2 = compiled.moments(self.problem.host or self.problem, sums)
-        if most < _LARGEST:
-            return S0, S1, S2, total if weights is not None else compiled.base * N + LN2 * total
-        is_far = shares == NO_SHARE
-        far = is_far.nonzero()[:, 0]
-        few = replace(request, weights=None if weights is None else weights[far])
-        rest = evaluate(dense, self.problem.rows(far), few)
-        nats = kernels.packed.nats(values).masked_fill(is_far, 0.0)
-        total = rest[3] + (nats.sum() if weights is None else nats @ weights)
-        more = transferred([*rest[:3], total], S0.device)
-        return S0 + more[0], S1 + more[1], S2 + more[2].reshape(S2.shape), more[3]
-
-    def _moments_of_lists(self, sums: Tensor, weights: Tensor | None) -> Result | None:
-        """Convert sums of moments that have been read with the check of their lists; None as for :meth:`_moments_on_cpu`."""
-        compiled = self._kernels.compiled
-        assert compiled is not None, "sums have been computed for compiled parameters"
-        far, ratio, unit = self._numbers(weights)
-        if len(far) or unit != 1 or (ratio > _RATIO and self.problem.x.dtype == torch.float32):
-            return None
-        S0, S1, S2 = compiled.moments(self.problem.host or self.problem, sums[:-1])
-        total = sums[-1] if weights is not None else compiled.base * len(self._values) + LN2 * sums[-1]
-        return S0, S1, S2, total
+        return moments_on_cpu(kernels, request, self._values)
 
     def _moments(self, request: Statistics, far: Tensor, unit: float) -> Result:
         weights, kernels = request.weights, self._kernels
@@ -470,8 +401,8 @@ class _Evaluation:
         if not request.values and not len(far):
             first = self._values if self._values.ndim == 1 else self._values[:, 0]
             if weights is not None:
-                return S0, S1, S2, kernels.packed.nats(first) @ weights
-            total = torch.add(kernels.packed.base * len(first), first.sum(dtype=torch.float64), alpha=LN2)
+                return S0, S1, S2, kernels.scale.nats(first) @ weights
+            total = torch.add(kernels.scale.base * len(first), first.sum(dtype=torch.float64), alpha=LN2)
             return S0, S1, S2, total
         values = self._nats(far)
         total = values.double().sum() if weights is None else values.double() @ weights

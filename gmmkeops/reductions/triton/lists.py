@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.loading import launch
-from gmmkeops.reductions.triton.packing import Packed
+from gmmkeops.reductions.triton.packing import Scale
 from gmmkeops.reductions.truncation.bounds import Schedule, Whole
 from gmmkeops.reductions.truncation.tolerance import Tolerance
 from gmmkeops.reductions.truncation.tree import Cloud
@@ -153,7 +153,7 @@ def _compacted(cloud: Cloud, lists: _Lists, tolerance: Tolerance, entries: int, 
 
 
 def checked(
-    schedule: Schedule, values: Tensor, weights: Tensor | None, packed: Packed, tolerance: Tolerance, more: Tensor
+    schedule: Schedule, values: Tensor, weights: Tensor | None, scale: Scale, tolerance: Tolerance, more: Tensor
 ) -> tuple[Tensor, Check, list[float], Tensor]:
     """Check the lists of all leaves, and read the range of the values, with one synchronization of the device.
 
@@ -161,7 +161,7 @@ def checked(
         schedule: The lists, with numbers of all leaves.
         values: Base-2 log-sum-exps (N,) or largest exponents (N, k).
         weights: Weights (N,), float64, or None.
-        packed: Component parameters.
+        scale: Scale of the values.
         tolerance: Numbers by which the lists have been computed.
         more: Other numbers that are copied to the CPU (n,), float64.
 
@@ -173,7 +173,7 @@ def checked(
     cloud, B, device = schedule.whole.cloud, len(schedule.boxes), values.device
     minima, low = torch.empty_like(schedule.pruned), torch.empty_like(schedule.pruned)
     notes = torch.empty(6, B, dtype=torch.float64, device=device)
-    base, middle = packed.base, packed.middle
+    base, middle = scale.base, scale.middle
     is_there = base.device == device
     launch(
         "lists", "check", device, (B,), values, notes if weights is None else weights.contiguous(), base if is_there else notes,

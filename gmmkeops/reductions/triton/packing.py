@@ -28,19 +28,50 @@ from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.compiled import CompiledRecords
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["LN2", "Blocks", "Packed", "family_of", "padded", "symmetric_places", "tiled_records"]
+__all__ = ["LN2", "NOTHING", "Blocks", "Packed", "Scale", "family_of", "padded", "symmetric_places", "tiled_records"]
 
 LN2 = math.log(2.0)
 
 # Offset of components of no weight, with which records are padded: below the smallest exponent that a kernel stores.
-_NOTHING = -3e38
-
+NOTHING = -3e38
 
 # The number q.
 _SQUARE = 0.71875
 
 # Largest usual log-sum-exp, nats, for which exponents are relative to zero, so that errors are relative to log-sum-exps.
 _SMALL = 128.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Number that base-2 exponents are relative to, and their usual size.
+
+    Args:
+        base: Value that base-2 exponents are relative to (scalar), nats, float64, on the CPU if the parameters are there.
+        usual: Largest usual log-sum-exp (scalar), nats, float64, on the same device.
+    """
+
+    base: Tensor
+    usual: Tensor
+
+    @classmethod
+    def of(cls, problem: Exponents) -> Scale:
+        """Compute the scale from the offsets: at points of a component, exponents are about c - D q ln 2."""
+        offsets, expected = (problem.host or problem).offsets, problem.shape[2] * _SQUARE * LN2
+        if offsets.device.type != "cpu":
+            usual = (offsets - expected).amax()
+            return cls(torch.where(usual.abs() <= _SMALL, 0.0, usual), usual)
+        most = offsets.amax().item() - expected
+        return cls(*torch.tensor([0.0 if abs(most) <= _SMALL else most, most], dtype=torch.float64))
+
+    @property
+    def middle(self) -> Tensor:
+        """Largest usual log-sum-exp (scalar), base 2, relative to the base."""
+        return (self.usual - self.base) / LN2
+
+    def nats(self, values: Tensor) -> Tensor:
+        """Convert base-2 exponents to nats, float64."""
+        return torch.add(self.base, values.double(), alpha=LN2)
 
 
 @dataclass(frozen=True)
@@ -51,15 +82,11 @@ class Packed:
         records: The records (at least K + 1, R), in the dtype of the points: offset c; rounded mean m (D); d (D); and the rows of
             the lower triangle of Vᵀ if full, V (D) if diagonal, or its number if spherical.
         rest: Means minus m (K, D), data units, float64. They are on the CPU if the parameters are there.
-        base: Value that base-2 exponents are relative to (scalar), nats, float64, on the same device.
-        usual: Largest usual log-sum-exp (scalar), nats, float64, on the same device.
         family: ``"full"``, ``"diagonal"`` or ``"spherical"``.
     """
 
     records: Tensor
     rest: Tensor
-    base: Tensor
-    usual: Tensor
     family: str
 
     @classmethod
@@ -69,31 +96,21 @@ class Packed:
         Parameters on the CPU are packed there, and copied to the device of the points in one transfer.
         """
         _, K, D = problem.shape
-        base, usual, c, heads, rest, V, d = _scaled(problem)
+        c, heads, rest, V, d = _scaled(problem)
         row, column = torch.tril_indices(D, D, device=V.device)
         u = V[:, column, row] if problem.is_full else V
         size = 1 + 2 * D + u.shape[1]
         records = torch.zeros((K // unroll + 1) * unroll, size, dtype=problem.x.dtype, device=V.device)
         records[:K] = torch.cat([c[:, None], heads, d, u], 1)
-        records[K:, 0] = _NOTHING
+        records[K:, 0] = NOTHING
         (records,) = transferred([records], problem.x.device)
-        return cls(records, rest, base, usual, family_of(problem))
+        return cls(records, rest, family_of(problem))
 
     @classmethod
     def of_compiled(cls, problem: Exponents, packed: CompiledRecords) -> Packed:
         """Copy parameters that were packed on the CPU to the device of the points."""
         (records,) = transferred([packed.records], problem.x.device)
-        base, usual = torch.tensor([packed.base, packed.usual], dtype=torch.float64)
-        return cls(records, packed.rest, base, usual, packed.family)
-
-    @property
-    def middle(self) -> Tensor:
-        """Largest usual log-sum-exp (scalar), base 2, relative to the base."""
-        return (self.usual - self.base) / LN2
-
-    def nats(self, values: Tensor) -> Tensor:
-        """Convert base-2 exponents to nats, float64."""
-        return torch.add(self.base, values.double(), alpha=LN2)
+        return cls(records, packed.rest, packed.family)
 
 
 def family_of(problem: Exponents) -> str:
@@ -119,29 +136,25 @@ def padded(D: int) -> int:
 
 
 def _scaled(problem: Exponents) -> tuple[Tensor, ...]:
-    """Return the base, the largest usual log-sum-exp, and c (K,), m (K, D), μ - m (K, D), V (as U) and d (K, D)."""
+    """Return c (K,), m (K, D), μ - m (K, D), V (as U) and d (K, D)."""
     given = problem.host or problem
-    # At points of a component, exponents are about this.
-    expected = given.offsets - problem.shape[2] * _SQUARE * LN2
-    usual = expected.amax()
-    base = torch.where(usual.abs() <= _SMALL, 0.0, usual)
     means = given.means + given.center
     heads = means.to(problem.x.dtype)
     rest = means - heads
     V = given.U * math.sqrt(0.5 / LN2)
     d = -(V.mT @ rest[:, :, None])[:, :, 0] if problem.is_full else -V * rest
-    c = (expected - base) / LN2
+    c = (given.offsets - problem.shape[2] * _SQUARE * LN2 - Scale.of(problem).base) / LN2
     if not problem.is_full:
         # Rounding V changes all squares of a point by the same factor; its expected effect is added to the offset.
         change = (V.to(heads.dtype) / V).nan_to_num(nan=1.0, posinf=1.0, neginf=1.0).square() - 1
         c = c + change.expand_as(means).sum(1) * (0.5 / LN2)
-    return base, usual, c, heads, rest, V, d
+    return c, heads, rest, V, d
 
 
 def tiled_records(problem: Exponents) -> tuple[Tensor, int]:
     """Pack the parameters for :mod:`gmmkeops.reductions.triton.kernels.tiles`; return records and padded dimensions P."""
     _, K, D = problem.shape
-    _, _, c, heads, _, V, d = _scaled(problem)
+    c, heads, _, V, d = _scaled(problem)
     P = padded(D)
     records = torch.zeros(K, 16 + 2 * P + (2 * P * P if problem.is_full else P), dtype=problem.x.dtype, device=V.device)
     records[:, 0], records[:, 16 : 16 + D], records[:, 16 + P : 16 + P + D] = c, heads, d

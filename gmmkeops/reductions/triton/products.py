@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.triton.digits import HALVED, Parameters, is_spherical
+from gmmkeops.reductions.triton.digit_parameters import Arrays, Parameters
+from gmmkeops.reductions.triton.digits import is_spherical
 from gmmkeops.reductions.triton.loading import launch
 from gmmkeops.reductions.triton.packing import padded
 from gmmkeops.reductions.triton.partial import Piece, add_moments
 
-__all__ = ["Products", "Tiling"]
+__all__ = ["SCALE", "Products", "Tiling", "relative"]
 
 # Number of rows to which points are padded: a multiple of the rows of all tiles.
 _PAD = 256
@@ -31,8 +32,8 @@ _SPLIT = 32
 # Maximum memory for points that have been split, bytes and as a part of the memory of a device. They are kept if they all fit.
 _SLAB, _PART = 1 << 30, 64
 
-# Factor of responsibilities in the kernels.
-_SCALE = 2.0**-14
+# Inverse of the factor of responsibilities in the kernels.
+SCALE = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,21 @@ class Products:
     """Kernels of matrix products for the points of one problem.
 
     Args:
-        problem: Exponents with float32 points and spherical or diagonal factors, of which
-            :func:`gmmkeops.reductions.triton.digits.is_accurate` is true.
+        problem: Exponents with float32 points and spherical or diagonal factors.
+        parameters: Parameters of the components, as :meth:`Parameters.of` returns them.
         values: Sizes of the kernel of log-sum-exps; by default, those for the device.
         sums: Sizes of the kernel of moments; by default, those for the device.
     """
 
     problem: Exponents
+    parameters: Parameters
     values: Tiling | None = None
     sums: Tiling | None = None
 
     @cached_property
-    def _parameters(self) -> Parameters:
-        return Parameters.of(self.problem)
+    def _arrays(self) -> Arrays:
+        """The arrays of the parameters, on the device of the points."""
+        return self.parameters.arrays.at(self.problem.x.device)
 
     @property
     def _width(self) -> int:
@@ -123,7 +126,7 @@ class Products:
         M, W = -(-N // _PAD) * _PAD, self._width
         found = _Points(torch.empty(3, M, W, dtype=torch.float16, device=x.device), x.new_empty(2, M))
         launch(
-            "products", "split", x.device, (M // _SPLIT,), x, self._parameters.grid, found.digits, found.numbers, N, M, D=D,
+            "products", "split", x.device, (M // _SPLIT,), x, self._arrays.grid, found.digits, found.numbers, N, M, D=D,
             P=padded(D), W=W, DIAGONAL=not is_spherical(self.problem), BN=_SPLIT, warps=4,
         )  # fmt: skip
         return found
@@ -131,7 +134,7 @@ class Products:
     def logsumexps(self, out: Tensor) -> None:
         """Compute base-2 log-sum-exps (N,) into ``out``; they are less than -1e20 or NaN for points out of range."""
         N, K, _ = self.problem.shape
-        tiling, p = self.values or _value_tiling(out.device), self._parameters
+        tiling, p = self.values or _value_tiling(out.device), self._arrays
         for start in range(0, N, self._slab):
             part = out[start : start + self._slab]
             points, _ = self._points(slice(start, start + len(part)))
@@ -147,36 +150,33 @@ class Products:
             values: Base-2 log-sum-exps (N,), float32.
             weights: Weights (N,), float32; None for ones.
         """
-        _, K, D = self.problem.shape
-        W, P, p = self._width, padded(D), self._parameters
-        unit = None
+        parameters = self.parameters.at(values.device)
+        unit: Tensor | float = 1.0
         if weights is not None:
-            # Products of weights and responsibilities are then in the range of float16.
-            unit = weights.abs().amax()
-            unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-            weights = weights / unit
-        sums = torch.zeros(K, W + 4, dtype=torch.float64, device=values.device)
-        tiling = self.sums or _sum_tiling(values.device, W)
+            weights, single = relative(weights)
+            unit = single.double()
+        sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=values.device)
+        self.add_sums(sums, values, weights)
+        return parameters.moments(sums, SCALE * unit)
+
+    @property
+    def sums_shape(self) -> tuple[int, int]:
+        """Shape (K, W + 4) of the sums of :meth:`add_sums`."""
+        return self.problem.shape[1], self._width + 4
+
+    def add_sums(self, sums: Tensor, values: Tensor, weights: Tensor | None) -> None:
+        """Add sums of r X, of r and of r q, divided by ``SCALE``, to ``sums`` (K, W + 4), see :class:`Parameters`.
+
+        Arguments as for :meth:`moments`, except that the largest weight is one.
+        """
+        tiling = self.sums or _sum_tiling(values.device, self._width)
         add_moments(
             self.problem.x, sums.T, None, tiling.chunk, lambda piece: self._partial(values, weights, piece, tiling)
         )
-        sums *= _SCALE if unit is None else _SCALE * unit.double()
-        S0 = sums[:, W]
-        if is_spherical(self.problem):
-            S1 = torch.addcmul(sums[:, :D] / p.factor, S0[:, None], p.means, value=-1)
-            return S0, S1, (sums[:, W + 1] + S0 * p.square) / p.factor[0].square()
-        # Sums of r (z - a) and r (z² / 2048 - b) with the centers a and b.
-        m, S0 = p.means * p.factor, S0[:, None]
-        a, b = p.centers[:K, :D].double(), p.centers[:K, P : P + D].double()
-        S1 = torch.addcmul(sums[:, :D], S0, a - m)
-        # z² - m² = (z - m)² + 2 m (z - m).
-        S2 = torch.addcmul(sums[:, P : P + D] / HALVED, S0, b / HALVED - m.square())
-        S2 = torch.addcmul(S2, m, S1, value=-2)
-        return S0[:, 0], S1 / p.factor, S2 / p.factor.square()
 
     def _partial(self, values: Tensor, weights: Tensor | None, piece: Piece, tiling: Tiling) -> Tensor:
         """Compute partial sums (W + 4, M) of chunks of rows."""
-        p, K = self._parameters, piece.components
+        p, K = self._arrays, piece.components
         part = values.new_empty(piece.columns, piece.width)
         some = max(1, self._slab // tiling.chunk)
         for first in range(0, piece.chunks, some):
@@ -193,6 +193,17 @@ class Products:
                 tiling.chunk, WEIGHTED=weights is not None, **self._constants(tiling),
             )  # fmt: skip
         return part.T
+
+
+def relative(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide weights by their largest size, so that their products with responsibilities are in the range of float16.
+
+    Returns:
+        The quotients, and the size (scalar), which is one if all weights are zero.
+    """
+    unit = weights.abs().amax()
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    return weights / unit, unit
 
 
 @functools.cache

@@ -13,18 +13,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gmmkeops.components import numbers
+from gmmkeops.components import numbers, transferred
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.compiled import CompiledRecords
-from gmmkeops.reductions.triton.digits import is_accurate
+from gmmkeops.reductions.triton.digit_parameters import Parameters
+from gmmkeops.reductions.triton.digits import supports
 from gmmkeops.reductions.triton.loading import launch
-from gmmkeops.reductions.triton.packing import LN2, Blocks, Packed, family_of, symmetric_places
+from gmmkeops.reductions.triton.packing import LN2, Blocks, Packed, Scale, family_of, symmetric_places
 from gmmkeops.reductions.triton.partial import SLAB, Piece, add_moments, add_up
 from gmmkeops.reductions.triton.products import Products
 from gmmkeops.reductions.triton.tiles import Tiles
 from gmmkeops.reductions.truncation.bounds import Schedule
 
-__all__ = ["FEW", "FEW_FULL", "NO_LABEL", "NO_SHARE", "Residuals"]
+__all__ = ["FEW", "FEW_FULL", "NO_LABEL", "NO_SHARE", "Residuals", "admits_digits"]
 
 # Largest number of features whose moments a thread holds in registers, for diagonal or spherical and for full factors; and the
 # largest for which log-sum-exps with full factors take fewer instructions without tensor cores (of sm_90, for each pair, without
@@ -76,6 +77,11 @@ class Residuals:
         """The component parameters as the compiled library has packed them on the CPU; None if it has not."""
         return CompiledRecords.of(self.problem, family_of(self.problem), _UNROLL)
 
+    @cached_property
+    def scale(self) -> Scale:
+        """Number that base-2 exponents are relative to, and their usual size."""
+        return Scale.of(self.problem)
+
     def condition(self) -> tuple[float, bool]:
         """Return a bound on the condition numbers of full factors, and whether they are upper triangular."""
         if not self.problem.is_full:
@@ -99,7 +105,7 @@ class Residuals:
             return None
         if self._tiles is not None and self.problem.is_full and self.problem.shape[2] > _SOME_FULL:
             least = self._tiles.logsumexps(out, schedule)
-            return None if least is None else self.packed.nats(least)
+            return None if least is None else self.scale.nats(least)
         return self._rows("logsumexps", schedule, out, noted=True)
 
     def largest(self, out: Tensor, labels: Tensor, schedule: Schedule | None) -> Tensor | None:
@@ -139,7 +145,7 @@ class Residuals:
         )  # fmt: skip
         if schedule is None or schedule.whole is not None or not noted:
             return None
-        return packed.nats(blocks.minima(least, schedule))
+        return self.scale.nats(blocks.minima(least, schedule))
 
     def moments(
         self, values: Tensor, weights: Tensor | None, schedules: Sequence[Schedule] | None
@@ -153,7 +159,8 @@ class Residuals:
         """
         D = self.problem.shape[2]
         if schedules is None and self.products is not None:
-            return self._with_weak(self.products.moments(values, weights), values, weights)
+            unit = 1.0 if weights is None else weights.abs().amax()
+            return self.with_weak(self.products.moments(values, weights), unit, values, weights)
         if self._tiles is not None:
             S0, S1, S2 = self._tiles.add_moments(values, weights, schedules)
             S2 = S2.sum(1, keepdim=True) if self.packed.family == "spherical" else S2
@@ -172,19 +179,32 @@ class Residuals:
             S2 = torch.addcmul(S2, S1 + moved, rest, value=-1)
         return S0, moved, self._shaped(S2)
 
-    def _with_weak(
-        self, sums: tuple[Tensor, Tensor, Tensor], values: Tensor, weights: Tensor | None
+    def with_weak(
+        self, sums: tuple[Tensor, Tensor, Tensor], unit: Tensor | float, values: Tensor, weights: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Replace the moments of components that have so small responsibilities that their digits do not suffice."""
+        """Replace the moments of components that have so small responsibilities that their digits do not suffice.
+
+        Args:
+            sums: Moments, on the device of the points or on the CPU.
+            unit: Largest size of the weights; one without weights.
+            values, weights: As for :meth:`moments`.
+        """
         S0 = sums[0].abs()
-        unit = 1.0 if weights is None else weights.abs().amax()
         weak = ((S0 > 0) & (S0 / unit < _WEAK * len(values))).nonzero()[:, 0]
         if not len(weak):
             return sums
-        few = Residuals(self.problem.components(weak), digits=False)
+        given, x = self.problem.host or self.problem, self.problem.x
+        some = given.components(weak.to(given.means.device))
+        some = some if given is self.problem else Exponents.of_host(x, some)
+        far = values == NO_SHARE
+        if bool(far.any()):
+            # Residuals of these rows may be infinite, and their product with zero would not be a number.
+            some = some.at(x.where(~far[:, None], (some.means[0] + some.center).to(x.dtype)))
+        few = Residuals(some, digits=False)
         # Base-2 values are relative to a number that depends on the components.
-        shift = (self.packed.base.to(values.device) - few.packed.base.to(values.device)) / LN2
-        found = few.moments(torch.where(values == NO_SHARE, values, values + shift.to(values.dtype)), weights, None)
+        shift = (self.scale.base.to(values.device) - few.scale.base.to(values.device)) / LN2
+        moved = torch.where(far, values, values + shift.to(values.dtype))
+        found = transferred(few.moments(moved, weights, None), S0.device)
         S0, S1, S2 = (part.index_copy(0, weak, own) for part, own in zip(sums, found, strict=True))
         return S0, S1, S2
 
@@ -200,14 +220,10 @@ class Residuals:
     @cached_property
     def products(self) -> Products | None:
         """Kernels of matrix products for all pairs, where they are faster and as accurate."""
-        _, K, D = self.problem.shape
-        if not self.digits or self.problem.is_full or D < _DIGITS or K < _COMPONENTS:
+        if not self.digits or not admits_digits(self.problem):
             return None
-        if self.problem.x.dtype != torch.float32:
-            return None
-        if not _has_tensor_cores(self.problem.x.device) or not is_accurate(self.problem):
-            return None
-        return Products(self.problem)
+        parameters = Parameters.of(self.problem)
+        return None if parameters is None else Products(self.problem, parameters)
 
     @property
     def is_tiled(self) -> bool:
@@ -277,6 +293,14 @@ class Residuals:
             LISTS=piece.table is not None, BK=wide, U=_point_step(problem, wide // _WARP), warps=warps,
         )  # fmt: skip
         return part
+
+
+def admits_digits(problem: Exponents) -> bool:
+    """Return whether products of digits are faster than residuals, if they are accurate for the parameters."""
+    _, K, D = problem.shape
+    if problem.is_full or D < _DIGITS or K < _COMPONENTS or problem.x.dtype != torch.float32:
+        return False
+    return _has_tensor_cores(problem.x.device) and supports(problem)
 
 
 def _has_tensor_cores(device: torch.device) -> bool:

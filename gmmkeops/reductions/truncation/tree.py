@@ -35,8 +35,8 @@ _AXIS_ROWS = 512
 # undetermined.
 _GRID, _PREFERRED = 1024, 2.0**-20
 
-# Number of times that matrices are raised to the power of eight: the largest eigenvalue stands out if the next one is smaller by a
-# fraction of 1e-8.
+# Number of times that matrices are raised to the power of eight: the largest eigenvalue stands out if the next one is smaller by
+# a fraction of 1e-8.
 _POWERS = 11
 
 # Number of rows that are converted to float64 at a time, on a CPU and on a GPU, where each part takes about fifty kernels.

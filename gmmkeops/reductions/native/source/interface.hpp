@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 8;
+constexpr int32_t ABI = 9;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -128,6 +128,25 @@ struct RecordCall {
   int64_t triangular;                                   // whether full factors are upper triangular
 };
 
+// Parameters of spherical or diagonal components as digits of a GPU engine, and its sums, see digits.hpp. W is P for spherical
+// components and 2 P for diagonal ones.
+struct DigitCall {
+  int32_t spherical, threads;                           // whether components are spherical; largest number of threads
+  int64_t components, dimensions, rows, padded;         // K, D, KP >= K, and P >= D, a multiple of 16
+  const double *offsets, *means, *factor, *center;      // as in Call
+  int64_t factor_stride;                                // as in Call
+  double depth;                                         // distance of log-sum-exps from their usual size of points in range, nats
+  double most_unit, most_spread, most_binary;           // limits of Grid in triton/digits.py, up to which kernels are accurate
+  uint16_t *digits, *centers;                           // (3, KP, W), (KP, W), float16; the latter for diagonal components only
+  float *numbers, *grid;                                // (3, KP), (2, P)
+  double *mean, *scale, *square;                        // (K, D) relative to the reference point, (D,) factors of entries, (K,)
+  double base, usual;                                   // as in RecordCall
+  const double* sums;                                   // (K, W + 4)
+  double unit;                                          // factor of the sums
+  double *S0, *S1, *S2;
+  int64_t accurate;                                     // whether kernels are accurate; the arrays are then written
+};
+
 // Offsets and factors of a mixture, from the parameters as factors store them.
 struct ParameterCall {
   int32_t family, tied, threads, unused;
@@ -244,4 +263,6 @@ struct Kernel {
   bool (*invert)(double* matrix, double* inverse, int64_t D, double noise);
   // Measures the points of one leaf.
   Status (*measure)(const TreeCall&, const Extents&, Measured, int64_t leaf);
+  // Splits a multiple of 16 numbers into three float16 digits (halves.hpp).
+  void (*split)(const double*, int64_t count, uint16_t*, uint16_t*, uint16_t*);
 };

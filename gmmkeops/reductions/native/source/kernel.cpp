@@ -1,5 +1,6 @@
 // The kernels of one instruction set; compiled once for each of them, with KERNELS as the name of their namespace.
 #include "boxes.hpp"
+#include "halves.hpp"
 #include "lists.hpp"
 #include "matrices.hpp"
 #include "tile.hpp"
@@ -72,6 +73,6 @@ static int64_t place(const Call& call, int64_t i, int64_t j) {
 }
 
 extern const Kernel kernel;
-const Kernel kernel = {sums, place, run, refine_any, eigenvectors, magnification, invert, measure};
+const Kernel kernel = {sums, place, run, refine_any, eigenvectors, magnification, invert, measure, split_into_digits};
 
 }  // namespace KERNELS

@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "digits.hpp"
 #include "interface.hpp"
 #include "pairs.hpp"
 #include "records.hpp"
@@ -413,7 +414,7 @@ EXPORT int32_t gmmkeops_abi() { return ABI; }
 
 // Sizes of the calls, in the order of library.py; 0 after the last one.
 EXPORT int64_t gmmkeops_size(int32_t i) {
-  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall)};
+  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall), sizeof(DigitCall)};
   return i < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[i] : 0;
 }
 
@@ -481,14 +482,32 @@ EXPORT int32_t gmmkeops_parameters(ParameterCall* call, int32_t) {
 
 // Computes bounds on parameters.
 EXPORT int32_t gmmkeops_extent(ExtentCall* call, int32_t) {
-  records::measure(*call);
-  return DONE;
+  return guarded([&]() -> int32_t {
+    records::measure(*call);
+    return DONE;
+  });
 }
 
 // Converts the sums of a GPU engine to moments.
 EXPORT int32_t gmmkeops_unpack(const RecordCall* call, int32_t) {
   return guarded([&]() -> int32_t {
     records::with_dimensions(call->dimensions, [&](auto D) { records::unpack<D>(*call); });
+    return DONE;
+  });
+}
+
+// Writes component parameters as digits, if the kernels of digits are accurate for them.
+EXPORT int32_t gmmkeops_pack_digits(DigitCall* call, int32_t isa) {
+  return guarded([&]() -> int32_t {
+    call->accurate = digits::pack(*call, *kernel_of(isa));
+    return DONE;
+  });
+}
+
+// Converts the sums of the kernels of digits to moments.
+EXPORT int32_t gmmkeops_unpack_digits(const DigitCall* call, int32_t) {
+  return guarded([&]() -> int32_t {
+    digits::unpack(*call);
     return DONE;
   });
 }

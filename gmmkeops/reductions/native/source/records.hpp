@@ -22,28 +22,45 @@ constexpr double CENTRAL = 3.9;
 // components of no weight.
 constexpr double SQUARE = 0.71875, SMALL = 128, NOTHING = -3e38;
 
-// Extreme numbers of an array whose elements are ``stride`` apart; both are NaN if one is.
-static void extremes(const double* values, int64_t count, int64_t stride, double& least, double& most) {
+// Extreme numbers of an array; both are NaN if one is.
+static void extremes(const double* values, int64_t count, double& least, double& most) {
   double low = INFINITY, high = -INFINITY;
   bool is_nan = false;
   for (int64_t i = 0; i < count; i++) {
-    const double value = values[i * stride];
+    const double value = values[i];
     low = value < low ? value : low, high = value > high ? value : high, is_nan |= value != value;
   }
   least = is_nan ? NAN : low, most = is_nan ? NAN : high;
 }
 
+// Extreme numbers of each column of an array (rows, D); both are NaN if one of the column is.
+static void column_extremes(const double* values, int64_t rows, int64_t D, std::vector<double>& low, std::vector<double>& high) {
+  low.assign(D, INFINITY), high.assign(D, -INFINITY);
+  std::vector<double> missing(D, 0.0);
+  double *least = low.data(), *most = high.data(), *is_nan = missing.data();
+  for (int64_t k = 0; k < rows; k++) {
+    const double* row = values + k * D;
+    for (int64_t d = 0; d < D; d++) {
+      const double value = row[d];
+      least[d] = value < least[d] ? value : least[d], most[d] = value > most[d] ? value : most[d];
+      is_nan[d] = value != value ? 1.0 : is_nan[d];
+    }
+  }
+  for (int64_t d = 0; d < D; d++) if (is_nan[d]) low[d] = high[d] = NAN;
+}
+
 // The numbers of Extent in problem.py.
 static void measure(ExtentCall& call) {
-  extremes(call.offsets, call.components, 1, call.least, call.most);
+  extremes(call.offsets, call.components, call.least, call.most);
   double low, high;
-  extremes(call.factor, call.numbers, 1, low, high);
+  extremes(call.factor, call.numbers, low, high);
   call.largest = std::isnan(low) ? NAN : std::max(-low, high), call.mean = 0, call.central = 1;
+  std::vector<double> lows, highs;
+  column_extremes(call.means, call.components, call.dimensions, lows, highs);
   for (int64_t d = 0; d < call.dimensions; d++) {
-    extremes(call.means + d, call.components, call.dimensions, low, high);
-    const double size = std::max(-low, high);
+    const double size = std::max(-lows[d], highs[d]);
     call.mean = std::isfinite(size) && std::isfinite(call.mean) ? std::max(call.mean, size) : NAN;
-    call.central &= size <= CENTRAL * (high - low);
+    call.central &= size <= CENTRAL * (highs[d] - lows[d]);
   }
 }
 
@@ -76,21 +93,27 @@ template <int N> bool prepare(ParameterCall& call) {
   for (int64_t k = 0; k < K; k++) sum += std::exp(call.logits[k] - largest);
   const double constant = largest + std::log(sum) + 0.5 * D * LOG_TWO_PI;
   const int64_t P = call.family == FULL ? D * (D - 1) / 2 : 0, numbers = call.family == FULL ? D * D : E;
+  double roundings = 0;
+  for (int64_t i = 0; i < D; i++) roundings += call.rounding ? call.rounding[i] * call.rounding[i] : 0;
   const Status status = share_ranges(call.threads, L, E * EXPONENTIAL + numbers, [&](int64_t first, int64_t last) {
     const double* upper = call.upper + first * P;
     double* U = call.factor + first * numbers;
     for (int64_t l = first; l < last; l++) {
       const double* logs = call.log_diagonal + l * E;
       double determinant = 0, error = 0;
-      for (int64_t i = 0; i < D; i++) {
-        const double u = E == 1 && i ? U[-1] : std::exp(logs[E == 1 ? 0 : i]);
-        determinant += logs[E == 1 ? 0 : i];
+      if (call.family == SPHERICAL) {
+        const double u = *U++ = std::exp(logs[0]);
+        determinant = double(D) * logs[0], error = u * u * roundings;
+        if (!std::isfinite(u * u)) return INTERRUPTED;
+      } else for (int64_t i = 0; i < D; i++) {
+        const double u = std::exp(logs[i]);
+        determinant += logs[i];
         double norm = u * u;
         if (call.family == FULL) {
           for (int64_t j = 0; j < i; j++) *U++ = 0;
           *U++ = u;
           for (int64_t j = i + 1; j < D; j++) norm += *upper * *upper, *U++ = *upper++;
-        } else if (i < E) *U++ = u;
+        } else *U++ = u;
         if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
         if (!std::isfinite(norm)) return INTERRUPTED;
       }
@@ -105,11 +128,10 @@ template <int N> bool prepare(ParameterCall& call) {
     return DONE;
   });
   if (!complete(status)) return false;
-  for (int64_t d = 0; d < D; d++) {
-    double low, high;
-    extremes(call.means + d, K, D, low, high);
-    if (!(std::max(-low, high) <= CENTRAL * (high - low)) || !std::isfinite(high - low)) return false;
-  }
+  std::vector<double> low, high;
+  column_extremes(call.means, K, D, low, high);
+  for (int64_t d = 0; d < D; d++)
+    if (!(std::max(-low[d], high[d]) <= CENTRAL * (high[d] - low[d])) || !std::isfinite(high[d] - low[d])) return false;
   return true;
 }
 

@@ -7,6 +7,7 @@
 
 #include "interface.hpp"
 #include "share.hpp"
+#include "sums.hpp"
 
 namespace steps {
 
@@ -26,7 +27,7 @@ struct Steps {
   int64_t spread;                 // numbers of a covariance in S2
   std::vector<double> offsets, factor, cost, priors, coarseness, own, center;
   double *S0, *S1, *S2;
-  double total = 0, prior = 0;
+  double total = 0, prior = 0, ridges = 0, roundings = 0;  // the latter two: sums of the ridges, and of squared rounding errors
 
   // The sums are those that another engine has computed, or memory for those of an E-step.
   Steps(StepCall& call, const Kernel& kernel, bool given)
@@ -37,6 +38,7 @@ struct Steps {
         own(given ? 0 : K * (1 + D + spread)), center(D),
         S0(given ? call.sweep.S0 : own.data()), S1(given ? call.sweep.S1 : S0 + K), S2(given ? call.sweep.S2 : S1 + K * D) {
     if (given) total = *call.sweep.total;
+    for (int64_t d = 0; d < D; d++) ridges += call.ridge[d], roundings += call.rounding ? call.rounding[d] * call.rounding[d] : 0;
   }
 
   // Factors and offsets of the parameters before step t; false if the points are too coarse for them.
@@ -54,14 +56,17 @@ struct Steps {
         const double* upper = call.upper + (t * L + l) * P;
         double* U = &factor[l * (full ? D * D : E)];
         double determinant = 0, trace = 0, error = 0;
-        for (int64_t i = 0; i < D; i++) {
-          const double u = E == 1 ? std::exp(logs[0]) : std::exp(logs[i]);
-          determinant += E == 1 ? logs[0] : logs[i];
+        if (!full && E == 1) {
+          U[0] = std::exp(logs[0]), determinant = double(D) * logs[0];
+          trace = U[0] * U[0] * ridges, error = U[0] * U[0] * roundings;
+        } else for (int64_t i = 0; i < D; i++) {
+          const double u = std::exp(logs[i]);
+          determinant += logs[i];
           double norm = u * u;
           if (full) {
             for (int64_t j = 0; j < D; j++) U[i * D + j] = j < i ? 0 : j == i ? u : *upper;
             for (int64_t j = i + 1; j < D; j++) U[i * D + j] = *upper++, norm += U[i * D + j] * U[i * D + j];
-          } else if (i < E) U[i] = u;
+          } else U[i] = u;
           trace += norm * call.ridge[i];
           if (call.rounding) error += norm * call.rounding[i] * call.rounding[i];
         }
@@ -199,9 +204,10 @@ struct Steps {
     if (full)
       for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++)
         into[i * D + j] += call.scale * (s2[i * D + j] - s1[i] * shift[j] - shift[i] * s1[j] + S0[k] * shift[i] * shift[j]);
+    else if (E == 1)
+      into[0] += call.scale * (s2[0] - sum_of(D, [&](int64_t d) { return shift[d] * (2 * s1[d] - S0[k] * shift[d]); }));
     else
-      for (int64_t d = 0; d < D; d++)
-        into[E == 1 ? 0 : d] += call.scale * ((E == 1 && d ? 0 : s2[E == 1 ? 0 : d]) - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
+      for (int64_t d = 0; d < D; d++) into[d] += call.scale * (s2[d] - shift[d] * (2 * s1[d] - S0[k] * shift[d]));
   }
 
   // The factor of covariance l after step t, from the scatter of a number of points.
@@ -219,8 +225,7 @@ struct Steps {
 
   // Variances to the logarithms of the factors.
   bool scales(int64_t t, int64_t l, const double* scatter, double number) {
-    double ridge = 0;
-    for (int64_t d = 0; d < D; d++) ridge += call.ridge[d] / D;
+    const double ridge = ridges / D;
     for (int64_t e = 0; e < E; e++) {
       const double variance = call.sweep.family == SPHERICAL ? scatter[0] / D / number + ridge : scatter[e] / number + call.ridge[e];
       if (!(variance >= call.floor) || !std::isfinite(variance)) return false;
