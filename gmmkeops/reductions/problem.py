@@ -205,7 +205,7 @@ class Exponents:
         Otherwise the validation would wait for the device several times. So are points, unless they have been ``checked``.
         """
         given = [part.to(torch.float64) for part in (offsets, means, U)]
-        more = [] if checked else [x.detach().sum(dtype=torch.float64)]
+        more = [] if checked else [x.detach().sum().double()]
         own_offsets, own_means, own_U, *sums = transferred([*given, *more], torch.device("cpu"))
         # A finite sum proves that all entries are finite.
         if not all(math.isfinite(total) for total in sums):
