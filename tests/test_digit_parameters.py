@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import HAS_TRITON, make_case
-from fake_device import CUDA, fake_device
+from fake_device import CUDA, fake_device, on_device
 
 from gmmkeops import reductions
 from gmmkeops.reductions.dense import dense
@@ -180,9 +180,34 @@ def test_parameters_on_the_cpu_are_copied_in_one_transfer(monkeypatch):
         found = Parameters.of(problem).arrays
         there = found.at(CUDA)
         assert counts.totals == {"kernels": 0, "synchronizations": 0, "uploads": 1}
+        parameters = Parameters.of(problem).beside(there)
+        assert counts.totals["uploads"] == 2
+        assert parameters.arrays is there
+        assert parameters.means.is_cuda
         for name in ("digits", "centers", "numbers", "grid"):
             assert getattr(there, name).is_cuda
             assert torch.equal(getattr(there, name).cpu(), getattr(found, name))
+
+
+def test_parameters_on_the_device_are_copied_unless_there_are_many(monkeypatch):
+    problem = problem_of("spherical", 128, 16)
+    sizes = (16, True), (1024, True), (4000, False)
+    with fake_device(monkeypatch):
+        for components, is_few in sizes:
+            parts = [problem.offsets[:1].expand(components), problem.means[:1].expand(components, 128)]
+            given = [
+                on_device(part) for part in (problem.x, *parts, problem.U[:1].expand(components, 1), problem.center)
+            ]
+            there = Exponents(*given)
+            assert (engine._placed(there, LogSumExp()).host is not None) == is_few
+            # Parameters that are on the CPU remain there.
+            host = Exponents(problem.x[:0], *parts, problem.U[:1].expand(components, 1), problem.center)
+            assert engine._placed(Exponents.of_host(given[0], host), Statistics()).host is host
+        few = replace(there, means=there.means[:16], offsets=there.offsets[:16], U=there.U[:16])
+        # Without the library, torch packs few parameters only.
+        monkeypatch.setattr(engine, "reason", lambda: "it has not been compiled")
+        assert engine._placed(few, LogSumExp()).host is not None
+        assert engine._placed(Exponents.of_host(given[0], host), Statistics()).host is None
 
 
 SMALL = Tiling(32, 32, 4, 2, columns=64, chunk=64)
