@@ -160,18 +160,22 @@ def test_moments_of_sums_equal_those_of_torch(family, features, components, monk
         assert float((own - truth).abs().max()) <= 1e-13 * float(truth.abs().max())
 
 
-@pytest.mark.parametrize(("family", "features"), [("spherical", 128), ("diag", 64)])
-def test_results_do_not_depend_on_the_number_of_threads(family, features, monkeypatch):
-    # Enough components for several threads.
-    problem = problem_of(family, features, 5000)
+@pytest.mark.parametrize(("family", "features", "components"), [("spherical", 128, 10_000), ("diag", 64, 20_000)])
+def test_results_do_not_depend_on_the_number_of_threads(family, features, components, monkeypatch):
+    # Enough components for several threads, of which one has the extreme coordinates of all.
+    problem = problem_of(family, features, components, spread=0.5)
+    problem.means[1] = 5.0
+    problem = replace(problem, U=problem.U / 2)
     results = []
     for threads in (1, 7):
         monkeypatch.setattr(digit_parameters, "cores", lambda threads=threads: threads)
         found = Parameters.of(problem)
-        sums = torch.linspace(1, 2, 5000 * (found.arrays.digits.shape[2] + 4), dtype=torch.float64).view(5000, -1)
+        W = found.arrays.digits.shape[2]
+        sums = torch.linspace(1, 2, components * (W + 4), dtype=torch.float64).view(components, -1)
         results.append([found.arrays.memory, found.means, found.factor, found.square, *found.moments(sums, 1.0)])
     for one, several in zip(*results, strict=True):
         assert torch.equal(one, several)
+    assert torch.equal(found.factor, Grid.of(problem).factor.expand(features))
 
 
 def test_parameters_on_the_cpu_are_copied_in_one_transfer(monkeypatch):
