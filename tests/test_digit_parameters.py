@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import HAS_TRITON, make_case
-from fake_device import CUDA, fake_device
+from fake_device import CUDA, fake_device, on_device
 
 from gmmkeops import reductions
 from gmmkeops.reductions.dense import dense
@@ -160,18 +160,22 @@ def test_moments_of_sums_equal_those_of_torch(family, features, components, monk
         assert float((own - truth).abs().max()) <= 1e-13 * float(truth.abs().max())
 
 
-@pytest.mark.parametrize(("family", "features"), [("spherical", 128), ("diag", 64)])
-def test_results_do_not_depend_on_the_number_of_threads(family, features, monkeypatch):
-    # Enough components for several threads.
-    problem = problem_of(family, features, 5000)
+@pytest.mark.parametrize(("family", "features", "components"), [("spherical", 128, 10_000), ("diag", 64, 20_000)])
+def test_results_do_not_depend_on_the_number_of_threads(family, features, components, monkeypatch):
+    # Enough components for several threads, of which one has the extreme coordinates of all.
+    problem = problem_of(family, features, components, spread=0.5)
+    problem.means[1] = 5.0
+    problem = replace(problem, U=problem.U / 2)
     results = []
     for threads in (1, 7):
         monkeypatch.setattr(digit_parameters, "cores", lambda threads=threads: threads)
         found = Parameters.of(problem)
-        sums = torch.linspace(1, 2, 5000 * (found.arrays.digits.shape[2] + 4), dtype=torch.float64).view(5000, -1)
+        W = found.arrays.digits.shape[2]
+        sums = torch.linspace(1, 2, components * (W + 4), dtype=torch.float64).view(components, -1)
         results.append([found.arrays.memory, found.means, found.factor, found.square, *found.moments(sums, 1.0)])
     for one, several in zip(*results, strict=True):
         assert torch.equal(one, several)
+    assert torch.equal(found.factor, Grid.of(problem).factor.expand(features))
 
 
 def test_parameters_on_the_cpu_are_copied_in_one_transfer(monkeypatch):
@@ -180,9 +184,34 @@ def test_parameters_on_the_cpu_are_copied_in_one_transfer(monkeypatch):
         found = Parameters.of(problem).arrays
         there = found.at(CUDA)
         assert counts.totals == {"kernels": 0, "synchronizations": 0, "uploads": 1}
+        parameters = Parameters.of(problem).beside(there)
+        assert counts.totals["uploads"] == 2
+        assert parameters.arrays is there
+        assert parameters.means.is_cuda
         for name in ("digits", "centers", "numbers", "grid"):
             assert getattr(there, name).is_cuda
             assert torch.equal(getattr(there, name).cpu(), getattr(found, name))
+
+
+def test_parameters_on_the_device_are_copied_unless_there_are_many(monkeypatch):
+    problem = problem_of("spherical", 128, 16)
+    sizes = (16, True), (1024, True), (4000, False)
+    with fake_device(monkeypatch):
+        for components, is_few in sizes:
+            parts = [problem.offsets[:1].expand(components), problem.means[:1].expand(components, 128)]
+            given = [
+                on_device(part) for part in (problem.x, *parts, problem.U[:1].expand(components, 1), problem.center)
+            ]
+            there = Exponents(*given)
+            assert (engine._placed(there, LogSumExp()).host is not None) == is_few
+            # Parameters that are on the CPU remain there.
+            host = Exponents(problem.x[:0], *parts, problem.U[:1].expand(components, 1), problem.center)
+            assert engine._placed(Exponents.of_host(given[0], host), Statistics()).host is host
+        few = replace(there, means=there.means[:16], offsets=there.offsets[:16], U=there.U[:16])
+        # Without the library, torch packs few parameters only.
+        monkeypatch.setattr(engine, "reason", lambda: "it has not been compiled")
+        assert engine._placed(few, LogSumExp()).host is not None
+        assert engine._placed(Exponents.of_host(given[0], host), Statistics()).host is None
 
 
 SMALL = Tiling(32, 32, 4, 2, columns=64, chunk=64)

@@ -45,7 +45,9 @@ def launches(case, rows=1000, components=1000, capability=80):
         owner.launch = record
     request, family, features, dtype, has_lists = case
     dtype = getattr(torch, dtype)
-    made = make_case(family, dtype, N=rows, K=components, D=features)
+    # Products of digits are accurate for components that are not much narrower than others.
+    settings = {"condition": 2.0, "spread": 1.0} if request == "products" else {}
+    made = make_case(family, dtype, N=rows, K=components, D=features, **settings)
     kernels = residuals.Residuals(Exponents.of(*made.arguments))
     values, schedule = torch.zeros(rows, dtype=dtype), all_pairs(rows, components) if has_lists else None
     schedules = None if schedule is None else [schedule]

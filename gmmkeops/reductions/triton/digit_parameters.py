@@ -176,9 +176,10 @@ class Parameters:
         arrays.grid[:, :D] = torch.stack([grid.reference, grid.factor])
         return cls(arrays, mu, grid.factor, own - J)
 
-    def at(self, device: torch.device) -> Parameters:
-        """Copy the parameters to a device, in two transfers."""
-        return Parameters(self.arrays.at(device), *transferred([self.means, self.factor, self.square], device))
+    def beside(self, arrays: Arrays) -> Parameters:
+        """Copy the parameters to the device of a copy of the arrays, in one transfer."""
+        device = arrays.memory.device
+        return Parameters(arrays, *transferred([self.means, self.factor, self.square], device))
 
     def moments(self, sums: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Convert sums (K, W + 4) to S0 (K,), S1 (K, D) and S2 (K, D) or (K,) about the means, float64, on the same device.

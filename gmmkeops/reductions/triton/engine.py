@@ -121,11 +121,13 @@ def _placed(problem: Exponents, request: Request) -> Exponents:
 
     Many parameters that are on the CPU remain there if the library packs them as digits.
     """
+    _, K, D = problem.shape
+    by_digits = isinstance(request, LogSumExp | Statistics) and not request.rank and admits_digits(problem)
+    count = K * D if by_digits else problem.entries
     if reason() is not None:
-        few = problem.entries <= _MANY
+        few = count <= _MANY
     else:
-        soft = isinstance(request, LogSumExp | Statistics) and not request.rank
-        few = problem.is_small or (problem.host is not None and soft and admits_digits(problem))
+        few = problem.is_small or (problem.host is not None and by_digits)
     return problem.with_host() if few else replace(problem, host=None)
 
 

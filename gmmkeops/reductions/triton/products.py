@@ -150,7 +150,8 @@ class Products:
             values: Base-2 log-sum-exps (N,), float32.
             weights: Weights (N,), float32; None for ones.
         """
-        parameters = self.parameters.at(values.device)
+        # The copy does not wait for the kernels.
+        parameters = self.parameters.beside(self._arrays)
         unit: Tensor | float = 1.0
         if weights is not None:
             weights, single = relative(weights)
