@@ -12,6 +12,9 @@ __all__ = ["numbers", "transferred"]
 # Size of the largest numbers, bytes, to a multiple of which the memory of each tensor is padded.
 _LARGEST = 8
 
+# Number of bytes from which tensors on the CPU are copied one by one, since joining them there would take longer.
+_APART = 1 << 18
+
 
 def numbers(*scalars: Tensor) -> list[float]:
     """Return the values of scalars of one dtype as Python numbers, in one transfer from a GPU."""
@@ -22,7 +25,7 @@ def numbers(*scalars: Tensor) -> list[float]:
 
 
 def transferred(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy tensors to a device, in one transfer for those on other devices.
+    """Copy tensors to a device, in one transfer for those on other devices unless they are large.
 
     A transfer from a GPU waits for its kernels, and each transfer takes about ten microseconds.
 
@@ -31,11 +34,15 @@ def transferred(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
         device: Device of the results.
 
     Returns:
-        The tensors in the same order. Those on ``device`` are returned unchanged; the others share memory.
+        The tensors in the same order. Those on ``device`` are returned unchanged; the others may share memory.
     """
     away = [tensor for tensor in tensors if tensor.device != device]
     if not away:
         return list(tensors)
+    if len(away) == 1 or (
+        away[0].device.type == "cpu" and sum(tensor.numel() * tensor.element_size() for tensor in away) > _APART
+    ):
+        return [tensor if tensor.device == device else tensor.contiguous().to(device) for tensor in tensors]
     one = all(tensor.dtype == away[0].dtype for tensor in away)
     flats = [tensor.reshape(-1) if one else _as_bytes(tensor) for tensor in away]
     moved = torch.cat(flats).to(device).split([len(flat) for flat in flats])
