@@ -193,17 +193,12 @@ class Residuals:
         weak = ((S0 > 0) & (S0 / unit < _WEAK * len(values))).nonzero()[:, 0]
         if not len(weak):
             return sums
-        given, x = self.problem.host or self.problem, self.problem.x
+        given = self.problem.host or self.problem
         some = given.components(weak.to(given.means.device))
-        some = some if given is self.problem else Exponents.of_host(x, some)
-        far = values == NO_SHARE
-        if bool(far.any()):
-            # Residuals of these rows may be infinite, and their product with zero would not be a number.
-            some = some.at(x.where(~far[:, None], (some.means[0] + some.center).to(x.dtype)))
-        few = Residuals(some, digits=False)
+        few = Residuals(some if given is self.problem else Exponents.of_host(self.problem.x, some), digits=False)
         # Base-2 values are relative to a number that depends on the components.
         shift = (self.scale.base.to(values.device) - few.scale.base.to(values.device)) / LN2
-        moved = torch.where(far, values, values + shift.to(values.dtype))
+        moved = torch.where(values == NO_SHARE, values, values + shift.to(values.dtype))
         found = transferred(few.moments(moved, weights, None), S0.device)
         S0, S1, S2 = (part.index_copy(0, weak, own) for part, own in zip(sums, found, strict=True))
         return S0, S1, S2
