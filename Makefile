@@ -32,13 +32,13 @@ NATIVE := $(wildcard setup.py gmmkeops/reductions/native/source/*)
 $(READY): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gallery,bench,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gallery,bench,keops,test]"
 	@touch $@
 
 $(PEERS_READY): pyproject.toml constraints.txt bench/requirements.txt $(NATIVE)
 	$(PYTHON) -m venv .venv-bench
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r bench/requirements.txt -e ".[bench]"
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r bench/requirements.txt -e ".[bench,keops]"
 	@touch $@
 
 demo: $(READY)

@@ -42,10 +42,10 @@ def test_without_pykeops(monkeypatch, capsys):
     monkeypatch.setitem(_keops._state, "lazy", None)
     monkeypatch.setitem(_keops._state, "reason", "pykeops is not installed (pip install pykeops)")
     found = finding("KeOps on the CPU")
-    assert found.ok is False
+    assert found.ok is None, "it is optional"
     assert found.remedy == "pip install pykeops"
-    assert cli.main(["doctor"]) == 1
-    assert "type: pip install pykeops" in capsys.readouterr().out
+    cli.main(["doctor"])
+    assert "pykeops is not installed; it is optional" in capsys.readouterr().out
 
 
 def test_a_driver_that_torch_cannot_use(monkeypatch):

@@ -155,7 +155,7 @@ def test_gradients_of_losses(start):
             part.detach().clone().requires_grad_()
             for part in (there.logits, there.means, *there.factor.tensors.values())
         ]
-        rows = x.to(device).requires_grad_()
+        rows = x.to(device, copy=True).requires_grad_()
         mixture = gk.Mixture(leaves[0], leaves[1], gk.FullFactor(*leaves[2:]))
         (-mixture.log_prob(rows).mean()).backward()
         again = gk.Mixture(leaves[0], leaves[1], gk.FullFactor(*leaves[2:]))

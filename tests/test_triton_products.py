@@ -148,7 +148,7 @@ def test_points_are_split_in_slabs(on, family, chunk, monkeypatch):
 def test_digits_represent_points(on, family):
     """The sums of the digits are the entries of the points, and their first digits are integers."""
     case = make_case(family, torch.float32, N=40, K=3, D=20, condition=2.0, shift=3.0, device=on[1])
-    a, factor = kernels(case).parameters.arrays.grid[:, :20].double()
+    a, factor = kernels(case)._arrays.grid[:, :20].double()
     # Entries near the largest ones.
     large = torch.tensor([2001.3, 2046.9, -2045.2, -1.5] if family == "diag" else [3001.3, 3500.9, -2051.2, -1.5])
     case.x[:4, 5] = (a[5] + large.double().to(on[1]) / factor[5]).float()
@@ -183,7 +183,7 @@ def test_sums_of_integers_are_exact(on, family):
     U = case.factor.to(torch.float64).matrices().diagonal(dim1=1, dim2=2).expand(6, -1)
     far.x = (case.means.double()[labels] + (y.to(on[1]) / U[labels])).float()
     some = kernels(far)
-    points, p = some._all, some.parameters.arrays
+    points, p = some._all, some._arrays
     one, other = points.digits[0, :40].double(), p.digits[0, :6].double()[labels]
     J = p.numbers[2, :6].double()[labels] + points.numbers[0, :40].double()
     partial = torch.cat([J[:, None], J[:, None] + (one * other).cumsum(1)], 1)

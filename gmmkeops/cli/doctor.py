@@ -69,7 +69,7 @@ def examine() -> list[Finding]:
 def _compiler() -> Finding:
     for name in ("g++", "c++", "clang++"):
         if path := shutil.which(name):
-            return Finding("compiler", True, f"{path} was found, which KeOps needs.")
+            return Finding("compiler", True, f"{path} was found, which the native engine and KeOps need.")
     return Finding(
         "compiler",
         False,
@@ -132,6 +132,10 @@ def _engine(what: str, backend: str, device: torch.device) -> Finding:
         remedy = f"pip install {_PACKAGES[backend]}" if backend in _PACKAGES and "not installed" in reason else ""
         if "does not see CUDA" in reason:
             remedy = _toolkit(torch.version.cuda or "")
+        if backend == "keops" and remedy:
+            return Finding(
+                what, None, "pykeops is not installed; it is optional, and other engines are faster.", remedy
+            )
         return Finding(what, False, f"{reason}; another engine is used instead.", remedy)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 2, generator=generator)
