@@ -305,3 +305,13 @@ def test_real_scans(name, tmp_path, capsys):
     low, high = rows.amin(0), rows.amax(0)
     assert bool((mixture.means >= low).all())
     assert bool((mixture.means <= high).all())
+
+
+@pytest.mark.parametrize("device", ["cuda", "nonsense"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_formulas_for_a_device_that_does_not_exist(device, capsys):
+    assert cli.main(["warmup", "-d", "2", "--device", device]) != 0
+    assert (
+        f"device must be an available device such as 'cpu' (no CUDA device is available), got '{device}'"
+        in capsys.readouterr().err
+    )

@@ -48,6 +48,15 @@ def test_without_pykeops(monkeypatch, capsys):
     assert "pykeops is not installed; it is optional" in capsys.readouterr().out
 
 
+def test_pykeops_that_does_not_see_cuda(monkeypatch):
+    monkeypatch.setattr(
+        doctor.reductions, "unavailable", lambda *_, **__: "pykeops does not see CUDA, although torch does"
+    )
+    found = doctor._engine("KeOps on CUDA", "keops", torch.device("cpu"))
+    assert found.ok is False
+    assert "cuda-toolkit" in found.remedy
+
+
 def test_a_driver_that_torch_cannot_use(monkeypatch):
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi" if name == "nvidia-smi" else which(name))

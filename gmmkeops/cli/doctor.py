@@ -132,7 +132,7 @@ def _engine(what: str, backend: str, device: torch.device) -> Finding:
         remedy = f"pip install {_PACKAGES[backend]}" if backend in _PACKAGES and "not installed" in reason else ""
         if "does not see CUDA" in reason:
             remedy = _toolkit(torch.version.cuda or "")
-        if backend == "keops" and remedy:
+        if backend == "keops" and "not installed" in reason:
             return Finding(
                 what, None, "pykeops is not installed; it is optional, and other engines are faster.", remedy
             )

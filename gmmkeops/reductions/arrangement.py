@@ -23,10 +23,10 @@ _FEW = 4
 # 6, 12), and bounds over leaves of a kd-tree much longer (4000 points, K = 4, D = 512: 16 s, 0.04 for every pair).
 _MANY = 48
 
-# Times on a GPU: of a reduction of all pairs, for each pair and feature; of a reduction over candidate lists, fixed and for each
-# point; and of sorting, likewise. Seconds. H200, surface, D = 3: log-sum-exps and moments of 1e6 points and 1000 components take
-# 0.9 and 2.4 ms; an iteration over lists 17 to 23, 20 and 70 to 101 ms for 1e6 x 1000, 1e7 x 1e4 and 1e8 x 1e4; sorting 31 ms,
-# 0.11 s and 1.2 s.
+# Times on a GPU, seconds (H200, D = 3; bench/results/gpu.md): of a reduction of all pairs, for each pair and feature (between the
+# kernels of log-sum-exps and those of an EM iteration, 0.9 and 2.4 ms for 1e6 points and 1000 components); of a reduction over
+# candidate lists, fixed and for each point (23, 20 and 101 ms for 1e6 x 1000, 1e7 x 1e4 and 1e8 x 1e4); and of sorting, fixed and
+# for each point (31 ms, 0.11 s and 1.2 s).
 _EVERY, _LISTS, _SORTING = 5e-13, (0.018, 7e-10), (0.02, 1.2e-8)
 
 # Ratio of the times of reductions over groups of labels, which have no kernels of their own, and over leaves of a kd-tree (not
@@ -54,9 +54,10 @@ def arrange(
     Args:
         x: Points (N, D), data units.
         components: Number of components K of the mixtures that will be evaluated.
-        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected; 0 evaluates all components, and
-            so do more than 48 dimensions on a CPU, where computing the bounds takes more time than they save. The default is 1e-6
-            for float32 points and 1e-12 for float64 points (about their rounding errors), if that saves time.
+        truncate: ε in [0, 1), the largest fraction of a point's density that may be neglected. All components are evaluated if
+            it is 0, and in more than 48 dimensions on a CPU (on all devices without ``labels``), where computing the bounds takes
+            more time than they save. The default is 1e-6 for float32 points and 1e-12 for float64 points (about their rounding
+            errors), if that saves time; sorting small problems on a GPU does not.
         sweeps: Expected number of reductions with these points, which decides whether sorting saves time.
         labels: Function that returns the most probable component of each point (N,), int64. In more than four dimensions the
             leaves of a kd-tree are not small, and points are grouped by these labels instead. The function is called only if

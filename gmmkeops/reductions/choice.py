@@ -36,7 +36,7 @@ class Line:
         full: Whether the factors are matrices.
         features: Largest number of features D.
         engines: Names of the engines, the fastest one first. The next ones are used where it cannot run.
-        figure: Measured time, or count of compiled instructions, behind this order.
+        figure: Measured times behind this order.
     """
 
     device: str

@@ -27,7 +27,7 @@ _STANDARDIZED = Extent(1.0, 1.0, True, (-1.0, 1.0))
 def valid_gradients(
     batch: Batch, offsets: Tensor, means: Tensor, U: Tensor, *, scale: float, backend: str = "auto"
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Compute Σ g ℓ and its gradients for parameters that need not be validated, for which a GPU would be waited for.
+    """Compute Σ g ℓ and its gradients without validating the parameters, which would synchronize with the GPU.
 
     Args:
         batch: Points (N, D) that are not sorted, standardized coordinates, and their weights.
@@ -106,7 +106,7 @@ class HostParameters:
 
     @classmethod
     def of(cls, factor: Factor, components: int, batch: Batch) -> HostParameters | None:
-        """Create the exponents for points that are not sorted; None if the library does not compute them."""
+        """Prepare for points that are not sorted; None if the library does not compute the exponents."""
         if type(factor) not in FAMILIES or reason() is not None or not isinstance(batch.points, Tensor):
             return None
         rounding = None if batch.rounding is None else batch.rounding.cpu().contiguous()
