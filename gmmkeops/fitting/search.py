@@ -9,6 +9,7 @@ Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +23,17 @@ from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.frame import Frame
-from gmmkeops.fitting.kmeans import agreement, clusters, distinct, kmeans, labels, mixture_of, pool_of, seeds
+from gmmkeops.fitting.kmeans import (
+    agreement,
+    clusters,
+    distinct,
+    kmeans,
+    labels,
+    mixture_of,
+    pool_of,
+    runs_at_once,
+    seeds,
+)
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
@@ -122,6 +133,11 @@ def _factor_of(root: Tensor) -> FullFactor:
     """Return an upper triangular matrix (D, D) as the precision factor of one component."""
     row, column = torch.triu_indices(len(root), len(root), 1, device=root.device)
     return FullFactor(root.diagonal().log()[None], root[row, column][None])
+
+
+def _inside(points: Tensor, root: Tensor | None) -> Tensor:
+    """Convert points (n, D) to the coordinates of a metric."""
+    return points if root is None else points @ root
 
 
 def _outside(centers: Tensor, root: Tensor | None) -> Tensor:
@@ -314,12 +330,14 @@ class Search:
 
         Runs 0, 3, ... use k-means, runs 1, 4, ... only its initial centers, and runs 2, 5, ... random points.
         """
-        if run % 3 == 0 and self.compares:
+        if run % 3:
+            found = [(self._centers(run, root), root) for root in self._roots]
+        elif self.compares:
             found = self._agreed()
         else:
-            found = [(self._centers(run, self._points_in(root)), root) for root in self._roots]
+            found = [(each.centers, root) for (each,), root in zip(self._kmeans(1), self._roots, strict=True)]
         self.candidates += len(found)
-        return [self._clustered(_outside(centers, root), root) for centers, root in found]
+        return self._clustered(found)
 
     def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return the different centers of several runs of k-means, and their metrics.
@@ -328,28 +346,56 @@ class Search:
         show whether there are clusters; agreement between runs does.
         """
         found, agreements = [], []
-        for root in self._roots:
-            z = self._points_in(root)
-            centers = [self._centers(0, z) for _ in range(_RUNS)]
-            parts = [labels(z, each) for each in centers]
+        for runs, root in zip(self._kmeans(_RUNS), self._roots, strict=True):
+            parts = [each.labels for each in runs if each.labels is not None]
             pairs = [[agreement(part, other, self.K) for other in parts[:i]] for i, part in enumerate(parts)]
             agreements.append(sum(map(sum, pairs)) / sum(map(len, pairs)))
-            found.append([(each, root) for each, same in zip(centers, pairs, strict=True) if max(same, default=0) < 1])
+            chosen = [each.centers for each, same in zip(runs, pairs, strict=True) if max(same, default=0) < 1]
+            found.append([(centers, root) for centers in chosen])
         best = max(agreements)
         least = min(best, _AGREEMENT * best)
         return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
 
-    def _centers(self, run: int, z: Tensor) -> Tensor:
-        """Return the centers (K, D) of a run for the different points in the coordinates of a metric."""
-        _, masses = self._different
+    def _kmeans(self, runs: int) -> list[list[reductions.Clustering]]:
+        """Perform runs of k-means in each metric. With several runs, the different points are labeled."""
+        if len(self.x) <= clustered_size(self.K):
+            arguments = self.K, self.generator, self.backend, runs
+            native = runs_at_once(self._batch, self._matrices(), *arguments)
+            if native is not None:
+                return native
+        results = []
+        for root in self._roots:
+            found = []
+            for _ in range(runs):
+                centers = self._centers(0, root)
+                own = None if runs == 1 else labels(self._points_in(root), _inside(centers, root))
+                found.append(reductions.Clustering(centers, own))
+            results.append(found)
+        return results
+
+    def _centers(self, run: int, root: Tensor | None) -> Tensor:
+        """Return the centers (K, D) of a run for the different points in a metric."""
+        z, (_, masses) = self._points_in(root), self._different
         if run % 3 == 0:
-            return kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
-        return seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
+            centers = kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
+        else:
+            centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
+        return _outside(centers, root)
 
     def _points_in(self, root: Tensor | None) -> Tensor:
         """Return the different points in the coordinates of a metric."""
         points, _ = self._different
-        return points if root is None else points @ root
+        return _inside(points, root)
+
+    def _matrices(self) -> Tensor:
+        """Return the metrics as matrices (1 or 2, D, D)."""
+        eye = torch.eye(self.D, dtype=torch.float64, device=self.x.device)
+        return torch.stack([eye if root is None else root for root in self._roots])
+
+    @property
+    def _batch(self) -> Batch:
+        """The points, standardized coordinates, and their weights."""
+        return Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
 
     @cached_property
     def _covariance(self) -> Tensor:
@@ -383,12 +429,18 @@ class Search:
             x, g = x[rows], None if g is None else g[rows]
         return distinct(x, g)
 
-    def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
-        """Return the mixture of the clusters about centers (K, D), standardized coordinates, in a metric."""
-        batch = Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
-        metric = None if root is None else _factor_of(root)
-        if (found := self._by_one_step(batch, centers, metric)) is not None:
-            return found
+    def _clustered(self, found: list[tuple[Tensor, Tensor | None]]) -> list[Mixture]:
+        """Return the mixtures of the clusters about centers (K, D), standardized coordinates, in metrics."""
+        batch = self._batch
+        given = [(centers, None if root is None else _factor_of(root)) for centers, root in found]
+        fast = self._by_one_step(batch, given) or [None] * len(given)
+        return [
+            self._of_clusters(batch, *each) if mixture is None else mixture
+            for each, mixture in zip(given, fast, strict=True)
+        ]
+
+    def _of_clusters(self, batch: Batch, centers: Tensor, metric: FullFactor | None) -> Mixture:
+        """Return the mixture of the clusters about centers in a metric, from their moments."""
         if metric is None:
             sums = clusters([batch], centers, self.kind, self.backend)
         else:
@@ -399,40 +451,42 @@ class Search:
             sums = Moments(hard.S0, hard.S1, self.kind.second_moments(hard.S2), hard.centers, hard.total, hard.mass)
         return mixture_of(sums, self.kind, self.tied, *trimmed_spread(batch.points, self.weights))
 
-    def _by_one_step(self, batch: Batch, centers: Tensor, metric: FullFactor | None) -> Mixture | None:
-        """Return the mixture of the clusters by one step of hard EM; None if the native engine does not perform it.
+    def _by_one_step(self, batch: Batch, found: list[tuple[Tensor, FullFactor | None]]) -> list[Mixture | None] | None:
+        """Return the mixtures of the clusters by one step of hard EM; None if the native engine does not perform it.
 
         Covariances are averaged with a pooled one if a cluster has few points.
         """
-        if self.tied or (metric is not None and self.kind is not FullFactor):
+        own = (
+            [] if self.tied else [i for i, (_, metric) in enumerate(found) if metric is None or self.kind is FullFactor]
+        )
+        if not own:
             return None
-        shapes = self.kind.shapes(self.K, self.D)
-        if metric is None:
-            tensors = {name: centers.new_zeros(shape) for name, shape in shapes.items()}
-        else:
-            tensors = {name: tensor.expand(shapes[name]) for name, tensor in metric.tensors.items()}
+        shapes, starts = self.kind.shapes(self.K, self.D), []
+        logits = found[0][0].new_zeros(self.K)
+        unit = {name: logits.new_zeros(shape) for name, shape in shapes.items()}
+        for centers, metric in (found[i] for i in own):
+            wide = {} if metric is None else metric.tensors
+            tensors = unit | {name: tensor.expand(shapes[name]) for name, tensor in wide.items()}
+            starts.append((logits, centers, self.kind.of(tensors, self.D)))
         pool = pool_of(self.plain.mass, self.K, 4 * (self.D + 1) / self.plain.count)
         settings = reductions.StepSettings(
             self.plain.mass,
-            centers.new_zeros(self.D),
+            logits.new_zeros(self.D),
             FLOOR,
             pool.weight / self.plain.mass,
             assignment="hard",
             bare=True,
             pool=pool,
         )
-        steps = reductions.em_steps(
-            batch,
-            centers.new_zeros(self.K),
-            centers,
-            self.kind.of(tensors, self.D),
-            settings,
-            backend=self.backend,
-            limit=1,
+        steps = reductions.em_climb(
+            batch, starts, settings, steps=1, tolerance=-math.inf, after=True, backend=self.backend
         )
-        if not steps:
+        if steps is None:
             return None
-        return Mixture(steps.logits(1), steps.means(1), steps.factor(1), validate_args=False)
+        results: list[Mixture | None] = [None] * len(found)
+        for i, step in zip(own, steps, strict=True):
+            results[i] = None if step is None else Mixture(*step.reached, validate_args=False)
+        return results
 
     def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:
         """Perform rounds with a prior of the mean covariance within components.

@@ -25,8 +25,8 @@ class Climbed(NamedTuple):
     """The result of EM steps from a mixture.
 
     Args:
-        reached: The last mixture whose objective is known.
-        total, cost, prior: As in :class:`~gmmkeops.reductions.Steps`, for this mixture.
+        reached: The last mixture whose objective is known, or the one after it if that was asked for.
+        total, cost, prior: As in :class:`~gmmkeops.reductions.Steps`, for the last mixture whose objective is known.
         steps: Number of E-steps.
     """
 
@@ -86,6 +86,7 @@ def em_climb(
     *,
     steps: int,
     tolerance: float,
+    after: bool = False,
     backend: str = "auto",
 ) -> list[Climbed | None] | None:
     """Perform EM steps from several mixtures, until a step decreases the objective by less than a tolerance.
@@ -96,6 +97,7 @@ def em_climb(
         settings: Constants of the M-step.
         steps: Largest number of E-steps for each mixture.
         tolerance: Tolerance, nats per point.
+        after: Whether the result is the mixture after the last step, whose objective is not known.
         backend: Name of the engine.
 
     Returns:
@@ -111,7 +113,7 @@ def em_climb(
     done = torch.zeros(len(starts), dtype=torch.int64)
     inner.steps, inner.tolerance = steps, tolerance
     _point(inner, tables, numbers)
-    call, (K, D) = ClimbCall(inner, len(starts), done.data_ptr()), means.shape
+    call, (K, D) = ClimbCall(inner, len(starts), done.data_ptr(), after), means.shape
     _perform("gmmkeops_climb", call, steps * len(starts) * len(batch) * K * D, K, D)
     found: list[Climbed | None] = []
     for s, (count, (total, cost, prior)) in enumerate(zip(done.tolist(), numbers.T.tolist(), strict=True)):

@@ -211,7 +211,7 @@ template <class Evaluate> Status climb(ClimbCall& call, const Kernel& kernel, Ev
     const bool ordinary = one.run(kernel, evaluate, status);
     if (status != DONE) return status;
     call.done[s] = ordinary ? one.call.done : 0;
-    if (ordinary) one.store(one.call.done - 1, s), one.store_results(s);
+    if (ordinary) one.store(one.call.done - (call.after ? 0 : 1), s), one.store_results(s);
   }
   return DONE;
 }

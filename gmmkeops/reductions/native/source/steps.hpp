@@ -107,9 +107,11 @@ struct Steps {
   bool maximize(int64_t t) {
     const double* counts = call.counts + t * L;
     double all = 0, fewest = INFINITY;
+    // Only the mean of an empty component is not known; it keeps its value in k-means.
+    const bool empty = call.bare && call.fixed_weights && call.fixed_covariances;
     for (int64_t k = 0; k < K; k++) {
       const double s0 = S0[k] * call.scale;
-      if (!(s0 > 1e-200) || !std::isfinite(s0)) return false;
+      if (!(s0 > 1e-200 || (empty && s0 == 0)) || !std::isfinite(s0)) return false;
       all += s0, fewest = std::min(fewest, s0);
     }
     if (call.tied) {
@@ -193,7 +195,7 @@ struct Steps {
     const double *means = call.means + (t * K + k) * D, *s1 = S1 + k * D, *s2 = S2 + k * spread;
     double* next = call.means + ((t + 1) * K + k) * D;
     for (int64_t d = 0; d < D; d++) {
-      next[d] = call.fixed_means ? means[d] : means[d] + s1[d] / S0[k];
+      next[d] = call.fixed_means || S0[k] == 0 ? means[d] : means[d] + s1[d] / S0[k];
       shift[d] = next[d] - means[d];
     }
     if (full)
