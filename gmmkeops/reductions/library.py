@@ -120,6 +120,8 @@ class RoundCall(ctypes.Structure):
         ("points", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("blocks", "most", "done", "accepted", "ended", "work")),
         *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
+        ("early", ctypes.c_int64),
+        ("change", ctypes.c_double),
     )
 
 

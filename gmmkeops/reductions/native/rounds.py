@@ -48,6 +48,9 @@ class RoundSettings(NamedTuple):
         gain: Improvement of the objective below which no further round is performed, nats per point.
         tie: Relative difference of objectives that are equal up to rounding.
         size: Effective number of points.
+        early: Number of steps after the split after which a round ends if the halves of each component have kept its points, and
+            pairs of halves are the cheapest to merge; and the largest change of weights (relative) and means (standard
+            deviations) in that case. No steps: a round does not end early.
     """
 
     split: tuple[int, float]
@@ -57,6 +60,7 @@ class RoundSettings(NamedTuple):
     gain: float
     tie: float
     size: float
+    early: tuple[int, float] = (0, 0.0)
 
 
 class Rounds(NamedTuple):
@@ -173,6 +177,8 @@ def em_rounds(
         gain=rounds.gain,
         tie=rounds.tie,
         count=rounds.size,
+        early=rounds.early[0],
+        change=rounds.early[1],
     )
     _perform("gmmkeops_rounds", call, most * (2 * rounds.split[0] + rounds.merged[0]) * len(batch) * K * D, 2 * K, D)
     merged, reached = (_parameters(tables, factor, row) if call.accepted else None for row in (0, 1))

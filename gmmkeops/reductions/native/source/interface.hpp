@@ -124,6 +124,8 @@ struct RoundCall {
   double value, constant;                       // objective of the mixture, and its part that is the same for all mixtures, nats per point
   double gain, tie;                             // smallest improvement for another round; relative difference of equal objectives
   double count;                                 // effective number of points
+  int64_t early;                                // number of steps after the split after which the round may end, see unchanged in rounds.hpp
+  double change;                                // largest change up to which a component is considered unchanged
 };
 
 // Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and

@@ -251,10 +251,18 @@ struct Steps {
   }
 };
 
-// ``ended`` becomes true if all steps were ordinary ones. If the sums of an E-step are given, there is one step.
-template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr, bool given = false) {
+// Whether the last step before step ``done`` decreased the objective by less than the tolerance.
+inline bool settled(const StepCall& call, int64_t done) {
+  if (done < 2) return false;
+  const double now = objective(call, done - 1);
+  return objective(call, done - 2) - now < call.tolerance + call.relative * std::abs(now);
+}
+
+// ``ended`` becomes true if all steps were ordinary ones. If the sums of an E-step are given, there is one step. Steps before
+// ``first`` have been performed by an earlier call.
+template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr, bool given = false, int64_t first = 0) {
   Steps steps(call, kernel, given);
-  for (call.done = 0; call.done < call.steps; call.done++) {
+  for (call.done = first; call.done < call.steps; call.done++) {
     const int64_t t = call.done;
     if (!steps.prepare(t)) break;
     const Status status = given ? DONE : steps.expect(t, evaluate);
@@ -265,7 +273,7 @@ template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evalu
       for (int64_t k = 0; k < steps.K; k++) call.counts[call.tied ? 0 : k] += steps.S0[k] * call.scale / call.mass;
     }
     if (!steps.maximize(t)) break;
-    if (t > 0 && objective(call, t - 1) - objective(call, t) < call.tolerance + call.relative * std::abs(objective(call, t))) {
+    if (settled(call, t + 1)) {
       call.done++;
       if (ended) *ended = true;
       return DONE;
