@@ -42,6 +42,9 @@ _ROUNDS = 64
 # Largest number of Lloyd iterations, and decrease of the inertia, as a fraction, below which they end.
 _ITERATIONS, _CHANGE = 30, 1e-4
 
+# Number of values up to which all are counted, which takes less time than sorting.
+_COUNTED = 1 << 16
+
 # Weight of the pooled covariance in the covariance of each cluster, as a fraction of the average cluster weight.
 _SHARE = 0.01
 
@@ -147,13 +150,17 @@ def agreement(one: Tensor, other: Tensor, K: int) -> float:
     Journal of Classification 2.
     """
     # Numbers of points with each pair of labels, with each label of one partition, and of the other.
-    both, first, second = (
-        float((n * (n - 1.0)).sum())
-        for n in (np.unique(values.cpu().numpy(), return_counts=True)[1] for values in (one * K + other, one, other))
-    )
+    both, first, second = _pairs(one * K + other, K * K), _pairs(one, K), _pairs(other, K)
     total = len(one) * (len(one) - 1.0)
     expected, largest = first * second / max(total, 1.0), (first + second) / 2
     return (both - expected) / (largest - expected) if largest > expected else 1.0
+
+
+def _pairs(values: Tensor, count: int) -> float:
+    """Return twice the number of pairs of equal values, which are integers from 0 to ``count`` - 1."""
+    found = values.cpu().numpy()
+    n = np.bincount(found) if count <= _COUNTED else np.unique(found, return_counts=True)[1]
+    return float((n * (n - 1.0)).sum())
 
 
 def lloyd(

@@ -76,6 +76,9 @@ _RIDGE = 1e-6
 # ends.
 _SAME, _PATIENCE = 1e-3, 4
 
+# Largest difference of the means of the same clusters, standardized coordinates; a point in another cluster makes a larger one.
+_SAME_MEAN = 1e-6
+
 # Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
 _THIN = 1e-4
 
@@ -143,6 +146,16 @@ def _inside(points: Tensor, root: Tensor | None) -> Tensor:
 def _outside(centers: Tensor, root: Tensor | None) -> Tensor:
     """Convert centers (K, D) from the coordinates of a metric to those of the points."""
     return centers if root is None else torch.linalg.solve_triangular(root, centers, upper=True, left=False)
+
+
+def _without_copies(mixtures: list[Mixture]) -> list[Mixture]:
+    """Remove mixtures of the same clusters as an earlier one, in any order."""
+    kept: dict[int, Tensor] = {}
+    for i, mixture in enumerate(mixtures):
+        means = mixture.means[mixture.means[:, 0].argsort()]
+        if not any(bool((means - others).abs().max() < _SAME_MEAN) for others in kept.values()):
+            kept[i] = means
+    return [mixtures[i] for i in kept]
 
 
 class Search:
@@ -337,7 +350,7 @@ class Search:
         else:
             found = [(each.centers, root) for (each,), root in zip(self._kmeans(1), self._roots, strict=True)]
         self.candidates += len(found)
-        return self._clustered(found)
+        return _without_copies(self._clustered(found))
 
     def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return the different centers of several runs of k-means, and their metrics.
@@ -449,7 +462,7 @@ class Search:
                 *arguments, weights=batch.weights, assignment="hard", backend=self.backend, truncate=0
             )
             sums = Moments(hard.S0, hard.S1, self.kind.second_moments(hard.S2), hard.centers, hard.total, hard.mass)
-        return mixture_of(sums, self.kind, self.tied, *trimmed_spread(batch.points, self.weights))
+        return mixture_of(sums, self.kind, self.tied, *self.plain.frame.of_columns(*self.spread))
 
     def _by_one_step(self, batch: Batch, found: list[tuple[Tensor, FullFactor | None]]) -> list[Mixture | None] | None:
         """Return the mixtures of the clusters by one step of hard EM; None if the native engine does not perform it.

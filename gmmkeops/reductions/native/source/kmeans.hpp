@@ -34,16 +34,17 @@ struct Points {
   }
 };
 
-// The points, or centers, times an upper triangular matrix; they are overwritten.
-inline void multiply(std::vector<double>& x, int64_t M, int64_t D, const double* root) {
-  for (int64_t m = 0; m < M; m++) for (int64_t j = D - 1; j >= 0; j--) {
-    double sum = 0;
-    for (int64_t i = 0; i <= j; i++) sum += x[m * D + i] * root[i * D + j];
-    x[m * D + j] = sum;
+// The points times an upper triangular matrix.
+inline std::vector<double> multiply(const std::vector<double>& x, int64_t M, int64_t D, const double* root) {
+  std::vector<double> found(M * D);
+  for (int64_t m = 0; m < M; m++) for (int64_t i = 0; i < D; i++) {
+    const double value = x[m * D + i];
+    for (int64_t j = i; j < D; j++) found[m * D + j] += value * root[i * D + j];
   }
+  return found;
 }
 
-// The same with the inverse of the matrix.
+// Multiplies centers by the inverse of such a matrix.
 inline void divide(double* x, int64_t M, int64_t D, const double* root) {
   for (int64_t m = 0; m < M; m++) for (int64_t j = 0; j < D; j++) {
     double left = x[m * D + j];
@@ -93,8 +94,7 @@ template <class Evaluate> Status run(KMeansCall& call, const Kernel& kernel, Eva
   call.done = 0, call.points = points.M;
   for (int64_t cloud = 0; cloud < call.clouds; cloud++) {
     const double* root = call.roots + cloud * D * D;
-    std::vector<double> x(points.x);
-    multiply(x, points.M, D, root);
+    std::vector<double> x = multiply(points.x, points.M, D, root);
     const std::vector<double> mean = center(x, points.mass, D);
     if (!given.sweep.double_points) single.assign(x.begin(), x.end());
     one.call.sweep.points = given.sweep.double_points ? (const void*)x.data() : single.data();
