@@ -16,6 +16,10 @@ from gmmkeops.reductions.native.steps import StepSettings, described
 __all__ = ["Clustering", "kmeans_runs", "lloyd_settings"]
 
 
+# Multiplications of points with a matrix up to which the library is faster than matrix products of torch.
+_PRODUCTS = 3_000_000
+
+
 class Clustering(NamedTuple):
     """The result of a run of k-means.
 
@@ -65,9 +69,9 @@ def kmeans_runs(
         The runs in each metric; None if the library does not compute them. The generator is then unchanged.
     """
     x, K = batch.points, centers
-    if x.device.type != "cpu" or x.numel() * K > FEW:
-        return None
     (N, D), C = x.shape, len(roots)
+    if x.device.type != "cpu" or N * D * K > FEW or N * D * D > _PRODUCTS:
+        return None
     means, factor = roots.new_zeros(K, D), SphericalFactor(roots.new_zeros(1, 1), D)
     own = described(batch, means, factor, lloyd_settings(batch.mass, D), backend)
     if own is None or own[0].sweep.unit != 1:

@@ -34,8 +34,11 @@ struct Points {
   }
 };
 
-// The points times an upper triangular matrix.
+// The points times an upper triangular matrix, which may be the identity.
 inline std::vector<double> multiply(const std::vector<double>& x, int64_t M, int64_t D, const double* root) {
+  bool identity = true;
+  for (int64_t i = 0; i < D; i++) for (int64_t j = i; j < D; j++) identity &= root[i * D + j] == (i == j);
+  if (identity) return x;
   std::vector<double> found(M * D);
   for (int64_t m = 0; m < M; m++) for (int64_t i = 0; i < D; i++) {
     const double value = x[m * D + i];
@@ -72,12 +75,8 @@ inline void label(const std::vector<double>& x, const double* centers, int64_t M
     double least = std::numeric_limits<double>::infinity();
     labels[m] = 0;
     for (int64_t k = 0; k < K; k++) {
-      double distance = 0;
-      for (int64_t d = 0; d < D; d++) {
-        const double z = x[m * D + d] - centers[k * D + d];
-        distance += z * z;
-      }
-      if (distance < least) least = distance, labels[m] = k;
+      const double reach = seeds::distance(&x[m * D], centers + k * D, D);
+      if (reach < least) least = reach, labels[m] = k;
     }
   }
 }
