@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from gmmkeops.fitting.em_state import EMState
@@ -18,7 +19,7 @@ from gmmkeops.models import Mixture, merge_down, merged_by, split
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "Climber", "Found", "best_of", "best_sound"]
+__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "Climber", "Found", "best_of", "best_sound", "without_copies"]
 
 # Maximum number of rounds.
 ROUNDS = 3
@@ -33,6 +34,9 @@ _GAIN = 1e-3
 # and largest change of weights (relative) and means (standard deviations) in that case. In 350 rounds on 21 data sets, no such
 # round gained anything, and rounds with a change of up to 0.02 gained at most 4e-5 nats per point.
 _EARLY = (3, 3e-3)
+
+# Largest difference of the means of the same clusters, standardized coordinates. A point in another cluster makes a larger one.
+_SAME = 1e-6
 
 # Relative difference of objectives that are equal up to rounding.
 _TIE = 1e-7
@@ -73,6 +77,20 @@ def best_sound(found: list[Found], sound: Callable[[Found], bool]) -> Found | No
 def _highest(value: float) -> float:
     """Return the highest objective that is equal to one up to rounding."""
     return value + _TIE * max(1.0, abs(value))
+
+
+def without_copies(mixtures: list[Mixture]) -> list[Mixture]:
+    """Remove mixtures with the means of an earlier one, in any order, since EM finds the same from them.
+
+    Means are only equal if the components have the same points; covariances may differ by their priors.
+    """
+    kept: dict[int, np.ndarray] = {}
+    for i, mixture in enumerate(mixtures):
+        means = mixture.means.cpu().numpy()
+        means = means[means[:, 0].argsort()]
+        if all(np.abs(means - others).max() >= _SAME for others in kept.values()):
+            kept[i] = means
+    return [mixtures[i] for i in kept]
 
 
 class Climber:

@@ -34,10 +34,11 @@ from gmmkeops.fitting.kmeans import (
     runs_at_once,
     seeds,
 )
+from gmmkeops.fitting.metric import factor_of, inside, outside, robust_covariance, whitening
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
-from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of, best_sound
+from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of, best_sound, without_copies
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
@@ -75,9 +76,6 @@ _RIDGE = 1e-6
 # Difference of objectives that are the same optimum, nats per point; and number of runs without a better one after which a search
 # ends.
 _SAME, _PATIENCE = 1e-3, 4
-
-# Largest difference of the means of the same clusters, standardized coordinates; a point in another cluster makes a larger one.
-_SAME_MEAN = 1e-6
 
 # Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
 _THIN = 1e-4
@@ -118,44 +116,9 @@ def within_prior(mixture: Mixture) -> tuple[Tensor, float]:
     return (mixture.weights[:, None, None] * covariances).sum(0), mixture.n_features + 2.0
 
 
-def _robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
-    """Compute the covariance (D, D), float64, of standardized points (n, D), which are clipped at ten standard deviations."""
-    z = z.double().clamp(-10, 10)
-    g = torch.ones(len(z), dtype=torch.float64, device=z.device) if weights is None else weights
-    z = z - g @ z / g.sum()
-    # A constant column would make the covariance singular.
-    return (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(z.shape[1]).to(z)
-
-
 def _parameters(kind: type[Factor], D: int) -> int:
     """Count the parameters of a component: weight, mean and covariance."""
     return 1 + D + kind.count(1, D)
-
-
-def _factor_of(root: Tensor) -> FullFactor:
-    """Return an upper triangular matrix (D, D) as the precision factor of one component."""
-    row, column = torch.triu_indices(len(root), len(root), 1, device=root.device)
-    return FullFactor(root.diagonal().log()[None], root[row, column][None])
-
-
-def _inside(points: Tensor, root: Tensor | None) -> Tensor:
-    """Convert points (n, D) to the coordinates of a metric."""
-    return points if root is None else points @ root
-
-
-def _outside(centers: Tensor, root: Tensor | None) -> Tensor:
-    """Convert centers (K, D) from the coordinates of a metric to those of the points."""
-    return centers if root is None else torch.linalg.solve_triangular(root, centers, upper=True, left=False)
-
-
-def _without_copies(mixtures: list[Mixture]) -> list[Mixture]:
-    """Remove mixtures of the same clusters as an earlier one, in any order."""
-    kept: dict[int, Tensor] = {}
-    for i, mixture in enumerate(mixtures):
-        means = mixture.means[mixture.means[:, 0].argsort()]
-        if not any(bool((means - others).abs().max() < _SAME_MEAN) for others in kept.values()):
-            kept[i] = means
-    return [mixtures[i] for i in kept]
 
 
 class Search:
@@ -202,7 +165,7 @@ class Search:
         # The library is twice as fast in float32; the points are evaluated in float64 if they are too coarse for that.
         size = len(x) * K * _parameters(kind, x.shape[1])
         single = torch.float32 if size >= _LONG and x.device.type == "cpu" else None
-        settings: Any = {"isotropic": kind.isotropic, "dtype": single, "frame": frame}
+        settings: Any = {"isotropic": kind.isotropic, "dtype": single, "frame": frame, "spread": self.spread}
         self.plain = prepared(x, weights, self.penalty, backend, generator, **settings)
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
@@ -350,7 +313,7 @@ class Search:
         else:
             found = [(each.centers, root) for (each,), root in zip(self._kmeans(1), self._roots, strict=True)]
         self.candidates += len(found)
-        return _without_copies(self._clustered(found))
+        return without_copies(self._clustered(found))
 
     def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return the different centers of several runs of k-means, and their metrics.
@@ -381,7 +344,7 @@ class Search:
             found = []
             for _ in range(runs):
                 centers = self._centers(0, root)
-                own = None if runs == 1 else labels(self._points_in(root), _inside(centers, root))
+                own = None if runs == 1 else labels(self._points_in(root), inside(centers, root))
                 found.append(reductions.Clustering(centers, own))
             results.append(found)
         return results
@@ -393,12 +356,12 @@ class Search:
             centers = kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
         else:
             centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
-        return _outside(centers, root)
+        return outside(centers, root)
 
     def _points_in(self, root: Tensor | None) -> Tensor:
         """Return the different points in the coordinates of a metric."""
         points, _ = self._different
-        return _inside(points, root)
+        return inside(points, root)
 
     def _matrices(self) -> Tensor:
         """Return the metrics as matrices (1 or 2, D, D)."""
@@ -414,7 +377,7 @@ class Search:
     def _covariance(self) -> Tensor:
         """Robust covariance of all points, standardized coordinates, in which columns have deviations of about one."""
         z: Tensor = self.plain.data.x  # type: ignore[attr-defined]
-        return _robust_covariance(z, self.weights)
+        return robust_covariance(z, self.weights)
 
     @cached_property
     def _least(self) -> float:
@@ -429,8 +392,7 @@ class Search:
         """
         if self.D == 1 or self.K == 1:
             return [None]
-        lower = torch.linalg.cholesky(self._covariance)
-        return [None, torch.linalg.solve_triangular(lower, torch.eye(self.D).to(lower), upper=False).mT]
+        return [None, whitening(self._covariance)]
 
     @cached_property
     def _different(self) -> tuple[Tensor, Tensor]:
@@ -445,7 +407,7 @@ class Search:
     def _clustered(self, found: list[tuple[Tensor, Tensor | None]]) -> list[Mixture]:
         """Return the mixtures of the clusters about centers (K, D), standardized coordinates, in metrics."""
         batch = self._batch
-        given = [(centers, None if root is None else _factor_of(root)) for centers, root in found]
+        given = [(centers, None if root is None else factor_of(root)) for centers, root in found]
         fast = self._by_one_step(batch, given) or [None] * len(given)
         return [
             self._of_clusters(batch, *each) if mixture is None else mixture
@@ -527,7 +489,7 @@ class Search:
         if self.K > _MANY:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
             mixtures[2:] = [each.origin for each in found[2:]]
-        climbed = climber.climbs(list({id(mixture): mixture for mixture in mixtures}.values()), *_PLAIN)
+        climbed = climber.climbs(without_copies(mixtures), *_PLAIN)
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:

@@ -189,8 +189,9 @@ def _rows(mixtures: Sequence[Parameters]) -> dict[str, Tensor]:
     """Return the parameters of mixtures as tables with one row for each."""
     logits, means, factors = zip(*mixtures, strict=True)
     tables = {"logits": torch.stack(logits), "means": torch.stack(means)}
-    for name in factors[0].tensors:
-        tables[name] = torch.stack([factor.tensors[name] for factor in factors])
+    parts = [factor.tensors for factor in factors]
+    for name in parts[0]:
+        tables[name] = torch.stack([tensors[name] for tensors in parts])
     return {name: table.double() for name, table in tables.items()}
 
 
