@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gmmkeops import reductions
 from gmmkeops.components import Moments, solve_weights
 from gmmkeops.data import Batch
@@ -335,6 +337,8 @@ def climbs_of(
     if own is None:
         return nothing
     batch, settings = own
+    # The library performs no step if the points are too coarse for a component.
+    batch = batch.accurate(lambda: torch.cat([each.factor.row_norms() for each in mixtures]))
     found = reductions.em_climb(
         batch,
         [(each.logits, each.means, each.factor) for each in mixtures],
