@@ -160,7 +160,8 @@ def _pairs(values: Tensor, count: int) -> float:
     """Return twice the number of pairs of equal values, which are integers from 0 to ``count`` - 1."""
     found = values.cpu().numpy()
     n = np.bincount(found) if count <= _COUNTED else np.unique(found, return_counts=True)[1]
-    return float((n * (n - 1.0)).sum())
+    # The sum of n (n - 1).
+    return float(n @ n) - len(found)
 
 
 def lloyd(
