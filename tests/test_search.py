@@ -871,6 +871,38 @@ def test_rounds_of_well_separated_clusters_end_early(family, D, monkeypatch):
     assert complete.value == pytest.approx(found.value, abs=1e-5)
 
 
+def test_mixtures_of_the_same_clusters_are_improved_once():
+    """Their components may be in another order; means that are not finite are no copies."""
+    identities = gk.FullFactor.from_factors(torch.eye(2, dtype=torch.float64).expand(2, 2, 2))
+
+    def of(*means):
+        return gk.Mixture(torch.zeros(2).double(), torch.tensor(means).double(), identities, validate_args=False)
+
+    one, turned = of([0.0, 1.0], [2.0, 3.0]), of([2.0, 3.0], [0.0, 1.0])
+    other, unknown = of([0.0, 1.0], [2.0, 3.1]), of([math.nan, 1.0], [2.0, 3.0])
+    found = rounds.without_copies([one, turned, unknown, other, one])
+    assert [id(each) for each in found] == [id(one), id(unknown), id(other)]
+
+
+@native
+def test_candidates_that_are_too_narrow_for_float32_are_improved_in_float64(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 20, generator=generator).double()
+    x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
+    x[2000:] += 9
+    own = searched(x, "full", 2)
+    assert own.plain.data.dtype == torch.float32
+    climber, climbs_of, found = own.climber(), rounds.climbs_of, []
+    monkeypatch.setattr(rounds, "climbs_of", lambda *given: found.append(climbs_of(*given)) or found[-1])
+    reached = climber.climbs(own.begun(0), 15, 1e-3)
+    assert None not in found[0]
+    assert own.plain.data.dtype == torch.float64
+    monkeypatch.setattr(rounds, "climbs_of", lambda _, __, starts, *___: [None] * len(starts))
+    single = climber.climbs([each.origin for each in reached], 15, 1e-3)
+    for one, other in zip(reached, single, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-9)
+
+
 @native
 @pytest.mark.parametrize("whole", [True, False])
 def test_rounds_go_on_if_other_pairs_are_merged(whole, monkeypatch):

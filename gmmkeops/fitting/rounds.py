@@ -31,7 +31,7 @@ CANDIDATE, _SPLIT, MERGED = (15, 1e-3), (10, 1e-3), (15, 1e-4)
 _GAIN = 1e-3
 
 # EM steps after a split after which a round ends if the halves of each component have kept its points and would be merged again;
-# and largest change of weights (relative) and means (standard deviations) in that case. In 350 rounds on 21 data sets, no such
+# and largest change of weights (relative) and means (standard deviations) in that case. In 350 rounds on 29 data sets, no such
 # round gained anything, and rounds with a change of up to 0.02 gained at most 4e-5 nats per point.
 _EARLY = (3, 3e-3)
 
@@ -88,7 +88,8 @@ def without_copies(mixtures: list[Mixture]) -> list[Mixture]:
     for i, mixture in enumerate(mixtures):
         means = mixture.means.cpu().numpy()
         means = means[means[:, 0].argsort()]
-        if all(np.abs(means - others).max() >= _SAME for others in kept.values()):
+        # Means that are not finite are no copies.
+        if not any(np.abs(means - others).max() < _SAME for others in kept.values()):
             kept[i] = means
     return [mixtures[i] for i in kept]
 

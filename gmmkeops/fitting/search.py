@@ -1,10 +1,11 @@
 r"""Search for an initial mixture: k-means in two metrics, then rounds of splitting and merging.
 
 A round splits every component, performs EM steps, merges the least distinct pairs until K components are left, and performs EM
-steps again. Its result is kept only if the objective is better. With few points per parameter, a prior of the covariances counts
-in the objective, since the likelihood alone would favor components that contain few points: first one of the covariance of all
-points, then one of the mean covariance within components. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda,
-Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
+steps again. Its result is kept only if the objective is better; it ends early if components are so well separated that their
+halves would be merged again. With few points per parameter, a prior of the covariances counts in the objective, since the
+likelihood alone would favor components that contain few points: first one of the covariance of all points, then one of the mean
+covariance within components. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000,
+*SMEM algorithm for mixture models*, Neural Computation 12.
 """
 
 from __future__ import annotations
@@ -334,7 +335,7 @@ class Search:
 
     def _kmeans(self, runs: int) -> list[list[reductions.Clustering]]:
         """Perform runs of k-means in each metric. With several runs, the different points are labeled."""
-        if len(self.x) <= clustered_size(self.K):
+        if len(self.x) <= clustered_size(self.K) and self.x.device.type == "cpu":
             arguments = self.K, self.generator, self.backend, runs
             native = runs_at_once(self._batch, self._matrices(), *arguments)
             if native is not None:
