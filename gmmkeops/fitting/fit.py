@@ -237,8 +237,7 @@ def _is_small(mixture: Mixture) -> bool:
 
 def _first(run: Run, task: Task) -> Any:
     """Sort the points if truncation saves time, and return the initial state of the method."""
-    mixture = task.mixture.detach()
-    inside = run.objective.frame.enter(mixture if mixture.means.dtype == torch.float64 else mixture.to(torch.float64))
+    inside = run.objective.frame.enter(task.mixture.detach().to(torch.float64))
     run.objective = run.objective.truncated(task.truncate, inside, task.max_iter)
     return task.method.init(run.objective, inside)
 
