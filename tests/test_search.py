@@ -449,17 +449,17 @@ def test_candidates_with_few_points_are_removed_if_there_are_others():
 
 def test_runs_alternate_between_kinds_of_candidates(monkeypatch):
     """Runs begin with k-means, k-means++ and random points in turn, each in two metrics."""
-    seen, kmeans, seeds = [], search.kmeans, search.seeds
+    seen, runs_at_once, seeds = [], search.runs_at_once, search.seeds
 
-    def spy_kmeans(*arguments):
-        seen.append("kmeans")
-        return kmeans(*arguments)
+    def spy_kmeans(batch, roots, *arguments):
+        seen.extend("kmeans" for _ in roots)
+        return runs_at_once(batch, roots, *arguments)
 
     def spy_seeds(*arguments, spread):
         seen.append("kmeans++" if spread else "random")
         return seeds(*arguments, spread=spread)
 
-    monkeypatch.setattr(search, "kmeans", spy_kmeans)
+    monkeypatch.setattr(search, "runs_at_once", spy_kmeans)
     monkeypatch.setattr(search, "seeds", spy_seeds)
     monkeypatch.setattr(search, "_SAME", 0.0)
     start_of(overlapping(), 5, n_init=4)
@@ -533,7 +533,8 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
 
     def spy_climb(batch, starts, settings, **options):
         found = em_climb(batch, starts, settings, **options)
-        sweeps.extend(each.steps * len(starts[0][1]) for each in found or () if each)
+        if not settings.bare:
+            sweeps.extend(each.steps * len(starts[0][1]) for each in found or () if each)
         return found
 
     def spy_steps(batch, logits, means, factor, settings, **options):
@@ -547,9 +548,9 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
             sweeps.append(len(means))
         return moments(x, offsets, means, factor, **options)
 
-    def spy_clustered(self, centers, root):
-        candidates.append(root)
-        return clustered(self, centers, root)
+    def spy_clustered(self, found):
+        candidates.extend(found)
+        return clustered(self, found)
 
     monkeypatch.setattr(gk.reductions, "em_steps", spy_steps)
     monkeypatch.setattr(gk.reductions, "em_climb", spy_climb)
@@ -847,6 +848,80 @@ def test_native_rounds_end_as_those_of_several_calls(monkeypatch):
 
 
 @native
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+@pytest.mark.parametrize("D", [1, 3])
+def test_rounds_of_well_separated_clusters_end_early(family, D, monkeypatch):
+    """After three steps with 2 K components nothing has moved; the other steps would not change that."""
+    generator = torch.Generator().manual_seed(D)
+    labels = torch.arange(600) % 3
+    x = torch.randn(600, D, generator=generator).double() + 60.0 * labels[:, None]
+    own = searched(x, family, 3)
+    climber = own.climber()
+    found = climber.climbed(own.begun(0)[0], 15, 1e-6)
+    rounds_of, results = rounds.rounds_of, []
+    for whole, early in ((True, True), (False, True), (True, False)):
+        climber.work = climber.rounds = 0
+        monkeypatch.setattr(rounds, "_EARLY", (3, 3e-3) if early else (0, 0.0))
+        monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
+        results.append((climber.improved(found, 3), climber.work, climber.rounds))
+    (fast, work, count), (slow, *others), (complete, whole_work, _) = results
+    assert fast is slow is found
+    assert (work, count) == (3 * 6, 1) == tuple(others)
+    assert whole_work > work
+    assert complete.value == pytest.approx(found.value, abs=1e-5)
+
+
+def test_mixtures_of_the_same_clusters_are_improved_once():
+    """Their components may be in another order; means that are not finite are no copies."""
+    identities = gk.FullFactor.from_factors(torch.eye(2, dtype=torch.float64).expand(2, 2, 2))
+
+    def of(*means):
+        return gk.Mixture(torch.zeros(2).double(), torch.tensor(means).double(), identities, validate_args=False)
+
+    one, turned = of([0.0, 1.0], [2.0, 3.0]), of([2.0, 3.0], [0.0, 1.0])
+    other, unknown = of([0.0, 1.0], [2.0, 3.1]), of([math.nan, 1.0], [2.0, 3.0])
+    found = rounds.without_copies([one, turned, unknown, other, one])
+    assert [id(each) for each in found] == [id(one), id(unknown), id(other)]
+
+
+@native
+def test_candidates_that_are_too_narrow_for_float32_are_improved_in_float64(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 20, generator=generator).double()
+    x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
+    x[2000:] += 9
+    own = searched(x, "full", 2)
+    assert own.plain.data.dtype == torch.float32
+    climber, climbs_of, found = own.climber(), rounds.climbs_of, []
+    monkeypatch.setattr(rounds, "climbs_of", lambda *given: found.append(climbs_of(*given)) or found[-1])
+    reached = climber.climbs(own.begun(0), 15, 1e-3)
+    assert None not in found[0]
+    assert own.plain.data.dtype == torch.float64
+    monkeypatch.setattr(rounds, "climbs_of", lambda _, __, starts, *___: [None] * len(starts))
+    single = climber.climbs([each.origin for each in reached], 15, 1e-3)
+    for one, other in zip(reached, single, strict=True):
+        assert one.value == pytest.approx(other.value, abs=1e-9)
+
+
+@native
+@pytest.mark.parametrize("whole", [True, False])
+def test_rounds_go_on_if_other_pairs_are_merged(whole, monkeypatch):
+    """Each component covers two of four clusters, and the best pairs of clusters are others."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.tensor([[0.0, 0.0], [8.0, 40.0], [8.0, 0.0], [0.0, 40.0]], dtype=torch.float64)
+    x = torch.cat([corner + torch.randn(200, 2, generator=generator).double() for corner in corners])
+    own = searched(x, "full", 2)
+    climber = Climber(own.method, own.plain)
+    z = own.plain.data.x
+    means = torch.stack([z[:400].mean(0), z[400:].mean(0)])
+    covariances = torch.stack([z[:400].T.cov(correction=0), z[400:].T.cov(correction=0)])
+    wrong = gk.Mixture(torch.zeros(2).double(), means, gk.FullFactor.from_covariances(covariances))
+    found = climber.climbed(wrong, 0, 0.0)
+    monkeypatch.setattr(rounds, "rounds_of", rounds.rounds_of if whole else lambda *_: None)
+    assert climber.improved(found, 1).value < found.value - 0.1
+
+
+@native
 def test_a_component_without_points_ends_native_rounds():
     """A round with a smaller component than before, and than D + 1 points, is rejected though its objective is better."""
     x = torch.cat([overlapping(1, N=300).double(), torch.full((1, 2), 60.0, dtype=torch.float64)])
@@ -964,6 +1039,43 @@ def test_native_seeds_equal_those_of_torch(D, N, K, weighted, monkeypatch):
 
 
 @native
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("D", "N", "K"), [(1, 50, 3), (2, 400, 7), (5, 160, 1), (3, 12, 12), (2, 700, 40)])
+def test_runs_of_kmeans_at_once_equal_single_ones(D, N, K, weighted, monkeypatch):
+    x, weights = clumps(D, N, weighted)
+    if weighted:
+        weights[::7] = 0
+    # Equal points are merged.
+    x = torch.cat([x, x[: N // 3]])
+    weights = torch.cat([weights, weights[: N // 3]]) if weighted else None
+    search_of, runs_at_once, results = (lambda: searched(x, "full", K, weights, seed=K)), search.runs_at_once, []
+    for fast in (True, False):
+        own = search_of()
+        monkeypatch.setattr(search, "runs_at_once", runs_at_once if fast else lambda *_: None)
+        results.append(([each for runs in own._kmeans(3) for each in runs], own.generator.get_state()))
+    (several, state), (single, after) = results
+    assert torch.equal(state, after)
+    assert len(several) == 3 * (1 if D == 1 or K == 1 else 2)
+    for one, other in zip(several, single, strict=True):
+        assert torch.allclose(one.centers, other.centers, atol=1e-9)
+        assert torch.equal(one.labels, other.labels)
+
+
+@native
+def test_runs_of_kmeans_with_more_centers_than_points(monkeypatch):
+    """Clusters become empty, whose centers stay where they are."""
+    x = torch.tensor([[0.0, 1.0], [5.0, 2.0], [1.0, 7.0]], dtype=torch.float64).repeat(4, 1)
+    runs_at_once, results = search.runs_at_once, []
+    for fast in (True, False):
+        own = searched(x, "diag", 5)
+        monkeypatch.setattr(search, "runs_at_once", runs_at_once if fast else lambda *_: None)
+        results.append([each.centers for runs in own._kmeans(1) for each in runs])
+    for one, other in zip(*results, strict=True):
+        assert len(one.round(decimals=6).unique(dim=0)) == 3
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+@native
 def test_native_seeds_of_few_different_points():
     """After all points are centers, some are chosen again."""
     x = torch.tensor([[0.0, 1.0], [5.0, 2.0]], dtype=torch.float64)
@@ -1035,7 +1147,7 @@ def test_large_clusters_are_not_regularized():
     z = search.plain.data.x
     centers = search.begun(0)[0].means
     labels = torch.cdist(z, centers).argmin(1)
-    found = search._clustered(centers, None)
+    (found,) = search._clustered([(centers, None)])
     for k in range(3):
         own = z[labels == k]
         assert torch.allclose(found.means[k], own.mean(0), atol=1e-12)

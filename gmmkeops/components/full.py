@@ -61,7 +61,7 @@ class FullFactor(Factor):
 
     @classmethod
     def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        row = torch.triu_indices(len(scale), len(scale), 1, device=scale.device)[0]
+        row = _rows(len(scale), scale)
         return super().rescaling(scale) | {"upper": (scale[row], scale.new_zeros(1))}
 
     @classmethod
@@ -292,6 +292,19 @@ def _places(features: int, like: Tensor) -> Tensor:
         return _kept_places(features, like.device)
     row, column = torch.triu_indices(features, features, 1, device=like.device)
     return row * features + column
+
+
+def _rows(features: int, like: Tensor) -> Tensor:
+    """Return the rows of the entries above the diagonal of a matrix (D, D), row by row, on the device of ``like``."""
+    if _may_be_kept(like):
+        return _kept_rows(features, like.device)
+    return torch.triu_indices(features, features, 1, device=like.device)[0]
+
+
+@cache
+def _kept_rows(features: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.triu_indices(features, features, 1)[0].to(device)
 
 
 @cache

@@ -20,6 +20,9 @@ _ROWS, _ROUNDS = 1 << 19, 40
 # A column whose standard deviation is a smaller fraction of its mean is considered constant up to rounding errors.
 NOISE = 1e-14
 
+# Range of sums of squares without overflow and underflow.
+_EXACT = (1e-250, 1e300)
+
 # Range of lengths whose squares, and sums of many squares, are within the range of float64.
 _SMALLEST, _LARGEST = 1e-150, 1e150
 
@@ -82,6 +85,11 @@ def _moments(x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | 
         parts.append((part, g))
     mass = _added(g.sum() for _, g in parts).clamp(min=1e-300)
     mean = _added(g @ part for part, g in parts) / mass
+    if not x.is_cuda:
+        squares = _added(g @ (part - mean).square_() for part, g in parts)
+        least, most = (float(value) for value in squares.aminmax())
+        if _EXACT[0] < least and most < _EXACT[1]:
+            return mean, (squares / mass).sqrt_()
     # Residuals are divided by the largest one, so that their squares do not overflow or underflow.
     every = weights is None and within is None
     sizes = [_largest(part - mean, None if every else g) for part, g in parts]

@@ -383,7 +383,8 @@ class GaussianMixture(MixtureEstimator):
         logits = means = factor = report = None
         if self.means_init is None or self.weights_init is None or self.precisions_init is None:
             start = self._by_init_params(x, g, generator)
-            found, report = start.mixture.to(device), start.report
+            found = start.mixture if start.mixture.means.device == device else start.mixture.to(device)
+            report = start.report
             if self.means_init is self.weights_init is self.precisions_init is None:
                 return start._replace(mixture=found)
             logits, means, factor = found.logits, found.means, found.factor

@@ -115,6 +115,10 @@ class Frame:
     def _variances(self) -> dict[float, Tensor]:
         return {}
 
+    def of_columns(self, centers: Tensor, deviations: Tensor) -> tuple[Tensor, Tensor]:
+        """Convert centers and standard deviations (D,) of the columns from data units to standardized coordinates."""
+        return (centers - self.shift) / self.scale, deviations / self.scale
+
     def _own(self, columns: Tensor) -> Tensor:
         """Remove the entries of the contexts from a tensor with one entry per column."""
         return columns[: len(columns) - self.extra]

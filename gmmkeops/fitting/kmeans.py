@@ -32,14 +32,18 @@ __all__ = [
     "pool_of",
     "random_responsibilities",
     "responsibilities",
+    "runs_at_once",
     "seeds",
 ]
 
 # Maximum number of rounds of k-means++. With more centers than rounds, several centers are chosen per round.
 _ROUNDS = 64
 
-# Decrease of the inertia, as a fraction, below which Lloyd iterations end.
-_CHANGE = 1e-4
+# Largest number of Lloyd iterations, and decrease of the inertia, as a fraction, below which they end.
+_ITERATIONS, _CHANGE = 30, 1e-4
+
+# Number of values up to which all are counted, which takes less time than sorting.
+_COUNTED = 1 << 16
 
 # Weight of the pooled covariance in the covariance of each cluster, as a fraction of the average cluster weight.
 _SHARE = 0.01
@@ -88,6 +92,14 @@ def _draw(mass: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(total, u * total[-1]).clamp(max=len(mass) - 1)
 
 
+def _rates(K: int) -> tuple[int, int]:
+    """Return the number of centers that a round of k-means++ chooses, and the number of candidates for each of them.
+
+    Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
+    """
+    return K // _ROUNDS, 2 + int(math.log(K))
+
+
 def seeds(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spread: bool) -> Tensor:
     """Choose K centers (K, D) among the points: at random by weight, or by greedy k-means++ if ``spread``."""
     if not spread:
@@ -95,8 +107,7 @@ def seeds(points: Tensor, mass: Tensor, K: int, generator: torch.Generator, spre
         u = torch.rand(len(mass), generator=generator, dtype=torch.float64, device=mass.device)
         order = (-torch.log1p(-u) / mass).argsort()
         return points[order[torch.arange(K, device=mass.device) % len(order)]]
-    # Many centers are chosen several at a time. Few centers are chosen one by one, each as the best of several candidates.
-    at_once, tries = K // _ROUNDS, 2 + int(math.log(K))
+    at_once, tries = _rates(K)
     native = reductions.chosen_seeds(points, mass, K, tries, generator) if at_once < 2 else None
     if native is not None:
         return points[native]
@@ -139,22 +150,27 @@ def agreement(one: Tensor, other: Tensor, K: int) -> float:
     Journal of Classification 2.
     """
     # Numbers of points with each pair of labels, with each label of one partition, and of the other.
-    both, first, second = (
-        float((n * (n - 1.0)).sum())
-        for n in (np.unique(values.cpu().numpy(), return_counts=True)[1] for values in (one * K + other, one, other))
-    )
+    both, first, second = _pairs(one * K + other, K * K), _pairs(one, K), _pairs(other, K)
     total = len(one) * (len(one) - 1.0)
     expected, largest = first * second / max(total, 1.0), (first + second) / 2
     return (both - expected) / (largest - expected) if largest > expected else 1.0
 
 
-def lloyd(points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = 30) -> tuple[Tensor, float]:
+def _pairs(values: Tensor, count: int) -> float:
+    """Return twice the number of pairs of equal values, which are integers from 0 to ``count`` - 1."""
+    found = values.cpu().numpy()
+    n = np.bincount(found) if count <= _COUNTED else np.unique(found, return_counts=True)[1]
+    # The sum of n (n - 1).
+    return float(n @ n) - len(found)
+
+
+def lloyd(
+    points: Tensor, mass: Tensor, centers: Tensor, backend: str, iterations: int = _ITERATIONS
+) -> tuple[Tensor, float]:
     """Iterate k-means until the inertia decreases by a fraction of less than 1e-4; return the centers and the inertia."""
     cloud = reductions.arrange(points, len(centers), sweeps=iterations)
     offsets, factor = centers.new_zeros(len(centers)), SphericalFactor(centers.new_zeros(1, 1), centers.shape[1])
-    settings = reductions.StepSettings(
-        float(mass.sum()), centers.new_zeros(centers.shape[1]), 1.0, -1.0, (True, False, True), "hard", bare=True
-    )
+    settings = reductions.lloyd_settings(float(mass.sum()), centers.shape[1])
     left, last, inertia = iterations, math.inf, math.inf
     limits: dict[str, Any] = {"limit": left, "tolerance": 0.0, "relative": _CHANGE}
     steps = reductions.em_steps(Batch(cloud, mass), offsets, centers, factor, settings, backend=backend, **limits)
@@ -189,6 +205,26 @@ def kmeans(
     # Among runs whose inertia is equal up to rounding, the first one is used.
     least = min(inertia for _, inertia in found)
     return next(centers for centers, inertia in found if inertia <= least * (1 + 1e-9)) + offset
+
+
+def runs_at_once(
+    batch: Batch, roots: Tensor, K: int, generator: torch.Generator, backend: str, runs: int
+) -> list[list[reductions.Clustering]] | None:
+    """Perform runs of k-means in several metrics, in the native engine; None if it does not compute them.
+
+    Args:
+        batch: All points (N, D) and their weights. Equal points are merged, as by :func:`distinct`.
+        roots: Upper triangular matrices (C, D, D), by which the points are multiplied in each metric.
+        K, generator, backend: As for :func:`kmeans`.
+        runs: Number of runs in each metric. With several ones, the points are labeled.
+    """
+    at_once, tries = _rates(K)
+    if at_once > 1:
+        return None
+    limits: dict[str, Any] = {"iterations": _ITERATIONS, "relative": _CHANGE}
+    return reductions.kmeans_runs(
+        batch, roots, K, tries, generator, runs=runs, backend=backend, labeled=runs > 1, **limits
+    )
 
 
 def random_responsibilities(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from gmmkeops import reductions
 from gmmkeops.components import Moments, solve_weights
@@ -335,6 +337,8 @@ def climbs_of(
     if own is None:
         return nothing
     batch, settings = own
+    # The library performs no step if the points are too coarse for a component.
+    batch = batch.accurate(lambda: torch.cat([each.factor.row_norms() for each in mixtures]))
     found = reductions.em_climb(
         batch,
         [(each.logits, each.means, each.factor) for each in mixtures],
@@ -400,8 +404,17 @@ def rounds_of(
     return found, (merged, reached)
 
 
-def climb(method: EM, objective: Objective, state: EMState, steps: int, tolerance: float) -> tuple[EMState, float]:
+def climb(
+    method: EM,
+    objective: Objective,
+    state: EMState,
+    steps: int,
+    tolerance: float,
+    pause: tuple[int, Callable[[EMState], bool]] | None = None,
+) -> tuple[EMState, float]:
     """Perform EM steps until one decreases the objective by less than a tolerance, at most ``steps``.
+
+    With ``pause``, a function is called with the state after a number of steps, which are the last ones if it returns True.
 
     Returns:
         The last state whose objective is known, and this objective (without the changes of the ``reg_covar`` term that are
@@ -411,22 +424,25 @@ def climb(method: EM, objective: Objective, state: EMState, steps: int, toleranc
     here = parameter_device(state.mixture, method, objective.penalty, None)
     if here != there:
         # Few parameters on a GPU are moved once, for all steps.
-        best, last = climb(method, objective.placed(here), state.to(here), steps, tolerance)
+        best, last = climb(method, objective.placed(here), state.to(here), steps, tolerance, pause)
         return best.to(there), last
     best, last = state, math.inf
     # The objective of a mixture is known after the E-step of the next step.
     left = steps + 1
     while left > 0:
-        block = Block.of(method, objective, state, left, tolerance)
+        until = left - (steps + 1 - pause[0]) if pause is not None else 0
+        block = Block.of(method, objective, state, until if until > 0 else left, tolerance)
         if block is None:
             after, now = method.step(objective, state)
             values, reached = [now.objective - state.drift], state
         else:
             values = [block.value(t) - block.found.drifts[t] for t in range(len(block))]
-            reached, after = block.after(len(block) - 1), block.after(len(block))
+            # The first step of a block is not compared with the one before it.
+            count = 1 if last - values[0] < tolerance else len(block)
+            values, reached, after = values[:count], block.after(count - 1), block.after(count)
         before = values[-2] if len(values) > 1 else last
         best, last, state = reached, values[-1], after
         left -= len(values)
-        if before - last < tolerance:
+        if before - last < tolerance or (pause is not None and left == steps + 1 - pause[0] and pause[1](state)):
             break
     return best, last

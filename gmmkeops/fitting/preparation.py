@@ -44,9 +44,10 @@ class _Survey:
     fingerprint: int | None
 
     @classmethod
-    def of_tensor(cls, x: Tensor, weights: Tensor | None, *, marked: bool) -> _Survey:
+    def of_tensor(cls, x: Tensor, weights: Tensor | None, *, marked: bool, checked: bool) -> _Survey:
         """Summarize points (N, D) and weights (N,) in memory; with ``marked``, compute the fingerprint."""
-        check_range(x)
+        if not checked:
+            check_range(x)
         unit = 1.0 if weights is None else weight_unit(float(weights.max()))
         scaled = weights if weights is None or unit == 1 else weights / unit
         mass = float(len(x)) if scaled is None else float(scaled.sum())
@@ -103,7 +104,8 @@ def prepared(
     source = x if isinstance(x, Source) else world.share(Source.of(x, weights=weights)) if world.size > 1 else None
     if source is None:
         assert isinstance(x, Tensor), "only points in memory have no source"
-        survey = _Survey.of_tensor(x, weights, marked=journal.checkpoint is not None)
+        # The range of the points has been checked when their spread was computed.
+        survey = _Survey.of_tensor(x, weights, marked=journal.checkpoint is not None, checked=spread is not None)
     else:
         survey = _Survey.of_source(source, world, device)
     if frame is None:

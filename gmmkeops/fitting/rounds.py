@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from gmmkeops.fitting.em_state import EMState
@@ -18,7 +19,7 @@ from gmmkeops.models import Mixture, merge_down, merged_by, split
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "Climber", "Found", "best_of", "best_sound"]
+__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "Climber", "Found", "best_of", "best_sound", "without_copies"]
 
 # Maximum number of rounds.
 ROUNDS = 3
@@ -28,6 +29,14 @@ CANDIDATE, _SPLIT, MERGED = (15, 1e-3), (10, 1e-3), (15, 1e-4)
 
 # Improvement of the objective by a round (nats per point) below which no further one is performed.
 _GAIN = 1e-3
+
+# EM steps after a split after which a round ends if the halves of each component have kept its points and would be merged again;
+# and largest change of weights (relative) and means (standard deviations) in that case. In 350 rounds on 29 data sets, no such
+# round gained anything, and rounds with a change of up to 0.02 gained at most 4e-5 nats per point.
+_EARLY = (3, 3e-3)
+
+# Largest difference of the means of the same clusters, standardized coordinates. A point in another cluster makes a larger one.
+_SAME = 1e-6
 
 # Relative difference of objectives that are equal up to rounding.
 _TIE = 1e-7
@@ -70,6 +79,21 @@ def _highest(value: float) -> float:
     return value + _TIE * max(1.0, abs(value))
 
 
+def without_copies(mixtures: list[Mixture]) -> list[Mixture]:
+    """Remove mixtures with the means of an earlier one, in any order, since EM finds the same from them.
+
+    Means are only equal if the components have the same points; covariances may differ by their priors.
+    """
+    kept: dict[int, np.ndarray] = {}
+    for i, mixture in enumerate(mixtures):
+        means = mixture.means.cpu().numpy()
+        means = means[means[:, 0].argsort()]
+        # Means that are not finite are no copies.
+        if not any(np.abs(means - others).max() < _SAME for others in kept.values()):
+            kept[i] = means
+    return [mixtures[i] for i in kept]
+
+
 class Climber:
     """EM steps and rounds for one objective.
 
@@ -103,12 +127,18 @@ class Climber:
                 found.append(Found(reached, value, mixture, reached))
         return found
 
-    def _climbed(self, mixture: Mixture, steps: int, tolerance: float) -> Found:
-        """Perform EM steps of any kind from a mixture."""
+    def _climbed(
+        self,
+        mixture: Mixture,
+        steps: int,
+        tolerance: float,
+        pause: tuple[int, Callable[[EMState], bool]] | None = None,
+    ) -> Found:
+        """Perform EM steps of any kind from a mixture; ``pause`` as for :func:`~gmmkeops.fitting.ordinary.climb`."""
         state = self.state(mixture)
         if self.objective.penalty is not None and not self.objective.penalty.constant:
             state = self.method.init(self.objective, mixture)
-        state, value = climb(self.method, self.objective, state, steps, tolerance)
+        state, value = climb(self.method, self.objective, state, steps, tolerance, pause)
         self.work += (state.iteration + 1) * mixture.n_components
         return Found(state.population.whole(state.mixture), value, mixture, state.mixture)
 
@@ -154,7 +184,7 @@ class Climber:
         if found.active.n_components < found.origin.n_components:
             # After pruning, the merge leaves more components than were split, which the library does not support.
             return found, 0, False
-        constants = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE}
+        constants = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE, "early": _EARLY}
         native = rounds_of(self.method, self.objective, found.mixture, found.value, most, constants)
         if native is None:
             return found, 0, False
@@ -167,9 +197,34 @@ class Climber:
         return found, results.rounds, results.ended
 
     def _round(self, found: Found) -> Found | None:
-        """Return the result of one round of several calls; None if fewer components are left after the split than before."""
-        K = found.origin.n_components
-        twice = self.climbed(split(found.active), *_SPLIT).active
-        if twice.n_components < K:
+        """Return the result of one round of several calls; None if it cannot improve the mixture."""
+        K, ended = found.origin.n_components, []
+
+        def in_vain(state: EMState) -> bool:
+            ended.append(_is_unchanged(found.active, state.mixture))
+            return ended[-1]
+
+        twice = self._climbed(split(found.active), *_SPLIT, (_EARLY[0], in_vain)).active
+        if any(ended) or twice.n_components < K:
             return None
         return self.climbed(merged_by(twice, merge_down(twice, K).labels(K), K), *MERGED)
+
+
+def _is_unchanged(mixture: Mixture, twice: Mixture) -> bool:
+    """Return whether the halves of all components have kept their points after some EM steps, and are merged again.
+
+    The halves of well separated components only exchange points with each other, so that the rest of the round would find the
+    same mixture.
+    """
+    K = mixture.n_components
+    if twice.n_components != 2 * K:
+        return False
+    mixture = mixture.to(twice.means.device)
+    weights, before = twice.weights.view(2, K), mixture.weights
+    means = (weights[:, :, None] * twice.means.view(2, K, -1)).sum(0) / weights.sum(0)[:, None]
+    lengths = ((means - mixture.means)[:, None] @ mixture.factor.matrices())[:, 0].norm(dim=1)
+    changes = torch.maximum((weights.sum(0) - before).abs() / before, lengths)
+    if not bool((changes <= _EARLY[1]).all()):
+        return False
+    labels = merge_down(twice, K).labels(K)
+    return torch.equal(labels[:K], labels[K:]) and len(labels[:K].unique()) == K

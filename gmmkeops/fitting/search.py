@@ -1,14 +1,16 @@
 r"""Search for an initial mixture: k-means in two metrics, then rounds of splitting and merging.
 
 A round splits every component, performs EM steps, merges the least distinct pairs until K components are left, and performs EM
-steps again. Its result is kept only if the objective is better. With few points per parameter, a prior of the covariances counts
-in the objective, since the likelihood alone would favor components that contain few points: first one of the covariance of all
-points, then one of the mean covariance within components. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda,
-Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
+steps again. Its result is kept only if the objective is better; it ends early if components are so well separated that their
+halves would be merged again. With few points per parameter, a prior of the covariances counts in the objective, since the
+likelihood alone would favor components that contain few points: first one of the covariance of all points, then one of the mean
+covariance within components. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000,
+*SMEM algorithm for mixture models*, Neural Computation 12.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -22,11 +24,22 @@ from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch, trimmed_spread
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.frame import Frame
-from gmmkeops.fitting.kmeans import agreement, clusters, distinct, kmeans, labels, mixture_of, pool_of, seeds
+from gmmkeops.fitting.kmeans import (
+    agreement,
+    clusters,
+    distinct,
+    kmeans,
+    labels,
+    mixture_of,
+    pool_of,
+    runs_at_once,
+    seeds,
+)
+from gmmkeops.fitting.metric import factor_of, inside, outside, robust_covariance, whitening
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.preparation import prepared
 from gmmkeops.fitting.result import StartReport
-from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of, best_sound
+from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, best_of, best_sound, without_copies
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
@@ -104,29 +117,9 @@ def within_prior(mixture: Mixture) -> tuple[Tensor, float]:
     return (mixture.weights[:, None, None] * covariances).sum(0), mixture.n_features + 2.0
 
 
-def _robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
-    """Compute the covariance (D, D), float64, of standardized points (n, D), which are clipped at ten standard deviations."""
-    z = z.double().clamp(-10, 10)
-    g = torch.ones(len(z), dtype=torch.float64, device=z.device) if weights is None else weights
-    z = z - g @ z / g.sum()
-    # A constant column would make the covariance singular.
-    return (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(z.shape[1]).to(z)
-
-
 def _parameters(kind: type[Factor], D: int) -> int:
     """Count the parameters of a component: weight, mean and covariance."""
     return 1 + D + kind.count(1, D)
-
-
-def _factor_of(root: Tensor) -> FullFactor:
-    """Return an upper triangular matrix (D, D) as the precision factor of one component."""
-    row, column = torch.triu_indices(len(root), len(root), 1, device=root.device)
-    return FullFactor(root.diagonal().log()[None], root[row, column][None])
-
-
-def _outside(centers: Tensor, root: Tensor | None) -> Tensor:
-    """Convert centers (K, D) from the coordinates of a metric to those of the points."""
-    return centers if root is None else torch.linalg.solve_triangular(root, centers, upper=True, left=False)
 
 
 class Search:
@@ -173,7 +166,7 @@ class Search:
         # The library is twice as fast in float32; the points are evaluated in float64 if they are too coarse for that.
         size = len(x) * K * _parameters(kind, x.shape[1])
         single = torch.float32 if size >= _LONG and x.device.type == "cpu" else None
-        settings: Any = {"isotropic": kind.isotropic, "dtype": single, "frame": frame}
+        settings: Any = {"isotropic": kind.isotropic, "dtype": single, "frame": frame, "spread": self.spread}
         self.plain = prepared(x, weights, self.penalty, backend, generator, **settings)
         self.D = x.shape[1]
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
@@ -314,12 +307,14 @@ class Search:
 
         Runs 0, 3, ... use k-means, runs 1, 4, ... only its initial centers, and runs 2, 5, ... random points.
         """
-        if run % 3 == 0 and self.compares:
+        if run % 3:
+            found = [(self._centers(run, root), root) for root in self._roots]
+        elif self.compares:
             found = self._agreed()
         else:
-            found = [(self._centers(run, self._points_in(root)), root) for root in self._roots]
+            found = [(each.centers, root) for (each,), root in zip(self._kmeans(1), self._roots, strict=True)]
         self.candidates += len(found)
-        return [self._clustered(_outside(centers, root), root) for centers, root in found]
+        return without_copies(self._clustered(found))
 
     def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:
         """Return the different centers of several runs of k-means, and their metrics.
@@ -328,34 +323,62 @@ class Search:
         show whether there are clusters; agreement between runs does.
         """
         found, agreements = [], []
-        for root in self._roots:
-            z = self._points_in(root)
-            centers = [self._centers(0, z) for _ in range(_RUNS)]
-            parts = [labels(z, each) for each in centers]
+        for runs, root in zip(self._kmeans(_RUNS), self._roots, strict=True):
+            parts = [each.labels for each in runs if each.labels is not None]
             pairs = [[agreement(part, other, self.K) for other in parts[:i]] for i, part in enumerate(parts)]
             agreements.append(sum(map(sum, pairs)) / sum(map(len, pairs)))
-            found.append([(each, root) for each, same in zip(centers, pairs, strict=True) if max(same, default=0) < 1])
+            chosen = [each.centers for each, same in zip(runs, pairs, strict=True) if max(same, default=0) < 1]
+            found.append([(centers, root) for centers in chosen])
         best = max(agreements)
         least = min(best, _AGREEMENT * best)
         return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
 
-    def _centers(self, run: int, z: Tensor) -> Tensor:
-        """Return the centers (K, D) of a run for the different points in the coordinates of a metric."""
-        _, masses = self._different
+    def _kmeans(self, runs: int) -> list[list[reductions.Clustering]]:
+        """Perform runs of k-means in each metric. With several runs, the different points are labeled."""
+        if len(self.x) <= clustered_size(self.K) and self.x.device.type == "cpu":
+            arguments = self.K, self.generator, self.backend, runs
+            native = runs_at_once(self._batch, self._matrices(), *arguments)
+            if native is not None:
+                return native
+        results = []
+        for root in self._roots:
+            found = []
+            for _ in range(runs):
+                centers = self._centers(0, root)
+                own = None if runs == 1 else labels(self._points_in(root), inside(centers, root))
+                found.append(reductions.Clustering(centers, own))
+            results.append(found)
+        return results
+
+    def _centers(self, run: int, root: Tensor | None) -> Tensor:
+        """Return the centers (K, D) of a run for the different points in a metric."""
+        z, (_, masses) = self._points_in(root), self._different
         if run % 3 == 0:
-            return kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
-        return seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
+            centers = kmeans(z, masses, self.K, self.generator, self.backend, 1, self.plain.data.dtype)
+        else:
+            centers = seeds(z, masses, self.K, self.generator, spread=run % 3 == 1)
+        return outside(centers, root)
 
     def _points_in(self, root: Tensor | None) -> Tensor:
         """Return the different points in the coordinates of a metric."""
         points, _ = self._different
-        return points if root is None else points @ root
+        return inside(points, root)
+
+    def _matrices(self) -> Tensor:
+        """Return the metrics as matrices (1 or 2, D, D)."""
+        eye = torch.eye(self.D, dtype=torch.float64, device=self.x.device)
+        return torch.stack([eye if root is None else root for root in self._roots])
+
+    @property
+    def _batch(self) -> Batch:
+        """The points, standardized coordinates, and their weights."""
+        return Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
 
     @cached_property
     def _covariance(self) -> Tensor:
         """Robust covariance of all points, standardized coordinates, in which columns have deviations of about one."""
         z: Tensor = self.plain.data.x  # type: ignore[attr-defined]
-        return _robust_covariance(z, self.weights)
+        return robust_covariance(z, self.weights)
 
     @cached_property
     def _least(self) -> float:
@@ -370,8 +393,7 @@ class Search:
         """
         if self.D == 1 or self.K == 1:
             return [None]
-        lower = torch.linalg.cholesky(self._covariance)
-        return [None, torch.linalg.solve_triangular(lower, torch.eye(self.D).to(lower), upper=False).mT]
+        return [None, whitening(self._covariance)]
 
     @cached_property
     def _different(self) -> tuple[Tensor, Tensor]:
@@ -383,12 +405,18 @@ class Search:
             x, g = x[rows], None if g is None else g[rows]
         return distinct(x, g)
 
-    def _clustered(self, centers: Tensor, root: Tensor | None) -> Mixture:
-        """Return the mixture of the clusters about centers (K, D), standardized coordinates, in a metric."""
-        batch = Batch(self.plain.data.x, self.plain.data.weights)  # type: ignore[attr-defined]
-        metric = None if root is None else _factor_of(root)
-        if (found := self._by_one_step(batch, centers, metric)) is not None:
-            return found
+    def _clustered(self, found: list[tuple[Tensor, Tensor | None]]) -> list[Mixture]:
+        """Return the mixtures of the clusters about centers (K, D), standardized coordinates, in metrics."""
+        batch = self._batch
+        given = [(centers, None if root is None else factor_of(root)) for centers, root in found]
+        fast = self._by_one_step(batch, given) or [None] * len(given)
+        return [
+            self._of_clusters(batch, *each) if mixture is None else mixture
+            for each, mixture in zip(given, fast, strict=True)
+        ]
+
+    def _of_clusters(self, batch: Batch, centers: Tensor, metric: FullFactor | None) -> Mixture:
+        """Return the mixture of the clusters about centers in a metric, from their moments."""
         if metric is None:
             sums = clusters([batch], centers, self.kind, self.backend)
         else:
@@ -397,42 +425,44 @@ class Search:
                 *arguments, weights=batch.weights, assignment="hard", backend=self.backend, truncate=0
             )
             sums = Moments(hard.S0, hard.S1, self.kind.second_moments(hard.S2), hard.centers, hard.total, hard.mass)
-        return mixture_of(sums, self.kind, self.tied, *trimmed_spread(batch.points, self.weights))
+        return mixture_of(sums, self.kind, self.tied, *self.plain.frame.of_columns(*self.spread))
 
-    def _by_one_step(self, batch: Batch, centers: Tensor, metric: FullFactor | None) -> Mixture | None:
-        """Return the mixture of the clusters by one step of hard EM; None if the native engine does not perform it.
+    def _by_one_step(self, batch: Batch, found: list[tuple[Tensor, FullFactor | None]]) -> list[Mixture | None] | None:
+        """Return the mixtures of the clusters by one step of hard EM; None if the native engine does not perform it.
 
         Covariances are averaged with a pooled one if a cluster has few points.
         """
-        if self.tied or (metric is not None and self.kind is not FullFactor):
+        own = (
+            [] if self.tied else [i for i, (_, metric) in enumerate(found) if metric is None or self.kind is FullFactor]
+        )
+        if not own:
             return None
-        shapes = self.kind.shapes(self.K, self.D)
-        if metric is None:
-            tensors = {name: centers.new_zeros(shape) for name, shape in shapes.items()}
-        else:
-            tensors = {name: tensor.expand(shapes[name]) for name, tensor in metric.tensors.items()}
+        shapes, starts = self.kind.shapes(self.K, self.D), []
+        logits = found[0][0].new_zeros(self.K)
+        unit = {name: logits.new_zeros(shape) for name, shape in shapes.items()}
+        for centers, metric in (found[i] for i in own):
+            wide = {} if metric is None else metric.tensors
+            tensors = unit | {name: tensor.expand(shapes[name]) for name, tensor in wide.items()}
+            starts.append((logits, centers, self.kind.of(tensors, self.D)))
         pool = pool_of(self.plain.mass, self.K, 4 * (self.D + 1) / self.plain.count)
         settings = reductions.StepSettings(
             self.plain.mass,
-            centers.new_zeros(self.D),
+            logits.new_zeros(self.D),
             FLOOR,
             pool.weight / self.plain.mass,
             assignment="hard",
             bare=True,
             pool=pool,
         )
-        steps = reductions.em_steps(
-            batch,
-            centers.new_zeros(self.K),
-            centers,
-            self.kind.of(tensors, self.D),
-            settings,
-            backend=self.backend,
-            limit=1,
+        steps = reductions.em_climb(
+            batch, starts, settings, steps=1, tolerance=-math.inf, after=True, backend=self.backend
         )
-        if not steps:
+        if steps is None:
             return None
-        return Mixture(steps.logits(1), steps.means(1), steps.factor(1), validate_args=False)
+        results: list[Mixture | None] = [None] * len(found)
+        for i, step in zip(own, steps, strict=True):
+            results[i] = None if step is None else Mixture(*step.reached, validate_args=False)
+        return results
 
     def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:
         """Perform rounds with a prior of the mean covariance within components.
@@ -460,7 +490,7 @@ class Search:
         if self.K > _MANY:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
             mixtures[2:] = [each.origin for each in found[2:]]
-        climbed = climber.climbs(list({id(mixture): mixture for mixture in mixtures}.values()), *_PLAIN)
+        climbed = climber.climbs(without_copies(mixtures), *_PLAIN)
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:
@@ -476,4 +506,6 @@ class Search:
         # The Frobenius norm bounds the spectral norm, and is computed faster.
         if float(factors.square().sum((1, 2)).amax()) < limit:
             return False
-        return bool(torch.linalg.matrix_norm(factors, 2).amax() ** 2 > limit)
+        # If all precisions are smaller, the difference is positive definite; this takes less time than singular values.
+        eye = torch.eye(self.D).to(factors)
+        return bool((torch.linalg.cholesky_ex(limit * eye - factors @ factors.mT).info > 0).any())

@@ -35,6 +35,9 @@ from gmmkeops.reductions.host_steps import em_steps as em_steps
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401
+from gmmkeops.reductions.native.kmeans import Clustering as Clustering
+from gmmkeops.reductions.native.kmeans import kmeans_runs as kmeans_runs
+from gmmkeops.reductions.native.kmeans import lloyd_settings as lloyd_settings
 from gmmkeops.reductions.native.pairs import pair_costs as pair_costs
 from gmmkeops.reductions.native.rounds import Rounds as Rounds
 from gmmkeops.reductions.native.rounds import RoundSettings as RoundSettings

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 9
+_ABI = 10
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -92,7 +92,23 @@ class StepCall(ctypes.Structure):
 class ClimbCall(ctypes.Structure):
     """The arguments of EM steps from several mixtures."""
 
-    _fields_ = (("steps", StepCall), ("starts", ctypes.c_int64), ("done", ctypes.c_void_p))
+    _fields_ = (
+        ("steps", StepCall),
+        ("starts", ctypes.c_int64),
+        ("done", ctypes.c_void_p),
+        ("after", ctypes.c_int64),
+    )
+
+
+class KMeansCall(ctypes.Structure):
+    """The arguments of runs of k-means."""
+
+    _fields_ = (
+        ("steps", StepCall),
+        *((name, ctypes.c_int64) for name in ("clouds", "runs", "candidates")),
+        *((name, ctypes.c_void_p) for name in ("roots", "uniform", "centers", "labels")),
+        *((name, ctypes.c_int64) for name in ("points", "done")),
+    )
 
 
 class RoundCall(ctypes.Structure):
@@ -105,6 +121,8 @@ class RoundCall(ctypes.Structure):
         ("points", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("blocks", "most", "done", "accepted", "ended", "work")),
         *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
+        ("early", ctypes.c_int64),
+        ("change", ctypes.c_double),
     )
 
 
@@ -243,6 +261,7 @@ _CALLS = (
     ClimbCall,
     SeedCall,
     DigitCall,
+    KMeansCall,
 )
 
 
@@ -308,8 +327,8 @@ def run(function: str, call: ctypes.Structure, *, is_long: bool = False) -> int:
     library, chosen = load()
     compiled = getattr(library, function)
     stop = ctypes.c_int32(0)
-    # Rounds and climbs contain the call of steps, and these that of a sweep.
-    sweep = call.steps.sweep if isinstance(call, RoundCall | ClimbCall) else getattr(call, "sweep", call)
+    # Rounds, climbs and k-means contain the call of steps, and these that of a sweep.
+    sweep = call.steps.sweep if isinstance(call, RoundCall | ClimbCall | KMeansCall) else getattr(call, "sweep", call)
     sweep.stop = ctypes.addressof(stop)
     if not is_long or threading.current_thread() is not threading.main_thread():
         return int(compiled(ctypes.byref(call), chosen))

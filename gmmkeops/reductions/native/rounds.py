@@ -25,8 +25,8 @@ class Climbed(NamedTuple):
     """The result of EM steps from a mixture.
 
     Args:
-        reached: The last mixture whose objective is known.
-        total, cost, prior: As in :class:`~gmmkeops.reductions.Steps`, for this mixture.
+        reached: The last mixture whose objective is known, or the one after it if that was asked for.
+        total, cost, prior: As in :class:`~gmmkeops.reductions.Steps`, for the last mixture whose objective is known.
         steps: Number of E-steps.
     """
 
@@ -48,6 +48,9 @@ class RoundSettings(NamedTuple):
         gain: Improvement of the objective below which no further round is performed, nats per point.
         tie: Relative difference of objectives that are equal up to rounding.
         size: Effective number of points.
+        early: Number of steps after the split after which a round ends if the halves of each component have kept its points, and
+            pairs of halves are the cheapest to merge; and the largest change of weights (relative) and means (standard
+            deviations) in that case. No steps: a round does not end early.
     """
 
     split: tuple[int, float]
@@ -57,6 +60,7 @@ class RoundSettings(NamedTuple):
     gain: float
     tie: float
     size: float
+    early: tuple[int, float] = (0, 0.0)
 
 
 class Rounds(NamedTuple):
@@ -86,6 +90,7 @@ def em_climb(
     *,
     steps: int,
     tolerance: float,
+    after: bool = False,
     backend: str = "auto",
 ) -> list[Climbed | None] | None:
     """Perform EM steps from several mixtures, until a step decreases the objective by less than a tolerance.
@@ -96,6 +101,7 @@ def em_climb(
         settings: Constants of the M-step.
         steps: Largest number of E-steps for each mixture.
         tolerance: Tolerance, nats per point.
+        after: Whether the result is the mixture after the last step, whose objective is not known.
         backend: Name of the engine.
 
     Returns:
@@ -111,7 +117,7 @@ def em_climb(
     done = torch.zeros(len(starts), dtype=torch.int64)
     inner.steps, inner.tolerance = steps, tolerance
     _point(inner, tables, numbers)
-    call, (K, D) = ClimbCall(inner, len(starts), done.data_ptr()), means.shape
+    call, (K, D) = ClimbCall(inner, len(starts), done.data_ptr(), after), means.shape
     _perform("gmmkeops_climb", call, steps * len(starts) * len(batch) * K * D, K, D)
     found: list[Climbed | None] = []
     for s, (count, (total, cost, prior)) in enumerate(zip(done.tolist(), numbers.T.tolist(), strict=True)):
@@ -171,6 +177,8 @@ def em_rounds(
         gain=rounds.gain,
         tie=rounds.tie,
         count=rounds.size,
+        early=rounds.early[0],
+        change=rounds.early[1],
     )
     _perform("gmmkeops_rounds", call, most * (2 * rounds.split[0] + rounds.merged[0]) * len(batch) * K * D, 2 * K, D)
     merged, reached = (_parameters(tables, factor, row) if call.accepted else None for row in (0, 1))
@@ -181,8 +189,9 @@ def _rows(mixtures: Sequence[Parameters]) -> dict[str, Tensor]:
     """Return the parameters of mixtures as tables with one row for each."""
     logits, means, factors = zip(*mixtures, strict=True)
     tables = {"logits": torch.stack(logits), "means": torch.stack(means)}
-    for name in factors[0].tensors:
-        tables[name] = torch.stack([factor.tensors[name] for factor in factors])
+    parts = [factor.tensors for factor in factors]
+    for name in parts[0]:
+        tables[name] = torch.stack([tensors[name] for tensors in parts])
     return {name: table.double() for name, table in tables.items()}
 
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from gmmkeops.reductions.library import OUT_OF_MEMORY, SeedCall, reason, run
 
-__all__ = ["chosen_seeds"]
+__all__ = ["FEW", "chosen_seeds"]
 
 # Product of points, columns and centers up to which the library is faster than matrix products of torch.
-_FEW = 200_000
+FEW = 200_000
 
 
 def chosen_seeds(
@@ -30,7 +30,7 @@ def chosen_seeds(
     """
     M, D = points.shape
     cpu, double = points.device.type == "cpu", points.dtype == mass.dtype == torch.float64
-    if not cpu or not double or M * D * centers > _FEW or reason() is not None:
+    if not cpu or not double or M * D * centers > FEW or reason() is not None:
         return None
     points, mass = points.contiguous(), mass.contiguous()
     uniform = torch.rand(1 + (centers - 1) * candidates, generator=generator, dtype=torch.float64)

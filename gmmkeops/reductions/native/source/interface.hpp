@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 9;
+constexpr int32_t ABI = 10;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -92,6 +92,20 @@ struct ClimbCall {
   StepCall steps;
   int64_t starts;
   int64_t* done;            // (starts,), numbers of steps; 0 if one of them was not an ordinary one
+  int64_t after;            // whether the result is the mixture after the last step instead
+};
+
+// Runs of k-means in several metrics, see kmeans.hpp. ``steps`` describes Lloyd iterations on the points.
+struct KMeansCall {
+  StepCall steps;
+  int64_t clouds, runs;     // number C of metrics, and R runs in each of them
+  int64_t candidates;       // as in SeedCall
+  const double* roots;      // (C, D, D), upper triangular matrices by which the points are multiplied
+  const double* uniform;    // (C, R, 1 + (K - 1) candidates), random numbers from 0 to 1
+  double* centers;          // (C, R, K, D), in the coordinates of the given points
+  int64_t* labels;          // (C, R, N), index of the nearest center of each different point in the metric, or null
+  int64_t points;           // number of different points, which are sorted
+  int64_t done;             // number of runs that were performed; less than all if one of them was not an ordinary one
 };
 
 // Rounds of the search for a start, see rounds.hpp. The first row of the tables of ``steps`` is the mixture that the rounds improve.
@@ -110,6 +124,8 @@ struct RoundCall {
   double value, constant;                       // objective of the mixture, and its part that is the same for all mixtures, nats per point
   double gain, tie;                             // smallest improvement for another round; relative difference of equal objectives
   double count;                                 // effective number of points
+  int64_t early;                                // number of steps after the split after which the round may end, see unchanged in rounds.hpp
+  double change;                                // largest change up to which a component is considered unchanged
 };
 
 // Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and

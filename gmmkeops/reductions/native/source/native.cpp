@@ -10,6 +10,7 @@
 
 #include "digits.hpp"
 #include "interface.hpp"
+#include "kmeans.hpp"
 #include "pairs.hpp"
 #include "records.hpp"
 #include "rounds.hpp"
@@ -414,7 +415,7 @@ EXPORT int32_t gmmkeops_abi() { return ABI; }
 
 // Sizes of the calls, in the order of library.py; 0 after the last one.
 EXPORT int64_t gmmkeops_size(int32_t i) {
-  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall), sizeof(DigitCall)};
+  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall), sizeof(DigitCall), sizeof(KMeansCall)};
   return i < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[i] : 0;
 }
 
@@ -459,6 +460,13 @@ EXPORT int32_t gmmkeops_seeds(const SeedCall* call, int32_t) {
   return guarded([&]() -> int32_t {
     seeds::choose(*call);
     return DONE;
+  });
+}
+
+EXPORT int32_t gmmkeops_kmeans(KMeansCall* call, int32_t isa) {
+  return guarded([&]() -> int32_t {
+    const Kernel& kernel = *kernel_of(isa);
+    return kmeans::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
   });
 }
 

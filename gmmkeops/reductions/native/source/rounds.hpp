@@ -26,12 +26,12 @@ struct Climb {
 
   const StepCall& given;
   StepCall call;
-  const int64_t K, D, L, E, P;  // L: number of covariances; 1 if they are common
+  const int64_t K, D, L, E, P, most;  // L: number of covariances; 1 if they are common
   const Table logits, means, logs, upper, counts, total, cost, prior, drift;
 
   Climb(const StepCall& given, int64_t K, int64_t steps, double tolerance)
       : given(given), call(given), K(K), D(given.sweep.dimensions), L(given.tied ? 1 : K), E(given.sweep.family == SPHERICAL ? 1 : D),
-        P(given.sweep.family == FULL ? D * (D - 1) / 2 : 0), logits(table(steps + 1, K)), means(table(steps + 1, K * D)),
+        P(given.sweep.family == FULL ? D * (D - 1) / 2 : 0), most(steps), logits(table(steps + 1, K)), means(table(steps + 1, K * D)),
         logs(table(steps + 1, L * E)), upper(table(steps + 1, L * P)), counts(table(steps + 1, L)), total(table(steps, 1)),
         cost(table(steps, 1)), prior(table(steps, 1)), drift(table(steps + 1, 1)) {
     call.sweep.components = K, call.steps = steps, call.tolerance = tolerance;
@@ -59,13 +59,20 @@ struct Climb {
     given.total[at] = total[t], given.cost[at] = cost[t], given.prior[at] = prior[t];
   }
 
-  // The smallest weight of a component before step t.
-  double least(int64_t t) const {
-    const double* row = &logits[t * K];
-    const double largest = *std::max_element(row, row + K);
+  // The weights before step t.
+  std::vector<double> weights(int64_t t) const {
+    std::vector<double> found(&logits[t * K], &logits[t * K] + K);
+    const double largest = *std::max_element(found.begin(), found.end());
     double sum = 0;
-    for (int64_t k = 0; k < K; k++) sum += std::exp(row[k] - largest);
-    return std::exp(*std::min_element(row, row + K) - largest) / sum;
+    for (double& w : found) sum += w = std::exp(w - largest);
+    for (double& w : found) w /= sum;
+    return found;
+  }
+
+  // The smallest one.
+  double least(int64_t t) const {
+    const std::vector<double> all = weights(t);
+    return *std::min_element(all.begin(), all.end());
   }
 
   // Sets the first covariance k of the family; false if it is singular.
@@ -112,13 +119,17 @@ struct Climb {
       spread[i * D + j] += V[r * D + i] * V[r * D + j];
   }
 
-  // Performs the steps; false if one of them was not an ordinary one.
-  template <class Evaluate> bool run(const Kernel& kernel, Evaluate evaluate, Status& status) {
+  // Performs the steps from ``first`` to ``last``; false if one of them was not an ordinary one.
+  template <class Evaluate> bool run(const Kernel& kernel, Evaluate evaluate, Status& status, int64_t first, int64_t last) {
     bool ended = false;
-    counts[0] = NAN, drift[0] = 0;
-    status = steps::run(call, kernel, evaluate, &ended);
+    if (!first) counts[0] = NAN, drift[0] = 0;
+    call.steps = last;
+    status = steps::run(call, kernel, evaluate, &ended, false, first);
     return status == DONE && ended && call.done > 0;
   }
+
+  // Performs all steps.
+  template <class Evaluate> bool run(const Kernel& kernel, Evaluate evaluate, Status& status) { return run(kernel, evaluate, status, 0, most); }
 };
 
 // Both halves of component k of ``from``, the first table of ``into``; false if one is singular.
@@ -156,15 +167,13 @@ inline bool split(const RoundCall& call, const Climb& from, Climb& into, const K
 }
 
 // Merges components of ``from`` before step t, the cheapest pairs first, until those of ``into`` are left.
-inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& into, const Kernel& kernel) {
+// ``halves`` becomes whether all pairs are the halves of one component.
+inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& into, const Kernel& kernel, bool* halves = nullptr) {
   const int64_t n = from.K, D = from.D;
   const bool full = call.steps.sweep.family == FULL;
   const int64_t size = full ? D * D : from.E;
-  std::vector<double> weights(n), means(&from.means[t * n * D], &from.means[t * n * D] + n * D), spreads(n * size), space(full ? 2 * D * D : 0);
-  double largest = -INFINITY, sum = 0;
-  for (int64_t k = 0; k < n; k++) largest = std::max(largest, from.logits[t * n + k]);
-  for (int64_t k = 0; k < n; k++) sum += weights[k] = std::exp(from.logits[t * n + k] - largest);
-  for (double& w : weights) w /= sum;
+  std::vector<double> weights = from.weights(t), means(&from.means[t * n * D], &from.means[t * n * D] + n * D), spreads(n * size), space(full ? 2 * D * D : 0);
+  if (halves) *halves = true;
   for (int64_t k = 0; k < n; k++) from.get(t, k, &spreads[k * size], space);
   PairCall pair{full, call.steps.sweep.family == SPHERICAL, 1, 0, n, D, from.E, 0, call.blocks,
                 weights.data(), means.data(), spreads.data(), call.points, nullptr, nullptr};
@@ -184,6 +193,7 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
     int64_t first = -1, second = -1;
     for (size_t a = 0; a < alive.size(); a++) for (size_t b = a + 1; b < alive.size(); b++)
       if (first < 0 || costs[alive[a] * n + alive[b]] < costs[first * n + second]) first = alive[a], second = alive[b];
+    if (halves && second != first + into.K) *halves = false;
     const double W = worker.merge(first, second);
     std::copy(worker.mean.begin(), worker.mean.end(), &means[first * D]);
     std::copy(worker.spread.begin(), worker.spread.end(), &spreads[first * size]);
@@ -202,6 +212,34 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
   return true;
 }
 
+// Whether each component still has the points of its two halves before step t, up to a small change of weight and mean. The halves
+// of well separated components only exchange points with each other.
+inline bool unchanged(const Climb& from, const Climb& twice, int64_t t, double change) {
+  const int64_t K = from.K, D = from.D;
+  const bool full = from.given.sweep.family == FULL;
+  const std::vector<double> before = from.weights(0), now = twice.weights(t);
+  std::vector<double> moved(D);
+  for (int64_t k = 0; k < K; k++) {
+    const double sum = now[k] + now[K + k];
+    if (!(std::abs(sum - before[k]) <= change * before[k])) return false;
+    for (int64_t d = 0; d < D; d++) {
+      const double mean = (now[k] * twice.means[(t * 2 * K + k) * D + d] + now[K + k] * twice.means[(t * 2 * K + K + k) * D + d]) / sum;
+      moved[d] = mean - from.means[k * D + d];
+    }
+    // The squared length of U' times the change of the mean.
+    double length = 0;
+    const double* upper = &from.upper[k * from.P];
+    std::vector<double> along(D);
+    for (int64_t i = 0; i < D; i++) {
+      along[i] += moved[i] * std::exp(from.logs[k * from.E + (from.E == 1 ? 0 : i)]);
+      if (full) for (int64_t j = i + 1; j < D; j++) along[j] += moved[i] * *upper++;
+    }
+    for (double value : along) length += value * value;
+    if (!(length <= change * change)) return false;
+  }
+  return true;
+}
+
 template <class Evaluate> Status climb(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
   const StepCall& given = call.steps;
   Climb one(given, given.sweep.components, given.steps, given.tolerance);
@@ -211,7 +249,7 @@ template <class Evaluate> Status climb(ClimbCall& call, const Kernel& kernel, Ev
     const bool ordinary = one.run(kernel, evaluate, status);
     if (status != DONE) return status;
     call.done[s] = ordinary ? one.call.done : 0;
-    if (ordinary) one.store(one.call.done - 1, s), one.store_results(s);
+    if (ordinary) one.store(one.call.done - (call.after ? 0 : 1), s), one.store_results(s);
   }
   return DONE;
 }
@@ -221,11 +259,20 @@ template <class Evaluate> Status run(RoundCall& call, const Kernel& kernel, Eval
   const StepCall& given = call.steps;
   const int64_t K = given.sweep.components;
   Climb from(given, K, 1, 0), twice(given, 2 * K, call.split_steps + 1, call.split_tolerance), once(given, K, call.merged_steps + 1, call.merged_tolerance);
+  const int64_t early = call.early > 0 ? std::min(call.early, twice.most) : twice.most;
   from.load(given, 0);
   call.done = call.accepted = call.work = call.ended = 0;
   Status status = DONE;
   while (!call.ended && call.done < call.most) {
-    if (!split(call, from, twice, kernel) || !twice.run(kernel, evaluate, status)) return status;
+    if (!split(call, from, twice, kernel) || !twice.run(kernel, evaluate, status, 0, early)) return status;
+    if (early < twice.most && twice.call.done == early && !steps::settled(twice.call, early)) {
+      bool halves = false;
+      if (unchanged(from, twice, early, call.change) && merge(call, twice, early, once, kernel, &halves) && halves) {
+        call.done++, call.work += 2 * K * early, call.ended = 1;
+        break;
+      }
+      if (!twice.run(kernel, evaluate, status, early, twice.most)) return status;
+    }
     if (!merge(call, twice, twice.call.done - 1, once, kernel) || !once.run(kernel, evaluate, status)) return status;
     const int64_t t = once.call.done - 1;
     const double value = call.constant + steps::objective(once.call, t), best = std::min(value, call.value), least = once.least(t) * call.count;

@@ -14,6 +14,18 @@ inline int64_t draw(const std::vector<double>& sums, double fraction) {
   return std::min<int64_t>(place - sums.begin(), int64_t(sums.size()) - 1);
 }
 
+// The squared distance of two points. Four sums are independent of each other, so that they are computed at the same time.
+inline double distance(const double* a, const double* b, int64_t D) {
+  double sums[4] = {0, 0, 0, 0};
+  int64_t d = 0;
+  for (; d + 4 <= D; d += 4) for (int64_t i = 0; i < 4; i++) {
+    const double z = a[d + i] - b[d + i];
+    sums[i] += z * z;
+  }
+  for (; d < D; d++) sums[0] += (a[d] - b[d]) * (a[d] - b[d]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 // Chooses points with probabilities proportional to their mass times their squared distance from the nearest center, each as the
 // best of several candidates.
 inline void choose(const SeedCall& call) {
@@ -31,12 +43,7 @@ inline void choose(const SeedCall& call) {
       const double* center = call.x + chosen * D;
       double inertia = 0;
       for (int64_t m = 0; m < M; m++) {
-        double distance = 0;
-        for (int64_t d = 0; d < D; d++) {
-          const double z = call.x[m * D + d] - center[d];
-          distance += z * z;
-        }
-        reach[m] = std::min(nearest[m], distance);
+        reach[m] = std::min(nearest[m], distance(call.x + m * D, center, D));
         inertia += call.mass[m] * reach[m];
       }
       if (!c || inertia < least) least = inertia, call.chosen[k] = chosen, best.swap(reach);

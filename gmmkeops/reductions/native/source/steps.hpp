@@ -112,9 +112,11 @@ struct Steps {
   bool maximize(int64_t t) {
     const double* counts = call.counts + t * L;
     double all = 0, fewest = INFINITY;
+    // Only the mean of an empty component is not known; it keeps its value in k-means.
+    const bool empty = call.bare && call.fixed_weights && call.fixed_covariances;
     for (int64_t k = 0; k < K; k++) {
       const double s0 = S0[k] * call.scale;
-      if (!(s0 > 1e-200) || !std::isfinite(s0)) return false;
+      if (!(s0 > 1e-200 || (empty && s0 == 0)) || !std::isfinite(s0)) return false;
       all += s0, fewest = std::min(fewest, s0);
     }
     if (call.tied) {
@@ -198,7 +200,7 @@ struct Steps {
     const double *means = call.means + (t * K + k) * D, *s1 = S1 + k * D, *s2 = S2 + k * spread;
     double* next = call.means + ((t + 1) * K + k) * D;
     for (int64_t d = 0; d < D; d++) {
-      next[d] = call.fixed_means ? means[d] : means[d] + s1[d] / S0[k];
+      next[d] = call.fixed_means || S0[k] == 0 ? means[d] : means[d] + s1[d] / S0[k];
       shift[d] = next[d] - means[d];
     }
     if (full)
@@ -254,10 +256,18 @@ struct Steps {
   }
 };
 
-// ``ended`` becomes true if all steps were ordinary ones. If the sums of an E-step are given, there is one step.
-template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr, bool given = false) {
+// Whether the last step before step ``done`` decreased the objective by less than the tolerance.
+inline bool settled(const StepCall& call, int64_t done) {
+  if (done < 2) return false;
+  const double now = objective(call, done - 1);
+  return objective(call, done - 2) - now < call.tolerance + call.relative * std::abs(now);
+}
+
+// ``ended`` becomes true if all steps were ordinary ones. If the sums of an E-step are given, there is one step. Steps before
+// ``first`` have been performed by an earlier call.
+template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr, bool given = false, int64_t first = 0) {
   Steps steps(call, kernel, given);
-  for (call.done = 0; call.done < call.steps; call.done++) {
+  for (call.done = first; call.done < call.steps; call.done++) {
     const int64_t t = call.done;
     if (!steps.prepare(t)) break;
     const Status status = given ? DONE : steps.expect(t, evaluate);
@@ -268,7 +278,7 @@ template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evalu
       for (int64_t k = 0; k < steps.K; k++) call.counts[call.tied ? 0 : k] += steps.S0[k] * call.scale / call.mass;
     }
     if (!steps.maximize(t)) break;
-    if (t > 0 && objective(call, t - 1) - objective(call, t) < call.tolerance + call.relative * std::abs(objective(call, t))) {
+    if (settled(call, t + 1)) {
       call.done++;
       if (ended) *ended = true;
       return DONE;

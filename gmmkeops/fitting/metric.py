@@ -1,0 +1,41 @@
+"""Metrics of k-means: coordinates in which distances between points are measured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gmmkeops.components import FullFactor
+
+__all__ = ["factor_of", "inside", "outside", "robust_covariance", "whitening"]
+
+
+def robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
+    """Compute the covariance (D, D), float64, of standardized points (n, D), which are clipped at ten standard deviations."""
+    z = z.double().clamp(-10, 10)
+    g = torch.ones(len(z), dtype=torch.float64, device=z.device) if weights is None else weights
+    z = z - g @ z / g.sum()
+    # A constant column would make the covariance singular.
+    return (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(z.shape[1]).to(z)
+
+
+def whitening(covariance: Tensor) -> Tensor:
+    """Return the upper triangular matrix (D, D) by which points of a covariance are multiplied to be white."""
+    lower = torch.linalg.cholesky(covariance)
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).mT
+
+
+def factor_of(root: Tensor) -> FullFactor:
+    """Return an upper triangular matrix (D, D) as the precision factor of one component."""
+    row, column = torch.triu_indices(len(root), len(root), 1, device=root.device)
+    return FullFactor(root.diagonal().log()[None], root[row, column][None])
+
+
+def inside(points: Tensor, root: Tensor | None) -> Tensor:
+    """Convert points (n, D) to the coordinates of a metric."""
+    return points if root is None else points @ root
+
+
+def outside(centers: Tensor, root: Tensor | None) -> Tensor:
+    """Convert centers (K, D) from the coordinates of a metric to those of the points."""
+    return centers if root is None else torch.linalg.solve_triangular(root, centers, upper=True, left=False)
