@@ -247,7 +247,7 @@ def test_log_sum_exps_wait_for_few_parameters_once(monkeypatch):
         counts.clear()
         found = gk.reductions.logsumexp(*there, **options)
         print(counts.report())
-        # One wait for the points, one for the parameters, and one for the numbers that decide about far rows.
+        # One wait for points and parameters, and one for the numbers that decide about far rows.
         check(counts.totals, {"kernels": 9, "synchronizations": 2, "uploads": 1})
         found = found.cpu()
         for name, broken in (("means", 1), ("factor", 2), ("offsets", 0)):
@@ -256,6 +256,14 @@ def test_log_sum_exps_wait_for_few_parameters_once(monkeypatch):
             wrong[broken].view(-1)[-1] = torch.nan
             with pytest.raises(ValueError, match=name):
                 gk.reductions.logsumexp(there[0], *map(on_device, wrong), **options)
+        for number in (torch.nan, torch.inf):
+            wrong_points = x.clone()
+            wrong_points[7, 1] = number
+            with pytest.raises(ValueError, match="x must be finite, got .* at row 7, column 1"):
+                gk.reductions.logsumexp(on_device(wrong_points), *there[1:], **options)
+        # The sum of finite points may be beyond the range of float32.
+        large = on_device(torch.full_like(x, 3e38))
+        assert gk.reductions.logsumexp(large, *there[1:], **options).shape == (21,)
     torch.testing.assert_close(found, gk.reductions.logsumexp(x, *given, backend="dense"), rtol=1e-6, atol=1e-6)
 
 
