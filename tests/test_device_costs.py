@@ -259,7 +259,7 @@ def test_log_sum_exps_wait_for_few_parameters_once(monkeypatch):
         for number in (torch.nan, torch.inf):
             wrong_points = x.clone()
             wrong_points[7, 1] = number
-            with pytest.raises(ValueError, match="x must be finite, got .* at row 7, column 1"):
+            with pytest.raises(ValueError, match=r"x must be finite, got .* at row 7, column 1"):
                 gk.reductions.logsumexp(on_device(wrong_points), *there[1:], **options)
         # The sum of finite points may be beyond the range of float32.
         large = on_device(torch.full_like(x, 3e38))
