@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import gmmkeops
-from gmmkeops.components import full
+from gmmkeops.components import arrays, full
 from gmmkeops.reductions.triton.packing import symmetric_places
 
 CUDA = torch.device("cuda", 0)
@@ -444,6 +444,8 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.Tensor, "pin_memory", _pin)
+    # No tensors of a user's subclass: what is kept for ordinary tensors is kept for these, too.
+    monkeypatch.setattr(arrays, "_ORDINARY", arrays._ORDINARY | {FakeTensor})
     monkeypatch.setattr(FakeTensor, "record_stream", lambda tensor, stream: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (64 << 30, 80 << 30))
     run = threading.Thread.run

@@ -771,3 +771,51 @@ def test_log_sum_exps_of_digits_wait_for_parameters_once(monkeypatch, components
         gk.reductions.logsumexp(*given, backend="triton", truncate=0)
         print(counts.report(60))
         check(counts.totals, dict(zip(AROUND, bounds, strict=True)))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_a_mixture_keeps_its_parameters_until_they_change(monkeypatch):
+    x = points()[:21].float()
+    with fake_device(monkeypatch) as counts:
+        fake_triton.install(monkeypatch)
+        mixture, there = start(x.double()).to("cuda"), on_device(x)
+        options = {"backend": "triton", "truncate": 0}
+
+        def check_densities():
+            found = mixture.log_prob(there, **options)
+            torch.testing.assert_close(
+                found.cpu(), mixture.to("cpu").log_prob(x, backend="dense"), rtol=1e-5, atol=1e-5
+            )
+
+        check_densities()
+        counts.clear()
+        mixture.log_prob(there, **options)
+        print(counts.report())
+        # Waits for the comparison of the parameters, for the range of the points, and for the numbers that decide about far rows.
+        check(counts.totals, {"kernels": 15, "synchronizations": 3, "uploads": 1})
+        mixture.means.data[1, 0] += 2.0
+        check_densities()
+        with torch.no_grad():
+            mixture.logits.copy_(on_device(torch.tensor([0.0, 1.0, 2.0])))
+        check_densities()
+        # The same numbers in other shapes.
+        one = gk.Mixture(
+            weights=torch.ones(4) / 4,
+            means=torch.arange(4.0)[:, None],
+            covariances=torch.eye(1),
+            covariance_type="tied",
+        )
+        other = one.to("cuda")
+        single = on_device(x[:, :1].contiguous())
+        other.log_prob(single, **options)
+        numbers = torch.cat([one.logits, one.means[:, 0], one.factor.tensors["log_diagonal"].view(-1)])
+        other.logits, other.means = on_device(numbers[:3]), on_device(numbers[3:6, None])
+        other.factor = other.factor.replace(
+            log_diagonal=on_device(numbers[6:, None]), upper=on_device(torch.empty(3, 0).double())
+        )
+        expected = gk.Mixture(
+            numbers[:3], numbers[3:6, None], gk.FullFactor(numbers[6:, None], torch.empty(3, 0).double())
+        )
+        torch.testing.assert_close(
+            other.log_prob(single, **options).cpu(), expected.log_prob(x[:, :1], backend="dense"), rtol=1e-5, atol=1e-5
+        )

@@ -13,6 +13,7 @@ from conftest import ENGINES, FAMILIES, INTERPRETED, Case, make_case
 import gmmkeops as gk
 from gmmkeops import reductions
 from gmmkeops.reductions import choice
+from gmmkeops.reductions import comparison as comparison_module
 from gmmkeops.reductions.comparison import Comparison
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Argmax, Broken, LogSumExp, PointGradient, Statistics, TopK
@@ -407,6 +408,35 @@ def test_exponents_that_cancel_their_offsets_are_right():
     comparison = Comparison(Rounded().begin)
     comparison.once(Exponents.of(means, torch.full((2,), 3000.0), means, U), TopK(2))
     assert comparison.failure is None
+
+
+@pytest.mark.parametrize("request_", [LogSumExp(), TopK(1)])
+def test_a_narrow_component_elsewhere_hides_no_error(request_):
+    """The offset of a component that these points have nothing to do with is thousands of nats."""
+
+    class Shifted(Toy):
+        def begin(self, problem, request):
+            evaluation = super().begin(problem, request)
+            evaluation.all += 0.05
+            return evaluation
+
+    U = torch.tensor([[1e4], [1.0]]).expand(2, 100).contiguous()
+    means = torch.tensor([[50.0], [0.0]]).expand(2, 100).contiguous()
+    x = torch.randn(256, 100, generator=torch.Generator().manual_seed(0))
+    comparison = Comparison(Shifted().begin)
+    with pytest.raises(Broken):
+        comparison.once(Exponents.of(x, U.log().sum(1), means, U), request_)
+
+
+def test_points_that_are_all_far_are_compared_seldom(monkeypatch):
+    calls, near = [], comparison_module._near
+    monkeypatch.setattr(comparison_module, "_near", lambda problem: calls.append(1) or near(problem))
+    comparison = Comparison(Toy().begin)
+    means, U = torch.zeros(1, 2), torch.ones(1, 2)
+    far, close = (Exponents.of(torch.full((20, 2), number), torch.zeros(1), means, U) for number in (1e4, 0.5))
+    assert not any(comparison.once(far, LogSumExp()) for _ in range(10))
+    assert len(calls) == 4, "calls 1, 2, 4 and 7"
+    assert any(comparison.once(close, LogSumExp()) for _ in range(20))
 
 
 def test_gradients_that_cancel_are_right():

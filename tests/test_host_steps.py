@@ -164,7 +164,9 @@ def test_a_climb_ends_at_its_tolerance(monkeypatch, tmp_path):
         assert len(found) == ends + 1
         assert found.totals == all_of_them.totals[: ends + 1]
         relative = steps(limit=30, tolerance=0.0, relative=tolerance / abs(values[ends]))
-        assert len(relative) <= ends + 2
+        assert ends - 1 <= len(relative) <= ends + 2
+        assert relative.totals == all_of_them.totals[: len(relative)]
+        assert len(steps(limit=0)) == 0
 
 
 def test_fits_resume_in_the_middle_of_a_block(monkeypatch, tmp_path):

@@ -13,7 +13,9 @@ from gmmkeops import reductions
 from gmmkeops.components import Moments, factor_class
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions import choice, host_moments
+from gmmkeops.reductions import problem as problem_module
 from gmmkeops.reductions.host_moments import mixture_moments
+from gmmkeops.reductions.library import OUT_OF_MEMORY
 from gmmkeops.reductions.native import steps
 from gmmkeops.reductions.problem import Exponents, Extent
 from gmmkeops.reductions.protocol import LogSumExp, Statistics
@@ -47,6 +49,22 @@ def problem_of(family, features, components, dtype, shift=0.0):
     noise = torch.randn(case.means.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     means = case.means.double() * (1 + 2e-8 * noise)
     return Exponents.of(case.x, case.offsets, means, case.factor)
+
+
+def test_memory_that_is_exhausted(monkeypatch):
+    """Calls of the library that end early leave their results undefined, or those of a former call."""
+    mixture = gk.Mixture(
+        weights=[0.5, 0.5], means=torch.eye(2).double(), covariances=torch.eye(2).double().expand(2, 2, 2)
+    )
+    parameters = host_moments.HostParameters.of(mixture.factor, 2, Batch(torch.zeros(3, 2)))
+    given = mixture.logits, mixture.means, mixture.factor.tensors
+    assert parameters.exponents(*given) is not None
+    for module in (host_moments, problem_module):
+        monkeypatch.setattr(module, "run", lambda *_, **__: OUT_OF_MEMORY)
+    assert parameters.exponents(*given) is None
+    means = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="means must be finite"):
+        reductions.logsumexp(torch.zeros(3, 2), torch.zeros(2), means, torch.ones(1, 2), backend="dense")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

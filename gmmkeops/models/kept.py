@@ -32,6 +32,7 @@ class _Kept:
     def __init__(self, factor: Factor, tensors: list[Tensor], values: Prepared) -> None:
         self.values = values
         self.kind, self.features = type(factor), factor.features
+        self.shapes = [tensor.shape for tensor in tensors]
         self.copies = [copy.clone() for copy in _together(tensors)]
 
     def describes(self, factor: Factor, tensors: list[Tensor]) -> bool:
@@ -40,6 +41,7 @@ class _Kept:
         return (
             self.kind is type(factor)
             and self.features == factor.features
+            and self.shapes == [tensor.shape for tensor in tensors]
             and len(parts) == len(self.copies)
             and all(
                 copy.dtype is part.dtype and copy.device == part.device and torch.equal(copy, part)

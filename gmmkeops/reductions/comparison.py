@@ -50,6 +50,9 @@ _NAMES = {
 # Ratio of second moments and squared coordinates below which they may be rounding errors.
 _ROUNDING = 1e-3
 
+# Largest number of calls without a comparison after one whose points were all far.
+_MOST = 64
+
 # Least scale, so that results that are all zero can be compared.
 _TINY = 1e-300
 
@@ -67,6 +70,8 @@ class Comparison:
     def __init__(self, begin: Callable[[Exponents, Request], Evaluation]) -> None:
         self._begin = begin
         self._done: set[tuple[object, ...]] = set()
+        # Calls for which no comparison is tried since all points were far, and the number of them after the next one.
+        self._pauses: dict[tuple[object, ...], tuple[int, int]] = {}
         self.failure: str | None = None
 
     def once(self, problem: Exponents, request: Request, form: str = "") -> bool:
@@ -74,8 +79,8 @@ class Comparison:
 
         All pairs of these points and all components are evaluated, without weights. Points that are far from all components are
         left out, since the dense engine may evaluate them instead, and since their moments would be much larger than those of
-        other points. If all of these points are far, the next problem is compared. ``form`` names the formulas that the engine
-        uses for all pairs of this problem, if it has several.
+        other points. If all of these points are far, one of the next problems is compared. ``form`` names the formulas that the
+        engine uses for all pairs of this problem, if it has several.
 
         Returns:
             Whether results for such a problem and request have been compared, now or before.
@@ -87,14 +92,19 @@ class Comparison:
         key = x.device, x.dtype, problem.is_full, problem.width, x.shape[1], same, form
         if key in self._done or not len(x):
             return key in self._done
+        pause, following = self._pauses.get(key, (0, 0))
+        if pause:
+            self._pauses[key] = pause - 1, following
+            return False
         count = min(_POINTS, len(x), max(_LEAST, _WORK // problem.entries))
-        few = _near(problem.rows(torch.arange(count, device=x.device) * len(x) // count))
+        few, squares = _near(problem.rows(torch.arange(count, device=x.device) * len(x) // count))
         if not len(few.x):
+            self._pauses[key] = following, min(max(1, 2 * following), _MOST)
             return False
         evaluation = self._begin(few, same)
         evaluation.add(None)
         expected = evaluate(dense, replace(few, x=few.x.double()), same)
-        error = _error(few, same, evaluation.result(), expected)
+        error = _error(few, same, evaluation.result(), expected, squares)
         self._done.add(key)
         if not error <= _TOLERANCE[x.dtype]:
             found = f"a relative error of {error:.1g} in {_NAMES[type(same)]}"
@@ -103,11 +113,12 @@ class Comparison:
         return True
 
 
-def _near(problem: Exponents) -> Exponents:
-    """Select the points that are not far from the component of their largest exponent."""
+def _near(problem: Exponents) -> tuple[Exponents, Tensor]:
+    """Select the points that are not far from the component of their largest exponent; return half their squares (n,), too."""
     best, label = evaluate(dense, replace(problem, x=problem.x.double()), TopK(1))
     squares = problem.offsets[label[:, 0]] - best[:, 0]
-    return problem.rows((squares <= _DEPTH[problem.x.dtype] + 0.5 * problem.shape[2]).nonzero()[:, 0])
+    near = (squares <= _DEPTH[problem.x.dtype] + 0.5 * problem.shape[2]).nonzero()[:, 0]
+    return problem.rows(near), squares[near]
 
 
 def _without_chance(request: Request) -> Request:
@@ -125,8 +136,11 @@ def _without_chance(request: Request) -> Request:
             return LogSumExp()
 
 
-def _error(problem: Exponents, request: Request, own: Result, expected: Result) -> float:
-    """Compute the largest relative error of the results of a request; NaN if a result is, unless the expected one is too."""
+def _error(problem: Exponents, request: Request, own: Result, expected: Result, squares: Tensor) -> float:
+    """Compute the largest relative error of the results of a request; NaN if a result is, unless the expected one is too.
+
+    ``squares`` are half the squares of the whitened residuals (n,) of the points from the components of their largest exponents.
+    """
     if isinstance(request, Statistics):
         return _error_of_moments(problem, own[:3], expected[:3])
     limit = _LARGEST[problem.x.dtype]
@@ -135,7 +149,8 @@ def _error(problem: Exponents, request: Request, own: Result, expected: Result) 
         # The terms of a gradient are of about the size of the largest entry of the factors also where they cancel.
         return float(error.amax() / values.abs().amax().clamp(min=max(float(problem.U.abs().amax()), _TINY)))
     # The squares of residuals, and their rounding errors, may be much larger than their sum with the offset.
-    squares = problem.offsets.amax() - values
+    if isinstance(request, TopK):
+        squares = problem.offsets[expected[1]] - values
     return float((error / torch.maximum(values.abs(), squares).clamp(min=1)).amax())
 
 

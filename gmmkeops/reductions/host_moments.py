@@ -12,7 +12,7 @@ from gmmkeops.components import Factor, Moments, transferred
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dispatch import compute, parameter_gradients, statistics
-from gmmkeops.reductions.library import ParameterCall, reason, run
+from gmmkeops.reductions.library import OUT_OF_MEMORY, ParameterCall, reason, run
 from gmmkeops.reductions.native.steps import FAMILIES
 from gmmkeops.reductions.problem import Exponents, Extent
 from gmmkeops.reductions.protocol import Statistics
@@ -132,8 +132,7 @@ class HostParameters:
         call.logits, call.means, call.log_diagonal = (part.data_ptr() for part in given[:3])
         call.upper = given[3].data_ptr() if len(given) > 3 else None
         call.offsets, call.factor = offsets.data_ptr(), U.data_ptr()
-        run("gmmkeops_parameters", call)
-        if not call.valid:
+        if run("gmmkeops_parameters", call) == OUT_OF_MEMORY or not call.valid:
             return None
         U = U if len(U) == len(means) else U.expand(len(means), *self._shape)
         return Exponents(means[:0], offsets, given[1], U, self._center)

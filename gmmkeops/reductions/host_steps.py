@@ -26,6 +26,9 @@ __all__ = ["em_steps"]
 _MOST = 16
 _PAIR, _FIXED, _CALL = 8e-13, 1e-3, 0.05
 
+# Memory that the parameters of all steps of a call may take, bytes.
+_MEMORY = 1 << 26
+
 _CPU = torch.device("cpu")
 
 
@@ -102,7 +105,11 @@ def _on_device(
     parameters = HostParameters.of(factor, K, batch)
     if parameters is None:
         return None
-    count = limit or max(1, min(most, int(_CALL / (_FIXED + _PAIR * len(batch) * K * D))))
+    if limit is None:
+        seconds = _FIXED + _PAIR * len(batch) * K * D * (D / 3 if factor.coupled else 1)
+        size = 8 * (K * D + sum(tensor.numel() for tensor in factor.tensors.values()))
+        limit = max(1, min(most, int(_CALL / seconds), _MEMORY // size))
+    count = limit
     tables = tables_of(count, logits, means, factor, counts, drift)
     step = Maximization(factor, K, settings, settings.mass, tables)
     request = Statistics(batch.weights, settings.assignment, on_cpu=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gmmkeops.components import Factor, as_tensor, check_finite, numbers, ordinary, transferred
 from gmmkeops.data import Batch, as_points
-from gmmkeops.reductions.library import ExtentCall, reason, run
+from gmmkeops.reductions.library import OUT_OF_MEMORY, ExtentCall, reason, run
 
 __all__ = ["OFFSET_FLOOR", "Exponents", "Extent", "Form", "factor_tensor", "upper_factor"]
 
@@ -297,7 +297,8 @@ class Extent:
         ):
             return None
         call = ExtentCall(*means.shape, U.numel(), *(part.data_ptr() for part in given))
-        run("gmmkeops_extent", call)
+        if run("gmmkeops_extent", call) == OUT_OF_MEMORY:
+            return None
         return cls(call.mean, call.largest, bool(call.central), (call.least, call.most))
 
 
