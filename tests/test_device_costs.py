@@ -811,11 +811,9 @@ def test_a_mixture_keeps_its_parameters_until_they_change(monkeypatch):
         numbers = torch.cat([one.logits, one.means[:, 0], one.factor.tensors["log_diagonal"].view(-1)])
         other.logits, other.means = on_device(numbers[:3]), on_device(numbers[3:6, None])
         other.factor = other.factor.replace(
-            log_diagonal=on_device(numbers[6:, None]), upper=on_device(torch.empty(3, 0).double())
+            log_diagonal=on_device(numbers[6:, None]), upper=on_device(torch.empty(3, 0))
         )
-        expected = gk.Mixture(
-            numbers[:3], numbers[3:6, None], gk.FullFactor(numbers[6:, None], torch.empty(3, 0).double())
-        )
+        expected = gk.Mixture(numbers[:3], numbers[3:6, None], gk.FullFactor(numbers[6:, None], torch.empty(3, 0)))
         torch.testing.assert_close(
             other.log_prob(single, **options).cpu(), expected.log_prob(x[:, :1], backend="dense"), rtol=1e-5, atol=1e-5
         )
