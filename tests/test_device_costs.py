@@ -798,7 +798,7 @@ def test_a_mixture_keeps_its_parameters_until_they_change(monkeypatch):
         with torch.no_grad():
             mixture.logits.copy_(on_device(torch.tensor([0.0, 1.0, 2.0])))
         check_densities()
-        # The same numbers in other shapes.
+        # The parameters are replaced by others, which have the same numbers in other shapes.
         one = gk.Mixture(
             weights=torch.ones(4) / 4,
             means=torch.arange(4.0)[:, None],

@@ -147,7 +147,7 @@ def test_densities_of_a_mixture_that_changes(start):
 
 
 def test_gradients_of_losses(start):
-    """Of a total, and of a mean of log-densities, with respect to parameters and points."""
+    """The gradients of a total and of a mean of log-densities equal those on the CPU, for parameters and points."""
     x, found = points(N=2000), {}
     for device in ("cpu", "cuda"):
         there = start.to(device)

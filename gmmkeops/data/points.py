@@ -56,7 +56,7 @@ def as_points(
         device: Device of the result (default: that of the points).
         minimum: Smallest admissible number of rows.
         differentiable: Whether to keep the autograd graph of the points.
-        finite: Whether to validate that all entries are finite, for which a GPU is waited for; False if the caller does.
+        finite: Whether to check that all entries are finite, which synchronizes with a GPU; a caller that passes False checks it.
 
     Returns:
         A finite tensor (N, D), float32 or float64.

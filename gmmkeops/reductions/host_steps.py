@@ -15,15 +15,14 @@ from gmmkeops.data import Batch
 from gmmkeops.reductions.dispatch import compute
 from gmmkeops.reductions.host_moments import HostParameters
 from gmmkeops.reductions.native import steps as native
-from gmmkeops.reductions.native.steps import Maximization, Steps, StepSettings, maximizes, results, tables_of
+from gmmkeops.reductions.native.steps import MOST, Maximization, Steps, StepSettings, maximizes, results, tables_of
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.protocol import Statistics
 
 __all__ = ["em_steps"]
 
-# Largest number of steps of a call. Estimated times of a step, for each pair and feature and fixed, and time that a call with
-# several steps may take, seconds (H200: 2.4 ms for 1e6 points and 1000 components in 3 dimensions, and 0.7 to 1.4 ms).
-_MOST = 16
+# Estimated times of a step, for each pair and feature and fixed, and time that a call with several steps may take, seconds (H200:
+# 2.4 ms for 1e6 points and 1000 components in 3 dimensions, and 0.7 to 1.4 ms).
 _PAIR, _FIXED, _CALL = 8e-13, 1e-3, 0.05
 
 # Memory that the parameters of all steps of a call may take, bytes.
@@ -43,7 +42,7 @@ def em_steps(
     drift: float = 0.0,
     backend: str = "auto",
     limit: int | None = None,
-    most: int = _MOST,
+    most: int = MOST,
     tolerance: float = -math.inf,
     relative: float = 0.0,
 ) -> Steps | None:
@@ -109,12 +108,11 @@ def _on_device(
         seconds = _FIXED + _PAIR * len(batch) * K * D * (D / 3 if factor.coupled else 1)
         size = 8 * (K * D + sum(tensor.numel() for tensor in factor.tensors.values()))
         limit = max(1, min(most, int(_CALL / seconds), _MEMORY // size))
-    count = limit
-    tables = tables_of(count, logits, means, factor, counts, drift)
+    tables = tables_of(limit, logits, means, factor, counts, drift)
     step = Maximization(factor, K, settings, settings.mass, tables)
     request = Statistics(batch.weights, settings.assignment, on_cpu=True)
     last, done = math.inf, 0
-    while done < count:
+    while done < limit:
         tensors = {name: tables[name][done] for name in factor.tensors}
         host = parameters.exponents(tables["logits"][done], tables["means"][done], tensors)
         if host is None:

@@ -120,7 +120,8 @@ class Exponents:
     @property
     def is_small(self) -> bool:
         """Whether the library on the CPU converts the parameters for a GPU, with their copies, faster than operations there."""
-        return max((self.host or self).means.numel(), self.entries) <= _SERIAL
+        given = self.host or self
+        return _are_few(given.means, given.U)
 
     @property
     def form(self) -> Form:
@@ -191,8 +192,7 @@ class Exponents:
                 f"x is on {points.device} but the parameters are on {means.device}, {offsets.device} and {U.device}; "
                 "move all to one device with .to()."
             )
-        few = max(U.numel(), means.numel()) <= _SERIAL
-        if points.is_cuda and place == points.device and few and reason() is None:
+        if points.is_cuda and place == points.device and _are_few(means, U) and reason() is None:
             return cls._copied(points, offsets, means, U, checked)
         if not checked:
             check_finite(points, name="x")
@@ -287,8 +287,7 @@ class Extent:
         """Compute the bounds by one call of the compiled library; None without it, and for other tensors than it reads."""
         given = offsets, means, U
         if (
-            means.numel() > _SERIAL
-            or U.numel() > _SERIAL
+            not _are_few(means, U)
             or not ordinary(*given)
             or not all(
                 part.device.type == "cpu" and part.dtype == torch.float64 and part.is_contiguous() for part in given
@@ -300,6 +299,11 @@ class Extent:
         if run("gmmkeops_extent", call) == OUT_OF_MEMORY:
             return None
         return cls(call.mean, call.largest, bool(call.central), (call.least, call.most))
+
+
+def _are_few(means: Tensor, U: Tensor) -> bool:
+    """Return whether the library on the CPU validates and converts parameters, also those on a GPU."""
+    return max(means.numel(), U.numel()) <= _SERIAL
 
 
 def _size(values: Tensor) -> float:

@@ -24,6 +24,7 @@ from gmmkeops.reductions.problem import Exponents
 
 __all__ = [
     "FAMILIES",
+    "MOST",
     "Maximization",
     "Pool",
     "StepSettings",
@@ -43,7 +44,7 @@ FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, Spherical
 _MANY = 128
 
 # Largest number of steps of a call, and multiplications that a call with several steps may take (about a millisecond).
-_MOST, _WORK = 16, 3e7
+MOST, _WORK = 16, 3e7
 
 
 class Pool(NamedTuple):
@@ -142,26 +143,11 @@ def em_steps(
     drift: float = 0.0,
     backend: str = "auto",
     limit: int | None = None,
-    most: int = _MOST,
+    most: int = MOST,
     tolerance: float = -math.inf,
     relative: float = 0.0,
 ) -> Steps | None:
-    """Perform EM steps over all points, until one is not ordinary.
-
-    Args:
-        batch: All points (N, D) and their weights.
-        logits, means, factor: Initial parameters (K,), (K, D), K or 1, float64.
-        settings: Constants of the M-step.
-        counts: Fraction of the points for each covariance at the last M-step; None for those of the first E-step.
-        drift: As in :class:`Steps`, before the first step.
-        backend: Name of the engine.
-        limit: Largest number of steps; None for as many as take about a millisecond, at most ``most``.
-        tolerance: Decrease of the objective below which no further step is performed, nats per point.
-        relative: Fraction of the objective that is added to the tolerance.
-
-    Returns:
-        The results, which may contain no step; None if the native engine does not compute them.
-    """
+    """Perform EM steps for points on a CPU, as :func:`gmmkeops.reductions.em_steps`; None if the native engine does not."""
     own = described(batch, means, factor, settings, backend)
     if own is None:
         return None

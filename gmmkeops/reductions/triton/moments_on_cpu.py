@@ -85,7 +85,12 @@ def converted(kernels: Residuals, weights: Tensor | None, values: Tensor, found:
     compiled, total = kernels.compiled, found[-1]
     assert compiled is not None, "sums have been computed for compiled parameters"
     S0, S1, S2 = compiled.moments(kernels.problem.host or kernels.problem, found[:-1])
-    return S0, S1, S2, total if weights is not None else kernels.scale.base * len(values) + LN2 * total
+    return S0, S1, S2, _total(kernels, weights, values, total)
+
+
+def _total(kernels: Residuals, weights: Tensor | None, values: Tensor, total: Tensor) -> Tensor:
+    """Convert the result of :func:`add_values` on the CPU to nats."""
+    return total if weights is not None else kernels.scale.base * len(values) + LN2 * total
 
 
 def moments_on_cpu(kernels: Residuals, request: Statistics, values: Tensor) -> Result | None:
@@ -134,7 +139,7 @@ def moments_on_cpu(kernels: Residuals, request: Statistics, values: Tensor) -> R
         return None
     S0, S1, S2 = _moments(kernels, found[:end].view(shape), shares, single, largest)
     if most < _LARGEST:
-        return S0, S1, S2, total if weights is not None else kernels.scale.base * len(values) + LN2 * total
+        return S0, S1, S2, _total(kernels, weights, values, total)
     is_far = shares == NO_SHARE
     far = is_far.nonzero()[:, 0]
     few = replace(request, weights=None if weights is None else weights[far])
