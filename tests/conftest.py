@@ -102,6 +102,15 @@ class Case:
         }
 
 
+def without_rows(rows, weights, count):
+    """A mask (count,) of the other rows, and weights (ones if None) that are zero at these."""
+    mask = torch.ones(count, dtype=torch.bool)
+    mask[rows] = False
+    g = torch.ones(count, dtype=torch.float64) if weights is None else weights.clone()
+    g[~mask] = 0
+    return mask, g
+
+
 def make_factor(covariance_type, K, D, condition, generator):
     """Random factors of such a condition number, each with a determinant of its own.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, HAS_TRITON, make_case
+from conftest import FAMILIES, HAS_TRITON, make_case, without_rows
 
 import gmmkeops as gk
 from gmmkeops import reductions
@@ -264,10 +264,7 @@ def test_rows_that_are_far_are_added(shift, is_weighted, monkeypatch):
     for part, expected in zip(found, truth, strict=True):
         assert float((part - expected).abs().max() / expected.abs().max()) <= 3e-6
     # Without these rows the moments are right, too; their own ones are larger by many orders of magnitude.
-    index = torch.ones(len(problem.x), dtype=torch.bool)
-    index[[3, 7, 11]] = False
-    g = torch.ones(len(index), dtype=torch.float64) if weights is None else weights.clone()
-    g[~index] = 0
+    index, g = without_rows([3, 7, 11], weights, len(problem.x))
     found, reads = _at_once(monkeypatch, problem, Statistics(g, on_cpu=True))
     assert not reads
     few = problem.rows(index)
