@@ -263,7 +263,7 @@ def _run(function, args, kwargs):
     if not fakes:
         if not _is_device(device):
             _check_generator(kwargs.get("generator"), name, False)
-            return function(*args, **kwargs)
+            return function(*args, **({**kwargs, "pin_memory": None} if kwargs.get("pin_memory") else kwargs))
         _check_generator(kwargs.get("generator"), name, True)
         if name not in _VIEWS:
             _counts.kernels[name, _site()] += 1

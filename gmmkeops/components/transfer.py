@@ -7,13 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["numbers", "transferred"]
+__all__ = ["exchanged", "numbers", "transferred"]
 
 # Size of the largest numbers, bytes, to a multiple of which the memory of each tensor is padded.
 _LARGEST = 8
 
 # Number of bytes from which tensors on the CPU are copied one by one, since joining them there would take longer.
 _APART = 1 << 18
+
+
+def exchanged(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return an array of undefined numbers on the CPU, for numbers that are copied from a device or computed for it.
+
+    For a GPU it is page-locked memory, which torch keeps and uses again. Copies of 2 MB take 0.05 ms instead of 0.2 (H200); and
+    new memory of the operating system takes 1 ms at its first use, as long as an M-step for 1000 components in 16 dimensions.
+    """
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def numbers(*scalars: Tensor) -> list[float]:
@@ -42,15 +51,22 @@ def transferred(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
     if len(away) == 1 or (
         away[0].device.type == "cpu" and sum(tensor.numel() * tensor.element_size() for tensor in away) > _APART
     ):
-        return [tensor if tensor.device == device else tensor.contiguous().to(device) for tensor in tensors]
+        return [tensor if tensor.device == device else _copied(tensor.contiguous(), device) for tensor in tensors]
     one = all(tensor.dtype == away[0].dtype for tensor in away)
     flats = [tensor.reshape(-1) if one else _as_bytes(tensor) for tensor in away]
-    moved = torch.cat(flats).to(device).split([len(flat) for flat in flats])
+    moved = _copied(torch.cat(flats), device).split([len(flat) for flat in flats])
     parts = iter(
         (part if one else part[: tensor.numel() * tensor.element_size()].view(tensor.dtype)).view(tensor.shape)
         for part, tensor in zip(moved, away, strict=True)
     )
     return [tensor if tensor.device == device else next(parts) for tensor in tensors]
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device."""
+    if device.type != "cpu":
+        return tensor.to(device)
+    return exchanged(tensor.shape, tensor.device, tensor.dtype).copy_(tensor)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, Moments, transferred
+from gmmkeops.components import Factor, Moments, exchanged, transferred
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dispatch import compute, parameter_gradients, statistics
@@ -88,10 +88,11 @@ class HostParameters:
         factor: Precision factor of the mixtures.
         components: Number of components K.
         rounding: Largest rounding errors of the points (D,), float64, on the CPU; None if they are exact.
+        device: Device of the points.
     """
 
-    def __init__(self, factor: Factor, components: int, rounding: Tensor | None) -> None:
-        self._rounding, family, D = rounding, FAMILIES[type(factor)], factor.features
+    def __init__(self, factor: Factor, components: int, rounding: Tensor | None, device: torch.device) -> None:
+        self._rounding, self._device, family, D = rounding, device, FAMILIES[type(factor)], factor.features
         self._shape = {0: (D, D), 1: (D,), 2: (1,)}[family]
         self._tied, self._center = factor.leading == 1, torch.zeros(D, dtype=torch.float64)
         self._call = ParameterCall(
@@ -110,7 +111,7 @@ class HostParameters:
         if type(factor) not in FAMILIES or reason() is not None or not isinstance(batch.points, Tensor):
             return None
         rounding = None if batch.rounding is None else batch.rounding.cpu().contiguous()
-        return cls(factor, components, rounding)
+        return cls(factor, components, rounding, batch.points.device)
 
     def exponents(self, logits: Tensor, means: Tensor, tensors: Mapping[str, Tensor]) -> Exponents | None:
         """Compute and validate the exponents, without points.
@@ -126,8 +127,8 @@ class HostParameters:
         if any(part.dtype != torch.float64 or part.device.type != "cpu" or part.requires_grad for part in given):
             return None
         given = [part.contiguous() for part in given]
-        offsets = torch.empty(len(means), dtype=torch.float64)
-        U = torch.empty(1 if self._tied else len(means), *self._shape, dtype=torch.float64)
+        offsets = exchanged(logits.shape, self._device)
+        U = exchanged((1 if self._tied else len(means), *self._shape), self._device)
         call = self._call
         call.logits, call.means, call.log_diagonal = (part.data_ptr() for part in given[:3])
         call.upper = given[3].data_ptr() if len(given) > 3 else None

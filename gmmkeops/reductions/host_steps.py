@@ -21,9 +21,9 @@ from gmmkeops.reductions.protocol import Statistics
 
 __all__ = ["em_steps"]
 
-# Estimated times of a step, for each pair and feature and fixed, and time that a call with several steps may take, seconds (H200:
-# 2.4 ms for 1e6 points and 1000 components in 3 dimensions, and 0.7 to 1.4 ms).
-_PAIR, _FIXED, _CALL = 8e-13, 1e-3, 0.05
+# Estimated times of a step, for each multiplication of a pair and fixed, and time that a call with several steps may take,
+# seconds (H200, 1e6 points and 1000 components, full: 2.4 ms in 3 dimensions and 21 ms in 16; and 0.7 to 1.4 ms for the CPU).
+_MULTIPLICATION, _FIXED, _CALL = 7e-14, 1e-3, 0.1
 
 # Memory that the parameters of all steps of a call may take, bytes.
 _MEMORY = 1 << 26
@@ -55,7 +55,7 @@ def em_steps(
         counts: Fraction of the points for each covariance at the last M-step; None for those of the first E-step.
         drift: As in :class:`Steps`, before the first step.
         backend: Name of the engine.
-        limit: Largest number of steps; None for as many as take little time (a millisecond on a CPU, 50 on a GPU), at most
+        limit: Largest number of steps; None for as many as take little time (a millisecond on a CPU, 100 on a GPU), at most
             ``most``.
         tolerance: Decrease of the objective below which no further step is performed, nats per point.
         relative: Fraction of the objective that is added to the tolerance.
@@ -105,10 +105,10 @@ def _on_device(
     if parameters is None:
         return None
     if limit is None:
-        seconds = _FIXED + _PAIR * len(batch) * K * D * (D / 3 if factor.coupled else 1)
+        seconds = _FIXED + _MULTIPLICATION * len(batch) * K * D * (D + 8 if factor.coupled else 11)
         size = 8 * (K * D + sum(tensor.numel() for tensor in factor.tensors.values()))
         limit = max(1, min(most, int(_CALL / seconds), _MEMORY // size))
-    tables = tables_of(limit, logits, means, factor, counts, drift)
+    tables = tables_of(limit, logits, means, factor, counts, drift, batch.points.device)
     step = Maximization(factor, K, settings, settings.mass, tables)
     request = Statistics(batch.weights, settings.assignment, on_cpu=True)
     last, done = math.inf, 0

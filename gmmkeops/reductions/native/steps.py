@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor
+from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor, exchanged
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, StepCall, reason, run
@@ -39,6 +39,8 @@ __all__ = [
 
 # Numbers of the families in source/interface.hpp; factors of other classes may have an M-step of their own.
 FAMILIES: dict[type[Factor], int] = {FullFactor: 0, DiagonalFactor: 1, SphericalFactor: 2}
+
+_CPU = torch.device("cpu")
 
 # Dimension of full covariances beyond which the Cholesky factorization of LAPACK is faster.
 _MANY = 128
@@ -325,18 +327,25 @@ def _described(
 
 
 def tables_of(
-    count: int, logits: Tensor, means: Tensor, factor: Factor, counts: Tensor | None, drift: float
+    count: int,
+    logits: Tensor,
+    means: Tensor,
+    factor: Factor,
+    counts: Tensor | None,
+    drift: float,
+    device: torch.device = _CPU,
 ) -> dict[str, Tensor]:
     """Return arrays with one row before each step and one after the last one, of which the first rows are set.
 
     Args:
         count: Largest number of steps.
         logits, means, factor, counts, drift: As for :func:`em_steps`.
+        device: Device of the points.
     """
     tensors, L = factor.tensors, factor.leading
     shapes: dict[str, Any] = {"logits": logits.shape, "means": means.shape, "counts": (L,)}
     shapes |= {name: (L, tensor.shape[-1]) for name, tensor in tensors.items()}
-    tables = {name: torch.empty(count + 1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+    tables = {name: exchanged((count + 1, *shape), device) for name, shape in shapes.items()}
     unknown = math.nan if counts is None else counts
     first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, **tensors}
     for name, value in first.items():

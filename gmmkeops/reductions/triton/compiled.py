@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gmmkeops.components import exchanged
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, RecordCall, reason, run
 from gmmkeops.reductions.problem import Exponents
@@ -32,6 +33,7 @@ class CompiledRecords:
         condition: Bound on the condition numbers of full factors; infinite if one is singular.
         family: ``"full"``, ``"diagonal"`` or ``"spherical"``.
         factor: Factors U in the shape of :class:`~gmmkeops.reductions.problem.Exponents`.
+        device: Device of the points.
     """
 
     records: Tensor
@@ -41,6 +43,7 @@ class CompiledRecords:
     condition: float
     family: str
     factor: Tensor
+    device: torch.device
 
     @classmethod
     def of(cls, problem: Exponents, family: str, unroll: int) -> CompiledRecords | None:
@@ -54,14 +57,15 @@ class CompiledRecords:
             return None
         K, D = given.means.shape
         R = 1 + 2 * D + {"full": D * (D + 1) // 2, "diagonal": D, "spherical": 1}[family]
-        records = torch.empty((K // unroll + 1) * unroll, R, dtype=problem.x.dtype)
-        rest = torch.empty(K, D, dtype=torch.float64)
+        device = problem.x.device
+        records = exchanged(((K // unroll + 1) * unroll, R), device, problem.x.dtype)
+        rest = exchanged((K, D), device)
         call, _kept = _call(given, family, rest)
         call.double_points, call.records, call.record = records.dtype == torch.float64, len(records), records.data_ptr()
         _run("gmmkeops_pack", call)
         if not call.triangular:
             return None
-        return cls(records, rest, call.base, call.usual, call.condition, family, given.U)
+        return cls(records, rest, call.base, call.usual, call.condition, family, given.U, device)
 
     def moments(self, given: Exponents, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Convert sums (W, K) on the CPU to S0 (K,), S1 (K, D) and S2 (K, D, D), (K, D) or (K,) about the means, float64.
@@ -72,7 +76,7 @@ class CompiledRecords:
         """
         K, D = self.rest.shape
         shape = (K, D, D) if self.family == "full" else (K,) if self.factor.shape[1:] == (1,) else (K, D)
-        results = [torch.empty(shape, dtype=torch.float64) for shape in ((K,), (K, D), shape)]
+        results = [exchanged(shape, self.device) for shape in ((K,), (K, D), shape)]
         call, _kept = _call(given, self.family, self.rest)
         call.sums = sums.data_ptr()
         call.S0, call.S1, call.S2 = (part.data_ptr() for part in results)

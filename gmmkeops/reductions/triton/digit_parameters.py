@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gmmkeops.components import transferred
+from gmmkeops.components import exchanged, transferred
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, DigitCall, reason, run
 from gmmkeops.reductions.problem import Exponents
@@ -58,7 +58,13 @@ class Arrays:
         _, K, D = problem.shape
         rows, P, diagonal = -(-K // _PAD) * _PAD, padded(D), not is_spherical(problem)
         count = sum(cls._sizes(rows, P, diagonal))
-        return cls(torch.empty(count, dtype=torch.uint8, device=device), rows, P, diagonal)
+        on_cpu = device.type == "cpu"
+        memory = (
+            exchanged((count,), problem.x.device, torch.uint8)
+            if on_cpu
+            else torch.empty(count, dtype=torch.uint8, device=device)
+        )
+        return cls(memory, rows, P, diagonal)
 
     @staticmethod
     def _sizes(rows: int, features: int, diagonal: bool) -> list[int]:
@@ -109,12 +115,14 @@ class Parameters:
 
     Args:
         arrays: Arrays that the kernels read.
+        target: Device of the points.
         means: Means relative to the reference point (K, D), data units, float64.
         factor: Factors (D,), 1 / data units, float64.
         square: Value of q for which the kernels compute zero (K,), float64.
     """
 
     arrays: Arrays
+    target: torch.device
     means: Tensor
     factor: Tensor
     square: Tensor
@@ -136,8 +144,9 @@ class Parameters:
     def _compiled(cls, problem: Exponents) -> Parameters | None:
         """Pack parameters on the CPU by the compiled library."""
         given, (_, K, D) = problem.host or problem, problem.shape
+        device = problem.x.device
         arrays = Arrays.empty(problem, given.means.device)
-        found = cls(arrays, *(torch.empty(shape, dtype=torch.float64) for shape in ((K, D), (D,), (K,))))
+        found = cls(arrays, device, *(exchanged(shape, device) for shape in ((K, D), (D,), (K,))))
         U = given.U
         shared = K > 1 and U.stride(0) == 0
         kept = [part.contiguous() for part in (given.offsets, given.means, U[:1] if shared else U, given.center)]
@@ -174,12 +183,12 @@ class Parameters:
         arrays.numbers[0, K:] = NOTHING
         arrays.numbers[:, :K] = torch.stack([c, w, J])
         arrays.grid[:, :D] = torch.stack([grid.reference, grid.factor])
-        return cls(arrays, mu, grid.factor, own - J)
+        return cls(arrays, problem.x.device, mu, grid.factor, own - J)
 
     def beside(self, arrays: Arrays) -> Parameters:
         """Copy the parameters to the device of a copy of the arrays, in one transfer."""
         device = arrays.memory.device
-        return Parameters(arrays, *transferred([self.means, self.factor, self.square], device))
+        return Parameters(arrays, self.target, *transferred([self.means, self.factor, self.square], device))
 
     def moments(self, sums: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Convert sums (K, W + 4) to S0 (K,), S1 (K, D) and S2 (K, D) or (K,) about the means, float64, on the same device.
@@ -210,8 +219,8 @@ class Parameters:
     def _moments_compiled(self, sums: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
         """Convert sums on the CPU by the compiled library."""
         K, D = self.means.shape
-        S0, S1 = torch.empty(K, dtype=torch.float64), torch.empty(K, D, dtype=torch.float64)
-        S2 = torch.empty_like(S1 if self.arrays.diagonal else S0)
+        S0, S1 = exchanged((K,), self.target), exchanged((K, D), self.target)
+        S2 = exchanged(S1.shape if self.arrays.diagonal else S0.shape, self.target)
         call = self._call()
         call.sums, call.unit = sums.data_ptr(), unit
         call.S0, call.S1, call.S2 = (part.data_ptr() for part in (S0, S1, S2))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gmmkeops.components import transferred
 from gmmkeops.reductions.problem import Exponents
 from gmmkeops.reductions.triton.loading import launch
 from gmmkeops.reductions.triton.packing import Scale
@@ -181,7 +182,8 @@ def checked(
         tolerance.rounding, tolerance.least, 1 if values.ndim == 1 else values.shape[1], HAS_BASE=is_there,
         WEIGHTED=weights is not None, BN=_POINTS, warps=_WARPS,
     )  # fmt: skip
-    found = torch.cat([notes.amax(1), more, *([middle.view(1)] if is_there else [])]).cpu()
+    found = torch.cat([notes.amax(1), more, *([middle.view(1)] if is_there else [])])
+    (found,) = transferred([found], torch.device("cpu"))
     failed, lost, least, most, light, heavy = found[:6].tolist()
     usual = float(found[-1] if is_there else middle)
     return minima, Check(failed > 0, lost, low), [-least, most, -light, heavy, usual], found[6 : 6 + len(more)]

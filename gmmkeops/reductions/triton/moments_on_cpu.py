@@ -127,7 +127,7 @@ def moments_on_cpu(kernels: Residuals, request: Statistics, values: Tensor) -> R
     if products is not None and unit is not None:
         found[end + 4] = unit
     torch.amax(shares, 0, out=found[end + 1 : end + 2].view(dtype)[0])
-    found = found.cpu()
+    (found,) = transferred([found], torch.device("cpu"))
     most, total, largest = found[end + 1 : end + 2].view(dtype)[0].item(), found[end], 1.0
     if weights is not None:
         *extremes, largest = found[end + 2 :].tolist()
