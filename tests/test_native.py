@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,64 @@ def test_number_of_threads_changes_no_bit(dtype, family, N, K, D):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_calls_of_several_threads_at_the_same_time():
+    """They share the threads that the library keeps, and get the same bits as one call after the other."""
+    cases = [
+        make_case(f, torch.float32, N=40_000, K=8 + i, D=3, condition=10.0) for i, f in enumerate(["full", "diag"] * 4)
+    ]
+    before = torch.get_num_threads()
+
+    def computed(case):
+        # The number of threads belongs to the calling thread.
+        torch.set_num_threads(3)
+        return [reductions.logsumexp(*case.arguments, **NATIVE), reductions.moments(*case.arguments, **NATIVE).S2]
+
+    try:
+        expected = [computed(case) for case in cases]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            found = list(pool.map(computed, cases * 12))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for i, own in enumerate(found) for a, b in zip(own, expected[i % 8], strict=True))
+
+
+FORK = """
+import os, signal, threading, torch, gmmkeops as gk
+
+torch.set_num_threads(3)
+x, means = torch.randn(100_000, 3), torch.randn(20, 3)
+call = lambda: gk.reductions.logsumexp(x, torch.zeros(20), means, torch.eye(3)[None], backend="native", truncate=0)
+expected = call()
+# Another thread is within a call at each fork.
+running = True
+def repeat():
+    while running:
+        call()
+thread = threading.Thread(target=repeat)
+thread.start()
+failed = 0
+for _ in range(10):
+    child = os.fork()
+    if child == 0:
+        # A call that waits for threads of the parent would never end.
+        signal.alarm(20)
+        torch.set_num_threads(3)
+        same = all(torch.equal(call(), expected) for _ in range(3))
+        tasks = "/proc/self/task"
+        os._exit(0 if same and (not os.path.exists(tasks) or len(os.listdir(tasks)) > 1) else 1)
+    failed += os.waitpid(child, 0)[1] != 0
+running = False
+thread.join()
+print(failed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_has_threads_of_its_own():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=False)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_denormal_numbers_outside_of_the_call_remain():

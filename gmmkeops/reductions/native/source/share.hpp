@@ -2,13 +2,11 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <exception>
 #include <new>
-#include <thread>
 #include <type_traits>
-#include <vector>
 
 #include "interface.hpp"
+#include "team.hpp"
 
 namespace {
 
@@ -29,21 +27,14 @@ template <class Work> Status share(int threads, size_t count, Work work) {
       status = OUT_OF_MEMORY;
     }
   };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads && size_t(t) < count; t++) {
-    try {
-      others.emplace_back(run, t);
-    } catch (const std::exception&) {
-      break;  // the system has no more threads: those that it has do the work
-    }
-  }
-  run(0);
-  for (std::thread& other : others) other.join();
+  const int helpers = int(std::min<size_t>(size_t(std::max(threads, 1)), count)) - 1;
+  if (helpers > 0) Team::run(helpers, [](void* data, int thread) { (*static_cast<decltype(run)*>(data))(thread); }, &run);
+  else run(0);
   return Status(int(status));
 }
 
 // Multiplications for which another thread saves time, and those that take as long as an exponential or a logarithm.
-constexpr double PARALLEL_WORK = 1e6, EXPONENTIAL = 20;
+constexpr double PARALLEL_WORK = 1e5, EXPONENTIAL = 20;
 
 // True if work has been done; false if it has ended early.
 inline bool complete(Status status) {
