@@ -41,11 +41,14 @@ def evaluate(engine: Engine, problem: Exponents, request: Request, blocks: Trunc
         blocks: The truncation, whose minima and certificate are updated; None to evaluate all pairs.
     """
     evaluation, single = engine.begin(problem, request), request.rank > 0
+    if blocks is None:
+        evaluation.add(None)
+        return evaluation.result()
     problem = evaluation.problem
     own = evaluation if isinstance(evaluation, OwnLists) else None
     make = lists_of if own is None else own.lists
-    schedule = None if blocks is None else blocks.begin(problem, single, make)
-    if blocks is None or schedule is None:
+    schedule = blocks.begin(problem, single, make)
+    if schedule is None:
         evaluation.add(None)
         return evaluation.result()
     while schedule is not None:
