@@ -15,7 +15,7 @@ from triton_binaries import all_pairs
 
 from gmmkeops import reductions
 from gmmkeops.reductions import choice
-from gmmkeops.reductions.problem import Exponents
+from gmmkeops.reductions.problem import Exponents, factor_tensor
 from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Statistics, TopK
 from gmmkeops.reductions.triton import columns, engine, loading, partial, products, residuals, tiles, triton
 
@@ -489,6 +489,61 @@ def test_a_wrong_result_at_the_first_use_is_found(on, monkeypatch):
         assert torch.equal(reductions.logsumexp(*case.arguments, backend="triton"), expected)
     assert "check" in choice.ENGINES["triton"].unavailable(case.x.device)
     assert reductions.engine(case.x, "triton") == "dense"
+
+
+def gradients(case, g, backend, **options):
+    """Log-sum-exps and the gradients of their weighted sum with respect to the parameters."""
+    x, *parameters = case.arguments
+    offsets, means, factor = parameters
+    leaves = [part.detach().clone().requires_grad_() for part in (offsets, means, factor_tensor(factor))]
+    values = reductions.logsumexp(x, *leaves, backend=backend, **options)
+    values.backward(g.to(values))
+    return values.detach(), [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "lists", "far", "float64", "digits", "wide"])
+def test_gradients_take_the_log_sum_exps_that_are_known(on, kind, monkeypatch):
+    family = {"full": "full", "far": "full", "float64": "full", "wide": "full", "digits": "spherical"}.get(kind, "diag")
+    dtype = torch.float64 if kind == "float64" else torch.float32
+    D = {"digits": 20, "wide": 12}.get(kind, 2)
+    case = make_case(family, dtype, N=1500 if kind == "lists" else 60, K=50, D=D, condition=2.0, device=on[1])
+    g, computed = weights_of(case.x), []
+    if kind == "far":
+        case.x[7] += 1e4
+    if kind == "digits":
+        monkeypatch.setattr(residuals, "_has_tensor_cores", lambda device: True)
+    if kind == "wide":
+        # Float64 products compute moments faster than the kernels, anew.
+        monkeypatch.setattr(engine, "_has_fast_double", lambda device: True)
+    options = {"truncate": 1e-4 if kind == "lists" else 0}
+    before = residuals.Residuals.logsumexps
+    monkeypatch.setattr(residuals.Residuals, "logsumexps", lambda *given: (computed.append(1), before(*given))[1])
+    reductions.logsumexp(*case.arguments, backend="triton", **options)
+    reductions.moments(*case.arguments, backend="triton", **options)
+    computed.clear()
+    found, own = gradients(case, g, "triton", **options)
+    assert len(computed) == 1
+    expected, others = gradients(case, g, "dense", **options)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6 if kind != "lists" else 2e-4)
+    # The terms of the gradients have both signs, and cancel.
+    for part, other, scale in zip(own, others, gradients(case, g.abs(), "dense", **options)[1], strict=True):
+        close = 2e-4 if kind == "lists" else 1e-5
+        assert float((part - other).abs().max()) <= close * float(scale.abs().max())
+
+
+def test_a_wrong_gradient_at_the_first_use_is_found(on, monkeypatch):
+    """Moments that are computed from known log-sum-exps are compared, too."""
+    case = make_case("full", torch.float32, N=30, condition=2.0, device=on[1])
+    add = residuals.Residuals.add_sums
+    monkeypatch.setitem(choice.ENGINES, "triton", engine.Triton())
+    reductions.logsumexp(*case.arguments, backend="triton")
+    monkeypatch.setattr(
+        residuals.Residuals, "add_sums", lambda self, sums, *given: (add(self, sums, *given), sums.mul_(2))[0]
+    )
+    with pytest.warns(UserWarning, match="Triton was requested but a check of 30 points at its first use found"):
+        _, own = gradients(case, weights_of(case.x), "triton")
+    _, expected = gradients(case, weights_of(case.x), "dense")
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
 
 
 def test_each_form_is_compared_at_its_first_use(on, monkeypatch):

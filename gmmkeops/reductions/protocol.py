@@ -9,7 +9,7 @@ candidate lists until all lists were long enough. A new engine is an object that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from gmmkeops.reductions.truncation.bounds import Schedule
 __all__ = [
     "Argmax",
     "Broken",
+    "Continued",
     "Engine",
     "Evaluation",
     "LogSumExp",
@@ -141,6 +142,18 @@ class Evaluation(Protocol):
 
         Raises:
             Broken: As for :meth:`add`.
+        """
+
+
+@runtime_checkable
+class Continued(Evaluation, Protocol):
+    """An evaluation of log-sum-exps from which moments for the same points take less time than anew."""
+
+    def moments(self, request: Statistics) -> Result | None:
+        """Compute moments for soft assignments; None if they take less time anew.
+
+        Raises:
+            Broken: As for :meth:`Evaluation.add`.
         """
 
 

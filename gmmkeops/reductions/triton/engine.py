@@ -9,8 +9,9 @@ engine, with a kernel for the sums of exponentials.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -65,6 +66,10 @@ _PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25), Argmax: (24, 48)}
 _MANY = 10_000
 
 
+# Comparison of a request for the problem of an evaluation, at its first use by a form.
+_Compared = Callable[[Request, str], bool]
+
+
 class _WithForm(Evaluation, Protocol):
     """An evaluation that names the formulas by which all pairs are evaluated."""
 
@@ -107,6 +112,8 @@ class Triton:
     def begin(self, problem: Exponents, request: Request) -> Evaluation:
         evaluation = _begun(problem, request)
         self._comparison.once(problem, request, evaluation.form)
+        if isinstance(evaluation, _Evaluation | _MatrixProducts):
+            evaluation.compared = partial(self._comparison.once, problem)
         return evaluation
 
 
@@ -155,6 +162,7 @@ class _MatrixProducts:
     def __init__(self, problem: Exponents, request: Request) -> None:
         self.problem, self._request = problem, request
         self._evaluation: Evaluation | None = None
+        self.compared: _Compared | None = None
 
     @cached_property
     def _digits(self) -> Residuals | None:
@@ -177,6 +185,12 @@ class _MatrixProducts:
     def result(self) -> Result:
         assert self._evaluation is not None, "points have been evaluated before the result"
         return self._evaluation.result()
+
+    def moments(self, request: Statistics) -> Result | None:
+        if not isinstance(self._evaluation, _Evaluation):
+            return None
+        self._evaluation.compared = self.compared
+        return self._evaluation.moments(request)
 
     def _begun(self, schedule: Schedule | None) -> Evaluation:
         problem, request = self.problem, self._request
@@ -238,6 +252,8 @@ class _Evaluation:
         self.check: Check | None = None
         self._ranges: list[float] | None = None
         self._sums: Tensor | None = None
+        # How moments that are computed from these log-sum-exps are compared at their first use.
+        self.compared: _Compared | None = None
 
     @property
     def form(self) -> str:
@@ -267,6 +283,15 @@ class _Evaluation:
             self._schedules[-1:] = [kept, schedule] if len(kept.spans) else [schedule]
         self._last = schedule, minima
         return self._last
+
+    def moments(self, request: Statistics) -> Result | None:
+        if _by_products(self.problem.form, request) and self._kernels.products is None:
+            return None
+        found = _Evaluation(self.problem, request, self._dtype, self._kernels)
+        found._values, found._schedules = self._values, self._schedules
+        if self.compared is not None:
+            self.compared(request, found.form)
+        return found.result()
 
     def _checked(self, schedule: Schedule) -> Tensor:
         """Check the lists of all leaves, and read the range of values and weights; return the minima (B,), nats.

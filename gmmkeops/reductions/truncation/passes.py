@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from gmmkeops.reductions.problem import Exponents
-from gmmkeops.reductions.protocol import Engine, Request, Result
+from gmmkeops.reductions.protocol import Engine, Evaluation, Request, Result
 from gmmkeops.reductions.truncation.bounds import Schedule
 from gmmkeops.reductions.truncation.tolerance import Tolerance
 from gmmkeops.reductions.truncation.tree import Cloud
@@ -28,7 +28,13 @@ class OwnLists(Protocol):
         """Numbers by which the schedule that was added last is accepted; None if they have not been computed."""
 
 
-def evaluate(engine: Engine, problem: Exponents, request: Request, blocks: Truncation | None = None) -> Result:
+def evaluate(
+    engine: Engine,
+    problem: Exponents,
+    request: Request,
+    blocks: Truncation | None = None,
+    kept: list[Evaluation] | None = None,
+) -> Result:
     """Compute a request by an engine.
 
     With truncation, the engine evaluates the candidate lists of a schedule. Its results are lower bounds, and row ranges whose
@@ -39,8 +45,11 @@ def evaluate(engine: Engine, problem: Exponents, request: Request, blocks: Trunc
         problem: The exponents, with points in kd-tree order if there is a truncation.
         request: The request, with weights in the order of the points.
         blocks: The truncation, whose minima and certificate are updated; None to evaluate all pairs.
+        kept: List to which the evaluation is appended, or None.
     """
     evaluation, single = engine.begin(problem, request), request.rank > 0
+    if kept is not None:
+        kept.append(evaluation)
     if blocks is None:
         evaluation.add(None)
         return evaluation.result()
