@@ -109,6 +109,7 @@ def test_an_incomplete_shared_object_is_never_loaded(tmp_path):
     fails(run(tmp_path / "cache", CXX=compiler(tmp_path, half)), "cannot compile or load", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_folders_for_formulas_that_cannot_be_loaded_are_few(tmp_path):
     # Formulas for another architecture, as no folder makes them better.
     alien = (

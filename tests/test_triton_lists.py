@@ -75,7 +75,8 @@ def compare(found, expected, wanted):
     ],
 )
 def test_lists_are_those_of_the_formulas(on, family, D):
-    for K, epsilon in ((5, 1e-6), (300, 1e-6), (300, None)):
+    # The interpreter takes seconds for each case.
+    for K, epsilon in ((5, 1e-6), (300, 1e-6), (300, None)) if D == 3 else ((300, None if D % 2 else 1e-6),):
         case = make_case(
             family, torch.float32, N=400, K=K, D=D, condition=5.0 if D > 1 else 1.0, spread=10.0, device=on[1]
         )
