@@ -865,7 +865,8 @@ def test_rounds_of_well_separated_clusters_end_early(family, D, monkeypatch):
         monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
         results.append((climber.improved(found, 3), climber.work, climber.rounds))
     (fast, work, count), (slow, *others), (complete, whole_work, _) = results
-    assert fast is slow is found
+    assert fast == slow == replace(found, separated=True)
+    assert complete is found
     assert (work, count) == (3 * 6, 1) == tuple(others)
     assert whole_work > work
     assert complete.value == pytest.approx(found.value, abs=1e-5)

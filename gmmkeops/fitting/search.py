@@ -467,10 +467,15 @@ class Search:
     def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:
         """Perform rounds with a prior of the mean covariance within components.
 
-        With many components or columns the first prior is much wider than the components, so that its optimum merges some.
+        With many components or columns the first prior is much wider than the components, so that its optimum merges some. This
+        does not happen if the components are well separated: the points then determine the components with either prior. They
+        remain as they are for a choice by the likelihood, and receive the second prior without rounds otherwise.
         """
+        if found.separated and self.prior is None:
+            return found
         narrow = Climber(self.method, self.narrowed(climber.objective, found.mixture))
-        found = narrow.improved(narrow.climbed(found.mixture, *MERGED), most)
+        climbed = narrow.climbed(found.mixture, *MERGED)
+        found = climbed if found.separated else narrow.improved(climbed, most)
         climber.work += narrow.work
         climber.rounds += narrow.rounds
         return found

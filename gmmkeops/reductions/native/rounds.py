@@ -73,6 +73,7 @@ class Rounds(NamedTuple):
         rounds: Number of rounds.
         ended: Whether no further round is to be performed. Otherwise the next one is not an ordinary one.
         work: Number of E-steps times the number of components in them.
+        unchanged: Whether the last round ended early, as ``RoundSettings.early`` describes it.
     """
 
     merged: Parameters | None
@@ -81,6 +82,7 @@ class Rounds(NamedTuple):
     rounds: int
     ended: bool
     work: int
+    unchanged: bool
 
 
 def em_climb(
@@ -182,7 +184,7 @@ def em_rounds(
     )
     _perform("gmmkeops_rounds", call, most * (2 * rounds.split[0] + rounds.merged[0]) * len(batch) * K * D, 2 * K, D)
     merged, reached = (_parameters(tables, factor, row) if call.accepted else None for row in (0, 1))
-    return Rounds(merged, reached, call.value, call.done, bool(call.ended), call.work)
+    return Rounds(merged, reached, call.value, call.done, bool(call.ended), call.work, bool(call.unchanged))
 
 
 def _rows(mixtures: Sequence[Parameters]) -> dict[str, Tensor]:
