@@ -17,6 +17,9 @@ __all__ = ["NOISE", "check_range", "trimmed_spread"]
 # Number of rows that are converted to float64 at a time, and maximum number of trimming steps.
 _ROWS, _ROUNDS = 1 << 19, 40
 
+# Number of points up to which it is checked first whether there are any outliers.
+_FEW = 1 << 14
+
 # A column whose standard deviation is a smaller fraction of its mean is considered constant up to rounding errors.
 NOISE = 1e-14
 
@@ -57,6 +60,9 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     check_range(x)
     center, spread = _moments(x, weights)
     for _ in range(_ROUNDS):
+        if len(x) <= _FEW and bool(((x - center).abs_() <= 3 * spread).all()):
+            # Nothing is trimmed. Many small data sets end here, which saves half of the operations.
+            break
         trimmed, core = _moments(x, weights, within=(center, 3 * spread))
         if not bool((core < spread / 2).any()):
             break

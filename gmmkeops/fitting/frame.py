@@ -71,12 +71,15 @@ class Frame:
             spread = torch.cat([own.square().mean().sqrt().expand_as(own), spread[len(own) :]])
         # The standard deviation of a constant column is rounding noise; it gets the largest scale of the others, or one.
         tiny = spread <= NOISE * shift.abs()
-        largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
-        spread = torch.where(tiny, largest, spread)
+        some = bool(tiny.any())
+        if some:
+            largest = torch.ones_like(spread.max()) if bool(tiny.all()) else spread.max()
+            spread = torch.where(tiny, largest, spread)
         scale = spread.log2().round().exp2()
         # Centers are rounded to multiples of the scale, so that subtraction is exact and does not depend on the sample of the
         # points. For a constant column the center itself is used, so that the column becomes zero.
-        shift = torch.where(tiny, shift, (shift / scale).round() * scale)
+        rounded_shift = (shift / scale).round() * scale
+        shift = torch.where(tiny, shift, rounded_shift) if some else rounded_shift
         return cls(shift, scale if rounded else spread, extra)
 
     @cached_property

@@ -255,13 +255,18 @@ class Search:
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            candidates = climber.sound(climber.climbs(self.begun(run), *enough))
+            begun, stays = self.begun(run), strategy == "auto" and (self.K == 1 or self.ratio < _TOO_FEW)
+            if stays and len(begun) == n_init == 1:
+                # The only candidate needs no objective by which it is chosen.
+                best = Found(begun[0], math.nan, begun[0], begun[0])
+                break
+            candidates = climber.sound(climber.climbs(begun, *enough))
             starts += candidates
             found = best_of(candidates)
             if strategy == "annealed":
                 found = self._annealed(climber, found)
-            elif strategy == "auto" and self.ratio < _TOO_FEW:
-                # A fit of fewer points than parameters stays where it begins, which is the clusters themselves.
+            elif stays:
+                # A fit of one component, or of fewer points than parameters, stays where it begins: at the clusters themselves.
                 found = Found(found.origin, found.value, found.origin, found.origin)
             elif self.doubles:
                 found = climber.improved(found, most)
@@ -461,7 +466,7 @@ class Search:
             return None
         results: list[Mixture | None] = [None] * len(found)
         for i, step in zip(own, steps, strict=True):
-            results[i] = None if step is None else Mixture(*step.reached, validate_args=False)
+            results[i] = None if step is None else Mixture.from_valid(*step.reached, validate_args=False)
         return results
 
     def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:
@@ -496,6 +501,8 @@ class Search:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
             mixtures[2:] = [each.origin for each in found[2:]]
         climbed = climber.climbs(without_copies(mixtures), *_PLAIN)
+        if len(climbed) == 1:
+            return climbed[0]
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:

@@ -189,12 +189,9 @@ def em_rounds(
 
 def _rows(mixtures: Sequence[Parameters]) -> dict[str, Tensor]:
     """Return the parameters of mixtures as tables with one row for each."""
-    logits, means, factors = zip(*mixtures, strict=True)
-    tables = {"logits": torch.stack(logits), "means": torch.stack(means)}
-    parts = [factor.tensors for factor in factors]
-    for name in parts[0]:
-        tables[name] = torch.stack([tensors[name] for tensors in parts])
-    return {name: table.double() for name, table in tables.items()}
+    parts = [{"logits": logits, "means": means, **factor.tensors} for logits, means, factor in mixtures]
+    tables = {name: torch.stack([tensors[name] for tensors in parts]) for name in parts[0]}
+    return {name: table if table.dtype == torch.float64 else table.double() for name, table in tables.items()}
 
 
 def _parameters(tables: dict[str, Tensor], factor: Factor, row: int) -> Parameters:
