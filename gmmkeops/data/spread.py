@@ -17,9 +17,6 @@ __all__ = ["NOISE", "check_range", "trimmed_spread"]
 # Number of rows that are converted to float64 at a time, and maximum number of trimming steps.
 _ROWS, _ROUNDS = 1 << 19, 40
 
-# Number of points up to which it is checked first whether there are any outliers.
-_FEW = 1 << 14
-
 # A column whose standard deviation is a smaller fraction of its mean is considered constant up to rounding errors.
 NOISE = 1e-14
 
@@ -58,15 +55,14 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
         ValueError: Squares of the points or of their standard deviations overflow or underflow float64.
     """
     check_range(x)
-    center, spread = _moments(x, weights)
+    whole = _moments(x, weights)
+    assert whole is not None, "no point is left out"
+    center, spread = whole
     for _ in range(_ROUNDS):
-        if len(x) <= _FEW and bool(((x - center).abs_() <= 3 * spread).all()):
-            # Nothing is trimmed. Many small data sets end here, which saves half of the operations.
+        trimmed = _moments(x, weights, within=(center, 3 * spread))
+        if trimmed is None or not bool((trimmed[1] < spread / 2).any()):
             break
-        trimmed, core = _moments(x, weights, within=(center, 3 * spread))
-        if not bool((core < spread / 2).any()):
-            break
-        center, spread = trimmed, core
+        center, spread = trimmed
     tiny = (spread > NOISE * center.abs()) & (spread < _SMALLEST)
     if bool(tiny.any()):
         column = int(tiny.nonzero()[0, 0])
@@ -77,18 +73,26 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     return center, spread
 
 
-def _moments(x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def _moments(
+    x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Compute mean and standard deviation of each column (D,), for all points or those within a distance of a center.
 
-    The mean is computed first and subtracted before squaring, so that no digits are lost far from the origin.
+    The result is None if all points are within the distance, as in many small data sets, on a CPU. The mean is computed first and
+    subtracted before squaring, so that no digits are lost far from the origin.
     """
-    parts = []
+    # On a GPU, the answer would have to be waited for.
+    parts, all_within = [], within is not None and not x.is_cuda
     for i, part in enumerate(x.split(_ROWS)):
         part = part.double()
         g = part.new_ones(len(part)) if weights is None else weights[i * _ROWS : (i + 1) * _ROWS]
         if within is not None:
-            g = g * ((part - within[0]).abs_() <= within[1]).all(1)
+            kept = ((part - within[0]).abs_() <= within[1]).all(1)
+            all_within = all_within and bool(kept.all())
+            g = g * kept
         parts.append((part, g))
+    if all_within:
+        return None
     mass = _added(g.sum() for _, g in parts).clamp(min=1e-300)
     mean = _added(g @ part for part, g in parts) / mass
     if not x.is_cuda:

@@ -25,7 +25,8 @@ def robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
 def whitening(covariance: Tensor) -> Tensor:
     """Return the upper triangular matrix (D, D) by which points of a covariance are multiplied to be white."""
     lower = torch.linalg.cholesky(covariance)
-    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).mT
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).mT
 
 
 def factor_of(root: Tensor) -> FullFactor:

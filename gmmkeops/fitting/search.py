@@ -103,7 +103,7 @@ def sample_size(K: int, D: int, kind: type[Factor]) -> int:
 def prior_of(covariance: Tensor, K: int) -> CovariancePrior:
     """Return a weak prior of the covariances: D + 2 points with the covariance (D, D) of all points divided by K^(2/D)."""
     D = len(covariance)
-    return CovariancePrior(covariance / K ** (2 / D), D + 2.0)
+    return CovariancePrior.from_valid(covariance / K ** (2 / D), D + 2.0)
 
 
 def has_few_points(rows: float, mixture: Mixture) -> bool:
@@ -158,6 +158,8 @@ class Search:
         self.spread = trimmed_spread(x, weights)
         # Splits and k-means compare the columns, so that their scale must not depend on their units.
         frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False, spread=self.spread)
+        # Whether a fit by EM begins with the result.
+        self.followed = method is not None
         method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
@@ -190,7 +192,7 @@ class Search:
     def narrowed(self, objective: Objective, mixture: Mixture) -> Objective:
         """Return an objective with a prior of the mean covariance within the components of a standardized mixture."""
         within, points = within_prior(mixture)
-        return self._with(objective, CovariancePrior(self._in_data_units(within), points))
+        return self._with(objective, CovariancePrior.from_valid(self._in_data_units(within), points))
 
     def _with(self, objective: Objective, added: CovariancePrior) -> Objective:
         return replace(objective, penalty=added if self.penalty is None else self.penalty + added)
@@ -495,12 +497,18 @@ class Search:
         return best_of([found, climber.climbed(state.population.whole(state.mixture), *MERGED)])
 
     def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
-        """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
+        """Return the candidate with the best likelihood (and penalty) after EM steps without the prior.
+
+        If there is only one, of well separated components, a fit that follows reaches its optimum in one step.
+        """
         mixtures = [each.mixture for each in found]
         if self.K > _MANY:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
             mixtures[2:] = [each.origin for each in found[2:]]
-        climbed = climber.climbs(without_copies(mixtures), *_PLAIN)
+        different = without_copies(mixtures)
+        if len(different) == 1 and found[0].separated and self.followed:
+            return found[0]
+        climbed = climber.climbs(different, *_PLAIN)
         if len(climbed) == 1:
             return climbed[0]
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))

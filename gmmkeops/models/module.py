@@ -183,11 +183,12 @@ class GMM(nn.Module):
         first.bias.copy_(first.bias.double() + first.weight.double() @ mc)
         first.weight.copy_(first.weight.double() * sc)
         change = {"logits": (None, None), "means": (1 / s, -m / s), **self.kind.rescaling(s)}
+
+        def whole(given: Tensor | None, usual: float, shape: tuple[int, ...]) -> Tensor:
+            return (s.new_full((1,), usual) if given is None else given).expand(shape).reshape(-1)
+
         factors, steps = (
-            torch.cat([
-                (s.new_full((1,), usual) if change[name][place] is None else change[name][place]).expand(shape).reshape(-1)
-                for name, shape in self.shapes.items()
-            ])
+            torch.cat([whole(change[name][place], usual, shape) for name, shape in self.shapes.items()])
             for place, usual in enumerate((1.0, 0.0))
         )
         last.weight.copy_(last.weight.double() * factors[:, None])
