@@ -476,9 +476,9 @@ class Search:
 
         With many components or columns the first prior is much wider than the components, so that its optimum merges some. This
         does not happen if the components are well separated: the points then determine the components with either prior. They
-        remain as they are for a choice by the likelihood, and receive the second prior without rounds otherwise. Of 1200 random
-        problems, 420 had well separated components; rounds with the second prior had the same result in 419 of them, and found a
-        higher likelihood for one with heavy tails in 32 dimensions.
+        remain as they are for a choice by the likelihood, and receive the second prior without rounds otherwise. Of 2420 random
+        problems, 483 had well separated components. Rounds with the second prior had the same result in 480 of them, a higher
+        likelihood in two with outliers or heavy tails, and a lower one in one.
         """
         if found.separated and self.prior is None:
             return found
