@@ -865,10 +865,112 @@ def test_rounds_of_well_separated_clusters_end_early(family, D, monkeypatch):
         monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
         results.append((climber.improved(found, 3), climber.work, climber.rounds))
     (fast, work, count), (slow, *others), (complete, whole_work, _) = results
-    assert fast is slow is found
+    assert fast == slow == replace(found, separated=True)
+    assert complete is found
     assert (work, count) == (3 * 6, 1) == tuple(others)
     assert whole_work > work
     assert complete.value == pytest.approx(found.value, abs=1e-5)
+
+
+def separated(seed, N, D, K):
+    """Clusters at distances of at least twelve standard deviations, which differ in all columns."""
+    rng = np.random.default_rng(seed)
+    centers = 12.0 * np.array([rng.permutation(K) for _ in range(D)]).T
+    return torch.from_numpy(centers[rng.integers(K, size=N)] + rng.standard_normal((N, D)))
+
+
+@pytest.fixture
+def every_round(monkeypatch):
+    """Function that lets searches perform second rounds even if the components are well separated."""
+    improved = Climber.improved
+    return lambda: monkeypatch.setattr(Climber, "improved", lambda *given: replace(improved(*given), separated=False))
+
+
+@pytest.mark.parametrize("prior", [None, "auto"])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("N", "D", "K"), [(90, 2, 2), (300, 10, 3), (200, 4, 3)])
+def test_well_separated_components_need_no_second_rounds(N, D, K, whole, prior, monkeypatch, every_round):
+    """The result is that of all rounds."""
+    x = separated(N, N, D, K)
+    if not whole:
+        monkeypatch.setattr(rounds, "rounds_of", lambda *_: None)
+    fast, report = start_of(x, K, prior=prior)
+    every_round()
+    slow, others = start_of(x, K, prior=prior)
+    assert report.prior
+    assert (report.rounds, others.rounds) == (1, 2)
+    assert report.sweeps < others.sweeps
+    assert_equal_mixtures(fast, slow, atol=1e-5)
+
+
+def test_a_fit_of_separated_components_reaches_the_same_optimum_without_steps_on_the_likelihood(every_round):
+    x = separated(0, 300, 10, 3)
+    fast = gk.GaussianMixture(3, random_state=0).fit(x)
+    assert fast.result_.report.start.rounds == 1
+    every_round()
+    slow = gk.GaussianMixture(3, random_state=0).fit(x)
+    assert slow.result_.report.start.sweeps > fast.result_.report.start.sweeps + 8
+    assert fast.lower_bound_ == pytest.approx(slow.lower_bound_, abs=1e-8)
+
+
+@native
+@pytest.mark.parametrize(("N", "D"), [(120, 2), (400, 8)])
+def test_a_wrong_arrangement_of_separated_clusters_is_improved(N, D, monkeypatch):
+    """One component covers two clusters, and two components share one: halves are exchanged, and no round is left out."""
+    x, K = separated(D, N, D, 4), 4
+    labels = gk.initialize(x, K).predict(x)
+    assert len(set(labels.tolist())) == K
+    truth = torch.stack([x[labels == k].mean(0) for k in range(K)])
+    shared = x[labels == 3]
+    far = shared[:, 0] > shared[:, 0].median()
+    wrong = torch.stack([x[(labels == 0) | (labels == 1)].mean(0), truth[2], shared[far].mean(0), shared[~far].mean(0)])
+    begun = Search.begun
+
+    def mixed(self, run):
+        centers = (wrong - self.plain.frame.shift) / self.plain.frame.scale
+        return self._clustered([(centers, None)])
+
+    monkeypatch.setattr(Search, "begun", mixed)
+    found, report = start_of(x, K)
+    monkeypatch.setattr(Search, "begun", begun)
+    assert report.rounds >= 2
+    gaps = (found.means[:, None] - truth).norm(dim=2)
+    assert sorted(gaps.argmin(0).tolist()) == list(range(K))
+    assert float(gaps.amin(0).max()) < 0.5
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 6])
+def test_other_numbers_of_components_than_clusters_are_searched_as_well(K, every_round):
+    """There are four separated clusters, so that components cover several of them, or share one."""
+    x = separated(4, 400, 6, 4)
+    fast = gk.initialize(x, K, generator=K)
+    every_round()
+    assert objective(fast, x) <= objective(gk.initialize(x, K, generator=K), x) + 1e-4
+
+
+@native
+@pytest.mark.parametrize("D", [2, 5, 20])
+@pytest.mark.parametrize("equal", [False, True])
+def test_components_are_split_along_their_longest_axis(D, equal, monkeypatch):
+    """The axis is that of torch. If all variances are equal there is none, and the round takes any axis."""
+    generator = torch.Generator().manual_seed(D)
+    x = torch.randn(500, D, generator=generator, dtype=torch.float64)
+    if equal:
+        corners = torch.cat([torch.eye(D), -torch.eye(D)]).double()
+        x = corners.repeat(100, 1)
+    own = searched(torch.cat([x, x + 100]), "full", 2, method=gk.EM(reg_covar=0))
+    climber = Climber(own.method, own.plain)
+    found, results = climber.climbed(own.begun(0)[0], 5, 0.0), []
+    monkeypatch.setattr(rounds, "_EARLY", (0, 0.0))
+    rounds_of = rounds.rounds_of
+    for whole in (True, False):
+        climber.rounds = 0
+        monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
+        results.append(climber.improved(found, 1))
+        assert climber.rounds == 1
+        assert results[-1].value <= found.value
+    if not equal:
+        assert_equal_mixtures(*(each.mixture for each in results))
 
 
 def test_mixtures_of_the_same_clusters_are_improved_once():

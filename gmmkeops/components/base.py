@@ -94,14 +94,20 @@ class Factor(ABC):
         return self.of(tensors, self.features)
 
     @classmethod
-    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the factor a and shift b with which each stored parameter t becomes a t + b in coordinates x / scale (D,)."""
-        return {"log_diagonal": (torch.ones_like(scale[:1]), scale.log())}
+    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """Return the factor a and shift b with which each stored parameter t becomes a t + b in coordinates x / scale (D,).
+
+        A factor of one and a shift of zero are None.
+        """
+        return {"log_diagonal": (None, scale.log())}
 
     def rescale(self, scale: Tensor) -> Factor:
         """Convert the factor to coordinates x / scale, with scale (D,); isotropic families need equal scales."""
-        change = self.rescaling(scale)
-        return self.replace(**{name: t * change[name][0] + change[name][1] for name, t in self.tensors.items()})
+        tensors = self.tensors
+        for name, (factor, shift) in self.rescaling(scale).items():
+            scaled = tensors[name] if factor is None else tensors[name] * factor
+            tensors[name] = scaled if shift is None else scaled + shift
+        return self.replace(**tensors)
 
     def scaled(self, scale: Tensor) -> Factor:
         """Multiply the factor U_k of each component by a positive number scale_k, (K or 1,)."""

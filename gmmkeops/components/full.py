@@ -60,9 +60,8 @@ class FullFactor(Factor):
         return {"log_diagonal": (leading, features), "upper": (leading, features * (features - 1) // 2)}
 
     @classmethod
-    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        row = _rows(len(scale), scale)
-        return super().rescaling(scale) | {"upper": (scale[row], scale.new_zeros(1))}
+    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        return super().rescaling(scale) | {"upper": (scale[_rows(len(scale), scale)], None)}
 
     @classmethod
     def spread_shape(cls, features: int) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class SphericalFactor(Factor):
         return cls(logs, features)
 
     @classmethod
-    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def rescaling(cls, scale: Tensor) -> dict[str, tuple[Tensor | None, Tensor | None]]:
         return super().rescaling(scale[:1])
 
     @classmethod

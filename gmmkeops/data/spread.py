@@ -55,12 +55,14 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
         ValueError: Squares of the points or of their standard deviations overflow or underflow float64.
     """
     check_range(x)
-    center, spread = _moments(x, weights)
+    whole = _moments(x, weights)
+    assert whole is not None, "no point is left out"
+    center, spread = whole
     for _ in range(_ROUNDS):
-        trimmed, core = _moments(x, weights, within=(center, 3 * spread))
-        if not bool((core < spread / 2).any()):
+        trimmed = _moments(x, weights, within=(center, 3 * spread))
+        if trimmed is None or not bool((trimmed[1] < spread / 2).any()):
             break
-        center, spread = trimmed, core
+        center, spread = trimmed
     tiny = (spread > NOISE * center.abs()) & (spread < _SMALLEST)
     if bool(tiny.any()):
         column = int(tiny.nonzero()[0, 0])
@@ -71,18 +73,26 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     return center, spread
 
 
-def _moments(x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def _moments(
+    x: Tensor, weights: Tensor | None, within: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Compute mean and standard deviation of each column (D,), for all points or those within a distance of a center.
 
-    The mean is computed first and subtracted before squaring, so that no digits are lost far from the origin.
+    The result is None if all points are within the distance, as in many small data sets, on a CPU. The mean is computed first and
+    subtracted before squaring, so that no digits are lost far from the origin.
     """
-    parts = []
+    # On a GPU, the answer would have to be waited for.
+    parts, all_within = [], within is not None and not x.is_cuda
     for i, part in enumerate(x.split(_ROWS)):
         part = part.double()
         g = part.new_ones(len(part)) if weights is None else weights[i * _ROWS : (i + 1) * _ROWS]
         if within is not None:
-            g = g * ((part - within[0]).abs_() <= within[1]).all(1)
+            kept = ((part - within[0]).abs_() <= within[1]).all(1)
+            all_within = all_within and bool(kept.all())
+            g = g * kept
         parts.append((part, g))
+    if all_within:
+        return None
     mass = _added(g.sum() for _, g in parts).clamp(min=1e-300)
     mean = _added(g @ part for part, g in parts) / mass
     if not x.is_cuda:

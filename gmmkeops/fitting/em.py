@@ -141,7 +141,8 @@ class EM(Method[EMState]):
         return given if all(isinstance(each, bool) for each in given) else None  # type: ignore[return-value]
 
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
-        objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
+        if objective.penalty is not None:
+            objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
         for name in _FROZEN:
             mask_of(getattr(self, name), mixture, name)
         if self.refine and objective.rows:

@@ -9,6 +9,7 @@ exact.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -71,18 +72,21 @@ class Frame:
             spread = torch.cat([own.square().mean().sqrt().expand_as(own), spread[len(own) :]])
         # The standard deviation of a constant column is rounding noise; it gets the largest scale of the others, or one.
         tiny = spread <= NOISE * shift.abs()
-        largest = spread.max() if bool((~tiny).any()) else torch.ones_like(spread.max())
-        spread = torch.where(tiny, largest, spread)
+        some = bool(tiny.any())
+        if some:
+            largest = torch.ones_like(spread.max()) if bool(tiny.all()) else spread.max()
+            spread = torch.where(tiny, largest, spread)
         scale = spread.log2().round().exp2()
         # Centers are rounded to multiples of the scale, so that subtraction is exact and does not depend on the sample of the
         # points. For a constant column the center itself is used, so that the column becomes zero.
-        shift = torch.where(tiny, shift, (shift / scale).round() * scale)
+        rounded_shift = (shift / scale).round() * scale
+        shift = torch.where(tiny, shift, rounded_shift) if some else rounded_shift
         return cls(shift, scale if rounded else spread, extra)
 
     @cached_property
     def log_volume(self) -> float:
         """Σ log s, nats, which is subtracted from log-densities to convert them to data units."""
-        return float(self._own(self.scale).log().sum())
+        return math.fsum(map(math.log, self._own(self.scale).tolist()))
 
     def to(self, device: torch.device) -> Frame:
         """Copy the transformation to a device."""
@@ -108,7 +112,7 @@ class Frame:
     def variances(self, variance: float) -> Tensor:
         """Convert a variance in data units to standardized coordinates (D,)."""
         if variance not in self._variances:
-            self._variances[variance] = variance / self.scale**2
+            self._variances[variance] = self.scale.square().reciprocal_().mul_(variance)
         return self._variances[variance]
 
     @cached_property
@@ -132,15 +136,17 @@ class Frame:
         """
         shift, scale = self._on(x.device)
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        changed = shift.new_zeros(len(shift))
         rows = max(1, (_NUMBERS_CUDA if x.is_cuda else _NUMBERS) // max(1, x.shape[1]))
-        for part, into in zip(x.split(rows), out.split(rows), strict=True):
+        parts = zip(x.split(rows), out.split(rows), strict=True)
+        if dtype == torch.float64:
+            for part, into in parts:
+                torch.sub(part.double(), shift, out=into).div_(scale)
+            return out, None
+        changed = shift.new_zeros(len(shift))
+        for part, into in parts:
             wide = torch.sub(part.double(), shift).div_(scale)
             into.copy_(wide)
-            if dtype != torch.float64:
-                changed = torch.maximum(changed, _largest(wide.sub_(into)))
-        if dtype == torch.float64:
-            return out, None
+            changed = torch.maximum(changed, _largest(wide.sub_(into)))
         changed = changed.to(self.shift.device)
         return out, changed if bool(changed.any()) else None
 

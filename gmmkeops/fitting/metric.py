@@ -14,15 +14,19 @@ def robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
     """Compute the covariance (D, D), float64, of standardized points (n, D), which are clipped at ten standard deviations."""
     z = z.double().clamp(-10, 10)
     g = torch.ones(len(z), dtype=torch.float64, device=z.device) if weights is None else weights
-    z = z - g @ z / g.sum()
+    mass = len(z) if weights is None else weights.sum()
+    z.sub_(g @ z / mass)
+    products = (z.mT if weights is None else z.mT * g) @ z
     # A constant column would make the covariance singular.
-    return (z.mT * g) @ z / g.sum() + 1e-6 * torch.eye(z.shape[1]).to(z)
+    products.div_(mass).diagonal().add_(1e-6)
+    return products
 
 
 def whitening(covariance: Tensor) -> Tensor:
     """Return the upper triangular matrix (D, D) by which points of a covariance are multiplied to be white."""
     lower = torch.linalg.cholesky(covariance)
-    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False).mT
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, eye, upper=False).mT
 
 
 def factor_of(root: Tensor) -> FullFactor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,12 +51,14 @@ class Found:
         value: Objective of this mixture, nats per point.
         origin: Mixture before the EM steps.
         active: Mixture of the components that are not pruned.
+        separated: Whether a round has ended early, because the halves of each component only exchanged points with each other.
     """
 
     mixture: Mixture
     value: float
     origin: Mixture
     active: Mixture
+    separated: bool = False
 
 
 def best_of(found: list[Found]) -> Found:
@@ -84,6 +86,8 @@ def without_copies(mixtures: list[Mixture]) -> list[Mixture]:
 
     Means are only equal if the components have the same points; covariances may differ by their priors.
     """
+    if len({id(mixture) for mixture in mixtures}) == 1:
+        return mixtures[:1]
     kept: dict[int, np.ndarray] = {}
     for i, mixture in enumerate(mixtures):
         means = mixture.means.cpu().numpy()
@@ -166,6 +170,8 @@ class Climber:
                 break
             other = self._round(found)
             self.rounds, left = self.rounds + 1, left - 1
+            if other is not None and other.separated:
+                return other
             if other is None or best_of([found, other]) is found:
                 break
             if self.least(other) < min(found.origin.n_features + 1, self.least(found)):
@@ -194,10 +200,15 @@ class Climber:
         if pair is not None:
             merged, reached = pair
             found = Found(reached, results.value, merged, reached)
+        if results.unchanged:
+            found = replace(found, separated=True)
         return found, results.rounds, results.ended
 
     def _round(self, found: Found) -> Found | None:
-        """Return the result of one round of several calls; None if it cannot improve the mixture."""
+        """Return the result of one round of several calls.
+
+        It is None if the round cannot improve the mixture, and the same mixture, marked as separated, if the round ends early.
+        """
         K, ended = found.origin.n_components, []
 
         def in_vain(state: EMState) -> bool:
@@ -205,7 +216,9 @@ class Climber:
             return ended[-1]
 
         twice = self._climbed(split(found.active), *_SPLIT, (_EARLY[0], in_vain)).active
-        if any(ended) or twice.n_components < K:
+        if any(ended):
+            return replace(found, separated=True)
+        if twice.n_components < K:
             return None
         return self.climbed(merged_by(twice, merge_down(twice, K).labels(K), K), *MERGED)
 

@@ -103,7 +103,7 @@ def sample_size(K: int, D: int, kind: type[Factor]) -> int:
 def prior_of(covariance: Tensor, K: int) -> CovariancePrior:
     """Return a weak prior of the covariances: D + 2 points with the covariance (D, D) of all points divided by K^(2/D)."""
     D = len(covariance)
-    return CovariancePrior(covariance / K ** (2 / D), D + 2.0)
+    return CovariancePrior.from_valid(covariance / K ** (2 / D), D + 2.0)
 
 
 def has_few_points(rows: float, mixture: Mixture) -> bool:
@@ -158,6 +158,8 @@ class Search:
         self.spread = trimmed_spread(x, weights)
         # Splits and k-means compare the columns, so that their scale must not depend on their units.
         frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False, spread=self.spread)
+        # Whether a fit by EM begins with the result.
+        self.followed = method is not None
         method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
         self.generator, self.backend, self.prior = generator, backend, prior
@@ -190,7 +192,7 @@ class Search:
     def narrowed(self, objective: Objective, mixture: Mixture) -> Objective:
         """Return an objective with a prior of the mean covariance within the components of a standardized mixture."""
         within, points = within_prior(mixture)
-        return self._with(objective, CovariancePrior(self._in_data_units(within), points))
+        return self._with(objective, CovariancePrior.from_valid(self._in_data_units(within), points))
 
     def _with(self, objective: Objective, added: CovariancePrior) -> Objective:
         return replace(objective, penalty=added if self.penalty is None else self.penalty + added)
@@ -255,13 +257,18 @@ class Search:
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            candidates = climber.sound(climber.climbs(self.begun(run), *enough))
+            begun, stays = self.begun(run), strategy == "auto" and (self.K == 1 or self.ratio < _TOO_FEW)
+            if stays and len(begun) == n_init == 1:
+                # The only candidate needs no objective by which it is chosen.
+                best = Found(begun[0], math.nan, begun[0], begun[0])
+                break
+            candidates = climber.sound(climber.climbs(begun, *enough))
             starts += candidates
             found = best_of(candidates)
             if strategy == "annealed":
                 found = self._annealed(climber, found)
-            elif strategy == "auto" and self.ratio < _TOO_FEW:
-                # A fit of fewer points than parameters stays where it begins, which is the clusters themselves.
+            elif stays:
+                # A fit of one component, or of fewer points than parameters, stays where it begins: at the clusters themselves.
                 found = Found(found.origin, found.value, found.origin, found.origin)
             elif self.doubles:
                 found = climber.improved(found, most)
@@ -461,16 +468,23 @@ class Search:
             return None
         results: list[Mixture | None] = [None] * len(found)
         for i, step in zip(own, steps, strict=True):
-            results[i] = None if step is None else Mixture(*step.reached, validate_args=False)
+            results[i] = None if step is None else Mixture.from_valid(*step.reached, validate_args=False)
         return results
 
     def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:
         """Perform rounds with a prior of the mean covariance within components.
 
-        With many components or columns the first prior is much wider than the components, so that its optimum merges some.
+        With many components or columns the first prior is much wider than the components, so that its optimum merges some. This
+        does not happen if the components are well separated: the points then determine the components with either prior. They
+        remain as they are for a choice by the likelihood, and receive the second prior without rounds otherwise. Of 2420 random
+        problems, 483 had well separated components. Rounds with the second prior had the same result in 480 of them, a higher
+        likelihood in two with outliers or heavy tails, and a lower one in one.
         """
+        if found.separated and self.prior is None:
+            return found
         narrow = Climber(self.method, self.narrowed(climber.objective, found.mixture))
-        found = narrow.improved(narrow.climbed(found.mixture, *MERGED), most)
+        climbed = narrow.climbed(found.mixture, *MERGED)
+        found = climbed if found.separated else narrow.improved(climbed, most)
         climber.work += narrow.work
         climber.rounds += narrow.rounds
         return found
@@ -485,12 +499,20 @@ class Search:
         return best_of([found, climber.climbed(state.population.whole(state.mixture), *MERGED)])
 
     def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
-        """Return the candidate with the best likelihood (and penalty) after EM steps without the prior."""
+        """Return the candidate with the best likelihood (and penalty) after EM steps without the prior.
+
+        If there is only one, of well separated components, a fit that follows reaches its optimum in one step.
+        """
         mixtures = [each.mixture for each in found]
         if self.K > _MANY:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
             mixtures[2:] = [each.origin for each in found[2:]]
-        climbed = climber.climbs(without_copies(mixtures), *_PLAIN)
+        different = without_copies(mixtures)
+        if len(different) == 1 and found[0].separated and self.followed:
+            return found[0]
+        climbed = climber.climbs(different, *_PLAIN)
+        if len(climbed) == 1:
+            return climbed[0]
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:

@@ -182,10 +182,14 @@ class GMM(nn.Module):
         first, last = cast(nn.Linear, model.network[0]), cast(nn.Linear, model.network[-1])
         first.bias.copy_(first.bias.double() + first.weight.double() @ mc)
         first.weight.copy_(first.weight.double() * sc)
-        change = {"logits": (s.new_ones(1), s.new_zeros(1)), "means": (1 / s, -m / s), **self.kind.rescaling(s)}
+        change = {"logits": (None, None), "means": (1 / s, -m / s), **self.kind.rescaling(s)}
+
+        def whole(given: Tensor | None, usual: float, shape: tuple[int, ...]) -> Tensor:
+            return (s.new_full((1,), usual) if given is None else given).expand(shape).reshape(-1)
+
         factors, steps = (
-            torch.cat([change[name][place].expand(shape).reshape(-1) for name, shape in self.shapes.items()])
-            for place in (0, 1)
+            torch.cat([whole(change[name][place], usual, shape) for name, shape in self.shapes.items()])
+            for place, usual in enumerate((1.0, 0.0))
         )
         last.weight.copy_(last.weight.double() * factors[:, None])
         last.bias.copy_(last.bias.double() * factors + steps)

@@ -77,18 +77,19 @@ def check_shapes(logits: Tensor, means: Tensor, factor: Factor) -> None:
             f"factor must be a Factor, got {type(factor).__name__}; pass Mixture(weights=..., means=..., covariances=..., "
             "covariance_type=...) for covariances."
         )
-    if means.ndim < 2 or logits.shape != means.shape[:-1] or logits.shape[-1] == 0:
+    shape = means.shape
+    if len(shape) < 2 or logits.shape != shape[:-1] or shape[-2] == 0:
         raise ValueError(
             f"logits must have shape (*B, K) and means (*B, K, D) with K > 0, got {tuple(logits.shape)} and "
             f"{tuple(means.shape)}."
         )
-    *batch, K, D = means.shape
-    if factor.features != D or factor.leading not in (1, K) or factor.batch_shape != torch.Size(batch):
+    batch, K, D = shape[:-2], shape[-2], shape[-1]
+    if factor.features != D or factor.leading not in (1, K) or factor.batch_shape != batch:
         raise ValueError(
             f"factor must have batch {tuple(batch)}, leading dimension {K} or 1 and {D} features to match the means, "
             f"got batch {tuple(factor.batch_shape)}, leading dimension {factor.leading} and {factor.features}."
         )
-    if len({logits.device, means.device, factor.device}) > 1:
+    if not logits.device == means.device == factor.device:
         raise ValueError(
             f"logits are on {logits.device}, means on {means.device} and the factor on {factor.device}; "
             "move all to one device with .to()."

@@ -160,6 +160,13 @@ class CovariancePrior(_PseudoPoints):
     covariance: Any
     points: float
 
+    @classmethod
+    def from_valid(cls, covariance: Tensor, points: float) -> CovariancePrior:
+        """Create a prior from a covariance (D, D) that is known to be symmetric and positive definite, without checks."""
+        prior = object.__new__(cls)
+        vars(prior).update(covariance=covariance, points=points)
+        return prior
+
     def __post_init__(self) -> None:
         _finite("points", self.points, 0, strict=True)
         _check_matrix("covariance", self.covariance)

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 10
+_ABI = 11
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -123,6 +123,7 @@ class RoundCall(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
         ("early", ctypes.c_int64),
         ("change", ctypes.c_double),
+        ("unchanged", ctypes.c_int64),
     )
 
 

@@ -73,6 +73,7 @@ class Rounds(NamedTuple):
         rounds: Number of rounds.
         ended: Whether no further round is to be performed. Otherwise the next one is not an ordinary one.
         work: Number of E-steps times the number of components in them.
+        unchanged: Whether the last round ended early, as ``RoundSettings.early`` describes it.
     """
 
     merged: Parameters | None
@@ -81,6 +82,7 @@ class Rounds(NamedTuple):
     rounds: int
     ended: bool
     work: int
+    unchanged: bool
 
 
 def em_climb(
@@ -182,17 +184,14 @@ def em_rounds(
     )
     _perform("gmmkeops_rounds", call, most * (2 * rounds.split[0] + rounds.merged[0]) * len(batch) * K * D, 2 * K, D)
     merged, reached = (_parameters(tables, factor, row) if call.accepted else None for row in (0, 1))
-    return Rounds(merged, reached, call.value, call.done, bool(call.ended), call.work)
+    return Rounds(merged, reached, call.value, call.done, bool(call.ended), call.work, bool(call.unchanged))
 
 
 def _rows(mixtures: Sequence[Parameters]) -> dict[str, Tensor]:
     """Return the parameters of mixtures as tables with one row for each."""
-    logits, means, factors = zip(*mixtures, strict=True)
-    tables = {"logits": torch.stack(logits), "means": torch.stack(means)}
-    parts = [factor.tensors for factor in factors]
-    for name in parts[0]:
-        tables[name] = torch.stack([tensors[name] for tensors in parts])
-    return {name: table.double() for name, table in tables.items()}
+    parts = [{"logits": logits, "means": means, **factor.tensors} for logits, means, factor in mixtures]
+    tables = {name: torch.stack([tensors[name] for tensors in parts]) for name in parts[0]}
+    return {name: table if table.dtype == torch.float64 else table.double() for name, table in tables.items()}
 
 
 def _parameters(tables: dict[str, Tensor], factor: Factor, row: int) -> Parameters:

@@ -35,6 +35,48 @@ static void eigenvectors(double* A, double* V, int64_t D) {
   }
 }
 
+// The eigenvector of the largest eigenvalue of a positive semidefinite matrix (D, D), of length one, and this eigenvalue.
+//
+// The matrix is squared and divided by its trace until it has rank one, which takes about ten products: a third of the time of all
+// eigenvectors in 20 dimensions. If the two largest eigenvalues are almost equal, all eigenvectors are computed. ``space`` holds 2 D D numbers.
+static double longest_axis(const double* A, double* axis, int64_t D, double* space) {
+  constexpr int MOST = 24;
+  double *P = space, *square = space + D * D, trace = 0, rest = 1;
+  for (int64_t i = 0; i < D; i++) trace += A[i * D + i];
+  for (int64_t i = 0; i < D * D; i++) P[i] = trace > 0 ? A[i] / trace : 0;
+  for (int step = 0; step < MOST && rest > 1e-10; step++) {
+    trace = 0;
+    for (int64_t i = 0; i < D; i++) {
+      double* row = square + i * D;
+      for (int64_t j = 0; j < D; j++) row[j] = 0;
+      for (int64_t l = 0; l < D; l++) {
+        const double factor = P[i * D + l], *other = P + l * D;
+        for (int64_t j = 0; j < D; j++) row[j] += factor * other[j];
+      }
+      trace += row[i];
+    }
+    // The trace of the square of a matrix of trace one is one if the matrix has rank one.
+    rest = 1 - trace;
+    for (int64_t i = 0; i < D * D; i++) P[i] = square[i] / trace;
+  }
+  int64_t longest = 0;
+  if (rest <= 1e-10) {
+    for (int64_t d = 1; d < D; d++) if (P[d * D + d] > P[longest * D + longest]) longest = d;
+    double length = 0;
+    for (int64_t d = 0; d < D; d++) length += P[longest * D + d] * P[longest * D + d];
+    length = std::sqrt(length);
+    for (int64_t d = 0; d < D; d++) axis[d] = P[longest * D + d] / length;
+  } else {
+    for (int64_t i = 0; i < D * D; i++) P[i] = A[i];
+    eigenvectors(P, square, D);
+    for (int64_t d = 1; d < D; d++) if (P[d * D + d] > P[longest * D + longest]) longest = d;
+    for (int64_t d = 0; d < D; d++) axis[d] = square[longest * D + d];
+  }
+  double value = 0;
+  for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++) value += axis[i] * A[i * D + j] * axis[j];
+  return value;
+}
+
 template <class F> class Leaf {
   typedef Vector<double> V;
   static constexpr int W = LANES<double>, POINTS = 64, VECTORS = POINTS / W, TOGETHER = 4;

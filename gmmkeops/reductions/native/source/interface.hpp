@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 10;
+constexpr int32_t ABI = 11;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -126,6 +126,7 @@ struct RoundCall {
   double count;                                 // effective number of points
   int64_t early;                                // number of steps after the split after which the round may end, see unchanged in rounds.hpp
   double change;                                // largest change up to which a component is considered unchanged
+  int64_t unchanged;                            // whether the last round ended since no component changed
 };
 
 // Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and
@@ -274,6 +275,8 @@ struct Kernel {
   Status (*refine)(const ListCall&, const Level&, bool last, const Lists& parents, int64_t from, int64_t to, Lists& children);
   // Eigenvectors of a symmetric matrix (D, D), in the rows of the second one; eigenvalues replace the diagonal of the first one.
   void (*eigenvectors)(double*, double*, int64_t D);
+  // The eigenvector of the largest eigenvalue, and this eigenvalue (boxes.hpp).
+  double (*longest_axis)(const double* A, double* axis, int64_t D, double* space);
   // How much a component magnifies relative rounding errors; the inverse of a Cholesky factor (matrices.hpp).
   double (*magnification)(const double* U, int64_t D, double* space);
   bool (*invert)(double* matrix, double* inverse, int64_t D, double noise);

@@ -109,14 +109,29 @@ struct Worker {
     return W;
   }
 
+  // The entropy of the labels of a merged pair, nats per point of it.
+  double entropy() const { return (share > 0 ? -share * std::log(share) : 0) + (share < 1 ? -(1 - share) * std::log(1 - share) : 0); }
+
+  // The upper bound on the cost of merging a pair of prepared components, which becomes ``whole``.
+  double bound(const Component& one, const Component& two, int64_t i, int64_t j) {
+    const double W = merge(i, j);
+    factorize(whole, mean.data(), spread.data());
+    return std::max(0.0, call.weights[i] * one.logs + call.weights[j] * two.logs - W * whole.logs);
+  }
+
+  // The lower bound on this cost, which is computed faster than the cost; for components that are all known.
+  double least(int64_t i, int64_t j) {
+    const double upper = bound((*known)[i], (*known)[j], i, j);
+    return call.points ? std::max(0.0, upper - (call.weights[i] + call.weights[j]) * entropy()) : upper;
+  }
+
   // The cost of merging a pair of components.
   double cost(int64_t i, int64_t j) {
-    const double a = call.weights[i], b = call.weights[j], W = merge(i, j);
+    const double a = call.weights[i], b = call.weights[j], W = a + b;
     if (!known) prepare(first, i), prepare(second, j);
     const Component &one = known ? (*known)[i] : first, &two = known ? (*known)[j] : second;
-    factorize(whole, mean.data(), spread.data());
-    const double bound = std::max(0.0, a * one.logs + b * two.logs - W * whole.logs);
-    if (!call.points) return bound;
+    const double upper = bound(one, two, i, j);
+    if (!call.points) return upper;
     double found = 0, own[BLOCK], other[BLOCK], merged[BLOCK];
     for (int side = 0; side < 2; side++) {
       const Component &self = side ? two : one, &rest = side ? one : two;
@@ -139,8 +154,7 @@ struct Worker {
         found += mass * ((sum + std::log(product)) / BLOCK - std::log(W)) / call.blocks;
       }
     }
-    const double entropy = (share > 0 ? -share * std::log(share) : 0) + (share < 1 ? -(1 - share) * std::log(1 - share) : 0);
-    return std::max(0.0, std::min(std::max(found, bound - W * entropy), bound));
+    return std::max(0.0, std::min(std::max(found, upper - W * entropy()), upper));
   }
 };
 

@@ -136,18 +136,16 @@ struct Climb {
 inline bool split(const RoundCall& call, const Climb& from, Climb& into, const Kernel& kernel) {
   const int64_t K = from.K, D = from.D, size = call.steps.sweep.family == FULL ? D * D : from.E;
   const bool full = call.steps.sweep.family == FULL;
-  std::vector<double> spread(size), axis(D), space(full ? 2 * D * D : 0), axes(full ? D * D : 0);
+  std::vector<double> spread(size), axis(D), space(full ? 2 * D * D : 0);
   for (int64_t k = 0; k < K; k++) {
     from.get(0, k, spread.data(), space);
     std::fill(axis.begin(), axis.end(), 0.0);
     if (full) {
-      std::vector<double> values(spread);
-      kernel.eigenvectors(values.data(), axes.data(), D);
-      int64_t longest = 0, entry = 0;
-      for (int64_t d = 1; d < D; d++) if (values[d * D + d] > values[longest * D + longest]) longest = d;
-      const double *vector = &axes[longest * D], length = std::sqrt(std::max(0.0, values[longest * D + longest]));
-      for (int64_t d = 1; d < D; d++) if (std::abs(vector[d]) > std::abs(vector[entry])) entry = d;
-      for (int64_t d = 0; d < D; d++) axis[d] = call.half * (vector[entry] < 0 ? -length : length) * vector[d];
+      const double length = std::sqrt(std::max(0.0, kernel.longest_axis(spread.data(), axis.data(), D, space.data())));
+      int64_t entry = 0;
+      for (int64_t d = 1; d < D; d++) if (std::abs(axis[d]) > std::abs(axis[entry])) entry = d;
+      const double distance = call.half * (axis[entry] < 0 ? -length : length);
+      for (int64_t d = 0; d < D; d++) axis[d] *= distance;
       for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++) spread[i * D + j] -= axis[i] * axis[j];
     } else {
       int64_t longest = call.steps.sweep.family == SPHERICAL ? k % D : 0;
@@ -180,12 +178,15 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
   std::vector<pairs::Component> components(n);
   pairs::Worker worker(pair, &components);
   std::vector<int64_t> alive(n);
+  // Costs of pairs, or lower bounds on them, which are replaced by the costs where they are the least ones. The halves of one component
+  // overlap, so that few other pairs need more than the bound: 0.20 ms instead of 0.35 ms for 8 components in 20 dimensions.
   std::vector<double> costs(n * n);
+  std::vector<char> exact(n * n, 0);
   for (int64_t k = 0; k < n; k++) alive[k] = k, worker.prepare(components[k], k);
   const int threads = double(n) * n * D * D > PARALLEL ? call.steps.sweep.threads : 1;
   const Status status = share(threads, size_t(n), [&](size_t i) {
     pairs::Worker own(pair, &components);
-    for (int64_t j = i + 1; j < n; j++) costs[i * n + j] = own.cost(i, j);
+    for (int64_t j = i + 1; j < n; j++) costs[i * n + j] = own.least(i, j);
     return DONE;
   });
   if (status != DONE) throw std::bad_alloc();
@@ -193,6 +194,10 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
     int64_t first = -1, second = -1;
     for (size_t a = 0; a < alive.size(); a++) for (size_t b = a + 1; b < alive.size(); b++)
       if (first < 0 || costs[alive[a] * n + alive[b]] < costs[first * n + second]) first = alive[a], second = alive[b];
+    if (!exact[first * n + second]) {
+      costs[first * n + second] = worker.cost(first, second), exact[first * n + second] = 1;
+      continue;
+    }
     if (halves && second != first + into.K) *halves = false;
     const double W = worker.merge(first, second);
     std::copy(worker.mean.begin(), worker.mean.end(), &means[first * D]);
@@ -201,7 +206,10 @@ inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& in
     alive.erase(std::find(alive.begin(), alive.end(), second));
     worker.prepare(components[first], first);
     for (int64_t other : alive)
-      if (other != first) costs[std::min(first, other) * n + std::max(first, other)] = worker.cost(std::min(first, other), std::max(first, other));
+      if (other != first) {
+        const int64_t i = std::min(first, other), j = std::max(first, other);
+        costs[i * n + j] = worker.least(i, j), exact[i * n + j] = 0;
+      }
   }
   for (int64_t k = 0; k < into.K; k++) {
     const int64_t from_k = alive[k];
@@ -261,14 +269,14 @@ template <class Evaluate> Status run(RoundCall& call, const Kernel& kernel, Eval
   Climb from(given, K, 1, 0), twice(given, 2 * K, call.split_steps + 1, call.split_tolerance), once(given, K, call.merged_steps + 1, call.merged_tolerance);
   const int64_t early = call.early > 0 ? std::min(call.early, twice.most) : twice.most;
   from.load(given, 0);
-  call.done = call.accepted = call.work = call.ended = 0;
+  call.done = call.accepted = call.work = call.ended = call.unchanged = 0;
   Status status = DONE;
   while (!call.ended && call.done < call.most) {
     if (!split(call, from, twice, kernel) || !twice.run(kernel, evaluate, status, 0, early)) return status;
     if (early < twice.most && twice.call.done == early && !steps::settled(twice.call, early)) {
       bool halves = false;
       if (unchanged(from, twice, early, call.change) && merge(call, twice, early, once, kernel, &halves) && halves) {
-        call.done++, call.work += 2 * K * early, call.ended = 1;
+        call.done++, call.work += 2 * K * early, call.ended = call.unchanged = 1;
         break;
       }
       if (!twice.run(kernel, evaluate, status, early, twice.most)) return status;
