@@ -237,6 +237,21 @@ def test_levels_of_few_points_are_judged_as_they_will_be_fitted():
     assert level.log_likelihood == pytest.approx(fitted.log_likelihood, abs=1e-3)
 
 
+def test_levels_that_are_not_sound_do_not_end_the_merges(monkeypatch):
+    """The criterion is compared again from the next sound level on."""
+    x, _ = clusters(2, N=400)
+    monkeypatch.setattr(Search, "degenerate", lambda self, mixture, *rest: 5 <= mixture.n_components <= 20)
+
+    def stage(K):
+        generator = torch.Generator().manual_seed(0)
+        settings = {"method": None, "penalty": None, "prior": None, "generator": generator, "backend": "auto"}
+        return (Search(x, None, K, gk.DiagonalFactor, False, **settings),), Judge(x, None, 400.0, 1.0)
+
+    levels = find_levels(stage, 60, 32)
+    assert levels.best == 2
+    assert levels.most == 32
+
+
 def test_a_sample_estimates_the_criterion_of_all_points():
     """The mean over samples, with mixtures fitted to them, is that of fits to all points."""
     generator = torch.Generator().manual_seed(0)
