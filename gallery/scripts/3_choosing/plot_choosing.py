@@ -113,8 +113,9 @@ for ax, label in ((left, "BIC (lower is better)"), (right, "remaining components
 plt.show()
 
 # %%
-# The second data set is Fisher's iris data: 150 flowers of three species, with four measurements (cm). For few points the default
-# criterion is BIC, and the best level and its neighbors are fitted to all points.
+# The second data set is Fisher's iris data: 150 flowers of three species, with four measurements (cm). For fewer than 1000 points
+# the default criterion is BIC, or AIC3 if there are fewer than ten points per parameter of a component. A component of these data
+# has 15 parameters, which is the limit, so that the criterion is BIC. The best level and its neighbors are fitted to all points.
 
 irises = load_iris()
 small = gk.analysis.select(irises.data)
