@@ -14,7 +14,7 @@ from gmmkeops.fitting.memory import as_bytes, chunk_rows, estimate_memory
 from gmmkeops.fitting.method import Evaluation, Method, check_settings
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.result import Ending, FitResult, Report, Start, StartReport, Step
-from gmmkeops.fitting.search import Search, has_few_points, has_few_points_for, sample_size, within_prior
+from gmmkeops.fitting.search import Search, has_few_points, sample_size, within_prior
 from gmmkeops.fitting.squarem import extrapolated
 from gmmkeops.fitting.state_file import known
 from gmmkeops.fitting.validation import split_off
@@ -48,7 +48,6 @@ __all__ = [
     "find_levels",
     "fit",
     "has_few_points",
-    "has_few_points_for",
     "initialize",
     "known",
     "sample_size",

@@ -43,7 +43,7 @@ from gmmkeops.fitting.rounds import CANDIDATE, MERGED, ROUNDS, Climber, Found, b
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import CovariancePrior, Penalty, as_penalty
 
-__all__ = ["Search", "clustered_size", "has_few_points", "has_few_points_for", "sample_size", "within_prior"]
+__all__ = ["Search", "clustered_size", "has_few_points", "sample_size", "within_prior"]
 
 # Points per parameter of a component below which the objective of the search contains a prior, and below which no rounds are
 # performed, since they would only fit single points.
@@ -109,11 +109,6 @@ def prior_of(covariance: Tensor, K: int) -> CovariancePrior:
 def has_few_points(rows: float, mixture: Mixture) -> bool:
     """Return whether there are fewer than ten points per parameter of a component."""
     return rows < _FEW * mixture.n_components * _parameters(type(mixture.factor), mixture.n_features)
-
-
-def has_few_points_for(rows: float, D: int, kind: type[Factor], tied: bool) -> bool:
-    """Return whether there are fewer than ten points per parameter of one component, without a covariance that is tied."""
-    return rows < _FEW * (1 + D + (0 if tied else kind.count(1, D)))
 
 
 def within_prior(mixture: Mixture) -> tuple[Tensor, float]:
