@@ -68,6 +68,34 @@ def test_criteria_and_threshold():
         gk.analysis.anomaly_threshold(mixture, x, 101)
 
 
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    # Weights (3) and means (8), and covariances: one of all components if they are tied.
+    [("full", 23), ("tied", 14), ("diag", 19), ("tied_diag", 13), ("spherical", 15), ("tied_spherical", 12)],
+)
+def test_the_penalty_of_aic3_is_three_for_each_parameter(family, parameters):
+    mixture = random_mixture(family, K=4)
+    x = mixture.sample(300, generator=seeded())
+    g = torch.rand(300, generator=seeded(1)).double()
+    for weights, total in ((None, 300.0), (g, float(g.sum()))):
+        loss = -2 * total * gk.analysis.score(mixture, x, sample_weight=weights)
+        found = gk.analysis.aic3(mixture, x, sample_weight=weights)
+        assert found == pytest.approx(loss + 3 * parameters)
+        # AIC3 equals BIC where the logarithm of the total weight is 3.
+        difference = gk.analysis.bic(mixture, x, sample_weight=weights) - found
+        assert difference == pytest.approx(parameters * (math.log(total) - 3))
+
+
+def test_a_component_without_weight_counts_in_aic3():
+    mixture = random_mixture("full", K=3)
+    x = mixture.sample(100, generator=seeded())
+    logits = torch.cat([mixture.logits, torch.full((1,), -math.inf).double()])
+    means = torch.cat([mixture.means, mixture.means[:1]])
+    covariances = mixture.factor.covariances()
+    more = gk.Mixture(logits, means, gk.FullFactor.from_covariances(torch.cat([covariances, covariances[:1]])))
+    assert gk.analysis.aic3(more, x) == pytest.approx(gk.analysis.aic3(mixture, x) + 3 * 6)
+
+
 def test_silhouette():
     generator = seeded()
     x = torch.randn(600, 2, generator=generator)

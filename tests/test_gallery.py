@@ -46,7 +46,8 @@ def choosing(output):
     assert "choosing: list: 5 components, full covariances" in output
     assert float(re.search(r"costs (\d+) times as much", output)[1]) > 10
     assert "of the 5 remaining components" in output
-    assert "choosing: irises: 2 components, full covariances" in output
+    assert "choosing: irises: 3 components, full covariances" in output
+    assert "choosing: irises by BIC: 2 components" in output
     assert float(re.search(r"adjusted Rand index ([\d.]+)", output)[1]) > 0.85
     assert 0.4 < float(re.search(r"silhouette ([\d.]+) on", output)[1]) < 0.65
 

@@ -435,6 +435,16 @@ def test_bad_input_gets_one_sentence(make, message):
         make()
 
 
+def test_covariances_of_uncorrelated_columns_are_symmetric_up_to_rounding():
+    """Those of principal components are rounding errors, whose relative differences are large."""
+    covariance = torch.diag(torch.tensor([4.0, 1.0]).double())
+    covariance[0, 1], covariance[1, 0] = 1e-17, -3e-17
+    assert P.CovariancePrior(covariance, 3.0).points == 3.0
+    covariance[0, 1] = 1e-4
+    with pytest.raises(ValueError, match="covariance must be symmetric"):
+        P.CovariancePrior(covariance, 3.0)
+
+
 def test_two_priors_on_covariances_act_as_one_with_the_sums():
     """Σ (ν + D + 1) and Σ Ψ: in the penalty, and in the fits that it leads to."""
     x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_mixture
+from sklearn.metrics import adjusted_rand_score
 
 import gmmkeops as gk
 from gmmkeops.analysis.automatic import _HeldOutJudge, _LabelJudge
 from gmmkeops.cli.main import main
 from gmmkeops.fitting import Judge, Level, Search, find_levels
 
-CRITERIA = ("bic", "aic", "icl", "icl_hard", "held_out")
+CRITERIA = ("bic", "aic", "aic3", "icl", "icl_hard", "held_out")
 
 
 def clusters(K=4, N=800, D=2, seed=0, *, step=9.0):
@@ -36,9 +37,10 @@ def test_separate_clusters_are_counted_by_every_criterion(criterion):
     x, labels = clusters()
     found = gk.analysis.select(x, criterion=criterion)
     assert found.criterion == criterion
-    # AIC is known to choose too many.
-    assert found.best.n_components == 4 or (criterion == "aic" and 4 <= found.best.n_components <= 6)
-    if criterion != "aic":
+    # AIC, and with many points AIC3, are known to choose too many.
+    many = criterion in ("aic", "aic3")
+    assert found.best.n_components == 4 or (many and 4 <= found.best.n_components <= 6)
+    if not many:
         pairs = set(zip(found.best.predict(x).tolist(), labels.tolist(), strict=True))
         assert len(pairs) == 4
 
@@ -116,11 +118,62 @@ def test_at_most_so_many_components():
 
 def test_the_default_criterion_depends_on_the_data():
     rng = np.random.default_rng(0)
-    for shape, criterion in (((300, 2), "bic"), ((2000, 2), "held_out"), ((300, 16), "held_out")):
+    # A component with a full covariance in 2, 5 or 16 columns has 6, 21 or 153 parameters.
+    for shape, criterion in (
+        ((119, 2), "aic3"),
+        ((120, 2), "bic"),
+        ((419, 5), "aic3"),
+        ((420, 5), "bic"),
+        ((999, 2), "bic"),
+        ((1000, 2), "held_out"),
+        ((999, 16), "aic3"),
+        ((1000, 16), "held_out"),
+    ):
         found = gk.analysis.select(rng.standard_normal(shape), max_components=2)
         assert found.criterion == criterion
         assert found.best.n_components == 1
     assert gk.analysis.select(rng.standard_normal((2000, 2)), [1, 2]).criterion == "bic"
+
+
+@pytest.mark.parametrize(
+    ("types", "parameters"),
+    # The mean and the weight, and the covariance if it is not tied; the least of several types.
+    [
+        (["tied"], 6),
+        (["tied_spherical"], 6),
+        (["spherical"], 7),
+        (["diag"], 11),
+        (["full"], 21),
+        (["full", "diag"], 11),
+    ],
+)
+def test_the_default_criterion_depends_on_the_parameters_of_a_component(types, parameters):
+    rng = np.random.default_rng(0)
+    for rows, criterion in ((20 * parameters - 1, "aic3"), (20 * parameters, "bic")):
+        found = gk.analysis.select(rng.standard_normal((rows, 5)), covariance_types=types, max_components=1)
+        assert found.criterion == criterion
+
+
+def test_few_points_per_parameter_are_enough_for_three_clusters():
+    """BIC joins two of three clusters, whose means in 10 columns are four standard deviations apart; AIC3 does not."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 100)
+    x = 3.0 * np.eye(10)[labels] + rng.standard_normal((300, 10)) * np.array([1.0, 0.5, 0.7])[labels, None]
+    found = gk.analysis.select(x)
+    assert found.criterion == "aic3"
+    assert found.reason.startswith("3 components: AIC3 is the lowest")
+    assert found.best.n_components == 3
+    assert adjusted_rand_score(labels, found.best.predict(x)) > 0.9
+    assert gk.analysis.select(x, criterion="bic").best.n_components == 2
+
+
+@pytest.mark.parametrize("shape", [(150, 5), (150, 13), (300, 8)])
+def test_few_points_of_one_gaussian_are_one_component(shape):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        found = gk.analysis.select(rng.standard_normal(shape) @ rng.standard_normal((shape[1], shape[1])))
+        assert found.criterion == "aic3"
+        assert found.best.n_components == 1
 
 
 # The table
@@ -139,7 +192,7 @@ def test_rows_are_levels_and_fits():
             assert row["aic"] is None
             continue
         assert row["n_components"] == result.mixture.n_components
-        for name in ("bic", "aic", "icl"):
+        for name in ("bic", "aic", "aic3", "icl"):
             assert row[name] == pytest.approx(getattr(gk.analysis, name)(result.mixture, x))
         assert row["icl_hard"] == pytest.approx(gk.analysis.icl(result.mixture, x, hard=True))
     assert found.best is found.results[found.place].mixture
@@ -202,7 +255,7 @@ def test_the_criterion_of_all_points_is_that_of_the_function():
     assert level.log_likelihood == pytest.approx(gk.analysis.score(mixture, x))
 
 
-@pytest.mark.parametrize("criterion", ["aic", "icl", "icl_hard"])
+@pytest.mark.parametrize("criterion", ["aic", "aic3", "icl", "icl_hard"])
 def test_levels_have_the_criteria_of_the_functions(criterion):
     mixture = random_mixture("full", K=3)
     x = mixture.sample(300, generator=torch.Generator().manual_seed(0))
@@ -235,6 +288,21 @@ def test_levels_of_few_points_are_judged_as_they_will_be_fitted():
     level = levels.levels[4]
     fitted = gk.fit(level.mixture, x, gk.EM(tol=1e-8, reg_covar=0), max_iter=1000)
     assert level.log_likelihood == pytest.approx(fitted.log_likelihood, abs=1e-3)
+
+
+def test_levels_that_are_not_sound_do_not_end_the_merges(monkeypatch):
+    """The criterion is compared again from the next sound level on."""
+    x, _ = clusters(2, N=400)
+    monkeypatch.setattr(Search, "degenerate", lambda self, mixture, *rest: 5 <= mixture.n_components <= 20)
+
+    def stage(K):
+        generator = torch.Generator().manual_seed(0)
+        settings = {"method": None, "penalty": None, "prior": None, "generator": generator, "backend": "auto"}
+        return (Search(x, None, K, gk.DiagonalFactor, False, **settings),), Judge(x, None, 400.0, 1.0)
+
+    levels = find_levels(stage, 60, 32)
+    assert levels.best == 2
+    assert levels.most == 32
 
 
 def test_a_sample_estimates_the_criterion_of_all_points():

@@ -6,7 +6,7 @@ between mixtures, and :func:`standard_errors` computes standard errors of the pa
 
 from gmmkeops.analysis.compare import Estimate, jensen_shannon, kl_divergence, merge, total_variation
 from gmmkeops.analysis.criteria import CRITERIA as CRITERIA
-from gmmkeops.analysis.criteria import aic, anomaly_threshold, bic, icl, score
+from gmmkeops.analysis.criteria import aic, aic3, anomaly_threshold, bic, icl, score
 from gmmkeops.analysis.path import penalty_path
 from gmmkeops.analysis.reduction import MergeTree, Reduction, reduce
 from gmmkeops.analysis.selection import Selection, select
@@ -20,6 +20,7 @@ __all__ = [
     "Selection",
     "StandardErrors",
     "aic",
+    "aic3",
     "anomaly_threshold",
     "bic",
     "icl",

@@ -3,7 +3,7 @@ r"""Scores, information criteria and anomaly thresholds of a mixture.
 .. math::
 
     \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N, \qquad \mathrm{AIC} = -2 \sum_n \log p(x_n) + 2P, \qquad
-    \mathrm{ICL} = \mathrm{BIC} + 2 \sum_n H(r_n)
+    \mathrm{AIC3} = -2 \sum_n \log p(x_n) + 3P, \qquad \mathrm{ICL} = \mathrm{BIC} + 2 \sum_n H(r_n)
 
 Here P is the number of free parameters, and H the entropy of the responsibilities of a point. With hard assignments, ICL contains
 the negative logarithm of the largest responsibility instead.
@@ -21,9 +21,9 @@ from gmmkeops._checks import accepts, as_number, renamed
 from gmmkeops.data import World, chunked, weight_unit
 from gmmkeops.models import Mixture, as_mixture
 
-__all__ = ["CRITERIA", "aic", "anomaly_threshold", "bic", "criteria", "icl", "score"]
+__all__ = ["CRITERIA", "aic", "aic3", "anomaly_threshold", "bic", "criteria", "icl", "score"]
 
-CRITERIA = ("bic", "aic", "icl", "icl_hard")
+CRITERIA = ("bic", "aic", "aic3", "icl", "icl_hard")
 
 # Maximum number of responsibilities (rows, K) in memory.
 _CHUNK = 1 << 22
@@ -77,6 +77,7 @@ class _Sums:
         return {
             "bic": bic,
             "aic": -2 * self.total * unit + 2 * parameters,
+            "aic3": -2 * self.total * unit + 3 * parameters,
             "icl": bic + 2 * self.entropies * unit,
             "icl_hard": bic + 2 * self.doubts * unit,
         }
@@ -168,6 +169,30 @@ def aic(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
         True
     """
     return _Sums.of(mixture, x, sample_weight).criteria(mixture.parameter_count)["aic"]
+
+
+def aic3(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
+    r"""Compute Akaike's criterion with the penalty for mixtures, :math:`-2 \sum_n g_n \log p(x_n) + 3 P` (lower is better).
+
+    Arguments, units and errors are as for :func:`bic`.
+
+    A superfluous component increases the likelihood by more than as many superfluous parameters of other models do: twice the
+    increase of the log-likelihood has approximately a chi-squared distribution with twice as many degrees of freedom (Wolfe
+    1971). For this distribution, Bozdogan derived a penalty of 3 for each parameter instead of 2. In contrast to the penalty of
+    BIC it does not increase with the number of points, so that AIC3 splits clusters of many points that are not Gaussian.
+
+    Reference:
+        Bozdogan 1994, *Mixture-model cluster analysis using model selection criteria and a new informational measure of
+        complexity*, Proceedings of the First US/Japan Conference on the Frontiers of Statistical Modeling 2; Andrews and Currim
+        2003, *A comparison of segment retention criteria for finite mixture logit models*, Journal of Marketing Research 40.
+
+    Example:
+        >>> import gmmkeops as gk
+        >>> m = gk.Mixture.from_parameters([1.0], [[0.0]], [1.0], "spherical")
+        >>> gk.analysis.aic3(m, [[0.0], [1.0]]) == -4 * gk.analysis.score(m, [[0.0], [1.0]]) + 3 * 2
+        True
+    """
+    return _Sums.of(mixture, x, sample_weight).criteria(mixture.parameter_count)["aic3"]
 
 
 @accepts(old={"weights": "sample_weight"})

@@ -62,7 +62,7 @@ def penalty_path(
             pseudo-points with the mean covariance of the components of the initial mixture. Without it (None), components of two
             or three points can become so narrow that no penalty of the weights prunes them.
         method: Fitting method of the fits with the penalty; EM with a tolerance of 1e-4 by default.
-        criterion: ``"bic"``, ``"aic"``, ``"icl"`` or ``"icl_hard"``.
+        criterion: ``"bic"``, ``"aic"``, ``"aic3"``, ``"icl"`` or ``"icl_hard"``.
         sample_weight: Weight of each point (N,), or None.
         generator: Random number generator, or a seed. None uses a fixed seed.
         **options: Further arguments of :func:`gmmkeops.fit` but ``checkpoint``, ``validation`` and ``context``.

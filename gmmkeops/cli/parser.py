@@ -109,8 +109,8 @@ def _add_select(commands: Any) -> None:
     )
     select.add_argument(
         "--criterion",
-        choices=("bic", "aic", "icl", "icl_hard", "held_out"),
-        help="default: held_out with -k auto, else bic; held_out requires -k auto",
+        choices=("bic", "aic", "aic3", "icl", "icl_hard", "held_out"),
+        help="default: bic; with -k auto aic3, bic or held_out, by the number of points; held_out requires -k auto",
     )
     select.add_argument(
         "--most", type=int, metavar="K", help="largest number of components with -k auto (default: 100)"

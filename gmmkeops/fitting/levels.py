@@ -182,7 +182,8 @@ def find_levels(
                     bar.set_postfix(components=n, best=best, refresh=False)
                     bar.update()
                 grows, worse = best > K // 2 and most > K, n > _SMALL and 2 * n <= best
-                if n <= K // 2 and levels[best].sound and (grows or worse):
+                # A level that is not sound is not compared, so that it does not show whether the criterion has become worse.
+                if n <= K // 2 and levels[n].sound and (grows or worse):
                     break
             if bar is not None:
                 bar.close()

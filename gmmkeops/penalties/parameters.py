@@ -185,7 +185,9 @@ def _check_matrix(name: str, value: Any) -> None:
     if not (square or (matrix.ndim == 0 and float(matrix) > 0)):
         raise ValueError(f"{name} must be a positive number or a matrix (D, D), got {_told(matrix)}.")
     check_finite(matrix, name=name)
-    if square and bool(((matrix - matrix.mT).abs() > 1e-5 * matrix.abs()).any()):
+    # Relative to the variances: covariances of uncorrelated columns are rounding errors.
+    scale = matrix.diagonal().abs().sqrt() if square else matrix
+    if square and bool(((matrix - matrix.mT).abs() > 1e-5 * scale * scale[:, None]).any()):
         raise ValueError(f"{name} must be symmetric, got an asymmetric matrix; symmetrize it with (S + S.T) / 2.")
     if square and int(torch.linalg.cholesky_ex(matrix).info) > 0:
         raise ValueError(

@@ -62,7 +62,7 @@ def selection(table: Selection, *, ax: Axes | None = None, criterion: str | None
         table: Result of :func:`gmmkeops.analysis.select`, or of :func:`gmmkeops.analysis.penalty_path`, whose criterion is
             plotted against the strength.
         ax: Matplotlib axes; None for the current axes.
-        criterion: "bic", "aic", "icl" or "icl_hard"; by default the criterion of the table.
+        criterion: "bic", "aic", "aic3", "icl" or "icl_hard"; by default the criterion of the table.
         **style: Further arguments of :meth:`matplotlib.axes.Axes.plot`.
 
     Returns:

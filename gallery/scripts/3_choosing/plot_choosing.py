@@ -113,21 +113,25 @@ for ax, label in ((left, "BIC (lower is better)"), (right, "remaining components
 plt.show()
 
 # %%
-# The second data set is Fisher's iris data: 150 flowers of three species, with four measurements (cm). For few points the default
-# criterion is BIC, and the best level and its neighbors are fitted to all points.
+# The second data set is Fisher's iris data: 150 flowers of three species, with four measurements (cm). A component has 15
+# parameters. For fewer than 1000 points and fewer than 20 per parameter the default criterion is AIC3: BIC with a penalty of 3
+# for each parameter instead of log N (about 5). The best level and its neighbors are fitted to all points.
 
 irises = load_iris()
 small = gk.analysis.select(irises.data)
 chosen = small.best
+by_bic = gk.analysis.select(irises.data, criterion="bic").best.n_components
 agree = contingency_matrix(irises.target, chosen.predict(irises.data).numpy())
 print(f"choosing: irises: {small.reason}")
 print(f"choosing: irises: {chosen.n_components} components, {chosen.factor.family} covariances; species by component:")
 print(agree)
+print(f"choosing: irises by BIC: {by_bic} components")
 
 # %%
 # For the cells, all three criteria, the list and the penalties lead to five components with full covariances, the number of
 # populations. Beyond five components, ICL increases much faster than BIC, because the additional components overlap. In the merge
 # tree, the costs increase sharply where the next merge would join two populations. For the other covariance types, BIC still
 # decreases at eight components. The silhouette is only moderate, because it depends on distances and not on the shapes of
-# clusters, and two populations are close. For the iris data, BIC is lowest for two components: one of them contains versicolor
-# and virginica, which 150 flowers are too few to separate by this criterion.
+# clusters, and two populations are close. For the iris data, AIC3 is lowest for three components, which are the three species but
+# for five flowers. BIC is lowest for two components: one of them contains versicolor and virginica, which 150 flowers are too few
+# to separate by this criterion.
