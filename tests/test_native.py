@@ -222,6 +222,20 @@ def test_calls_of_several_threads_at_the_same_time():
     assert all(torch.equal(a, b) for i, own in enumerate(found) for a, b in zip(own, expected[i % 8], strict=True))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
+def test_threads_of_a_call_serve_the_next_ones():
+    case = make_case("full", torch.float32, N=40_000, K=8, D=3, condition=10.0)
+    before, numbers = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(3)
+        for _ in range(50):
+            reductions.moments(*case.arguments, **NATIVE)
+            numbers.append(len(os.listdir("/proc/self/task")))
+    finally:
+        torch.set_num_threads(before)
+    assert numbers[0] == numbers[-1] == max(numbers)
+
+
 FORK = """
 import os, signal, threading, torch, gmmkeops as gk
 

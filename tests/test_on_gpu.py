@@ -14,6 +14,7 @@ import torch
 from conftest import needs_cuda
 
 import gmmkeops as gk
+from gmmkeops.components import transfer_memory
 
 pytestmark = [*needs_cuda, pytest.mark.filterwarnings("ignore::gmmkeops.ConvergenceWarning")]
 
@@ -45,6 +46,11 @@ METHODS = {
     "adam": gk.Adam(tol=0),
     "natural": gk.Adam(natural_gradient=True, lr=0.3, tol=0),
 }
+
+
+def test_numbers_between_the_devices_are_in_memory_that_is_used_again():
+    for device, size, locked in (("cuda", 1000, True), ("cuda", 1 << 23, False), ("cpu", 1000, False)):
+        assert transfer_memory((size,), torch.device(device)).is_pinned() == locked
 
 
 @pytest.mark.parametrize("name", METHODS)

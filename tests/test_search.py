@@ -913,6 +913,31 @@ def test_a_fit_of_separated_components_reaches_the_same_optimum_without_steps_on
     assert fast.lower_bound_ == pytest.approx(slow.lower_bound_, abs=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore::gmmkeops.ConvergenceWarning")
+def test_what_follows_a_search_begins_without_the_prior():
+    """The prior of the search is much wider than well separated components, of which a fit may perform few steps or none."""
+    x = separated(0, 300, 10, 3)
+    assert start_of(x, 3, method=gk.EM())[1].prior
+    best = gk.fit(3, x, gk.EM(tol=1e-8)).log_likelihood
+    few = [
+        gk.fit(3, x, gk.EM(max_iter=0)).log_likelihood,
+        gk.fit(3, x, gk.EM(assignment="hard", max_iter=0)).log_likelihood,
+        gk.fit(3, x, gk.EM(batch_size=100, average=True, max_iter=1)).log_likelihood,
+        gk.GaussianMixture(3, random_state=0).partial_fit(x).score(x),
+    ]
+    assert min(few) > best - 0.05
+    assert max(few) < best + 1e-6
+
+
+def test_a_penalty_counts_in_the_search_for_one_component():
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)).double() * torch.tensor([1.0, 2.0, 3.0])
+    penalty = gk.penalties.CovariancePrior(5 * torch.eye(3), 100.0)
+    optimum = gk.fit(1, x, gk.EM(tol=1e-10, reg_covar=0), penalty=penalty)
+    for found in (gk.initialize(x, 1, penalty=penalty), gk.fit(1, x, penalty=penalty, max_iter=0).mixture):
+        torch.testing.assert_close(found.covariances, optimum.mixture.covariances, rtol=1e-4, atol=1e-4)
+        assert float((found.covariances[0] - gk.initialize(x, 1).covariances[0]).abs().max()) > 0.2
+
+
 @native
 @pytest.mark.parametrize(("N", "D"), [(120, 2), (400, 8)])
 def test_a_wrong_arrangement_of_separated_clusters_is_improved(N, D, monkeypatch):
@@ -950,14 +975,16 @@ def test_other_numbers_of_components_than_clusters_are_searched_as_well(K, every
 
 @native
 @pytest.mark.parametrize("D", [2, 5, 20])
-@pytest.mark.parametrize("equal", [False, True])
-def test_components_are_split_along_their_longest_axis(D, equal, monkeypatch):
+@pytest.mark.parametrize("shape", ["any", "equal", "last"])
+def test_components_are_split_along_their_longest_axis(D, shape, monkeypatch):
     """The axis is that of torch. If all variances are equal there is none, and the round takes any axis."""
     generator = torch.Generator().manual_seed(D)
     x = torch.randn(500, D, generator=generator, dtype=torch.float64)
-    if equal:
+    if shape != "any":
         corners = torch.cat([torch.eye(D), -torch.eye(D)]).double()
         x = corners.repeat(100, 1)
+    if shape == "last":
+        x[:, -1] *= 3
     own = searched(torch.cat([x, x + 100]), "full", 2, method=gk.EM(reg_covar=0))
     climber = Climber(own.method, own.plain)
     found, results = climber.climbed(own.begun(0)[0], 5, 0.0), []
@@ -969,7 +996,7 @@ def test_components_are_split_along_their_longest_axis(D, equal, monkeypatch):
         results.append(climber.improved(found, 1))
         assert climber.rounds == 1
         assert results[-1].value <= found.value
-    if not equal:
+    if shape != "equal":
         assert_equal_mixtures(*(each.mixture for each in results))
 
 

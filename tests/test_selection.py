@@ -154,6 +154,37 @@ def test_the_default_criterion_depends_on_the_parameters_of_a_component(types, p
         assert found.criterion == criterion
 
 
+def test_rows_of_weight_zero_do_not_change_the_default_criterion():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2000, 2))
+    for points, criterion in ((100, "aic3"), (500, "bic"), (1500, "held_out")):
+        weights = (np.arange(2000) < points).astype(float)
+        assert gk.analysis.select(x, sample_weight=weights, max_components=2).criterion == criterion
+
+
+def test_criteria_of_mixtures_that_are_not_chosen_are_in_parentheses():
+    """A level with a component of very few points may have a lower criterion than the chosen one."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    found = gk.analysis.select(datasets.load_iris().data)
+    lower = [row for row in found.rows if row["aic3"] < found.rows[found.place]["aic3"]]
+    assert lower
+    assert not any(row["sound"] or row["fitted"] for row in lower)
+    assert found.reason.startswith("3 components: AIC3 is the lowest of the fits to all points")
+    assert found.reason.endswith("too small or too narrow, which are not chosen.")
+    text, page = str(found), found._repr_html_()
+    for row in found.rows:
+        cell = f"({row['aic3']:.2f})"
+        assert (cell in text) == (cell in page) == (not row["sound"])
+
+
+def test_tables_of_fits_contain_the_criterion():
+    x, _ = clusters(2)
+    found = gk.analysis.select(x, [1, 2], criterion="aic3")
+    head = str(found).splitlines()[0].split()
+    assert {"aic3", "bic", "aic", "icl"} < set(head)
+    assert "fitted" not in head
+
+
 def test_few_points_per_parameter_are_enough_for_three_clusters():
     """BIC joins two of three clusters, whose means in 10 columns are four standard deviations apart; AIC3 does not."""
     rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gmmkeops as gk
-from gmmkeops.data import trimmed_spread
+from gmmkeops.data import spread, trimmed_spread
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-100])
@@ -25,6 +25,17 @@ def test_rows_that_do_not_count_change_nothing(scale):
     center, spread = trimmed_spread(other)
     assert bool(center.isfinite().all() and spread.isfinite().all())
     assert float(spread[0]) == pytest.approx(float(expected[1][0]), rel=0.05)
+
+
+@pytest.mark.parametrize("outlier", [0, 25, 59])
+def test_outliers_in_any_part_of_the_rows_are_left_out(outlier, monkeypatch):
+    """Rows are read in parts, of which only one may contain points that are left out."""
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[outlier] = 1e6
+    whole = trimmed_spread(x)
+    monkeypatch.setattr(spread, "_ROWS", 20)
+    torch.testing.assert_close(trimmed_spread(x), whole)
+    assert float(whole[1].max()) < 2
 
 
 def test_a_fit_ignores_rows_of_weight_zero_in_a_constant_column():

@@ -15,8 +15,10 @@ from triton_binaries import all_pairs
 
 from gmmkeops import reductions
 from gmmkeops.reductions import choice
+from gmmkeops.reductions.derivatives import LogSumExp as Derivative
+from gmmkeops.reductions.dispatch import Dispatch
 from gmmkeops.reductions.problem import Exponents, factor_tensor
-from gmmkeops.reductions.protocol import Argmax, LogSumExp, PointGradient, Statistics, TopK
+from gmmkeops.reductions.protocol import Argmax, Broken, LogSumExp, PointGradient, Statistics, TopK
 from gmmkeops.reductions.triton import columns, engine, loading, partial, products, residuals, tiles, triton
 
 DEVICES = [INTERPRETED, pytest.param(("triton", "cuda"), id="triton-cuda", marks=needs_triton)]
@@ -491,44 +493,108 @@ def test_a_wrong_result_at_the_first_use_is_found(on, monkeypatch):
     assert reductions.engine(case.x, "triton") == "dense"
 
 
-def gradients(case, g, backend, **options):
+def gradients(case, g, backend, arranged=False):
     """Log-sum-exps and the gradients of their weighted sum with respect to the parameters."""
-    x, *parameters = case.arguments
-    offsets, means, factor = parameters
+    x, offsets, means, factor = case.arguments
+    if arranged:
+        x = reductions.arrange(x, len(means), 1e-6)
     leaves = [part.detach().clone().requires_grad_() for part in (offsets, means, factor_tensor(factor))]
-    values = reductions.logsumexp(x, *leaves, backend=backend, **options)
+    values = reductions.logsumexp(x, *leaves, backend=backend, truncate=None if arranged else 0)
     values.backward(g.to(values))
     return values.detach(), [leaf.grad for leaf in leaves]
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal", "lists", "far", "float64", "digits", "wide"])
+# Evaluations that are not kept, since they hold digits or a float64 copy of the points, and one after which products are faster.
+ANEW = ("digits", "products", "narrow", "wide")
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "lists", "far", "float64", *ANEW])
 def test_gradients_take_the_log_sum_exps_that_are_known(on, kind, monkeypatch):
-    family = {"full": "full", "far": "full", "float64": "full", "wide": "full", "digits": "spherical"}.get(kind, "diag")
+    family = {"diagonal": "diag", "lists": "diag", "digits": "spherical", "products": "spherical"}.get(kind, "full")
     dtype = torch.float64 if kind == "float64" else torch.float32
-    D = {"digits": 20, "wide": 12}.get(kind, 2)
-    case = make_case(family, dtype, N=1500 if kind == "lists" else 60, K=50, D=D, condition=2.0, device=on[1])
+    D = {"digits": 20, "products": 26, "wide": 12}.get(kind, 2)
+    condition = 1e5 if kind == "narrow" else 2.0
+    size = {"N": 2049, "K": 40, "spread": 60.0} if kind == "lists" else {"N": 60, "K": 50}
+    case = make_case(family, dtype, D=D, condition=condition, device=on[1], **size)
     g, computed = weights_of(case.x), []
     if kind == "far":
         case.x[7] += 1e4
-    if kind == "digits":
+    if kind in ("digits", "products"):
         monkeypatch.setattr(residuals, "_has_tensor_cores", lambda device: True)
-    if kind == "wide":
-        # Float64 products compute moments faster than the kernels, anew.
+    if kind in ("products", "wide"):
         monkeypatch.setattr(engine, "_has_fast_double", lambda device: True)
-    options = {"truncate": 1e-4 if kind == "lists" else 0}
     before = residuals.Residuals.logsumexps
     monkeypatch.setattr(residuals.Residuals, "logsumexps", lambda *given: (computed.append(1), before(*given))[1])
-    reductions.logsumexp(*case.arguments, backend="triton", **options)
-    reductions.moments(*case.arguments, backend="triton", **options)
+    reductions.logsumexp(*case.arguments, backend="triton", truncate=0)
+    reductions.moments(*case.arguments, backend="triton", truncate=0)
+    if kind == "lists":
+        # Their number of evaluations depends on the lists.
+        reductions.logsumexp(reductions.arrange(case.x, 40, 1e-6), *case.arguments[1:], backend="triton")
+        expected_number = len(computed) - 2
+    else:
+        expected_number = 2 if kind in ANEW[:3] else 1
     computed.clear()
-    found, own = gradients(case, g, "triton", **options)
-    assert len(computed) == 1
-    expected, others = gradients(case, g, "dense", **options)
-    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6 if kind != "lists" else 2e-4)
+    sums, add = [], residuals.Residuals.add_sums
+    monkeypatch.setattr(residuals.Residuals, "add_sums", lambda *given: (sums.append(given[-1]), add(*given))[1])
+    found, own = gradients(case, g, "triton", arranged=kind == "lists")
+    assert len(computed) == expected_number
+    assert (kind == "wide") == (not sums) or kind in ANEW[:2]
+    assert [schedules is not None for schedules in sums] == [kind == "lists"] * len(sums)
+    expected, others = gradients(case, g, "dense")
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=5e-6)
     # The terms of the gradients have both signs, and cancel.
-    for part, other, scale in zip(own, others, gradients(case, g.abs(), "dense", **options)[1], strict=True):
-        close = 2e-4 if kind == "lists" else 1e-5
-        assert float((part - other).abs().max()) <= close * float(scale.abs().max())
+    for part, other, scale in zip(own, others, gradients(case, g.abs(), "dense")[1], strict=True):
+        assert float((part - other).abs().max()) <= 1e-5 * float(scale.abs().max())
+
+
+def test_what_a_graph_keeps_is_small_and_is_freed(on):
+    x = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)).to(on[1])
+    means = torch.randn(50, 2, device=on[1], requires_grad=True)
+    dispatch = Dispatch(None, "triton", 0)
+    arguments = x, torch.zeros(50, device=on[1]), means, torch.ones(50, 2, device=on[1])
+    dispatch.values(*(part.detach() for part in arguments))
+    assert dispatch.evaluation is None
+    values = Derivative.of(*arguments, dispatch)
+    assert dispatch.evaluation is not None
+    assert dispatch.anew().evaluation is None
+    (values @ torch.arange(4000.0, device=on[1])).backward(retain_graph=True)
+    assert dispatch.evaluation is None
+    first = means.grad.clone()
+    (values @ torch.arange(4000.0, device=on[1])).backward()
+    torch.testing.assert_close(means.grad, 2 * first, rtol=1e-5, atol=1e-5 * float(first.abs().max()))
+
+
+def test_gradients_after_a_launch_that_failed(on, monkeypatch):
+    """The dense engine has computed the log-sum-exps, so that those of the kernels must not be used."""
+    case = make_case("full", torch.float32, N=30, condition=2.0, device=on[1])
+    reductions.logsumexp(*case.arguments, backend="triton")
+    reductions.moments(*case.arguments, backend="triton")
+    monkeypatch.setattr(loading, "_broken", [])
+
+    def failing(self, out, schedule):
+        out.fill_(-3.0)
+        loading._broken.append("a kernel cannot be launched")
+        raise Broken(loading._broken[-1])
+
+    monkeypatch.setattr(residuals.Residuals, "logsumexps", failing)
+    with pytest.warns(UserWarning, match="a kernel cannot be launched"):
+        _, own = gradients(case, weights_of(case.x), "triton")
+    _, expected = gradients(case, weights_of(case.x), "dense")
+    assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
+
+
+def test_an_engine_that_has_failed_computes_no_gradients(on, monkeypatch):
+    case = make_case("full", torch.float32, N=30, condition=2.0, device=on[1])
+    monkeypatch.setattr(loading, "_broken", [])
+    offsets, means, factor = case.arguments[1:]
+    leaf = means.clone().requires_grad_()
+    values = reductions.logsumexp(case.x, offsets, leaf, factor, backend="triton")
+    loading._broken.append("a kernel cannot be launched")
+    with pytest.warns(UserWarning, match="a kernel cannot be launched"):
+        values.sum().backward()
+    other = means.clone().requires_grad_()
+    reductions.logsumexp(case.x, offsets, other, factor, backend="dense").sum().backward()
+    assert torch.equal(leaf.grad, other.grad)
 
 
 def test_a_wrong_gradient_at_the_first_use_is_found(on, monkeypatch):

@@ -45,7 +45,7 @@ _TIE = 1e-9
 
 
 class _LabelJudge(Judge):
-    """AIC, or ICL with the entropy of the responsibilities or with hard assignments."""
+    """AIC, AIC3, or ICL with the entropy of the responsibilities or with hard assignments."""
 
     def __init__(self, criterion: str, *args: Any) -> None:
         super().__init__(*args)
@@ -150,8 +150,25 @@ class Choice:
             if n != best
         )
         named = criterion.upper().replace("_HARD", " with hard assignments")
-        least = "the lowest of the fits that were not excluded" if self.excluded else "the lowest"
-        return f"{_counted(best)}: {named} is {least} ({self.value:.1f}" + (f"; {others})." if others else ").")
+        least = (
+            "the lowest of the fits that were not excluded" if self.excluded else "the lowest of the fits to all points"
+        )
+        reason = f"{_counted(best)}: {named} is {least} ({self.value:.1f}" + (f"; {others})." if others else ").")
+        lower = (
+            n for n, level in levels.items() if n not in self.fits and level.value < self.value and not level.sound
+        )
+        if any(lower):
+            reason += (
+                " Values in parentheses are those of mixtures with a component that is too small or too narrow, which are not "
+                "chosen."
+            )
+        return reason
+
+    def is_sound(self, n: int) -> bool:
+        """Return whether no component of the mixture of n components is too small or too narrow."""
+        if n in self.fits:
+            return n not in self.excluded
+        return self.levels.levels[n].sound
 
 
 def choose(

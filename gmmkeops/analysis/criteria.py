@@ -176,10 +176,11 @@ def aic3(mixture: Mixture, x: Any, *, sample_weight: Any = None) -> float:
 
     Arguments, units and errors are as for :func:`bic`.
 
-    A superfluous component increases the likelihood by more than as many superfluous parameters of other models do: twice the
-    increase of the log-likelihood has approximately a chi-squared distribution with twice as many degrees of freedom (Wolfe
-    1971). For this distribution, Bozdogan derived a penalty of 3 for each parameter instead of 2. In contrast to the penalty of
-    BIC it does not increase with the number of points, so that AIC3 splits clusters of many points that are not Gaussian.
+    A component that is not needed increases the likelihood by more than as many such parameters of other models do: twice the
+    increase of the log-likelihood has approximately a chi-squared distribution with twice as many degrees of freedom as the
+    component has parameters, where other models have as many (Wolfe 1971). For this distribution, Bozdogan derived a penalty of 3
+    for each parameter instead of 2. In contrast to the penalty of BIC it does not increase with the number of points, so that
+    AIC3 splits clusters of many points that are not Gaussian.
 
     Reference:
         Bozdogan 1994, *Mixture-model cluster analysis using model selection criteria and a new informational measure of

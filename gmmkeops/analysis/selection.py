@@ -39,9 +39,8 @@ _WRONG = COMPONENTS | {
 # Number of points from which the default criterion is the likelihood of held-out points; that of fewer is not precise.
 _MANY_POINTS = 1000
 
-# Points per parameter of a component below which the default criterion is AIC3. In simulations with fewer than 1000 points, AIC3
-# is right in 39 % of the cases and BIC in 4 % below 10 points per parameter, and in 53 % and 32 % from 10 to 20. Beyond that,
-# AIC3 chooses too many components more often.
+# Points per parameter of a component below which the default criterion is AIC3: of 100 simulated mixtures of Gaussians with fewer
+# (bench/results/how_many.md) it is right for 63, and BIC for 32. With more points, it chooses too many components more often.
 _FEW_PER_PARAMETER = 20
 
 # Maximum number of components that is considered by default.
@@ -57,9 +56,10 @@ class Selection:
             "n_parameters", "bic", "aic", "aic3", "icl", "icl_hard" (nats, summed over all points), "n_iter", "seconds" (wall
             time), "converged", "fitted". Without a list of numbers of components there is a row for each level of the merge tree,
             and "fitted" tells whether a mixture was fitted to all points. For other levels, the criterion is an estimate from a
-            sample after a few EM steps, and other criteria are None. With the criterion "held_out", "held_out" is the mean
-            log-likelihood of held-out points (nats per point), as is "log_likelihood" of levels that were not fitted. Rows of
-            :func:`penalty_path` have the key "strength".
+            sample after a few EM steps, and other criteria are None; "sound" tells whether no component is too small or too
+            narrow. Other mixtures are not chosen; in the printed table, their criterion is in parentheses. With the criterion
+            "held_out", "held_out" is the mean log-likelihood of held-out points (nats per point), as is "log_likelihood" of
+            levels that were not fitted. Rows of :func:`penalty_path` have the key "strength".
         criterion: Name of the criterion that defines the best model.
         results: Results of the fits, in the order of the rows; None for levels that were not fitted.
         place: Index of the best row.
@@ -115,12 +115,18 @@ class Selection:
 
     def _shown(self) -> tuple[str, ...]:
         """Return the columns of the table; levels that were not fitted have only one criterion."""
-        if all(result is not None for result in self.results) and self.criterion in _SHOWN:
-            return (_SHOWN[0], "strength", *_SHOWN[1:]) if "strength" in self.rows[0] else _SHOWN
+        if all(result is not None for result in self.results):
+            shown = _SHOWN if self.criterion in _SHOWN else (*_SHOWN[:4], self.criterion, *_SHOWN[4:])
+            return (shown[0], "strength", *shown[1:]) if "strength" in self.rows[0] else shown
         return (*_SHOWN[:4], self.criterion, "fitted", *_SHOWN[-2:])
 
     def _cells(self) -> list[list[str]]:
-        return [[_cell(name, row.get(name)) for name in self._shown()] for row in self.rows]
+        cells = [[_cell(name, row.get(name)) for name in self._shown()] for row in self.rows]
+        place = self._shown().index(self.criterion)
+        for row, line in zip(self.rows, cells, strict=True):
+            # Such a mixture is not chosen, whatever the value of the criterion is.
+            line[place] = line[place] if row.get("sound", True) else f"({line[place]})"
+        return cells
 
 
 def _cell(name: str, value: Any) -> str:
@@ -177,9 +183,9 @@ def select(
         criterion: ``"bic"``, ``"aic"``, ``"aic3"``, ``"icl"`` or ``"icl_hard"`` (:func:`bic`, :func:`aic`, :func:`aic3`,
             :func:`icl`), or for ``"auto"`` ``"held_out"``: the fewest components whose mean log-likelihood of held-out points is
             lower than the highest one by at most one standard error of the difference. The default is ``"bic"`` for a list. For
-            ``"auto"`` it is ``"held_out"`` with at least 1000 points. With fewer it is ``"aic3"`` if there are fewer than twenty
-            points per parameter of a component (N < 20 P, with P parameters in its weight, its mean, and its covariance if that
-            is not tied, for every covariance type), and ``"bic"`` otherwise.
+            ``"auto"`` it is ``"held_out"`` with at least 1000 points. With fewer, let P be the number of parameters of a
+            component: its weight, its mean, and its covariance unless that is tied. The default is ``"aic3"`` if N < 20 P for
+            each of the covariance types, and ``"bic"`` otherwise. Points of weight zero do not count here.
         max_components: Largest number of components for ``"auto"``, by default 100. At most N / (2 (D + 1)) components are
             considered.
         strategy: Initial mixtures for a list of numbers, as for :func:`gmmkeops.initialize`; by default ``"auto"``.
@@ -224,7 +230,7 @@ def select(
     generator = as_generator(generator, device)
     options = options if {"verbose", "progress"} & set(options) else options | {"verbose": False}
     if criterion is None:
-        criterion = _default(points, types) if automatic else "bic"
+        criterion = _default(points, g, types) if automatic else "bic"
     as_choice(criterion, "criterion", (*CRITERIA, "held_out"))
     if criterion == "held_out" and not automatic:
         raise ValueError('criterion="held_out" requires n_components="auto"; omit the list, or pass criterion="bic".')
@@ -282,13 +288,14 @@ def refuse_single(options: dict[str, Any], name: str) -> None:
             )
 
 
-def _default(points: Any, types: list[str]) -> str:
+def _default(points: Any, weights: Tensor | None, types: list[str]) -> str:
     """Return the default criterion: the likelihood of held-out points, AIC3 for few points per parameter, or BIC.
 
     If a component has many parameters, the penalty of BIC for it, as if all points determined them, exceeds what any cluster of
     few points adds to the likelihood.
     """
-    rows, D = _rows(points), points.features if isinstance(points, Source) else points.shape[1]
+    D = points.features if isinstance(points, Source) else points.shape[1]
+    rows = _rows(points) if weights is None else int((weights > 0).sum())
     if rows >= _MANY_POINTS:
         return "held_out"
     few = [rows < _FEW_PER_PARAMETER * _parameters(kind, D) for kind in types]
@@ -358,6 +365,7 @@ def _chosen(choices: dict[str, Choice], criterion: str) -> Selection:
                 row[criterion] = -choice.values[n] if criterion == "held_out" else choice.values[n]
             elif level is not None:
                 row[criterion] = level.value
+            row["sound"] = choice.is_sound(n)
             if n == choice.best and kind == best:
                 place = len(rows)
             rows.append(row)

@@ -110,7 +110,7 @@ def _add_select(commands: Any) -> None:
     select.add_argument(
         "--criterion",
         choices=("bic", "aic", "aic3", "icl", "icl_hard", "held_out"),
-        help="default: bic; with -k auto aic3, bic or held_out, by the number of points; held_out requires -k auto",
+        help="default: held_out from 1000 points on, else aic3 (few points per parameter) or bic; for a list of numbers, bic",
     )
     select.add_argument(
         "--most", type=int, metavar="K", help="largest number of components with -k auto (default: 100)"

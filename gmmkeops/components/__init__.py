@@ -27,8 +27,8 @@ from gmmkeops.components.m_step import solve_weights as solve_weights
 from gmmkeops.components.moments import Moments
 from gmmkeops.components.parameters import gamma as gamma
 from gmmkeops.components.spherical import SphericalFactor
-from gmmkeops.components.transfer import exchanged as exchanged
 from gmmkeops.components.transfer import numbers as numbers
+from gmmkeops.components.transfer import transfer_memory as transfer_memory
 from gmmkeops.components.transfer import transferred as transferred
 
 __all__ = [

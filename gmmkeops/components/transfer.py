@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-__all__ = ["exchanged", "numbers", "transferred"]
+__all__ = ["numbers", "transfer_memory", "transferred"]
 
 # Size of the largest numbers, bytes, to a multiple of which the memory of each tensor is padded.
 _LARGEST = 8
@@ -15,14 +17,22 @@ _LARGEST = 8
 # Number of bytes from which tensors on the CPU are copied one by one, since joining them there would take longer.
 _APART = 1 << 18
 
+# Largest number of bytes of an array in page-locked memory, which other programs cannot use.
+_LOCKED = 1 << 25
 
-def exchanged(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+
+def transfer_memory(shape: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return an array of undefined numbers on the CPU, for numbers that are copied from a device or computed for it.
 
-    For a GPU it is page-locked memory, which torch keeps and uses again. Copies of 2 MB take 0.05 ms instead of 0.2 (H200); and
-    new memory of the operating system takes 1 ms at its first use, as long as an M-step for 1000 components in 16 dimensions.
+    For a GPU it is page-locked memory, which torch keeps and uses again, unless it is large. Copies of 2 MB take 0.05 ms instead
+    of 0.2 (H200); and as much new memory of the operating system takes 1 ms at its first use, as long as an M-step for 1000
+    components in 16 dimensions.
     """
-    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    if device.type == "cuda" and math.prod(shape) * dtype.itemsize <= _LOCKED:
+        # Too little memory may be left that can be locked.
+        with suppress(RuntimeError):
+            return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def numbers(*scalars: Tensor) -> list[float]:
@@ -66,7 +76,7 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device."""
     if device.type != "cpu":
         return tensor.to(device)
-    return exchanged(tensor.shape, tensor.device, tensor.dtype).copy_(tensor)
+    return transfer_memory(tensor.shape, tensor.device, tensor.dtype).copy_(tensor)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

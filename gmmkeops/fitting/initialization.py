@@ -93,9 +93,9 @@ def initialize(
         backend: ``"auto"``, ``"native"``, ``"keops"``, ``"triton"`` or ``"dense"``.
         penalty: Penalty of the fit that follows, as for :func:`gmmkeops.fit`, which counts in the objective of a search.
         prior: With fewer than ten points per parameter, a search uses weak priors of the covariances, since the likelihood
-            favors components that contain few points: first one of the covariance of all points, then, with further rounds, one
-            of the mean covariance within components. ``"auto"`` also chooses the result by this prior; None chooses the
-            candidate of the best likelihood among those that are not degenerate.
+            favors components that contain few points: first one of the covariance of all points, then, with further rounds
+            unless the components are well separated, one of the mean covariance within components. ``"auto"`` also chooses the
+            result by this prior; None chooses the candidate of the best likelihood among those that are not degenerate.
 
     Returns:
         A float64 mixture in data units. A search, which runs on a sample of at least 500 points and 20 points per parameter for

@@ -4,8 +4,8 @@ A round splits every component, performs EM steps, merges the least distinct pai
 steps again. Its result is kept only if the objective is better; it ends early if components are so well separated that their
 halves would be merged again. With few points per parameter, a prior of the covariances counts in the objective, since the
 likelihood alone would favor components that contain few points: first one of the covariance of all points, then one of the mean
-covariance within components. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000,
-*SMEM algorithm for mixture models*, Neural Computation 12.
+covariance within components, without further rounds if they are well separated. References: Zhou, Xu, Fazel and Du 2025, arXiv
+2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _MANY = 100
 
 # EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, and for those that no
 # rounds improve.
-_PLAIN, _ALONE = (100, 1e-3), (100, 1e-4)
+_PLAIN, _ALONE, _SOLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
 
 
 def clustered_size(K: int) -> int:
@@ -257,7 +257,8 @@ class Search:
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            begun, stays = self.begun(run), strategy == "auto" and (self.K == 1 or self.ratio < _TOO_FEW)
+            begun, is_plain = self.begun(run), self.K == 1 and self.penalty is None
+            stays = strategy == "auto" and (is_plain or self.ratio < _TOO_FEW)
             if stays and len(begun) == n_init == 1:
                 # The only candidate needs no objective by which it is chosen.
                 best = Found(begun[0], math.nan, begun[0], begun[0])
@@ -268,7 +269,8 @@ class Search:
             if strategy == "annealed":
                 found = self._annealed(climber, found)
             elif stays:
-                # A fit of one component, or of fewer points than parameters, stays where it begins: at the clusters themselves.
+                # A fit of one component without a penalty, or of fewer points than parameters, stays where it begins: at the
+                # clusters themselves.
                 found = Found(found.origin, found.value, found.origin, found.origin)
             elif self.doubles:
                 found = climber.improved(found, most)
@@ -501,16 +503,15 @@ class Search:
     def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior.
 
-        If there is only one, of well separated components, a fit that follows reaches its optimum in one step.
+        If there is only one, of well separated components, one step reaches its optimum, and a fit that follows improves it.
         """
         mixtures = [each.mixture for each in found]
         if self.K > _MANY:
             # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
             mixtures[2:] = [each.origin for each in found[2:]]
         different = without_copies(mixtures)
-        if len(different) == 1 and found[0].separated and self.followed:
-            return found[0]
-        climbed = climber.climbs(different, *_PLAIN)
+        is_sole = len(different) == 1 and found[0].separated and self.followed
+        climbed = climber.climbs(different, *(_SOLE if is_sole else _PLAIN))
         if len(climbed) == 1:
             return climbed[0]
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))

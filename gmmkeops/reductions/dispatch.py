@@ -95,17 +95,17 @@ def compute(
     request: Request,
     backend: str,
     instead: Request | None = None,
-    kept: list[Evaluation] | None = None,
+    evaluations: list[Evaluation] | None = None,
 ) -> Result:
     """Compute a request by the chosen engine, or by the dense one if that fails.
 
     An engine that computes log-sum-exps together with moments or point gradients in one pass computes the request ``instead``.
-    The evaluation is appended to ``kept`` if that is a list.
+    A completed evaluation is appended to ``evaluations`` if that is a list.
     """
     try:
         engine = choose(problem, request, backend)
         wanted = instead if instead is not None and engine.one_pass else request
-        return evaluate(engine, problem, wanted, blocks, kept)
+        return evaluate(engine, problem, wanted, blocks, evaluations)
     except Broken:
         pass
     # The engine is unavailable from now on, so that ``choose`` returns another one and issues a warning.
@@ -121,13 +121,12 @@ def statistics(
     seed: int = 0,
     device: torch.device | None = None,
     mass: float | None = None,
-    before: Continued | None = None,
+    evaluation: Continued | None = None,
 ) -> Moments:
     """Compute the moments for points and weights, both in kd-tree order if the points are sorted.
 
     The result is on ``device``, or on that of the points if it is None. ``mass`` is the total weight if it is known, or NaN if it
-    is not needed. ``before`` is an evaluation of the log-sum-exps of the same problem, from which it is computed if that is
-    faster.
+    is not needed. ``evaluation`` is one of the log-sum-exps of the same problem, from which they are computed if that is faster.
     """
     x, host = problem.x, problem.host
     device = device or x.device
@@ -145,16 +144,16 @@ def statistics(
     # Sums that the library converts on the CPU, and copies back, take less time than many operations on the device.
     away = x.device.type != "cpu" and (device.type == "cpu" or host is not None)
     request = Statistics(weights, assignment, seed, on_cpu=away)
-    found = None if before is None else _continued(before, request)
+    found = None if evaluation is None else _continued(evaluation, request)
     S0, S1, S2, total = found or compute(problem, blocks, request, backend)
     given = host if host is not None and host.means.device in (device, S0.device) else problem
     return Moments(S0, S1, S2, given.means + given.center, total, weight).to(device)
 
 
-def _continued(before: Continued, request: Statistics) -> Result | None:
+def _continued(evaluation: Continued, request: Statistics) -> Result | None:
     """Compute moments from an evaluation of the log-sum-exps; None if that would take longer, or if its engine fails."""
     try:
-        return before.moments(request)
+        return evaluation.moments(request)
     except Broken:
         return None
 
@@ -164,14 +163,16 @@ def _total(
     blocks: Truncation | None,
     weights: Tensor | None,
     backend: str,
-    before: Continued | None = None,
+    evaluation: Continued | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Compute Σ g ℓ and its gradients with respect to offsets, means and U, on the device of the points.
 
     The gradients of few parameters are computed on the CPU if there is a copy there, and copied to the device together.
     """
     given = problem if problem.host is None or problem.entries > _FEW else problem.host
-    sums = statistics(problem, blocks, weights, backend, device=given.means.device, mass=math.nan, before=before)
+    sums = statistics(
+        problem, blocks, weights, backend, device=given.means.device, mass=math.nan, evaluation=evaluation
+    )
     total, *gradients = transferred(
         [sums.total, *parameter_gradients(given.U, sums.S0, sums.S1, sums.S2)], problem.x.device
     )
@@ -212,7 +213,7 @@ class Dispatch:
         pointwise: Whether only gradients with respect to the points will probably follow.
         sums: Moments for weights of one, S0, S1 and S2, if they were computed together with the log-sum-exps.
         slopes: Gradients (N, D) of the log-sum-exps with respect to the points, if they were.
-        before: The evaluation of the log-sum-exps, if moments take less time from it.
+        evaluation: The evaluation of the log-sum-exps, if moments take less time from it, until they have been computed.
     """
 
     blocks: Truncation | None
@@ -224,7 +225,7 @@ class Dispatch:
     pointwise: bool = False
     sums: tuple[Tensor, Tensor, Tensor] | None = None
     slopes: Tensor | None = None
-    before: Continued | None = None
+    evaluation: Continued | None = None
 
     @classmethod
     def of(cls, x: Any, backend: str, truncate: float | None) -> Dispatch:
@@ -232,7 +233,7 @@ class Dispatch:
         return cls(x if isinstance(x, Truncation) else None, backend, truncate, isinstance(x, Batch))
 
     def anew(self) -> Dispatch:
-        return replace(self, setup=None, sums=None, slopes=None, before=None)
+        return replace(self, setup=None, sums=None, slopes=None, evaluation=None)
 
     def unordered(self, x: Tensor) -> Tensor:
         return x if self.blocks is None else self.blocks.cloud.leave(x)
@@ -249,9 +250,11 @@ class Dispatch:
             instead: Request | None = None
             if blocks is None and (self.fused or self.pointwise):
                 instead = Statistics(values=True) if self.fused else PointGradient(values=True)
-            kept: list[Evaluation] = []
-            *more, values = compute(problem, blocks, LogSumExp(), self.backend, instead, kept if self.fused else None)
-        self.before = kept[-1] if kept and not more and isinstance(kept[-1], Continued) else None
+            made: list[Evaluation] = []
+            *more, values = compute(problem, blocks, LogSumExp(), self.backend, instead, made if self.fused else None)
+        # There is none if the engine has failed.
+        own = made[0] if made and not more else None
+        self.evaluation = own if isinstance(own, Continued) and own.is_small else None
         self.sums = (more[0], more[1], more[2]) if len(more) > 1 else None
         self.slopes = more[0] if len(more) == 1 else None
         return values if blocks is None else blocks.cloud.leave(values)
@@ -268,7 +271,9 @@ class Dispatch:
         with alone(arguments[0]):
             problem, blocks = self._problem(*arguments)
             g = g.double() if blocks is None else blocks.cloud.enter(g.double())
-            return _total(problem, blocks, g, self.backend, self.before)[1]
+            # The graph may live longer than its gradients are needed.
+            evaluation, self.evaluation = self.evaluation, None
+            return _total(problem, blocks, g, self.backend, evaluation)[1]
 
     def known(self, g: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.sums is None or not len(g) or not concrete(g):

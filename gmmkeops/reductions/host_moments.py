@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gmmkeops.components import Factor, Moments, exchanged, transferred
+from gmmkeops.components import Factor, Moments, transfer_memory, transferred
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.dispatch import compute, parameter_gradients, statistics
@@ -127,8 +127,8 @@ class HostParameters:
         if any(part.dtype != torch.float64 or part.device.type != "cpu" or part.requires_grad for part in given):
             return None
         given = [part.contiguous() for part in given]
-        offsets = exchanged(logits.shape, self._device)
-        U = exchanged((1 if self._tied else len(means), *self._shape), self._device)
+        offsets = transfer_memory(logits.shape, self._device)
+        U = transfer_memory((1 if self._tied else len(means), *self._shape), self._device)
         call = self._call
         call.logits, call.means, call.log_diagonal = (part.data_ptr() for part in given[:3])
         call.upper = given[3].data_ptr() if len(given) > 3 else None

@@ -149,6 +149,10 @@ class Evaluation(Protocol):
 class Continued(Evaluation, Protocol):
     """An evaluation of log-sum-exps from which moments for the same points take less time than anew."""
 
+    @property
+    def is_small(self) -> bool:
+        """Whether it holds little memory besides the points."""
+
     def moments(self, request: Statistics) -> Result | None:
         """Compute moments for soft assignments; None if they take less time anew.
 

@@ -6,7 +6,10 @@ How many kinds of cells are in a sample? A flow cytometer measures the light of 
 kind form a cluster. The number of components K is chosen automatically: a mixture with too many components is fitted, and its
 components are merged one after the other. A criterion is computed for each of these levels, for example
 
-.. math:: \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N, \qquad \mathrm{ICL} = \mathrm{BIC} + 2 \sum_n H(r_n),
+.. math::
+
+    \mathrm{BIC} = -2 \sum_n \log p(x_n) + P \log N, \qquad \mathrm{AIC3} = -2 \sum_n \log p(x_n) + 3 P, \qquad
+    \mathrm{ICL} = \mathrm{BIC} + 2 \sum_n H(r_n),
 
 where P is the number of free parameters, and H the entropy of the responsibilities of a cell. Alternatively, the criterion is
 the mean log-likelihood of cells that were held out from the fit.
@@ -132,6 +135,6 @@ print(f"choosing: irises by BIC: {by_bic} components")
 # populations. Beyond five components, ICL increases much faster than BIC, because the additional components overlap. In the merge
 # tree, the costs increase sharply where the next merge would join two populations. For the other covariance types, BIC still
 # decreases at eight components. The silhouette is only moderate, because it depends on distances and not on the shapes of
-# clusters, and two populations are close. For the iris data, AIC3 is lowest for three components, which are the three species but
-# for five flowers. BIC is lowest for two components: one of them contains versicolor and virginica, which 150 flowers are too few
-# to separate by this criterion.
+# clusters, and two populations are close. Of the mixtures of the iris data whose components all have enough points, AIC3 is
+# lowest for three components, which are the three species except for five flowers. BIC is lowest for two components: one of them
+# contains versicolor and virginica, which 150 flowers are too few to separate by this criterion.

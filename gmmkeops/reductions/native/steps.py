@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor, exchanged
+from gmmkeops.components import DiagonalFactor, Factor, FullFactor, Moments, SphericalFactor, transfer_memory
 from gmmkeops.data import ROUNDING, Batch
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, Call, StepCall, reason, run
@@ -345,7 +345,7 @@ def tables_of(
     tensors, L = factor.tensors, factor.leading
     shapes: dict[str, Any] = {"logits": logits.shape, "means": means.shape, "counts": (L,)}
     shapes |= {name: (L, tensor.shape[-1]) for name, tensor in tensors.items()}
-    tables = {name: exchanged((count + 1, *shape), device) for name, shape in shapes.items()}
+    tables = {name: transfer_memory((count + 1, *shape), device) for name, shape in shapes.items()}
     unknown = math.nan if counts is None else counts
     first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, **tensors}
     for name, value in first.items():

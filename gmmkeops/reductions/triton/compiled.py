@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmmkeops.components import exchanged
+from gmmkeops.components import transfer_memory
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, RecordCall, reason, run
 from gmmkeops.reductions.problem import Exponents
@@ -58,8 +58,8 @@ class CompiledRecords:
         K, D = given.means.shape
         R = 1 + 2 * D + {"full": D * (D + 1) // 2, "diagonal": D, "spherical": 1}[family]
         device = problem.x.device
-        records = exchanged(((K // unroll + 1) * unroll, R), device, problem.x.dtype)
-        rest = exchanged((K, D), device)
+        records = transfer_memory(((K // unroll + 1) * unroll, R), device, problem.x.dtype)
+        rest = transfer_memory((K, D), device)
         call, _kept = _call(given, family, rest)
         call.double_points, call.records, call.record = records.dtype == torch.float64, len(records), records.data_ptr()
         _run("gmmkeops_pack", call)
@@ -76,7 +76,7 @@ class CompiledRecords:
         """
         K, D = self.rest.shape
         shape = (K, D, D) if self.family == "full" else (K,) if self.factor.shape[1:] == (1,) else (K, D)
-        results = [exchanged(shape, self.device) for shape in ((K,), (K, D), shape)]
+        results = [transfer_memory(shape, self.device) for shape in ((K,), (K, D), shape)]
         call, _kept = _call(given, self.family, self.rest)
         call.sums = sums.data_ptr()
         call.S0, call.S1, call.S2 = (part.data_ptr() for part in results)

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gmmkeops.components import exchanged, transferred
+from gmmkeops.components import transfer_memory, transferred
 from gmmkeops.reductions.cores import cores
 from gmmkeops.reductions.library import OUT_OF_MEMORY, DigitCall, reason, run
 from gmmkeops.reductions.problem import Exponents
@@ -60,7 +60,7 @@ class Arrays:
         count = sum(cls._sizes(rows, P, diagonal))
         on_cpu = device.type == "cpu"
         memory = (
-            exchanged((count,), problem.x.device, torch.uint8)
+            transfer_memory((count,), problem.x.device, torch.uint8)
             if on_cpu
             else torch.empty(count, dtype=torch.uint8, device=device)
         )
@@ -146,7 +146,7 @@ class Parameters:
         given, (_, K, D) = problem.host or problem, problem.shape
         device = problem.x.device
         arrays = Arrays.empty(problem, given.means.device)
-        found = cls(arrays, device, *(exchanged(shape, device) for shape in ((K, D), (D,), (K,))))
+        found = cls(arrays, device, *(transfer_memory(shape, device) for shape in ((K, D), (D,), (K,))))
         U = given.U
         shared = K > 1 and U.stride(0) == 0
         kept = [part.contiguous() for part in (given.offsets, given.means, U[:1] if shared else U, given.center)]
@@ -219,8 +219,8 @@ class Parameters:
     def _moments_compiled(self, sums: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
         """Convert sums on the CPU by the compiled library."""
         K, D = self.means.shape
-        S0, S1 = exchanged((K,), self.target), exchanged((K, D), self.target)
-        S2 = exchanged(S1.shape if self.arrays.diagonal else S0.shape, self.target)
+        S0, S1 = transfer_memory((K,), self.target), transfer_memory((K, D), self.target)
+        S2 = transfer_memory(S1.shape if self.arrays.diagonal else S0.shape, self.target)
         call = self._call()
         call.sums, call.unit = sums.data_ptr(), unit
         call.S0, call.S1, call.S2 = (part.data_ptr() for part in (S0, S1, S2))

@@ -23,7 +23,17 @@ from gmmkeops.reductions.dense import dense
 from gmmkeops.reductions.dense.products import has_slow_double
 from gmmkeops.reductions.library import reason
 from gmmkeops.reductions.problem import Exponents, Form, upper_factor
-from gmmkeops.reductions.protocol import Argmax, Evaluation, LogSumExp, PointGradient, Request, Result, Statistics, TopK
+from gmmkeops.reductions.protocol import (
+    Argmax,
+    Broken,
+    Evaluation,
+    LogSumExp,
+    PointGradient,
+    Request,
+    Result,
+    Statistics,
+    TopK,
+)
 from gmmkeops.reductions.triton import loading
 from gmmkeops.reductions.triton.columns import Softmax
 from gmmkeops.reductions.triton.lists import candidate_lists, checked
@@ -64,10 +74,6 @@ _PRODUCTS = {LogSumExp: (17, 25), Statistics: (9, 25), Argmax: (24, 48)}
 # On one core it takes 0.1 ms for few components, 0.35 ms for 1e4 entries and 1.2 ms for 5e4, and saves about forty kernels. The
 # compiled library takes 0.15 ms for 5e4 entries.
 _MANY = 10_000
-
-
-# Comparison of a request for the problem of an evaluation, at its first use by a form.
-_Compared = Callable[[Request, str], bool]
 
 
 class _WithForm(Evaluation, Protocol):
@@ -112,9 +118,15 @@ class Triton:
     def begin(self, problem: Exponents, request: Request) -> Evaluation:
         evaluation = _begun(problem, request)
         self._comparison.once(problem, request, evaluation.form)
-        if isinstance(evaluation, _Evaluation | _MatrixProducts):
-            evaluation.compared = partial(self._comparison.once, problem)
+        if isinstance(evaluation, _Evaluation):
+            evaluation.compare = partial(self._compare, problem)
         return evaluation
+
+    def _compare(self, problem: Exponents, request: Request, form: str) -> None:
+        """Compare the results of a request at its first use, unless the engine has failed since the evaluation began."""
+        if (failure := self.unavailable(problem.x.device)) is not None:
+            raise Broken(failure)
+        self._comparison.once(problem, request, form)
 
 
 def _begun(problem: Exponents, request: Request) -> _WithForm:
@@ -162,7 +174,6 @@ class _MatrixProducts:
     def __init__(self, problem: Exponents, request: Request) -> None:
         self.problem, self._request = problem, request
         self._evaluation: Evaluation | None = None
-        self.compared: _Compared | None = None
 
     @cached_property
     def _digits(self) -> Residuals | None:
@@ -185,12 +196,6 @@ class _MatrixProducts:
     def result(self) -> Result:
         assert self._evaluation is not None, "points have been evaluated before the result"
         return self._evaluation.result()
-
-    def moments(self, request: Statistics) -> Result | None:
-        if not isinstance(self._evaluation, _Evaluation):
-            return None
-        self._evaluation.compared = self.compared
-        return self._evaluation.moments(request)
 
     def _begun(self, schedule: Schedule | None) -> Evaluation:
         problem, request = self.problem, self._request
@@ -252,8 +257,8 @@ class _Evaluation:
         self.check: Check | None = None
         self._ranges: list[float] | None = None
         self._sums: Tensor | None = None
-        # How moments that are computed from these log-sum-exps are compared at their first use.
-        self.compared: _Compared | None = None
+        # Function that compares moments by a form, which are computed from these log-sum-exps, at their first use.
+        self.compare: Callable[[Request, str], None] | None = None
 
     @property
     def form(self) -> str:
@@ -284,13 +289,19 @@ class _Evaluation:
         self._last = schedule, minima
         return self._last
 
+    @property
+    def is_small(self) -> bool:
+        """Whether there are neither digits of the points nor a copy of them in float64."""
+        return self._kernels.products is None and self.problem.x.dtype == self._dtype
+
     def moments(self, request: Statistics) -> Result | None:
-        if _by_products(self.problem.form, request) and self._kernels.products is None:
+        if _by_products(self.problem.form, request):
             return None
         found = _Evaluation(self.problem, request, self._dtype, self._kernels)
+        # The values are read only.
         found._values, found._schedules = self._values, self._schedules
-        if self.compared is not None:
-            self.compared(request, found.form)
+        if self.compare is not None:
+            self.compare(request, found.form)
         return found.result()
 
     def _checked(self, schedule: Schedule) -> Tensor:

@@ -33,7 +33,7 @@ def evaluate(
     problem: Exponents,
     request: Request,
     blocks: Truncation | None = None,
-    kept: list[Evaluation] | None = None,
+    evaluations: list[Evaluation] | None = None,
 ) -> Result:
     """Compute a request by an engine.
 
@@ -45,23 +45,26 @@ def evaluate(
         problem: The exponents, with points in kd-tree order if there is a truncation.
         request: The request, with weights in the order of the points.
         blocks: The truncation, whose minima and certificate are updated; None to evaluate all pairs.
-        kept: List to which the evaluation is appended, or None.
+        evaluations: List to which the evaluation is appended when it has been completed, or None.
     """
-    evaluation, single = engine.begin(problem, request), request.rank > 0
-    if kept is not None:
-        kept.append(evaluation)
-    if blocks is None:
+    evaluation = engine.begin(problem, request)
+    if blocks is None or not _by_lists(evaluation, blocks, request.rank > 0):
         evaluation.add(None)
-        return evaluation.result()
-    problem = evaluation.problem
-    own = evaluation if isinstance(evaluation, OwnLists) else None
+    found = evaluation.result()
+    if evaluations is not None:
+        evaluations.append(evaluation)
+    return found
+
+
+def _by_lists(evaluation: Evaluation, blocks: Truncation, single: bool) -> bool:
+    """Evaluate candidate lists until all were long enough; False if all pairs must be evaluated."""
+    problem, own = evaluation.problem, evaluation if isinstance(evaluation, OwnLists) else None
     make = lists_of if own is None else own.lists
     schedule = blocks.begin(problem, single, make)
     if schedule is None:
-        evaluation.add(None)
-        return evaluation.result()
+        return False
     while schedule is not None:
         evaluated = evaluation.add(schedule)
         assert evaluated is not None, "an engine returns the minima of a schedule"
         schedule = blocks.again(problem, *evaluated, single, make, None if own is None else own.check)
-    return evaluation.result()
+    return True

@@ -23,7 +23,8 @@ template <class Work> Status share(int threads, size_t count, Work work) {
         else found = work(i);
         if (found != DONE) status = found;
       }
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
+      // There are no other exceptions than std::bad_alloc, and none may leave a thread.
       status = OUT_OF_MEMORY;
     }
   };

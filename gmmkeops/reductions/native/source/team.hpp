@@ -14,11 +14,12 @@
 
 namespace {
 
-// The threads of this process. Several threads may call it at the same time, also from within work.
+// The threads of this process. Several threads may call it at the same time, also from within work. As threads of OpenMP do, the
+// threads keep the affinity and the rounding mode of the call that started them.
 class Team {
  public:
-  // Calls work(data, 0) in this thread, and work(data, t) with t = 1, 2, ... in at most ``helpers`` others that are free before the
-  // first call ends. Returns when all have ended. The work must not throw.
+  // Calls work(data, 0) in this thread, and work(data, t) with t = 1, 2, ... in at most ``helpers`` others that become free before
+  // that ends. Returns when all have ended. The work must not throw.
   static void run(int helpers, void (*work)(void*, int), void* data) {
     Team& team = own();
     Job job{work, data, helpers};
@@ -27,7 +28,9 @@ class Team {
       team.jobs.push_back(&job);
       int demand = 0;
       for (const Job* each : team.jobs) demand += each->wanted - each->begun;
-      team.grow(demand - team.idle);
+      // Calls that are made at the same time, or within others, share some threads.
+      team.most = std::max(team.most, 2 * helpers);
+      team.grow(std::min(demand - team.idle, team.most - team.size));
     }
     for (int i = 0; i < helpers; i++) team.wake.notify_one();
     work(data, 0);
@@ -47,7 +50,7 @@ class Team {
   std::mutex lock;
   std::condition_variable wake;
   std::vector<Job*> jobs;
-  int idle = 0;
+  int idle = 0, size = 0, most = 0;
 
   // The team of this process. It is never deleted, since its threads wait until the process ends; a process that was forked has
   // none of the threads, and begins a new team.
@@ -77,7 +80,7 @@ class Team {
       for (; started < count; started++) std::thread(&Team::serve, this).detach();
     } catch (const std::exception&) {
     }
-    idle += std::max(started, 0);
+    idle += started, size += started;
 #ifndef _WIN32
     if (count > 0) pthread_sigmask(SIG_SETMASK, &before, nullptr);
 #endif
