@@ -527,12 +527,12 @@ def test_gradients_take_the_log_sum_exps_that_are_known(on, kind, monkeypatch):
     monkeypatch.setattr(residuals.Residuals, "logsumexps", lambda *given: (computed.append(1), before(*given))[1])
     reductions.logsumexp(*case.arguments, backend="triton", truncate=0)
     reductions.moments(*case.arguments, backend="triton", truncate=0)
-    if kind == "lists":
-        # Their number of evaluations depends on the lists.
+    expected_number = 2 if kind in ANEW[:3] else 1
+    for _ in range(2 if kind == "lists" else 0):
+        # Lists that are too short are evaluated again. The first call also compares the engines.
+        computed.clear()
         reductions.logsumexp(reductions.arrange(case.x, 40, 1e-6), *case.arguments[1:], backend="triton")
-        expected_number = len(computed) - 2
-    else:
-        expected_number = 2 if kind in ANEW[:3] else 1
+        expected_number = len(computed)
     computed.clear()
     sums, add = [], residuals.Residuals.add_sums
     monkeypatch.setattr(residuals.Residuals, "add_sums", lambda *given: (sums.append(given[-1]), add(*given))[1])
