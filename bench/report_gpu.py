@@ -85,6 +85,7 @@ def plot(record: dict[str, Any], path: Path) -> bool:
                 axis.plot(*zip(*own, strict=True), "o-", color=color, label=engine)
         axis.set(title=family, xlabel="features D", ylabel="moments, ms", yscale="log", xscale="log")
         axis.set_xticks(ticks := sorted({row["D"] for row in rows if row["family"] == family}), map(str, ticks))
+        axis.set_yticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
         axis.minorticks_off()
         axis.legend(loc="upper left")
     N, K = rows[0]["N"], rows[0]["K"]
