@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 import gmmkeops as gk
 from gmmkeops import reductions
 from gmmkeops.fitting import EM, Method, Objective
+from gmmkeops.fitting.objective import FLOOR
 from gmmkeops.fitting.ordinary import Block
 from gmmkeops.fitting.population import evaluation
+from gmmkeops.fitting.squarem import extrapolated
 
 pytestmark = pytest.mark.skipif(
     reductions.native_unavailable() is not None, reason="the native engine has not been compiled"
@@ -174,11 +177,13 @@ def test_dimensions(D, covariance_type):
     agree(own, expected)
 
 
-def test_results_do_not_depend_on_the_steps_of_a_call():
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_results_do_not_depend_on_the_steps_of_a_call(accelerate):
     x, weights = problem(seed=4)
     start = gk.initialize(x, 4, generator=1)
     own, alone = (
-        gk.fit(start, x, kind(tol=0, max_iter=30), sample_weight=weights, verbose=False) for kind in (EM, Alone)
+        gk.fit(start, x, kind(tol=0, max_iter=30, accelerate=accelerate), sample_weight=weights, verbose=False)
+        for kind in (EM, Alone)
     )
     assert own.history["objective"] == alone.history["objective"]
     for name, tensor in own.mixture.factor.tensors.items():
@@ -186,16 +191,131 @@ def test_results_do_not_depend_on_the_steps_of_a_call():
     assert torch.equal(own.mixture.means, alone.mixture.means)
 
 
-def test_pruned_components_equal_those_in_torch():
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_pruned_components_equal_those_in_torch(accelerate):
     x, _ = problem(N=200)
     far = gk.Mixture(
         weights=[0.5, 0.25, 0.25],
         means=torch.cat([x[:2], x[:1] + 1e4]),
         covariances=torch.eye(3, dtype=torch.float64).repeat(3, 1, 1),
     )
-    own, expected = fits(x, far)
+    own, expected = fits(x, far, accelerate=accelerate, max_iter=9 if accelerate else 25)
     agree(own, expected)
     assert own.report.pruned_components == (2,)
+
+
+def slow(seed=0, D=2, N=600):
+    """Points of two overlapping clusters, so that EM with three components converges slowly, and their weights."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    x[: N // 2, 0] += 1.5
+    return x, torch.rand(N, generator=generator, dtype=torch.float64) + 0.1
+
+
+def outcomes(monkeypatch):
+    """Record what iterations in torch do: True for an accepted extrapolation, False for a refused one, and None without one."""
+    found, objectives = [], []
+    look, extrapolate = EM._look, EM._extrapolate
+
+    def looking(*arguments):
+        result = look(*arguments)
+        objectives.append(result[2])
+        return result
+
+    def extrapolating(*arguments):
+        objectives.clear()
+        result = extrapolate(*arguments)
+        found.append(objectives[1] <= objectives[0] if len(objectives) == 2 else None)
+        return result
+
+    monkeypatch.setattr(EM, "_look", looking)
+    monkeypatch.setattr(EM, "_extrapolate", extrapolating)
+    return found
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reg_covar": 0.05},
+        {"assignment": "hard", "reg_covar": 0.05},
+        {"penalty": gk.penalties.InverseWishart(0.7, 5.0)},
+        {"frozen_means": True, "frozen_weights": True},
+        {"frozen_covariances": True},
+    ],
+)
+def test_accelerated_iterations_equal_those_in_torch(covariance_type, settings, monkeypatch):
+    x, weights = slow()
+    counts, seen = counted(monkeypatch), outcomes(monkeypatch)
+    start = gk.initialize(3 * x + 5, 3, covariance_type=covariance_type, generator=1)
+    # Logits need not be normalized.
+    start = gk.Mixture(start.logits + 2, start.means, start.factor)
+    own, expected = fits(3 * x + 5, start, weights, accelerate=True, max_iter=12, **settings)
+    agree(own, expected, rtol=1e-8)
+    # Iterations in the library are not seen; one that prunes a component is left to torch.
+    assert len(seen) in (12, 13)
+    assert sum(counts) >= 12
+    assert settings.get("assignment") == "hard" or True in seen
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_refused_extrapolation_equals_torch(seed, monkeypatch):
+    """With seed 1, extrapolations would be refused without the compensation for changes of the fractions."""
+    x, weights = slow(seed)
+    seen = outcomes(monkeypatch)
+    start = gk.initialize(x, 4, generator=1)
+    own, expected = fits(x, start, weights, accelerate=True, max_iter=25, reg_covar=0.05)
+    assert {True, False} <= set(seen)
+    agree(own, expected, rtol=1e-8)
+    assert max(b - a for a, b in itertools.pairwise(own.history["objective"])) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype", "rtol"), [(1, torch.float64, 1e-8), (9, torch.float64, 1e-8), (3, torch.float32, 1e-5)]
+)
+def test_accelerated_iterations_of_other_dimensions_and_precisions_equal_torch(D, dtype, rtol):
+    x, weights = slow(D=D, N=2000)
+    start = gk.initialize(x, 3, generator=1)
+    agree(*fits(x.to(dtype), start, weights, accelerate=True, max_iter=6), rtol=rtol)
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "spherical"])
+def test_an_extrapolated_covariance_is_regularized_as_in_torch(covariance_type, monkeypatch):
+    """The covariance of a component of equal points shrinks slowly at first, and is extrapolated below the smallest one."""
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:10] = 0
+    small = torch.tensor([1.0, 0.03], dtype=torch.float64)
+    covariances = small if covariance_type == "spherical" else small[:, None, None] * torch.eye(2).double()
+    start = gk.Mixture.from_parameters([0.8, 0.2], [[0.0, 0.0], [0.05, 0.0]], covariances, covariance_type)
+    low, extrapolate = [], extrapolated
+
+    def recording(*mixtures):
+        found = extrapolate(*mixtures)
+        low.append(found is not None and bool(found.factor.floored(FLOOR)[1].any()))
+        return found
+
+    monkeypatch.setattr("gmmkeops.fitting.em.extrapolated", recording)
+    own, expected = fits(x, start, accelerate=True, max_iter=8, reg_covar=0.0)
+    # Once in the fit in torch, and once in that by the library, which leaves the iteration to torch.
+    assert sum(low) == 2
+    agree(own, expected, rtol=1e-7)
+
+
+def test_the_result_of_accelerated_iterations_is_evaluated_by_one_pass(monkeypatch):
+    x, _ = problem()
+    start, counts = gk.initialize(x, 4, generator=1), counted(monkeypatch)
+    accelerated, steps = [], reductions.em_steps
+
+    def recording(*arguments, **settings):
+        accelerated.append(arguments[4].accelerate)
+        return steps(*arguments, **settings)
+
+    monkeypatch.setattr(reductions, "em_steps", recording)
+    result = gk.fit(start, x, EM(tol=0.0, max_iter=9, accelerate=True), verbose=False)
+    assert counts == [4, 4, 1, 1]
+    assert accelerated == [True, True, True, False]
+    again = gk.fit(result.mixture, x, EM(tol=0.0, max_iter=0), verbose=False)
+    assert result.log_likelihood == pytest.approx(again.log_likelihood, rel=1e-12)
 
 
 def m_steps(monkeypatch, x, start, weights=None, max_iter=15, penalty=None, **settings):
@@ -251,13 +371,14 @@ def test_m_steps_that_prune_are_left_to_torch(monkeypatch):
     assert sum(counts) == len(counts) - 1
 
 
+@pytest.mark.parametrize("accelerate", [False, True])
 @pytest.mark.parametrize("covariance_type", ["full", "diag", "spherical"])
-def test_singular_covariances_equal_those_in_torch(covariance_type):
+def test_singular_covariances_equal_those_in_torch(covariance_type, accelerate):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 3, generator=generator, dtype=torch.float64)
     x[:20] = x[0] + 20
     start = gk.initialize(x, 2, covariance_type=covariance_type, generator=1)
-    own, expected = fits(x, start, reg_covar=0.0, max_iter=8)
+    own, expected = fits(x, start, reg_covar=0.0, max_iter=8, accelerate=accelerate)
     agree(own, expected, rtol=1e-7)
     assert own.report.regularized_components
 
@@ -285,34 +406,34 @@ def test_coarse_points_are_converted_as_in_torch():
     agree(own, expected, rtol=1e-6)
 
 
-def test_convergence_and_callbacks_see_every_step():
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_convergence_and_callbacks_see_every_step(accelerate):
     x, _ = problem(seed=5)
-    start = gk.initialize(x, 4, generator=1)
+    start, method = gk.initialize(x, 4, generator=1), EM(tol=0, max_iter=40, accelerate=accelerate)
     seen = []
-    result = gk.fit(
-        start, x, EM(tol=0, max_iter=40), callback=lambda step: seen.append(step) or step.iteration == 20, verbose=False
-    )
+    result = gk.fit(start, x, method, callback=lambda step: seen.append(step) or step.iteration == 20, verbose=False)
     assert result.n_iter == len(seen) == 21
     for step in (seen[0], seen[7], seen[20]):
         again = gk.fit(step.mixture, x, EM(tol=0, max_iter=0), verbose=False)
         assert again.log_likelihood == pytest.approx(step.log_likelihood, rel=1e-9)
-    own, expected = fits(x, start, max_iter=500, tol=1e-3)
+    own, expected = fits(x, start, max_iter=500, tol=1e-3, accelerate=accelerate)
     assert own.n_iter == expected.n_iter
     assert own.converged
 
 
-def test_a_checkpoint_within_a_call_resumes_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_a_checkpoint_within_a_call_resumes_with_the_same_bits(tmp_path, accelerate):
     x, _ = problem(seed=6)
-    start = gk.initialize(x, 4, generator=1)
-    whole = gk.fit(start, x, EM(tol=0, max_iter=30), verbose=False)
+    start, method = gk.initialize(x, 4, generator=1), EM(tol=0, max_iter=30, accelerate=accelerate)
+    whole = gk.fit(start, x, method, verbose=False)
     path = os.fspath(tmp_path / "fit.ckpt")
 
     def stop(step):
         if step.iteration == 12:
             raise KeyboardInterrupt
 
-    gk.fit(start, x, EM(tol=0, max_iter=30), callback=stop, checkpoint=path, verbose=False)
-    resumed = gk.fit(start, x, EM(tol=0, max_iter=30), checkpoint=path, verbose=False)
+    gk.fit(start, x, method, callback=stop, checkpoint=path, verbose=False)
+    resumed = gk.fit(start, x, method, checkpoint=path, verbose=False)
     assert resumed.n_iter == 30
     assert resumed.history["objective"] == whole.history["objective"]
     assert torch.equal(resumed.mixture.means, whole.mixture.means)
@@ -326,7 +447,8 @@ def test_no_step_for_other_engines(monkeypatch):
     assert sum(counts) == 0
 
 
-def test_threads_change_no_bit_of_steps_in_many_dimensions():
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_threads_change_no_bit_of_steps_in_many_dimensions(accelerate):
     """Factorizations are shared between threads from about a million operations on."""
     x, _ = problem(D=48, K=20, N=3000)
     start = gk.Mixture(
@@ -336,7 +458,8 @@ def test_threads_change_no_bit_of_steps_in_many_dimensions():
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(gk.fit(start, x, EM(tol=0, max_iter=4, reg_covar=1e-3), verbose=False).mixture)
+            method = EM(tol=0, max_iter=4, reg_covar=1e-3, accelerate=accelerate)
+            found.append(gk.fit(start, x, method, verbose=False).mixture)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0].means, found[1].means)

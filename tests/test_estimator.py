@@ -139,7 +139,8 @@ def test_starts_and_restarts(X):
     one = [gk.GaussianMixture(6, random_state=s, max_iter=200).fit(X).lower_bound_ for s in range(5)]
     for seed in range(5):
         many = gk.GaussianMixture(6, random_state=seed, n_init=5, max_iter=200).fit(X)
-        assert many.lower_bound_ >= one[seed] - 1e-12
+        # The search stops at objectives that differ by less than 1e-3 from the best one.
+        assert many.lower_bound_ >= one[seed] - 1e-3
     for init in ("kmeans", "k-means++", "kpp", "random", "random_from_data", "points"):
         a, b = (gk.GaussianMixture(3, init_params=init, random_state=3, max_iter=500).fit(X) for _ in range(2))
         assert np.array_equal(a.means_, b.means_)

@@ -389,6 +389,46 @@ def test_many_points_have_no_prior():
     assert not has_few_points(300, a)
 
 
+@pytest.mark.parametrize("seed", [4, 9, 11])
+def test_a_search_with_many_points_ends_at_an_optimum(seed, monkeypatch):
+    x = overlapping(seed)
+    method = gk.EM(accelerate=True, tol=1e-8, reg_covar=0)
+    for accelerates in (True, False):
+        if not accelerates:
+            monkeypatch.setattr(Search, "_accelerated", lambda self, climber, found: found)
+        start = gk.initialize(x, 6)
+        gain = objective(start, x) - gk.fit(start, x, method, max_iter=500).objective
+        assert gain < 5e-5 if accelerates else gain > 3e-3
+
+
+def test_a_search_with_few_points_has_no_accelerated_iterations(monkeypatch):
+    seen, accelerated = [], Search._accelerated
+
+    def spy(self, climber, found):
+        seen.append(len(self.x))
+        return accelerated(self, climber, found)
+
+    monkeypatch.setattr(Search, "_accelerated", spy)
+    x = overlapping()
+    for count in (299, 300):
+        gk.initialize(x[:count], 5)
+    assert seen == [300]
+
+
+def test_an_accelerated_result_with_a_degenerate_component_is_rejected(monkeypatch):
+    search = searched(overlapping(4), "full", 6)
+    climber = search.climber()
+    found = climber.climbs(search.begun(0), 15, 1e-3)[0]
+    reached = search._accelerated(climber, found)
+    assert reached.value < found.value - 1e-3
+    for bad in ((reached,), (reached, found)):
+        means = [each.mixture.means for each in bad]
+        monkeypatch.setattr(
+            Search, "degenerate", lambda self, mixture, means=means: any(torch.equal(mixture.means, m) for m in means)
+        )
+        assert search._accelerated(climber, found) is found
+
+
 def special():
     rng = np.random.default_rng(0)
     normal = rng.standard_normal((60, 2))
@@ -507,6 +547,7 @@ def test_several_initializations_end_early():
 def test_initializations_end_when_the_best_optimum_recurs_or_nothing_is_better_in_four_runs(monkeypatch, values, runs):
     rest = iter(values)
     monkeypatch.setattr(Climber, "improved", lambda self, found, most: replace(found, value=float(next(rest))))
+    monkeypatch.setattr(Search, "_accelerated", lambda self, climber, found: found)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(900, 2)))
     _, report = start_of(x, 2, n_init=len(values))
     assert report.candidates == 2 * runs
@@ -534,7 +575,8 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
     def spy_climb(batch, starts, settings, **options):
         found = em_climb(batch, starts, settings, **options)
         if not settings.bare:
-            sweeps.extend(each.steps * len(starts[0][1]) for each in found or () if each)
+            each_step = (3 if settings.accelerate else 1) * len(starts[0][1])
+            sweeps.extend(each.steps * each_step for each in found or () if each)
         return found
 
     def spy_steps(batch, logits, means, factor, settings, **options):
@@ -1268,7 +1310,7 @@ def test_the_best_sound_candidate_is_that_of_all_sound_ones():
 
 @native
 def test_large_clusters_are_not_regularized():
-    x, _ = clumps(2, 4000, False)
+    x, _ = clumps(2, 2000, False)
     search = searched(x, "full", 3)
     for mixture in search.begun(0):
         labels = mixture.predict(search.plain.data.x)

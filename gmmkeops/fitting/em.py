@@ -177,7 +177,8 @@ class EM(Method[EMState]):
 
     def evaluate(self, objective: Objective, state: EMState) -> Evaluation:
         if self.assignment == "soft" and (self.average is False or state.average is None):
-            block = Block.of(self, objective, state, limit=1)
+            # A plain step takes one pass over the points, and an accelerated one up to three.
+            block = Block.of(replace(self, accelerate=False), objective, state, limit=1)
             if block is not None:
                 return block.evaluation(state, 0)
         return evaluation(objective, state.population, self._active(objective, state), state.floored)

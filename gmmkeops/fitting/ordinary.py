@@ -153,7 +153,7 @@ class BlockSteps(Iterator[tuple[EMState, Evaluation]]):
     def __init__(self, method: EM, objective: Objective, state: EMState, most: int) -> None:
         self.method, self.objective, self.state = method, objective, state
         # The E-step after the last step evaluates the result.
-        self._left = most + 1
+        self._left = most if method.accelerate else most + 1
         self._block: Block | None = None
         self._done = self._pause = 0
 
@@ -194,11 +194,11 @@ def _settings(
 
     ``beta`` is the inverse temperature.
     """
-    if method.accelerate or method.assignment == "stochastic":
+    if method.assignment == "stochastic" or (method.accelerate and objective.data.device != objective.device):
         return None
     settings = _constants(method, objective, mixture, beta)
     batch = None if settings is None else objective.whole()
-    return None if settings is None or batch is None else (batch, settings)
+    return None if settings is None or batch is None else (batch, replace(settings, accelerate=method.accelerate))
 
 
 def _constants(method: EM, objective: Objective, mixture: Mixture, beta: float) -> reductions.StepSettings | None:

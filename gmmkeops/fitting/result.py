@@ -56,7 +56,8 @@ class StartReport:
         strategy: Name of the strategy.
         candidates: Number of candidates from which the search started.
         rounds: Number of rounds of splitting and merging.
-        sweeps: Number of E-steps over K components and all points of the sample; E-steps with 2K components count twice.
+        sweeps: Number of E-steps over K components and all points of the sample; E-steps with 2K components count twice,
+            and an accelerated iteration counts as three E-steps.
         points: Number of points of the sample.
         rows: Number of all points.
         prior: Whether the objective of the search contained a prior of the covariances.

@@ -102,7 +102,7 @@ class Climber:
     """EM steps and rounds for one objective.
 
     Args:
-        method: EM without stepwise passes, annealing or extrapolation.
+        method: EM without stepwise passes or annealing.
         objective: The objective.
 
     Attributes:

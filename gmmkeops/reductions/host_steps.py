@@ -98,7 +98,13 @@ def _on_device(
 ) -> Steps | None:
     """Perform steps for points on another device than the parameters; None if the library does not perform their M-steps."""
     assert isinstance(batch.points, Tensor), "sorted points have no ordinary steps"
-    if settings.bare or settings.pool is not None or not maximizes(factor) or means.device.type != "cpu":
+    if (
+        settings.bare
+        or settings.accelerate
+        or settings.pool is not None
+        or not maximizes(factor)
+        or means.device.type != "cpu"
+    ):
         return None
     K, D = means.shape
     parameters = HostParameters.of(factor, K, batch)

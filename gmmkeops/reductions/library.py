@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 11
+_ABI = 12
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -73,7 +73,7 @@ class StepCall(ctypes.Structure):
         ("sweep", Call),
         *(
             (name, ctypes.c_int32)
-            for name in ("tied", "fixed_weights", "fixed_means", "fixed_covariances", "bare", "unused")
+            for name in ("tied", "fixed_weights", "fixed_means", "fixed_covariances", "bare", "accelerated")
         ),
         *((name, ctypes.c_int64) for name in ("steps", "done")),
         *(

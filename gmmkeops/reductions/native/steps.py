@@ -1,7 +1,8 @@
 """EM steps in the compiled library, for ordinary steps on a CPU: several steps without the interpreter between them.
 
 A step is ordinary if it needs no prior but a constant one, prunes no component, finds no singular covariance, and if all points
-have a finite log-density. All other steps are left to the M-step in torch, which this one equals up to rounding.
+have a finite log-density. All other steps are left to the M-step in torch, which this one equals up to rounding. If steps are
+accelerated by SQUAREM, each one consists of two or three EM steps, and is ordinary if all of them are.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class StepSettings:
         degrees: Number of these pseudo-points.
         bare: Whether the logits are the offsets of the exponents, as in k-means, rather than log-weights.
         pool: How covariances are averaged with a pooled one; None if they are not.
+        accelerate: Whether each step is an iteration of accelerated EM, which takes up to three passes over the points. The
+            M-step alone does not depend on it.
     """
 
     mass: float
@@ -92,6 +95,7 @@ class StepSettings:
     degrees: float = 0.0
     bare: bool = False
     pool: Pool | None = None
+    accelerate: bool = False
 
 
 class Steps:
@@ -155,13 +159,14 @@ def em_steps(
         return None
     call, _kept = own
     (N, D), K, full = batch.points.shape, len(means), factor.coupled
-    work = N * K * (D * (D + 8) if full else D + 8)
+    passes = 3 if settings.accelerate else 1
+    work = passes * N * K * (D * (D + 8) if full else D + 8)
     count = max(1, min(most, int(_WORK / max(work, 1)))) if limit is None else limit
     call.tolerance, call.relative = tolerance, relative
     tables = tables_of(count, logits, means, factor, counts, drift)
     call.steps = count
     _place(call, tables, 0)
-    _run("gmmkeops_steps", call, is_long=count * N * K * D >= LONG)
+    _run("gmmkeops_steps", call, is_long=count * passes * N * K * D >= LONG)
     return results(tables, factor, call.done)
 
 
@@ -291,6 +296,7 @@ def described(
         doubles=numbers.data_ptr() + numbers.element_size(),
     )
     call, kept = _described(sweep, factor, settings, mass)
+    call.accelerated = settings.accelerate
     call.rounding = None if rounding is None else rounding.data_ptr()
     return call, [x, weights, rounding, values, numbers, *kept]
 

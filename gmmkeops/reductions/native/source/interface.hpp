@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 11;
+constexpr int32_t ABI = 12;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -44,7 +44,8 @@ struct Call {
 struct StepCall {
   Call sweep;
   int32_t tied, fixed_weights, fixed_means, fixed_covariances;
-  int32_t bare, unused;     // whether the offsets are the logits themselves, as in k-means
+  int32_t bare;             // whether the offsets are the logits themselves, as in k-means
+  int32_t accelerated;      // whether each step is an iteration of SQUAREM, see squarem.hpp
   int64_t steps, done;      // steps that are asked for, and those that were performed
   double mass, scale;       // total weight of all points, and its ratio to the weight of the points of the sweep
   double least;             // smallest weight of a component that is not pruned

@@ -15,8 +15,8 @@
 #include "records.hpp"
 #include "rounds.hpp"
 #include "seeds.hpp"
+#include "sequence.hpp"
 #include "share.hpp"
-#include "steps.hpp"
 #include "tree.hpp"
 
 #if defined(__x86_64__)

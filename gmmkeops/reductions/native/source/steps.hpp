@@ -13,6 +13,13 @@ namespace steps {
 
 constexpr double LOG_TWO_PI = 1.8378770664093453;
 
+inline double log_sum_exp(const double* values, int64_t count) {
+  double largest = -INFINITY, sum = 0;
+  for (int64_t k = 0; k < count; k++) largest = std::max(largest, values[k]);
+  for (int64_t k = 0; k < count; k++) sum += std::exp(values[k] - largest);
+  return largest + std::log(sum);
+}
+
 // The objective before step t as in ordinary.py, without the drift and what is the same for all mixtures, nats per point.
 inline double objective(const StepCall& call, int64_t t) {
   return (call.prior[t] - call.total[t] * call.scale) / call.mass + call.cost[t];
@@ -23,7 +30,7 @@ struct Steps {
   const Kernel& kernel;
   const int64_t K, D, L;          // components, dimensions, covariances
   const int64_t E, P;             // numbers of a covariance in ``log_diagonal`` and in ``upper``
-  const bool full;
+  const bool full, given;         // whether covariances are matrices; whether the sums are those of another engine
   int64_t spread;                 // numbers of a covariance in S2
   std::vector<double> offsets, factor, cost, priors, coarseness, own, center;
   double *S0, *S1, *S2;
@@ -33,7 +40,7 @@ struct Steps {
   Steps(StepCall& call, const Kernel& kernel, bool given)
       : call(call), kernel(kernel), K(call.sweep.components), D(call.sweep.dimensions), L(call.tied ? 1 : K),
         E(call.sweep.family == SPHERICAL ? 1 : D), P(call.sweep.family == FULL ? D * (D - 1) / 2 : 0),
-        full(call.sweep.family == FULL), spread(full ? D * D : E),
+        full(call.sweep.family == FULL), given(given), spread(full ? D * D : E),
         offsets(K), factor(L * (full ? D * D : E)), cost(L), priors(L), coarseness(L),
         own(given ? 0 : K * (1 + D + spread)), center(D),
         S0(given ? call.sweep.S0 : own.data()), S1(given ? call.sweep.S1 : S0 + K), S2(given ? call.sweep.S2 : S1 + K * D) {
@@ -44,10 +51,7 @@ struct Steps {
   // Factors and offsets of the parameters before step t; false if the points are too coarse for them.
   bool prepare(int64_t t) {
     const double* logits = call.logits + t * K;
-    double largest = -INFINITY, sum = 0;
-    for (int64_t k = 0; k < K; k++) largest = std::max(largest, logits[k]);
-    for (int64_t k = 0; k < K; k++) sum += std::exp(logits[k] - largest);
-    const double normalizer = largest + std::log(sum);
+    const double normalizer = log_sum_exp(logits, K);
     const double work = E * EXPONENTIAL + (full ? 2 * D * D : 4 * D);
     complete(share_ranges(call.sweep.threads, L, work, [&](int64_t first, int64_t last) {
       std::vector<double> along(D);
@@ -99,8 +103,33 @@ struct Steps {
     return sum;
   }
 
-  // The E-step at the parameters before step t.
-  template <class Evaluate> Status expect(int64_t t, Evaluate evaluate) {
+  // The E-step at the parameters before step t, and their objective, unless the sums are given. ``ordinary`` becomes false if the points
+  // are too coarse for the parameters, or if a value is not finite.
+  template <class Evaluate> Status expect(int64_t t, Evaluate evaluate, bool& ordinary) {
+    ordinary = prepare(t);
+    if (!ordinary) return DONE;
+    const Status status = given ? DONE : sums_of(t, evaluate);
+    if (status != DONE) return status;
+    double *counts = call.counts + t * L, ridge = 0;
+    if (std::isnan(counts[0])) {
+      for (int64_t l = 0; l < L; l++) counts[l] = 0;
+      for (int64_t k = 0; k < K; k++) counts[call.tied ? 0 : k] += S0[k] * call.scale / call.mass;
+    }
+    for (int64_t l = 0; l < L; l++) ridge += counts[l] * cost[l];
+    call.total[t] = total, call.cost[t] = ridge, call.prior[t] = prior;
+    ordinary = !*call.sweep.odd && std::isfinite(total) && std::isfinite(ridge);
+    return DONE;
+  }
+
+  // The step from the parameters before step t; ``ordinary`` becomes whether it is an ordinary one.
+  template <class Evaluate> Status perform(int64_t t, Evaluate evaluate, bool& ordinary) {
+    const Status status = expect(t, evaluate, ordinary);
+    ordinary = ordinary && maximize(t);
+    return status;
+  }
+
+  // The sums of the E-step.
+  template <class Evaluate> Status sums_of(int64_t t, Evaluate evaluate) {
     Call sweep = call.sweep;
     sweep.offsets = offsets.data(), sweep.means = call.means + t * K * D, sweep.factor = factor.data(), sweep.center = center.data();
     sweep.factor_stride = call.tied ? 0 : int64_t(factor.size()) / K;
@@ -148,10 +177,10 @@ struct Steps {
       if (!(weight > call.least)) return false;
       call.logits[(t + 1) * K + k] = call.fixed_weights ? call.logits[t * K + k] : std::log(std::max(weight, 1e-300));
     }
-    double now = 0, change = 0;
-    for (int64_t l = 0; l < L; l++) now += counts[l] * cost[l], change += (counts[l] - counts[L + l]) * cost[l];
-    call.total[t] = total, call.cost[t] = now, call.prior[t] = prior, call.drift[t + 1] = call.drift[t] + change;
-    return std::isfinite(total) && std::isfinite(now);
+    double change = 0;
+    for (int64_t l = 0; l < L; l++) change += (counts[l] - counts[L + l]) * cost[l];
+    call.drift[t + 1] = call.drift[t] + change;
+    return true;
   }
 
   // Adds some points of the pooled covariance to each covariance; false if a variance is mere rounding. As mixture_of in
@@ -255,37 +284,5 @@ struct Steps {
     return size <= call.ceiling;
   }
 };
-
-// Whether the last step before step ``done`` decreased the objective by less than the tolerance.
-inline bool settled(const StepCall& call, int64_t done) {
-  if (done < 2) return false;
-  const double now = objective(call, done - 1);
-  return objective(call, done - 2) - now < call.tolerance + call.relative * std::abs(now);
-}
-
-// ``ended`` becomes true if all steps were ordinary ones. If the sums of an E-step are given, there is one step. Steps before
-// ``first`` have been performed by an earlier call.
-template <class Evaluate> Status run(StepCall& call, const Kernel& kernel, Evaluate evaluate, bool* ended = nullptr, bool given = false, int64_t first = 0) {
-  Steps steps(call, kernel, given);
-  for (call.done = first; call.done < call.steps; call.done++) {
-    const int64_t t = call.done;
-    if (!steps.prepare(t)) break;
-    const Status status = given ? DONE : steps.expect(t, evaluate);
-    if (status != DONE) return status;
-    if (*call.sweep.odd) break;
-    if (t == 0 && std::isnan(call.counts[0])) {
-      for (int64_t l = 0; l < steps.L; l++) call.counts[l] = 0;
-      for (int64_t k = 0; k < steps.K; k++) call.counts[call.tied ? 0 : k] += steps.S0[k] * call.scale / call.mass;
-    }
-    if (!steps.maximize(t)) break;
-    if (settled(call, t + 1)) {
-      call.done++;
-      if (ended) *ended = true;
-      return DONE;
-    }
-  }
-  if (ended) *ended = call.done == call.steps;
-  return DONE;
-}
 
 }  // namespace steps
