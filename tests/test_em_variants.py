@@ -11,6 +11,7 @@ from conftest import FAMILIES, cloud, plain_start, random_mixture, rises, tutori
 
 import gmmkeops as gk
 from gmmkeops import penalties as P
+from gmmkeops.fitting import extrapolated
 
 
 def test_annealing_spares_components_until_it_is_over():
@@ -202,3 +203,19 @@ def test_refinement_uses_components_without_weight():
 def test_refinement_is_not_silently_combined(settings):
     with pytest.raises(ValueError, match="refine=True cannot be combined"):
         gk.EM(refine=True, **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_extrapolation_to_infinite_precisions_is_discarded(family):
+    """The covariance of a component that loses its weight may be extrapolated to nothing."""
+    first = random_mixture(family, 3, 2)
+    shrinking = [
+        gk.Mixture(first.logits, first.means, first.factor.replace(**{**first.factor.tensors, "log_diagonal": logs}))
+        for logs in (first.factor.tensors["log_diagonal"] + change for change in (0.0, 300.0, 560.0))
+    ]
+    assert extrapolated(*shrinking) is None
+    slowly = [
+        gk.Mixture(first.logits, first.means, first.factor.replace(**{**first.factor.tensors, "log_diagonal": logs}))
+        for logs in (first.factor.tensors["log_diagonal"] + change for change in (0.0, 3.0, 5.6))
+    ]
+    assert extrapolated(*slowly) is not None

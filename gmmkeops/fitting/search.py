@@ -278,7 +278,7 @@ class Search:
                 found = Found(found.origin, found.value, found.origin, found.origin)
             elif self.doubles:
                 found = climber.improved(found, most)
-            if self.K > 1 and self.ratio >= _FEW:
+            if self.K > 1 and self.ratio >= _FEW and (self.penalty is None or self.penalty.constant):
                 found = self._accelerated(climber, found)
             seen.append(found.value)
             best = found if best is None else best_of([best, found])

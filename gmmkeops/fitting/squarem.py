@@ -26,7 +26,8 @@ def extrapolated(before: Mixture, first: Mixture, second: Mixture) -> Mixture | 
         before, first, second: Mixtures of the same shape, standardized coordinates.
 
     Returns:
-        The extrapolated mixture, whose logits are not normalized; None if the stride is one or the result is not finite.
+        The extrapolated mixture, whose logits are not normalized; None if the stride is one or the result is not finite: the
+        covariance of a component that loses its weight may be extrapolated to nothing.
     """
     a, b, c = (_coordinates(mixture) for mixture in (before, first, second))
     r = b - a
@@ -35,7 +36,8 @@ def extrapolated(before: Mixture, first: Mixture, second: Mixture) -> Mixture | 
     leap = a + 2 * stride * r + stride**2 * v
     if stride == 1.0 or not bool(torch.isfinite(leap).all()):
         return None
-    return _mixture(second, leap)
+    found = _mixture(second, leap)
+    return found if bool(found.factor.row_norms().isfinite().all()) else None
 
 
 def _coordinates(mixture: Mixture) -> Tensor:
