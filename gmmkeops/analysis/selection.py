@@ -185,7 +185,7 @@ def select(
             lower than the highest one by at most one standard error of the difference. The default is ``"bic"`` for a list. For
             ``"auto"`` it is ``"held_out"`` with at least 1000 points. With fewer, let P be the number of parameters of a
             component: its weight, its mean, and its covariance unless that is tied. The default is ``"aic3"`` if N < 20 P for
-            each of the covariance types, and ``"bic"`` otherwise. Points of weight zero do not count here.
+            each of the covariance types, and ``"bic"`` otherwise. Points of weight zero do not count here (those of a source do).
         max_components: Largest number of components for ``"auto"``, by default 100. At most N / (2 (D + 1)) components are
             considered.
         strategy: Initial mixtures for a list of numbers, as for :func:`gmmkeops.initialize`; by default ``"auto"``.

@@ -85,8 +85,8 @@ _THIN = 1e-4
 # Number of components above which clusters are candidates as they are, rather than after EM steps with the prior.
 _MANY = 100
 
-# EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, and for those that no
-# rounds improve.
+# EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, for those that no
+# rounds improve, and for a sole candidate of well separated components.
 _PLAIN, _ALONE, _SOLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
 
 # Accelerated iterations at the end of a search with many points per parameter, and their tolerance.

@@ -58,13 +58,9 @@ class Arrays:
         _, K, D = problem.shape
         rows, P, diagonal = -(-K // _PAD) * _PAD, padded(D), not is_spherical(problem)
         count = sum(cls._sizes(rows, P, diagonal))
-        on_cpu = device.type == "cpu"
-        memory = (
-            transfer_memory((count,), problem.x.device, torch.uint8)
-            if on_cpu
-            else torch.empty(count, dtype=torch.uint8, device=device)
-        )
-        return cls(memory, rows, P, diagonal)
+        if device.type == "cpu":
+            return cls(transfer_memory((count,), problem.x.device, torch.uint8), rows, P, diagonal)
+        return cls(torch.empty(count, dtype=torch.uint8, device=device), rows, P, diagonal)
 
     @staticmethod
     def _sizes(rows: int, features: int, diagonal: bool) -> list[int]:
@@ -115,14 +111,14 @@ class Parameters:
 
     Args:
         arrays: Arrays that the kernels read.
-        target: Device of the points.
+        device: Device of the points.
         means: Means relative to the reference point (K, D), data units, float64.
         factor: Factors (D,), 1 / data units, float64.
         square: Value of q for which the kernels compute zero (K,), float64.
     """
 
     arrays: Arrays
-    target: torch.device
+    device: torch.device
     means: Tensor
     factor: Tensor
     square: Tensor
@@ -187,8 +183,9 @@ class Parameters:
 
     def beside(self, arrays: Arrays) -> Parameters:
         """Copy the parameters to the device of a copy of the arrays, in one transfer."""
-        device = arrays.memory.device
-        return Parameters(arrays, self.target, *transferred([self.means, self.factor, self.square], device))
+        return Parameters(
+            arrays, self.device, *transferred([self.means, self.factor, self.square], arrays.memory.device)
+        )
 
     def moments(self, sums: Tensor, unit: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Convert sums (K, W + 4) to S0 (K,), S1 (K, D) and S2 (K, D) or (K,) about the means, float64, on the same device.
@@ -219,8 +216,8 @@ class Parameters:
     def _moments_compiled(self, sums: Tensor, unit: float) -> tuple[Tensor, Tensor, Tensor]:
         """Convert sums on the CPU by the compiled library."""
         K, D = self.means.shape
-        S0, S1 = transfer_memory((K,), self.target), transfer_memory((K, D), self.target)
-        S2 = transfer_memory(S1.shape if self.arrays.diagonal else S0.shape, self.target)
+        S0, S1 = transfer_memory((K,), self.device), transfer_memory((K, D), self.device)
+        S2 = transfer_memory(S1.shape if self.arrays.diagonal else S0.shape, self.device)
         call = self._call()
         call.sums, call.unit = sums.data_ptr(), unit
         call.S0, call.S1, call.S2 = (part.data_ptr() for part in (S0, S1, S2))
