@@ -14,7 +14,7 @@ from sklearn.datasets import load_wine
 from sklearn.metrics import adjusted_rand_score
 
 import gmmkeops as gk
-from gmmkeops.fitting import frame, initialization, kmeans, rounds, search
+from gmmkeops.fitting import frame, initialization, kmeans, ordinary, rounds, search
 from gmmkeops.fitting.kmeans import agreement, distinct
 from gmmkeops.fitting.rounds import Climber, Found
 from gmmkeops.fitting.search import Search, has_few_points, prior_of, within_prior
@@ -176,18 +176,20 @@ def test_engines_find_the_same_optimum(covariance_type):
 # Acceptance of rounds
 
 
-def without_native_rounds(monkeypatch):
-    """Let every round be performed by several calls."""
-    monkeypatch.setattr(rounds, "rounds_of", lambda *_: None)
+def several_calls(monkeypatch, climbs_of=None):
+    """Let EM steps and rounds be performed by several calls; or by one again, if the function that performs them is given."""
+    monkeypatch.setattr(
+        rounds, "climbs_of", climbs_of or (lambda _, __, starts, *___: ordinary.Climbs([None] * len(starts)))
+    )
 
 
 def test_rounds_never_increase_the_objective(monkeypatch):
-    without_native_rounds(monkeypatch)
-    seen, improved, one_round = [], Climber.improved, Climber._round
+    several_calls(monkeypatch)
+    seen, improved, one_round = [], Climber._improved, Climber._round
     values = []
 
-    def spy(self, found, most):
-        after = improved(self, found, most)
+    def spy(self, found, most, native):
+        after = improved(self, found, most, native)
         seen.append((found.value, after.value, most))
         return after
 
@@ -196,7 +198,7 @@ def test_rounds_never_increase_the_objective(monkeypatch):
         values.append(math.inf if found is None else found.value)
         return found
 
-    monkeypatch.setattr(Climber, "improved", spy)
+    monkeypatch.setattr(Climber, "_improved", spy)
     monkeypatch.setattr(Climber, "_round", spy_round)
     x = overlapping(7)
     for seed in range(4):
@@ -212,28 +214,28 @@ def test_rounds_never_increase_the_objective(monkeypatch):
 
 
 def test_a_round_that_is_worse_is_rejected(monkeypatch):
-    without_native_rounds(monkeypatch)
-    one_round, improved, candidates = Climber._round, Climber.improved, []
+    several_calls(monkeypatch)
+    one_round, improved, candidates = Climber._round, Climber._improved, []
 
     def worse(self, before):
         found = one_round(self, before)
         return replace(found, mixture=found.mixture[[0]], value=candidates[-1].value + 0.1)
 
-    def spy(self, found, most):
+    def spy(self, found, most, native):
         candidates.append(found)
-        after = improved(self, found, most)
+        after = improved(self, found, most, native)
         assert after is found
         return after
 
     monkeypatch.setattr(Climber, "_round", worse)
-    monkeypatch.setattr(Climber, "improved", spy)
+    monkeypatch.setattr(Climber, "_improved", spy)
     mixture, report = start_of(overlapping(), 5)
     assert mixture.n_components == 5
     assert report.rounds == len(candidates) == 1
 
 
 def test_a_round_that_leaves_a_component_without_points_is_rejected(monkeypatch):
-    without_native_rounds(monkeypatch)
+    several_calls(monkeypatch)
     one_round = Climber._round
 
     def tiny(self, before):
@@ -546,7 +548,7 @@ def test_several_initializations_end_early():
 )
 def test_initializations_end_when_the_best_optimum_recurs_or_nothing_is_better_in_four_runs(monkeypatch, values, runs):
     rest = iter(values)
-    monkeypatch.setattr(Climber, "improved", lambda self, found, most: replace(found, value=float(next(rest))))
+    monkeypatch.setattr(Climber, "_improved", lambda self, found, most, _: replace(found, value=float(next(rest))))
     monkeypatch.setattr(Search, "_accelerated", lambda self, climber, found: found)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(900, 2)))
     _, report = start_of(x, 2, n_init=len(values))
@@ -565,18 +567,15 @@ def test_more_initializations_are_not_worse():
 def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
     sweeps, candidates = [], []
     em_steps, moments, clustered = gk.reductions.em_steps, gk.reductions.moments, Search._clustered
-    em_climb, em_rounds = gk.reductions.em_climb, gk.reductions.em_rounds
-
-    def spy_rounds(*arguments, **options):
-        found = em_rounds(*arguments, **options)
-        sweeps.append(found.work if found else 0)
-        return found
+    em_climb = gk.reductions.em_climb
 
     def spy_climb(batch, starts, settings, **options):
         found = em_climb(batch, starts, settings, **options)
         if not settings.bare:
             each_step = (3 if settings.accelerate else 1) * len(starts[0][1])
-            sweeps.extend(each.steps * each_step for each in found or () if each)
+            climbed, after = found or ((), None)
+            sweeps.extend(each.steps * each_step for each in climbed if each)
+            sweeps.append(after.work if after else 0)
         return found
 
     def spy_steps(batch, logits, means, factor, settings, **options):
@@ -596,7 +595,6 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
 
     monkeypatch.setattr(gk.reductions, "em_steps", spy_steps)
     monkeypatch.setattr(gk.reductions, "em_climb", spy_climb)
-    monkeypatch.setattr(gk.reductions, "em_rounds", spy_rounds)
     monkeypatch.setattr(gk.reductions, "moments", spy_moments)
     monkeypatch.setattr(Search, "_clustered", spy_clustered)
     x = overlapping(1, N=400)
@@ -771,7 +769,7 @@ def test_the_prior_and_a_penalty_are_added():
 def test_the_prior_improves_the_held_out_likelihood_of_wine():
     x = sets_of("wine")[:, :6]
     rng, gains = np.random.default_rng(0), []
-    for _ in range(8):
+    for _ in range(40):
         order = rng.permutation(len(x))
         train, test = x[order[:142]], x[order[142:]]
         scores = [gk.GaussianMixture(3, prior=prior, random_state=0).fit(train).score(test) for prior in (None, "auto")]
@@ -842,27 +840,26 @@ def test_native_rounds_equal_those_of_several_calls(family, D, N, weighted, monk
     x, weights = clumps(D, N, weighted)
     search = searched(x, family, 5, weights)
     assert (search.objective.penalty is not None) == search.few
-    climber = search.climber()
-    found = climber.climbed(search.begun(1)[0], 5, 0.0)
-    results, rounds_of, calls = [], rounds.rounds_of, []
+    climber, starts = search.climber(), search.begun(1)
+    results, climbs_of, calls = [], rounds.climbs_of, []
 
     def counted(*arguments):
-        calls.append(rounds_of(*arguments))
+        calls.append(climbs_of(*arguments))
         return calls[-1]
 
     for most in (1, 3, 8):
         results.clear(), calls.clear()
         for whole in (True, False):
             climber.work = climber.rounds = 0
-            monkeypatch.setattr(rounds, "rounds_of", counted if whole else lambda *_: None)
-            results.append((climber.improved(found, most), climber.work, climber.rounds))
+            several_calls(monkeypatch, counted if whole else None)
+            candidates, found = climber.searched(starts, 5, 0.0, most)
+            place = next((i for i, each in enumerate(candidates) if each is found), None)
+            results.append((found, place, len(candidates), climber.work, climber.rounds))
         assert len(calls) == 1
-        assert calls[0] is not None
-        assert calls[0][0].ended
+        assert calls[0].rounds.ended
         (fast, *fast_counts), (slow, *slow_counts) = results
         assert fast_counts == slow_counts
         assert fast.value == pytest.approx(slow.value, abs=1e-9)
-        assert (fast is found) == (slow is found)
         assert_equal_mixtures(fast.origin, slow.origin)
         assert_equal_mixtures(fast.mixture, slow.mixture)
 
@@ -870,22 +867,22 @@ def test_native_rounds_equal_those_of_several_calls(family, D, N, weighted, monk
 @native
 def test_native_rounds_end_as_those_of_several_calls(monkeypatch):
     """Rounds end since they are worse, since they gain little, since a component is too small, or since there are no more."""
-    rounds_of, endings = rounds.rounds_of, set()
+    climbs_of, endings = rounds.climbs_of, set()
     for seed in range(6):
         x = overlapping(seed, N=60 if seed % 2 else 600)
         for K in (3, 6):
             search = searched(x, "full", K, method=gk.EM(reg_covar=1e-3), seed=seed)
             own = Climber(search.method, search.plain)
-            found = own.climbed(search.begun(0)[0], 15, 1e-3)
-            results = []
+            start, results = search.begun(0)[0], []
             for whole in (True, False):
                 own.rounds = own.work = 0
-                monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
-                results.append((own.improved(found, 3), own.rounds, own.work))
+                several_calls(monkeypatch, climbs_of if whole else None)
+                (before,), found = own.searched([start], 15, 1e-3, 3)
+                results.append((found, found is before, own.rounds, own.work))
             (fast, *fast_counts), (slow, *slow_counts) = results
             assert fast_counts == slow_counts
             assert fast.value == pytest.approx(slow.value, abs=1e-8)
-            endings.add((fast is found, own.rounds))
+            endings.add((fast_counts[0], own.rounds))
     assert len(endings) >= 3
 
 
@@ -899,17 +896,21 @@ def test_rounds_of_well_separated_clusters_end_early(family, D, monkeypatch):
     x = torch.randn(600, D, generator=generator).double() + 60.0 * labels[:, None]
     own = searched(x, family, 3)
     climber = own.climber()
-    found = climber.climbed(own.begun(0)[0], 15, 1e-6)
-    rounds_of, results = rounds.rounds_of, []
+    start, climbs_of, results = own.begun(0)[0], rounds.climbs_of, []
+    climber.climbs([start], 15, 1e-6)
+    climbed, founds = climber.work, []
     for whole, early in ((True, True), (False, True), (True, False)):
         climber.work = climber.rounds = 0
         monkeypatch.setattr(rounds, "_EARLY", (3, 3e-3) if early else (0, 0.0))
-        monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
-        results.append((climber.improved(found, 3), climber.work, climber.rounds))
+        several_calls(monkeypatch, climbs_of if whole else None)
+        (found,), after = climber.searched([start], 15, 1e-6, 3)
+        founds.append(found)
+        results.append((after, climber.work, climber.rounds))
     (fast, work, count), (slow, *others), (complete, whole_work, _) = results
-    assert fast == slow == replace(found, separated=True)
-    assert complete is found
-    assert (work, count) == (3 * 6, 1) == tuple(others)
+    assert fast == replace(founds[0], separated=True)
+    assert slow == replace(founds[1], separated=True)
+    assert complete is founds[2]
+    assert (work, count) == (climbed + 3 * 6, 1) == tuple(others)
     assert whole_work > work
     assert complete.value == pytest.approx(found.value, abs=1e-5)
 
@@ -924,8 +925,8 @@ def separated(seed, N, D, K):
 @pytest.fixture
 def every_round(monkeypatch):
     """Function that lets searches perform second rounds even if the components are well separated."""
-    improved = Climber.improved
-    return lambda: monkeypatch.setattr(Climber, "improved", lambda *given: replace(improved(*given), separated=False))
+    improved = Climber._improved
+    return lambda: monkeypatch.setattr(Climber, "_improved", lambda *given: replace(improved(*given), separated=False))
 
 
 @pytest.mark.parametrize("prior", [None, "auto"])
@@ -935,7 +936,7 @@ def test_well_separated_components_need_no_second_rounds(N, D, K, whole, prior, 
     """The result is that of all rounds."""
     x = separated(N, N, D, K)
     if not whole:
-        monkeypatch.setattr(rounds, "rounds_of", lambda *_: None)
+        several_calls(monkeypatch)
     fast, report = start_of(x, K, prior=prior)
     every_round()
     slow, others = start_of(x, K, prior=prior)
@@ -1031,11 +1032,11 @@ def test_components_are_split_along_their_longest_axis(D, shape, monkeypatch):
     climber = Climber(own.method, own.plain)
     found, results = climber.climbed(own.begun(0)[0], 5, 0.0), []
     monkeypatch.setattr(rounds, "_EARLY", (0, 0.0))
-    rounds_of = rounds.rounds_of
+    climbs_of = rounds.climbs_of
     for whole in (True, False):
         climber.rounds = 0
-        monkeypatch.setattr(rounds, "rounds_of", rounds_of if whole else lambda *_: None)
-        results.append(climber.improved(found, 1))
+        several_calls(monkeypatch, climbs_of if whole else None)
+        results.append(climber.searched([found.mixture], 0, 0.0, 1)[1])
         assert climber.rounds == 1
         assert results[-1].value <= found.value
     if shape != "equal":
@@ -1066,9 +1067,9 @@ def test_candidates_that_are_too_narrow_for_float32_are_improved_in_float64(monk
     climber, climbs_of, found = own.climber(), rounds.climbs_of, []
     monkeypatch.setattr(rounds, "climbs_of", lambda *given: found.append(climbs_of(*given)) or found[-1])
     reached = climber.climbs(own.begun(0), 15, 1e-3)
-    assert None not in found[0]
+    assert None not in found[0].reached
     assert own.plain.data.dtype == torch.float64
-    monkeypatch.setattr(rounds, "climbs_of", lambda _, __, starts, *___: [None] * len(starts))
+    several_calls(monkeypatch)
     single = climber.climbs([each.origin for each in reached], 15, 1e-3)
     for one, other in zip(reached, single, strict=True):
         assert one.value == pytest.approx(other.value, abs=1e-9)
@@ -1088,8 +1089,9 @@ def test_rounds_go_on_if_other_pairs_are_merged(whole, monkeypatch):
     covariances = torch.stack([z[:400].T.cov(correction=0), z[400:].T.cov(correction=0)])
     wrong = gk.Mixture(torch.zeros(2).double(), means, gk.FullFactor.from_covariances(covariances))
     found = climber.climbed(wrong, 0, 0.0)
-    monkeypatch.setattr(rounds, "rounds_of", rounds.rounds_of if whole else lambda *_: None)
-    assert climber.improved(found, 1).value < found.value - 0.1
+    if not whole:
+        several_calls(monkeypatch)
+    assert climber.searched([found.mixture], 0, 0.0, 1)[1].value < found.value - 0.1
 
 
 @native
@@ -1100,11 +1102,12 @@ def test_a_component_without_points_ends_native_rounds():
     own = Climber(search.method, search.plain)
     found = own.climbed(search.begun(1)[0], 0, 0.0)
     larger = gk.Mixture(torch.zeros(2).double(), found.mixture.means, found.mixture.factor)
-    found = replace(found, mixture=larger, active=larger, value=100.0)
-    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7}
-    accepted = rounds.rounds_of(own.method, own.objective, found.mixture, 100.0, 1, settings)
+    found = replace(found, mixture=larger, active=larger)
+    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7, "most": 1}
+    native = rounds.climbs_of(own.method, own.objective, [larger], 0, 0.0, settings)
     after = own._round(found)
-    assert (accepted[1] is not None) == (own.least(after) >= min(3, own.least(found)))
+    assert after.value < native.reached[0][1]
+    assert (native.pair is not None) == (own.least(after) >= min(3, own.least(found)))
 
 
 @native
@@ -1118,9 +1121,7 @@ def test_native_climbs_equal_steps_of_several_calls(family, weighted, monkeypatc
     results, climbs_of = [], rounds.climbs_of
     for whole in (True, False):
         climber.work = 0
-        monkeypatch.setattr(
-            rounds, "climbs_of", climbs_of if whole else lambda _, __, starts, *___: [None] * len(starts)
-        )
+        several_calls(monkeypatch, climbs_of if whole else None)
         found = climber.climbs(starts, 12, 1e-3) + climber.climbs(starts[:1], 0, 0.0)
         results.append((found, climber.work))
     (fast, fast_work), (slow, slow_work) = results
@@ -1146,7 +1147,11 @@ def test_one_of_several_climbs_may_need_several_calls():
         torch.stack([z[0], z[1], z[2]]),
         gk.FullFactor.from_covariances(torch.eye(2).double() * scales**2),
     )
-    first, second = rounds.climbs_of(own.method, own.objective, [good, tiny], 15, 1e-3)
+    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7, "most": 1}
+    native = rounds.climbs_of(own.method, own.objective, [good, tiny], 15, 1e-3, settings)
+    first, second = native.reached
+    # Which mixture is the best one is not known yet.
+    assert native.rounds is None
     assert first is not None
     assert second is None
     found = own.climbs([good, tiny], 15, 1e-3)
@@ -1158,13 +1163,14 @@ def test_one_of_several_climbs_may_need_several_calls():
 def test_a_round_that_is_not_ordinary_takes_several_calls():
     """Points on a line make covariances singular; common covariances, and a single one, are left to several calls."""
     line = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None] * torch.ones(2, dtype=torch.float64)
-    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7}
+    settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7, "most": 2}
     for x, family, K in ((line, "full", 3), (overlapping(1, N=300), "tied", 3), (overlapping(1, N=300), "full", 1)):
         search = searched(x, family, K, method=gk.EM(reg_covar=0))
         climber = search.climber()
         found = climber.climbed(search.begun(0)[0], 5, 0.0)
-        assert rounds.rounds_of(climber.method, climber.objective, found.mixture, found.value, 2, settings) is None
-        after = climber.improved(found, 2)
+        native = rounds.climbs_of(climber.method, climber.objective, [found.mixture], 0, 0.0, settings)
+        assert native.rounds is None
+        after = climber.searched([found.mixture], 0, 0.0, 2)[1]
         assert after.value <= found.value
 
 

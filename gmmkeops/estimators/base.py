@@ -11,6 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -304,20 +305,34 @@ class MixtureEstimator(Estimator, ABC):
         self.mixture_, self._tensors, self._sampled = mixture, tensors, 0
         self._trace, self._memory = None, None
         self._fitted_type = canonical_type(self.covariance_type if fitted_type is None else fitted_type)
-        factor = mixture.factor
-        tied = self._fitted_type.startswith("tied_")
-
-        def shaped(matrices: Tensor) -> Any:
-            compact = factor.compact(matrices)
-            return as_array(compact[0] if tied else compact, tensors)
-
         self.weights_, self.means_ = as_array(mixture.weights, tensors), as_array(mixture.means, tensors)
-        self.covariances_ = shaped(factor.covariances())
-        self.precisions_ = shaped(factor.precisions())
-        self.precisions_cholesky_ = shaped(factor.matrices())
         self.n_components_, self.n_features_in_ = mixture.n_components, mixture.n_features
         if mixture.columns is not None:
             self.feature_names_in_ = np.array(mixture.columns, dtype=object)
+
+    # The matrices are computed when they are first asked for: this takes a twentieth of the time of a small fit.
+    @cached_property
+    def covariances_(self) -> Any:
+        """Covariances of the components, see the attributes of the class."""
+        return self._shaped("covariances")
+
+    @cached_property
+    def precisions_(self) -> Any:
+        """Inverses of the covariances."""
+        return self._shaped("precisions")
+
+    @cached_property
+    def precisions_cholesky_(self) -> Any:
+        """Upper triangular factors of the precisions."""
+        return self._shaped("matrices")
+
+    def _shaped(self, name: str) -> Any:
+        """Return matrices of the components in the shape of the covariance type."""
+        if not self.fitted_:
+            raise AttributeError(f"this {type(self).__name__} is not fitted; call fit first.")
+        factor = self.mixture_.factor
+        compact = factor.compact(getattr(factor, name)())
+        return as_array(compact[0] if self._fitted_type.startswith("tied_") else compact, self._tensors)
 
     def _same_model(self) -> bool:
         """Return whether the fitted mixture matches the parameters ``n_components`` and ``covariance_type``."""

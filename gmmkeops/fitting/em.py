@@ -161,7 +161,7 @@ class EM(Method[EMState]):
             objective.surrogate(split(mixture))
         except ValueError as error:
             raise ValueError(f"refine=True needs a penalty that applies to any number of components: {error}") from None
-        return climber.improved(climber.climbed(mixture, *CANDIDATE), ROUNDS).mixture
+        return climber.searched([mixture], *CANDIDATE, ROUNDS)[1].mixture
 
     def current(self, objective: Objective, state: EMState) -> Mixture:
         return state.population.whole(self._active(objective, state))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from gmmkeops import reductions
-from gmmkeops.components import Moments, solve_weights
+from gmmkeops.components import Factor, Moments, solve_weights
 from gmmkeops.data import Batch
 from gmmkeops.fitting.em_state import EMState, is_tied
 from gmmkeops.fitting.method import Evaluation
@@ -22,7 +23,7 @@ from gmmkeops.models import HALF, Mixture, merges_singly, noise
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["DEAD_SHARE", "Block", "BlockSteps", "climb", "climbs_of", "maximized", "rounds_of"]
+__all__ = ["DEAD_SHARE", "Block", "BlockSteps", "Climbs", "climb", "climbs_of", "maximized"]
 
 # Largest numbers of steps in the first block of a fit, and in the others: many fits end after few steps.
 _FIRST, _MOST = 4, 16
@@ -198,7 +199,7 @@ def _settings(
         return None
     settings = _constants(method, objective, mixture, beta)
     batch = None if settings is None else objective.whole()
-    return None if settings is None or batch is None else (batch, replace(settings, accelerate=method.accelerate))
+    return None if settings is None or batch is None else (batch, settings)
 
 
 def _constants(method: EM, objective: Objective, mixture: Mixture, beta: float) -> reductions.StepSettings | None:
@@ -221,6 +222,7 @@ def _constants(method: EM, objective: Objective, mixture: Mixture, beta: float) 
         method.assignment,
         scatter=scatter,
         degrees=degrees,
+        accelerate=method.accelerate,
     )
 
 
@@ -318,90 +320,78 @@ def _offset(objective: Objective, settings: reductions.StepSettings, mixture: Mi
     return _volume(objective, settings, mixture) + objective.frame.log_volume
 
 
+@dataclass(frozen=True)
+class Climbs:
+    """EM steps from several mixtures in one call, and rounds of splitting and merging from the best one.
+
+    Args:
+        reached: The mixture that was reached from each one, its objective (as for :func:`climb`), and the number of E-steps; None
+            if a step is not an ordinary one, or the engine does not compute them.
+        rounds: The result of the rounds; None if the first one is not an ordinary one, or there are none.
+        pair: The mixtures before and after the last steps of the last accepted round, or None without one.
+    """
+
+    reached: list[tuple[Mixture, float, int] | None]
+    rounds: reductions.Rounds | None = None
+    pair: tuple[Mixture, Mixture] | None = None
+
+
 def climbs_of(
-    method: EM, objective: Objective, mixtures: list[Mixture], steps: int, tolerance: float
-) -> list[tuple[Mixture, float, int] | None]:
-    """Perform the steps of :func:`climb` from several mixtures of equal shape in the native engine.
+    method: EM,
+    objective: Objective,
+    mixtures: list[Mixture],
+    steps: int,
+    tolerance: float,
+    rounds: dict[str, Any] | None = None,
+) -> Climbs:
+    """Perform the steps of :func:`climb` from several mixtures of equal shape in the native engine, and rounds from the best one.
 
     Args:
         method: EM without annealing.
         objective, steps, tolerance: As for :func:`climb`.
         mixtures: Mixtures of which no component is pruned or singular, standardized coordinates.
-
-    Returns:
-        The mixture that was reached from each one, its objective (as for :func:`climb`), and the number of E-steps; None if a
-        step is not an ordinary one, or the engine does not compute them.
+        rounds: Constants of :class:`~gmmkeops.reductions.RoundSettings` for the rounds of
+            :class:`~gmmkeops.fitting.rounds.Climber`; None for no rounds.
     """
-    nothing: list[tuple[Mixture, float, int] | None] = [None] * len(mixtures)
-    own = _settings(method, objective, mixtures[0], 1.0)
+    first = mixtures[0]
+    own = _settings(method, objective, first, 1.0)
     if own is None:
-        return nothing
+        return Climbs([None] * len(mixtures))
     batch, settings = own
     # The library performs no step if the points are too coarse for a component.
     batch = batch.accurate(lambda: torch.cat([each.factor.row_norms() for each in mixtures]))
+    offset, chosen = _offset(objective, settings, first), None
+    # The halves of one component of a common covariance have it, too.
+    if rounds is not None and first.factor.leading > 1 and merges_singly(2 * first.n_components):
+        points = noise(first.n_features)
+        chosen = reductions.RoundSettings(half=HALF, points=points, size=objective.count, constant=offset, **rounds)
     found = reductions.em_climb(
         batch,
         [(each.logits, each.means, each.factor) for each in mixtures],
         settings,
         steps=steps + 1,
         tolerance=tolerance,
+        rounds=chosen,
         backend=objective.backend,
     )
     if found is None:
-        return nothing
-    objective.passes.seen(batch, mixtures[0].n_components)
-    offset = _offset(objective, settings, mixtures[0])
-    return [
+        return Climbs([None] * len(mixtures))
+    objective.passes.seen(batch, first.n_components)
+    results, after = found
+    reached = [
         None
         if each is None
-        else (
-            Mixture.from_valid(*each.reached, validate_args=False),
-            offset + (each.prior - each.total) / objective.mass + each.cost,
-            each.steps,
-        )
-        for each in found
+        else (_mixture(each.reached), offset + (each.prior - each.total) / objective.mass + each.cost, each.steps)
+        for each in results
     ]
+    if after is None or after.merged is None or after.reached is None:
+        return Climbs(reached, after)
+    return Climbs(reached, after, (_mixture(after.merged), _mixture(after.reached)))
 
 
-def rounds_of(
-    method: EM, objective: Objective, mixture: Mixture, value: float, most: int, settings: dict[str, Any]
-) -> tuple[reductions.Rounds, tuple[Mixture, Mixture] | None] | None:
-    """Perform rounds of :class:`~gmmkeops.fitting.rounds.Climber` in the native engine, as long as they improve the objective.
-
-    Args:
-        method, objective: As for :func:`climbs_of`.
-        mixture: A mixture of which no component is pruned or singular, standardized coordinates.
-        value: Its objective, nats per point.
-        most: Largest number of rounds.
-        settings: Constants of the rounds, as for :class:`~gmmkeops.reductions.RoundSettings`.
-
-    Returns:
-        The results, and the mixtures before and after the last steps of the last accepted round, or None without one. None if the
-        next round is not an ordinary one, or the engine does not compute it.
-    """
-    # The halves of one component of a common covariance have it, too.
-    singly = mixture.factor.leading > 1 and merges_singly(2 * mixture.n_components)
-    own = _settings(method, objective, mixture, 1.0) if singly else None
-    if own is None:
-        return None
-    batch, constants = own
-    found = reductions.em_rounds(
-        batch,
-        (mixture.logits, mixture.means, mixture.factor),
-        constants,
-        reductions.RoundSettings(half=HALF, points=noise(mixture.n_features), size=objective.count, **settings),
-        value=value,
-        constant=_offset(objective, constants, mixture),
-        most=most,
-        backend=objective.backend,
-    )
-    if found is None or not found.rounds:
-        return None
-    objective.passes.seen(batch, mixture.n_components)
-    if found.merged is None or found.reached is None:
-        return found, None
-    merged, reached = (Mixture.from_valid(*each, validate_args=False) for each in (found.merged, found.reached))
-    return found, (merged, reached)
+def _mixture(parameters: tuple[Tensor, Tensor, Factor]) -> Mixture:
+    """Return the mixture of parameters that the engine has computed."""
+    return Mixture.from_valid(*parameters, validate_args=False)
 
 
 def climb(

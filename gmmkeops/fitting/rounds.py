@@ -12,7 +12,7 @@ import torch
 
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.objective import Objective
-from gmmkeops.fitting.ordinary import climb, climbs_of, rounds_of
+from gmmkeops.fitting.ordinary import Climbs, climb, climbs_of
 from gmmkeops.fitting.population import Population
 from gmmkeops.models import Mixture, merge_down, merged_by, split
 
@@ -120,13 +120,44 @@ class Climber:
 
     def climbs(self, mixtures: list[Mixture], steps: int, tolerance: float) -> list[Found]:
         """Perform EM steps from several mixtures of equal shape in standardized coordinates."""
-        fast = climbs_of(self.method, self.objective, mixtures, steps, tolerance)
+        return self._adopted(self._native(mixtures, steps, tolerance, 0), mixtures, steps, tolerance)
+
+    def searched(self, mixtures: list[Mixture], steps: int, tolerance: float, most: int) -> tuple[list[Found], Found]:
+        """Perform EM steps from several mixtures; then split every component of the best one, climb, merge and climb again.
+
+        Such rounds are performed as long as they improve the objective, at most ``most``.
+
+        Returns:
+            The mixtures that the EM steps reached and that are sound, and the result of the rounds.
+        """
+        native = self._native(mixtures, steps, tolerance, most)
+        climbed = self._adopted(native, mixtures, steps, tolerance)
+        sound = self.sound(climbed)
+        best = best_of(sound) if native.rounds is None else climbed[native.rounds.best]
+        return sound, self._improved(best, most, native)
+
+    def _native(self, mixtures: list[Mixture], steps: int, tolerance: float, most: int) -> Climbs:
+        """Perform EM steps from several mixtures, and rounds, as far as the native engine computes them."""
+        rounds = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE, "early": _EARLY, "most": most}
+        return climbs_of(self.method, self.objective, mixtures, steps, tolerance, rounds if most else None)
+
+    def _native_rounds(self, found: Found, most: int) -> Climbs:
+        """Perform the next rounds in the native engine, which evaluates the mixture first."""
+        if found.active.n_components < found.origin.n_components:
+            # After pruning, the merge leaves more components than were split, which the library does not support.
+            return Climbs([None])
+        native = self._native([found.mixture], 0, 0.0, most)
+        self.work += found.mixture.n_components if native.reached[0] is not None else 0
+        return native
+
+    def _adopted(self, native: Climbs, mixtures: list[Mixture], steps: int, tolerance: float) -> list[Found]:
+        """Return the results of EM steps; those that the native engine has not performed are performed by several calls."""
         found = []
-        for mixture, native in zip(mixtures, fast, strict=True):
-            if native is None:
+        for mixture, own in zip(mixtures, native.reached, strict=True):
+            if own is None:
                 found.append(self._climbed(mixture, steps, tolerance))
             else:
-                reached, value, sweeps = native
+                reached, value, sweeps = own
                 self.work += sweeps * mixture.n_components
                 found.append(Found(reached, value, mixture, reached))
         return found
@@ -160,11 +191,11 @@ class Climber:
         finite = [each for each in found if math.isfinite(each.value)]
         return [each for each in finite if self.least(each) >= each.origin.n_features + 1] or finite or found
 
-    def improved(self, found: Found, most: int) -> Found:
-        """Split every component, climb, merge and climb again, as long as that improves the objective."""
+    def _improved(self, found: Found, most: int, native: Climbs) -> Found:
+        """Continue after the rounds that the native engine has performed from a candidate."""
         left = most
         while left > 0:
-            found, rounds, ended = self._fast_rounds(found, left)
+            found, rounds, ended = self._after(found, native)
             left -= rounds
             if ended or not left:
                 break
@@ -179,26 +210,18 @@ class Climber:
             gain, found = found.value - other.value, other
             if gain < _GAIN:
                 break
+            native = self._native_rounds(found, left)
         return found
 
-    def _fast_rounds(self, found: Found, most: int) -> tuple[Found, int, bool]:
-        """Perform the next rounds in the native engine.
-
-        Returns:
-            The candidate, the number of rounds, and whether no further one is to be performed.
-        """
-        if found.active.n_components < found.origin.n_components:
-            # After pruning, the merge leaves more components than were split, which the library does not support.
+    def _after(self, found: Found, native: Climbs) -> tuple[Found, int, bool]:
+        """Return the candidate after rounds in the native engine, their number, and whether no further one is to be performed."""
+        results = native.rounds
+        if results is None:
             return found, 0, False
-        constants = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE, "early": _EARLY}
-        native = rounds_of(self.method, self.objective, found.mixture, found.value, most, constants)
-        if native is None:
-            return found, 0, False
-        results, pair = native
         self.work += results.work
         self.rounds += results.rounds
-        if pair is not None:
-            merged, reached = pair
+        if native.pair is not None:
+            merged, reached = native.pair
             found = Found(reached, results.value, merged, reached)
         if results.unchanged:
             found = replace(found, separated=True)

@@ -82,9 +82,6 @@ _SAME, _PATIENCE = 1e-3, 4
 # Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
 _THIN = 1e-4
 
-# Number of components above which clusters are candidates as they are, rather than after EM steps with the prior.
-_MANY = 100
-
 # EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, for those that no
 # rounds improve, and for a sole candidate of well separated components.
 _PLAIN, _ALONE, _SOLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
@@ -267,17 +264,15 @@ class Search:
                 # The only candidate needs no objective by which it is chosen.
                 best = Found(begun[0], math.nan, begun[0], begun[0])
                 break
-            candidates = climber.sound(climber.climbs(begun, *enough))
+            rounds = most if self.doubles and strategy != "annealed" and not stays else 0
+            candidates, found = climber.searched(begun, *enough, rounds)
             starts += candidates
-            found = best_of(candidates)
             if strategy == "annealed":
                 found = self._annealed(climber, found)
             elif stays:
                 # A fit of one component without a penalty, or of fewer points than parameters, stays where it begins: at the
                 # clusters themselves.
                 found = Found(found.origin, found.value, found.origin, found.origin)
-            elif self.doubles:
-                found = climber.improved(found, most)
             if self.K > 1 and self.ratio >= _FEW and (self.penalty is None or self.penalty.constant):
                 found = self._accelerated(climber, found)
             seen.append(found.value)
@@ -289,7 +284,7 @@ class Search:
         searched_with_prior = self.objective is not self.plain
         if searched_with_prior:
             narrowed = self._narrowed(climber, best, most) if self.doubles and strategy != "annealed" else best
-            best = narrowed if self.prior is not None else self._by_likelihood(plain, [narrowed, best, *starts])
+            best = narrowed if self.prior is not None else self._by_likelihood(plain, [narrowed, best], starts)
         report = StartReport(
             strategy,
             self.candidates,
@@ -475,7 +470,7 @@ class Search:
         if steps is None:
             return None
         results: list[Mixture | None] = [None] * len(found)
-        for i, step in zip(own, steps, strict=True):
+        for i, step in zip(own, steps[0], strict=True):
             results[i] = None if step is None else Mixture.from_valid(*step.reached, validate_args=False)
         return results
 
@@ -491,8 +486,7 @@ class Search:
         if found.separated and self.prior is None:
             return found
         narrow = Climber(self.method, self.narrowed(climber.objective, found.mixture))
-        climbed = narrow.climbed(found.mixture, *MERGED)
-        found = climbed if found.separated else narrow.improved(climbed, most)
+        found = narrow.searched([found.mixture], *MERGED, 0 if found.separated else most)[1]
         climber.work += narrow.work
         climber.rounds += narrow.rounds
         return found
@@ -514,17 +508,17 @@ class Search:
         climber.work += 2 * CANDIDATE[0] * self.K
         return best_of([found, climber.climbed(state.population.whole(state.mixture), *MERGED)])
 
-    def _by_likelihood(self, climber: Climber, found: list[Found]) -> Found:
+    def _by_likelihood(self, climber: Climber, found: list[Found], starts: list[Found]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior.
 
-        If there is only one, of well separated components, one step reaches its optimum, and a fit that follows improves it.
+        Candidates are the results of searches with a prior and the clusters at which they began, or, if the components are well
+        separated, their optima with the prior. If these are all the same, one step without the prior reaches its optimum, and a
+        fit that follows improves it.
         """
-        mixtures = [each.mixture for each in found]
-        if self.K > _MANY:
-            # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
-            mixtures[2:] = [each.origin for each in found[2:]]
-        different = without_copies(mixtures)
-        is_sole = len(different) == 1 and found[0].separated and self.followed
+        separated = found[0].separated
+        begun = [each.mixture if separated else each.origin for each in starts]
+        different = without_copies([*(each.mixture for each in found), *begun])
+        is_sole = len(different) == 1 and separated and self.followed
         climbed = climber.climbs(different, *(_SOLE if is_sole else _PLAIN))
         if len(climbed) == 1:
             return climbed[0]

@@ -42,7 +42,6 @@ from gmmkeops.reductions.native.pairs import pair_costs as pair_costs
 from gmmkeops.reductions.native.rounds import Rounds as Rounds
 from gmmkeops.reductions.native.rounds import RoundSettings as RoundSettings
 from gmmkeops.reductions.native.rounds import em_climb as em_climb
-from gmmkeops.reductions.native.rounds import em_rounds as em_rounds
 from gmmkeops.reductions.native.seeds import chosen_seeds as chosen_seeds
 from gmmkeops.reductions.native.steps import Pool as Pool
 from gmmkeops.reductions.native.steps import Steps as Steps

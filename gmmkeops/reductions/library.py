@@ -20,7 +20,6 @@ __all__ = [
     "PairCall",
     "ParameterCall",
     "RecordCall",
-    "RoundCall",
     "SeedCall",
     "StepCall",
     "TreeCall",
@@ -31,7 +30,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 12
+_ABI = 13
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -90,13 +89,20 @@ class StepCall(ctypes.Structure):
 
 
 class ClimbCall(ctypes.Structure):
-    """The arguments of EM steps from several mixtures."""
+    """The arguments of EM steps from several mixtures, and of rounds of splitting and merging from the best one."""
 
     _fields_ = (
         ("steps", StepCall),
         ("starts", ctypes.c_int64),
         ("done", ctypes.c_void_p),
-        ("after", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("after", "split_steps", "merged_steps")),
+        *((name, ctypes.c_double) for name in ("split_tolerance", "merged_tolerance", "half")),
+        ("points", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("blocks", "most", "rounds", "best", "accepted", "ended", "work")),
+        *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
+        ("early", ctypes.c_int64),
+        ("change", ctypes.c_double),
+        ("unchanged", ctypes.c_int64),
     )
 
 
@@ -108,22 +114,6 @@ class KMeansCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("clouds", "runs", "candidates")),
         *((name, ctypes.c_void_p) for name in ("roots", "uniform", "centers", "labels")),
         *((name, ctypes.c_int64) for name in ("points", "done")),
-    )
-
-
-class RoundCall(ctypes.Structure):
-    """The arguments of rounds of splitting and merging."""
-
-    _fields_ = (
-        ("steps", StepCall),
-        *((name, ctypes.c_int64) for name in ("split_steps", "merged_steps")),
-        *((name, ctypes.c_double) for name in ("split_tolerance", "merged_tolerance", "half")),
-        ("points", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("blocks", "most", "done", "accepted", "ended", "work")),
-        *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
-        ("early", ctypes.c_int64),
-        ("change", ctypes.c_double),
-        ("unchanged", ctypes.c_int64),
     )
 
 
@@ -255,7 +245,6 @@ _CALLS = (
     TreeCall,
     StepCall,
     PairCall,
-    RoundCall,
     RecordCall,
     ExtentCall,
     ParameterCall,
@@ -328,8 +317,8 @@ def run(function: str, call: ctypes.Structure, *, is_long: bool = False) -> int:
     library, chosen = load()
     compiled = getattr(library, function)
     stop = ctypes.c_int32(0)
-    # Rounds, climbs and k-means contain the call of steps, and these that of a sweep.
-    sweep = call.steps.sweep if isinstance(call, RoundCall | ClimbCall | KMeansCall) else getattr(call, "sweep", call)
+    # Climbs and k-means contain the call of steps, and these that of a sweep.
+    sweep = call.steps.sweep if isinstance(call, ClimbCall | KMeansCall) else getattr(call, "sweep", call)
     sweep.stop = ctypes.addressof(stop)
     if not is_long or threading.current_thread() is not threading.main_thread():
         return int(compiled(ctypes.byref(call), chosen))

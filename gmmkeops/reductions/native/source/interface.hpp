@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 12;
+constexpr int32_t ABI = 13;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -87,15 +87,6 @@ struct PairCall {
   double* cost;             // (pairs,)
 };
 
-// EM steps from several mixtures, see rounds.hpp. The tables of ``steps`` have one row for each; the call replaces it by the last
-// mixture whose objective is known.
-struct ClimbCall {
-  StepCall steps;
-  int64_t starts;
-  int64_t* done;            // (starts,), numbers of steps; 0 if one of them was not an ordinary one
-  int64_t after;            // whether the result is the mixture after the last step instead
-};
-
 // Runs of k-means in several metrics, see kmeans.hpp. ``steps`` describes Lloyd iterations on the points.
 struct KMeansCall {
   StepCall steps;
@@ -109,20 +100,25 @@ struct KMeansCall {
   int64_t done;             // number of runs that were performed; less than all if one of them was not an ordinary one
 };
 
-// Rounds of the search for a start, see rounds.hpp. The first row of the tables of ``steps`` is the mixture that the rounds improve.
-// After the call, the two rows hold the last accepted mixture before and after its last EM steps; ``total``, ``cost`` and ``prior``
-// belong to the second one.
-struct RoundCall {
+// EM steps from several mixtures, and rounds of splitting and merging from the best one, see rounds.hpp. The tables of ``steps`` have a
+// row for each mixture, which the call replaces by the last one whose objective is known, and, if there are rounds, two more rows. These
+// then hold the mixture of the last accepted round before and after its last EM steps. ``total``, ``cost`` and ``prior`` belong to the
+// mixtures that were reached, and in the first one of the additional rows to that of the last accepted round.
+struct ClimbCall {
   StepCall steps;
+  int64_t starts;
+  int64_t* done;            // (starts,), numbers of steps; 0 if one of them was not an ordinary one
+  int64_t after;            // whether the results are the mixtures after the last steps instead
   int64_t split_steps, merged_steps;            // largest numbers of steps after the split and after the merge
   double split_tolerance, merged_tolerance;     // their tolerances, nats per point
   double half;                                  // distance of the halves of a component from its mean, in standard deviations
   const double* points;                         // as in PairCall
   int64_t blocks;
-  int64_t most, done;                           // largest number of rounds, and number of those that were performed
+  int64_t most, rounds;                         // largest number of rounds, and number of those that were performed
+  int64_t best;                                 // index of the mixture from which they began
   int64_t accepted, ended;                      // number of accepted rounds; whether no further round is to be performed
-  int64_t work;                                 // E-steps times components
-  double value, constant;                       // objective of the mixture, and its part that is the same for all mixtures, nats per point
+  int64_t work;                                 // E-steps of the rounds times components
+  double value, constant;                       // objective of the best mixture, and its part that is the same for all, nats per point
   double gain, tie;                             // smallest improvement for another round; relative difference of equal objectives
   double count;                                 // effective number of points
   int64_t early;                                // number of steps after the split after which the round may end, see unchanged in rounds.hpp

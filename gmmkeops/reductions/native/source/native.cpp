@@ -415,7 +415,7 @@ EXPORT int32_t gmmkeops_abi() { return ABI; }
 
 // Sizes of the calls, in the order of library.py; 0 after the last one.
 EXPORT int64_t gmmkeops_size(int32_t i) {
-  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RoundCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall), sizeof(DigitCall), sizeof(KMeansCall)};
+  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall), sizeof(DigitCall), sizeof(KMeansCall)};
   return i < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[i] : 0;
 }
 
@@ -443,13 +443,6 @@ EXPORT int32_t gmmkeops_maximize(StepCall* call, int32_t isa) {
 }
 
 EXPORT int32_t gmmkeops_climb(ClimbCall* call, int32_t isa) {
-  return guarded([&]() -> int32_t {
-    const Kernel& kernel = *kernel_of(isa);
-    return rounds::climb(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
-  });
-}
-
-EXPORT int32_t gmmkeops_rounds(RoundCall* call, int32_t isa) {
   return guarded([&]() -> int32_t {
     const Kernel& kernel = *kernel_of(isa);
     return rounds::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -104,7 +105,7 @@ struct Climb : steps::Tables {
 };
 
 // Both halves of component k of ``from``, the first table of ``into``; false if one is singular.
-inline bool split(const RoundCall& call, const Climb& from, Climb& into, const Kernel& kernel) {
+inline bool split(const ClimbCall& call, const Climb& from, Climb& into, const Kernel& kernel) {
   const int64_t K = from.K, D = from.D, size = call.steps.sweep.family == FULL ? D * D : from.E;
   const bool full = call.steps.sweep.family == FULL;
   std::vector<double> spread(size), axis(D), space(full ? 2 * D * D : 0);
@@ -137,7 +138,7 @@ inline bool split(const RoundCall& call, const Climb& from, Climb& into, const K
 
 // Merges components of ``from`` before step t, the cheapest pairs first, until those of ``into`` are left.
 // ``halves`` becomes whether all pairs are the halves of one component.
-inline bool merge(const RoundCall& call, const Climb& from, int64_t t, Climb& into, const Kernel& kernel, bool* halves = nullptr) {
+inline bool merge(const ClimbCall& call, const Climb& from, int64_t t, Climb& into, const Kernel& kernel, bool* halves = nullptr) {
   const int64_t n = from.K, D = from.D;
   const bool full = call.steps.sweep.family == FULL;
   const int64_t size = full ? D * D : from.E;
@@ -219,7 +220,67 @@ inline bool unchanged(const Climb& from, const Climb& twice, int64_t t, double c
   return true;
 }
 
-template <class Evaluate> Status climb(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
+// The index of the best mixture that was reached: the first one of those whose objectives are equal up to rounding, without those of a
+// component of fewer than D + 1 points if there are others; -1 if an objective is not known. Sets ``value``; as Climber in rounds.py.
+inline int64_t best_start(ClimbCall& call) {
+  const StepCall& given = call.steps;
+  const int64_t K = given.sweep.components;
+  Climb one(given, K, 0, 0);
+  std::vector<double> values(call.starts);
+  std::vector<char> sound(call.starts);
+  bool any = false;
+  for (int64_t s = 0; s < call.starts; s++) {
+    if (!call.done[s]) return -1;
+    one.load(given, s);
+    values[s] = call.constant + steps::objective(given, s);
+    sound[s] = std::isfinite(values[s]) && one.least(0) * call.count >= given.sweep.dimensions + 1;
+    any |= sound[s];
+  }
+  double lowest = std::numeric_limits<double>::infinity();
+  const auto counts = [&](int64_t s) { return std::isfinite(values[s]) && (sound[s] || !any); };
+  for (int64_t s = 0; s < call.starts; s++) if (counts(s)) lowest = std::min(lowest, values[s]);
+  for (int64_t s = 0; s < call.starts; s++)
+    if (counts(s) && values[s] <= lowest + call.tie * std::max(1.0, std::abs(lowest))) {
+      call.value = values[s];
+      return s;
+    }
+  return -1;
+}
+
+// Performs rounds from row ``best`` as long as they improve the objective, until a step is not an ordinary one; as Climber in rounds.py.
+template <class Evaluate> Status improve(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
+  const StepCall& given = call.steps;
+  const int64_t K = given.sweep.components;
+  Climb from(given, K, 1, 0), twice(given, 2 * K, call.split_steps + 1, call.split_tolerance), once(given, K, call.merged_steps + 1, call.merged_tolerance);
+  const int64_t early = call.early > 0 ? std::min(call.early, twice.most) : twice.most;
+  from.load(given, call.best);
+  Status status = DONE;
+  while (!call.ended && call.rounds < call.most) {
+    if (!split(call, from, twice, kernel) || !twice.run(kernel, evaluate, status, 0, early)) return status;
+    if (early < twice.most && twice.call.done == early && !steps::settled(twice.call, early)) {
+      bool halves = false;
+      if (unchanged(from, twice, early, call.change) && merge(call, twice, early, once, kernel, &halves) && halves) {
+        call.rounds++, call.work += 2 * K * early, call.ended = call.unchanged = 1;
+        break;
+      }
+      if (!twice.run(kernel, evaluate, status, early, twice.most)) return status;
+    }
+    if (!merge(call, twice, twice.call.done - 1, once, kernel) || !once.run(kernel, evaluate, status)) return status;
+    const int64_t t = once.call.done - 1;
+    const double value = call.constant + steps::objective(once.call, t), best = std::min(value, call.value), least = once.least(t) * call.count;
+    call.rounds++, call.work += 2 * K * twice.call.done + K * once.call.done;
+    call.ended = 1;
+    if (call.value <= best + call.tie * std::max(1.0, std::abs(best))) break;
+    if (least < std::min(double(given.sweep.dimensions + 1), from.least(0) * call.count)) break;
+    once.store(0, call.starts), once.store(t, call.starts + 1), once.store_results(call.starts), from.load(given, call.starts + 1);
+    call.ended = call.value - value < call.gain;
+    call.value = value, call.accepted++;
+  }
+  call.ended |= call.rounds == call.most;
+  return DONE;
+}
+
+template <class Evaluate> Status run(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
   const StepCall& given = call.steps;
   Climb one(given, given.sweep.components, given.steps, given.tolerance);
   for (int64_t s = 0; s < call.starts; s++) {
@@ -230,41 +291,10 @@ template <class Evaluate> Status climb(ClimbCall& call, const Kernel& kernel, Ev
     call.done[s] = ordinary ? one.call.done : 0;
     if (ordinary) one.store(one.call.done - (call.after ? 0 : 1), s), one.store_results(s);
   }
-  return DONE;
-}
-
-// Performs rounds as long as they improve the objective, until a step is not an ordinary one; as Climber.improved in rounds.py.
-template <class Evaluate> Status run(RoundCall& call, const Kernel& kernel, Evaluate evaluate) {
-  const StepCall& given = call.steps;
-  const int64_t K = given.sweep.components;
-  Climb from(given, K, 1, 0), twice(given, 2 * K, call.split_steps + 1, call.split_tolerance), once(given, K, call.merged_steps + 1, call.merged_tolerance);
-  const int64_t early = call.early > 0 ? std::min(call.early, twice.most) : twice.most;
-  from.load(given, 0);
-  call.done = call.accepted = call.work = call.ended = call.unchanged = 0;
-  Status status = DONE;
-  while (!call.ended && call.done < call.most) {
-    if (!split(call, from, twice, kernel) || !twice.run(kernel, evaluate, status, 0, early)) return status;
-    if (early < twice.most && twice.call.done == early && !steps::settled(twice.call, early)) {
-      bool halves = false;
-      if (unchanged(from, twice, early, call.change) && merge(call, twice, early, once, kernel, &halves) && halves) {
-        call.done++, call.work += 2 * K * early, call.ended = call.unchanged = 1;
-        break;
-      }
-      if (!twice.run(kernel, evaluate, status, early, twice.most)) return status;
-    }
-    if (!merge(call, twice, twice.call.done - 1, once, kernel) || !once.run(kernel, evaluate, status)) return status;
-    const int64_t t = once.call.done - 1;
-    const double value = call.constant + steps::objective(once.call, t), best = std::min(value, call.value), least = once.least(t) * call.count;
-    call.done++, call.work += 2 * K * twice.call.done + K * once.call.done;
-    call.ended = 1;
-    if (call.value <= best + call.tie * std::max(1.0, std::abs(best))) break;
-    if (least < std::min(double(given.sweep.dimensions + 1), from.least(0) * call.count)) break;
-    once.store(0, 0), once.store(t, 1), once.store_results(0), from.load(given, 1);
-    call.ended = call.value - value < call.gain;
-    call.value = value, call.accepted++;
-  }
-  call.ended |= call.done == call.most;
-  return DONE;
+  call.rounds = call.accepted = call.work = call.ended = call.unchanged = 0;
+  if (!call.most) return DONE;
+  call.best = best_start(call);
+  return call.best < 0 ? DONE : improve(call, kernel, evaluate);
 }
 
 }  // namespace rounds
