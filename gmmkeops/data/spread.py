@@ -87,9 +87,9 @@ def _moments(
         part = part.double()
         g = part.new_ones(len(part)) if weights is None else weights[i * _ROWS : (i + 1) * _ROWS]
         if within is not None:
-            kept = ((part - within[0]).abs_() <= within[1]).all(1)
-            all_within = all_within and bool(kept.all())
-            g = g * kept
+            outside = ((part - within[0]).abs_() > within[1]).any(1)
+            all_within = all_within and not bool(outside.any())
+            g = g * ~outside
         parts.append((part, g))
     if all_within:
         return None

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from gmmkeops.components import FullFactor
 
-__all__ = ["factor_of", "inside", "outside", "robust_covariance", "whitening"]
+__all__ = ["factor_of", "inside", "invariant_metric", "outside", "robust_covariance", "whitening"]
+
+# Smallest factor of a direction in which points seem to be normal.
+_LEAST = 0.2
 
 
 def robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
@@ -27,6 +30,33 @@ def whitening(covariance: Tensor) -> Tensor:
     lower = torch.linalg.cholesky(covariance)
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     return torch.linalg.solve_triangular(lower, eye, upper=False).mT
+
+
+def invariant_metric(points: Tensor, masses: Tensor, root: Tensor) -> Tensor:
+    """Return a metric in which distances in directions that seem to contain no clusters are short.
+
+    In whitened coordinates y all directions have the same variance. The eigenvalues of E[D y yᵀ / |y|²] are one for normal
+    points; a direction is multiplied by the difference of its eigenvalue from one, relative to the largest difference.
+
+    Args:
+        points: Points (M, D), float64.
+        masses: Their weights (M,), float64.
+        root: Matrix (D, D) by which points are multiplied to be white.
+
+    Returns:
+        The upper triangular matrix (D, D) by which points are multiplied.
+
+    Reference:
+        Tyler, Critchley, Dümbgen and Oja 2009, *Invariant co-ordinate selection*, JRSS B 71.
+    """
+    y = (points - masses @ points / masses.sum()) @ root
+    shares = masses * (y.shape[1] / masses.sum()) / y.square().sum(1).clamp(min=1e-12)
+    values, vectors = torch.linalg.eigh(y.mT @ (shares[:, None] * y))
+    away = (values - 1).abs()
+    directions = root @ vectors * (away / away.amax().clamp(min=1e-300)).clamp(min=_LEAST)
+    # The Cholesky factor of a matrix in reverse order is upper triangular in the given order.
+    lower = torch.linalg.cholesky((directions @ directions.mT).flip(0, 1))
+    return lower.flip(0, 1)
 
 
 def factor_of(root: Tensor) -> FullFactor:

@@ -49,12 +49,24 @@ def _points(x_ptr, rows, valid, D: tl.constexpr):
 
 
 @triton.jit
+def _plus(v, u, z, D: tl.constexpr):
+    """Return v + u z.
+
+    From compute capability 10 on, Triton packs the products of two points, and then adds some of them separately, unless ``fma``
+    is used. With many dimensions ``fma`` takes too many registers.
+    """
+    if D <= 4:
+        return tl.fma(z, u, v)
+    else:
+        return v + u * z
+
+
+@triton.jit
 def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
     """Return the whitened residuals y of points and the exponents, for the component whose record begins at p.
 
     The offset c includes the expected value of -|y|². It is taken out of sums of at most eight squares, so that partial sums are
-    small and rounding errors do not grow with D. Without ``fma``, Triton packs products of two points for compute capabilities
-    from 10 on, and adds them separately.
+    small and rounding errors do not grow with D.
     """
     z = ()
     for a in tl.static_range(D):
@@ -64,11 +76,11 @@ def _exponent(x, p, D: tl.constexpr, FAMILY: tl.constexpr):
         v = tl.load(p + (1 + D + a))
         if FAMILY == "full":
             for b in tl.static_range(a + 1):
-                v = tl.fma(z[b], tl.load(p + (1 + 2 * D + a * (a + 1) // 2 + b)), v)
+                v = _plus(v, tl.load(p + (1 + 2 * D + a * (a + 1) // 2 + b)), z[b], D)
         elif FAMILY == "diagonal":
-            v = tl.fma(z[a], tl.load(p + (1 + 2 * D + a)), v)
+            v = _plus(v, tl.load(p + (1 + 2 * D + a)), z[a], D)
         else:
-            v = tl.fma(z[a], tl.load(p + (1 + 2 * D)), v)
+            v = _plus(v, tl.load(p + (1 + 2 * D)), z[a], D)
         y = y + (v,)
         if a % 8 == 0:
             t = (8 if D - a > 8 else D - a) * 0.71875 - v * v
