@@ -75,15 +75,17 @@ def initialize(
     Args:
         x: Points (N, D), N >= K, data units; or anything that :meth:`gmmkeops.Source.of` accepts.
         n_components: Number of components K.
-        strategy: ``"auto"``: k-means in two metrics, that of the standardized columns and that of whitened coordinates (in which
-            the covariance of all points is the identity), followed by up to three rounds in which all components are split,
-            fitted, merged back to K and fitted again, as long as that increases the (penalized) likelihood. With ten or more
-            points per parameter, up to 30 iterations of accelerated EM follow. With less than one point per parameter there are
-            no rounds; if the points are few, there are four runs of k-means in each metric, and a metric is dropped if its runs
-            agree much less than those of the other one. ``"split-merge"`` performs the rounds also then, ``"annealed"`` performs
-            deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by Lloyd iterations),
-            ``"k-means++"`` (points chosen by k-means++), ``"random"`` or ``"random_from_data"`` (K random points as centers), or
-            ``"responsibilities"`` (random responsibilities, which is ``"random"`` in scikit-learn).
+        strategy: ``"auto"``: k-means in two metrics, that of the standardized columns and that of whitened coordinates (in
+            which the covariance of all points is the identity), followed by up to three rounds in which all components are
+            split, fitted, merged back to K and fitted again, as long as that increases the (penalized) likelihood. If
+            components overlap and there are six or more columns, a third metric, which neglects directions without clusters,
+            is tried, too (invariant coordinate selection). With ten or more points per parameter, up to 30 iterations of
+            accelerated EM follow. With less than one point per parameter there are no rounds; if the points are few, there are
+            four runs of k-means in each metric, and a metric is dropped if its runs agree much less than those of the other
+            one. ``"split-merge"`` performs the rounds also then, ``"annealed"`` performs deterministic annealing instead.
+            Without a search: ``"kmeans"`` (k-means++ followed by Lloyd iterations), ``"k-means++"`` (points chosen by
+            k-means++), ``"random"`` or ``"random_from_data"`` (K random points as centers), or ``"responsibilities"`` (random
+            responsibilities, which is ``"random"`` in scikit-learn).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         sample_weight: Weight of each point (N,), or None.
         n_init: Number of runs, of which the best one is used. A search uses other candidates in each run, and ends when it has
@@ -108,8 +110,9 @@ def initialize(
         TypeError, ValueError: Points or weights are invalid, fewer than K points have positive weight, or the strategy is
             unknown.
 
-    Reference:
-        Arthur and Vassilvitskii 2007, *k-means++: the advantages of careful seeding*, SODA.
+    References:
+        Arthur and Vassilvitskii 2007, *k-means++: the advantages of careful seeding*, SODA; Tyler, Critchley, Dümbgen and Oja
+        2009, *Invariant co-ordinate selection*, JRSS B 71.
 
     Example:
         >>> import torch, gmmkeops as gk

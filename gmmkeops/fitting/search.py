@@ -2,11 +2,12 @@ r"""Search for an initial mixture: k-means in two metrics, then rounds of splitt
 
 A round splits every component, performs EM steps, merges the least distinct pairs until K components are left, and performs EM
 steps again. Its result is kept only if the objective is better; it ends early if components are so well separated that their
-halves would be merged again. With many points per parameter, accelerated EM iterations follow. With few points per parameter, a
-prior of the covariances counts in the objective, since the likelihood alone would favor components that contain few points:
-first one of the covariance of all points, then one of the mean covariance within components, without further rounds if they are
-well separated. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani and Hinton 2000, *SMEM
-algorithm for mixture models*, Neural Computation 12.
+halves would be merged again. With six or more columns, overlapping components are also searched for from k-means in a third
+metric, which neglects directions without clusters. With many points per parameter, accelerated EM iterations follow. With few
+points per parameter, a prior of the covariances counts in the objective, since the likelihood alone would favor components
+that contain few points: first one of the covariance of all points, then one of the mean covariance within components, without
+further rounds if they are well separated. References: Zhou, Xu, Fazel and Du 2025, arXiv 2506.06584; Ueda, Nakano, Ghahramani
+and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
 """
 
 from __future__ import annotations
