@@ -172,7 +172,7 @@ class Frame:
         shift, scale = self._own(self.shift), self._own(self.scale)
         mixture = mixture if mixture.means.device == shift.device else mixture.to(shift.device)
         factor = mixture.factor.rescale(scale)
-        return Mixture(mixture.logits, (mixture.means - shift) / scale, factor, validate_args=False)
+        return Mixture.from_valid(mixture.logits, (mixture.means - shift) / scale, factor, validate_args=False)
 
     def leave(self, mixture: Mixture) -> Mixture:
         """Convert a mixture from standardized coordinates to data units (differentiable)."""

@@ -158,10 +158,11 @@ def em_climb(
 def _rows(mixtures: Sequence[Parameters], rows: int) -> dict[str, Tensor]:
     """Return tables of parameters, whose first rows are those of mixtures."""
     parts = [{"logits": logits, "means": means, **factor.tensors} for logits, means, factor in mixtures]
-    tables = {name: torch.empty(rows, *tensor.shape, dtype=torch.float64) for name, tensor in parts[0].items()}
-    for name, table in tables.items():
-        for row, tensors in enumerate(parts):
-            table[row] = tensors[name]
+    tables = {}
+    for name, tensor in parts[0].items():
+        tables[name] = table = torch.empty(rows, *tensor.shape, dtype=torch.float64)
+        given = [tensors[name] for tensors in parts]
+        torch.stack([part if part.dtype == torch.float64 else part.double() for part in given], out=table[: len(given)])
     return tables
 
 
