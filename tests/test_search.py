@@ -14,7 +14,8 @@ from sklearn.datasets import load_wine
 from sklearn.metrics import adjusted_rand_score
 
 import gmmkeops as gk
-from gmmkeops.fitting import frame, initialization, kmeans, ordinary, rounds, search
+from gmmkeops.fitting import candidates, frame, initialization, kmeans, ordinary, rounds, search
+from gmmkeops.fitting.candidates import Candidates
 from gmmkeops.fitting.kmeans import agreement, distinct
 from gmmkeops.fitting.rounds import Climber, Found
 from gmmkeops.fitting.search import Search, has_few_points, prior_of, within_prior
@@ -420,7 +421,7 @@ def test_a_search_with_few_points_has_no_accelerated_iterations(monkeypatch):
 def test_an_accelerated_result_with_a_degenerate_component_is_rejected(monkeypatch):
     search = searched(overlapping(4), "full", 6)
     climber = search.climber()
-    found = climber.climbs(search.begun(0), 15, 1e-3)[0]
+    found = climber.climbs(search.clusters.begun(0), 15, 1e-3)[0]
     reached = search._accelerated(climber, found)
     assert reached.value < found.value - 1e-3
     for bad in ((reached,), (reached, found)):
@@ -491,7 +492,7 @@ def test_candidates_with_few_points_are_removed_if_there_are_others():
 
 def test_runs_alternate_between_kinds_of_candidates(monkeypatch):
     """Runs begin with k-means, k-means++ and random points in turn, each in two metrics."""
-    seen, runs_at_once, seeds = [], search.runs_at_once, search.seeds
+    seen, runs_at_once, seeds = [], candidates.runs_at_once, candidates.seeds
 
     def spy_kmeans(batch, roots, *arguments):
         seen.extend("kmeans" for _ in roots)
@@ -501,8 +502,8 @@ def test_runs_alternate_between_kinds_of_candidates(monkeypatch):
         seen.append("kmeans++" if spread else "random")
         return seeds(*arguments, spread=spread)
 
-    monkeypatch.setattr(search, "runs_at_once", spy_kmeans)
-    monkeypatch.setattr(search, "seeds", spy_seeds)
+    monkeypatch.setattr(candidates, "runs_at_once", spy_kmeans)
+    monkeypatch.setattr(candidates, "seeds", spy_seeds)
     monkeypatch.setattr(search, "_SAME", 0.0)
     start_of(overlapping(), 5, n_init=4)
     assert seen == [each for each in ("kmeans", "kmeans++", "random", "kmeans") for _ in range(2)]
@@ -566,7 +567,7 @@ def test_more_initializations_are_not_worse():
 @pytest.mark.parametrize("penalty", [None, gk.penalties.SqrtWeights(0.1)])
 def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
     sweeps, candidates = [], []
-    em_steps, moments, clustered = gk.reductions.em_steps, gk.reductions.moments, Search._clustered
+    em_steps, moments, clustered = gk.reductions.em_steps, gk.reductions.moments, Candidates._clustered
     em_climb = gk.reductions.em_climb
 
     def spy_climb(batch, starts, settings, **options):
@@ -596,7 +597,7 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
     monkeypatch.setattr(gk.reductions, "em_steps", spy_steps)
     monkeypatch.setattr(gk.reductions, "em_climb", spy_climb)
     monkeypatch.setattr(gk.reductions, "moments", spy_moments)
-    monkeypatch.setattr(Search, "_clustered", spy_clustered)
+    monkeypatch.setattr(Candidates, "_clustered", spy_clustered)
     x = overlapping(1, N=400)
     report = start_of(x, 4, strategy, backend=backend, penalty=penalty, n_init=2)[1]
     assert report.sweeps == pytest.approx(sum(sweeps) / 4, abs=1e-9)
@@ -608,7 +609,7 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
 
 
 def test_the_search_runs_on_a_sample_of_many_points(monkeypatch):
-    monkeypatch.setattr(search, "_CLUSTERED", 1000)
+    monkeypatch.setattr(candidates, "_CLUSTERED", 1000)
     x, labels = grid_clusters(4, N=20_000)
     mixture, report = start_of(x, 6)
     assert report.points == search.sample_size(6, 2, gk.FullFactor) == 3000
@@ -648,7 +649,7 @@ def test_a_fit_uses_the_spread_that_its_search_has_computed(weighted, family, dt
     assert len(calls) == 1
     assert found.report.start.strategy == "auto"
     # A search on a part of the points does not know the spread of all points.
-    monkeypatch.setattr(search, "_CLUSTERED", 100)
+    monkeypatch.setattr(candidates, "_CLUSTERED", 100)
     monkeypatch.setattr(search, "_PER_COMPONENT", 50)
     monkeypatch.setattr(search, "_PER_PARAMETER", 1)
     assert gk.fit(3, x, gk.EM(tol=1.0), sample_weight=g).report.start.points < 300
@@ -840,7 +841,7 @@ def test_native_rounds_equal_those_of_several_calls(family, D, N, weighted, monk
     x, weights = clumps(D, N, weighted)
     search = searched(x, family, 5, weights)
     assert (search.objective.penalty is not None) == search.few
-    climber, starts = search.climber(), search.begun(1)
+    climber, starts = search.climber(), search.clusters.begun(1)
     results, climbs_of, calls = [], rounds.climbs_of, []
 
     def counted(*arguments):
@@ -873,7 +874,7 @@ def test_native_rounds_end_as_those_of_several_calls(monkeypatch):
         for K in (3, 6):
             search = searched(x, "full", K, method=gk.EM(reg_covar=1e-3), seed=seed)
             own = Climber(search.method, search.plain)
-            start, results = search.begun(0)[0], []
+            start, results = search.clusters.begun(0)[0], []
             for whole in (True, False):
                 own.rounds = own.work = 0
                 several_calls(monkeypatch, climbs_of if whole else None)
@@ -896,7 +897,7 @@ def test_rounds_of_well_separated_clusters_end_early(family, D, monkeypatch):
     x = torch.randn(600, D, generator=generator).double() + 60.0 * labels[:, None]
     own = searched(x, family, 3)
     climber = own.climber()
-    start, climbs_of, results = own.begun(0)[0], rounds.climbs_of, []
+    start, climbs_of, results = own.clusters.begun(0)[0], rounds.climbs_of, []
     climber.climbs([start], 15, 1e-6)
     climbed, founds = climber.work, []
     for whole, early in ((True, True), (False, True), (True, False)):
@@ -924,9 +925,14 @@ def separated(seed, N, D, K):
 
 @pytest.fixture
 def every_round(monkeypatch):
-    """Function that lets searches perform second rounds even if the components are well separated."""
+    """Function that lets searches perform second rounds even if the components are well separated, without a third metric."""
     improved = Climber._improved
-    return lambda: monkeypatch.setattr(Climber, "_improved", lambda *given: replace(improved(*given), separated=False))
+
+    def let():
+        monkeypatch.setattr(Climber, "_improved", lambda *given: replace(improved(*given), separated=False))
+        monkeypatch.setattr(search, "_COLUMNS", math.inf)
+
+    return let
 
 
 @pytest.mark.parametrize("prior", [None, "auto"])
@@ -992,15 +998,15 @@ def test_a_wrong_arrangement_of_separated_clusters_is_improved(N, D, monkeypatch
     shared = x[labels == 3]
     far = shared[:, 0] > shared[:, 0].median()
     wrong = torch.stack([x[(labels == 0) | (labels == 1)].mean(0), truth[2], shared[far].mean(0), shared[~far].mean(0)])
-    begun = Search.begun
+    begun = Candidates.begun
 
     def mixed(self, run):
-        centers = (wrong - self.plain.frame.shift) / self.plain.frame.scale
+        centers = (wrong - self.objective.frame.shift) / self.objective.frame.scale
         return self._clustered([(centers, None)])
 
-    monkeypatch.setattr(Search, "begun", mixed)
+    monkeypatch.setattr(Candidates, "begun", mixed)
     found, report = start_of(x, K)
-    monkeypatch.setattr(Search, "begun", begun)
+    monkeypatch.setattr(Candidates, "begun", begun)
     assert report.rounds >= 2
     gaps = (found.means[:, None] - truth).norm(dim=2)
     assert sorted(gaps.argmin(0).tolist()) == list(range(K))
@@ -1030,7 +1036,7 @@ def test_components_are_split_along_their_longest_axis(D, shape, monkeypatch):
         x[:, -1] *= 3
     own = searched(torch.cat([x, x + 100]), "full", 2, method=gk.EM(reg_covar=0))
     climber = Climber(own.method, own.plain)
-    found, results = climber.climbed(own.begun(0)[0], 5, 0.0), []
+    found, results = climber.climbed(own.clusters.begun(0)[0], 5, 0.0), []
     monkeypatch.setattr(rounds, "_EARLY", (0, 0.0))
     climbs_of = rounds.climbs_of
     for whole in (True, False):
@@ -1066,7 +1072,7 @@ def test_candidates_that_are_too_narrow_for_float32_are_improved_in_float64(monk
     assert own.plain.data.dtype == torch.float32
     climber, climbs_of, found = own.climber(), rounds.climbs_of, []
     monkeypatch.setattr(rounds, "climbs_of", lambda *given: found.append(climbs_of(*given)) or found[-1])
-    reached = climber.climbs(own.begun(0), 15, 1e-3)
+    reached = climber.climbs(own.clusters.begun(0), 15, 1e-3)
     assert None not in found[0].reached
     assert own.plain.data.dtype == torch.float64
     several_calls(monkeypatch)
@@ -1100,7 +1106,7 @@ def test_a_component_without_points_ends_native_rounds():
     x = torch.cat([overlapping(1, N=300).double(), torch.full((1, 2), 60.0, dtype=torch.float64)])
     search = searched(x, "full", 2, method=gk.EM(reg_covar=1e-2))
     own = Climber(search.method, search.plain)
-    found = own.climbed(search.begun(1)[0], 0, 0.0)
+    found = own.climbed(search.clusters.begun(1)[0], 0, 0.0)
     larger = gk.Mixture(torch.zeros(2).double(), found.mixture.means, found.mixture.factor)
     found = replace(found, mixture=larger, active=larger)
     settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7, "most": 1}
@@ -1117,7 +1123,7 @@ def test_native_climbs_equal_steps_of_several_calls(family, weighted, monkeypatc
     x, weights = clumps(3, 700, weighted)
     search = searched(x, family, 4, weights)
     climber = search.climber()
-    starts = [mixture for run in range(2) for mixture in search.begun(run)]
+    starts = [mixture for run in range(2) for mixture in search.clusters.begun(run)]
     results, climbs_of = [], rounds.climbs_of
     for whole in (True, False):
         climber.work = 0
@@ -1139,7 +1145,7 @@ def test_one_of_several_climbs_may_need_several_calls():
     x, _ = clumps(2, 200, False)
     search = searched(x, "full", 3, method=gk.EM(reg_covar=0))
     own = Climber(search.method, search.plain)
-    good = search.begun(0)[0]
+    good = search.clusters.begun(0)[0]
     z = search.plain.data.x
     scales = torch.tensor([1.0, 1.0, 1e-6]).double()[:, None, None]
     tiny = gk.Mixture(
@@ -1167,7 +1173,7 @@ def test_a_round_that_is_not_ordinary_takes_several_calls():
     for x, family, K in ((line, "full", 3), (overlapping(1, N=300), "tied", 3), (overlapping(1, N=300), "full", 1)):
         search = searched(x, family, K, method=gk.EM(reg_covar=0))
         climber = search.climber()
-        found = climber.climbed(search.begun(0)[0], 5, 0.0)
+        found = climber.climbed(search.clusters.begun(0)[0], 5, 0.0)
         native = rounds.climbs_of(climber.method, climber.objective, [found.mixture], 0, 0.0, settings)
         assert native.rounds is None
         after = climber.searched([found.mixture], 0, 0.0, 2)[1]
@@ -1182,14 +1188,14 @@ def test_native_clusters_are_regularized_as_by_torch(family, weighted, D, monkey
     """With few points in a cluster, covariances are averaged with a pooled one, to which a wide cluster contributes less."""
     x, weights = clumps(D, 90, weighted)
     x[:6] *= 8
-    one_step, pooled = Search._by_one_step, set()
+    one_step, pooled = Candidates._by_one_step, set()
     for K in (2, 5, 9):
         search = searched(x, family, K, weights)
         mixtures = []
         for fast in (True, False):
             search.generator.manual_seed(K)
-            monkeypatch.setattr(Search, "_by_one_step", one_step if fast else lambda *_: None)
-            mixtures.append(search.begun(0))
+            monkeypatch.setattr(Candidates, "_by_one_step", one_step if fast else lambda *_: None)
+            mixtures.append(search.clusters.begun(0))
         for one, other in zip(*mixtures, strict=True):
             small = float(other.weights.min()) * search.plain.count <= 4 * (D + 1)
             pooled.add(small)
@@ -1225,11 +1231,16 @@ def test_runs_of_kmeans_at_once_equal_single_ones(D, N, K, weighted, monkeypatch
     # Equal points are merged.
     x = torch.cat([x, x[: N // 3]])
     weights = torch.cat([weights, weights[: N // 3]]) if weighted else None
-    search_of, runs_at_once, results = (lambda: searched(x, "full", K, weights, seed=K)), search.runs_at_once, []
+    search_of, runs_at_once, results = (lambda: searched(x, "full", K, weights, seed=K)), candidates.runs_at_once, []
     for fast in (True, False):
         own = search_of()
-        monkeypatch.setattr(search, "runs_at_once", runs_at_once if fast else lambda *_: None)
-        results.append(([each for runs in own._kmeans(3) for each in runs], own.generator.get_state()))
+        monkeypatch.setattr(candidates, "runs_at_once", runs_at_once if fast else lambda *_: None)
+        results.append(
+            (
+                [each for runs in own.clusters._kmeans(3, own.clusters._roots) for each in runs],
+                own.generator.get_state(),
+            )
+        )
     (several, state), (single, after) = results
     assert torch.equal(state, after)
     assert len(several) == 3 * (1 if D == 1 or K == 1 else 2)
@@ -1242,11 +1253,11 @@ def test_runs_of_kmeans_at_once_equal_single_ones(D, N, K, weighted, monkeypatch
 def test_runs_of_kmeans_with_more_centers_than_points(monkeypatch):
     """Clusters become empty, whose centers stay where they are."""
     x = torch.tensor([[0.0, 1.0], [5.0, 2.0], [1.0, 7.0]], dtype=torch.float64).repeat(4, 1)
-    runs_at_once, results = search.runs_at_once, []
+    runs_at_once, results = candidates.runs_at_once, []
     for fast in (True, False):
         own = searched(x, "diag", 5)
-        monkeypatch.setattr(search, "runs_at_once", runs_at_once if fast else lambda *_: None)
-        results.append([each.centers for runs in own._kmeans(1) for each in runs])
+        monkeypatch.setattr(candidates, "runs_at_once", runs_at_once if fast else lambda *_: None)
+        results.append([each.centers for runs in own.clusters._kmeans(1, own.clusters._roots) for each in runs])
     for one, other in zip(*results, strict=True):
         assert len(one.round(decimals=6).unique(dim=0)) == 3
         assert torch.allclose(one, other, atol=1e-12)
@@ -1318,13 +1329,13 @@ def test_the_best_sound_candidate_is_that_of_all_sound_ones():
 def test_large_clusters_are_not_regularized():
     x, _ = clumps(2, 2000, False)
     search = searched(x, "full", 3)
-    for mixture in search.begun(0):
+    for mixture in search.clusters.begun(0):
         labels = mixture.predict(search.plain.data.x)
         assert int(torch.bincount(labels).min()) > 12
     z = search.plain.data.x
-    centers = search.begun(0)[0].means
+    centers = search.clusters.begun(0)[0].means
     labels = torch.cdist(z, centers).argmin(1)
-    (found,) = search._clustered([(centers, None)])
+    (found,) = search.clusters._clustered([(centers, None)])
     for k in range(3):
         own = z[labels == k]
         assert torch.allclose(found.means[k], own.mean(0), atol=1e-12)
@@ -1381,7 +1392,7 @@ def test_with_few_points_only_metrics_count_in_which_runs_agree(monkeypatch):
         return [adjusted_rand_score(y, gk.GaussianMixture(3, random_state=i).fit(x).predict(x)) for i in range(12)]
 
     assert min(found()) > 0.7
-    monkeypatch.setattr(search, "_AGREEMENT", -1.0)
+    monkeypatch.setattr(candidates, "_AGREEMENT", -1.0)
     assert min(found()) < 0.6
 
 

@@ -18,6 +18,7 @@ from gmmkeops.data import (
     table_names,
     trimmed_spread,
 )
+from gmmkeops.fitting.candidates import clustered_size
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.kmeans import (
     clusters,
@@ -30,7 +31,7 @@ from gmmkeops.fitting.kmeans import (
     seeds,
 )
 from gmmkeops.fitting.result import Start, StartReport
-from gmmkeops.fitting.search import Search, clustered_size, sample_size
+from gmmkeops.fitting.search import Search, sample_size
 from gmmkeops.fitting.state_file import state_bytes, state_of
 from gmmkeops.models import Mixture
 

@@ -227,7 +227,7 @@ class _Descent:
         """Yield the mixture of each level, data units, and whether it is sound."""
         n = self.K
         climber = self._climber(n)
-        found = best_of(climber.climbs(self.search.begun(1), *_OVERFIT))
+        found = best_of(climber.climbs(self.search.clusters.begun(1), *_OVERFIT))
         yield self._shown(found)
         while n > 1:
             fewer = n - max(1, n // _AT_ONCE)
