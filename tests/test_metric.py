@@ -61,10 +61,16 @@ def test_weights_are_numbers_of_equal_points():
     torch.testing.assert_close(metric(points, copies.double()), metric(points.repeat_interleave(copies, 0)))
 
 
-def test_constant_columns_have_a_metric():
-    points = two_clusters(300, 3)
-    points[:, 1] = 0
-    assert metric(points).isfinite().all()
+@pytest.mark.parametrize("column", ["constant", "copy", "almost a copy"])
+def test_columns_without_variance_of_their_own_are_neglected(column):
+    """They do not hide the direction of the clusters."""
+    points = two_clusters()
+    noise = 1e-4 * torch.randn(len(points), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    added = {"constant": 0 * noise, "copy": points[:, 5], "almost a copy": points[:, 5] + noise}[column]
+    lengths, others = (metric(x).inverse().diagonal().rsqrt() for x in (points, torch.cat([points, added[:, None]], 1)))
+    assert float(lengths[2]) > 1.5 * float(lengths[[0, 1, 3, 4, 6, 7]].amax())
+    torch.testing.assert_close(others[:5], lengths[:5], rtol=1e-3, atol=0)
+    torch.testing.assert_close(others[6:8], lengths[6:8], rtol=1e-3, atol=0)
 
 
 def in_few_columns(seed, N=3000, D=16, K=5):

@@ -1166,6 +1166,59 @@ def test_one_of_several_climbs_may_need_several_calls():
 
 
 @native
+def test_rounds_begin_with_the_best_mixture_though_steps_from_another_one_need_several_calls(monkeypatch):
+    """The first rounds of the best one are performed at once, too."""
+    x, _ = clumps(2, 300, False)
+    own = searched(x, "full", 3, method=gk.EM(reg_covar=0))
+    climber, good, z = Climber(own.method, own.plain), own.clusters.begun(0)[0], own.plain.data.x
+    scales = torch.tensor([1.0, 1.0, 1e-6]).double()[:, None, None]
+    tiny = gk.Mixture(
+        torch.zeros(3).double(), z[:3].double(), gk.FullFactor.from_covariances(torch.eye(2).double() * scales**2)
+    )
+    calls, climbs_of = [], rounds.climbs_of
+    monkeypatch.setattr(rounds, "climbs_of", lambda *given: calls.append(climbs_of(*given)) or calls[-1])
+    monkeypatch.setattr(Climber, "sound", lambda self, found: found[:1])
+    alone = climber.searched([good], 15, 1e-3, 3)[1]
+    calls.clear()
+    found = climber.searched([good, tiny], 15, 1e-3, 3)[1]
+    assert [call.rounds is None for call in calls] == [True, False]
+    assert_equal_mixtures(found.mixture, alone.mixture)
+    assert found.value == alone.value
+
+
+@native
+def test_rounds_use_the_objective_that_is_known():
+    """After a step with a prior, the fractions in the reg_covar term contain the points of the prior."""
+    x = overlapping(2, N=120)
+    own = searched(x, "full", 4, method=gk.EM(reg_covar=0.5))
+    climber = own.climber()
+    found = climber.climbed(own.clusters.begun(0)[0], 5, 0.0)
+    again = climber.climbed(found.mixture, 0, 0.0)
+    assert abs(again.value - found.value) > 1e-3
+    native, work = climber._native_rounds(replace(found, value=-100.0), 1), climber.work
+    assert (native.rounds.value, native.rounds.ended, native.pair) == (-100.0, True, None)
+    assert climber.work == work
+    assert climber._native_rounds(found, 1).rounds.value <= found.value
+
+
+@native
+@pytest.mark.parametrize("backend", ["native", "dense"])
+def test_a_huge_change_of_the_reg_covar_term_takes_no_digits(backend, monkeypatch):
+    """The objective of steps of several calls is that of one call, though the term is 1e30 times as large at first."""
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(np.stack([rng.normal(size=40) + 3 * (np.arange(40) % 2), np.zeros(40)], 1))
+    own = searched(x, "full", 2, method=gk.EM(reg_covar=0.01))
+    climber, start = own.climber(), own.clusters.begun(0)[0]
+    narrow = start.factor.log_diagonal + torch.tensor([0.0, 30.0], dtype=torch.float64)
+    start = gk.Mixture(start.logits, start.means, gk.FullFactor(narrow, start.factor.upper))
+    fast = climber.climbed(start, 5, -math.inf)
+    several_calls(monkeypatch)
+    slow = Climber(own.method, replace(climber.objective, backend=backend)).climbed(start, 5, -math.inf)
+    assert abs(fast.value) < 100
+    assert slow.value == pytest.approx(fast.value, abs=1e-8)
+
+
+@native
 def test_a_round_that_is_not_ordinary_takes_several_calls():
     """Points on a line make covariances singular; common covariances, and a single one, are left to several calls."""
     line = torch.linspace(0, 1, 300, dtype=torch.float64)[:, None] * torch.ones(2, dtype=torch.float64)

@@ -81,11 +81,12 @@ def initialize(
             split, fitted, merged back to K and fitted again, as long as that increases the (penalized) likelihood. If
             components overlap and there are six or more columns, a third metric, which neglects directions without clusters,
             is tried, too (invariant coordinate selection). With ten or more points per parameter, up to 30 iterations of
-            accelerated EM follow. With less than one point per parameter there are no rounds; if the points are few, there are
-            four runs of k-means in each metric, and a metric is dropped if its runs agree much less than those of the other
-            one. ``"split-merge"`` performs the rounds also then, ``"annealed"`` performs deterministic annealing instead.
-            Without a search: ``"kmeans"`` (k-means++ followed by Lloyd iterations), ``"k-means++"`` (points chosen by
-            k-means++), ``"random"`` or ``"random_from_data"`` (K random points as centers), or ``"responsibilities"`` (random
+            accelerated EM follow. There are no rounds with less than one point per parameter, and with less than ten for more
+            than 300 components in up to three dimensions. With less than one, if the points are few, there are four runs of
+            k-means in each metric, and a metric is dropped if its runs agree much less than those of the other one.
+            ``"split-merge"`` performs the rounds also then, ``"annealed"`` performs deterministic annealing instead. Without a
+            search: ``"kmeans"`` (k-means++ followed by Lloyd iterations), ``"k-means++"`` (points chosen by k-means++),
+            ``"random"`` or ``"random_from_data"`` (K random points as centers), or ``"responsibilities"`` (random
             responsibilities, which is ``"random"`` in scikit-learn).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         sample_weight: Weight of each point (N,), or None.

@@ -9,8 +9,9 @@ from gmmkeops.components import FullFactor
 
 __all__ = ["factor_of", "inside", "invariant_metric", "outside", "robust_covariance", "whitening"]
 
-# Smallest factor of a direction in which points seem to be normal.
-_LEAST = 0.2
+# Smallest factor of a direction in which points seem to be normal; and variance of whitened points in a direction below which
+# they do not vary in it, since a column is constant or depends on others.
+_LEAST, _CONSTANT = 0.2, 0.1
 
 
 def robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
@@ -35,8 +36,9 @@ def whitening(covariance: Tensor) -> Tensor:
 def invariant_metric(points: Tensor, masses: Tensor, root: Tensor) -> Tensor:
     """Return a metric in which distances in directions that seem to contain no clusters are short.
 
-    In whitened coordinates y all directions have the same variance. The eigenvalues of E[D y yᵀ / |y|²] are one for normal
-    points; a direction is multiplied by the difference of its eigenvalue from one, relative to the largest difference.
+    In whitened coordinates y all directions have the same variance, but for those in which the points do not vary, which are
+    neglected. The eigenvalues of E[D y yᵀ / |y|²] are one for normal points; a direction is multiplied by the difference of
+    its eigenvalue from one, relative to the largest difference.
 
     Args:
         points: Points (M, D), float64.
@@ -49,11 +51,16 @@ def invariant_metric(points: Tensor, masses: Tensor, root: Tensor) -> Tensor:
     Reference:
         Tyler, Critchley, Dümbgen and Oja 2009, *Invariant co-ordinate selection*, JRSS B 71.
     """
-    y = (points - masses @ points / masses.sum()) @ root
-    shares = masses * (y.shape[1] / masses.sum()) / y.square().sum(1).clamp(min=1e-12)
+    fractions = masses / masses.sum()
+    y = (points - fractions @ points) @ root
+    variances, axes = torch.linalg.eigh(y.mT @ (fractions[:, None] * y))
+    varies = variances > _CONSTANT
+    y = y @ axes[:, varies]
+    shares = fractions * y.shape[1] / y.square().sum(1).clamp(min=1e-12)
     values, vectors = torch.linalg.eigh(y.mT @ (shares[:, None] * y))
     away = (values - 1).abs()
-    directions = root @ vectors * (away / away.amax().clamp(min=1e-300)).clamp(min=_LEAST)
+    factors = (away / away.amax().clamp(min=1e-300)).clamp(min=_LEAST)
+    directions = root @ torch.cat([axes[:, varies] @ vectors * factors, axes[:, ~varies] * _LEAST], 1)
     # The Cholesky factor of a matrix in reverse order is upper triangular in the given order.
     lower = torch.linalg.cholesky((directions @ directions.mT).flip(0, 1))
     return lower.flip(0, 1)

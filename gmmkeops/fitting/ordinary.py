@@ -123,6 +123,11 @@ class Block:
         penalty = self.penalty + self.found.priors[t] / self.objective.mass
         return penalty + self.found.costs[t] + self.found.drifts[t] - self.likelihood(t)
 
+    def plain_value(self, t: int) -> float:
+        """Return the objective before step t without the changes of the ``reg_covar`` term by those of the fractions."""
+        penalty = self.penalty + self.found.priors[t] / self.objective.mass
+        return penalty + self.found.costs[t] - self.likelihood(t)
+
     def after(self, t: int) -> EMState:
         """Return the state after the first t steps."""
         if not t:
@@ -351,7 +356,8 @@ def climbs_of(
         objective, steps, tolerance: As for :func:`climb`.
         mixtures: Mixtures of which no component is pruned or singular, standardized coordinates.
         rounds: Constants of :class:`~gmmkeops.reductions.RoundSettings` for the rounds of
-            :class:`~gmmkeops.fitting.rounds.Climber`; None for no rounds.
+            :class:`~gmmkeops.fitting.rounds.Climber`; None for no rounds. If the objective of the only mixture is among them, no
+            steps are performed before the rounds.
     """
     first = mixtures[0]
     own = _settings(method, objective, first, 1.0)
@@ -365,6 +371,8 @@ def climbs_of(
     if rounds is not None and first.factor.leading > 1 and merges_singly(2 * first.n_components):
         points = noise(first.n_features)
         chosen = reductions.RoundSettings(half=HALF, points=points, size=objective.count, constant=offset, **rounds)
+    elif rounds is not None and "known" in rounds:
+        return Climbs([None])
     found = reductions.em_climb(
         batch,
         [(each.logits, each.means, each.factor) for each in mixtures],
@@ -423,10 +431,11 @@ def climb(
         until = left - (steps + 1 - pause[0]) if pause is not None else 0
         block = Block.of(method, objective, state, until if until > 0 else left, tolerance)
         if block is None:
-            after, now = method.step(objective, state)
-            values, reached = [now.objective - state.drift], state
+            # The drift is not part of the values, and may be so large that it would take all their digits.
+            after, now = method.step(objective, replace(state, drift=0.0))
+            values, reached = [now.objective], state
         else:
-            values = [block.value(t) - block.found.drifts[t] for t in range(len(block))]
+            values = [block.plain_value(t) for t in range(len(block))]
             # The first step of a block is not compared with the one before it.
             count = 1 if last - values[0] < tolerance else len(block)
             values, reached, after = values[:count], block.after(count - 1), block.after(count)

@@ -128,27 +128,34 @@ class Climber:
         Such rounds are performed as long as they improve the objective, at most ``most``.
 
         Returns:
-            The mixtures that the EM steps reached and that are sound, and the result of the rounds.
+            The mixtures that the EM steps reached, without those that are not sound if others are, and the result of the rounds.
         """
         native = self._native(mixtures, steps, tolerance, most)
         climbed = self._adopted(native, mixtures, steps, tolerance)
         sound = self.sound(climbed)
         best = best_of(sound) if native.rounds is None else climbed[native.rounds.best]
+        if most and native.rounds is None and None in native.reached:
+            # Steps from another mixture needed several calls, so that the best one was not known.
+            native = self._native_rounds(best, most)
         return sound, self._improved(best, most, native)
 
-    def _native(self, mixtures: list[Mixture], steps: int, tolerance: float, most: int) -> Climbs:
-        """Perform EM steps from several mixtures, and rounds, as far as the native engine computes them."""
+    def _native(
+        self, mixtures: list[Mixture], steps: int, tolerance: float, most: int, known: float | None = None
+    ) -> Climbs:
+        """Perform EM steps from several mixtures, and rounds, as far as the native engine computes them.
+
+        If the objective of a single mixture is known, no steps are performed before the rounds.
+        """
         rounds = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE, "early": _EARLY, "most": most}
+        rounds |= {} if known is None else {"known": known}
         return climbs_of(self.method, self.objective, mixtures, steps, tolerance, rounds if most else None)
 
     def _native_rounds(self, found: Found, most: int) -> Climbs:
-        """Perform the next rounds in the native engine, which evaluates the mixture first."""
+        """Perform the next rounds in the native engine."""
         if found.active.n_components < found.origin.n_components:
             # After pruning, the merge leaves more components than were split, which the library does not support.
             return Climbs([None])
-        native = self._native([found.mixture], 0, 0.0, most)
-        self.work += found.mixture.n_components if native.reached[0] is not None else 0
-        return native
+        return self._native([found.mixture], 0, 0.0, most, found.value)
 
     def _adopted(self, native: Climbs, mixtures: list[Mixture], steps: int, tolerance: float) -> list[Found]:
         """Return the results of EM steps; those that the native engine has not performed are performed by several calls."""

@@ -1,4 +1,4 @@
-r"""Search for an initial mixture: k-means in two metrics, then rounds of splitting and merging.
+r"""Search for an initial mixture: k-means in several metrics, then rounds of splitting and merging.
 
 A round splits every component, performs EM steps, merges the least distinct pairs until K components are left, and performs EM
 steps again. Its result is kept only if the objective is better; it ends early if components are so well separated that their
@@ -40,9 +40,10 @@ __all__ = ["Search", "has_few_points", "sample_size", "within_prior"]
 # performed, since they would only fit single points.
 _FEW, _TOO_FEW = 10.0, 1.0
 
-# Number of components above which no rounds are performed, either, where points per parameter are few: on 8 data sets of 200 to
-# 1000 components, rounds changed the held-out likelihood by -0.04 to +0.02 nats per point and took two to three times the time.
-_MANY = 300
+# Number of components above which, and largest dimension in which no rounds are performed, either, where points per parameter are
+# few: on 8 data sets of 200 to 1000 components in three dimensions, rounds changed the held-out likelihood by -0.04 to +0.02 nats
+# per point and took two to three times the time.
+_MANY, _LOW = 300, 3
 
 # Points of the sample for each component: at least this many, and this many for each of its parameters; and numbers of a sample.
 _PER_COMPONENT, _PER_PARAMETER, _NUMBERS = 500, 20, 1 << 26
@@ -160,13 +161,14 @@ class Search:
         self.ratio = self.plain.count / (K * _parameters(kind, self.D))
         self.few = self.ratio < _FEW and not tied and K > 1
         # Whether a search is only a choice between clusters.
-        self.keeps_clusters = self.ratio < _TOO_FEW or (self.few and K > _MANY)
+        many = self.few and K > _MANY and self.D <= _LOW and prior is None
+        self.keeps_clusters = self.ratio < _TOO_FEW or many
         # Whether several runs of k-means are compared in each metric.
         self.compares = self.ratio < _TOO_FEW and K > 1 and size < _COSTLY
         given: Any = {"compares": self.compares, "generator": generator, "backend": backend}
         self.clusters = Candidates(self.plain, weights, self.spread, K, kind, tied, **given)
         self.objective = (
-            self._with(self.plain, prior_of(self._spread, K)) if self.few and not self.keeps_clusters else self.plain
+            self._with(self.plain, prior_of(self._spread, K)) if self.few and self.ratio >= _TOO_FEW else self.plain
         )
 
     def judged(self, objective: Objective, K: int) -> Objective:
@@ -237,7 +239,9 @@ class Search:
             return self._run(strategy, n_init, rows)
 
     def _run(self, strategy: str, n_init: int, rows: int) -> tuple[Mixture, StartReport]:
-        climber = self.climber()
+        stays = strategy == "auto" and ((self.K == 1 and self.penalty is None) or self.keeps_clusters)
+        # Clusters are compared by the likelihood alone.
+        climber = self.climber(self.plain if stays else self.objective)
         # Without the prior, and with the points in the same order.
         plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
         most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
@@ -246,8 +250,7 @@ class Search:
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            begun, is_plain = self.clusters.begun(run), self.K == 1 and self.penalty is None
-            stays = strategy == "auto" and (is_plain or self.keeps_clusters)
+            begun = self.clusters.begun(run)
             if stays and len(begun) == n_init == 1:
                 # The only candidate needs no objective by which it is chosen.
                 best = Found(begun[0], math.nan, begun[0], begun[0])
@@ -255,13 +258,12 @@ class Search:
             rounds = most if self.doubles and strategy != "annealed" and not stays else 0
             candidates, found = climber.searched(begun, *enough, rounds)
             if rounds and not run and self.D >= _COLUMNS and not found.separated:
-                candidates, found = self._in_invariant_metric(climber, candidates, found, rounds)
+                candidates, found = self._in_invariant_metric(climber, candidates, found, rounds, enough)
             starts += candidates
             if strategy == "annealed":
                 found = self._annealed(climber, found)
             elif stays:
-                # A fit of one component without a penalty, or of fewer points than parameters, stays where it begins: at the
-                # clusters themselves.
+                # The fit begins at the clusters themselves.
                 found = Found(found.origin, found.value, found.origin, found.origin)
             if self.K > 1 and self.ratio >= _FEW and (self.penalty is None or self.penalty.constant):
                 found = self._accelerated(climber, found)
@@ -271,7 +273,7 @@ class Search:
             if len(same) > 1 or run - min(same, default=run) >= _PATIENCE:
                 break
         assert best is not None, "there is at least one run"
-        searched_with_prior = self.objective is not self.plain
+        searched_with_prior = not stays and self.objective is not self.plain
         if searched_with_prior:
             narrowed = self._narrowed(climber, best, most) if self.doubles and strategy != "annealed" else best
             best = narrowed if self.prior is not None else self._by_likelihood(plain, [narrowed, best], starts)
@@ -287,23 +289,21 @@ class Search:
         )
         return self.plain.frame.leave(best.mixture), report
 
-    def climber(self) -> Climber:
-        """Return the steps that improve the objective of the search."""
-        return Climber(self.method, self._arranged())
+    def climber(self, objective: Objective | None = None) -> Climber:
+        """Return the steps that improve an objective; None for that of the search."""
+        return Climber(self.method, self._arranged(self.objective if objective is None else objective))
 
-    def _arranged(self) -> Objective:
-        """Return the objective, with points sorted by a kd-tree for truncation if that saves time."""
+    def _arranged(self, objective: Objective) -> Objective:
+        """Return an objective, with points sorted by a kd-tree for truncation if that saves time."""
         if self.D > _TREE or not reductions.may_arrange(len(self.x), self.K, self.D):
-            return self.objective
+            return objective
         x: Tensor = self.plain.data.x  # type: ignore[attr-defined]
         factor = self.kind.from_covariances(self.kind.compact(torch.eye(self.D).to(x).double())[None], features=self.D)
         means = x[: self.K].double()
-        return self.objective.truncated(
-            None, Mixture(means.new_zeros(self.K), means, factor, validate_args=False), _SWEEPS
-        )
+        return objective.truncated(None, Mixture(means.new_zeros(self.K), means, factor, validate_args=False), _SWEEPS)
 
     def _in_invariant_metric(
-        self, climber: Climber, candidates: list[Found], found: Found, most: int
+        self, climber: Climber, candidates: list[Found], found: Found, most: int, enough: tuple[int, float]
     ) -> tuple[list[Found], Found]:
         """Search from k-means in a metric that neglects directions without clusters, if that is a better candidate.
 
@@ -317,7 +317,7 @@ class Search:
         different = without_copies([*(each.origin for each in candidates), self.clusters.in_invariant_metric()])
         if len(different) == len(candidates):
             return candidates, found
-        others = climber.sound([*candidates, climber.climbed(different[-1], *CANDIDATE)])
+        others = climber.sound([*candidates, climber.climbed(different[-1], *enough)])
         best = best_of(others)
         if best not in candidates:
             found = best_of([found, climber.searched([best.mixture], *MERGED, most)[1]])
@@ -325,7 +325,7 @@ class Search:
 
     @cached_property
     def _least(self) -> float:
-        """Least eigenvalue of this covariance."""
+        """Least eigenvalue of the robust covariance of all points."""
         return float(torch.linalg.eigvalsh(self.clusters.covariance)[0])
 
     def _narrowed(self, climber: Climber, found: Found, most: int) -> Found:

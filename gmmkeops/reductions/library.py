@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 13
+_ABI = 14
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -98,7 +98,9 @@ class ClimbCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("after", "split_steps", "merged_steps")),
         *((name, ctypes.c_double) for name in ("split_tolerance", "merged_tolerance", "half")),
         ("points", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("blocks", "most", "rounds", "best", "accepted", "ended", "work")),
+        *((name, ctypes.c_int64) for name in ("blocks", "most", "rounds", "best")),
+        ("known", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("accepted", "ended", "work")),
         *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
         ("early", ctypes.c_int64),
         ("change", ctypes.c_double),

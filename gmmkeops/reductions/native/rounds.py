@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ class RoundSettings(NamedTuple):
         early: Number of steps after the split after which a round ends if the halves of each component have kept its points, and
             pairs of halves are the cheapest to merge; and the largest change of weights (relative) and means (standard
             deviations) in that case. No steps: a round does not end early.
+        known: Objective of the only mixture, from which the rounds begin without steps; NaN to perform steps.
     """
 
     most: int
@@ -68,6 +70,7 @@ class RoundSettings(NamedTuple):
     size: float
     constant: float
     early: tuple[int, float] = (0, 0.0)
+    known: float = math.nan
 
 
 class Rounds(NamedTuple):
@@ -119,9 +122,11 @@ def em_climb(
         backend: Name of the engine.
 
     Returns:
-        A result for each mixture, or None if one of its steps is not an ordinary one; and the result of the rounds, or None if
-        there are none or the first one is not an ordinary one. None if the native engine does not compute the steps.
+        A result for each mixture, or None if one of its steps is not an ordinary one or none was performed; and the result of
+        the rounds, or None if there are none or the first one is not an ordinary one. None if the native engine does not
+        compute the steps.
     """
+    assert rounds is None or not after, "rounds begin with a mixture whose objective is known"
     _, means, factor = starts[0]
     own = described(batch, means, factor, settings, backend)
     if own is None:
@@ -133,7 +138,7 @@ def em_climb(
     done = torch.zeros(S, dtype=torch.int64)
     inner.steps, inner.tolerance = steps, tolerance
     _point(inner, tables, numbers)
-    call, work = ClimbCall(inner, S, done.data_ptr(), after), steps * S
+    call, work = ClimbCall(inner, S, done.data_ptr(), after, known=math.nan), steps * S
     if rounds is not None:
         call.split_steps, call.split_tolerance = rounds.split
         call.merged_steps, call.merged_tolerance = rounds.merged
@@ -141,6 +146,7 @@ def em_climb(
         call.half, call.points, call.blocks = rounds.half, table.data_ptr(), len(table)
         call.most, call.constant, call.count = rounds.most, rounds.constant, rounds.size
         call.gain, call.tie, (call.early, call.change) = rounds.gain, rounds.tie, rounds.early
+        call.known = rounds.known
         work += rounds.most * (2 * rounds.split[0] + rounds.merged[0])
     if run("gmmkeops_climb", call, is_long=work * len(batch) * K * D >= LONG) == OUT_OF_MEMORY:
         at_most = K if rounds is None else 2 * K

@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 13;
+constexpr int32_t ABI = 14;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -115,7 +115,8 @@ struct ClimbCall {
   const double* points;                         // as in PairCall
   int64_t blocks;
   int64_t most, rounds;                         // largest number of rounds, and number of those that were performed
-  int64_t best;                                 // index of the mixture from which they began
+  int64_t best;                                 // index of the mixture from which they began; -1 if an objective is not known
+  double known;                                 // objective of the first mixture, from which rounds begin without steps; or NaN
   int64_t accepted, ended;                      // number of accepted rounds; whether no further round is to be performed
   int64_t work;                                 // E-steps of the rounds times components
   double value, constant;                       // objective of the best mixture, and its part that is the same for all, nats per point

@@ -282,6 +282,11 @@ template <class Evaluate> Status improve(ClimbCall& call, const Kernel& kernel, 
 
 template <class Evaluate> Status run(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
   const StepCall& given = call.steps;
+  call.rounds = call.accepted = call.work = call.ended = call.unchanged = 0;
+  if (!std::isnan(call.known)) {
+    call.best = 0, call.value = call.known;
+    return improve(call, kernel, evaluate);
+  }
   Climb one(given, given.sweep.components, given.steps, given.tolerance);
   for (int64_t s = 0; s < call.starts; s++) {
     Status status = DONE;
@@ -291,7 +296,6 @@ template <class Evaluate> Status run(ClimbCall& call, const Kernel& kernel, Eval
     call.done[s] = ordinary ? one.call.done : 0;
     if (ordinary) one.store(one.call.done - (call.after ? 0 : 1), s), one.store_results(s);
   }
-  call.rounds = call.accepted = call.work = call.ended = call.unchanged = 0;
   if (!call.most) return DONE;
   call.best = best_start(call);
   return call.best < 0 ? DONE : improve(call, kernel, evaluate);
