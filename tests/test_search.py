@@ -1410,6 +1410,29 @@ def test_many_components_of_few_points_are_found_as_well_as_by_kmeans():
     assert found["auto"] >= found["kmeans"] + 0.012
 
 
+@pytest.mark.parametrize(
+    ("D", "K", "prior", "candidates"), [(3, 310, None, 3), (3, 290, None, 2), (4, 310, None, 2), (3, 310, "auto", 2)]
+)
+def test_many_components_of_few_points_may_be_the_clusters_of_the_given_coordinates(D, K, prior, candidates):
+    """In up to three dimensions there are no rounds, since they gain little."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, 1.0, 0.01, 1.0]).double()[:D]
+    x = torch.rand(40 * K, D, generator=generator, dtype=torch.float64) * scale
+    report = start_of(x, K, prior=prior)[1]
+    assert report.candidates == candidates
+    assert (report.rounds == 0) == (candidates == 3)
+    assert report.prior == (candidates == 2)
+    own = Search(
+        x, None, K, gk.FullFactor, False, method=None, penalty=None, prior=prior, generator=generator, backend="auto"
+    )
+    if candidates == 3:
+        *_, given = own.clusters._roots
+        # Distances are those of the given coordinates, up to one factor.
+        ratios = given.diagonal() / own.plain.frame.scale
+        assert float(ratios.max() / ratios.min()) == pytest.approx(1, abs=1e-12)
+        assert torch.equal(given, given.diagonal().diag())
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equal_points_are_merged_and_sorted(weighted):
     rng = np.random.default_rng(0)

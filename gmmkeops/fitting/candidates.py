@@ -52,6 +52,7 @@ class Candidates:
         K: Number of components.
         kind, tied: Family of the components, and whether they share a covariance.
         compares: Whether several runs of k-means are compared in each metric.
+        as_given: Whether the metric of the given coordinates is used, too, as if all columns had the same unit.
         generator: Random number generator.
         backend: Name of the engine.
 
@@ -69,11 +70,12 @@ class Candidates:
         tied: bool,
         *,
         compares: bool,
+        as_given: bool,
         generator: torch.Generator,
         backend: str,
     ) -> None:
         self.objective, self.weights, self.spread = objective, weights, spread
-        self.K, self.kind, self.tied, self.compares = K, kind, tied, compares
+        self.K, self.kind, self.tied, self.compares, self.as_given = K, kind, tied, compares, as_given
         self.generator, self.backend = generator, backend
         self.x: Tensor = objective.data.x  # type: ignore[attr-defined]
         self.D = self.x.shape[1]
@@ -171,11 +173,14 @@ class Candidates:
     def _roots(self) -> list[Tensor | None]:
         """The metrics of k-means: that of the standardized columns (None), and that in which all points are white.
 
-        The latter is an upper triangular matrix (D, D), by which points are multiplied.
+        With ``as_given``, there is also that of the given coordinates. Metrics are upper triangular matrices (D, D), by which
+        points are multiplied.
         """
         if self.D == 1 or self.K == 1:
             return [None]
-        return [None, whitening(self.covariance)]
+        roots = [None, whitening(self.covariance)]
+        scale = self.objective.frame.scale
+        return [*roots, (scale / scale.amax()).diag()] if self.as_given else roots
 
     @cached_property
     def _different(self) -> tuple[Tensor, Tensor]:

@@ -82,12 +82,12 @@ def initialize(
             components overlap and there are six or more columns, a third metric, which neglects directions without clusters,
             is tried, too (invariant coordinate selection). With ten or more points per parameter, up to 30 iterations of
             accelerated EM follow. There are no rounds with less than one point per parameter, and with less than ten for more
-            than 300 components in up to three dimensions. With less than one, if the points are few, there are four runs of
-            k-means in each metric, and a metric is dropped if its runs agree much less than those of the other one.
-            ``"split-merge"`` performs the rounds also then, ``"annealed"`` performs deterministic annealing instead. Without a
-            search: ``"kmeans"`` (k-means++ followed by Lloyd iterations), ``"k-means++"`` (points chosen by k-means++),
-            ``"random"`` or ``"random_from_data"`` (K random points as centers), or ``"responsibilities"`` (random
-            responsibilities, which is ``"random"`` in scikit-learn).
+            than 300 components in up to three dimensions, where k-means of the coordinates as they are given is a candidate,
+            too. With less than one, if the points are few, there are four runs of k-means in each metric, and a metric is
+            dropped if its runs agree much less than those of the other one. ``"split-merge"`` performs the rounds also then,
+            ``"annealed"`` performs deterministic annealing instead. Without a search: ``"kmeans"`` (k-means++ followed by
+            Lloyd iterations), ``"k-means++"`` (points chosen by k-means++), ``"random"`` or ``"random_from_data"`` (K random
+            points as centers), or ``"responsibilities"`` (random responsibilities, which is ``"random"`` in scikit-learn).
         covariance_type: As for :meth:`Mixture.from_parameters <gmmkeops.Mixture.from_parameters>`.
         sample_weight: Weight of each point (N,), or None.
         n_init: Number of runs, of which the best one is used. A search uses other candidates in each run, and ends when it has
