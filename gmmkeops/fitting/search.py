@@ -74,6 +74,9 @@ _SAME, _PATIENCE = 1e-3, 4
 # Ratio of the least eigenvalues of a covariance and of that of all points below which a component is degenerate.
 _THIN = 1e-4
 
+# Number of components above which clusters are candidates as they are, rather than after EM steps with the prior.
+_WIDE = 100
+
 # EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, for those that no
 # rounds improve, and for a sole candidate of well separated components.
 _PLAIN, _ALONE, _SOLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
@@ -366,14 +369,13 @@ class Search:
     def _by_likelihood(self, climber: Climber, found: list[Found], starts: list[Found]) -> Found:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior.
 
-        Candidates are the results of searches with a prior and the clusters at which they began, or, if the components are well
-        separated, their optima with the prior. If these are all the same, one step without the prior reaches its optimum, and a
-        fit that follows improves it.
+        Candidates are the results of the search, and those of EM steps with the prior from the clusters. If these are all the
+        same, one step without the prior reaches its optimum, and a fit that follows improves it.
         """
-        separated = found[0].separated
-        begun = [each.mixture if separated else each.origin for each in starts]
+        # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
+        begun = [each.mixture if self.K <= _WIDE else each.origin for each in starts]
         different = without_copies([*(each.mixture for each in found), *begun])
-        is_sole = len(different) == 1 and separated and self.followed
+        is_sole = len(different) == 1 and found[0].separated and self.followed
         climbed = climber.climbs(different, *(_SOLE if is_sole else _PLAIN))
         if len(climbed) == 1:
             return climbed[0]
