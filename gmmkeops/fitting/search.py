@@ -312,8 +312,8 @@ class Search:
         """Search from k-means in a metric that neglects directions without clusters, if that is a better candidate.
 
         With clusters in few of many columns, neither of the other metrics shows them. In 200 simulated data sets of 6 to 32
-        columns, of which one to four contain clusters, searches without it lost more than 0.02 nats per point to EM from the true
-        clusters in 40, and with it in 30.
+        columns, of which one to four contain clusters, searches without it were 0.036 nats per point below EM from the true
+        clusters on average, and with it 0.027; they took 20 % more time.
 
         Returns:
             All candidates, and the best mixture.
