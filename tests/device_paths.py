@@ -17,6 +17,7 @@ from conftest import HAS_TRITON
 from fake_device import on_device
 
 import gmmkeops as gk
+from gmmkeops.fitting.initialization import start_of
 
 R = gk.reductions
 PATHS = {}
@@ -102,6 +103,16 @@ def initialize(scene, strategy):
     few = slice(None) if strategy in ("random", "kmeans") else slice(60)
     options = {"sample_weight": scene.weights[few], "generator": generator(), "refine": int(strategy == "kmeans")}
     assert gk.initialize(scene.x[few], 2, strategy, **options).means.is_cuda
+
+
+@path("full", "diag")
+def initialize_in_a_third_metric(scene, family):
+    """Components that overlap in many columns."""
+    x = torch.randn(300, 8, generator=generator(), dtype=torch.float64)
+    x[:150, 0] += 2.5
+    start, report = start_of(on_device(x.float()), 2, covariance_type=family, generator=generator())
+    assert start.means.is_cuda
+    assert report.candidates == 3
 
 
 @path(*FAMILIES)
