@@ -1156,7 +1156,7 @@ def test_one_of_several_climbs_may_need_several_calls():
     settings = {"split": (10, 1e-3), "merged": (15, 1e-4), "gain": 1e-3, "tie": 1e-7, "most": 1}
     native = rounds.climbs_of(own.method, own.objective, [good, tiny], 15, 1e-3, settings)
     first, second = native.reached
-    # Which mixture is the best one is not known yet.
+    # The objective of the second mixture is not known, so that no rounds follow.
     assert native.rounds is None
     assert first is not None
     assert second is None

@@ -103,7 +103,9 @@ class Candidates:
         """Return the mixture of the clusters of k-means in a metric that neglects directions without clusters."""
         points, masses = self._different
         self.count += 1
-        root = invariant_metric(points.double(), masses, whitening(self.covariance))
+        white = self._roots[1]
+        assert white is not None, "there are several columns and clusters"
+        root = invariant_metric(points, masses, white)
         return self._clustered(self._centered([root]))[0]
 
     def _agreed(self) -> list[tuple[Tensor, Tensor | None]]:

@@ -120,13 +120,15 @@ class Block:
     def value(self, t: int) -> float:
         """Return the objective before step t, nats per point."""
         # The value must not depend on the step at which the block begins, so that fits resume bit by bit.
-        penalty = self.penalty + self.found.priors[t] / self.objective.mass
-        return penalty + self.found.costs[t] + self.found.drifts[t] - self.likelihood(t)
+        return self._with_drift(t, self.found.drifts[t])
 
     def plain_value(self, t: int) -> float:
         """Return the objective before step t without the changes of the ``reg_covar`` term by those of the fractions."""
+        return self._with_drift(t, 0.0)
+
+    def _with_drift(self, t: int, drift: float) -> float:
         penalty = self.penalty + self.found.priors[t] / self.objective.mass
-        return penalty + self.found.costs[t] - self.likelihood(t)
+        return penalty + self.found.costs[t] + drift - self.likelihood(t)
 
     def after(self, t: int) -> EMState:
         """Return the state after the first t steps."""

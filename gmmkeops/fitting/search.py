@@ -167,9 +167,8 @@ class Search:
         # Whether a search is only a choice between clusters.
         many = self.few and K > _MANY and self.D <= _LOW and prior is None
         self.keeps_clusters = self.ratio < _TOO_FEW or many
-        # Whether several runs of k-means are compared in each metric.
-        self.compares = self.ratio < _TOO_FEW and K > 1 and size < _COSTLY
-        given: Any = {"compares": self.compares, "as_given": many, "generator": generator, "backend": backend}
+        compares = self.ratio < _TOO_FEW and K > 1 and size < _COSTLY
+        given: Any = {"compares": compares, "as_given": many, "generator": generator, "backend": backend}
         self.clusters = Candidates(self.plain, weights, self.spread, K, kind, tied, **given)
         self.objective = (
             self._with(self.plain, prior_of(self._spread, K)) if self.few and self.ratio >= _TOO_FEW else self.plain
@@ -249,7 +248,7 @@ class Search:
         # Without the prior, and with the points in the same order.
         plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
         most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
-        enough = _ALONE if self.compares else CANDIDATE
+        enough = _ALONE if self.clusters.compares else CANDIDATE
         best: Found | None = None
         starts: list[Found] = []
         seen: list[float] = []
