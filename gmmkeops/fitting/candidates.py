@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from gmmkeops.fitting.kmeans import (
     kmeans,
     labels,
     mixture_of,
+    native_limits,
     pool_of,
     runs_at_once,
     seeds,
 )
 from gmmkeops.fitting.metric import factor_of, inside, invariant_metric, outside, robust_covariance, whitening
 from gmmkeops.fitting.objective import FLOOR, Objective
-from gmmkeops.fitting.rounds import without_copies
+from gmmkeops.fitting.rounds import SAME, without_copies
 from gmmkeops.models import Mixture
 
 __all__ = ["Candidates", "clustered_size"]
@@ -95,6 +97,36 @@ class Candidates:
         self.count += len(found)
         return without_copies(self._clustered(found))
 
+    def at_once(self, run: int, alone: bool) -> tuple[Mixture, reductions.Clusters] | None:
+        """Return an example of the initial mixtures of a run, and how a call that performs EM steps finds them itself.
+
+        The result is None if such a call cannot find them. ``alone`` is whether it performs steps from a single mixture.
+        """
+        if run % 3 or self.compares or self.tied or not self._are_few:
+            return None
+        limits = native_limits(self.K)
+        if limits is None or (len(self._roots) > 1 and self.kind is not FullFactor):
+            return None
+        own: dict[str, Any] = {"pool": self._pool, "same": SAME, "alone": alone, "generator": self.generator}
+        return self._unit, reductions.Clusters(self._matrices(self._roots), **limits, **own)
+
+    @property
+    def _are_few(self) -> bool:
+        """Whether k-means runs on all points, on a CPU."""
+        return len(self.x) <= clustered_size(self.K) and self.x.device.type == "cpu"
+
+    @property
+    def _pool(self) -> reductions.Pool:
+        """How covariances of clusters of few points are regularized."""
+        return pool_of(self.objective.mass, self.K, 4 * (self.D + 1) / self.objective.count)
+
+    @cached_property
+    def _unit(self) -> Mixture:
+        """A mixture of components of unit covariance at the origin."""
+        logits = self.x.new_zeros(self.K, dtype=torch.float64)
+        tensors = {name: logits.new_zeros(shape) for name, shape in self.kind.shapes(self.K, self.D).items()}
+        return Mixture.from_valid(logits, logits.new_zeros(self.K, self.D), self.kind.of(tensors, self.D), False)
+
     def _centered(self, roots: list[Tensor | None]) -> list[tuple[Tensor, Tensor | None]]:
         """Return the centers of a run of k-means in each of some metrics, and the metric."""
         return [(each.centers, root) for (each,), root in zip(self._kmeans(1, roots), roots, strict=True)]
@@ -127,7 +159,7 @@ class Candidates:
 
     def _kmeans(self, runs: int, roots: list[Tensor | None]) -> list[list[reductions.Clustering]]:
         """Perform runs of k-means in each metric. With several runs, the different points are labeled."""
-        if len(self.x) <= clustered_size(self.K) and self.x.device.type == "cpu":
+        if self._are_few:
             arguments = self.K, self.generator, self.backend, runs
             native = runs_at_once(self._batch, self._matrices(roots), *arguments)
             if native is not None:
@@ -225,17 +257,14 @@ class Candidates:
         )
         if not own:
             return None
-        shapes, starts = self.kind.shapes(self.K, self.D), []
-        logits = found[0][0].new_zeros(self.K)
-        unit = {name: logits.new_zeros(shape) for name, shape in shapes.items()}
+        unit, pool, starts = self._unit.factor, self._pool, []
         for centers, metric in (found[i] for i in own):
             wide = {} if metric is None else metric.tensors
-            tensors = unit | {name: tensor.expand(shapes[name]) for name, tensor in wide.items()}
-            starts.append((logits, centers, self.kind.of(tensors, self.D)))
-        pool = pool_of(self.objective.mass, self.K, 4 * (self.D + 1) / self.objective.count)
+            tensors = {name: tensor.expand_as(unit.tensors[name]) for name, tensor in wide.items()}
+            starts.append((self._unit.logits, centers, unit if metric is None else unit.replace(**tensors)))
         settings = reductions.StepSettings(
             self.objective.mass,
-            logits.new_zeros(self.D),
+            centers.new_zeros(self.D),
             FLOOR,
             pool.weight / self.objective.mass,
             assignment="hard",
@@ -248,6 +277,6 @@ class Candidates:
         if steps is None:
             return None
         results: list[Mixture | None] = [None] * len(found)
-        for i, step in zip(own, steps[0], strict=True):
+        for i, step in zip(own, steps.reached, strict=True):
             results[i] = None if step is None else Mixture.from_valid(*step.reached, validate_args=False)
         return results

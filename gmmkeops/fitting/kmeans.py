@@ -218,13 +218,16 @@ def runs_at_once(
         K, generator, backend: As for :func:`kmeans`.
         runs: Number of runs in each metric. With several ones, the points are labeled.
     """
-    at_once, tries = _rates(K)
-    if at_once > 1:
+    limits = native_limits(K)
+    if limits is None:
         return None
-    limits: dict[str, Any] = {"iterations": _ITERATIONS, "relative": _CHANGE}
-    return reductions.kmeans_runs(
-        batch, roots, K, tries, generator, runs=runs, backend=backend, labeled=runs > 1, **limits
-    )
+    return reductions.kmeans_runs(batch, roots, K, generator, runs=runs, backend=backend, labeled=runs > 1, **limits)
+
+
+def native_limits(K: int) -> dict[str, Any] | None:
+    """Return the limits of a run of k-means in the native engine; None if it does not choose centers several at a time."""
+    at_once, tries = _rates(K)
+    return None if at_once > 1 else {"candidates": tries, "iterations": _ITERATIONS, "relative": _CHANGE}
 
 
 def random_responsibilities(x: Tensor, g: Tensor | None, K: int, kind: Any, generator: torch.Generator) -> Moments:

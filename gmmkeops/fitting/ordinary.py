@@ -332,12 +332,14 @@ class Climbs:
     """EM steps from several mixtures in one call, and rounds of splitting and merging from the best one.
 
     Args:
+        origins: The mixtures from which the steps begin.
         reached: The mixture that was reached from each one, its objective (as for :func:`climb`), and the number of E-steps; None
             if a step is not an ordinary one, or the engine does not compute them.
         rounds: The result of the rounds; None if the first one is not an ordinary one, or there are none.
         pair: The mixtures before and after the last steps of the last accepted round, or None without one.
     """
 
+    origins: list[Mixture]
     reached: list[tuple[Mixture, float, int] | None]
     rounds: reductions.Rounds | None = None
     pair: tuple[Mixture, Mixture] | None = None
@@ -350,7 +352,8 @@ def climbs_of(
     steps: int,
     tolerance: float,
     rounds: dict[str, Any] | None = None,
-) -> Climbs:
+    clusters: reductions.Clusters | None = None,
+) -> Climbs | None:
     """Perform the steps of :func:`climb` from several mixtures of equal shape in the native engine, and rounds from the best one.
 
     Args:
@@ -360,21 +363,28 @@ def climbs_of(
         rounds: Constants of :class:`~gmmkeops.reductions.RoundSettings` for the rounds of
             :class:`~gmmkeops.fitting.rounds.Climber`; None for no rounds. If the objective of the only mixture is among them, no
             steps are performed before the rounds.
+        clusters: How the mixtures are found, of which ``mixtures[0]`` is then only an example of the same shape; None if they
+            are given.
+
+    Returns:
+        The results; None if the engine does not find the mixtures.
     """
     first = mixtures[0]
+    nothing = Climbs(mixtures, [None] * len(mixtures)) if clusters is None else None
     own = _settings(method, objective, first, 1.0)
     if own is None:
-        return Climbs([None] * len(mixtures))
+        return nothing
     batch, settings = own
-    # The library performs no step if the points are too coarse for a component.
-    batch = batch.accurate(lambda: torch.cat([each.factor.row_norms() for each in mixtures]))
+    if clusters is None:
+        # The library performs no step if the points are too coarse for a component.
+        batch = batch.accurate(lambda: torch.cat([each.factor.row_norms() for each in mixtures]))
     offset, chosen = _offset(objective, settings, first), None
     # The halves of one component of a common covariance have it, too.
     if rounds is not None and first.factor.leading > 1 and merges_singly(2 * first.n_components):
         points = noise(first.n_features)
         chosen = reductions.RoundSettings(half=HALF, points=points, size=objective.count, constant=offset, **rounds)
     elif rounds is not None and "known" in rounds:
-        return Climbs([None])
+        return nothing
     found = reductions.em_climb(
         batch,
         [(each.logits, each.means, each.factor) for each in mixtures],
@@ -382,12 +392,14 @@ def climbs_of(
         steps=steps + 1,
         tolerance=tolerance,
         rounds=chosen,
+        clusters=clusters,
         backend=objective.backend,
     )
     if found is None:
-        return Climbs([None] * len(mixtures))
+        return nothing
     objective.passes.seen(batch, first.n_components)
-    results, after = found
+    results, after, begun = found
+    origins = mixtures if clusters is None else [_mixture(each) for each in begun]
     reached = [
         None
         if each is None
@@ -395,8 +407,8 @@ def climbs_of(
         for each in results
     ]
     if after is None or after.merged is None or after.reached is None:
-        return Climbs(reached, after)
-    return Climbs(reached, after, (_mixture(after.merged), _mixture(after.reached)))
+        return Climbs(origins, reached, after)
+    return Climbs(origins, reached, after, (_mixture(after.merged), _mixture(after.reached)))
 
 
 def _mixture(parameters: tuple[Tensor, Tensor, Factor]) -> Mixture:

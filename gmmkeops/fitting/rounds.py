@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from gmmkeops import reductions
 from gmmkeops.fitting.em_state import EMState
 from gmmkeops.fitting.objective import Objective
 from gmmkeops.fitting.ordinary import Climbs, climb, climbs_of
@@ -19,7 +20,7 @@ from gmmkeops.models import Mixture, merge_down, merged_by, split
 if TYPE_CHECKING:
     from gmmkeops.fitting.em import EM
 
-__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "Climber", "Found", "best_of", "best_sound", "without_copies"]
+__all__ = ["CANDIDATE", "MERGED", "ROUNDS", "SAME", "Climber", "Found", "best_of", "best_sound", "without_copies"]
 
 # Maximum number of rounds.
 ROUNDS = 3
@@ -36,7 +37,7 @@ _GAIN = 1e-3
 _EARLY = (3, 3e-3)
 
 # Largest difference of the means of the same clusters, standardized coordinates. A point in another cluster makes a larger one.
-_SAME = 1e-6
+SAME = 1e-6
 
 # Relative difference of objectives that are equal up to rounding.
 _TIE = 1e-7
@@ -93,7 +94,7 @@ def without_copies(mixtures: list[Mixture]) -> list[Mixture]:
         means = mixture.means.cpu().numpy()
         means = means[means[:, 0].argsort()]
         # Means that are not finite are no copies.
-        if not any(np.abs(means - others).max() < _SAME for others in kept.values()):
+        if not any(np.abs(means - others).max() < SAME for others in kept.values()):
             kept[i] = means
     return [mixtures[i] for i in kept]
 
@@ -120,7 +121,7 @@ class Climber:
 
     def climbs(self, mixtures: list[Mixture], steps: int, tolerance: float) -> list[Found]:
         """Perform EM steps from several mixtures of equal shape in standardized coordinates."""
-        return self._adopted(self._native(mixtures, steps, tolerance, 0), mixtures, steps, tolerance)
+        return self._adopted(self._native(mixtures, steps, tolerance, 0), steps, tolerance)
 
     def searched(self, mixtures: list[Mixture], steps: int, tolerance: float, most: int) -> tuple[list[Found], Found]:
         """Perform EM steps from several mixtures; then split every component of the best one, climb, merge and climb again.
@@ -130,8 +131,31 @@ class Climber:
         Returns:
             The mixtures that the EM steps reached, without those that are not sound if others are, and the result of the rounds.
         """
-        native = self._native(mixtures, steps, tolerance, most)
-        climbed = self._adopted(native, mixtures, steps, tolerance)
+        return self._concluded(self._native(mixtures, steps, tolerance, most), steps, tolerance, most)
+
+    def searched_from_clusters(
+        self, example: Mixture, clusters: reductions.Clusters, steps: int, tolerance: float, most: int
+    ) -> tuple[list[Found], Found] | None:
+        """Find the mixtures of clusters, and continue as :meth:`searched`, in one call; None if the native engine does not do it.
+
+        A mixture that is the only one and remains as it is has no value.
+        """
+        native = climbs_of(
+            self.method, self.objective, [example], steps, tolerance, self._rounds(most), clusters
+        )
+        if native is None:
+            return None
+        if len(native.origins) == 1 and not clusters.alone:
+            sole = Found(native.origins[0], math.nan, native.origins[0], native.origins[0])
+            return [sole], sole
+        if None in native.reached:
+            # Points may be too coarse for the clusters, which is only known now.
+            return self.searched(native.origins, steps, tolerance, most)
+        return self._concluded(native, steps, tolerance, most)
+
+    def _concluded(self, native: Climbs, steps: int, tolerance: float, most: int) -> tuple[list[Found], Found]:
+        """Perform what the native engine has left of EM steps and rounds; results as for :meth:`searched`."""
+        climbed = self._adopted(native, steps, tolerance)
         sound = self.sound(climbed)
         best = best_of(sound) if native.rounds is None else climbed[native.rounds.best]
         if most and native.rounds is None and None in native.reached:
@@ -146,21 +170,28 @@ class Climber:
 
         If the objective of a single mixture is known, no steps are performed before the rounds.
         """
+        found = climbs_of(self.method, self.objective, mixtures, steps, tolerance, self._rounds(most, known))
+        assert found is not None, "the mixtures are given"
+        return found
+
+    def _rounds(self, most: int, known: float | None = None) -> dict[str, Any] | None:
+        """Return the constants of rounds in the native engine, or None for no rounds."""
+        if not most:
+            return None
         rounds = {"split": _SPLIT, "merged": MERGED, "gain": _GAIN, "tie": _TIE, "early": _EARLY, "most": most}
-        rounds |= {} if known is None else {"known": known}
-        return climbs_of(self.method, self.objective, mixtures, steps, tolerance, rounds if most else None)
+        return rounds if known is None else rounds | {"known": known}
 
     def _native_rounds(self, found: Found, most: int) -> Climbs:
         """Perform the next rounds in the native engine."""
         if found.active.n_components < found.origin.n_components:
             # After pruning, the merge leaves more components than were split, which the library does not support.
-            return Climbs([None])
+            return Climbs([found.mixture], [None])
         return self._native([found.mixture], 0, 0.0, most, found.value)
 
-    def _adopted(self, native: Climbs, mixtures: list[Mixture], steps: int, tolerance: float) -> list[Found]:
+    def _adopted(self, native: Climbs, steps: int, tolerance: float) -> list[Found]:
         """Return the results of EM steps; those that the native engine has not performed are performed by several calls."""
         found = []
-        for mixture, own in zip(mixtures, native.reached, strict=True):
+        for mixture, own in zip(native.origins, native.reached, strict=True):
             if own is None:
                 found.append(self._climbed(mixture, steps, tolerance))
             else:

@@ -253,13 +253,9 @@ class Search:
         starts: list[Found] = []
         seen: list[float] = []
         for run in range(n_init):
-            begun = self.clusters.begun(run)
-            if stays and len(begun) == n_init == 1:
-                # The only candidate needs no objective by which it is chosen.
-                best = Found(begun[0], math.nan, begun[0], begun[0])
-                break
             rounds = most if self.doubles and strategy != "annealed" and not stays else 0
-            candidates, found = climber.searched(begun, *enough, rounds)
+            # A sole candidate needs no objective by which it is chosen.
+            candidates, found = self._searched(climber, run, enough, rounds, not stays or n_init > 1)
             if rounds and not run and self.D >= _COLUMNS and not found.separated:
                 candidates, found = self._in_invariant_metric(climber, candidates, found, rounds, enough)
             starts += candidates
@@ -291,6 +287,25 @@ class Search:
             time.perf_counter() - self.began,
         )
         return self.plain.frame.leave(best.mixture), report
+
+    def _searched(
+        self, climber: Climber, run: int, enough: tuple[int, float], most: int, alone: bool
+    ) -> tuple[list[Found], Found]:
+        """Search from the clusters of a run; without ``alone``, the mixture of the only cluster remains as it is.
+
+        Arguments and results are those of :meth:`Climber.searched`.
+        """
+        at_once = self.clusters.at_once(run, alone)
+        if at_once is not None:
+            found = climber.searched_from_clusters(*at_once, *enough, most)
+            if found is not None:
+                self.clusters.count += len(at_once[1].roots)
+                return found
+        begun = self.clusters.begun(run)
+        if len(begun) == 1 and not alone:
+            sole = Found(begun[0], math.nan, begun[0], begun[0])
+            return [sole], sole
+        return climber.searched(begun, *enough, most)
 
     def climber(self, objective: Objective | None = None) -> Climber:
         """Return the steps that improve an objective; None for that of the search."""
@@ -374,8 +389,9 @@ class Search:
         # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
         begun = [each.mixture if self.K <= _WIDE else each.origin for each in starts]
         different = without_copies([*(each.mixture for each in found), *begun])
-        is_sole = len(different) == 1 and found[0].separated and self.followed
-        climbed = climber.climbs(different, *(_SOLE if is_sole else _PLAIN))
+        if len(different) == 1 and found[0].separated and self.followed:
+            return found[0]
+        climbed = climber.climbs(different, *_PLAIN)
         if len(climbed) == 1:
             return climbed[0]
         return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))

@@ -39,6 +39,7 @@ from gmmkeops.reductions.native.kmeans import Clustering as Clustering
 from gmmkeops.reductions.native.kmeans import kmeans_runs as kmeans_runs
 from gmmkeops.reductions.native.kmeans import lloyd_settings as lloyd_settings
 from gmmkeops.reductions.native.pairs import pair_costs as pair_costs
+from gmmkeops.reductions.native.rounds import Clusters as Clusters
 from gmmkeops.reductions.native.rounds import Rounds as Rounds
 from gmmkeops.reductions.native.rounds import RoundSettings as RoundSettings
 from gmmkeops.reductions.native.rounds import em_climb as em_climb

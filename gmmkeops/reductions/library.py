@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # Must equal the number in native/source/interface.hpp.
-_ABI = 14
+_ABI = 15
 
 # Status of a call in native/source/interface.hpp.
 OUT_OF_MEMORY = 1
@@ -104,7 +104,9 @@ class ClimbCall(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
         ("early", ctypes.c_int64),
         ("change", ctypes.c_double),
-        ("unchanged", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("unchanged", "clouds", "candidates", "iterations", "alone")),
+        *((name, ctypes.c_void_p) for name in ("roots", "uniform")),
+        *((name, ctypes.c_double) for name in ("relative", "pool_below", "pool_weight", "pool_floor", "pool_limit", "same")),
     )
 
 

@@ -13,7 +13,7 @@ from gmmkeops.reductions.library import OUT_OF_MEMORY, KMeansCall, run
 from gmmkeops.reductions.native.seeds import FEW
 from gmmkeops.reductions.native.steps import StepSettings, described
 
-__all__ = ["Clustering", "kmeans_runs", "lloyd_settings"]
+__all__ = ["Clustering", "is_small", "kmeans_runs", "lloyd_settings"]
 
 
 # Multiplications of points with a matrix up to which the library is faster than matrix products of torch.
@@ -38,14 +38,23 @@ def lloyd_settings(mass: float, features: int) -> StepSettings:
     return StepSettings(mass, ridge, 1.0, -1.0, (True, False, True), "hard", bare=True)
 
 
+def is_small(batch: Batch, centers: int) -> bool:
+    """Return whether the library performs whole runs of k-means on points."""
+    x = batch.points
+    if not isinstance(x, Tensor) or x.device.type != "cpu":
+        return False
+    N, D = x.shape
+    return N * D * centers <= FEW and N * D * D <= _PRODUCTS
+
+
 def kmeans_runs(
     batch: Batch,
     roots: Tensor,
     centers: int,
-    candidates: int,
     generator: torch.Generator,
     *,
     runs: int,
+    candidates: int,
     iterations: int,
     relative: float,
     backend: str,
@@ -57,9 +66,9 @@ def kmeans_runs(
         batch: All points (N, D) and their weights.
         roots: Upper triangular matrices (C, D, D), float64, by which the points are multiplied in each metric.
         centers: Number of centers K.
-        candidates: As for :func:`chosen_seeds`.
         generator: Random number generator, which draws 1 + (K - 1) candidates numbers for each run.
         runs: Number of runs in each metric.
+        candidates: As for :func:`chosen_seeds`.
         iterations: Largest number of Lloyd iterations.
         relative: Decrease of the inertia, as a fraction, below which they end.
         backend: Name of the engine.
@@ -70,7 +79,7 @@ def kmeans_runs(
     """
     x, K = batch.points, centers
     (N, D), C = x.shape, len(roots)
-    if x.device.type != "cpu" or N * D * K > FEW or N * D * D > _PRODUCTS:
+    if not is_small(batch, K):
         return None
     means, factor = roots.new_zeros(K, D), SphericalFactor(roots.new_zeros(1, 1), D)
     own = described(batch, means, factor, lloyd_settings(batch.mass, D), backend)

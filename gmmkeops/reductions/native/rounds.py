@@ -1,4 +1,4 @@
-"""EM steps from several mixtures, and rounds of splitting and merging, without the interpreter between them."""
+"""k-means, EM steps from several mixtures, and rounds of splitting and merging, without the interpreter between them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from gmmkeops.components import Factor
 from gmmkeops.data import Batch
 from gmmkeops.reductions.library import OUT_OF_MEMORY, ClimbCall, StepCall, run
 from gmmkeops.reductions.native.engine import LONG
+from gmmkeops.reductions.native.kmeans import is_small
 from gmmkeops.reductions.native.pairs import table_of
-from gmmkeops.reductions.native.steps import StepSettings, described
+from gmmkeops.reductions.native.steps import Pool, StepSettings, described
 
-__all__ = ["Climbed", "Parameters", "RoundSettings", "Rounds", "em_climb"]
+__all__ = ["Climbed", "Climbing", "Clusters", "Parameters", "RoundSettings", "Rounds", "em_climb"]
 
 # Logits (K,), means (K, D) and factor of a mixture.
 Parameters = tuple[Tensor, Tensor, Factor]
@@ -36,6 +37,30 @@ class Climbed(NamedTuple):
     cost: float
     prior: float
     steps: int
+
+
+class Clusters(NamedTuple):
+    """Constants of mixtures of the clusters of k-means, from which EM steps begin: one run in each of several metrics.
+
+    Args:
+        roots: Upper triangular matrices (C, D, D), float64, by which the points are multiplied in each metric.
+        candidates: As for :func:`~gmmkeops.reductions.chosen_seeds`.
+        generator: Random number generator, which draws 1 + (K - 1) candidates numbers for each run.
+        iterations: Largest number of Lloyd iterations.
+        relative: Decrease of the inertia, as a fraction, below which they end.
+        pool: How covariances of clusters of few points are averaged with a pooled one.
+        same: Largest difference of the means of mixtures that are the same, which are omitted but for the first one.
+        alone: Whether EM steps are performed if there is only one mixture.
+    """
+
+    roots: Tensor
+    candidates: int
+    generator: torch.Generator
+    iterations: int
+    relative: float
+    pool: Pool
+    same: float
+    alone: bool
 
 
 class RoundSettings(NamedTuple):
@@ -97,6 +122,20 @@ class Rounds(NamedTuple):
     unchanged: bool
 
 
+class Climbing(NamedTuple):
+    """The results of EM steps and of rounds.
+
+    Args:
+        reached: A result for each mixture, or None if one of its steps is not an ordinary one or none was performed.
+        rounds: The result of the rounds; None if there are none, or the first one is not an ordinary one.
+        origins: The mixtures from which the steps began.
+    """
+
+    reached: list[Climbed | None]
+    rounds: Rounds | None
+    origins: Sequence[Parameters]
+
+
 def em_climb(
     batch: Batch,
     starts: Sequence[Parameters],
@@ -106,35 +145,41 @@ def em_climb(
     tolerance: float,
     after: bool = False,
     rounds: RoundSettings | None = None,
+    clusters: Clusters | None = None,
     backend: str = "auto",
-) -> tuple[list[Climbed | None], Rounds | None] | None:
+) -> Climbing | None:
     """Perform EM steps from several mixtures, until a step decreases the objective by less than a tolerance; then rounds.
 
     Args:
         batch: All points (N, D) and their weights.
-        starts: Mixtures of the same shape.
+        starts: Mixtures of the same shape; with ``clusters``, one mixture of which only the shape is used.
         settings: Constants of the M-step.
         steps: Largest number of E-steps for each mixture.
         tolerance: Tolerance, nats per point.
         after: Whether the result is the mixture after the last step, whose objective is not known. Not for rounds.
         rounds: Constants of rounds from the best one of the mixtures that were reached, as long as they improve the objective;
             covariances must not be common. None for no rounds.
+        clusters: How the mixtures are found, of full covariances or in the metric of the points, none of them common; None if
+            they are given.
         backend: Name of the engine.
 
     Returns:
-        A result for each mixture, or None if one of its steps is not an ordinary one or none was performed; and the result of
-        the rounds, or None if there are none or the first one is not an ordinary one. None if the native engine does not
-        compute the steps.
+        The results, or None if the native engine does not compute them. The generator of ``clusters`` is then unchanged.
     """
     assert rounds is None or not after, "rounds begin with a mixture whose objective is known"
     _, means, factor = starts[0]
+    K, D = means.shape
+    if clusters is not None and not is_small(batch, K):
+        return None
     own = described(batch, means, factor, settings, backend)
-    if own is None:
+    if own is None or (clusters is not None and own[0].sweep.unit != 1):
         return None
     inner, _kept = own
-    S, (K, D) = len(starts), means.shape
-    more = 0 if rounds is None else 2
-    tables, numbers = _rows(starts, S + more), torch.empty(3, S + more, dtype=torch.float64)
+    if clusters is None:
+        S, more, given = len(starts), 0 if rounds is None else 2, starts
+    else:
+        S, more, given = len(clusters.roots), 2 + len(clusters.roots), []
+    tables, numbers = _rows(starts[0], given, S + more), torch.empty(3, S + more, dtype=torch.float64)
     done = torch.zeros(S, dtype=torch.int64)
     inner.steps, inner.tolerance = steps, tolerance
     _point(inner, tables, numbers)
@@ -148,27 +193,42 @@ def em_climb(
         call.gain, call.tie, (call.early, call.change) = rounds.gain, rounds.tie, rounds.early
         call.known = rounds.known
         work += rounds.most * (2 * rounds.split[0] + rounds.merged[0])
+    if clusters is not None:
+        state = clusters.generator.get_state()
+        draws = 1 + (K - 1) * clusters.candidates
+        uniform = torch.rand(S, draws, generator=clusters.generator, dtype=torch.float64)
+        roots = clusters.roots.contiguous()
+        call.clouds, call.roots, call.uniform = S, roots.data_ptr(), uniform.data_ptr()
+        call.candidates, call.iterations, call.relative = clusters.candidates, clusters.iterations, clusters.relative
+        call.pool_below, call.pool_weight, call.pool_floor, call.pool_limit = clusters.pool
+        call.same, call.alone = clusters.same, clusters.alone
+        work += clusters.iterations * S
     if run("gmmkeops_climb", call, is_long=work * len(batch) * K * D >= LONG) == OUT_OF_MEMORY:
         at_most = K if rounds is None else 2 * K
         raise MemoryError(f"There is not enough memory for EM steps of {at_most} components in {D} dimensions.")
+    if clusters is not None and not call.starts:
+        clusters.generator.set_state(state)
+        return None
     found: list[Climbed | None] = []
-    for s, (count, (total, cost, prior)) in enumerate(zip(done.tolist(), numbers.T.tolist(), strict=False)):
+    for s, (count, (total, cost, prior)) in enumerate(zip(done.tolist()[: call.starts], numbers.T.tolist(), strict=False)):
         found.append(Climbed(_parameters(tables, factor, s), total, cost, prior, count) if count else None)
+    origins = starts if clusters is None else [_parameters(tables, factor, S + 2 + s) for s in range(call.starts)]
     if not call.rounds:
-        return found, None
-    merged, reached = (_parameters(tables, factor, S + i) if call.accepted else None for i in (0, 1))
+        return Climbing(found, None, origins)
+    merged, reached = (_parameters(tables, factor, call.starts + i) if call.accepted else None for i in (0, 1))
     ended, unchanged = bool(call.ended), bool(call.unchanged)
-    return found, Rounds(call.best, merged, reached, call.value, call.rounds, ended, call.work, unchanged)
+    after_rounds = Rounds(call.best, merged, reached, call.value, call.rounds, ended, call.work, unchanged)
+    return Climbing(found, after_rounds, origins)
 
 
-def _rows(mixtures: Sequence[Parameters], rows: int) -> dict[str, Tensor]:
-    """Return tables of parameters, whose first rows are those of mixtures."""
-    parts = [{"logits": logits, "means": means, **factor.tensors} for logits, means, factor in mixtures]
+def _rows(like: Parameters, mixtures: Sequence[Parameters], rows: int) -> dict[str, Tensor]:
+    """Return tables of parameters of mixtures of the shape of one, whose first rows are those of some mixtures."""
+    named = [{"logits": logits, "means": means, **factor.tensors} for logits, means, factor in (like, *mixtures)]
     tables = {}
-    for name, tensor in parts[0].items():
+    for name, tensor in named[0].items():
         tables[name] = table = torch.empty(rows, *tensor.shape, dtype=torch.float64)
-        given = [tensors[name] for tensors in parts]
-        torch.stack([part if part.dtype == torch.float64 else part.double() for part in given], out=table[: len(given)])
+        for row, tensors in enumerate(named[1:]):
+            table[row] = tensors[name]
     return tables
 
 

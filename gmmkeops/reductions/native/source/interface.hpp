@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-constexpr int32_t ABI = 14;
+constexpr int32_t ABI = 15;
 
 enum Request : int32_t { LOG_SUM_EXP, ARGMAX, TOP_K, SOFT, HARD, STOCHASTIC, POINT_GRADIENT };
 enum Family : int32_t { FULL, DIAGONAL, SPHERICAL };
@@ -103,7 +103,8 @@ struct KMeansCall {
 // EM steps from several mixtures, and rounds of splitting and merging from the best one, see rounds.hpp. The tables of ``steps`` have a
 // row for each mixture, which the call replaces by the last one whose objective is known, and, if there are rounds, two more rows. These
 // then hold the mixture of the last accepted round before and after its last EM steps. ``total``, ``cost`` and ``prior`` belong to the
-// mixtures that were reached, and in the first one of the additional rows to that of the last accepted round.
+// mixtures that were reached, and in the first one of the additional rows to that of the last accepted round. If the mixtures are those
+// of clusters, the tables have C + 2 rows as if there were C mixtures, and C further ones for the mixtures before the steps.
 struct ClimbCall {
   StepCall steps;
   int64_t starts;
@@ -125,6 +126,13 @@ struct ClimbCall {
   int64_t early;                                // number of steps after the split after which the round may end, see unchanged in rounds.hpp
   double change;                                // largest change up to which a component is considered unchanged
   int64_t unchanged;                            // whether the last round ended since no component changed
+  // The mixtures are those of the clusters of a run of k-means in each of C metrics, without copies, see clusters.hpp; none if C is zero.
+  int64_t clouds, candidates, iterations;       // C; candidates for each initial center; largest number of Lloyd iterations
+  int64_t alone;                                // whether steps are performed from the mixture if it is the only one
+  const double *roots, *uniform;                // (C, D, D) and (C, 1 + (K - 1) candidates), as in KMeansCall
+  double relative;                              // decrease of the inertia, as a fraction, below which the iterations end
+  double pool_below, pool_weight, pool_floor, pool_limit;  // as in StepCall, for the covariances of the clusters
+  double same;                                  // largest difference of the means of copies
 };
 
 // Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and

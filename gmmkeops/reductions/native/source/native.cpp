@@ -10,6 +10,7 @@
 
 #include "digits.hpp"
 #include "interface.hpp"
+#include "clusters.hpp"
 #include "kmeans.hpp"
 #include "pairs.hpp"
 #include "records.hpp"
@@ -445,7 +446,7 @@ EXPORT int32_t gmmkeops_maximize(StepCall* call, int32_t isa) {
 EXPORT int32_t gmmkeops_climb(ClimbCall* call, int32_t isa) {
   return guarded([&]() -> int32_t {
     const Kernel& kernel = *kernel_of(isa);
-    return rounds::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
+    return clusters::run(*call, kernel, [&](const Call& sweep) { return evaluate(sweep, kernel); });
   });
 }
 
