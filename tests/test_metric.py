@@ -9,13 +9,13 @@ import torch
 import gmmkeops as gk
 from gmmkeops.fitting import search
 from gmmkeops.fitting.initialization import start_of
-from gmmkeops.fitting.metric import invariant_metric, robust_covariance, whitening
+from gmmkeops.fitting.metric import invariant_metric, white_metric
 
 
 def metric(points, masses=None):
     """The matrix of squared distances."""
     masses = torch.ones(len(points), dtype=torch.float64) if masses is None else masses
-    root = invariant_metric(points, masses, whitening(robust_covariance(points, masses)))
+    root = invariant_metric(points, masses, white_metric(points, masses)[1])
     assert torch.equal(root, root.triu())
     return root @ root.T
 
@@ -30,7 +30,7 @@ def two_clusters(N=4000, D=8):
 
 def test_distances_are_those_in_the_eigenvectors_of_a_second_scatter_matrix():
     points = two_clusters(500, 4)
-    covariance = robust_covariance(points, None).numpy()
+    covariance = white_metric(points, None)[0].numpy()
     lengths = np.einsum("ni,ij,nj->n", points, np.linalg.inv(covariance), points)
     scatter = (points.numpy() / lengths[:, None]).T @ points.numpy() * 4 / 500
     # Columns of ``vectors`` are directions b with b' covariance b = 1 and b' scatter b = value.

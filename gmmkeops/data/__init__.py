@@ -17,11 +17,12 @@ from gmmkeops.data.generators import DEFAULT_SEED, as_generator, categorical, ge
 from gmmkeops.data.points import as_dtype, as_points, as_weights, warn_if_coarse, weight_unit
 from gmmkeops.data.sampling import representatives, stratified_rows
 from gmmkeops.data.source import NUMBERS, Source, chunked, readable
-from gmmkeops.data.spread import NOISE, check_range, trimmed_spread
+from gmmkeops.data.spread import LIMITS, NOISE, check_range, trimmed_spread
 from gmmkeops.data.survey import SAMPLE, fingerprint, sample
 
 __all__ = [
     "DEFAULT_SEED",
+    "LIMITS",
     "NOISE",
     "NUMBERS",
     "ROUNDING",

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["NOISE", "check_range", "trimmed_spread"]
+__all__ = ["LIMITS", "NOISE", "check_range", "trimmed_spread"]
 
 # Number of rows that are converted to float64 at a time, and maximum number of trimming steps.
 _ROWS, _ROUNDS = 1 << 19, 40
@@ -25,6 +25,16 @@ _EXACT = (1e-250, 1e300)
 
 # Range of lengths whose squares, and sums of many squares, are within the range of float64.
 _SMALLEST, _LARGEST = 1e-150, 1e150
+
+# The same for the compiled library.
+LIMITS = {
+    "rounds": _ROUNDS,
+    "largest": _LARGEST,
+    "least": _EXACT[0],
+    "most": _EXACT[1],
+    "smallest": _SMALLEST,
+    "noise": NOISE,
+}
 
 
 def check_range(x: Tensor) -> None:

@@ -24,7 +24,7 @@ from gmmkeops.fitting.kmeans import (
     runs_at_once,
     seeds,
 )
-from gmmkeops.fitting.metric import factor_of, inside, invariant_metric, outside, robust_covariance, whitening
+from gmmkeops.fitting.metric import factor_of, inside, invariant_metric, outside, white_metric
 from gmmkeops.fitting.objective import FLOOR, Objective
 from gmmkeops.fitting.rounds import SAME, without_copies
 from gmmkeops.models import Mixture
@@ -198,10 +198,15 @@ class Candidates:
         """The points, standardized coordinates, and their weights."""
         return Batch(self.x, self.objective.data.weights)  # type: ignore[attr-defined]
 
-    @cached_property
+    @property
     def covariance(self) -> Tensor:
         """Robust covariance of all points, standardized coordinates, in which columns have deviations of about one."""
-        return robust_covariance(self.x, self.weights)
+        return self._white[0]
+
+    @cached_property
+    def _white(self) -> tuple[Tensor, Tensor]:
+        """This covariance, and the metric in which points of this covariance are white."""
+        return white_metric(self.x, self.weights)
 
     @cached_property
     def _roots(self) -> list[Tensor | None]:
@@ -212,7 +217,7 @@ class Candidates:
         """
         if self.D == 1 or self.K == 1:
             return [None]
-        roots = [None, whitening(self.covariance)]
+        roots = [None, self._white[1]]
         scale = self.objective.frame.scale
         return [*roots, (scale / scale.amax()).diag()] if self.as_given else roots
 

@@ -16,8 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from gmmkeops import reductions
 from gmmkeops.components import Moments, transferred
-from gmmkeops.data import NOISE, trimmed_spread, warn_if_coarse
+from gmmkeops.data import NOISE, warn_if_coarse
 from gmmkeops.models import Mixture
 from gmmkeops.penalties import Surrogate
 
@@ -60,7 +61,7 @@ class Frame:
         scale is the standard deviation itself, so that changes of the units do not change the standardized points. ``spread``
         are the trimmed means and standard deviations (D,), if they are known.
         """
-        shift, deviations = trimmed_spread(x, weights) if spread is None else spread
+        shift, deviations = reductions.spread_of(x, weights) if spread is None else spread
         warn_if_coarse(x, deviations, shift.abs())
         return cls.around(shift, deviations, isotropic=isotropic, extra=extra, rounded=rounded)
 

@@ -16,7 +16,6 @@ from gmmkeops.data import (
     readable,
     representatives,
     table_names,
-    trimmed_spread,
 )
 from gmmkeops.fitting.candidates import clustered_size
 from gmmkeops.fitting.em import EM
@@ -210,7 +209,7 @@ def started(
             # A part of the points has another spread.
             whole = isinstance(x, torch.Tensor) and len(rows) == len(x) and world.size == 1
             return Start(mixture.named(names), report, search.spread if whole else None)
-        robust = trimmed_spread(rows, mass)
+        robust = reductions.spread_of(rows, mass)
         if strategy == "responsibilities":
             mixture = mixture_of(random_responsibilities(rows, mass, K, kind, generator), kind, tied, *robust)
             return Start(mixture.named(names), _report(strategy, 1, len(rows), some, began))

@@ -5,32 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gmmkeops import reductions
 from gmmkeops.components import FullFactor
 
-__all__ = ["factor_of", "inside", "invariant_metric", "outside", "robust_covariance", "whitening"]
+__all__ = ["factor_of", "inside", "invariant_metric", "outside", "white_metric"]
 
 # Smallest factor of a direction in which points seem to be normal; and variance of whitened points in a direction below which
 # they do not vary in it, since a column is constant or depends on others.
 _LEAST, _CONSTANT = 0.2, 0.1
 
+# Number of standard deviations at which points are clipped, and variance that is added so that constant columns are not singular.
+_CLIPPED, _ADDED = 10.0, 1e-6
 
-def robust_covariance(z: Tensor, weights: Tensor | None) -> Tensor:
-    """Compute the covariance (D, D), float64, of standardized points (n, D), which are clipped at ten standard deviations."""
-    z = z.double().clamp(-10, 10)
+
+def white_metric(z: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute a robust covariance of standardized points, and the metric in which points of this covariance are white.
+
+    Args:
+        z: Points (n, D), which are clipped at ten standard deviations.
+        weights: Weights (n,), or None.
+
+    Returns:
+        The covariance (D, D), float64; and the upper triangular matrix (D, D) by which points are multiplied to be white.
+    """
+    native = reductions.native_white(z, weights, _CLIPPED, _ADDED)
+    if native is not None:
+        return native
+    z = z.double().clamp(-_CLIPPED, _CLIPPED)
     g = torch.ones(len(z), dtype=torch.float64, device=z.device) if weights is None else weights
     mass = len(z) if weights is None else weights.sum()
     z.sub_(g @ z / mass)
-    products = (z.mT if weights is None else z.mT * g) @ z
-    # A constant column would make the covariance singular.
-    products.div_(mass).diagonal().add_(1e-6)
-    return products
-
-
-def whitening(covariance: Tensor) -> Tensor:
-    """Return the upper triangular matrix (D, D) by which points of a covariance are multiplied to be white."""
+    covariance = (z.mT if weights is None else z.mT * g) @ z
+    covariance.div_(mass).diagonal().add_(_ADDED)
     lower = torch.linalg.cholesky(covariance)
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).mT
+    return covariance, torch.linalg.solve_triangular(lower, eye, upper=False).mT
 
 
 def invariant_metric(points: Tensor, masses: Tensor, root: Tensor) -> Tensor:

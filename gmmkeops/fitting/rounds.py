@@ -140,9 +140,7 @@ class Climber:
 
         A mixture that is the only one and remains as it is has no value.
         """
-        native = climbs_of(
-            self.method, self.objective, [example], steps, tolerance, self._rounds(most), clusters
-        )
+        native = climbs_of(self.method, self.objective, [example], steps, tolerance, self._rounds(most), clusters)
         if native is None:
             return None
         if len(native.origins) == 1 and not clusters.alone:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from gmmkeops import reductions
 from gmmkeops.components import Factor
-from gmmkeops.data import trimmed_spread
 from gmmkeops.fitting.candidates import Candidates, clustered_size
 from gmmkeops.fitting.em import EM
 from gmmkeops.fitting.frame import Frame
@@ -146,7 +145,7 @@ class Search:
         self.began = time.perf_counter()
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
         # Centers and standard deviations of the columns (D,), data units.
-        self.spread = trimmed_spread(x, weights)
+        self.spread = reductions.spread_of(x, weights)
         # Splits and k-means compare the columns, so that their scale must not depend on their units.
         frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False, spread=self.spread)
         # Whether a fit by EM begins with the result.

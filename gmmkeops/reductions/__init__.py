@@ -35,6 +35,8 @@ from gmmkeops.reductions.host_steps import em_steps as em_steps
 from gmmkeops.reductions.keops.loading import unavailable as keops_unavailable  # noqa: F401
 from gmmkeops.reductions.library import instruction_set as instruction_set
 from gmmkeops.reductions.library import reason as native_unavailable  # noqa: F401
+from gmmkeops.reductions.native.columns import native_white as native_white
+from gmmkeops.reductions.native.columns import spread_of as spread_of
 from gmmkeops.reductions.native.kmeans import Clustering as Clustering
 from gmmkeops.reductions.native.kmeans import kmeans_runs as kmeans_runs
 from gmmkeops.reductions.native.kmeans import lloyd_settings as lloyd_settings

@@ -21,8 +21,10 @@ __all__ = [
     "ParameterCall",
     "RecordCall",
     "SeedCall",
+    "SpreadCall",
     "StepCall",
     "TreeCall",
+    "WhiteCall",
     "instruction_set",
     "load",
     "reason",
@@ -106,7 +108,10 @@ class ClimbCall(ctypes.Structure):
         ("change", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("unchanged", "clouds", "candidates", "iterations", "alone")),
         *((name, ctypes.c_void_p) for name in ("roots", "uniform")),
-        *((name, ctypes.c_double) for name in ("relative", "pool_below", "pool_weight", "pool_floor", "pool_limit", "same")),
+        *(
+            (name, ctypes.c_double)
+            for name in ("relative", "pool_below", "pool_weight", "pool_floor", "pool_limit", "same")
+        ),
     )
 
 
@@ -118,6 +123,32 @@ class KMeansCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("clouds", "runs", "candidates")),
         *((name, ctypes.c_void_p) for name in ("roots", "uniform", "centers", "labels")),
         *((name, ctypes.c_int64) for name in ("points", "done")),
+    )
+
+
+class SpreadCall(ctypes.Structure):
+    """The arguments for centers and standard deviations of columns."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("double_points", "unused")),
+        *((name, ctypes.c_int64) for name in ("rows", "dimensions", "rounds")),
+        *((name, ctypes.c_void_p) for name in ("points", "weights")),
+        *((name, ctypes.c_double) for name in ("largest", "least", "most", "smallest", "noise")),
+        *((name, ctypes.c_void_p) for name in ("center", "deviation")),
+        ("ordinary", ctypes.c_int64),
+    )
+
+
+class WhiteCall(ctypes.Structure):
+    """The arguments for the covariance of points, and for the matrix that makes them white."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("double_points", "unused")),
+        *((name, ctypes.c_int64) for name in ("rows", "dimensions")),
+        *((name, ctypes.c_void_p) for name in ("points", "weights")),
+        *((name, ctypes.c_double) for name in ("limit", "added")),
+        *((name, ctypes.c_void_p) for name in ("covariance", "root")),
+        ("regular", ctypes.c_int64),
     )
 
 
@@ -256,6 +287,8 @@ _CALLS = (
     SeedCall,
     DigitCall,
     KMeansCall,
+    SpreadCall,
+    WhiteCall,
 )
 
 

@@ -17,7 +17,7 @@ __all__ = ["Clustering", "is_small", "kmeans_runs", "lloyd_settings"]
 
 
 # Multiplications of points with a matrix up to which the library is faster than matrix products of torch.
-_PRODUCTS = 3_000_000
+_PRODUCTS = 30_000_000
 
 
 class Clustering(NamedTuple):

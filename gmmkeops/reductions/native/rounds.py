@@ -210,7 +210,9 @@ def em_climb(
         clusters.generator.set_state(state)
         return None
     found: list[Climbed | None] = []
-    for s, (count, (total, cost, prior)) in enumerate(zip(done.tolist()[: call.starts], numbers.T.tolist(), strict=False)):
+    for s, (count, (total, cost, prior)) in enumerate(
+        zip(done.tolist()[: call.starts], numbers.T.tolist(), strict=False)
+    ):
         found.append(Climbed(_parameters(tables, factor, s), total, cost, prior, count) if count else None)
     origins = starts if clusters is None else [_parameters(tables, factor, S + 2 + s) for s in range(call.starts)]
     if not call.rounds:

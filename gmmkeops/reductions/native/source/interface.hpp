@@ -69,6 +69,29 @@ struct StepCall {
   double *drift;            // (steps + 1,), sum of the changes of this cost by those of the fractions
 };
 
+// Centers and standard deviations of the columns of points without outliers, see columns.hpp.
+struct SpreadCall {
+  int32_t double_points, unused;
+  int64_t rows, dimensions, rounds;             // N, D, largest number of rounds of trimming
+  const void* points;                           // (N, D), finite
+  const double* weights;                        // (N,), or null for ones
+  double largest, least, most;                  // limit of the points, and limits of sums of squares, outside of which digits are lost
+  double smallest, noise;                       // as _SMALLEST and NOISE in data/spread.py
+  double *center, *deviation;                   // (D,)
+  int64_t ordinary;                             // whether the results are accurate
+};
+
+// The covariance of points, and the matrix by which they are multiplied to be white, see columns.hpp.
+struct WhiteCall {
+  int32_t double_points, unused;
+  int64_t rows, dimensions;
+  const void* points;                           // (N, D)
+  const double* weights;                        // (N,), or null for ones
+  double limit, added;                          // limit to which entries are clipped; constant added to the variances
+  double *covariance, *root;                    // (D, D)
+  int64_t regular;                              // whether the covariance is not singular
+};
+
 // Initial centers of k-means by greedy k-means++, see seeds.hpp.
 struct SeedCall {
   int64_t points, dimensions, centers, candidates;  // M, D, K, candidates for each center but the first one
@@ -283,9 +306,12 @@ struct Kernel {
   void (*eigenvectors)(double*, double*, int64_t D);
   // The eigenvector of the largest eigenvalue, and this eigenvalue (boxes.hpp).
   double (*longest_axis)(const double* A, double* axis, int64_t D, double* space);
-  // How much a component magnifies relative rounding errors; the inverse of a Cholesky factor (matrices.hpp).
+  // How much a component magnifies relative rounding errors; the inverse of a Cholesky factor; points times an upper triangular matrix;
+  // the scatter of points (matrices.hpp).
   double (*magnification)(const double* U, int64_t D, double* space);
   bool (*invert)(double* matrix, double* inverse, int64_t D, double noise);
+  void (*multiply)(const double* x, const double* matrix, double* result, int64_t M, int64_t D, double* space);
+  void (*scatter)(const double* z, const double* weights, double* sums, int64_t M, int64_t D, int64_t stride);
   // Measures the points of one leaf.
   Status (*measure)(const TreeCall&, const Extents&, Measured, int64_t leaf);
   // Splits a multiple of 16 numbers into three float16 digits (halves.hpp).

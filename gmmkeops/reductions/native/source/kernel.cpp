@@ -73,6 +73,6 @@ static int64_t place(const Call& call, int64_t i, int64_t j) {
 }
 
 extern const Kernel kernel;
-const Kernel kernel = {sums, place, run, refine_any, eigenvectors, longest_axis, magnification, invert, measure, split_into_digits};
+const Kernel kernel = {sums, place, run, refine_any, eigenvectors, longest_axis, magnification, invert, multiply, scatter, measure, split_into_digits};
 
 }  // namespace KERNELS

@@ -22,6 +22,7 @@ struct Points {
     else std::copy_n((const float*)call.sweep.points, N * D, rows.data());
     const double* weights = call.sweep.weights;
     std::vector<int64_t> order;
+    order.reserve(N), x.reserve(N * D), mass.reserve(N);
     for (int64_t n = 0; n < N; n++) if (!weights || weights[n] > 0) order.push_back(n);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
       return std::lexicographical_compare(&rows[a * D], &rows[a * D] + D, &rows[b * D], &rows[b * D] + D);
@@ -35,15 +36,12 @@ struct Points {
 };
 
 // The points times an upper triangular matrix, which may be the identity.
-inline std::vector<double> multiply(const std::vector<double>& x, int64_t M, int64_t D, const double* root) {
+inline std::vector<double> multiply(const std::vector<double>& x, int64_t M, int64_t D, const double* root, const Kernel& kernel) {
   bool identity = true;
   for (int64_t i = 0; i < D; i++) for (int64_t j = i; j < D; j++) identity &= root[i * D + j] == (i == j);
   if (identity) return x;
-  std::vector<double> found(M * D);
-  for (int64_t m = 0; m < M; m++) for (int64_t i = 0; i < D; i++) {
-    const double value = x[m * D + i];
-    for (int64_t j = i; j < D; j++) found[m * D + j] += value * root[i * D + j];
-  }
+  std::vector<double> found(M * D), space(16 * D);
+  kernel.multiply(x.data(), root, found.data(), M, D, space.data());
   return found;
 }
 
@@ -93,7 +91,7 @@ template <class Evaluate> Status run(KMeansCall& call, const Kernel& kernel, Eva
   call.done = 0, call.points = points.M;
   for (int64_t cloud = 0; cloud < call.clouds; cloud++) {
     const double* root = call.roots + cloud * D * D;
-    std::vector<double> x = multiply(points.x, points.M, D, root);
+    std::vector<double> x = multiply(points.x, points.M, D, root, kernel);
     const std::vector<double> mean = center(x, points.mass, D);
     if (!given.sweep.double_points) single.assign(x.begin(), x.end());
     one.call.sweep.points = given.sweep.double_points ? (const void*)x.data() : single.data();

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.hpp"
+
 namespace KERNELS {
 
 // How much a component magnifies relative rounding errors: the largest over the whitened coordinates y_r of the norm over j of
@@ -57,6 +59,54 @@ static bool invert(double* matrix, double* inverse, int64_t D, double noise) {
     out[i] = scale;
   }
   return true;
+}
+
+// Points (M, D) times an upper triangular matrix (D, D). ``space`` holds 16 D numbers.
+static void multiply(const double* x, const double* matrix, double* result, int64_t M, int64_t D, double* space) {
+  using V = Vector<double>;
+  constexpr int64_t HEIGHT = 4, PARTS = 2, WIDTH = PARTS * LANES<double>;
+  for (int64_t first = 0; first < D; first += WIDTH) {
+    // The columns of a block, of which those after the last one are zero; entries below the diagonal are zero.
+    const int64_t last = first + WIDTH < D ? first + WIDTH : D, width = last - first;
+    std::memset(space, 0, last * WIDTH * sizeof(double));
+    for (int64_t i = 0; i < last; i++) std::memcpy(space + i * WIDTH, matrix + i * D + first, width * sizeof(double));
+    for (int64_t m = 0; m < M; m += HEIGHT) {
+      // Rows after the last one are copies of it.
+      const double* rows[HEIGHT];
+      V sums[HEIGHT][PARTS] = {};
+      UNROLL for (int64_t r = 0; r < HEIGHT; r++) rows[r] = x + (m + r < M ? m + r : M - 1) * D;
+      for (int64_t i = 0; i < last; i++) {
+        V entries[PARTS];
+        std::memcpy(entries, space + i * WIDTH, sizeof(entries));
+        UNROLL for (int64_t r = 0; r < HEIGHT; r++) {
+          const V value = broadcast(rows[r][i]);
+          UNROLL for (int64_t p = 0; p < PARTS; p++) sums[r][p] = fma(value, entries[p], sums[r][p]);
+        }
+      }
+      for (int64_t r = 0; r < HEIGHT && m + r < M; r++) std::memcpy(result + (m + r) * D + first, sums[r], width * sizeof(double));
+    }
+  }
+}
+
+// The sums over the points (M, stride) of weight times z z', of which (D, D) are kept. The stride is a multiple of 16, and columns
+// after the D-th are zero. Weights may be null for ones.
+static void scatter(const double* z, const double* weights, double* sums, int64_t M, int64_t D, int64_t stride) {
+  using V = Vector<double>;
+  constexpr int64_t HEIGHT = 4, PARTS = 2, WIDTH = PARTS * LANES<double>;
+  for (int64_t i = 0; i < D; i += HEIGHT) for (int64_t j = i / WIDTH * WIDTH; j < D; j += WIDTH) {
+    V block[HEIGHT][PARTS] = {};
+    for (int64_t m = 0; m < M; m++) {
+      const double *row = z + m * stride, weight = weights ? weights[m] : 1;
+      V entries[PARTS];
+      std::memcpy(entries, row + j, sizeof(entries));
+      UNROLL for (int64_t r = 0; r < HEIGHT; r++) {
+        const V value = broadcast(weight * row[i + r]);
+        UNROLL for (int64_t p = 0; p < PARTS; p++) block[r][p] = fma(value, entries[p], block[r][p]);
+      }
+    }
+    for (int64_t r = 0; r < HEIGHT && i + r < D; r++) std::memcpy(sums + (i + r) * D + j, block[r], (j + WIDTH < D ? WIDTH : D - j) * sizeof(double));
+  }
+  for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < i; j++) sums[i * D + j] = sums[j * D + i];
 }
 
 }  // namespace KERNELS

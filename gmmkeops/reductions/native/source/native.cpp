@@ -11,6 +11,7 @@
 #include "digits.hpp"
 #include "interface.hpp"
 #include "clusters.hpp"
+#include "columns.hpp"
 #include "kmeans.hpp"
 #include "pairs.hpp"
 #include "records.hpp"
@@ -416,7 +417,7 @@ EXPORT int32_t gmmkeops_abi() { return ABI; }
 
 // Sizes of the calls, in the order of library.py; 0 after the last one.
 EXPORT int64_t gmmkeops_size(int32_t i) {
-  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall), sizeof(DigitCall), sizeof(KMeansCall)};
+  constexpr int64_t sizes[] = {sizeof(Call), sizeof(ListCall), sizeof(TreeCall), sizeof(StepCall), sizeof(PairCall), sizeof(RecordCall), sizeof(ExtentCall), sizeof(ParameterCall), sizeof(ClimbCall), sizeof(SeedCall), sizeof(DigitCall), sizeof(KMeansCall), sizeof(SpreadCall), sizeof(WhiteCall)};
   return i < int32_t(sizeof(sizes) / sizeof(sizes[0])) ? sizes[i] : 0;
 }
 
@@ -453,6 +454,23 @@ EXPORT int32_t gmmkeops_climb(ClimbCall* call, int32_t isa) {
 EXPORT int32_t gmmkeops_seeds(const SeedCall* call, int32_t) {
   return guarded([&]() -> int32_t {
     seeds::choose(*call);
+    return DONE;
+  });
+}
+
+EXPORT int32_t gmmkeops_spread(SpreadCall* call, int32_t) {
+  return guarded([&]() -> int32_t {
+    if (call->double_points) columns::spread(*call, (const double*)call->points);
+    else columns::spread(*call, (const float*)call->points);
+    return DONE;
+  });
+}
+
+EXPORT int32_t gmmkeops_whiten(WhiteCall* call, int32_t isa) {
+  return guarded([&]() -> int32_t {
+    const Kernel& kernel = *kernel_of(isa);
+    if (call->double_points) columns::whiten(*call, (const double*)call->points, kernel);
+    else columns::whiten(*call, (const float*)call->points, kernel);
     return DONE;
   });
 }
