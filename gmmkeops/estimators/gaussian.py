@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,12 @@ _NOT_STORED = (
 
 # Tolerance and maximum number of iterations of the fits of a selection, whose criteria are compared.
 _SELECTION_TOL, _SELECTION_ITERATIONS = 1e-4, 1000
+
+
+@lru_cache(maxsize=8)
+def _em(reg_covar: float, max_iter: int, tol: float) -> EM:
+    """Return EM for validated settings, of which a fit of few points would otherwise spend a twentieth of its time on checks."""
+    return EM(reg_covar=reg_covar, max_iter=max_iter, tol=tol)
 
 
 class GaussianMixture(MixtureEstimator):
@@ -333,7 +340,7 @@ class GaussianMixture(MixtureEstimator):
         if isinstance(self.solver, Method):
             return combined_method(self, self.solver)
         if isinstance(self.solver, str) and self.solver == "em":
-            return EM(reg_covar=float(self.reg_covar), max_iter=self.max_iter, tol=float(self.tol))
+            return _em(float(self.reg_covar), self.max_iter, float(self.tol))
         if isinstance(self.solver, str) and self.solver == "adam":
             if self.reg_covar != self._default("reg_covar"):
                 raise ValueError(

@@ -140,6 +140,12 @@ class EM(Method[EMState]):
         given = self.frozen_weights, self.frozen_means, self.frozen_covariances
         return given if all(isinstance(each, bool) for each in given) else None  # type: ignore[return-value]
 
+    def plain(self) -> EM:
+        """Return EM of which each iteration is one EM step with all points."""
+        if (self.assignment, self.batch_size, self.temperature, self.accelerate) == ("soft", None, None, False):
+            return self
+        return replace(self, assignment="soft", batch_size=None, temperature=None, accelerate=False)
+
     def init(self, objective: Objective, mixture: Mixture) -> EMState:
         if objective.penalty is not None:
             objective.surrogate(mixture)  # raises for a penalty without an M-step, before the first pass
@@ -156,7 +162,7 @@ class EM(Method[EMState]):
 
     def _refined(self, objective: Objective, mixture: Mixture) -> Mixture:
         """Improve a mixture by rounds of splitting and merging."""
-        climber = Climber(replace(self, refine=False, accelerate=False, tol=0.0), objective)
+        climber = Climber(replace(self.plain(), refine=False), objective)
         try:
             objective.surrogate(split(mixture))
         except ValueError as error:
@@ -178,7 +184,8 @@ class EM(Method[EMState]):
     def evaluate(self, objective: Objective, state: EMState) -> Evaluation:
         if self.assignment == "soft" and (self.average is False or state.average is None):
             # A plain step takes one pass over the points, and an accelerated one up to three.
-            block = Block.of(replace(self, accelerate=False), objective, state, limit=1)
+            method = replace(self, accelerate=False) if self.accelerate else self
+            block = Block.of(method, objective, state, limit=1)
             if block is not None:
                 return block.evaluation(state, 0)
         return evaluation(objective, state.population, self._active(objective, state), state.floored)

@@ -136,12 +136,18 @@ class Block:
             return self.state
         found = self.found
         mixture = Mixture.from_valid(found.logits(t), found.means(t), found.factor(t), validate_args=False)
-        return replace(
-            self.state,
-            mixture=mixture,
-            counts=found.counts(t),
-            drift=found.drifts[t],
-            iteration=self.state.iteration + t,
+        now = self.state
+        # ``replace`` takes three times as long, which counts in fits of few points.
+        return EMState(
+            now.population,
+            mixture,
+            now.floored,
+            now.iteration + t,
+            now.batches,
+            now.memory,
+            now.average,
+            found.counts(t),
+            found.drifts[t],
         )
 
     def evaluation(self, state: EMState, t: int) -> Evaluation:

@@ -76,9 +76,9 @@ _THIN = 1e-4
 # Number of components above which clusters are candidates as they are, rather than after EM steps with the prior.
 _WIDE = 100
 
-# EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, for those that no
-# rounds improve, and for a sole candidate of well separated components.
-_PLAIN, _ALONE, _SOLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
+# EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, and for those that no
+# rounds improve.
+_PLAIN, _ALONE = (100, 1e-3), (100, 1e-4)
 
 # Accelerated iterations at the end of a search with many points per parameter, and their tolerance.
 _LAST = (30, 1e-5)
@@ -151,7 +151,7 @@ class Search:
         # Whether a fit by EM begins with the result.
         self.followed = method is not None
         method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
-        self.method = replace(method, tol=0.0, accelerate=False, temperature=None, batch_size=None, assignment="soft")
+        self.method = method.plain()
         self.generator, self.backend, self.prior = generator, backend, prior
         self.penalty = self._supported(penalty, K)
         self.doubles = K > 1 and (self.penalty is None or self._accepts(self.penalty, 2 * K))
@@ -244,8 +244,6 @@ class Search:
         stays = strategy == "auto" and ((self.K == 1 and self.penalty is None) or self.keeps_clusters)
         # Clusters are compared by the likelihood alone.
         climber = self.climber(self.plain if stays else self.objective)
-        # Without the prior, and with the points in the same order.
-        plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
         most = _MORE_ROUNDS if n_init >= 5 else ROUNDS
         enough = _ALONE if self.clusters.compares else CANDIDATE
         best: Found | None = None
@@ -274,12 +272,12 @@ class Search:
         searched_with_prior = not stays and self.objective is not self.plain
         if searched_with_prior:
             narrowed = self._narrowed(climber, best, most) if self.doubles and strategy != "annealed" else best
-            best = narrowed if self.prior is not None else self._by_likelihood(plain, [narrowed, best], starts)
+            best = narrowed if self.prior is not None else self._by_likelihood(climber, [narrowed, best], starts)
         report = StartReport(
             strategy,
             self.clusters.count,
             climber.rounds,
-            (climber.work + plain.work) / self.K,
+            climber.work / self.K,
             len(self.x),
             rows,
             searched_with_prior,
@@ -383,17 +381,23 @@ class Search:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior.
 
         Candidates are the results of the search, and those of EM steps with the prior from the clusters. If these are all the
-        same, one step without the prior reaches its optimum, and a fit that follows improves it.
+        same, of well separated components, the first step of a fit that follows reaches its optimum.
         """
         # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
         begun = [each.mixture if self.K <= _WIDE else each.origin for each in starts]
         different = without_copies([*(each.mixture for each in found), *begun])
         if len(different) == 1 and found[0].separated and self.followed:
             return found[0]
-        climbed = climber.climbs(different, *_PLAIN)
+        # The points are in the same order.
+        plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
+        climbed = plain.climbs(different, *_PLAIN)
+        climber.work += plain.work
         if len(climbed) == 1:
             return climbed[0]
-        return best_sound(climbed, lambda each: not self.degenerate(each.mixture)) or best_of(climber.sound(climbed))
+        # Well separated components of many points are sound, even if they are thin.
+        real = climbed[0] if found[0].separated and not self._is_small(climbed[0].mixture) else None
+        sound = best_sound(climbed, lambda each: each is real or not self.degenerate(each.mixture))
+        return sound or best_of(plain.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:
         """Return whether a component has fewer than 2 (D + 1) points, or a very small variance in some direction.
@@ -402,7 +406,7 @@ class Search:
             mixture: A mixture in standardized coordinates.
             count: Effective number of points to which the mixture was fitted; None for that of the sample.
         """
-        if float(mixture.weights.min()) * (self.plain.count if count is None else count) < 2 * (self.D + 1):
+        if self._is_small(mixture, count):
             return True
         factors = mixture.factor.matrices()
         # Bounds that are computed faster: the Frobenius norm, and the least variance of a column.
@@ -412,3 +416,7 @@ class Search:
         # If all precisions are smaller, the difference is positive definite; this takes less time than singular values.
         eye = torch.eye(self.D).to(factors)
         return bool((torch.linalg.cholesky_ex(limit * eye - factors @ factors.mT).info > 0).any())
+
+    def _is_small(self, mixture: Mixture, count: float | None = None) -> bool:
+        """Return whether a component has fewer than 2 (D + 1) points; arguments as for :meth:`degenerate`."""
+        return float(mixture.weights.min()) * (self.plain.count if count is None else count) < 2 * (self.D + 1)
