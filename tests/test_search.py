@@ -16,7 +16,7 @@ from sklearn.metrics import adjusted_rand_score
 import gmmkeops as gk
 from gmmkeops.fitting import candidates, frame, initialization, kmeans, ordinary, rounds, search
 from gmmkeops.fitting.candidates import Candidates
-from gmmkeops.fitting.kmeans import agreement, distinct
+from gmmkeops.fitting.kmeans import agreements, distinct
 from gmmkeops.fitting.rounds import Climber, Found
 from gmmkeops.fitting.search import Search, has_few_points, prior_of, within_prior
 
@@ -1451,12 +1451,14 @@ def test_agreement_is_the_adjusted_rand_index():
     rng = np.random.default_rng(0)
     parts = [rng.integers(4, size=60) for _ in range(3)] + [np.arange(60) // 15]
     parts.append((parts[-1] + 1) % 4)
-    for i, one in enumerate(parts):
-        for other in parts[: i + 1]:
-            found = agreement(torch.from_numpy(one), torch.from_numpy(other), 4)
-            assert found == pytest.approx(adjusted_rand_score(one, other), abs=1e-12)
-    assert agreement(*map(torch.from_numpy, parts[-2:]), 4) == 1
-    assert agreement(*[torch.zeros(5, dtype=torch.int64)] * 2, 1) == 1
+    parts.append(np.zeros(60, dtype=np.int64))
+    found = agreements([torch.from_numpy(part) for part in parts], 4)
+    assert [len(row) for row in found] == [0, 1, 2, 3, 4, 5]
+    for i, row in enumerate(found):
+        for j, value in enumerate(row):
+            assert value == pytest.approx(adjusted_rand_score(parts[i], parts[j]), abs=1e-12)
+    assert found[4][3] == 1
+    assert agreements([torch.zeros(5, dtype=torch.int64)] * 2, 1) == [[], [1.0]]
 
 
 def test_with_few_points_only_metrics_count_in_which_runs_agree(monkeypatch):

@@ -13,7 +13,7 @@ from gmmkeops import reductions
 from gmmkeops.components import Factor, FullFactor, Moments
 from gmmkeops.data import Batch
 from gmmkeops.fitting.kmeans import (
-    agreement,
+    agreements,
     clusters,
     distinct,
     kmeans,
@@ -146,16 +146,16 @@ class Candidates:
         A metric is omitted if its runs agree much less than those of the other one. The likelihood of very few points does not
         show whether there are clusters; agreement between runs does.
         """
-        found, agreements = [], []
+        found, means = [], []
         for runs, root in zip(self._kmeans(_RUNS, self._roots), self._roots, strict=True):
             parts = [each.labels for each in runs if each.labels is not None]
-            pairs = [[agreement(part, other, self.K) for other in parts[:i]] for i, part in enumerate(parts)]
-            agreements.append(sum(map(sum, pairs)) / sum(map(len, pairs)))
+            pairs = agreements(parts, self.K)
+            means.append(sum(map(sum, pairs)) / sum(map(len, pairs)))
             chosen = [each.centers for each, same in zip(runs, pairs, strict=True) if max(same, default=0) < 1]
             found.append([(centers, root) for centers in chosen])
-        best = max(agreements)
+        best = max(means)
         least = min(best, _AGREEMENT * best)
-        return [each for some, value in zip(found, agreements, strict=True) if value >= least for each in some]
+        return [each for some, value in zip(found, means, strict=True) if value >= least for each in some]
 
     def _kmeans(self, runs: int, roots: list[Tensor | None]) -> list[list[reductions.Clustering]]:
         """Perform runs of k-means in each metric. With several runs, the different points are labeled."""

@@ -21,13 +21,14 @@ from gmmkeops.data import NOISE, Batch, running_sum
 from gmmkeops.models import Mixture
 
 __all__ = [
-    "agreement",
+    "agreements",
     "clusters",
     "distinct",
     "kmeans",
     "labels",
     "lloyd",
     "mixture_of",
+    "native_limits",
     "nearest",
     "pool_of",
     "random_responsibilities",
@@ -143,25 +144,34 @@ def labels(points: Tensor, centers: Tensor) -> Tensor:
     return reductions.argmax(points, centers.new_zeros(len(centers)), centers, centers.new_ones(1, 1))
 
 
-def agreement(one: Tensor, other: Tensor, K: int) -> float:
-    """Compute the adjusted Rand index of two partitions, which are labels (N,) from 0 to K - 1.
+def agreements(parts: list[Tensor], K: int) -> list[list[float]]:
+    """Compute the adjusted Rand indices of partitions, which are labels (N,) from 0 to K - 1.
 
-    It is 1 for equal partitions, and 0 on average for random ones. Reference: Hubert and Arabie 1985, *Comparing partitions*,
-    Journal of Classification 2.
+    An index is 1 for equal partitions, and 0 on average for random ones. Reference: Hubert and Arabie 1985, *Comparing
+    partitions*, Journal of Classification 2.
+
+    Returns:
+        For each partition, its indices with those before it.
     """
-    # Numbers of points with each pair of labels, with each label of one partition, and of the other.
-    both, first, second = _pairs(one * K + other, K * K), _pairs(one, K), _pairs(other, K)
-    total = len(one) * (len(one) - 1.0)
-    expected, largest = first * second / max(total, 1.0), (first + second) / 2
-    return (both - expected) / (largest - expected) if largest > expected else 1.0
+    labels = [part.cpu().numpy() for part in parts]
+    pairs = [_pairs(each, K) for each in labels]
+    found: list[list[float]] = []
+    for i, one in enumerate(labels):
+        row = []
+        for j, other in enumerate(labels[:i]):
+            total = len(one) * (len(one) - 1.0)
+            expected, largest = pairs[i] * pairs[j] / max(total, 1.0), (pairs[i] + pairs[j]) / 2
+            both = _pairs(one * K + other, K * K)
+            row.append((both - expected) / (largest - expected) if largest > expected else 1.0)
+        found.append(row)
+    return found
 
 
-def _pairs(values: Tensor, count: int) -> float:
+def _pairs(values: np.ndarray, count: int) -> float:
     """Return twice the number of pairs of equal values, which are integers from 0 to ``count`` - 1."""
-    found = values.cpu().numpy()
-    n = np.bincount(found) if count <= _COUNTED else np.unique(found, return_counts=True)[1]
+    n = np.bincount(values) if count <= _COUNTED else np.unique(values, return_counts=True)[1]
     # The sum of n (n - 1).
-    return float(n @ n) - len(found)
+    return float(n @ n) - len(values)
 
 
 def lloyd(

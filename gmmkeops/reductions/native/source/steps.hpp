@@ -174,8 +174,9 @@ struct Steps {
     }
     for (int64_t k = 0; k < K; k++) {
       const double weight = S0[k] * call.scale / all;
-      if (!(weight > call.least)) return false;
-      call.logits[(t + 1) * K + k] = call.fixed_weights ? call.logits[t * K + k] : std::log(std::max(weight, 1e-300));
+      // A small cluster gets the least weight, as in mixture_of in kmeans.py.
+      if (!(weight > call.least) && !(call.pool_weight > 0)) return false;
+      call.logits[(t + 1) * K + k] = call.fixed_weights ? call.logits[t * K + k] : std::log(std::max(weight, std::max(call.least, 1e-300)));
     }
     double change = 0;
     for (int64_t l = 0; l < L; l++) change += (counts[l] - counts[L + l]) * cost[l];
@@ -183,7 +184,7 @@ struct Steps {
     return true;
   }
 
-  // Adds some points of the pooled covariance to each covariance; false if a variance is mere rounding. As mixture_of in
+  // Adds some points of the pooled covariance to each covariance; false if a typical variance is mere rounding. As mixture_of in
   // kmeans.py: a cluster of large variances counts less, so that the pooled covariance is robust.
   bool pool(const double* centers, std::vector<double>& scatter, std::vector<double>& number) {
     const int64_t parts = call.sweep.family == SPHERICAL ? D : 1;
@@ -194,8 +195,9 @@ struct Steps {
       for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::abs(mean[d]));
       for (int64_t e = 0; e < E; e++) {
         const double size = std::max(1.0, E == 1 ? largest : std::abs(mean[e]));
-        const double variance = variances[k * E + e] = own[full ? e * D + e : e] / (parts * number[k]);
-        if (!(variance > call.floor * size * size)) return false;
+        const double variance = own[full ? e * D + e : e] / (parts * number[k]);
+        // A variance that is mere rounding is zero, as that of equal points in a column.
+        variances[k * E + e] = variance > call.floor * size * size ? variance : 0;
       }
     }
     // A typical variance of each column: the weighted median over the clusters.
@@ -209,6 +211,7 @@ struct Steps {
         unit[e] = variances[k * E + e];
         if ((below += number[k]) >= 0.5 * all) break;
       }
+      if (!(unit[e] > 0)) return false;
     }
     for (int64_t k = 0; k < K; k++) {
       double size = 0;
