@@ -140,7 +140,7 @@ class MixtureEstimator(Estimator, ABC):
             ConvergenceWarning: The best of the ``n_init`` fits did not converge.
         """
         world = World()
-        with world.together():
+        with world.together(), reductions.threads_for(X):
             self._check()
             x, g, names, device = training_data(self, X, sample_weight)
             x, g, validation = split_off(
