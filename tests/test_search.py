@@ -14,7 +14,7 @@ from sklearn.datasets import load_wine
 from sklearn.metrics import adjusted_rand_score
 
 import gmmkeops as gk
-from gmmkeops.fitting import candidates, frame, initialization, kmeans, ordinary, rounds, search
+from gmmkeops.fitting import candidates, initialization, kmeans, ordinary, rounds, search
 from gmmkeops.fitting.candidates import Candidates
 from gmmkeops.fitting.kmeans import agreements, distinct
 from gmmkeops.fitting.rounds import Climber, Found
@@ -179,9 +179,10 @@ def test_engines_find_the_same_optimum(covariance_type):
 
 def several_calls(monkeypatch, climbs_of=None):
     """Let EM steps and rounds be performed by several calls; or by one again, if the function that performs them is given."""
-    monkeypatch.setattr(
-        rounds, "climbs_of", climbs_of or (lambda _, __, starts, *___: ordinary.Climbs([None] * len(starts)))
-    )
+    def nothing(method, objective, starts, steps, tolerance, rounds=None, clusters=None):
+        return ordinary.Climbs(starts, [None] * len(starts)) if clusters is None else None
+
+    monkeypatch.setattr(rounds, "climbs_of", climbs_of or nothing)
 
 
 def test_rounds_never_increase_the_objective(monkeypatch):
@@ -492,7 +493,12 @@ def test_candidates_with_few_points_are_removed_if_there_are_others():
 
 def test_runs_alternate_between_kinds_of_candidates(monkeypatch):
     """Runs begin with k-means, k-means++ and random points in turn, each in two metrics."""
-    seen, runs_at_once, seeds = [], candidates.runs_at_once, candidates.seeds
+    seen, runs_at_once, seeds, em_climb = [], candidates.runs_at_once, candidates.seeds, gk.reductions.em_climb
+
+    def spy_climb(*arguments, clusters=None, **options):
+        found = em_climb(*arguments, clusters=clusters, **options)
+        seen.extend("kmeans" for _ in (clusters.roots if clusters and found else ()))
+        return found
 
     def spy_kmeans(batch, roots, *arguments):
         seen.extend("kmeans" for _ in roots)
@@ -502,6 +508,7 @@ def test_runs_alternate_between_kinds_of_candidates(monkeypatch):
         seen.append("kmeans++" if spread else "random")
         return seeds(*arguments, spread=spread)
 
+    monkeypatch.setattr(gk.reductions, "em_climb", spy_climb)
     monkeypatch.setattr(candidates, "runs_at_once", spy_kmeans)
     monkeypatch.setattr(candidates, "seeds", spy_seeds)
     monkeypatch.setattr(search, "_SAME", 0.0)
@@ -574,9 +581,11 @@ def test_the_report_counts_all_e_steps(backend, strategy, penalty, monkeypatch):
         found = em_climb(batch, starts, settings, **options)
         if not settings.bare:
             each_step = (3 if settings.accelerate else 1) * len(starts[0][1])
-            climbed, after = found or ((), None)
+            climbed, after, _ = found or ((), None, ())
             sweeps.extend(each.steps * each_step for each in climbed if each)
             sweeps.append(after.work if after else 0)
+            if found and options["clusters"]:
+                candidates.extend(options["clusters"].roots)
         return found
 
     def spy_steps(batch, logits, means, factor, settings, **options):
@@ -629,31 +638,31 @@ def test_a_given_start_has_no_report():
 @pytest.mark.parametrize("family", ["full", "spherical"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_fit_uses_the_spread_that_its_search_has_computed(weighted, family, dtype, monkeypatch):
-    calls, trimmed_spread = [], frame.trimmed_spread
+    calls, spread_of = [], gk.reductions.spread_of
 
     def counting(*arguments):
         calls.append(arguments)
-        return trimmed_spread(*arguments)
+        return spread_of(*arguments)
 
-    monkeypatch.setattr(frame, "trimmed_spread", counting)
+    monkeypatch.setattr(gk.reductions, "spread_of", counting)
     x = (overlapping(4, N=300) * torch.tensor([1.0, 30.0]) + 5.0).to(dtype)
     g = torch.rand(300, generator=torch.Generator().manual_seed(0)).double() * 1e20 if weighted else None
     model = gk.GaussianMixture(3, covariance_type=family).fit(x, sample_weight=g)
-    assert not calls
+    assert len(calls) == 1
     start, _ = start_of(x, 3, covariance_type=family, sample_weight=g, method=gk.EM())
     result = gk.fit(start, x, sample_weight=g)
-    assert len(calls) == 1
+    assert len(calls) == 3
     assert torch.equal(result.mixture.means, model.mixture_.means)
     assert result.history["objective"] == model.result_.history["objective"]
     found = gk.fit(3, x, gk.EM(tol=1.0), sample_weight=g)
-    assert len(calls) == 1
+    assert len(calls) == 4
     assert found.report.start.strategy == "auto"
     # A search on a part of the points does not know the spread of all points.
     monkeypatch.setattr(candidates, "_CLUSTERED", 100)
     monkeypatch.setattr(search, "_PER_COMPONENT", 50)
     monkeypatch.setattr(search, "_PER_PARAMETER", 1)
     assert gk.fit(3, x, gk.EM(tol=1.0), sample_weight=g).report.start.points < 300
-    assert len(calls) == 2
+    assert len(calls) == 6
 
 
 # Quality
@@ -1005,6 +1014,7 @@ def test_a_wrong_arrangement_of_separated_clusters_is_improved(N, D, monkeypatch
         return self._clustered([(centers, None)])
 
     monkeypatch.setattr(Candidates, "begun", mixed)
+    monkeypatch.setattr(Candidates, "at_once", lambda *_: None)
     found, report = start_of(x, K)
     monkeypatch.setattr(Candidates, "begun", begun)
     assert report.rounds >= 2

@@ -85,8 +85,10 @@ class MixtureEstimator(Estimator, ABC):
         """Return the method with the final ``tol`` and ``max_iter`` of the fit, for a warm start or a new fit."""
 
     @abstractmethod
-    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Start:
-        """Compute the initial mixture of a new fit."""
+    def _initial(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device, fits: bool = True
+    ) -> Start:
+        """Compute the initial mixture of a new fit, or of steps without a fit."""
 
     @abstractmethod
     def _last(self, shape: tuple[int, int]) -> Mixture | None:
@@ -256,8 +258,8 @@ class MixtureEstimator(Estimator, ABC):
         """Raise an error if a parameter of the constructor is invalid."""
         check_settings(self)
 
-    def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator) -> Start:
-        """Compute an initial mixture by ``init_params``, and a report of how it was found."""
+    def _by_init_params(self, x: Tensor | Source, g: Any, generator: torch.Generator, fits: bool) -> Start:
+        """Compute an initial mixture by ``init_params``, and a report of how it was found; ``fits`` as for :meth:`_initial`."""
         method = self._method(False)
         return started(
             x,
@@ -271,6 +273,7 @@ class MixtureEstimator(Estimator, ABC):
             penalty=getattr(self, "penalty", None),
             prior=getattr(self, "prior", None),
             method=method if isinstance(method, EM) else None,
+            iterations=method.max_iter if fits else 0,
         )
 
     def _penalty(self, x: Tensor | Source, start: Mixture, report: StartReport | None) -> Any:

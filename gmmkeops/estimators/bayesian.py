@@ -200,7 +200,9 @@ class BayesianGaussianMixture(MixtureEstimator):
             tol=float(self.tol),
         )
 
-    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Start:
+    def _initial(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device, fits: bool = True
+    ) -> Start:
         found = None
         if self.init_params == "auto":
             options: Any = {"sample_weight": g, "generator": generator, "backend": self.backend}
@@ -208,7 +210,7 @@ class BayesianGaussianMixture(MixtureEstimator):
             found = self._method(False).start(
                 x, self.wanted_components or 1, covariance_type=self.covariance_type, **options
             )
-        start = self._by_init_params(x, g, generator) if found is None else Start(*found)
+        start = self._by_init_params(x, g, generator, fits) if found is None else Start(*found)
         return start._replace(mixture=start.mixture.to(device))
 
     def _last(self, shape: tuple[int, int]) -> Mixture | None:

@@ -238,7 +238,8 @@ class GaussianMixture(MixtureEstimator):
             start, memory = self.mixture_.to(x.device), self._memory
             columns = self.mixture_.columns
         else:
-            start, memory = self._initial(x, g, generator_of(self.random_state, x.device), x.device).mixture, None
+            generator = generator_of(self.random_state, x.device)
+            start, memory = self._initial(x, g, generator, x.device, fits=False).mixture, None
             columns = None if names is None else tuple(names)
         if memory is not None:
             memory = (memory[0].to(x.device), *memory[1:])
@@ -384,12 +385,14 @@ class GaussianMixture(MixtureEstimator):
     def _predictive(self) -> tuple[Mixture, float]:
         return self.mixture_, 0.0
 
-    def _initial(self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device) -> Start:
+    def _initial(
+        self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device, fits: bool = True
+    ) -> Start:
         wide: Any = {"dtype": torch.float64, "device": device}
         K, D = self.wanted_components or 1, features_of(x)
         logits = means = factor = report = None
         if self.means_init is None or self.weights_init is None or self.precisions_init is None:
-            start = self._by_init_params(x, g, generator)
+            start = self._by_init_params(x, g, generator, fits)
             found = start.mixture if start.mixture.means.device == device else start.mixture.to(device)
             report = start.report
             if self.means_init is self.weights_init is self.precisions_init is None:

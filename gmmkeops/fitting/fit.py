@@ -156,7 +156,7 @@ def fit(
             )
         x, sample_weight, validation = split_off(x, sample_weight, validation, generator)
         others = {"truncate": truncate, "dtype": dtype, "max_memory": max_memory}
-        start, found, spread = _begin(start, x, sample_weight, generator, method, penalty, backend, others)
+        start, found, spread = _begin(start, x, sample_weight, generator, method, penalty, backend, max_iter, others)
         task = Task(
             start,
             method=method,
@@ -213,6 +213,7 @@ def _begin(
     method: Any,
     penalty: Any,
     backend: str,
+    max_iter: Any,
     others: dict[str, Any],
 ) -> tuple[Any, StartReport | None, tuple[torch.Tensor, torch.Tensor] | None]:
     """Return the initial mixture or model, how it was found, and the spread of the points, as in :class:`Start`.
@@ -227,7 +228,10 @@ def _begin(
     found = method.start(x, as_integer(start, "start", 1), **options, **others) if isinstance(method, Method) else None
     if found is not None:
         return *found, None
-    return started(x, int(start), penalty=penalty, method=method if isinstance(method, EM) else None, **options)
+    em = method if isinstance(method, EM) else None
+    iterations = em.max_iter if em is not None and max_iter is None else max_iter
+    options |= {"method": em, "iterations": iterations if isinstance(iterations, int) else 0}
+    return started(x, int(start), penalty=penalty, **options)
 
 
 def _is_small(mixture: Mixture) -> bool:

@@ -158,11 +158,13 @@ def started(
     penalty: Any = None,
     prior: str | None = None,
     method: EM | None = None,
+    iterations: int = 0,
 ) -> Start:
     """Compute an initial mixture, and a report of how it was found; arguments as for :func:`initialize`.
 
     Args:
         method: EM with the settings of the fit that follows; None for a fit without ``reg_covar``.
+        iterations: Largest number of iterations of this fit.
     """
     began = time.perf_counter()
     mind_fork()
@@ -203,6 +205,8 @@ def started(
         generator = world.generator(generator, rows.device)
         if strategy in SEARCHED:
             options: Any = {"penalty": penalty, "prior": prior, "generator": generator, "backend": backend}
+            # The first of several plain steps does what the last one of a search would do.
+            options["followed"] = iterations > 1 and method is not None and method.plain() is method
             search = Search(rows, mass, K, kind, tied, method=method, **options)
             mixture, report = search.run(strategy, runs, some)
             mixture = shared_mixture(mixture, world, rows.device)

@@ -76,9 +76,9 @@ _THIN = 1e-4
 # Number of components above which clusters are candidates as they are, rather than after EM steps with the prior.
 _WIDE = 100
 
-# EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, and for those that no
-# rounds improve.
-_PLAIN, _ALONE = (100, 1e-3), (100, 1e-4)
+# EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, for those that no
+# rounds improve, and for a sole candidate of well separated components.
+_PLAIN, _ALONE, _SOLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
 
 # Accelerated iterations at the end of a search with many points per parameter, and their tolerance.
 _LAST = (30, 1e-5)
@@ -126,6 +126,7 @@ class Search:
             them finally by the likelihood (and the penalty) alone.
         generator: Random number generator.
         backend: Name of the engine.
+        followed: Whether plain EM steps without the prior follow.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Search:
         prior: str | None,
         generator: torch.Generator,
         backend: str,
+        followed: bool = False,
     ) -> None:
         self.began = time.perf_counter()
         self.x, self.weights, self.K, self.kind, self.tied = x, weights, K, kind, tied
@@ -148,8 +150,8 @@ class Search:
         self.spread = reductions.spread_of(x, weights)
         # Splits and k-means compare the columns, so that their scale must not depend on their units.
         frame = Frame.of(x, weights, isotropic=kind.isotropic, rounded=False, spread=self.spread)
-        # Whether a fit by EM begins with the result.
-        self.followed = method is not None
+        # Whether a fit by EM begins with the result, and whether it begins with plain steps.
+        self.fits, self.followed = method is not None, followed
         method = EM(reg_covar=_RIDGE * float(frame.scale.min()) ** 2) if method is None else method
         self.method = method.plain()
         self.generator, self.backend, self.prior = generator, backend, prior
@@ -381,16 +383,17 @@ class Search:
         """Return the candidate with the best likelihood (and penalty) after EM steps without the prior.
 
         Candidates are the results of the search, and those of EM steps with the prior from the clusters. If these are all the
-        same, of well separated components, the first step of a fit that follows reaches its optimum.
+        same, of well separated components, one step without the prior reaches its optimum, and a fit that follows improves it.
         """
         # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
         begun = [each.mixture if self.K <= _WIDE else each.origin for each in starts]
         different = without_copies([*(each.mixture for each in found), *begun])
-        if len(different) == 1 and found[0].separated and self.followed:
+        is_sole = len(different) == 1 and found[0].separated
+        if is_sole and self.followed:
             return found[0]
         # The points are in the same order.
         plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
-        climbed = plain.climbs(different, *_PLAIN)
+        climbed = plain.climbs(different, *(_SOLE if is_sole and self.fits else _PLAIN))
         climber.work += plain.work
         if len(climbed) == 1:
             return climbed[0]

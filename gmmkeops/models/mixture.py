@@ -349,11 +349,9 @@ class Mixture(Distribution):
         for place in (*args[:1], kwargs.get("device")):
             if isinstance(place, (str, int, torch.device)) and str(place) != "meta":
                 as_device(place)
-        logits, means = self.logits.to(*args, **kwargs), self.means.to(*args, **kwargs)
-        factor = self.factor.to(*args, **kwargs)
-        if logits is self.logits and means is self.means and factor is self.factor:
-            return self
-        return self._like(logits, means, factor).named(self.columns)
+        return self._like(
+            self.logits.to(*args, **kwargs), self.means.to(*args, **kwargs), self.factor.to(*args, **kwargs)
+        ).named(self.columns)
 
     def detach(self) -> Mixture:
         """Return a copy of the mixture that is detached from the autograd graph."""
