@@ -179,6 +179,7 @@ def test_engines_find_the_same_optimum(covariance_type):
 
 def several_calls(monkeypatch, climbs_of=None):
     """Let EM steps and rounds be performed by several calls; or by one again, if the function that performs them is given."""
+
     def nothing(method, objective, starts, steps, tolerance, rounds=None, clusters=None):
         return ordinary.Climbs(starts, [None] * len(starts)) if clusters is None else None
 

@@ -1,0 +1,311 @@
+"""The start of a search in the compiled library: spread of the columns, white metric, and k-means with EM steps after it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import HAS_NATIVE
+
+import gmmkeops as gk
+from gmmkeops.data import trimmed_spread
+from gmmkeops.fitting import metric, search
+from gmmkeops.fitting.candidates import Candidates
+from gmmkeops.fitting.initialization import start_of, started
+from gmmkeops.reductions.native import columns, kmeans, rounds
+
+pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the native engine has not been compiled")
+
+
+def clusters(N, D, K, seed=0, distance=3.0):
+    """Clusters of different covariances."""
+    rng = np.random.default_rng(seed)
+    A = 0.4 * rng.standard_normal((K, D, D)) + np.eye(D)
+    labels = rng.integers(K, size=N)
+    x = distance * rng.standard_normal((K, D))[labels] + np.einsum("nde,ne->nd", A[labels], rng.standard_normal((N, D)))
+    return torch.from_numpy(x)
+
+
+def weighted(x, seed=0):
+    """Weights, of which some are zero."""
+    g = torch.rand(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    g[::7] = 0
+    return g
+
+
+# Spread
+
+
+def natively(monkeypatch, x, weights=None):
+    """The spread that the library computes, or None where it leaves it to torch."""
+    asked = []
+    monkeypatch.setattr(columns, "trimmed_spread", lambda *given: asked.append(given))
+    found = columns.spread_of(x, weights)
+    return None if asked else found
+
+
+@pytest.mark.parametrize("N", [2, 5, 300])
+@pytest.mark.parametrize("D", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("outliers", [0, 1])
+@pytest.mark.parametrize("some", [False, True])
+def test_the_spread_is_that_of_torch(N, D, dtype, outliers, some, monkeypatch):
+    x = clusters(N, D, 3) * torch.logspace(-3, 3, D, dtype=torch.float64) + 1e4
+    x[N // 2 : N // 2 + outliers] += 1e6
+    x, g = x.to(dtype), weighted(x) if some and N > 2 else None
+    found, expected = natively(monkeypatch, x, g), trimmed_spread(x, g)
+    assert found is not None
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float64
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=0)
+
+
+def test_several_rounds_of_trimming(monkeypatch):
+    """Each outlier hides the smaller ones."""
+    x = clusters(400, 2, 2)
+    x[:6, 0] = torch.tensor([1e3, 1e5, 1e7, 1e9, 1e11, 1e13])
+    found, expected = natively(monkeypatch, x), trimmed_spread(x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert float(found[1].max()) < 20
+
+
+@pytest.mark.parametrize("case", ["constant", "huge", "tiny", "many", "columns"])
+def test_what_the_library_leaves_to_torch(case, monkeypatch):
+    x = clusters(300, 2, 2)
+    if case == "constant":
+        x[:, 1] = 7.0
+    elif case in ("huge", "tiny"):
+        x *= 1e151 if case == "huge" else 1e-160
+    elif case == "many":
+        x = clusters(60_000, 4, 1)
+    else:
+        # Not contiguous, which is no reason.
+        x = clusters(300, 4, 2)[:, ::2]
+    left = natively(monkeypatch, x) is None
+    assert left == (case != "columns")
+    monkeypatch.undo()
+    if case in ("huge", "tiny"):
+        with pytest.raises(ValueError, match="rescale the columns"):
+            columns.spread_of(x)
+    else:
+        for one, other in zip(columns.spread_of(x), trimmed_spread(x), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+# White metric
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 15, 16, 17, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("some", [False, True])
+def test_the_white_metric_is_that_of_torch(D, dtype, some, monkeypatch):
+    z = clusters(150, D, 2)
+    z = ((z - z.mean(0)) / z.std(0)).to(dtype)
+    # One point is clipped, and one column is constant.
+    z[3, 0] = 40.0
+    z[:, D // 2] = 0.0 if D > 1 else z[:, 0]
+    g = weighted(z) if some else None
+    assert columns.native_white(z, g, 10.0, 1e-6) is not None
+    covariance, root = metric.white_metric(z, g)
+    monkeypatch.setattr(gk.reductions, "native_white", lambda *_: None)
+    expected, other = metric.white_metric(z, g)
+    torch.testing.assert_close(covariance, expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(root, other, rtol=1e-6, atol=1e-9)
+    assert torch.equal(root, root.triu())
+    torch.testing.assert_close(root.T @ covariance @ root, torch.eye(D).double(), rtol=0, atol=1e-8)
+
+
+# k-means, and EM steps from its clusters, in one call
+
+
+def both_ways(monkeypatch, call):
+    """Results of a function with one call of the library for clusters and EM steps, and with several calls."""
+    at_once, used = Candidates.at_once, []
+
+    def spy(*given, clusters=None, **options):
+        found = em_climb(*given, clusters=clusters, **options)
+        used.append(clusters is not None and found is not None)
+        return found
+
+    em_climb = gk.reductions.em_climb
+    monkeypatch.setattr(gk.reductions, "em_climb", spy)
+    one = call()
+    assert any(used)
+    used.clear()
+    monkeypatch.setattr(Candidates, "at_once", lambda *_: None)
+    other = call()
+    assert not any(used)
+    monkeypatch.setattr(Candidates, "at_once", at_once)
+    return one, other
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("family", ["full", "diag", "spherical"])
+@pytest.mark.parametrize(
+    ("N", "D", "K", "distance"),
+    [
+        (60, 1, 1, 3),
+        (200, 1, 4, 2),
+        (200, 3, 4, 1),
+        (300, 3, 3, 30),
+        (1500, 2, 4, 2),
+        (1000, 64, 2, 3),
+        (2000, 20, 4, 5),
+    ],
+)
+def test_one_call_finds_what_several_ones_find(N, D, K, distance, family, some, monkeypatch):
+    """Also where components are too many for the points, or the library evaluates points in float32."""
+    if family != "full" and D > 1 and K > 1:
+        pytest.skip("clusters in the white metric need full covariances in one call")
+    x = clusters(N, D, K, N + D, distance)
+    settings = {"covariance_type": family, "sample_weight": weighted(x) if some else None, "method": gk.EM()}
+
+    def call():
+        generator = torch.Generator().manual_seed(5)
+        return *start_of(x, K, generator=generator, **settings), generator.get_state()
+
+    (one, report, state), (other, expected, after) = both_ways(monkeypatch, call)
+    assert torch.equal(state, after)
+    assert replace(report, seconds=0) == replace(expected, seconds=0)
+    assert torch.equal(one.logits, other.logits)
+    assert torch.equal(one.means, other.means)
+    for name, tensor in one.factor.tensors.items():
+        assert torch.equal(tensor, other.factor.tensors[name])
+
+
+def test_copies_of_clusters_are_no_candidates(monkeypatch):
+    """The clusters of both metrics are the same if they are well separated."""
+    x, kept = clusters(300, 3, 3, distance=30), []
+    searched = search.Climber.searched_from_clusters
+
+    def spy(*given):
+        kept.append(searched(*given))
+        return kept[-1]
+
+    monkeypatch.setattr(search.Climber, "searched_from_clusters", spy)
+    assert start_of(x, 3)[1].candidates == 2
+    assert start_of(clusters(300, 3, 6, distance=1), 6)[1].candidates == 2
+    assert [len(candidates) for candidates, _ in kept] == [1, 2]
+
+
+@pytest.mark.parametrize("case", ["empty cluster", "coarse points"])
+def test_what_one_call_does_not_find_is_found_by_several(case, monkeypatch):
+    calls, found = [], []
+    searched, several, begun = search.Climber.searched_from_clusters, search.Climber.searched, Candidates.begun
+
+    def spy(*given):
+        found.append(searched(*given))
+        return found[-1]
+
+    def spy_begun(*given):
+        calls.append(given)
+        return begun(*given)
+
+    monkeypatch.setattr(search.Climber, "searched_from_clusters", spy)
+    monkeypatch.setattr(Candidates, "begun", spy_begun)
+    if case == "empty cluster":
+        # Fewer different points than clusters.
+        x = clusters(3, 2, 1).repeat(40, 1)
+        start, report = start_of(x, 5)
+        assert found == [None]
+        assert len(calls) == 1
+    else:
+        # Narrow clusters: the library finds them in float32, in which it must not evaluate their mixtures.
+        x = clusters(1000, 20, 1)
+        x = x * 1e-2 + 100 * torch.from_numpy(np.eye(4, 20))[torch.arange(1000) % 4]
+        monkeypatch.setattr(search.Climber, "searched", lambda *given: calls.append(0) or several(*given))
+        start, report = start_of(x, 4, method=gk.EM(reg_covar=0))
+        assert len(calls) == 1
+        assert found[0] is not None
+        assert start.predict(x[:8]).tolist() == start.predict(x[:4]).tolist() * 2
+    assert report.candidates == 2
+    assert bool(start.log_prob(x).isfinite().all())
+
+
+@pytest.mark.parametrize("D", [2, 5])
+def test_equal_points_in_a_column_of_a_cluster(D, monkeypatch):
+    """A cluster of few points whose values in a column are equal gets its variance there from the others, as in torch."""
+    x = clusters(120, D, 3, distance=6)
+    x[:3] = 40.0 + torch.arange(3.0)[:, None] * torch.arange(D)
+    candidates = search.Search(
+        x, None, 4, gk.FullFactor, False, method=None, penalty=None, prior=None,
+        generator=torch.Generator().manual_seed(0), backend="auto",
+    ).clusters  # fmt: skip
+    fast = candidates.begun(0)[0]
+    candidates.generator.manual_seed(0)
+    monkeypatch.setattr(Candidates, "_by_one_step", lambda *_: None)
+    slow = candidates.begun(0)[0]
+    assert float(slow.weights.min()) * 120 == pytest.approx(3)
+    torch.testing.assert_close(fast.weights, slow.weights)
+    torch.testing.assert_close(fast.means, slow.means)
+    torch.testing.assert_close(fast.factor.covariances(), slow.factor.covariances(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize(("N", "D"), [(1, 1), (5, 3), (50, 16), (51, 17), (66, 40), (30, 100)])
+def test_points_times_a_metric(N, D, isa, monkeypatch):
+    """k-means in a metric finds the clusters of the points times its matrix."""
+    monkeypatch.setenv("GMMKEOPS_ISA", isa)
+    if gk.reductions.native_unavailable() is not None:
+        pytest.skip("this machine lacks the instruction set")
+    x = clusters(N, D, 2)
+    root = (0.3 * torch.randn(D, D, generator=torch.Generator().manual_seed(1)).double()).triu() + torch.eye(D)
+    settings = {"runs": 1, "candidates": 2, "iterations": 1, "relative": 0.0, "backend": "auto"}
+    results = []
+    for points, matrix in ((x, root), (x @ root, torch.eye(D).double())):
+        generator = torch.Generator().manual_seed(0)
+        batch = gk.data.Batch(points)
+        found = kmeans.kmeans_runs(batch, matrix[None], min(N, 2), generator, **settings)
+        results.append(found[0][0].centers)
+    torch.testing.assert_close(results[0] @ root, results[1], rtol=1e-9, atol=1e-9)
+
+
+def test_memory_errors_name_the_call(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(columns, "run", lambda *_: 1)
+        with pytest.raises(MemoryError, match="statistics of 50 points"):
+            columns.spread_of(clusters(50, 2, 1))
+    monkeypatch.setattr(rounds, "run", lambda *_, **__: 1)
+    with pytest.raises(MemoryError, match="EM steps"):
+        gk.fit(2, clusters(60_000, 4, 1))
+
+
+# What a fit performs that follows
+
+
+@pytest.mark.parametrize(
+    ("method", "iterations", "steps"),
+    [
+        (gk.EM(), 100, 0),
+        (gk.EM(), 1, 1),
+        (gk.EM(), 0, 1),
+        (gk.EM(assignment="hard"), 100, 1),
+        (gk.EM(accelerate=True), 100, 1),
+    ],
+)
+def test_only_plain_steps_replace_the_step_without_the_prior(method, iterations, steps):
+    x, whole = clusters(300, 10, 3, distance=30), started(clusters(300, 10, 3, distance=30), 3, method=gk.EM())
+    found = started(x, 3, method=method, iterations=iterations)
+    least = started(x, 3, method=gk.EM(), iterations=100)
+    assert whole.report.prior
+    # Steps count the E-step after the last one, too.
+    assert found.report.sweeps - least.report.sweeps == (2 if steps else 0)
+
+
+def test_fits_are_the_same_without_the_step():
+    x = clusters(300, 10, 3, distance=30)
+    short = gk.GaussianMixture(3, random_state=0).fit(x)
+    long = gk.fit(started(x, 3, method=gk.EM(), generator=torch.Generator().manual_seed(0)).mixture, x)
+    assert short.result_.log_likelihood == pytest.approx(long.log_likelihood, abs=1e-9)
+
+
+def test_thin_components_of_many_points_are_sound():
+    """Well separated components may be thin. Another candidate of a lower likelihood must not replace them."""
+    x = clusters(1500, 8, 6, seed=8, distance=4.0)
+    model = gk.GaussianMixture(6, random_state=1).fit(x)
+    widths = [float(np.linalg.eigvalsh(covariance)[0]) for covariance in model.covariances_]
+    assert min(widths) < 1e-4 * float(np.linalg.eigvalsh(np.cov(x.numpy().T))[0])
+    assert model.result_.log_likelihood > -12.5
