@@ -76,7 +76,7 @@ template <class F> void spread(SpreadCall& call, const F* x) {
 // As robust_covariance and whitening in fitting/metric.py.
 template <class F> void whiten(WhiteCall& call, const F* x, const Kernel& kernel) {
   const int64_t N = call.rows, D = call.dimensions, stride = (D + 15) / 16 * 16;
-  std::vector<double> z(N * stride), mean(D), space(2 * D * D);
+  std::vector<double> z(N * stride), mean(D), space(2 * D * D + D);
   double mass = 0;
   for (int64_t n = 0; n < N; n++) {
     const double g = call.weights ? call.weights[n] : 1;
@@ -93,7 +93,7 @@ template <class F> void whiten(WhiteCall& call, const F* x, const Kernel& kernel
   for (int64_t d = 0; d < D; d++) call.covariance[d * D + d] += call.added;
   double *matrix = space.data(), *inverse = matrix + D * D;
   std::copy_n(call.covariance, D * D, matrix);
-  call.regular = kernel.invert(matrix, inverse, D, 4 * D * std::numeric_limits<double>::epsilon());
+  call.regular = kernel.invert(matrix, inverse, D, 4 * D * std::numeric_limits<double>::epsilon(), inverse + D * D);
   if (call.regular) for (int64_t i = 0; i < D; i++) for (int64_t j = 0; j < D; j++) call.root[i * D + j] = j < i ? 0 : inverse[j * D + i];
 }
 

@@ -309,7 +309,7 @@ struct Kernel {
   // How much a component magnifies relative rounding errors; the inverse of a Cholesky factor; points times an upper triangular matrix;
   // the scatter of points (matrices.hpp).
   double (*magnification)(const double* U, int64_t D, double* space);
-  bool (*invert)(double* matrix, double* inverse, int64_t D, double noise);
+  bool (*invert)(double* matrix, double* inverse, int64_t D, double noise, double* factors);
   void (*multiply)(const double* x, const double* matrix, double* result, int64_t M, int64_t D, double* space);
   void (*scatter)(const double* z, const double* weights, double* sums, int64_t M, int64_t D, int64_t stride);
   // Measures the points of one leaf.

@@ -8,21 +8,32 @@
 
 namespace KERNELS {
 
+// Subtracts multiples of ``count`` rows, which follow each other at a distance of D, from the entries of a row from ``first`` to ``last``;
+// those of four rows at once, so that the row is read and written less often.
+INLINE void subtract(double* __restrict row, const double* __restrict rows, const double* __restrict factors, int64_t count, int64_t D, int64_t first, int64_t last) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) {
+    const double *a = rows + r * D, *b = a + D, *c = b + D, *d = c + D;
+    const double e = factors[r], f = factors[r + 1], g = factors[r + 2], h = factors[r + 3];
+    for (int64_t j = first; j < last; j++) row[j] = row[j] - e * a[j] - f * b[j] - g * c[j] - h * d[j];
+  }
+  for (; r < count; r++) for (int64_t j = first; j < last; j++) row[j] -= factors[r] * rows[r * D + j];
+}
+
 // How much a component magnifies relative rounding errors: the largest over the whitened coordinates y_r of the norm over j of
 // U_jr s_j, where s_j is the standard deviation of coordinate j. NaN or infinite where U is singular. ``space`` holds D D + D
 // numbers.
 static double magnification(const double* U, int64_t D, double* space) {
+  constexpr int64_t step = LANES<double>;
   // Covariance = (U U')^-1 = U^-T U^-1, so that standard deviations are the norms of the columns of U^-1. U is upper triangular,
   // and each row of its inverse is a sum of the rows below.
   double *inverse = space, *sums = inverse + D * D;
   std::memset(space, 0, (D * D + D) * sizeof(double));
   for (int64_t i = D - 1; i >= 0; i--) {
     double* row = inverse + i * D;
-    for (int64_t l = i + 1; l < D; l++) {
-      const double u = U[i * D + l];
-      for (int64_t j = l; j < D; j++) row[j] += u * inverse[l * D + j];
-    }
-    for (int64_t j = i + 1; j < D; j++) row[j] = -row[j] / U[i * D + i];
+    // Loops begin at multiples of the number of lanes, since entries below the diagonal are zero.
+    subtract(row, inverse + (i + 1) * D, U + i * D + i + 1, D - i - 1, D, (i + 1) / step * step, D);
+    for (int64_t j = i + 1; j < D; j++) row[j] /= U[i * D + i];
     row[i] = 1 / U[i * D + i];
     for (int64_t j = i; j < D; j++) sums[j] += row[j] * row[j];
   }
@@ -38,24 +49,25 @@ static double magnification(const double* U, int64_t D, double* space) {
 }
 
 // The inverse transpose U^-T of the upper Cholesky factor U of a matrix (D, D) whose upper triangle is given, and is replaced by
-// the factor; false if a pivot is at most ``noise`` times its diagonal entry.
-static bool invert(double* matrix, double* inverse, int64_t D, double noise) {
+// the factor; false if a pivot is at most ``noise`` times its diagonal entry. Entries below the diagonal of the matrix are overwritten,
+// and those above the diagonal of the result are zero. ``factors`` holds D numbers.
+static bool invert(double* matrix, double* inverse, int64_t D, double noise, double* factors) {
+  // Loops begin and end at multiples of the number of lanes, since other entries are not used or zero.
+  constexpr int64_t step = LANES<double>;
   for (int64_t i = 0; i < D; i++) {
     double *row = matrix + i * D, *out = inverse + i * D;
     const double variance = row[i];
-    for (int64_t r = 0; r < i; r++) {
-      const double factor = matrix[r * D + i], *above = matrix + r * D;
-      for (int64_t j = i; j < D; j++) row[j] -= factor * above[j];
-    }
+    const int64_t first = i / step * step, last = (i + step - 1) / step * step;
+    for (int64_t j = first; j < i; j++) row[j] = 0;
+    for (int64_t r = 0; r < i; r++) factors[r] = matrix[r * D + i];
+    subtract(row, matrix, factors, i, D, first, D);
     if (!(row[i] > noise * variance)) return false;
     row[i] = std::sqrt(row[i]);
     const double scale = 1 / row[i];
     for (int64_t j = i + 1; j < D; j++) row[j] *= scale;
-    for (int64_t j = 0; j < i; j++) out[j] = 0;
-    for (int64_t r = 0; r < i; r++) {
-      const double factor = matrix[r * D + i] * scale, *above = inverse + r * D;
-      for (int64_t j = 0; j <= r; j++) out[j] -= factor * above[j];
-    }
+    for (int64_t j = 0; j < D; j++) out[j] = 0;
+    for (int64_t r = 0; r < i; r++) factors[r] *= scale;
+    subtract(out, inverse, factors, i, D, 0, last < D ? last : D);
     out[i] = scale;
   }
   return true;

@@ -58,7 +58,7 @@ struct Climb : steps::Tables {
     }
     double *matrix = space.data(), *inverse = matrix + D * D, *to = &upper[k * P];
     std::copy_n(spread, D * D, matrix);
-    if (!kernel.invert(matrix, inverse, D, 4 * D * std::numeric_limits<double>::epsilon())) return false;
+    if (!kernel.invert(matrix, inverse, D, 4 * D * std::numeric_limits<double>::epsilon(), inverse + D * D)) return false;
     for (int64_t i = 0; i < D; i++) {
       logs[k * D + i] = std::log(inverse[i * D + i]);
       for (int64_t j = i + 1; j < D; j++) *to++ = inverse[j * D + i];
@@ -108,7 +108,7 @@ struct Climb : steps::Tables {
 inline bool split(const ClimbCall& call, const Climb& from, Climb& into, const Kernel& kernel) {
   const int64_t K = from.K, D = from.D, size = call.steps.sweep.family == FULL ? D * D : from.E;
   const bool full = call.steps.sweep.family == FULL;
-  std::vector<double> spread(size), axis(D), space(full ? 2 * D * D : 0);
+  std::vector<double> spread(size), axis(D), space(full ? 2 * D * D + D : 0);
   for (int64_t k = 0; k < K; k++) {
     from.get(0, k, spread.data(), space);
     std::fill(axis.begin(), axis.end(), 0.0);
@@ -142,7 +142,7 @@ inline bool merge(const ClimbCall& call, const Climb& from, int64_t t, Climb& in
   const int64_t n = from.K, D = from.D;
   const bool full = call.steps.sweep.family == FULL;
   const int64_t size = full ? D * D : from.E;
-  std::vector<double> weights = from.weights(t), means(&from.means[t * n * D], &from.means[t * n * D] + n * D), spreads(n * size), space(full ? 2 * D * D : 0);
+  std::vector<double> weights = from.weights(t), means(&from.means[t * n * D], &from.means[t * n * D] + n * D), spreads(n * size), space(full ? 2 * D * D + D : 0);
   if (halves) *halves = true;
   for (int64_t k = 0; k < n; k++) from.get(t, k, &spreads[k * size], space);
   PairCall pair{full, call.steps.sweep.family == SPHERICAL, 1, 0, n, D, from.E, 0, call.blocks,

@@ -268,7 +268,7 @@ struct Steps {
     return true;
   }
 
-  // A covariance to the upper factor U of its inverse U U'. ``space`` holds 2 D D numbers.
+  // A covariance to the upper factor U of its inverse U U'. ``space`` holds 2 D D + D numbers.
   bool factorize(int64_t t, int64_t l, const double* scatter, double number, double* space) {
     double *matrix = space, *inverse = space + D * D;
     const double noise = 4 * D * std::numeric_limits<double>::epsilon();
@@ -277,7 +277,7 @@ struct Steps {
       matrix[i * D + i] += call.ridge[i];
       if (!(matrix[i * D + i] >= call.floor)) return false;
     }
-    if (!kernel.invert(matrix, inverse, D, noise)) return false;
+    if (!kernel.invert(matrix, inverse, D, noise, space + 2 * D * D)) return false;
     double *logs = call.log_diagonal + ((t + 1) * L + l) * E, *upper = call.upper + ((t + 1) * L + l) * P, size = 0;
     for (int64_t i = 0; i < D; i++) {
       logs[i] = std::log(inverse[i * D + i]);
