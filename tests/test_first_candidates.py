@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from conftest import HAS_NATIVE
 
 import gmmkeops as gk
+from gmmkeops import reductions
 from gmmkeops.data import trimmed_spread
 from gmmkeops.fitting import metric, search
 from gmmkeops.fitting.candidates import Candidates
 from gmmkeops.fitting.initialization import start_of, started
+from gmmkeops.fitting.objective import FLOOR
+from gmmkeops.fitting.rounds import Found
 from gmmkeops.reductions.native import columns, kmeans, rounds
 
 pytestmark = pytest.mark.skipif(not HAS_NATIVE, reason="the native engine has not been compiled")
@@ -33,6 +37,12 @@ def weighted(x, seed=0):
     g = torch.rand(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
     g[::7] = 0
     return g
+
+
+def search_of(x, K, **settings):
+    generator = torch.Generator().manual_seed(0)
+    own = {"method": None, "penalty": None, "prior": None, "generator": generator, "backend": "auto"}
+    return search.Search(x, None, K, gk.FullFactor, False, **own | settings)
 
 
 # Spread
@@ -110,7 +120,7 @@ def test_the_white_metric_is_that_of_torch(D, dtype, some, monkeypatch):
     g = weighted(z) if some else None
     assert columns.native_white(z, g, 10.0, 1e-6) is not None
     covariance, root = metric.white_metric(z, g)
-    monkeypatch.setattr(gk.reductions, "native_white", lambda *_: None)
+    monkeypatch.setattr(reductions, "native_white", lambda *_: None)
     expected, other = metric.white_metric(z, g)
     torch.testing.assert_close(covariance, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(root, other, rtol=1e-6, atol=1e-9)
@@ -130,8 +140,8 @@ def both_ways(monkeypatch, call):
         used.append(clusters is not None and found is not None)
         return found
 
-    em_climb = gk.reductions.em_climb
-    monkeypatch.setattr(gk.reductions, "em_climb", spy)
+    em_climb = reductions.em_climb
+    monkeypatch.setattr(reductions, "em_climb", spy)
     one = call()
     assert any(used)
     used.clear()
@@ -230,10 +240,7 @@ def test_equal_points_in_a_column_of_a_cluster(D, monkeypatch):
     """A cluster of few points whose values in a column are equal gets its variance there from the others, as in torch."""
     x = clusters(120, D, 3, distance=6)
     x[:3] = 40.0 + torch.arange(3.0)[:, None] * torch.arange(D)
-    candidates = search.Search(
-        x, None, 4, gk.FullFactor, False, method=None, penalty=None, prior=None,
-        generator=torch.Generator().manual_seed(0), backend="auto",
-    ).clusters  # fmt: skip
+    candidates = search_of(x, 4).clusters
     fast = candidates.begun(0)[0]
     candidates.generator.manual_seed(0)
     monkeypatch.setattr(Candidates, "_by_one_step", lambda *_: None)
@@ -249,7 +256,7 @@ def test_equal_points_in_a_column_of_a_cluster(D, monkeypatch):
 def test_points_times_a_metric(N, D, isa, monkeypatch):
     """k-means in a metric finds the clusters of the points times its matrix."""
     monkeypatch.setenv("GMMKEOPS_ISA", isa)
-    if gk.reductions.native_unavailable() is not None:
+    if reductions.native_unavailable() is not None:
         pytest.skip("this machine lacks the instruction set")
     x = clusters(N, D, 2)
     root = (0.3 * torch.randn(D, D, generator=torch.Generator().manual_seed(1)).double()).triu() + torch.eye(D)
@@ -309,3 +316,98 @@ def test_thin_components_of_many_points_are_sound():
     widths = [float(np.linalg.eigvalsh(covariance)[0]) for covariance in model.covariances_]
     assert min(widths) < 1e-4 * float(np.linalg.eigvalsh(np.cov(x.numpy().T))[0])
     assert model.result_.log_likelihood > -12.5
+
+
+# What a few points may hide
+
+
+def test_one_call_averages_covariances_of_small_clusters_with_a_pooled_one():
+    x = clusters(300, 2, 3, distance=6)
+    x[:6] = 40 + x[:6] / 4
+    one = search_of(x, 4)
+    candidates, best = one.climber().searched_from_clusters(*one.clusters.at_once(0, False), 15, 1e-3, 0)
+    expected = search_of(x, 4).clusters.begun(0)
+    assert len(candidates) == len(expected) == 1
+    assert float(expected[0].weights.min()) * 300 == pytest.approx(6)
+    assert torch.equal(best.origin.factor.covariances(), expected[0].factor.covariances())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_call_performs_no_steps_from_a_sole_mixture_that_remains_as_it_is(alone, monkeypatch):
+    em_climb, found = reductions.em_climb, []
+    monkeypatch.setattr(reductions, "em_climb", lambda *a, **k: found.append(em_climb(*a, **k)) or found[-1])
+    one = search_of(clusters(300, 3, 3, distance=30), 3)
+    climber = one.climber()
+    climber.searched_from_clusters(*one.clusters.at_once(0, alone), 15, 1e-3, 3)
+    assert len(found[0].origins) == 1
+    assert (found[0].reached == [None]) == (found[0].rounds is None) == (not alone)
+    assert (climber.work > 0) == alone
+
+
+@pytest.mark.parametrize(("noise", "known"), [(1e-12, False), (1e-9, True)])
+@pytest.mark.parametrize("family", ["full", "diag"])
+def test_a_variance_that_is_rounding_is_left_to_torch(noise, known, family):
+    """In a column whose values are equal up to rounding, the pooled covariance has no typical variance."""
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[20:, 0] += 30
+    x[:, 1] = 1000 + noise * x[:, 1]
+    means = torch.tensor([[0.0, 1000.0], [30.0, 1000.0]], dtype=torch.float64)
+    kind = gk.FullFactor if family == "full" else gk.DiagonalFactor
+    factor = kind.from_covariances(kind.compact(torch.eye(2).double().expand(2, 2, 2)), features=2)
+    settings = reductions.StepSettings(
+        40.0, means.new_zeros(2), FLOOR, 0.005, assignment="hard", bare=True, pool=reductions.Pool(1.0, 0.2, 1e-6, 10.0)
+    )
+    found = reductions.em_climb(
+        gk.data.Batch(x), [(means.new_zeros(2), means, factor)], settings, steps=1, tolerance=-math.inf, after=True
+    )
+    assert (found.reached[0] is not None) == known
+
+
+def test_a_cluster_of_one_point_gets_the_least_weight(monkeypatch):
+    """A hundredth of the average weight, as in torch."""
+    x = clusters(600, 2, 3, distance=6)
+    x[0] = 100.0
+    by_one_step, used = Candidates._by_one_step, []
+
+    def spy(*given):
+        used.append(by_one_step(*given))
+        return used[-1]
+
+    monkeypatch.setattr(Candidates, "_by_one_step", spy)
+    fast = search_of(x, 4).clusters.begun(0)[0]
+    assert None not in used[0]
+    monkeypatch.setattr(Candidates, "_by_one_step", lambda *_: None)
+    slow = search_of(x, 4).clusters.begun(0)[0]
+    assert float(slow.weights.min()) == pytest.approx(0.0025, rel=0.01)
+    torch.testing.assert_close(fast.weights, slow.weights, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fast.factor.covariances(), slow.factor.covariances(), rtol=1e-6, atol=1e-12)
+
+
+def test_what_one_call_does_not_find_leaves_the_generator_unchanged():
+    x = clusters(3, 2, 1).repeat(40, 1)
+    one = search_of(x, 5)
+    state = one.generator.get_state()
+    assert one.climber().searched_from_clusters(*one.clusters.at_once(0, True), 15, 1e-3, 0) is None
+    assert torch.equal(one.generator.get_state(), state)
+
+
+def test_a_separated_component_of_few_points_is_not_sound():
+    """Its likelihood is higher than that of the other candidate, which has large components."""
+    x = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:4] = 5 + 0.1 * x[:4]
+    one = search_of(x, 2)
+    z = one.plain.data.x.double()
+    small = gk.Mixture(
+        weights=[0.04, 0.96],
+        means=torch.stack([z[:4].mean(0), z[4:].mean(0)]),
+        covariances=torch.stack([z[:4].T.cov(), z[4:].T.cov()]),
+    )
+    # Equal components remain equal.
+    large = gk.Mixture(weights=[0.5, 0.5], means=z.mean(0).expand(2, 2), covariances=z.T.cov().expand(2, 2, 2))
+    found = [Found(each, 0.0, each, each, separated) for each, separated in ((small, True), (large, False))]
+    climber = one.climber()
+    best = one._by_likelihood(climber, found[:1], found[1:])
+    assert one.degenerate(small)
+    assert not one.degenerate(large)
+    assert float(best.mixture.weights.min()) > 0.4
+    assert float(small.log_prob(z).mean()) > float(large.log_prob(z).mean())

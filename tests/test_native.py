@@ -18,6 +18,7 @@ import torch
 from conftest import FAMILIES, interrupted, make_case
 
 from gmmkeops import reductions
+from gmmkeops.components import FullFactor
 from gmmkeops.reductions import choice, library
 from gmmkeops.reductions.native import engine, native
 from gmmkeops.reductions.problem import Exponents
@@ -421,3 +422,19 @@ def test_small_problems_take_microseconds():
         evaluation.add(None)
         best = min(best, time.perf_counter() - start)
     assert best < 300e-6
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_signs_of_a_factor_count_in_how_much_it_magnifies_errors(sign):
+    """The inverse of a triangular matrix of ones and minus ones grows as 2^D, and that of its absolute values does not."""
+    D = 24
+    U = torch.eye(D, dtype=torch.float64) + sign * torch.ones(D, D, dtype=torch.float64).triu(1)
+    y = torch.randn(200, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.linalg.solve_triangular(U, y, upper=True, left=False).float()
+    rows, columns = torch.triu_indices(D, D, 1)
+    factor = FullFactor(U.diagonal().log()[None], U[rows, columns][None])
+    zeros = torch.zeros(1, D, dtype=torch.float64)
+    found = reductions.logsumexp(x, zeros[:, 0], zeros, factor, backend="native", truncate=0)
+    expected = -0.5 * (x.double() @ U).square().sum(1)
+    offset = found.double() - expected
+    torch.testing.assert_close(offset, offset.median().expand_as(offset), rtol=0, atol=1e-4)
