@@ -462,6 +462,21 @@ def test_residuals_of_points_that_are_equal_to_means_are_rounding_errors():
         assert comparison.failure is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_of_equal_points_are_right(dtype):
+    """Squares of residuals that are no normal numbers are zero in kernels."""
+    tiny = torch.finfo(dtype).tiny ** 0.5
+    means = torch.tensor([[0.0, 0.0], [5e-9, -5e-9], [0.3, 0.3]], dtype=torch.float64) * tiny
+    for family in ((2, 2), (2,), (1,)):
+        U = 900 * (torch.eye(2) if len(family) == 2 else torch.ones(family)).double().expand(3, *family)
+        for backend in ("native", "toy"):
+            comparison = Comparison(choice.ENGINES[backend].begin)
+            comparison.once(
+                Exponents.of(torch.zeros(100, 2, dtype=dtype), torch.zeros(3).double(), means, U), Statistics()
+            )
+            assert comparison.failure is None
+
+
 def test_each_kind_of_request_and_family_is_compared(monkeypatch):
     asked = []
 

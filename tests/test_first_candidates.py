@@ -133,7 +133,7 @@ def test_the_white_metric_is_that_of_torch(D, dtype, some, monkeypatch):
 
 def both_ways(monkeypatch, call):
     """Results of a function with one call of the library for clusters and EM steps, and with several calls."""
-    at_once, used = Candidates.at_once, []
+    in_one_call, used = Candidates.in_one_call, []
 
     def spy(*given, clusters=None, **options):
         found = em_climb(*given, clusters=clusters, **options)
@@ -145,10 +145,10 @@ def both_ways(monkeypatch, call):
     one = call()
     assert any(used)
     used.clear()
-    monkeypatch.setattr(Candidates, "at_once", lambda *_: None)
+    monkeypatch.setattr(Candidates, "in_one_call", lambda *_: None)
     other = call()
     assert not any(used)
-    monkeypatch.setattr(Candidates, "at_once", at_once)
+    monkeypatch.setattr(Candidates, "in_one_call", in_one_call)
     return one, other
 
 
@@ -199,6 +199,40 @@ def test_copies_of_clusters_are_no_candidates(monkeypatch):
     assert start_of(x, 3)[1].candidates == 2
     assert start_of(clusters(300, 3, 6, distance=1), 6)[1].candidates == 2
     assert [len(candidates) for candidates, _ in kept] == [1, 2]
+
+
+@pytest.mark.parametrize("column", ["any", "equal means", "constant"])
+def test_copies_are_found_in_any_order(column):
+    """Also if the first column does not tell the components from each other."""
+    x = clusters(1200, 6, 5, seed=1, distance=30)
+    labels = gk.initialize(x, 5).predict(x)
+    assert len(set(labels.tolist())) == 5
+    if column == "constant":
+        x[:, 0] = 0
+    elif column == "equal means":
+        for k in range(5):
+            own = (labels == k).nonzero()[:, 0]
+            half = len(own) // 2
+            noise = torch.randn(half, generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+            x[own, 0] = torch.cat([noise, -noise, torch.zeros(len(own) - 2 * half)])
+    one = search_of(x, 5)
+    found = one.climber().searched_from_clusters(*one.clusters.in_one_call(0, True), 15, 1e-3, 0)
+    # A constant column is left to torch.
+    assert (found is None) == (column == "constant")
+    assert found is None or len(found[0]) == 1
+    assert len(search_of(x, 5).clusters.begun(0)) == 1
+
+
+def test_later_runs_use_the_points_of_the_first_one(monkeypatch):
+    """The first run finds that float32 points are too coarse; k-means of the fourth one then uses those in float64."""
+    x = clusters(1000, 20, 1) * 1e-2 + 100 * torch.from_numpy(np.eye(4, 20))[torch.arange(1000) % 4]
+    monkeypatch.setattr(search, "_SAME", 0.0)
+    one, other = both_ways(monkeypatch, lambda: gk.initialize(x, 4, n_init=4))
+    assert torch.equal(one.means, other.means)
+    clusters_of = search_of(x, 4).clusters
+    assert clusters_of.x.dtype == torch.float32
+    exact = clusters_of.objective.whole().exact()
+    assert clusters_of.x is clusters_of._batch.points is exact.points
 
 
 @pytest.mark.parametrize("case", ["empty cluster", "coarse points"])
@@ -283,6 +317,23 @@ def test_memory_errors_name_the_call(monkeypatch):
 # What a fit performs that follows
 
 
+def test_results_are_on_the_cpu_whatever_the_default_device_is():
+    """The library writes to their memory."""
+    x = clusters(300, 3, 2)
+    expected = columns.spread_of(x), columns.native_white(x, None, 10.0, 1e-6)
+    with torch.device("meta"):
+        found = columns.spread_of(x), columns.native_white(x, None, 10.0, 1e-6)
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("max_iter", [7, np.int64(7)])
+def test_integers_of_numpy_are_numbers_of_iterations(max_iter):
+    x = clusters(300, 10, 3, distance=30)
+    sweeps = [gk.fit(3, x, gk.EM(), max_iter=count).report.start.sweeps for count in (7, max_iter)]
+    assert sweeps[0] == sweeps[1] == gk.fit(3, x, gk.EM(max_iter=max_iter)).report.start.sweeps
+
+
 @pytest.mark.parametrize(
     ("method", "iterations", "steps"),
     [
@@ -294,19 +345,23 @@ def test_memory_errors_name_the_call(monkeypatch):
     ],
 )
 def test_only_plain_steps_replace_the_step_without_the_prior(method, iterations, steps):
-    x, whole = clusters(300, 10, 3, distance=30), started(clusters(300, 10, 3, distance=30), 3, method=gk.EM())
-    found = started(x, 3, method=method, iterations=iterations)
-    least = started(x, 3, method=gk.EM(), iterations=100)
-    assert whole.report.prior
-    # Steps count the E-step after the last one, too.
-    assert found.report.sweeps - least.report.sweeps == (2 if steps else 0)
+    x = clusters(300, 10, 3, distance=30)
+    found = started(x, 3, method=method, iterations=iterations).report
+    whole = started(x, 3, method=gk.EM()).report
+    assert whole.prior
+    # The sweep after a step computes its objective.
+    assert whole.sweeps - found.sweeps == (0 if steps else 2)
 
 
 def test_fits_are_the_same_without_the_step():
+    """The initial mixtures differ by the prior."""
     x = clusters(300, 10, 3, distance=30)
-    short = gk.GaussianMixture(3, random_state=0).fit(x)
-    long = gk.fit(started(x, 3, method=gk.EM(), generator=torch.Generator().manual_seed(0)).mixture, x)
-    assert short.result_.log_likelihood == pytest.approx(long.log_likelihood, abs=1e-9)
+    short, long = (started(x, 3, method=gk.EM(), iterations=n).mixture for n in (100, 0))
+    before, after = (float(mixture.log_prob(x).mean()) for mixture in (short, long))
+    assert after - before > 0.1
+    results = [gk.fit(mixture, x) for mixture in (short, long)]
+    assert results[0].log_likelihood == pytest.approx(results[1].log_likelihood, abs=1e-9)
+    assert results[0].log_likelihood > after - 1e-9
 
 
 def test_thin_components_of_many_points_are_sound():
@@ -325,7 +380,7 @@ def test_one_call_averages_covariances_of_small_clusters_with_a_pooled_one():
     x = clusters(300, 2, 3, distance=6)
     x[:6] = 40 + x[:6] / 4
     one = search_of(x, 4)
-    candidates, best = one.climber().searched_from_clusters(*one.clusters.at_once(0, False), 15, 1e-3, 0)
+    candidates, best = one.climber().searched_from_clusters(*one.clusters.in_one_call(0, False), 15, 1e-3, 0)
     expected = search_of(x, 4).clusters.begun(0)
     assert len(candidates) == len(expected) == 1
     assert float(expected[0].weights.min()) * 300 == pytest.approx(6)
@@ -338,7 +393,7 @@ def test_one_call_performs_no_steps_from_a_sole_mixture_that_remains_as_it_is(al
     monkeypatch.setattr(reductions, "em_climb", lambda *a, **k: found.append(em_climb(*a, **k)) or found[-1])
     one = search_of(clusters(300, 3, 3, distance=30), 3)
     climber = one.climber()
-    climber.searched_from_clusters(*one.clusters.at_once(0, alone), 15, 1e-3, 3)
+    climber.searched_from_clusters(*one.clusters.in_one_call(0, alone), 15, 1e-3, 3)
     assert len(found[0].origins) == 1
     assert (found[0].reached == [None]) == (found[0].rounds is None) == (not alone)
     assert (climber.work > 0) == alone
@@ -387,7 +442,7 @@ def test_what_one_call_does_not_find_leaves_the_generator_unchanged():
     x = clusters(3, 2, 1).repeat(40, 1)
     one = search_of(x, 5)
     state = one.generator.get_state()
-    assert one.climber().searched_from_clusters(*one.clusters.at_once(0, True), 15, 1e-3, 0) is None
+    assert one.climber().searched_from_clusters(*one.clusters.in_one_call(0, True), 15, 1e-3, 0) is None
     assert torch.equal(one.generator.get_state(), state)
 
 

@@ -113,3 +113,11 @@ def test_the_third_metric_is_for_overlapping_components_in_many_columns(D, dista
     x = torch.from_numpy(centers[labels] + rng.standard_normal((2000, D)) * (0.5 if distance > 3 else 2))
     report = start_of(x, 3)[1]
     assert report.candidates == candidates
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_points_that_do_not_vary_in_any_direction(dtype):
+    x = torch.full((300, 7), 3.0, dtype=dtype)
+    mixture = gk.initialize(x, 2)
+    assert bool(mixture.log_prob(x).isfinite().all())
+    torch.testing.assert_close(mixture.means, torch.full((2, 7), 3.0, dtype=torch.float64))

@@ -1015,7 +1015,7 @@ def test_a_wrong_arrangement_of_separated_clusters_is_improved(N, D, monkeypatch
         return self._clustered([(centers, None)])
 
     monkeypatch.setattr(Candidates, "begun", mixed)
-    monkeypatch.setattr(Candidates, "at_once", lambda *_: None)
+    monkeypatch.setattr(Candidates, "in_one_call", lambda *_: None)
     found, report = start_of(x, K)
     monkeypatch.setattr(Candidates, "begun", begun)
     assert report.rounds >= 2
@@ -1283,6 +1283,17 @@ def test_native_seeds_equal_those_of_torch(D, N, K, weighted, monkeypatch):
     assert torch.equal(one, other)
     assert torch.equal(state, after)
     assert len(torch.unique(one, dim=0)) == K
+
+
+def test_an_inertia_below_zero_is_zero_up_to_rounding(monkeypatch):
+    """With as many centers as points, sums of squares are rounding errors of any sign."""
+    monkeypatch.setattr(gk.reductions, "chosen_seeds", lambda *_: None)
+    x = torch.tensor([[0.0, 1.0], [3.0, 0.3], [0.7, 7.0]], dtype=torch.float64)
+    found = kmeans.kmeans(x, torch.ones(3).double(), 3, torch.Generator().manual_seed(0), "dense", 3)
+    assert torch.allclose(found.sort(0).values, x.sort(0).values)
+    monkeypatch.setattr(kmeans, "lloyd", lambda cast, *_: (cast, -2e-16))
+    found = kmeans.kmeans(x, torch.ones(3).double(), 3, torch.Generator().manual_seed(0), "dense", 3)
+    assert torch.allclose(found.sort(0).values, x.sort(0).values)
 
 
 @native

@@ -48,3 +48,31 @@ def test_a_fit_ignores_rows_of_weight_zero_in_a_constant_column():
         settings = {"covariance_type": family, "random_state": 0}
         found = gk.GaussianMixture(2, **settings).fit(x, sample_weight=weights).score(x[4:])
         assert found == pytest.approx(gk.GaussianMixture(2, **settings).fit(x[4:]).score(x[4:]), abs=1e-6)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("constant", [0.37, -57006.066, 1e9])
+def test_a_constant_column_changes_nothing_in_the_others(constant, native):
+    """Its deviation is a rounding error, which may become much smaller when rows are left out."""
+    if native and gk.reductions.native_unavailable() is not None:
+        pytest.skip("the native engine has not been compiled")
+    compute = gk.reductions.spread_of if native else trimmed_spread
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = torch.from_numpy(rng.normal(size=(50 + 10 * seed, 2)))
+        with_constant = torch.cat([x, torch.full((len(x), 1), constant, dtype=torch.float64)], 1)
+        for one, other in zip(compute(with_constant), compute(x), strict=True):
+            torch.testing.assert_close(one[:2], other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_outliers_in_a_column_that_is_constant_otherwise_are_left_out(native):
+    if native and gk.reductions.native_unavailable() is not None:
+        pytest.skip("the native engine has not been compiled")
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(400, 2)))
+    x[:, 1] = 0.37
+    x[7, 1], x[9, 0] = 1e6, 1e9
+    center, deviations = (gk.reductions.spread_of if native else trimmed_spread)(x)
+    assert float(deviations[0]) == pytest.approx(1, abs=0.1)
+    assert float(center[1]) == pytest.approx(0.37, rel=1e-12)
+    assert float(deviations[1]) < 1e-12

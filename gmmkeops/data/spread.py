@@ -69,8 +69,10 @@ def trimmed_spread(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Te
     assert whole is not None, "no point is left out"
     center, spread = whole
     for _ in range(_ROUNDS):
-        trimmed = _moments(x, weights, within=(center, 3 * spread))
-        if trimmed is None or not bool((trimmed[1] < spread / 2).any()):
+        # The deviation of a constant column is a rounding error, which must not decide which rows are left out.
+        noise = NOISE * center.abs()
+        trimmed = _moments(x, weights, within=(center, torch.maximum(3 * spread, noise)))
+        if trimmed is None or not bool(((trimmed[1] < spread / 2) & (spread > noise)).any()):
             break
         center, spread = trimmed
     tiny = (spread > NOISE * center.abs()) & (spread < _SMALLEST)

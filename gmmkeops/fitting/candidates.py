@@ -79,9 +79,14 @@ class Candidates:
         self.objective, self.weights, self.spread = objective, weights, spread
         self.K, self.kind, self.tied, self.compares, self.as_given = K, kind, tied, compares, as_given
         self.generator, self.backend = generator, backend
-        self.x: Tensor = objective.data.x  # type: ignore[attr-defined]
         self.D = self.x.shape[1]
         self.count = 0
+
+    @property
+    def x(self) -> Tensor:
+        """The standardized points (n, D), in float64 from the time at which float32 has been too coarse for a mixture."""
+        points: Tensor = self.objective.data.x  # type: ignore[attr-defined]
+        return points
 
     def begun(self, run: int) -> list[Mixture]:
         """Return the initial mixtures of a run, standardized coordinates, at least one for each metric that is used.
@@ -97,17 +102,22 @@ class Candidates:
         self.count += len(found)
         return without_copies(self._clustered(found))
 
-    def at_once(self, run: int, alone: bool) -> tuple[Mixture, reductions.Clusters] | None:
+    def in_one_call(self, run: int, climbs_one: bool) -> tuple[Mixture, reductions.Clusters] | None:
         """Return an example of the initial mixtures of a run, and how a call that performs EM steps finds them itself.
 
-        The result is None if such a call cannot find them. ``alone`` is whether it performs steps from a single mixture.
+        The result is None if such a call cannot find them. ``climbs_one`` is whether it performs steps from a single mixture.
         """
         if run % 3 or self.compares or self.tied or not self._are_few:
             return None
         limits = native_limits(self.K)
         if limits is None or (len(self._roots) > 1 and self.kind is not FullFactor):
             return None
-        own: dict[str, Any] = {"pool": self._pool, "same": SAME, "alone": alone, "generator": self.generator}
+        own: dict[str, Any] = {
+            "pool": self._pool,
+            "copies": SAME,
+            "climbs_one": climbs_one,
+            "generator": self.generator,
+        }
         return self._unit, reductions.Clusters(self._matrices(self._roots), **limits, **own)
 
     @property

@@ -230,7 +230,7 @@ def _begin(
         return *found, None
     em = method if isinstance(method, EM) else None
     iterations = em.max_iter if em is not None and max_iter is None else max_iter
-    options |= {"method": em, "iterations": iterations if isinstance(iterations, int) else 0}
+    options |= {"method": em, "iterations": iterations if isinstance(iterations, numbers.Integral) else 0}
     return started(x, int(start), penalty=penalty, **options)
 
 

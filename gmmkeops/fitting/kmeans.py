@@ -214,7 +214,7 @@ def kmeans(
     ]
     # Among runs whose inertia is equal up to rounding, the first one is used.
     least = min(inertia for _, inertia in found)
-    return next(centers for centers, inertia in found if inertia <= least * (1 + 1e-9)) + offset
+    return next(centers for centers, inertia in found if inertia <= least + 1e-9 * abs(least)) + offset
 
 
 def runs_at_once(

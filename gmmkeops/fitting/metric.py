@@ -64,6 +64,8 @@ def invariant_metric(points: Tensor, masses: Tensor, root: Tensor) -> Tensor:
     y = (points - fractions @ points) @ root
     variances, axes = torch.linalg.eigh(y.mT @ (fractions[:, None] * y))
     varies = variances > _CONSTANT
+    if not bool(varies.any()):
+        return root
     y = y @ axes[:, varies]
     shares = fractions * y.shape[1] / y.square().sum(1).clamp(min=1e-12)
     values, vectors = torch.linalg.eigh(y.mT @ (shares[:, None] * y))

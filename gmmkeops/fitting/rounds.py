@@ -92,7 +92,8 @@ def without_copies(mixtures: list[Mixture]) -> list[Mixture]:
     kept: dict[int, np.ndarray] = {}
     for i, mixture in enumerate(mixtures):
         means = mixture.means.cpu().numpy()
-        means = means[means[:, 0].argsort()]
+        # A column may have ties, but hardly this combination of all columns.
+        means = means[(means @ np.cos(np.arange(mixture.n_features))).argsort()]
         # Means that are not finite are no copies.
         if not any(np.abs(means - others).max() < SAME for others in kept.values()):
             kept[i] = means
@@ -123,32 +124,32 @@ class Climber:
         """Perform EM steps from several mixtures of equal shape in standardized coordinates."""
         return self._adopted(self._native(mixtures, steps, tolerance, 0), steps, tolerance)
 
-    def searched(self, mixtures: list[Mixture], steps: int, tolerance: float, most: int) -> tuple[list[Found], Found]:
+    def searched(
+        self, mixtures: list[Mixture], steps: int, tolerance: float, most: int, climbs_one: bool = True
+    ) -> tuple[list[Found], Found]:
         """Perform EM steps from several mixtures; then split every component of the best one, climb, merge and climb again.
 
-        Such rounds are performed as long as they improve the objective, at most ``most``.
+        Such rounds are performed as long as they improve the objective, at most ``most``. Without ``climbs_one``, a single
+        mixture remains as it is, and has no value.
 
         Returns:
             The mixtures that the EM steps reached, without those that are not sound if others are, and the result of the rounds.
         """
+        if len(mixtures) == 1 and not climbs_one:
+            single = Found(mixtures[0], math.nan, mixtures[0], mixtures[0])
+            return [single], single
         return self._concluded(self._native(mixtures, steps, tolerance, most), steps, tolerance, most)
 
     def searched_from_clusters(
         self, example: Mixture, clusters: reductions.Clusters, steps: int, tolerance: float, most: int
     ) -> tuple[list[Found], Found] | None:
-        """Find the mixtures of clusters, and continue as :meth:`searched`, in one call; None if the native engine does not do it.
-
-        A mixture that is the only one and remains as it is has no value.
-        """
+        """Find the mixtures of clusters, and continue as :meth:`searched`, in one call; None if the native engine does not."""
         native = climbs_of(self.method, self.objective, [example], steps, tolerance, self._rounds(most), clusters)
         if native is None:
             return None
-        if len(native.origins) == 1 and not clusters.alone:
-            sole = Found(native.origins[0], math.nan, native.origins[0], native.origins[0])
-            return [sole], sole
         if None in native.reached:
-            # Points may be too coarse for the clusters, which is only known now.
-            return self.searched(native.origins, steps, tolerance, most)
+            # No steps are asked for, or points are too coarse for the clusters, which is only known now.
+            return self.searched(native.origins, steps, tolerance, most, clusters.climbs_one)
         return self._concluded(native, steps, tolerance, most)
 
     def _concluded(self, native: Climbs, steps: int, tolerance: float, most: int) -> tuple[list[Found], Found]:

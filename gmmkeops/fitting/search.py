@@ -12,7 +12,6 @@ and Hinton 2000, *SMEM algorithm for mixture models*, Neural Computation 12.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -77,8 +76,8 @@ _THIN = 1e-4
 _WIDE = 100
 
 # EM steps on the likelihood alone and their tolerance: for candidates that a search with a prior has found, for those that no
-# rounds improve, and for a sole candidate of well separated components.
-_PLAIN, _ALONE, _SOLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
+# rounds improve, and for a single candidate of well separated components.
+_PLAIN, _ALONE, _SINGLE = (100, 1e-3), (100, 1e-4), (1, 0.0)
 
 # Accelerated iterations at the end of a search with many points per parameter, and their tolerance.
 _LAST = (30, 1e-5)
@@ -253,7 +252,7 @@ class Search:
         seen: list[float] = []
         for run in range(n_init):
             rounds = most if self.doubles and strategy != "annealed" and not stays else 0
-            # A sole candidate needs no objective by which it is chosen.
+            # A single candidate needs no objective by which it is chosen.
             candidates, found = self._searched(climber, run, enough, rounds, not stays or n_init > 1)
             if rounds and not run and self.D >= _COLUMNS and not found.separated:
                 candidates, found = self._in_invariant_metric(climber, candidates, found, rounds, enough)
@@ -288,23 +287,16 @@ class Search:
         return self.plain.frame.leave(best.mixture), report
 
     def _searched(
-        self, climber: Climber, run: int, enough: tuple[int, float], most: int, alone: bool
+        self, climber: Climber, run: int, enough: tuple[int, float], most: int, climbs_one: bool
     ) -> tuple[list[Found], Found]:
-        """Search from the clusters of a run; without ``alone``, the mixture of the only cluster remains as it is.
-
-        Arguments and results are those of :meth:`Climber.searched`.
-        """
-        at_once = self.clusters.at_once(run, alone)
-        if at_once is not None:
-            found = climber.searched_from_clusters(*at_once, *enough, most)
+        """Search from the clusters of a run; arguments and results are those of :meth:`Climber.searched`."""
+        in_one_call = self.clusters.in_one_call(run, climbs_one)
+        if in_one_call is not None:
+            found = climber.searched_from_clusters(*in_one_call, *enough, most)
             if found is not None:
-                self.clusters.count += len(at_once[1].roots)
+                self.clusters.count += len(in_one_call[1].roots)
                 return found
-        begun = self.clusters.begun(run)
-        if len(begun) == 1 and not alone:
-            sole = Found(begun[0], math.nan, begun[0], begun[0])
-            return [sole], sole
-        return climber.searched(begun, *enough, most)
+        return climber.searched(self.clusters.begun(run), *enough, most, climbs_one)
 
     def climber(self, objective: Objective | None = None) -> Climber:
         """Return the steps that improve an objective; None for that of the search."""
@@ -388,18 +380,18 @@ class Search:
         # With many components the prior is so wide that its optimum is worse than that of EM from the clusters themselves.
         begun = [each.mixture if self.K <= _WIDE else each.origin for each in starts]
         different = without_copies([*(each.mixture for each in found), *begun])
-        is_sole = len(different) == 1 and found[0].separated
-        if is_sole and self.followed:
+        single = len(different) == 1 and found[0].separated
+        if single and self.followed:
             return found[0]
         # The points are in the same order.
         plain = Climber(self.method, replace(climber.objective, penalty=self.penalty))
-        climbed = plain.climbs(different, *(_SOLE if is_sole and self.fits else _PLAIN))
+        climbed = plain.climbs(different, *(_SINGLE if single and self.fits else _PLAIN))
         climber.work += plain.work
         if len(climbed) == 1:
             return climbed[0]
         # Well separated components of many points are sound, even if they are thin.
-        real = climbed[0] if found[0].separated and not self._is_small(climbed[0].mixture) else None
-        sound = best_sound(climbed, lambda each: each is real or not self.degenerate(each.mixture))
+        separated = climbed[0] if found[0].separated and not self._is_small(climbed[0].mixture) else None
+        sound = best_sound(climbed, lambda each: each is separated or not self.degenerate(each.mixture))
         return sound or best_of(plain.sound(climbed))
 
     def degenerate(self, mixture: Mixture, count: float | None = None) -> bool:

@@ -161,7 +161,9 @@ def _error_of_moments(problem: Exponents, own: Result, expected: Result) -> floa
     first, second = (_limited(expected[place], limit).abs().amax() for place in (0, 2))
     # Residuals of points that are equal to means are rounding errors of coordinates relative to the center of the means.
     farthest = (problem.x.double() - problem.center).abs().amax()
-    second = torch.maximum(second, _ROUNDING * first * farthest.square()).clamp(max=limit)
+    # Squares that are no normal numbers are zero in kernels.
+    lost = torch.finfo(problem.x.dtype).tiny / _TOLERANCE[problem.x.dtype]
+    second = torch.maximum(second, first * (_ROUNDING * farthest.square() + lost)).clamp(max=limit)
     # S1, about the means, may be much smaller than its terms.
     scales = torch.stack([first, first.sqrt() * second.sqrt(), second])
     return float((torch.stack(errors) / scales.clamp(min=_TINY)).amax())

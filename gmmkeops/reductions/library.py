@@ -106,11 +106,11 @@ class ClimbCall(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("value", "constant", "gain", "tie", "count")),
         ("early", ctypes.c_int64),
         ("change", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("unchanged", "clouds", "candidates", "iterations", "alone")),
+        *((name, ctypes.c_int64) for name in ("unchanged", "metrics", "candidates", "iterations", "climbs_one")),
         *((name, ctypes.c_void_p) for name in ("roots", "uniform")),
         *(
             (name, ctypes.c_double)
-            for name in ("relative", "pool_below", "pool_weight", "pool_floor", "pool_limit", "same")
+            for name in ("relative", "pool_below", "pool_weight", "pool_floor", "pool_limit", "copies")
         ),
     )
 
@@ -120,7 +120,7 @@ class KMeansCall(ctypes.Structure):
 
     _fields_ = (
         ("steps", StepCall),
-        *((name, ctypes.c_int64) for name in ("clouds", "runs", "candidates")),
+        *((name, ctypes.c_int64) for name in ("metrics", "runs", "candidates")),
         *((name, ctypes.c_void_p) for name in ("roots", "uniform", "centers", "labels")),
         *((name, ctypes.c_int64) for name in ("points", "done")),
     )

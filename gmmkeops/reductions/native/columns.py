@@ -7,19 +7,16 @@ from torch import Tensor
 
 from gmmkeops.data import LIMITS, trimmed_spread
 from gmmkeops.reductions.library import OUT_OF_MEMORY, SpreadCall, WhiteCall, reason, run
-from gmmkeops.reductions.native.seeds import FEW
+from gmmkeops.reductions.native.seeds import FEW, PRODUCTS
 
 __all__ = ["native_white", "spread_of"]
-
-# Multiplications for a covariance up to which the library is faster than torch.
-_PRODUCTS = 30_000_000
 
 
 def spread_of(x: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute the result of :func:`~gmmkeops.data.trimmed_spread`, in the library if there are few points."""
     if _are_few(x, weights):
         x, weights = x.contiguous(), None if weights is None else weights.contiguous()
-        center, spread = torch.empty(2, x.shape[1], dtype=torch.float64)
+        center, spread = torch.empty(2, x.shape[1], dtype=torch.float64, device="cpu")
         call = SpreadCall(
             x.dtype == torch.float64,
             rows=len(x),
@@ -50,10 +47,10 @@ def native_white(z: Tensor, weights: Tensor | None, limit: float, added: float) 
         The covariance (D, D) and the upper triangular matrix (D, D), float64; None if the library does not compute them.
     """
     N, D = z.shape
-    if N * D * D > _PRODUCTS or not _are_few(z, weights):
+    if N * D * D > PRODUCTS or not _are_few(z, weights):
         return None
     z, weights = z.contiguous(), None if weights is None else weights.contiguous()
-    covariance, root = torch.empty(2, D, D, dtype=torch.float64)
+    covariance, root = torch.empty(2, D, D, dtype=torch.float64, device="cpu")
     call = WhiteCall(
         z.dtype == torch.float64,
         rows=N,

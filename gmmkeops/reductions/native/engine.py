@@ -104,7 +104,9 @@ class _Evaluation:
         x, width = problem.x, (request.k,) if isinstance(request, TopK) else ()
         # Log-sum-exps or exponents of all requests, since their rows without a finite value are evaluated again.
         self.values = x.new_empty(len(x), *width)
-        self.labels = torch.empty(len(x), *width, dtype=torch.int64) if isinstance(request, Argmax | TopK) else None
+        self.labels = (
+            torch.empty(len(x), *width, dtype=torch.int64, device="cpu") if isinstance(request, Argmax | TopK) else None
+        )
         self.gradient = torch.empty_like(x) if isinstance(request, PointGradient) else None
 
     def whole(self) -> Result:
@@ -214,7 +216,7 @@ def _call(
 
 
 def _doubles(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float64)
+    return torch.empty(shape, dtype=torch.float64, device="cpu")
 
 
 def _lists(schedule: Schedule) -> list[Tensor]:

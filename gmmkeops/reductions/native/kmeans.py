@@ -10,14 +10,10 @@ from torch import Tensor
 from gmmkeops.components import SphericalFactor
 from gmmkeops.data import Batch
 from gmmkeops.reductions.library import OUT_OF_MEMORY, KMeansCall, run
-from gmmkeops.reductions.native.seeds import FEW
+from gmmkeops.reductions.native.seeds import FEW, PRODUCTS
 from gmmkeops.reductions.native.steps import StepSettings, described
 
-__all__ = ["Clustering", "is_small", "kmeans_runs", "lloyd_settings"]
-
-
-# Multiplications of points with a matrix up to which the library is faster than matrix products of torch.
-_PRODUCTS = 30_000_000
+__all__ = ["Clustering", "kmeans_runs", "lloyd_settings", "performs_kmeans"]
 
 
 class Clustering(NamedTuple):
@@ -34,17 +30,17 @@ class Clustering(NamedTuple):
 
 def lloyd_settings(mass: float, features: int) -> StepSettings:
     """Return the constants of Lloyd iterations as EM steps, for points of a total weight."""
-    ridge = torch.zeros(features, dtype=torch.float64)
+    ridge = torch.zeros(features, dtype=torch.float64, device="cpu")
     return StepSettings(mass, ridge, 1.0, -1.0, (True, False, True), "hard", bare=True)
 
 
-def is_small(batch: Batch, centers: int) -> bool:
+def performs_kmeans(batch: Batch, centers: int) -> bool:
     """Return whether the library performs whole runs of k-means on points."""
     x = batch.points
     if not isinstance(x, Tensor) or x.device.type != "cpu":
         return False
     N, D = x.shape
-    return N * D * centers <= FEW and N * D * D <= _PRODUCTS
+    return N * D * centers <= FEW and N * D * D <= PRODUCTS
 
 
 def kmeans_runs(
@@ -79,7 +75,7 @@ def kmeans_runs(
     """
     x, K = batch.points, centers
     (N, D), C = x.shape, len(roots)
-    if not is_small(batch, K):
+    if not performs_kmeans(batch, K):
         return None
     means, factor = roots.new_zeros(K, D), SphericalFactor(roots.new_zeros(1, 1), D)
     own = described(batch, means, factor, lloyd_settings(batch.mass, D), backend)
@@ -88,9 +84,9 @@ def kmeans_runs(
     inner, _kept = own
     inner.steps, inner.tolerance, inner.relative = iterations, 0.0, relative
     state = generator.get_state()
-    uniform = torch.rand(C, runs, 1 + (K - 1) * candidates, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(C, runs, 1 + (K - 1) * candidates, generator=generator, dtype=torch.float64, device="cpu")
     roots, found = roots.contiguous(), roots.new_empty(C, runs, K, D)
-    labels = torch.empty(C, runs, N, dtype=torch.int64) if labeled else None
+    labels = torch.empty(C, runs, N, dtype=torch.int64, device="cpu") if labeled else None
     call = KMeansCall(
         inner,
         C,

@@ -32,7 +32,7 @@ def pair_costs(
     if kind not in _KINDS or means.device.type != "cpu" or reason() is not None:
         return None
     D = means.shape[1]
-    found = torch.empty(len(pairs), dtype=torch.float64)
+    found = torch.empty(len(pairs), dtype=torch.float64, device="cpu")
     table = None if points is None else table_of(points, D)
     parts = [part.contiguous() for part in (weights, means, spreads, pairs)]
     call = PairCall(

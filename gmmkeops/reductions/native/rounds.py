@@ -13,7 +13,7 @@ from gmmkeops.components import Factor
 from gmmkeops.data import Batch
 from gmmkeops.reductions.library import OUT_OF_MEMORY, ClimbCall, StepCall, run
 from gmmkeops.reductions.native.engine import LONG
-from gmmkeops.reductions.native.kmeans import is_small
+from gmmkeops.reductions.native.kmeans import performs_kmeans
 from gmmkeops.reductions.native.pairs import table_of
 from gmmkeops.reductions.native.steps import Pool, StepSettings, described
 
@@ -49,8 +49,8 @@ class Clusters(NamedTuple):
         iterations: Largest number of Lloyd iterations.
         relative: Decrease of the inertia, as a fraction, below which they end.
         pool: How covariances of clusters of few points are averaged with a pooled one.
-        same: Largest difference of the means of mixtures that are the same, which are omitted but for the first one.
-        alone: Whether EM steps are performed if there is only one mixture.
+        copies: Largest difference of the means of mixtures that are copies, which are omitted but for the first one.
+        climbs_one: Whether EM steps are performed if there is only one mixture.
     """
 
     roots: Tensor
@@ -59,8 +59,8 @@ class Clusters(NamedTuple):
     iterations: int
     relative: float
     pool: Pool
-    same: float
-    alone: bool
+    copies: float
+    climbs_one: bool
 
 
 class RoundSettings(NamedTuple):
@@ -169,7 +169,7 @@ def em_climb(
     assert rounds is None or not after, "rounds begin with a mixture whose objective is known"
     _, means, factor = starts[0]
     K, D = means.shape
-    if clusters is not None and not is_small(batch, K):
+    if clusters is not None and not performs_kmeans(batch, K):
         return None
     own = described(batch, means, factor, settings, backend)
     if own is None or (clusters is not None and own[0].sweep.unit != 1):
@@ -179,8 +179,8 @@ def em_climb(
         S, more, given = len(starts), 0 if rounds is None else 2, starts
     else:
         S, more, given = len(clusters.roots), 2 + len(clusters.roots), []
-    tables, numbers = _rows(starts[0], given, S + more), torch.empty(3, S + more, dtype=torch.float64)
-    done = torch.zeros(S, dtype=torch.int64)
+    tables, numbers = _rows(starts[0], given, S + more), torch.empty(3, S + more, dtype=torch.float64, device="cpu")
+    done = torch.zeros(S, dtype=torch.int64, device="cpu")
     inner.steps, inner.tolerance = steps, tolerance
     _point(inner, tables, numbers)
     call, work = ClimbCall(inner, S, done.data_ptr(), after, known=math.nan), steps * S
@@ -196,12 +196,12 @@ def em_climb(
     if clusters is not None:
         state = clusters.generator.get_state()
         draws = 1 + (K - 1) * clusters.candidates
-        uniform = torch.rand(S, draws, generator=clusters.generator, dtype=torch.float64)
+        uniform = torch.rand(S, draws, generator=clusters.generator, dtype=torch.float64, device="cpu")
         roots = clusters.roots.contiguous()
-        call.clouds, call.roots, call.uniform = S, roots.data_ptr(), uniform.data_ptr()
+        call.metrics, call.roots, call.uniform = S, roots.data_ptr(), uniform.data_ptr()
         call.candidates, call.iterations, call.relative = clusters.candidates, clusters.iterations, clusters.relative
         call.pool_below, call.pool_weight, call.pool_floor, call.pool_limit = clusters.pool
-        call.same, call.alone = clusters.same, clusters.alone
+        call.copies, call.climbs_one = clusters.copies, clusters.climbs_one
         work += clusters.iterations * S
     if run("gmmkeops_climb", call, is_long=work * len(batch) * K * D >= LONG) == OUT_OF_MEMORY:
         at_most = K if rounds is None else 2 * K
@@ -228,7 +228,7 @@ def _rows(like: Parameters, mixtures: Sequence[Parameters], rows: int) -> dict[s
     named = [{"logits": logits, "means": means, **factor.tensors} for logits, means, factor in (like, *mixtures)]
     tables = {}
     for name, tensor in named[0].items():
-        tables[name] = table = torch.empty(rows, *tensor.shape, dtype=torch.float64)
+        tables[name] = table = torch.empty(rows, *tensor.shape, dtype=torch.float64, device="cpu")
         for row, tensors in enumerate(named[1:]):
             table[row] = tensors[name]
     return tables

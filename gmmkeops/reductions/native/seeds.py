@@ -7,10 +7,13 @@ from torch import Tensor
 
 from gmmkeops.reductions.library import OUT_OF_MEMORY, SeedCall, reason, run
 
-__all__ = ["FEW", "chosen_seeds"]
+__all__ = ["FEW", "PRODUCTS", "chosen_seeds"]
 
 # Product of points, columns and centers up to which the library is faster than matrix products of torch.
 FEW = 200_000
+
+# Product of points and squared columns up to which it is faster where points are multiplied with a matrix, or with each other.
+PRODUCTS = 30_000_000
 
 
 def chosen_seeds(
@@ -33,8 +36,8 @@ def chosen_seeds(
     if not cpu or not double or M * D * centers > FEW or reason() is not None:
         return None
     points, mass = points.contiguous(), mass.contiguous()
-    uniform = torch.rand(1 + (centers - 1) * candidates, generator=generator, dtype=torch.float64)
-    chosen = torch.empty(centers, dtype=torch.int64)
+    uniform = torch.rand(1 + (centers - 1) * candidates, generator=generator, dtype=torch.float64, device="cpu")
+    chosen = torch.empty(centers, dtype=torch.int64, device="cpu")
     call = SeedCall(
         M, D, centers, candidates, points.data_ptr(), mass.data_ptr(), uniform.data_ptr(), chosen.data_ptr()
     )

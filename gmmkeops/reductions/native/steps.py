@@ -208,7 +208,7 @@ class Maximization:
     def __init__(
         self, factor: Factor, components: int, settings: StepSettings, mass: float, tables: dict[str, Tensor]
     ) -> None:
-        self._tables, self._odd = tables, torch.zeros(1, dtype=torch.int64)
+        self._tables, self._odd = tables, torch.zeros(1, dtype=torch.int64, device="cpu")
         sweep = Call(
             family=FAMILIES[type(factor)],
             threads=cores(),
@@ -278,7 +278,7 @@ def described(
     if weights is not None:
         weights, unit, ratio = scaled(weights)
     x, rounding = x.contiguous(), batch.rounding
-    values, numbers = x.new_empty(N), torch.zeros(2, dtype=torch.int64)
+    values, numbers = x.new_empty(N), torch.zeros(2, dtype=torch.int64, device="cpu")
     sweep = Call(
         request=ASSIGNMENTS[settings.assignment],
         family=family,
@@ -356,7 +356,7 @@ def tables_of(
     first: dict[str, Any] = {"logits": logits, "means": means, "counts": unknown, **tensors}
     for name, value in first.items():
         tables[name][0] = value
-    tables["numbers"] = torch.zeros(4, count + 1, dtype=torch.float64)
+    tables["numbers"] = torch.zeros(4, count + 1, dtype=torch.float64, device="cpu")
     if drift:
         tables["numbers"][3, 0] = drift
     return tables

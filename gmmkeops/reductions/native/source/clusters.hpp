@@ -36,12 +36,15 @@ inline StepCall step(const ClimbCall& call, const double* zeros) {
   return found;
 }
 
-// The means of a mixture, sorted by the first column.
+// The means of a mixture, in the order of a combination of all columns, since a single one may have ties; as without_copies in rounds.py.
 inline std::vector<double> sorted(const double* means, int64_t K, int64_t D) {
   std::vector<int64_t> order(K);
-  for (int64_t k = 0; k < K; k++) order[k] = k;
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return means[a * D] < means[b * D]; });
-  std::vector<double> found(K * D);
+  std::vector<double> key(K), found(K * D);
+  for (int64_t k = 0; k < K; k++) {
+    order[k] = k;
+    for (int64_t d = 0; d < D; d++) key[k] += means[k * D + d] * std::cos(double(d));
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key[a] < key[b]; });
   for (int64_t k = 0; k < K; k++) std::copy_n(means + order[k] * D, D, &found[k * D]);
   return found;
 }
@@ -50,7 +53,7 @@ inline std::vector<double> sorted(const double* means, int64_t K, int64_t D) {
 // number; to zero if a step was not an ordinary one.
 template <class Evaluate> Status begin(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
   const StepCall& given = call.steps;
-  const int64_t K = given.sweep.components, D = given.sweep.dimensions, C = call.clouds;
+  const int64_t K = given.sweep.components, D = given.sweep.dimensions, C = call.metrics;
   const std::vector<double> zeros(D);
   std::vector<double> centers(C * K * D);
   KMeansCall runs{lloyd(call, zeros.data()), C, 1, call.candidates, call.roots, call.uniform, centers.data(), nullptr, 0, 0};
@@ -81,7 +84,7 @@ template <class Evaluate> Status begin(ClimbCall& call, const Kernel& kernel, Ev
       double most = 0;
       // A difference that is not a number is no small one.
       for (int64_t i = 0; i < K * D; i++) if (!(std::abs(means[i] - other[i]) <= most)) most = std::abs(means[i] - other[i]);
-      return most < call.same;
+      return most < call.copies;
     });
     if (copy) continue;
     one.Tables::store(1, given, call.starts), one.Tables::store(1, given, C + 2 + call.starts);
@@ -92,10 +95,10 @@ template <class Evaluate> Status begin(ClimbCall& call, const Kernel& kernel, Ev
 
 template <class Evaluate> Status run(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
   call.rounds = call.accepted = call.work = call.ended = call.unchanged = 0;
-  if (!call.clouds) return rounds::run(call, kernel, evaluate);
+  if (!call.metrics) return rounds::run(call, kernel, evaluate);
   const Status status = begin(call, kernel, evaluate);
   if (status != DONE || !call.starts) return status;
-  if (call.starts == 1 && !call.alone) {
+  if (call.starts == 1 && !call.climbs_one) {
     call.done[0] = 0;
     return DONE;
   }

@@ -50,19 +50,22 @@ template <class F> void spread(SpreadCall& call, const F* x) {
   }
   std::vector<char> left_out(N);
   Moments found(call, x, left_out);
+  std::vector<double> noise(D), reach(D);
   if (!found.accurate) return;
   for (int64_t round = 0; round < call.rounds; round++) {
     bool any = false;
+    // The deviation of a constant column is a rounding error, which must not decide which rows are left out.
+    for (int64_t d = 0; d < D; d++) noise[d] = call.noise * std::abs(found.center[d]), reach[d] = std::max(3 * found.deviation[d], noise[d]);
     for (int64_t n = 0; n < N; n++) {
       bool outside = false;
-      for (int64_t d = 0; d < D; d++) outside |= std::abs(double(x[n * D + d]) - found.center[d]) > 3 * found.deviation[d];
+      for (int64_t d = 0; d < D; d++) outside |= std::abs(double(x[n * D + d]) - found.center[d]) > reach[d];
       left_out[n] = outside, any |= outside;
     }
     if (!any) break;
     Moments trimmed(call, x, left_out);
     if (!trimmed.accurate) return;
     bool less = false;
-    for (int64_t d = 0; d < D; d++) less |= trimmed.deviation[d] < found.deviation[d] / 2;
+    for (int64_t d = 0; d < D; d++) less |= trimmed.deviation[d] < found.deviation[d] / 2 && found.deviation[d] > noise[d];
     if (!less) break;
     found = trimmed;
   }
@@ -73,7 +76,7 @@ template <class F> void spread(SpreadCall& call, const F* x) {
   call.ordinary = 1;
 }
 
-// As robust_covariance and whitening in fitting/metric.py.
+// As white_metric in fitting/metric.py.
 template <class F> void whiten(WhiteCall& call, const F* x, const Kernel& kernel) {
   const int64_t N = call.rows, D = call.dimensions, stride = (D + 15) / 16 * 16;
   std::vector<double> z(N * stride), mean(D), space(2 * D * D + D);

@@ -113,7 +113,7 @@ struct PairCall {
 // Runs of k-means in several metrics, see kmeans.hpp. ``steps`` describes Lloyd iterations on the points.
 struct KMeansCall {
   StepCall steps;
-  int64_t clouds, runs;     // number C of metrics, and R runs in each of them
+  int64_t metrics, runs;    // number C of metrics, and R runs in each of them
   int64_t candidates;       // as in SeedCall
   const double* roots;      // (C, D, D), upper triangular matrices by which the points are multiplied
   const double* uniform;    // (C, R, 1 + (K - 1) candidates), random numbers from 0 to 1
@@ -150,12 +150,12 @@ struct ClimbCall {
   double change;                                // largest change up to which a component is considered unchanged
   int64_t unchanged;                            // whether the last round ended since no component changed
   // The mixtures are those of the clusters of a run of k-means in each of C metrics, without copies, see clusters.hpp; none if C is zero.
-  int64_t clouds, candidates, iterations;       // C; candidates for each initial center; largest number of Lloyd iterations
-  int64_t alone;                                // whether steps are performed from the mixture if it is the only one
+  int64_t metrics, candidates, iterations;      // C; candidates for each initial center; largest number of Lloyd iterations
+  int64_t climbs_one;                           // whether steps are performed from the mixture if it is the only one
   const double *roots, *uniform;                // (C, D, D) and (C, 1 + (K - 1) candidates), as in KMeansCall
   double relative;                              // decrease of the inertia, as a fraction, below which the iterations end
   double pool_below, pool_weight, pool_floor, pool_limit;  // as in StepCall, for the covariances of the clusters
-  double same;                                  // largest difference of the means of copies
+  double copies;                                // largest difference of the means of copies
 };
 
 // Parameters of the components as records of a GPU engine, and its sums, see records.hpp. A component takes 1 + 2 D numbers and

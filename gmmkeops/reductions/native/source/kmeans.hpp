@@ -89,13 +89,13 @@ template <class Evaluate> Status run(KMeansCall& call, const Kernel& kernel, Eva
   std::vector<int64_t> chosen(K);
   std::vector<float> single;
   call.done = 0, call.points = points.M;
-  for (int64_t cloud = 0; cloud < call.clouds; cloud++) {
-    const double* root = call.roots + cloud * D * D;
+  for (int64_t c = 0; c < call.metrics; c++) {
+    const double* root = call.roots + c * D * D;
     std::vector<double> x = multiply(points.x, points.M, D, root, kernel);
     const std::vector<double> mean = center(x, points.mass, D);
     if (!given.sweep.double_points) single.assign(x.begin(), x.end());
     one.call.sweep.points = given.sweep.double_points ? (const void*)x.data() : single.data();
-    for (int64_t r = cloud * call.runs; r < (cloud + 1) * call.runs; r++) {
+    for (int64_t r = c * call.runs; r < (c + 1) * call.runs; r++) {
       seeds::choose({points.M, D, K, call.candidates, x.data(), points.mass.data(), call.uniform + r * numbers, chosen.data()});
       for (int64_t k = 0; k < K; k++) std::copy_n(&x[chosen[k] * D], D, &one.means[k * D]);
       Status status = DONE;
