@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from gmmkeops.components import mind_fork
+
 __all__ = ["alone", "cores", "on_cores", "one_thread", "threads_for", "user_threads"]
 
 T = TypeVar("T")
@@ -59,6 +61,8 @@ def one_thread() -> Iterator[None]:
     operation may take 60 times as long with two threads as with one (measured).
     """
     global _open, _outside
+    # In a forked process, the number that is restored at the end must be one.
+    mind_fork()
     if not _blocks.depth:
         number = _own_number()
         with _lock:
