@@ -54,11 +54,13 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# A forked process hangs in the memory allocator of the sanitizer if another thread was using it, so that forks are left out.
 sanitize: $(READY)
 	CXXFLAGS="$(SANITIZERS) -O1 -g -w" $(BIN)/python setup.py -q build --build-base build/objects --build-lib build/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	PYTHONPATH=build/sanitized $(BIN)/python -P -m pytest -p no:cacheprovider -k "not installation and not memory" \
-	tests/test_native.py tests/test_em_steps.py tests/test_reduction.py tests/test_tree.py tests/test_truncation_passes.py
+	PYTHONPATH=build/sanitized $(BIN)/python -P -m pytest -p no:cacheprovider -k "not installation and not memory and not forked" \
+	tests/test_native.py tests/test_em_steps.py tests/test_first_candidates.py tests/test_reduction.py tests/test_tree.py \
+	tests/test_truncation_passes.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .
