@@ -314,7 +314,7 @@ def test_memory_errors_name_the_call(monkeypatch):
         gk.fit(2, clusters(60_000, 4, 1))
 
 
-# What a fit performs that follows
+# The fit after a search
 
 
 def test_results_are_on_the_cpu_whatever_the_default_device_is():
@@ -373,7 +373,7 @@ def test_thin_components_of_many_points_are_sound():
     assert model.result_.log_likelihood > -12.5
 
 
-# What a few points may hide
+# Clusters of few points
 
 
 def test_one_call_averages_covariances_of_small_clusters_with_a_pooled_one():

@@ -26,7 +26,7 @@ _EXACT = (1e-250, 1e300)
 # Range of lengths whose squares, and sums of many squares, are within the range of float64.
 _SMALLEST, _LARGEST = 1e-150, 1e150
 
-# The same for the compiled library.
+# These constants by the names of the arguments of the compiled library.
 LIMITS = {
     "rounds": _ROUNDS,
     "largest": _LARGEST,

@@ -88,7 +88,7 @@ class MixtureEstimator(Estimator, ABC):
     def _initial(
         self, x: Tensor | Source, g: Any, generator: torch.Generator, device: torch.device, fits: bool = True
     ) -> Start:
-        """Compute the initial mixture of a new fit, or of steps without a fit."""
+        """Compute the initial mixture of a new fit; without ``fits``, of a single step, as in ``partial_fit``."""
 
     @abstractmethod
     def _last(self, shape: tuple[int, int]) -> Mixture | None:

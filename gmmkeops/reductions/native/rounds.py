@@ -184,24 +184,13 @@ def em_climb(
     inner.steps, inner.tolerance = steps, tolerance
     _point(inner, tables, numbers)
     call, work = ClimbCall(inner, S, done.data_ptr(), after, known=math.nan), steps * S
+    kept: list[Tensor] = []
     if rounds is not None:
-        call.split_steps, call.split_tolerance = rounds.split
-        call.merged_steps, call.merged_tolerance = rounds.merged
-        table = table_of(rounds.points, D)
-        call.half, call.points, call.blocks = rounds.half, table.data_ptr(), len(table)
-        call.most, call.constant, call.count = rounds.most, rounds.constant, rounds.size
-        call.gain, call.tie, (call.early, call.change) = rounds.gain, rounds.tie, rounds.early
-        call.known = rounds.known
+        kept.append(_set_rounds(call, rounds, D))
         work += rounds.most * (2 * rounds.split[0] + rounds.merged[0])
     if clusters is not None:
         state = clusters.generator.get_state()
-        draws = 1 + (K - 1) * clusters.candidates
-        uniform = torch.rand(S, draws, generator=clusters.generator, dtype=torch.float64, device="cpu")
-        roots = clusters.roots.contiguous()
-        call.metrics, call.roots, call.uniform = S, roots.data_ptr(), uniform.data_ptr()
-        call.candidates, call.iterations, call.relative = clusters.candidates, clusters.iterations, clusters.relative
-        call.pool_below, call.pool_weight, call.pool_floor, call.pool_limit = clusters.pool
-        call.copies, call.climbs_one = clusters.copies, clusters.climbs_one
+        kept += _set_clusters(call, clusters, K)
         work += clusters.iterations * S
     if run("gmmkeops_climb", call, is_long=work * len(batch) * K * D >= LONG) == OUT_OF_MEMORY:
         at_most = K if rounds is None else 2 * K
@@ -221,6 +210,30 @@ def em_climb(
     ended, unchanged = bool(call.ended), bool(call.unchanged)
     after_rounds = Rounds(call.best, merged, reached, call.value, call.rounds, ended, call.work, unchanged)
     return Climbing(found, after_rounds, origins)
+
+
+def _set_rounds(call: ClimbCall, rounds: RoundSettings, features: int) -> Tensor:
+    """Set the constants of rounds; return the tensor that must be kept until they are performed."""
+    call.split_steps, call.split_tolerance = rounds.split
+    call.merged_steps, call.merged_tolerance = rounds.merged
+    table = table_of(rounds.points, features)
+    call.half, call.points, call.blocks = rounds.half, table.data_ptr(), len(table)
+    call.most, call.constant, call.count = rounds.most, rounds.constant, rounds.size
+    call.gain, call.tie, (call.early, call.change) = rounds.gain, rounds.tie, rounds.early
+    call.known = rounds.known
+    return table
+
+
+def _set_clusters(call: ClimbCall, clusters: Clusters, centers: int) -> tuple[Tensor, Tensor]:
+    """Set the constants of clusters, and draw random numbers; return the tensors that must be kept until they are found."""
+    shape = len(clusters.roots), 1 + (centers - 1) * clusters.candidates
+    uniform = torch.rand(shape, generator=clusters.generator, dtype=torch.float64, device="cpu")
+    roots = clusters.roots.contiguous()
+    call.metrics, call.roots, call.uniform = len(roots), roots.data_ptr(), uniform.data_ptr()
+    call.candidates, call.iterations, call.relative = clusters.candidates, clusters.iterations, clusters.relative
+    call.pool_below, call.pool_weight, call.pool_floor, call.pool_limit = clusters.pool
+    call.copies, call.climbs_one = clusters.copies, clusters.climbs_one
+    return roots, uniform
 
 
 def _rows(like: Parameters, mixtures: Sequence[Parameters], rows: int) -> dict[str, Tensor]:

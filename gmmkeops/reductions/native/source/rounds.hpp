@@ -282,7 +282,6 @@ template <class Evaluate> Status improve(ClimbCall& call, const Kernel& kernel, 
 
 template <class Evaluate> Status run(ClimbCall& call, const Kernel& kernel, Evaluate evaluate) {
   const StepCall& given = call.steps;
-  call.rounds = call.accepted = call.work = call.ended = call.unchanged = 0;
   if (!std::isnan(call.known)) {
     call.best = 0, call.value = call.known;
     return improve(call, kernel, evaluate);
